@@ -47,7 +47,7 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 @as_validated_field
 def size(value: int | None) -> None:
-    """Raise ValueError unless the field is at least 1, or None."""
+    """Raise ValueError unless `value` is None or at least 1."""
     if value is not None and value < 1:
         raise ValueError(f"Value must be at least 1, got {value}")
 
@@ -223,7 +223,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as transformers does, but unwrap numbers and words that a published file wraps in a list of one."""
+        """Load as transformers does, but unwrap numbers and words that published files have in lists of one item."""
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
         def unwrap(key: str, value: Any) -> Any:
@@ -243,33 +243,33 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         ascending = exits == sorted(set(exits)) and exits[:1] >= [0] and exits[-1] == depth
         if not ascending or not set(exits) <= set(parents):
             raise ValueError(
-                f"exit_layers {exits} must ascend from 0 or more to num_hidden_layers {depth}, and all must be among "
-                f"parent_exit_layers {parents}."
+                f"exit_layers={exits} must be numbers from 0 in ascending order, the last equal to num_hidden_layers="
+                f"{depth}, and all among parent_exit_layers={parents}."
             )
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
 
     def validate_pooling(self) -> None:
-        """Read the old name of a pooling; raise ValueError for options that exclude each other."""
+        """Replace an old name of a pooling by the current one; raise ValueError if another option excludes it."""
         if self.pooling == "cls":  # until version 0.1: the last token is `<cls>`
             self.pooling = "lasttoken"
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
-                f"pooling {self.pooling!r} does not fit: unpad_inputs leaves out padding, which 'legacy' may read, and "
-                "token_weights need 'mean'."
+                f"pooling={self.pooling!r} must not be 'legacy' (it may read padding) with unpad_inputs=True, and must "
+                "be 'mean' with token_weights=True."
             )
 
     def validate_logit_scale(self) -> None:
         (lowest, highest), value = LOGIT_SCALE_BOUNDS, self.logit_scale_init_value
         if value is not None and not lowest <= value <= highest:
-            raise ValueError(f"logit_scale_init_value {value} must be None or from {lowest:g} to {highest:g}.")
+            raise ValueError(f"logit_scale_init_value={value} must be None or from {lowest:g} to {highest:g}.")
 
     def validate_heads(self) -> None:
         heads = self.num_attention_heads
         if self.hidden_size % heads or self.head_dim % 2 or heads % self.num_key_value_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {heads}, and that a "
-                f"multiple of num_key_value_heads {self.num_key_value_heads}."
+                f"hidden_size={self.hidden_size} must be num_attention_heads={heads} times an even number, and "
+                f"num_attention_heads must be a multiple of num_key_value_heads={self.num_key_value_heads}."
             )
 
     def check_exit(self, exit_layer: int) -> int:
@@ -295,7 +295,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))
 
     def exit_index(self, exit_layer: int) -> int:
-        """Return the row of this exit in the exit embedding: its place among the parent's exits."""
+        """Return this exit's row in the exit embedding: its index in `parent_exit_layers`."""
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
@@ -306,11 +306,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return max(1, self.check_exit(exit_layer)) / max(1, self.parent_num_hidden_layers)
 
     def has_norm_at(self, exit_layer: int) -> bool:
-        """Whether the final norm applies to the states of this exit."""
+        """Return whether the final norm applies to the states of this exit."""
         return self.exit_norm == "all" or (self.exit_norm == "last" and exit_layer == self.num_hidden_layers)
 
     def cut(self, exit_layer: int) -> "ModularStarEncoderConfig":
-        """A copy that describes the first `exit_layer` layers and their exits."""
+        """Return a copy that describes the first `exit_layer` layers and their exits."""
         self.check_exit(exit_layer)
         config = copy.deepcopy(self)
         config.exit_layer = None

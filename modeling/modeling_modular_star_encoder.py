@@ -71,7 +71,7 @@ SHORTEST_IN_GROUP = 0.8
 
 @dataclass
 class ModularStarEncoderModelOutput(ModelOutput):
-    """Output of the trunk.
+    """Output of the trunk (`ModularStarEncoderModel`).
 
     Args:
         last_hidden_state: (B, T, H), states of the deepest requested exit.
@@ -92,7 +92,7 @@ class ModularStarEncoderModelOutput(ModelOutput):
 
 @dataclass
 class ModularStarEncoderForPreTrainingOutput(ModelOutput):
-    """Output of pre-training; per-exit tensors have the shallowest exit first.
+    """Output of the pre-training model; tensors with one entry per exit (E) have the shallowest exit first.
 
     Args:
         loss: scalar, the sum over exits of i/36 (MLM + ICC); i/36 is layers executed over the depth of the full model.
@@ -117,12 +117,12 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     @property
     def prediction_logits(self) -> torch.Tensor | None:
-        """The published model's name of `logits`."""
+        """Another name of `logits`, from the published model."""
         return self.logits
 
     @property
     def seq_relationship_logits(self) -> torch.Tensor:
-        """The published model's name of the deepest exit's `icc_logits`, (B, 2)."""
+        """Another name of the deepest exit's `icc_logits`, (B, 2), from the published model."""
         return self.icc_logits[-1]
 
 
@@ -151,18 +151,18 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """The published models' name of the embeddings: a list of (B, D), one per exit; for one exit, its tensor."""
+        """The embeddings under the published models' name: a list of (B, D), one per exit; for one exit, its tensor."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
     def raw_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
-        """The published models' name of `hidden_states`."""
+        """Another name of `hidden_states`, from the published models."""
         return self.hidden_states
 
 
 @dataclass
 class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
-    """Output of sequence classification.
+    """Output of the sequence classifier.
 
     Args:
         loss: scalar, the i/36-weighted sum over the requested exits; `None` without `labels`.
@@ -202,7 +202,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations, softmax in float32: (B, T, heads, head_dim) and the weights (B, heads, T, T)."""
+    """Return outputs (B, T, heads, head_dim) and weights (B, heads, T, T) of attention, with the softmax in float32."""
     groups: Any = module.num_key_value_groups
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -215,7 +215,7 @@ def eager_attention_forward(
 
 @dataclass
 class DocumentGroup:
-    """Texts of similar length in a flat batch, padded for attention among themselves.
+    """G texts of similar length from a flat batch, padded to the longest (L) for attention.
 
     Args:
         tokens: (G, L), the place of each token in the flat batch; padding repeats a text's first token.
@@ -228,20 +228,20 @@ class DocumentGroup:
     mask: Any = None
 
     def without_padding(self, states: torch.Tensor) -> torch.Tensor:
-        """(G, L, …) to (real tokens, …)."""
+        """Return the real tokens (N, …) of padded states (G, L, …)."""
         return states.flatten(0, 1) if self.real is None else states[self.real]
 
 
 @dataclass
 class DocumentGroups:
-    """All texts of a flat batch of N tokens; `order` (N,) brings the groups' tokens back into the batch's order."""
+    """The texts of a flat batch of N tokens, in groups; `order` (N,) restores the batch's order of their tokens."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
-        """Group texts by length; the caller adds masks, because they depend on the backend."""
+        """Group texts by length; the caller sets each group's mask, because it depends on the attention backend."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         members: list[list[int]] = []
         for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
@@ -258,7 +258,7 @@ class DocumentGroups:
         return cls(groups, order)
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Attention within each text: (1, heads, N, head_dim) to (1, N, heads, head_dim)."""
+        """Apply `attention` within each text: (1, heads, N, head_dim) become (1, N, heads, head_dim)."""
         outputs = []
         for group in self.groups:
             parts = (states[0][:, group.tokens].transpose(0, 1) for states in query_key_value)
@@ -286,7 +286,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ModularStarEncoderRotaryEmbedding":
-        """Move with the model, but stay float32 in `model.to(torch.bfloat16)`, as at load: angles need precision."""
+        """Convert as any module does, but keep frequencies float32 in `model.to(torch.bfloat16)`, for exact angles."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -299,7 +299,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: ModularStarEncoderConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies base^(-2i/d), i = 0 … d/2 - 1 (RoFormer, arXiv 2104.09864), and a scaling of 1."""
+        """Return inverse frequencies base^(-2i/d), i = 0 … d/2 - 1 (RoFormer, arXiv 2104.09864), and a scaling of 1."""
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
 
@@ -401,7 +401,7 @@ class ModularStarEncoderLayer(GradientCheckpointingLayer):
 
 
 class ModularStarEncoderPreTrainedModel(PreTrainedModel):
-    """Base of all models here: cuts at `config.exit_layer`, and saves checkpoints with their own code."""
+    """Base class of all models here: cuts a model at `config.exit_layer`, and saves checkpoints with the model code."""
 
     config: ModularStarEncoderConfig
     config_class = ModularStarEncoderConfig
@@ -427,7 +427,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         config.validate()
         for name in ("hidden_act", "projection_act"):
             if getattr(config, name) not in ACT2FN:
-                raise ValueError(f"{name} {getattr(config, name)!r} must be one of {', '.join(ACT2FN)}.")
+                raise ValueError(f"{name}={getattr(config, name)!r} must be one of {', '.join(ACT2FN)}.")
         # CODEPATH: any checkpoint can be cut at an exit when it is loaded; by default it stays whole.
         kept = config if config.exit_layer is None else config.cut(config.exit_layer)
         super().__init__(kept, *inputs, **kwargs)
@@ -443,7 +443,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint; arguments are those of `PreTrainedModel.from_pretrained`, and `exit_layer=k`.
+        """Load a checkpoint as `PreTrainedModel.from_pretrained` does; `exit_layer=k` cuts the model at this exit.
 
         A trunk is never initialised at random: tensors of the trunk that are missing from the checkpoint, unknown to
         the model, or of another shape raise an error that names them. New heads give a warning.
@@ -468,7 +468,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return (model, info) if want_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; with token weights, new tokens have weight 1."""
+        """Resize as transformers does; if the model has token weights, new tokens get weight 1."""
         embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
         trunk: Any = getattr(self, "model", self)
         if trunk.token_weights is not None:
@@ -480,7 +480,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
-        """Return the first `exit_layer` layers and their exits, as a model of its own that shares these parameters.
+        """Return the first `exit_layer` layers and their exits, as a separate model that shares this one's parameters.
 
         Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` separates the two.
         ValueError if this model has no such exit (the message lists those it has), or carries an adapter.
@@ -519,7 +519,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         Args:
             save_directory: folder, created if missing.
             is_main_process: whether this process may write. If several processes share a model (FSDP2), all of them
-                call, and the first one writes whole tensors.
+                must call this, and the first one writes whole tensors.
             push_to_hub: also upload the model; `push_to_hub` gets `repo_id`, `private` and its other arguments.
             save_original_format: as in transformers, but off by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
@@ -558,7 +558,7 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Return patterns of the tensors that a checkpoint of `full` has and a model of `kept` does not load."""
+    """Return patterns for names of tensors that a checkpoint of `full` has, but a model of `kept` does not load."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)
@@ -570,7 +570,7 @@ def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) ->
 
 
 def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str, str]:
-    """The full `auto_map`: `AutoModel` names the retrieval model if one is saved, otherwise the trunk."""
+    """Return the full `auto_map`, where `AutoModel` names the retrieval model if one is saved, otherwise the trunk."""
     module = "modeling_modular_star_encoder"
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     return {
@@ -583,7 +583,7 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """Return the full tensors of a model that `fully_shard` has split, in the first process; `None` for other models.
+    """In the first process, return the full tensors of a model that `fully_shard` split; `None` for other models.
 
     Transformers gathers only tensors that it has split itself, at load.
     """
@@ -683,7 +683,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer {start_layer} needs inputs_embeds, and exits deeper than it; got {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and deeper exits only; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -778,7 +778,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return the backend's attention mask; it hides padding and separates packed texts (positions that restart)."""
+        """Return the backend's mask; it hides padding and separates packed texts, where positions restart from 0."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
@@ -795,7 +795,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the bounds (texts + 1,) of texts in the flattened (B, T, …) states; `None` if each row is one text."""
+    """Return where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` for one text per row."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -813,7 +813,7 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the real tokens of (B, T, H) as (1, N, H), the texts' bounds, and a function that restores the padding."""
+    """Return the real tokens (1, N, H) of (B, T, H), where texts begin and end, and a function to restore padding."""
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)
@@ -841,7 +841,7 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """The mean (B, H) of each row's real tokens, or its last one (`last`, `lasttoken`), `first`, or `legacy` token."""
+    """Return each row's mean (B, H) of real tokens, or its last (`last`, `lasttoken`), `first` or `legacy` token."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long, device=states.device)
@@ -860,14 +860,14 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: st
 
 
 class ModularStarEncoderTokenWeights(nn.Embedding):
-    """Weight (V, 1) of each vocabulary entry in the mean over a text's tokens; initially 1, never below 0."""
+    """Learned weight (V, 1) of each vocabulary entry in the mean over a text's tokens; initially 1, never below 0."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return ClampWithInwardGradient.apply(super().forward(input_ids), 0.0, math.inf)
 
 
 class ModularStarEncoderExitEmbedding(nn.Embedding):
-    """The learned vector of each exit; zeros for exits beyond the table (a published one may lack the last)."""
+    """The learned vector of each exit; zeros for an exit without a row (published files may lack the last row)."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config.exit_embedding_rows, config.exit_embedding_size)
@@ -879,7 +879,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Pooled features (B, H + exit embedding) for classifiers: tanh(W state of `<cls>`), then the exit's vector."""
+    """Features (B, H + exit embedding) for classifiers: tanh(linear(`<cls>` state)), followed by the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -947,7 +947,7 @@ def _chunks(vocab_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 
 class ModularStarEncoderPreTrainingHeads(nn.Module):
-    """Masked language modelling and in-context classification, shared by all exits; both read the exit vector."""
+    """Heads for masked language modelling and in-context classification at all exits; both take the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -961,12 +961,12 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
         self.icc_classifier = nn.Linear(width, 2)
 
     def token_features(self, states: torch.Tensor, exit_index: int) -> torch.Tensor:
-        """Features (…, H + exit embedding) that the decoder turns into logits."""
+        """Return the features (…, H + exit embedding) that the decoder turns into logits."""
         vector = self.exit_embedding(exit_index).expand(*states.shape[:-1], -1)
         return self.layer_norm(self.act(self.transform(torch.cat((states, vector), dim=-1))))
 
     def masked_lm(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy and accuracy (E,) of each exit: features (E, N, H + exit embedding), labels (N,)."""
+        """Return mean cross-entropy and accuracy (E,) from features (E, N, H + exit embedding) and labels (N,)."""
         if len(labels) == 0:
             nothing = features.sum(dim=(1, 2), dtype=torch.float32)
             return nothing, nothing.detach()
@@ -977,7 +977,7 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
 
 
 class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
-    """Masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
+    """Model for masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
 
     Example:
         >>> config = ModularStarEncoderConfig(
@@ -1149,7 +1149,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     def _token_scales(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Return factors (B, T, 1) float32 of a text's n real tokens, n · w / Σ w; `None` without token weights.
+        """Return the factor n · w / Σ w of a text's n real tokens, (B, T, 1) float32; `None` without token weights w.
 
         The plain mean of the scaled tokens is the weighted mean. Padding, and a text whose weights sum to 0, get 0.
         """

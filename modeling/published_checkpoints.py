@@ -56,12 +56,12 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Return the class to load, and `from_pretrained` arguments with a full `config` and `key_mapping` to our names.
+    """Return the model class to load, and `kwargs` with a complete `config` and our tensor names in `key_mapping`.
 
     The arguments stay unchanged for a checkpoint that is not a published one. The Auto classes do not know the
-    published class name and choose the trunk. If the file has projection heads, they get the retrieval model instead; a
-    model class called by its own name (without `config`) stays, and the common base class becomes the class that the
-    file fits. ValueError if the tensors are not those of a published checkpoint; it names them.
+    published class name and choose the trunk. If the file has projection heads, this function replaces the trunk by
+    the retrieval model. A model class called by its own name (without `config`) stays; the common base class becomes
+    the class that fits the file. ValueError if tensors do not match a published checkpoint; the message names them.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -89,7 +89,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """The configuration at `path` if it is a published one, with the fields given in `kwargs`, which it takes out."""
+    """Return the configuration at `path`, with fields popped from `kwargs`; None if it is not a published one."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -103,7 +103,7 @@ def describe(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
     """Return the model class for a published file, its complete configuration, and the renamings to our names.
 
-    ValueError if the file's depth is not an exit, or its projection heads are neither one nor one per exit.
+    ValueError if the file's depth is not an exit, or the number of projection heads is not 0, 1 or that of the exits.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
@@ -113,7 +113,7 @@ def describe(
     if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
             f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published one ends at one of the "
-            f"exits {parent_exits} and has no head, one for its last layer, or one for each exit up to it."
+            f"exits {parent_exits} and has no such head, one for its last layer, or one for each exit."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
@@ -156,7 +156,7 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Raise ValueError if a published file lacks tensors of the model, or has unexpected, double or misshapen ones."""
+    """Raise ValueError if a published file lacks tensors, or has unexpected, duplicate or wrongly shaped ones."""
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -167,7 +167,7 @@ def check_layout(
     for name, shape in shapes.items():
         ours = _rename(name, renamings)
         if ours in found:
-            problems.append(f"{name} is there under two names")
+            problems.append(f"{name} occurs under two names")
         elif ours not in expected and not (config.exit_norm == "none" and ours.startswith("model.norm.")):
             problems.append(f"{name} is unexpected")
         elif ours in expected and shape != expected[ours]:

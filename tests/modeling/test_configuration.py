@@ -19,22 +19,22 @@ def test_the_defaults_are_the_papers_model():
     ("changes", "sentence"),
     [
         *(
-            ({"exit_layers": exits}, "exit_layers .* num_hidden_layers 4")
+            ({"exit_layers": exits}, "exit_layers=.* num_hidden_layers=4")
             for exits in ((-1, 4), (1, 5), (2, 1, 4), (0, 0, 4), (1, 2), ())
         ),
         ({"exit_layer": 3}, "its exits are 1, 2, 4"),
         ({"exit_norm": "some"}, r"'exit_norm'.*\n.*'last', 'all', 'none'"),
         ({"projection_head": "none"}, r"'projection_head'.*\n.*'mlp', 'linear'"),
         ({"pooling": "max"}, r"'pooling'.*\n.*'mean', 'lasttoken'"),
-        ({"token_weights": True, "pooling": "lasttoken"}, "'lasttoken' .* token_weights need 'mean'"),
+        ({"token_weights": True, "pooling": "lasttoken"}, "'lasttoken' .* 'mean' with token_weights"),
         ({"unpad_inputs": True, "pooling": "legacy"}, "'legacy' .* unpad_inputs"),
-        ({"logit_scale_init_value": 0.5}, "0.5 must be None or from 1 to 100"),
-        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads 3"),
-        ({"num_attention_heads": 5}, "multiple of num_attention_heads 5"),
+        ({"logit_scale_init_value": 0.5}, "=0.5 must be None or from 1 to 100"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads=3"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5 times"),
         ({"projection_size": 0}, r"'projection_size'.*\n.*at least 1, got 0"),
         ({"vocab_size": -1}, r"'vocab_size'.*\n.*at least 1, got -1"),
         ({"hidden_size": "32"}, "expected int"),
-        ({"parent_exit_layers": (2, 4)}, r"among parent_exit_layers \(2, 4\)"),
+        ({"parent_exit_layers": (2, 4)}, r"among parent_exit_layers=\(2, 4\)"),
     ],
 )
 def test_a_contradiction_is_refused_at_construction(changes, sentence):
@@ -44,7 +44,7 @@ def test_a_contradiction_is_refused_at_construction(changes, sentence):
 
 @pytest.mark.parametrize("name", ["hidden_act", "projection_act"])
 def test_an_unknown_activation_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"{name} 'leaky' must be one of .*leaky_relu"):
+    with pytest.raises(ValueError, match=f"{name}='leaky' must be one of .*leaky_relu"):
         tiny_model(**{name: "leaky"})
 
 

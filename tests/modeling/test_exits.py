@@ -149,8 +149,8 @@ STATES = {"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 32)}
         ({"exit_layers": ()}, r"at least one exit, .* exit_layers=\(\)"),
         ({"input_ids": None}, "input_ids and inputs_embeds"),
         (STATES | {"input_ids": torch.ones(3, 12)}, "input_ids and inputs_embeds"),
-        ({"start_layer": 2}, "start_layer 2 needs inputs_embeds"),
-        (STATES | {"start_layer": 1, "exit_layers": (1, 2)}, r"start_layer 1 .*\(1, 2\)"),
+        ({"start_layer": 2}, "start_layer=2 needs inputs_embeds"),
+        (STATES | {"start_layer": 1, "exit_layers": (1, 2)}, r"start_layer=1 .*\(1, 2\)"),
     ],
 )
 def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, arguments, match):

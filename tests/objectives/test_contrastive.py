@@ -239,7 +239,7 @@ def test_a_learned_scale_has_a_gradient_but_none_of_distillation_and_is_reported
 
 
 def test_sides_that_do_not_fit_are_refused():
-    with raises("contrastive.sides", "document, negative, query;", "use document, query"):
+    with raises("contrastive.sides", "document, negative, query,", "use document, query"):
         losses_from_embeddings(stacks("query", "document", "negative"), EXIT_LAYERS)
     with raises("contrastive.sides", "document, negative, query, translation"):  # before anything is embedded
         ContrastiveObjective()(None, every_side(), EXIT_LAYERS)

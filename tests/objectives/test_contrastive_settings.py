@@ -30,9 +30,9 @@ def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_setting(name, v
 @pytest.mark.parametrize(
     ("changes", "key", "value"),
     [
-        ({"teacher": 9, "distillation_weight": 1.0}, "contrastive.exit", "exit 9. The trained exits are 4, 18, 36"),
-        ({"alignment_target": 27, "alignment_weight": 1.0}, "contrastive.exit", "alignment_target names exit 27"),
-        ({"dimensions": {9: [64]}}, "contrastive.exit", "dimensions names exit 9"),
+        ({"teacher": 9, "distillation_weight": 1.0}, "contrastive.exit", "exit 9, but the trained exits are 4, 18, 36"),
+        ({"alignment_target": 27, "alignment_weight": 1.0}, "contrastive.exit", "`alignment_target` names exit 27"),
+        ({"dimensions": {9: [64]}}, "contrastive.exit", "`dimensions` names exit 9"),
         ({"dimensions": [64, 2048]}, "contrastive.dimensions", "1024, not 2048"),
         ({"dimensions": {18: [2048]}}, "contrastive.dimensions", 1024),
     ],
@@ -49,7 +49,7 @@ def test_exits_that_are_trained_in_turn_learn_from_the_deepest_alone(name):
     for chosen in (9, "next_deeper"):
         settings = ContrastiveSettings(**{name: chosen, weight: 1.0})
         settings.check((9,), 64, rotates=True)
-        with raises("contrastive.rotation", f"{name} {chosen!r}"):
+        with raises("contrastive.rotation", f"{name}={chosen!r}"):
             settings.check((4, 9, 36), 64, rotates=True)
     for values in ({name: 36, weight: 1.0}, {name: "deepest", weight: 1.0}, {name: 9}):
         ContrastiveSettings(**values).check((4, 9, 36), 64, rotates=True)

@@ -215,7 +215,7 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
     ("override", "key", "value"),
     [
         ("seeds=[1, 1]", "settings.value", "seeds"),
-        ("exit_layers=[3]", "ablation.exit_layers", "[3]; the model's exits are [1, 2, 4]"),
+        ("exit_layers=[3]", "ablation.exit_layers", "[3], but the model's exits are [1, 2, 4]"),
         ("benchmarks=codesearchnet-999", "settings.value", "'codesearchnet-999'"),
         ("variants={self-distilled: {}}", "settings.value", "'self-distilled'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),
@@ -223,7 +223,7 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
         ("variants={a: {samples: 3}}", "ablation.variants", "samples"),
         ("variants={a: {objective.speed: 3}}", "settings.unknown", "a: objective: unknown setting speed"),
         ("variants={a: {max_steps.x: 3}}", "settings.override", "max_steps is not a mapping"),
-        ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "contrastive.exit", "a: teacher names"),
+        ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "contrastive.exit", "a: `teacher` names"),
         ("held_out=false", "ablation.benchmarks", "held_out"),
         ("benchmarks=[exercism-code]", "ablation.benchmark_data", "benchmark_data"),
         ("finetuning.max_steps=0", "settings.value", "max_steps"),
@@ -253,7 +253,7 @@ def test_cells_of_other_settings_or_of_another_checkpoint_at_the_same_place_are_
     checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
     shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)
     run(recipe_file, tmp_path / "run", *settings)
-    with raises("training.run.other_settings", "another batch_size;"):
+    with raises("training.run.other_settings", "other values of batch_size;"):
         run(recipe_file, tmp_path / "run", *settings, "finetuning.batch_size=6")
     weights = {name: tensor + 1 for name, tensor in load_file(checkpoint / "model.safetensors").items()}
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})

@@ -159,7 +159,7 @@ def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(reci
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("max_tokens=512", "training.length.too_long", "max_tokens 512"),
+        ("max_tokens=512", "training.length.too_long", "max_tokens=512"),
         ("pairs_per_device=3", "training.batch_size.multiple", "3 × 1"),
         ("task=regression", "training.task", "'regression'"),
         ("task=retrieval", "settings.unknown", "max_eval_samples"),

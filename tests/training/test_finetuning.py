@@ -124,7 +124,7 @@ def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, 
         with interrupt(monkeypatch, step):
             run(recipe_file, tmp_path / "run", *overrides)
         assert (tmp_path / "run" / "checkpoints").is_dir()
-    with raises("training.run.other_settings", "another objective;"):
+    with raises("training.run.other_settings", "other values of objective;"):
         run(recipe_file, tmp_path / "run")
 
 
@@ -140,7 +140,7 @@ def test_data_that_could_not_be_read_may_be_replaced_in_the_same_folder(recipe_f
         run(recipe_file, tmp_path / "run", "max_steps=1", "data.triplets=missing.jsonl")
     log, _ = run(recipe_file, tmp_path / "run", "max_steps=1")
     assert log["steps"] == 1
-    with raises("training.run.other_settings", "another data;"):
+    with raises("training.run.other_settings", "other values of data;"):
         run(recipe_file, tmp_path / "run", "max_steps=1", "data.triplets=missing.jsonl")
     # A finished run is not trained again.
     again = finetune(load_recipe(FinetuningRecipe, recipe_file, ["max_steps=1"]), tmp_path / "run", progress=False)
@@ -204,13 +204,13 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("max_code_tokens=512", "training.length.too_long", "max_code_tokens 512"),
-        ("batch_size=7", "training.batch_size.multiple", "batch_size 7"),
+        ("max_code_tokens=512", "training.length.too_long", "max_code_tokens=512"),
+        ("batch_size=7", "training.batch_size.multiple", "batch_size=7"),
         ("seed=-1", "settings.value", "seed must be greater than or equal to 0, not -1"),
         ("lr_scheduler_type=falling", "training.arguments.value", "falling"),
         ("eval_fraction=0.5", "settings.value", "0.2, not 0.5"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),
-        ("objective={teacher: 3, distillation_weight: 1}", "contrastive.exit", "teacher names exit 3"),
+        ("objective={teacher: 3, distillation_weight: 1}", "contrastive.exit", "`teacher` names exit 3"),
         ("objective.pairs=[[query, document, negative]]", "training.objective.pairs", "objective.pairs"),
         ("config.layers=3", "settings.unknown", "config: unknown setting layers"),
         ("config.residual_dropout=high", "training.model.config", "residual_dropout"),
@@ -250,7 +250,7 @@ def test_old_names_of_settings_are_read_with_a_warning(recipe_file, tmp_path):
     with pytest.warns(FutureWarning) as warnings:
         recipe = load_recipe(FinetuningRecipe, recipe_file, old)
     told = " ".join(str(warning.message) for warning in warnings)
-    assert all(name in told for name in ("max_steps", "max_train_samples", "lr_scheduler_type", "bf16 from trainer"))
+    assert all(name in told for name in ("max_steps", "max_train_samples", "lr_scheduler_type", "bf16 from `trainer`"))
     assert (recipe.max_steps, recipe.max_train_samples, recipe.eval_fraction) == (3, 9, 0.1)
     assert recipe.training["lr_scheduler_type"] == "constant_with_warmup"
     assert recipe.training["bf16"] is False

@@ -90,12 +90,12 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("max_tokens=512", "training.length.too_long", "max_tokens 512 must be at most"),
+        ("max_tokens=512", "training.length.too_long", "max_tokens=512 must be at most"),
         ("tokens_per_step=200", "training.tokens_per_step.multiple", "2 × 64 × 1 = 128"),
         ("model=nowhere", "config.unknown", "'nowhere'"),
-        ("milestones=[1, 2]", "training.schedule", "fractions []"),
+        ("milestones=[1, 2]", "training.schedule", "fractions=[]"),
         ("milestones=[5, 5] fractions=[0.1, 0.1]", "training.schedule", "[5, 5]"),
-        ("milestones=[1] fractions=[0.1]", "training.schedule", "warmup_steps 2"),
+        ("milestones=[1] fractions=[0.1]", "training.schedule", "warmup_steps=2"),
         ("milestones=[5] fractions=[half]", "training.schedule", "['half']"),
         ("max_tokens=32", "settings.value", "max_tokens must be greater than or equal to 35, not 32"),
         ("max_steps=0", "settings.value", "max_steps must be greater than 0, not 0"),
@@ -110,7 +110,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("corpus.rows=x", "exactly one source"), ("corpus.speed=3", "speed"), ("attn_implementation=fast", "fast")],
+    [("corpus.rows=x", "exactly one of"), ("corpus.speed=3", "speed"), ("attn_implementation=fast", "fast")],
 )
 def test_faults_that_other_rooms_find_stop_before_anything_is_written(recipe_file, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):

@@ -262,4 +262,4 @@ def test_a_guide_that_masks_many_negatives_is_warned_about(tmp_path, monkeypatch
     warnings = []
     monkeypatch.setattr("modular_star_encoder.training.trainer.logger.warning_once", warnings.append)
     trainer_of(tiny_model(), tmp_path, {"false_negative_margin": margin}, max_steps=1).train()
-    assert [text.startswith("The deepest exit takes") for text in warnings] == [True] * warned
+    assert [text.startswith("The deepest exit masks") for text in warnings] == [True] * warned

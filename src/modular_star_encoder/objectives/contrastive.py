@@ -24,11 +24,11 @@ def losses_from_embeddings(
     settings: ContrastiveSettings | None = None,
     logit_scale: torch.Tensor | float | None = None,
 ) -> ObjectiveOutput:
-    """Symmetric cross-entropy over the similarities of a batch (CLIP, arXiv 2103.00020, figure 3), and its additions.
+    """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3) and the further terms that `settings` switches on.
 
     Each anchor of this process is scored against the positives and negatives of all processes, column by column, and
-    each positive against the anchors of all processes; the loss is the mean of both directions over the pairs. With
-    several sets of pairs each has candidates of its own.
+    each positive against the anchors of all processes; the loss is the mean cross-entropy of both directions over the
+    pairs. With several sets of pairs, each set has its own candidates.
 
     Args:
         stacks: side → (E, B, D), L2-normalised; row b of the positives and negatives belongs to row b of the anchors.
@@ -92,13 +92,13 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean (E,) over its sizes; `found` has, by size, one value for each exit trained at it."""
+        """Return each exit's mean (E,) over its embedding sizes; `found`: size → one value per exit that has it."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
 
 def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.Tensor, scale: Any) -> _Scoring:
-    """Return the scoring for stacks with the size, dtype and device of `stack` (E, B, D)."""
+    """Collect the constants for scoring a step; `stack` (E, B, D) determines embedding size, dtype and device."""
     sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exits]
     every_size = sorted(set().union(*sizes))
     places = {size: [e for e, of_exit in enumerate(sizes) if size in of_exit] for size in every_size}
@@ -112,7 +112,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return, for each exit, the place of its teacher or alignment target."""
+    """Return, for each exit, the index in `exit_layers` of its teacher or alignment target."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -121,7 +121,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Return the mean over texts (E,) of 1 - cosine(embedding, target's embedding); zero for the target itself."""
+    """Return each exit's mean (E,) over texts of 1 - cosine(embedding, target's embedding); 0 for the target itself."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -130,7 +130,7 @@ def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
 def _pair_sums(
     pair: Sequence[str], stacks: Mapping[str, torch.Tensor], gathered: Mapping[str, torch.Tensor], scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Sum over this process's pairs of one set: losses are the mean of both directions, hits count anchors only."""
+    """Sum losses (mean of both directions) and hits (of anchors) over this process's pairs of the sides `pair`."""
     anchor, positive, *negatives = pair
     candidates = torch.cat([gathered[side] for side in (positive, *negatives)], dim=1)
     forwards = _row_sums(stacks[anchor], candidates, scoring)
@@ -140,8 +140,8 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return each exit's loss in one direction, summed over the rows (E, B, D); the positive of row b is candidate
-    rank × B + b of the columns (E, C, D).
+    """Return each exit's loss in one direction, summed over the rows (E, B, D). The candidates are the columns
+    (E, C, D); the positive of row b is column rank × B + b.
 
     Scores are computed chunk by chunk and once more in the backward pass, so that memory grows linearly with the
     batch, not quadratically.
@@ -160,7 +160,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return sums over the rows (E, R, D) of a chunk; `own` (R,) is the column of each row's positive in (E, C, D)."""
+    """Return losses summed over a chunk of rows (E, R, D); `own` (R,) is each row's positive in columns (E, C, D)."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -197,7 +197,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Similarities (places, R, C) at the exits `places`; embeddings are cut to size `cut` and normalised again."""
+    """Return similarities (places, R, C) at the exits `places` of embeddings cut to size `cut` and normalised again."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]
@@ -207,7 +207,7 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], 
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
-    """Return, summed over rows (E,), the divergence from the teacher's distribution over the candidates, times T²."""
+    """Return each exit's KL divergence (E,) from its teacher's distribution, summed over rows, × temperature²."""
     temperature = scoring.settings.distillation_temperature
     # The distillation term must not train the scale.
     scale = scoring.logit_scale.detach() / temperature
@@ -217,7 +217,7 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
 
 
 def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
-    """Return a mask (R, C) of the negatives whose similarity at the deepest exit is above the limit."""
+    """Return a mask (R, C) of the negatives whose similarity at the deepest exit is above the limit in `settings`."""
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
@@ -227,7 +227,7 @@ def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: Co
 
 
 class ContrastiveObjective:
-    """CLIP loss between descriptions and code, or code and code, at each exit; an objective of `MultiExitTrainer`.
+    """Objective of `MultiExitTrainer`: the CLIP loss between descriptions and code, or code and code, at each exit.
 
     Over several processes, candidates come from all of them and the gradients are those of the joint batch, which needs
     batches of equal size and a wrapper that averages gradients (DDP, FSDP2). Gradient accumulation adds no negatives;
@@ -254,7 +254,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether the loss's backward pass fills parameter gradients itself, without a graph to the parameters."""
+        """Whether the loss's backward pass fills the parameters' gradients itself, with no autograd graph to them."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
@@ -262,7 +262,7 @@ class ContrastiveObjective:
         self.settings.check(exit_layers, embedding_size, rotates=rotates)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses of one batch.
+        """Compute the losses and metrics of one batch at each exit.
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
@@ -291,7 +291,7 @@ class ContrastiveObjective:
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)
             if len(output.exit_embeddings) != len(exit_layers):
-                message = "nn.DataParallel mixes up exits and texts; start one process per device (torchrun)."
+                message = "nn.DataParallel would mix up exits and texts; start one process per device (torchrun)."
                 raise UserError("contrastive.data_parallel", message)
             return output.exit_embeddings, output.logit_scale
 

@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must have different names in each list, and different anchors or positives in two lists")
+        raise ValueError("must have different names within a list, and no two lists with the same anchor and positive")
     return pairs
 
 
@@ -25,7 +25,7 @@ Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
 
 @settings_class
 class ContrastiveSettings:
-    """Settings of `ContrastiveObjective`; the paper's objective by default, all additions from `dimensions` on off.
+    """Settings of `ContrastiveObjective`. The defaults are the paper's; `dimensions` and those below extend its loss.
 
     Args:
         pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard
@@ -79,20 +79,20 @@ class ContrastiveSettings:
 
     def __post_init__(self) -> None:
         if self.false_negative_margin is not None and self.false_negative_factor is not None:
-            raise UserError("settings.value", "Set false_negative_margin or false_negative_factor, not both.")
+            raise UserError("settings.value", "Set `false_negative_margin` or `false_negative_factor`, not both.")
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Names of the sides of a batch, each once, in the order of `pairs`."""
+        """Names of a batch's sides (`query`, `document`, …), each once, in the order of `pairs`."""
         return tuple(dict.fromkeys(side for pair in self.pairs for side in pair))
 
     @property
     def leaves_out_false_negatives(self) -> bool:
-        """Whether negatives may be masked."""
+        """Whether negatives that look like positives are masked."""
         return self.false_negative_margin is not None or self.false_negative_factor is not None
 
     def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
-        """Embedding sizes that an exit is trained at, ascending."""
+        """Return the embedding sizes that an exit is trained at, ascending."""
         listed = self.dimensions.get(exit_layer) if isinstance(self.dimensions, Mapping) else self.dimensions
         return (embedding_size,) if listed is None else tuple(sorted(listed))
 
@@ -108,30 +108,30 @@ class ContrastiveSettings:
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
             if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                message = f"{name} {getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest."
+                message = f"{name}={getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest."
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Check teacher, target and sizes for the exits of one step; `dimensions` may name exits of other steps."""
+        """Raise UserError if teacher, target or sizes do not fit one step's exits; `dimensions` may name others."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
             _check_exits("alignment_target", [self.alignment_target], exit_layers)
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
         if largest > embedding_size:
-            message = f"dimensions must be at most the embedding's {embedding_size}, not {largest}."
+            message = f"`dimensions` must be at most the embedding size {embedding_size}, not {largest}."
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError unless a batch (side → rows) has the sides of `pairs` and equally many rows in a pair."""
+        """Raise UserError unless `rows` (side → count) has the sides of `pairs`, and equal counts within each pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
-            message = f"The batch has the sides {found}; the objective's pairs use {used}."
+            message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."
             raise UserError("contrastive.sides", message)
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                message = f"{', '.join(pair)} have {numbers} rows; give all equally many, at least 1."
+                message = f"{', '.join(pair)} have {numbers} rows; give them equally many, at least 1."
                 raise UserError("contrastive.rows", message)
 
 
@@ -139,11 +139,11 @@ def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) ->
     for exit_layer in named:
         if exit_layer not in exit_layers:
             exits = ", ".join(map(str, exit_layers))
-            raise UserError("contrastive.exit", f"{name} names exit {exit_layer}. The trained exits are {exits}.")
+            raise UserError("contrastive.exit", f"`{name}` names exit {exit_layer}, but the trained exits are {exits}.")
 
 
 def rank_and_count() -> tuple[int, int]:
-    """The rank of this process and the number of processes; (0, 1) without `torch.distributed`."""
+    """Return this process's rank and the number of processes; (0, 1) without `torch.distributed`."""
     if not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
@@ -160,7 +160,7 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
 
 
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gather the embeddings of all processes, with gradient, in one collective for all sides and exits.
+    """Gather the embeddings of all processes, with gradient, in one collective operation for all sides and exits.
 
     Under an averaging wrapper such as DDP, a loss of local rows against these columns has the exact gradient of the
     loss on the joint batch: the backward pass sums what every process found for a column, and needs no factor.
@@ -174,7 +174,7 @@ def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """(E, N, D) of each process → (processes, E, N, D); the backward pass sums over processes (reduce-scatter)."""
+    """Gather (E, N, D) of every process as (processes, E, N, D); the backward pass sums gradients (reduce-scatter)."""
 
     @staticmethod
     def forward(ctx: Any, stack: torch.Tensor) -> torch.Tensor:

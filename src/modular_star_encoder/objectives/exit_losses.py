@@ -20,7 +20,7 @@ class ObjectiveOutput:
 
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
-        metrics: name → (E,), or () for what belongs to no exit; detached, averaged over batches for the logs.
+        metrics: name → (E,), or () for a metric of no single exit; detached, averaged over batches for the logs.
         terms: name → (E,) with gradient, which add up to the losses; empty where the loss has no parts.
     """
 
@@ -32,19 +32,19 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    It may have two more members. The trainer calls `check(exit_layers, embedding_size, rotates=…)` at its creation; it
-    raises a `UserError` if the objective does not fit the model, or does not fit steps that rotate (each trains the
-    deepest exit and one other). `caches_gradients` is true if no graph leads from the losses to the parameters.
+    It may have two more members. When the trainer is created, it calls `check(exit_layers, embedding_size, rotates=…)`,
+    which raises a `UserError` if the objective does not fit the model, or does not fit steps that rotate (each trains
+    the deepest exit and one other). `caches_gradients` is true if no graph leads from the losses to the parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Losses (E,) and metrics of `batch` at `exit_layers`."""
+        """Return the losses (E,) and metrics of `batch` at `exit_layers`."""
 
 
 def exit_weights(
     weighting: str | Sequence[float], exit_layers: Sequence[int], depth: int, *, normalize: bool = False
 ) -> torch.Tensor:
-    """Weight of each exit's loss.
+    """Return the weight of each exit's loss.
 
     Args:
         weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
@@ -71,8 +71,8 @@ def exit_weights(
         if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
             raise UserError(
                 "exit_weights",
-                f"exit_weights {weighting!r} must be one of paper, uniform, linear, or {len(exit_layers)} numbers from "
-                f"0, not all 0, one for each of the exits {', '.join(map(str, exit_layers))}.",
+                f"exit_weights={weighting!r} must be paper, uniform, linear, or {len(exit_layers)} non-negative "
+                f"numbers (not all 0), one for each of the exits {', '.join(map(str, exit_layers))}.",
             )
     return weights / weights.sum() if normalize else weights
 
@@ -102,7 +102,7 @@ class InContextObjective:
 
 
 class ClassificationObjective:
-    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
+    """Objective: cross-entropy of each exit of a (wrapped) `ModularStarEncoderForSequenceClassification`.
 
     A batch has `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
     """

@@ -1,4 +1,4 @@
-"""Embeddings of a batch of any size, with gradient, in the memory of one mini-batch (GradCache, arXiv 2101.06983).
+"""Embed a batch of any size, with gradient, in the memory that one mini-batch needs (GradCache, arXiv 2101.06983).
 
 The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. Autograd computes
 the gradient of the loss on the stacks of all exits. The backward pass embeds each mini-batch once more, with the same
@@ -32,7 +32,7 @@ class MiniBatch:
     width: int  # columns
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's inputs for these rows: (B, T, …) tensors become (R, width, …), and (B, …) become (R, …)."""
+        """Return the model's inputs for these R rows: (B, T, …) tensors become (R, width, …), (B, …) become (R, …)."""
         shape, parts = inputs["input_ids"].shape[:2], dict(inputs)
         columns = self.starts[:, None] + torch.arange(self.width, device=self.starts.device)
         for name, value in inputs.items():
@@ -42,7 +42,7 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut sides into mini-batches of at most `tokens` tokens, padding included; a longer text has its own.
+    """Cut a batch's sides into mini-batches of at most `tokens` tokens with padding; a longer text gets one of its own.
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
     the memory fails at once.
@@ -78,14 +78,14 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
 
 
 def _spans(side: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """First column (B,) of each row's real tokens, and the number (B,) of columns to the last one."""
+    """Return each row's first column (B,) with a real token, and the number (B,) of columns up to its last one."""
     if "cu_seq_lens_q" in inputs:
-        message = f"{side!r} is packed into one row; mini_batch_tokens needs one row per text."
+        message = f"{side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
         raise UserError("contrastive.mini_batches.packed", message)
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     if real.shape != input_ids.shape:
-        message = f"{side!r} has an attention_mask of shape {tuple(real.shape)}; it must be that of input_ids."
+        message = f"The attention_mask of {side!r} has shape {tuple(real.shape)}; give it the shape of input_ids."
         raise UserError("contrastive.mini_batches.mask", message)
     firsts = real.long().argmax(dim=1)
     lasts = real.shape[1] - 1 - real.flip(1).long().argmax(dim=1)
@@ -99,7 +99,7 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 def embed_sides(
     model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], settings: ContrastiveSettings
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Embed every side of a batch at every exit: side → (E, B, D), and the learned logit scale (1,) if there is one.
+    """Embed every side of a batch at every exit; return side → (E, B, D), and the learned logit scale (1,) or None.
 
     Args:
         model: the model that `embed` calls, possibly wrapped; under DDP, gradients are synchronised in the last
@@ -120,7 +120,7 @@ def embed_sides(
         return {side: stack for side, (stack, _) in outputs.items()}, next(iter(outputs.values()))[1]
     model = getattr(model, "_orig_mod", model)
     if getattr(model, "static_graph", False):
-        message = "mini_batch_tokens does not work with DDP's static_graph; switch static_graph off."
+        message = "`mini_batch_tokens` does not work with DDP's static_graph; set static_graph=False."
         raise UserError("contrastive.mini_batches.static_graph", message)
     # The anchor requires grad so that the outputs do: the parameters are not inputs of the function.
     anchor = torch.zeros((), device=device, requires_grad=True)
@@ -136,20 +136,18 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """Check that all processes have equally large batches; return the largest number of mini-batches in any process."""
+    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` of any."""
     texts = [number_of_texts(inputs) for inputs in sides.values()]
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):
         rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
-        message = (
-            f"Processes have {rows} texts in their batches; all must be equally large (dataloader_drop_last=True)."
-        )
+        message = f"Processes have {rows} texts in their batches; give all equally many (dataloader_drop_last=True)."
         raise UserError("contrastive.processes", message)
     return max(others[-1] for others in everyones)
 
 
 class _CachedEmbeddings(torch.autograd.Function):
-    """Return a stack per side, then the logit scale; the backward pass embeds the mini-batches again, with a graph.
+    """Return each side's embeddings, then the logit scale; the backward pass embeds mini-batches again, with a graph.
 
     Each batch has a `ctx` of its own, so several batches may wait for their backward pass.
     """
@@ -196,7 +194,7 @@ class _CachedEmbeddings(torch.autograd.Function):
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """States of the generators that dropout on `device` draws from; MPS has one generator, which takes no device."""
+    """Return states of the generators that dropout on `device` draws from (MPS has one, which takes no device)."""
     if device.type == "cpu":
         return [torch.get_rng_state()]
     place = () if device.type == "mps" else (device,)
@@ -212,7 +210,7 @@ def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None
 
 @contextmanager
 def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Use these random states in the block, and restore the current ones afterwards."""
+    """Set these random states for a `with` block, and restore the current ones afterwards."""
     before = _random_states(device)
     _set_random_states(states, device)
     try:
@@ -230,7 +228,7 @@ def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, boo
 
 @contextmanager
 def _autocast(settings: list[tuple[str, torch.dtype, bool, bool]]) -> Iterator[None]:
-    """Use these settings in the block. The cache may hold weights cast without a graph, so it begins empty."""
+    """Autocast by these settings in a `with` block, after emptying the cache of weights cast without a graph."""
     torch.clear_autocast_cache()
     with ExitStack() as stack:
         for setting in settings:

@@ -54,11 +54,11 @@ class MultiExitContrastiveLoss(nn.Module):
         self.settings = settings or ContrastiveSettings()
         self.weighting, self.normalize_weights = weights, normalize_weights
         if self.settings.pairs != ContrastiveSettings().pairs:
-            message = "Leave out pairs: the columns of the dataset are anchor, positive and negatives."
+            message = "Leave out `pairs`: the dataset's columns are anchor, positive and negatives."
             raise UserError("contrastive.pairs", message)
         config = self._encoder().config
         if config.projection_order != "project_then_pool":
-            message = f"projection_order {config.projection_order!r} has no tokens to pool; use project_then_pool."
+            message = f"projection_order={config.projection_order!r} projects no tokens; use project_then_pool."
             raise UserError("contrastive.projection_order", message)
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)
@@ -68,14 +68,14 @@ class MultiExitContrastiveLoss(nn.Module):
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return the weighted terms of every exit, such as `clip_exit_4`; their sum is the loss.
+        """Return the weighted loss terms of every exit by name, such as `clip_exit_4`; their sum is the loss.
 
         `sentence_features` has `input_ids` and `attention_mask` (B, T) of each column; `labels` are not used. UserError
-        if the dataset has one column only, or columns or processes have different numbers of rows.
+        if the dataset has only one column, or if columns or processes have different numbers of rows.
         """
         columns = list(sentence_features)
         if len(columns) < 2:
-            raise UserError("contrastive.columns", "The dataset needs two columns of texts: anchor and positive.")
+            raise UserError("contrastive.columns", "The dataset needs at least two columns of texts: anchor, positive.")
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))
@@ -102,7 +102,7 @@ class MultiExitContrastiveLoss(nn.Module):
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """In this block, add the tokens projected by each exit's head to the transformer's features.
+        """In a `with` block, make the transformer's features include the tokens projected by each exit's head.
 
         The tokens must leave the wrapped model through its output, where DDP looks for used parameters.
         """
@@ -127,7 +127,7 @@ class MultiExitContrastiveLoss(nn.Module):
                 handle.remove()
 
     def _sentence_transformer(self) -> nn.Sequential:
-        """The model without the wrappers of DDP and `torch.compile`."""
+        """The model inside the wrappers of DDP and `torch.compile`."""
         model: Any = self.model
         while not isinstance(model, nn.Sequential):
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -143,7 +143,7 @@ class MultiExitContrastiveLoss(nn.Module):
         return encoder
 
     def get_config_dict(self) -> dict[str, Any]:
-        """All settings, for the model card."""
+        """Return all settings, for the model card."""
         own = {"exit_layers": self.exit_layers, "weights": self.weighting, "normalize_weights": self.normalize_weights}
         settings = json.loads(json.dumps(own | asdict(self.settings)))  # lists in place of tuples
         return {name: value for name, value in settings.items() if name != "pairs"}

@@ -66,9 +66,9 @@ METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda
 
 
 def _variant_name(name: str) -> str:
-    """Return the name; ValueError if it cannot be a folder, or is reserved for another kind of cell."""
+    """Return a variant's name; ValueError if a folder can't have it or if it is the name of another kind of model."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == SELF_DISTILLED or name.startswith("exit-"):
-        raise ValueError(f"must be a word other than {SELF_DISTILLED} and exit-K")
+        raise ValueError(f"must be one word, not {SELF_DISTILLED}, and must not begin with exit-")
     return name
 
 
@@ -76,7 +76,7 @@ VariantName = Annotated[str, AfterValidator(_variant_name)]
 
 
 class AblationCell(NamedTuple):
-    """One model to train and its recipe; the name is `self-distilled`, `exit-4` (baseline at exit 4) or a variant."""
+    """One model to train: its name (`self-distilled`, `exit-4` for the baseline at exit 4, or a variant) and recipe."""
 
     name: str
     recipe: FinetuningRecipe
@@ -121,25 +121,24 @@ class AblationRecipe:
 
     def __post_init__(self) -> None:
         if not self.held_out and not self.benchmarks:
-            raise UserError("ablation.benchmarks", "Nothing is measured: set held_out, or name benchmarks.")
+            raise UserError("ablation.benchmarks", "Nothing would be measured: set held_out=true or `benchmarks`.")
         if self.benchmarks and self.benchmark_data is None:
-            raise UserError("ablation.benchmark_data", "benchmarks need benchmark_data, the folder of their files.")
+            raise UserError("ablation.benchmark_data", "`benchmarks` needs `benchmark_data`, the folder of its files.")
         for changes in self.variants.values():
             parts = {key: key.partition(".")[0] for key in changes}
             if fixed := [key for key, part in parts.items() if FinetuningRecipe.OLD_KEYS.get(part, part) in _FIXED]:
-                raise UserError(
-                    "ablation.variants", f"variants must not change {', '.join(sorted(fixed))}: all cells share it."
-                )
+                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models have the same values."
+                raise UserError("ablation.variants", message)
 
     def base(self) -> FinetuningRecipe:
-        """Return the recipe of the self-distilled model, with the seed that splits the data."""
+        """Return the recipe of the self-distilled model; its seed decides which rows are held out."""
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Return all cells, seed by seed, for a checkpoint with these exits; UserError if a setting does not fit it."""
+        """Return all models to train from a checkpoint with these exits, by seed; UserError if settings are wrong."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
-            message = f"exit_layers names {unknown}; the model's exits are {list(exit_layers)}."
+            message = f"`exit_layers` names {unknown}, but the model's exits are {list(exit_layers)}."
             raise UserError("ablation.exit_layers", message)
         kinds: dict[str, Mapping[str, Any]] = {SELF_DISTILLED: {}}
         if self.baselines:
@@ -156,7 +155,7 @@ class AblationRecipe:
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
     def _alone(self, exit_layer: int) -> dict[str, Any]:
-        """Return what a baseline changes in the base recipe: it trains one exit, without terms of other exits."""
+        """Return the settings in which the baseline trained at `exit_layer` alone differs from the base recipe."""
         objective = self.base().objective
         changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
         changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
@@ -189,12 +188,12 @@ def ablate(
     progress: bool = True,
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and evaluate every cell that `out` does not hold yet, and compare all cells.
+    """Train and evaluate every cell (a model with a seed) that the folder `out` does not hold yet; compare all cells.
 
     `out` gets `data/` (rows, shared by all cells), `starting_points.json` (checksums of the models that cells start
     from), `cells/{name}/seed-{seed}/` (each a run of `finetune` with `scores.json`), and in the end `ablation.md`,
     `ablation.json` and, where matplotlib is installed, `ablation.png`. A later call may add seeds, variants and
-    benchmarks; new benchmarks train models again that were not kept. With several processes, each calls this function.
+    benchmarks; for new benchmarks, models that were not kept are trained again. Every process calls this function.
     UserError if the recipe contradicts itself or the model, or `out` holds cells of another recipe or starting point.
 
     Args:
@@ -261,19 +260,19 @@ def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
     for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
             if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; choose a retrieval benchmark.")
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; remove it from `benchmarks`.")
             found.append(task)
     return found
 
 
 def _check_starting_points(models: set[str], path: Path) -> None:
-    """Raise UserError if the weights of a starting checkpoint changed since an earlier call."""
+    """Raise UserError if a starting checkpoint's weights changed since an earlier call wrote checksums to `path`."""
     known = read_json(path) if path.is_file() else {}
     found = {name: checkpoint_checksum(starting_source(name)[0]) for name in models}
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise UserError(
             "ablation.starting_points",
-            f"{other} has other weights than when the cells in {path.parent} started from it; name another folder.",
+            f"The weights of {other} changed since models in {path.parent} started from it; name another folder.",
         )
     write_json(path, known | found)
 
@@ -281,7 +280,7 @@ def _check_starting_points(models: set[str], path: Path) -> None:
 def _run_cell(
     cell: AblationCell, data: RetrievalData, tasks: Sequence[RetrievalTask], run: Path, progress: bool
 ) -> dict[str, dict[int, Values]]:
-    """Train and evaluate a cell unless its scores exist; return benchmark → exit → reciprocal ranks."""
+    """Train and evaluate a model unless `run` has its scores; return benchmark → exit → reciprocal ranks of queries."""
     state, path = runs.processes_of_run(), run / SCORES
     by_checksum = {task.checksum(): task for task in tasks}
     with state.main_process_first():
@@ -343,7 +342,7 @@ def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants
 
 
 def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]]) -> dict[str, Any]:
-    """Return a variant's results: estimates per exit, their differences from the reference, the mean, and a verdict.
+    """Return a variant's scores per exit, their differences from the reference's, the mean difference and a verdict.
 
     A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
     lowers no exit (no interval of an exit's difference is below 0).
@@ -360,7 +359,7 @@ def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Value
 def _estimates(
     own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return metric → estimate of `own` (values by exit and seed), or of its difference from `reference` if given."""
+    """Return metric → mean and interval, over exits and seeds, of `own` or, if given, of `own` minus `reference`."""
     found = {}
     for metric, of_rank in METRICS.items():
         by_seed = [_mean(of_seed, of_rank) for of_seed in zip(*own, strict=True)]
@@ -378,7 +377,7 @@ def _estimates(
 
 
 def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Values:
-    """Apply `function` to every value and return the mean for each query."""
+    """Apply `function` to every value, and return each query's mean over `several`."""
     return {
         task: {query: float(np.mean([function(values[task][query]) for values in several])) for query in queries}
         for task, queries in several[0].items()
@@ -386,7 +385,7 @@ def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Valu
 
 
 def _without_places(value: Any) -> Any:
-    """Return the JSON value with this machine's paths replaced by `$MOSE_DATA` and `$HOME`."""
+    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace the paths that these variables hold."""
     text = json.dumps(value, default=str)
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
@@ -395,7 +394,7 @@ def _without_places(value: Any) -> Any:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Return tables, scores × 100, of what `compare` returns plus `command`, `recipe` and `bm25` (benchmark → MRR)."""
+    """Format as tables what `compare` returned, with `command`, `recipe` and `bm25` (benchmark → MRR) added to it."""
     seeds = ", ".join(map(str, results["seeds"]))
     recipe = results["recipe"]["finetuning"]
     parts = [
@@ -442,14 +441,13 @@ def _variant_rows(exits: Sequence[int], variants: Mapping[str, Any]) -> list[lis
 
 
 def _difference(figure: Mapping[str, Any]) -> list[str]:
-    """Return the difference, its interval, and the smallest and largest difference of any seed."""
     numbers = [figure["value"], figure["low"], figure["high"], min(figure["by_seed"]), max(figure["by_seed"])]
     value, low, high, least, most = (f"{100 * number:+.1f}" for number in numbers)
     return [value, f"{low} to {high}", f"{least} to {most}"]
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Plot MRR and Recall@1 against layers, self-distilled and alone, with intervals; a row of panels per benchmark."""
+    """Plot MRR and Recall@1 of self-distilled and single-exit models against layers, in one row per benchmark."""
     from matplotlib.figure import Figure
 
     rows, columns = len(results["benchmarks"]), len(METRICS)

@@ -13,13 +13,13 @@ from modular_star_encoder.utils.settings import Int, NonNegative
 
 @dataclass
 class MultiExitTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and how the exits of a ModularStarEncoder are trained.
+    """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
         exit_weights: weights of the exits' losses: `"paper"` (i/depth), `"uniform"`, `"linear"`, or a list of one
             number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the weights by their sum.
-        rotate_shallow_exits: train the deepest exit and one other per step, in turn, instead of all.
+        rotate_shallow_exits: train the deepest exit and, in turn, one of the others in each step, instead of all.
         ema_decay: decay of an exponential moving average of the weights, which the saved model has in place of the last
             step's weights; 0 for none. Not under FSDP.
         log_gradient_norms: add `gradient_norm_exit_{layer}` to every log line: the norm of the trunk's gradient from
@@ -57,8 +57,8 @@ class MultiExitTrainingArguments(TrainingArguments):
         if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
             raise UserError(
                 "training.schedule",
-                f"milestones {self.milestones!r} must be ascending steps from warmup_steps {self.warmup_steps} on, and "
-                f"fractions {self.fractions!r} must have a number of at least 0 for each.",
+                f"milestones={self.milestones!r} must be ascending steps, from warmup_steps={self.warmup_steps} on, "
+                f"and fractions={self.fractions!r} must have one number of at least 0 for each milestone.",
             )
         if not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
             message = f"ema_decay must be from 0 to below 1, and 0 with fsdp; not {self.ema_decay}."
@@ -66,7 +66,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:
-        """Return the fraction of the peak rate at an optimiser step, counted from 0; needs `milestones`.
+        """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak; needs `milestones`.
 
         Linear warm-up, s / `warmup_steps` at step s, then a constant rate that falls in steps. The paper (arXiv
         2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at steps 120k,

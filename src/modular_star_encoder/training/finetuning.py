@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a recipe of any `task`; return the recipe and the function that runs it, `run(recipe, out, progress=…)`.
+    """Read a fine-tuning recipe; return the recipe and the function that runs it, `run(recipe, out, progress=…)`.
 
     Arguments and errors are the same as in `load_recipe`.
     """
@@ -59,7 +59,7 @@ def load_finetuning(
         return build_settings(FinetuningRecipe, content, str(path)), finetune
     if task == "classification":
         return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
-    raise UserError("training.task", f"task must be retrieval or classification, not {task!r}.")
+    raise UserError("training.task", f"`task` must be retrieval or classification, not {task!r}.")
 
 
 def finetune(
@@ -143,7 +143,7 @@ def finetune(
 def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
-    """Return the model without weights and the trainer's arguments; UserError if recipe and model do not fit.
+    """Return the model without weights and the trainer's arguments; UserError if recipe and model do not fit together.
 
     These are all checks that need neither data nor weights.
     """
@@ -173,7 +173,7 @@ def _objective(recipe: FinetuningRecipe) -> ContrastiveObjective:
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> RetrievalData:
-    """Prepare the rows of `FinetuningRecipe.rows`; with `progress`, print the numbers of rows read and skipped."""
+    """Prepare the retrieval data described by `FinetuningRecipe.rows`; with `progress`, print the numbers of rows."""
     data = prepare_retrieval_data(folder=folder, progress=progress, **rows)
     if progress:
         for name, source in data.report["sources"].items():
@@ -188,7 +188,7 @@ def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> Retri
 def _batches(
     recipe: FinetuningRecipe, data: RetrievalData, prompts: bool, tokenizer: PreTrainedTokenizerFast, processes: int
 ) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
-    """Return training batches, evaluation batches, kind of pairs → number of groups, mean tokens of text and code."""
+    """Return training batches, evaluation batches, number of groups by kind of pairs, mean tokens of text and code."""
     eval_pairs, batch_size, seed, steps = recipe.eval_pairs, recipe.batch_size, recipe.seed, recipe.max_steps
     train, held_out = (
         RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **recipe.lengths())
@@ -199,8 +199,8 @@ def _batches(
     most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
-        message = f"At most {most} held-out rows fit into one batch, too few for {processes} processes."
-        raise UserError("training.held_out.too_few", f"{message} Raise eval_fraction, or add data.")
+        message = f"A batch of held-out pairs has at most {most}, but {processes} processes need two each."
+        raise UserError("training.held_out.too_few", f"{message} Raise `eval_fraction`, or add data.")
     plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
     batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)
     eval_batches = RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size))
@@ -229,7 +229,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
 ) -> runs.Preflight:
-    """Estimate a run; `groups` is kind of pairs → number of groups, `tokens` the mean tokens of text and of code."""
+    """Estimate the size of a run from the number of groups by kind of pairs and the mean tokens of text and code."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
@@ -250,7 +250,7 @@ def finetuning_preflight(
 
 
 def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEncoder:
-    """Return an encoder of a trained checkpoint at every exit, with the text lengths of training."""
+    """Return one encoder that embeds at every exit of a trained checkpoint and cuts texts to `lengths`."""
     model, tokenizer = load_checkpoint(checkpoint)
     return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=max(lengths.values()))
 
@@ -258,7 +258,7 @@ def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEnco
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of pairs; arguments, files in `out`, resumption and errors are those of `finetune`.
+    """Train a classifier of code pairs; arguments, files in `out`, resumption and errors are as in `finetune`.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on validation

@@ -139,14 +139,14 @@ def pretrain(
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """Return the configuration of a recipe's `model`; UserError if it is not found (`config.unknown`)."""
+    """Return the configuration that a recipe's `model` names; UserError if there is none (`config.unknown`)."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> runs.Preflight:
-    """Estimate a run, see `preflight`; heads are computed at masked tokens only, for each exit of a step."""
+    """Estimate the size of a run (see `preflight`); heads run at masked tokens only, once for each exit of a step."""
     exits = 2 if recipe.training["rotate_shallow_exits"] else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return runs.preflight(

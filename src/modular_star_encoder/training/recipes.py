@@ -102,7 +102,7 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return the content with the keys of the old mapping `trainer` moved up, and current names in `config`."""
+        """Return the content of a recipe with the keys of the old `trainer` moved up and current names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":
@@ -112,7 +112,7 @@ class TrainingSettings:
             if name == "trainer" and isinstance(value, Mapping):
                 if value:
                     keys = ", ".join(map(str, value))
-                    warnings.warn(f"Move {keys} from trainer to the recipe itself.", FutureWarning, stacklevel=5)
+                    warnings.warn(f"Move {keys} from `trainer` to the recipe's top level.", FutureWarning, stacklevel=5)
                 upgraded |= value
             else:
                 upgraded[name] = value
@@ -122,7 +122,7 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as plain values, in one mapping as in the YAML file."""
+        """Return all settings as plain values, in one mapping as in the YAML file."""
         settings = asdict(self)
         return {**settings.pop("training"), **settings}
 
@@ -139,7 +139,7 @@ class TrainingSettings:
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
         given |= given.pop("training")
         if twice := sorted(set(given) & set(decided)):
-            message = f"Leave out {', '.join(twice)}: other settings of the recipe decide it."
+            message = f"Leave out {', '.join(twice)}, which the recipe's other settings decide."
             raise UserError("training.arguments.decided", message)
         defaults: dict[str, Any] = {
             "eval_strategy": "steps",
@@ -156,10 +156,10 @@ class TrainingSettings:
 
 @settings_class
 class TrainingRecipe(TrainingSettings):
-    """What all recipes share.
+    """Settings that all training recipes share.
 
     Args:
-        model: a folder of `hub_configs`, or any folder with a config.json; training continues from weights.
+        model: a folder of `hub_configs`, or any folder with a config.json; training continues from its weights, if any.
         tokenizer: folder or Hub id; by default the model's own.
         attn_implementation: attention to train with.
     """
@@ -179,7 +179,7 @@ class PretrainingRecipe(TrainingRecipe):
         rows_per_device: rows in memory at once on each device.
         max_tokens: longest row, special tokens included.
         mlm_probability: share of the text tokens to predict.
-        tokenizer: folder or Hub id; by default one of the model's vocabulary size is trained on the corpus.
+        tokenizer: folder or Hub id; by default a new one with the model's vocabulary size, trained on the corpus.
         start_from_corpus: initialise token vectors by spelling and decoder biases by frequency, for small models.
         packing: compute the rows of a batch as one flat row, without padding.
         eval_fraction: share of the repositories kept for evaluation.
@@ -199,14 +199,14 @@ class PretrainingRecipe(TrainingRecipe):
     eval_rows: Count = 512
 
     def accumulation(self, processes: int) -> int:
-        """Batches of gradients to accumulate on each of `processes` devices."""
+        """Return the number of batches of `rows_per_device` in one step on each of `processes` devices."""
         batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
         return _quotient("tokens_per_step", self.tokens_per_step, batch)
 
 
 @settings_class
 class StartingRecipe(TrainingRecipe):
-    """What recipes of fine-tuning share.
+    """Settings that all fine-tuning recipes share.
 
     Args:
         task: retrieval or classification; each has settings of its own.
@@ -267,7 +267,7 @@ class FinetuningRecipe(StartingRecipe):
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
         if self.objective.pairs not in (default, pairs):
-            message = "Leave out objective.pairs: the data decides whether there are negatives."
+            message = "Leave out `objective.pairs`: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
         if self.lora is not None and (self.grow_to or (self.distillation and self.distillation.start_from_teacher)):
             message = "lora trains adapters of given weights; leave out grow_to and distillation.start_from_teacher."
@@ -275,7 +275,7 @@ class FinetuningRecipe(StartingRecipe):
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def rows(self) -> dict[str, Any]:
-        """Arguments of `prepare_retrieval_data`."""
+        """Return the arguments of `prepare_retrieval_data`."""
         names = ("eval_fraction", "seed", "max_train_samples")
         return {"settings": self.data} | {name: getattr(self, name) for name in names}
 
@@ -283,7 +283,7 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Pairs of one step on each of `processes` devices, an even number: half of them are text → code."""
+        """Return the number of pairs per step on each of `processes` devices, an even number for two kinds of pairs."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
@@ -307,17 +307,17 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Pairs in memory at once on each of `processes` devices, and batches of gradients to accumulate."""
+        """Return the pairs in memory at once on each of `processes` devices, and the batches of this size in a step."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
         return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
 
 
 def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
-    """Divide the total by the product of `factors`; UserError if a rest remains (`training.batch_size.multiple`)."""
+    """Divide `total` by the product of `factors`; UserError if there is a remainder (`training.{name}.multiple`)."""
     product = math.prod(factors.values())
     if total % product:
         numbers = " × ".join(map(str, factors.values()))
-        message = f"{name} {total} must be a multiple of {' × '.join(factors)} = {numbers} = {product}."
+        message = f"{name}={total} must be a multiple of {' × '.join(factors)} = {numbers} = {product}."
         raise UserError(f"training.{name}.multiple", message)
     return total // product
 
@@ -325,8 +325,8 @@ def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
 def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
     """Raise UserError if a maximum length exceeds the model's `max_position_embeddings`."""
     longest = config.max_position_embeddings
-    if too_long := [f"{name} {length}" for name, length in lengths.items() if length > longest]:
-        message = f"{', '.join(too_long)} must be at most the model's max_position_embeddings {longest}."
+    if too_long := [f"{name}={length}" for name, length in lengths.items() if length > longest]:
+        message = f"{', '.join(too_long)} must be at most the model's max_position_embeddings={longest}."
         raise UserError("training.length.too_long", message)
 
 

@@ -36,12 +36,12 @@ class Preflight:
     """Size of a run, estimated before it starts.
 
     Attributes:
-        parameters, trained_parameters: numbers for the model with its heads and adapters.
+        parameters, trained_parameters: numbers of parameters of the model with its heads and adapters.
         rows_per_step, steps, processes: numbers for the run; in contrastive training a row is a pair.
         tokens_per_row: mean of all texts of a row together.
         flops_per_row: floating-point operations of training on one row, forward and backward.
         memory_bytes: upper estimate per device: float32 weights, gradients and two moments, and activations.
-        groups: kind of pairs → number of groups of rows without common texts.
+        groups: kind of pairs → number of groups; rows of different groups have no text in common.
         epochs: kind of pairs → how often the run uses each group.
     """
 
@@ -87,14 +87,14 @@ def preflight(
     other_bytes: int = 0,
     groups: Mapping[str, int] | None = None,
 ) -> Preflight:
-    """Estimate a run.
+    """Estimate the parameters, memory and floating-point operations of a training run.
 
     FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
     et al. (arXiv 2204.02311, appendix B).
 
     Args:
         model: with its adapters, if it has some; may be on the meta device.
-        texts: for each kind of row, all equally frequent, the mean tokens of its texts.
+        texts: for each kind of row (all equally frequent), the mean tokens of each text of a row.
         tokens_in_memory: tokens on one device whose activations are kept at once.
         passes: training passes through the layers per row; 4/3 where gradients are cached.
         head_flops, other_bytes: FLOPs of the heads per row; further bytes kept on each device.
@@ -125,12 +125,12 @@ def preflight(
 
 
 def processes_of_run() -> PartialState:
-    """Return the state of this run's processes; without a GPU they communicate by gloo."""
+    """Return accelerate's state of this run's processes, which communicate by gloo if there is no GPU."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError if `out` has files but not `mark`. Hidden files do not matter: a killed run leaves some."""
+    """Raise UserError if `out` has files, but none named `mark`. Hidden files, left by a killed run, do not matter."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if out.is_file() or (names and mark not in names):
         raise UserError("training.run.not_a_run", f"{out} is not empty and holds no {kind}; name another folder.")
@@ -154,7 +154,7 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
         begun = any(path != written for path in out.iterdir())
         names = {*settings, *before} if trained else set(until_trained) if begun else set()
         if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
-            message = f"{out} holds a run with another {', '.join(other)}; name another folder."
+            message = f"{out} holds a run with other values of {', '.join(other)}; name another folder."
             raise UserError("training.run.other_settings", message)
     out.mkdir(parents=True, exist_ok=True)
     write_json(written, settings)
@@ -201,7 +201,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint folder, or None; the last file that `Trainer` writes is `trainer_state.json`."""
+    """Return the newest complete checkpoint folder (with `trainer_state.json`, which `Trainer` writes last) or None."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError):
@@ -210,7 +210,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def format_log(logs: dict[str, float]) -> str:
-    """`{"loss": 1.2, "clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `loss 1.200 · clip_loss 4: 1.300, 9: 1.000`."""
+    """Format one log entry: `{"clip_loss_exit_4": 1.3, "clip_loss_exit_9": 1}` → `clip_loss 4: 1.300, 9: 1.000`."""
     single, per_exit = [], defaultdict(list)
     for name, value in logs.items():
         if match := re.fullmatch(r"(.+)_exit_(\d+)", name):
@@ -226,7 +226,7 @@ class ExitProgressCallback(ProgressCallback):
     """`Trainer`'s progress bar, with readable log lines."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write one line above the bar; the summary at the end of training has no line."""
+        """Write a log entry as one line above the progress bar, but leave out the summary at the end of training."""
         line = format_log(logs or {})
         if state.is_world_process_zero and self.training_bar is not None and line:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps} · {line}")

@@ -25,10 +25,10 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return the location of a recipe's `model` and whether it has weights.
+    """Return the folder or Hub id that a recipe's `model` names, and whether it has weights.
 
-    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`; if it
-    can be none of these, UserError (`config.unknown`).
+    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
+    UserError if none of these fits (`config.unknown`).
     """
     folder = Path(name).expanduser()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
@@ -37,7 +37,7 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
         folder = hub_config_folder(name)
     except UserError as error:
         if not (folder / "config.json").is_file():
-            advice = f"No folder {name} with a config.json either. Pre-train first, or give a Hub id owner/name."
+            advice = f"No folder {name} with a config.json exists. Pre-train first, or give a Hub id owner/name."
             raise UserError(error.key, f"{error} {advice}") from error
     return folder, has_weights(folder)
 
@@ -49,8 +49,8 @@ def has_weights(folder: Path) -> bool:
 def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
     """Return the configuration of a recipe's starting model.
 
-    UserError if settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if neither a
-    folder nor a Hub repository of this name exists.
+    UserError if settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if no folder
+    or Hub repository has this name.
     """
     source, _ = starting_source(recipe.model)
     try:
@@ -62,7 +62,7 @@ def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
     except StrictDataclassError as error:
         raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
-        message = f"No config.json of {recipe.model} was read; pre-train it first, or name a repository of the Hub"
+        message = f"The config.json of {recipe.model} could not be read; pre-train it, or name a repository of the Hub"
         raise OSError(f"{message}. {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
@@ -78,7 +78,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
     """
     source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
-        message = f"{recipe.model} has no weights and no tokenizer; set tokenizer in the recipe."
+        message = f"{recipe.model} has no weights and no tokenizer; set `tokenizer` in the recipe."
         raise UserError("training.tokenizer.missing", message)
     tokenizer = with_template(load_tokenizer(recipe.tokenizer or source))
     torch.manual_seed(recipe.seed)
@@ -99,7 +99,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, the model only {vocab_size}; take the model's own tokenizer."
+        message = f"The tokenizer has {tokens} tokens, but the model only {vocab_size}; use the model's own tokenizer."
         raise UserError("training.tokenizer.too_large", message)
 
 
@@ -137,7 +137,7 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
 
 
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> nn.Module:
-    """Freeze the trunk and give its linear layers adapters; heads stay trainable and are saved with the adapters.
+    """Freeze the trunk and add LoRA adapters to its linear layers; heads are trained and saved with the adapters.
 
     Return the `PeftModel`. `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
     """
@@ -151,14 +151,14 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     try:
         config = LoraConfig(**{**defaults, **settings})
     except TypeError as error:
-        raise UserError("training.lora", f"lora: {error}.") from error
+        raise UserError("training.lora", f"`lora`: {error}.") from error
     return get_peft_model(model, config)
 
 
 def save_trained(
     trainer: MultiExitTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: StartingRecipe
 ) -> None:
-    """Write `model/` with weights, code and tokenizer; with adapters, write `adapter/` too and merge the weights.
+    """Write weights, code and tokenizer to `out/model/`; if adapters were trained, write `out/adapter/` and merge them.
 
     Every process calls this, because a model may be spread over them.
     """

@@ -100,7 +100,7 @@ class MultiExitTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the weighted sum of the exits' losses; with `return_outputs` also the metrics, each (E,)."""
+        """Return the weighted sum of the exits' losses; with `return_outputs` also the metrics, each of shape (E,)."""
         exits, weights = self._exits_of_this_step(model)
         output = self.objective(model, dict(inputs), exits)
         for name, values in output.metrics.items():
@@ -116,7 +116,7 @@ class MultiExitTrainer(Trainer):
         return (loss, output.metrics) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Return the schedule of `args.milestones` if set, else the one of `args.lr_scheduler_type`."""
+        """Return the learning-rate schedule: by `args.milestones` if set, otherwise by `args.lr_scheduler_type`."""
         args, chosen = self.args, optimizer or self.optimizer
         if isinstance(args, MultiExitTrainingArguments) and args.milestones and chosen and self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(chosen, args.rate_fraction)
@@ -124,11 +124,11 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Exclude biases, norms and a learned logit scale: CLIP decays no gains (arXiv 2103.00020, section 2.5)."""
+        """Return which parameters decay: all but biases, norms and the logit scale (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save as `Trainer` does, but without the pickled settings, so that the folder can be published as it is."""
+        """Save as `Trainer` does, but without the pickled arguments, so that the folder can be published as it is."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self._folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -161,11 +161,11 @@ class MultiExitTrainer(Trainer):
         report = {"step": step, "rank": rank, "losses": finite, "other_values": others}
         write_json(path.with_suffix(".json"), report)
         by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
-        message = f"The loss of step {step} is not finite ({by_exit}); its batch is in {path}."
+        message = f"The loss of step {step} is not finite ({by_exit}); its batch was written to {path}."
         raise UserError("training.loss.not_finite", message)
 
     def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return the norm (E,) of the trunk's gradient from each loss."""
+        """Return for each exit's loss the norm (E,) of its gradient with respect to the trunk's parameters."""
         model = self.accelerator.unwrap_model(self.model)
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a model with adapters
         parameters = [parameter for parameter in bare.model.parameters() if parameter.requires_grad]
@@ -177,33 +177,33 @@ class MultiExitTrainer(Trainer):
         return torch.stack(norms)
 
     def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
-        """Gather a metric, one value per exit or one for all, for the next log line."""
+        """Keep a metric of one batch, one value per exit or one for all, for its mean in the next log line."""
         keys = [f"{name}_exit_{exit_layer}" for exit_layer in exits] if values.dim() else [name]
         for key, value in zip(keys, values.detach().float().reshape(-1), strict=True):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics per exit gathered since the last training log."""
+        """Log as `Trainer` does, and add the means of each exit's metrics since the last training log."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
                 logger.warning_once(
-                    "The deepest exit takes more than a tenth of all negatives to be false: it can't guide yet. "
-                    "Fine-tune without false_negative_margin and false_negative_factor first, or set them stricter."
+                    "The deepest exit masks more than a tenth of all negatives as false, so it can't be relied on yet. "
+                    "First fine-tune without `false_negative_margin` and `false_negative_factor`."
                 )
         super().log(logs, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
-        """Return the total loss of one batch, and gather the metrics of its exits."""
+        """Return the total loss of one batch, and keep the metrics of its exits for `evaluation_loop`."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)))
         assert isinstance(loss, torch.Tensor)  # because return_outputs is False
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `Trainer`, with `{prefix}_{metric}_exit_{layer}` among the metrics."""
+        """Evaluate as `Trainer` does, and add `{prefix}_{metric}_exit_{layer}` to the metrics."""
         metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
         # Training metrics that are not logged yet must survive an evaluation between two log lines.
         training, self._gathered = self._gathered, {}
@@ -241,7 +241,7 @@ def check_objective(
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
-            "log_gradient_norms does not work with mini_batch_tokens, which keeps no graph; switch one of them off.",
+            "`log_gradient_norms` does not work with `mini_batch_tokens`, which keeps no graph; set only one of them.",
         )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
