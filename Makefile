@@ -1,4 +1,4 @@
-# make quickstart    train, measure, slice and search a small model (under ten minutes on two cores)
+# make quickstart    measure the shipped model on your code, fine-tune it, measure again, slice and search
 # make test-fast     the quick tests (under a minute on two cores): what to run while editing
 # make test          every test
 # make lint          ruff, who may import whom, types

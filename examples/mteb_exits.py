@@ -1,9 +1,9 @@
 """Run tasks of mteb at several exits of a checkpoint, or mteb's retrieval on functions of your own.
 
     pip install 'modular-star-encoder[mteb]'
-    python examples/mteb_exits.py runs/quickstart/model --tasks CosQA CodeSearchNetRetrieval --exit-layers 1,3
-    python examples/mteb_exits.py runs/quickstart/model --tasks "MTEB(Code, v1)"
-    python examples/mteb_exits.py runs/quickstart/model --data ~/checkouts
+    python examples/mteb_exits.py hub_configs/mose-code --tasks CosQA CodeSearchNetRetrieval --exit-layers 0,6
+    python examples/mteb_exits.py hub_configs/mose-code --tasks "MTEB(Code, v1)"
+    python examples/mteb_exits.py hub_configs/mose-code --data ~/checkouts
 
 The first two fetch mteb's data sets; the third needs no network. Results are stored in mteb's format in --out, and an
 interrupted run continues from them.
