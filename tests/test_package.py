@@ -44,8 +44,8 @@ def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
     for expected in (
         "modeling/modeling_modular_star_encoder.py",
         "modeling/configuration_modular_star_encoder.py",
-        "hub_configs/quickstart/config.json",
-        "hub_configs/quickstart/recipe.yaml",
+        "hub_configs/small/config.json",
+        "hub_configs/mose-code/finetune.yaml",
         "demo/page.css",
         "hub/subprocess_check.py",
         "py.typed",

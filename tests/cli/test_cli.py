@@ -129,7 +129,7 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(mose, checkpoint, tmp
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_status_2(mose, checkpoint, code, arguments, message):
-    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": "hub_configs/quickstart/publish.yaml"}
+    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": "hub_configs/small/publish.yaml"}
     status, out, err = mose(*(places.get(argument, argument) for argument in arguments))
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]

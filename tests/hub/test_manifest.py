@@ -80,7 +80,6 @@ OURS = {
     "small": (13_346_874, 13e6),
     "mini": (2_868_790, 2.9e6),
     "mose-code": (15_920_512, 16e6),
-    "quickstart": (1_495_808, 1.5e6),
 }
 
 
@@ -108,7 +107,7 @@ def test_a_cut_configuration_is_what_slicing_the_full_one_gives(exit_layer):
     assert load_config(f"finetuned-{exit_layer}").to_diff_dict() == expected.to_diff_dict()
 
 
-@pytest.mark.parametrize(("name", "repositories"), [("quickstart", 6), ("small", 6), ("finetuned", 6)])
+@pytest.mark.parametrize(("name", "repositories"), [("small", 6), ("finetuned", 6)])
 def test_a_manifest_publishes_every_exit_of_its_model(name, repositories):
     manifest = load_manifest(hub_config_folder(name) / "publish.yaml", ["namespace=me", "license=apache-2.0"])
     assert len(manifest.repositories) == repositories

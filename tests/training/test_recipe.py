@@ -1,33 +1,16 @@
 """Recipes and configurations that ship with the package, the schedule of pre-training, and what is logged."""
 
-import runpy
-from pathlib import Path
-
 import pytest
-import torch
 
-from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.recipes import (
     ClassificationRecipe,
     FinetuningRecipe,
     PretrainingRecipe,
-    hub_config_folder,
-    load_config,
-    load_recipe,
 )
 from modular_star_encoder.training.runs import format_log
 from modular_star_encoder.utils.settings import format_reference
-
-
-def test_the_quickstart_recipe_and_configuration_fit_each_other():
-    kind = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "quickstart.py"))["QuickstartRecipe"]
-    recipe, config = load_recipe(kind, hub_config_folder("quickstart") / "recipe.yaml"), load_config("quickstart")
-    assert recipe.vocab_size == config.vocab_size
-    assert max(recipe.max_document_tokens, recipe.pretraining.max_tokens) <= config.max_position_embeddings
-    with torch.device("meta"):
-        assert 1e6 < ModularStarEncoderForRetrieval(config).num_parameters() < 4e6
 
 
 @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe, ClassificationRecipe, AblationRecipe])

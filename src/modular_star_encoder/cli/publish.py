@@ -30,7 +30,7 @@ def add_publish_commands(commands: Any) -> None:
     card.set_defaults(run=run_card)
 
     publish = commands.add_parser("publish", help="verify repositories and say what would change; --upload does it")
-    publish.add_argument("source", metavar="MANIFEST", help="such as hub_configs/quickstart/publish.yaml; or a folder")
+    publish.add_argument("source", metavar="MANIFEST", help="such as hub_configs/small/publish.yaml; or a folder")
     publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: namespace=NAME")
     _add_folder_options(publish)
     publish.add_argument("--upload", action="store_true", help="upload, one commit for each repository that differs")

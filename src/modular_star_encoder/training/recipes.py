@@ -37,7 +37,7 @@ from modular_star_encoder.utils.settings import (
 
 
 def hub_config_folder(name: str) -> Path:
-    """Return the folder of a packaged configuration such as `"quickstart"`; UserError if unknown (`config.unknown`)."""
+    """Return the folder of a packaged configuration such as `"small"`; UserError if unknown (`config.unknown`)."""
     root = Path(str(files("modular_star_encoder.hub_configs")))
     names = sorted(path.parent.name for path in root.glob("*/config.json"))
     if name not in names:
