@@ -46,7 +46,7 @@ def test_every_line_with_content_is_in_one_piece():
     assert not any(line.strip() for number, line in enumerate(lines, 1) if number not in covered)
     assert all(piece.text.split("\n") == lines[piece.first_line - 1 : piece.last_line] for piece in pieces)
     assert [piece.name for piece in pieces[:3]] == ["", "Large", "Large.method_0"]
-    assert pieces[1].line == pieces[1].first_line == 6
+    assert (pieces[1].first_line, pieces[1].line) == (6, 7)
 
 
 def test_a_small_class_is_one_piece_and_knows_its_methods():
