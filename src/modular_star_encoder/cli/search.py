@@ -34,7 +34,7 @@ def add_search_commands(commands: Any) -> None:
     index.add_argument("--dimension", metavar="D", type=int, help="components to keep (default: all)")
     index.add_argument("--languages", metavar="LIST", type=name_list, help="languages to read (default: all)")
     index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
-    index.add_argument("--vendored", action="store_true", help="also read copies of other projects")
+    index.add_argument("--vendored", action="store_true", help="also read copied and generated code")
     _add_show_skipped(index)
     index.add_argument("--rebuild", action="store_true", help="replace the index, also with other settings")
     index.add_argument("--json", action="store_true", help="print JSON")

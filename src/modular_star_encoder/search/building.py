@@ -86,7 +86,7 @@ def _files(count: int) -> str:
 
 
 SEARCH_FILTERS = FileFilters(
-    max_bytes=5_000_000, max_line_length=None, any_encoding=True, generated=False, minified=False
+    max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
 )
 """What search leaves out, besides what git ignores."""
 
@@ -118,7 +118,9 @@ def update_store(
         folder,
         languages=settings.languages,
         depth=0,
-        filters=replace(SEARCH_FILTERS, tests=settings.tests, vendored=settings.vendored),
+        filters=replace(
+            SEARCH_FILTERS, tests=settings.tests, vendored=settings.vendored, marked_generated=settings.vendored
+        ),
         may_be_empty=True,
         obey_ignore_files=True,
     )

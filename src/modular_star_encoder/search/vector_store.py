@@ -225,7 +225,7 @@ class IndexSettings:
         prompts: `query` and `document`, as texts were embedded.
         folder: the indexed folder: an absolute path, or relative to the index if the index is inside it.
         languages: languages that are read, in the order of `SEARCH_LANGUAGES`.
-        tests, vendored: whether test code and copies of other projects are read.
+        tests, vendored: whether test code is read; whether copies of other projects and generated code are.
         format: of the index.
     """
 

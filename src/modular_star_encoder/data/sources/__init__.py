@@ -103,7 +103,8 @@ _GENERATED_PHRASES = re.compile(
 )
 # Go's convention (https://go.dev/s/generatedcode), which others follow; licences often come before it.
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
-_PHRASE_LINES, _MARKER_LINES = 5, 40
+_GENERATED_MARK = re.compile(r"@generated\b|generated\b.{,300}?\bdo not (edit|modify)", re.IGNORECASE | re.DOTALL)
+_PHRASE_LINES, _MARK_LINES, _MARKER_LINES = 5, 10, 40
 _MINIFIED_LINE, _MINIFIED_AVERAGE = 1000, 200
 
 # Base64, hexadecimal, Unicode escapes: the paper's patterns, each with a string that a text must hold to be searched.
@@ -138,6 +139,13 @@ def is_generated(text: str) -> bool:
     """Whether `text` says that a program wrote it: phrases in the first 5 lines, Go's marker in the first 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
+
+
+def is_marked_generated(text: str) -> bool:
+    """Whether `text` asks not to be edited because a program wrote it: in the first 10 lines, Go's marker in 40."""
+    lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
+    mark = _GENERATED_MARK.search("\n".join(lines[:_MARK_LINES]))
+    return mark is not None or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_minified(text: str) -> bool:
@@ -179,6 +187,7 @@ class FileFilters:
     min_alphabetic_share: float = 0.0  # of letters among the characters
     any_encoding: bool = False  # whether files that are not UTF-8 are read, by `decode_source`
     generated: bool = True  # whether files that a program wrote are kept; likewise below
+    marked_generated: bool = True  # those that ask not to be edited
     minified: bool = True
     encoded_data: bool = True  # long Base64 or hexadecimal data
     vendored: bool = False  # copies of other projects
@@ -206,7 +215,8 @@ class FileFilters:
             return "long lines on average"
         if alphabetic_share(text) < self.min_alphabetic_share:
             return "few letters"
-        if not self.generated and is_generated(text):
+        marked = not self.marked_generated and is_marked_generated(text)
+        if marked or (not self.generated and is_generated(text)):
             return "generated code"
         if not self.minified and is_minified(text):
             return "minified code"
