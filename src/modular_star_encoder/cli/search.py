@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import VectorStore
 
-_DEFAULTS: dict[str, Any] = {"exit_layers": (), "tests": True, "vendored": False, "rebuild": False}
+_DEFAULTS: dict[str, Any] = {"exit_layers": (), "docs": False, "tests": True, "vendored": False, "rebuild": False}
 _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
 """Defaults of those options of `mose index` that are settings of the index."""
 
@@ -33,6 +33,7 @@ def add_search_commands(commands: Any) -> None:
     index.add_argument("--exit-layers", metavar="LIST", type=exit_list, default=(), help="several exits: 4,9 or all")
     index.add_argument("--dimension", metavar="D", type=int, help="components to keep (default: all)")
     index.add_argument("--languages", metavar="LIST", type=name_list, help="languages to read (default: all)")
+    index.add_argument("--docs", action="store_true", help="also read Markdown, in pieces by heading")
     index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
     index.add_argument("--vendored", action="store_true", help="also read copied and generated code")
     _add_show_skipped(index)
@@ -148,10 +149,13 @@ def _note_skipped(report: UpdateReport, show: bool, out: TextIO) -> None:
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     """Build or update the index with the settings that the options name."""
+    from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
+    if arguments.docs:
+        arguments.languages = (*(arguments.languages or SEARCH_LANGUAGES), "markdown")
     if arguments.exit_layers is None:
         arguments.exit_layers = _trained_exits(checkpoint)
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}

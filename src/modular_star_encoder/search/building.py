@@ -62,6 +62,11 @@ class UpdateReport:
     guessed_files: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def skip(self, path: str, reason: str) -> None:
+        """Count a skipped file."""
+        self.skipped[reason] += 1
+        self.skipped_files.append((path, reason))
+
     def summary(self) -> str:
         """Return one line on what was left out or guessed, such as `2 files left out: 1 vendored, 1 empty`; or ``."""
         reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in self.skipped.most_common())
@@ -138,11 +143,9 @@ def update_store(
     store.finish()
     report = writer.report
     report.rows, report.seconds = store.count(), perf_counter() - start
-    report.skipped, report.skipped_files, report.guessed_files = (
-        reader.skipped,
-        reader.skipped_files,
-        reader.guessed_files,
-    )
+    for path, reason in reader.skipped_files:
+        report.skip(path, reason)
+    report.guessed_files = reader.guessed_files
     return report
 
 
@@ -170,6 +173,8 @@ class _Writer:
 
     def add(self, file: SourceFile, snippets: list[Snippet]) -> None:
         """Collect the pieces of one file, and write if there are enough rows for a batch."""
+        if not snippets:
+            self.report.skip(file.path, "no words")
         self._files.append((file, snippets))
         self._rows += len(snippets)
         if self._rows >= _ROWS_PER_BATCH:

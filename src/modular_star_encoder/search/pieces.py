@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,7 @@ class _Divider:
     def __init__(self, path: str, language: str, lines: list[str], definitions: Sequence[Definition]) -> None:
         self._path, self._language, self._lines = path, language, lines
         self._definitions = [one for one in definitions if one.kind != "extension"]
+        self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
         """Yield the pieces of the lines from `start` to `end`, which hold these definitions; `outer` encloses them."""
@@ -124,7 +126,7 @@ class _Divider:
                 yield self._snippet(first, last, name)
 
     def _snippet(self, first: int, end: int, name: str, line: int | None = None) -> Snippet:
-        inside = [one for one in self._definitions if first <= one.start < end]
+        inside = self._definitions[bisect_left(self._starts, first) : bisect_left(self._starts, end)]
         if line is None:  # the first lines of a class begin with its decorators
             line = inside[0].line if inside and inside[0].line < end else first
         last_parts = (one.name.rpartition(".")[2] for one in inside)

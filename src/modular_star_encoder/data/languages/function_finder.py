@@ -12,7 +12,14 @@ from itertools import takewhile
 from tree_sitter import Node, QueryCursor, Tree
 
 from modular_star_encoder.data.languages.documentation import description_before, docstring_description, docstring_of
-from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
+from modular_star_encoder.data.languages.parsing import (
+    Grammar,
+    SourceText,
+    UnparsableSourceError,
+    has_wide_error,
+    load_grammar,
+    parse,
+)
 from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
@@ -73,10 +80,16 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors."""
+    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors.
+
+    UnparsableSourceError as `parse_once`, or if there is an error of so many tokens that a query would take minutes.
+    """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
-    for _, captures in QueryCursor(grammar.query).matches(parse(source.bytes, grammar).root_node):
+    tree = parse(source.bytes, grammar)
+    if has_wide_error(tree):
+        raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
+    for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
             continue

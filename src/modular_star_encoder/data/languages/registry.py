@@ -456,11 +456,18 @@ _ENTRIES = (
         """,
         line_comment=r"\s*--+",
     ),
+    Language(
+        name="markdown",
+        suffixes=(".md", ".markdown"),
+        query="(section . (atx_heading heading_content: (_) @name)) @scope",
+    ),
 )
 
 _LANGUAGE = {one.name: one for one in _ENTRIES}
-SEARCH_LANGUAGES = tuple(_LANGUAGE)
+ALL_LANGUAGES = tuple(_LANGUAGE)
 """Our names of all languages."""
+SEARCH_LANGUAGES = ALL_LANGUAGES[:-1]
+"""The languages that search reads unless others are named: all but Markdown."""
 LANGUAGES = SEARCH_LANGUAGES[:8]
 """The languages of ModularStarEncoder, which training and the data sets use."""
 

@@ -105,7 +105,7 @@ _GENERATED_PHRASES = re.compile(
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
 _GENERATED_MARK = re.compile(r"@generated\b|generated\b.{,300}?\bdo not (edit|modify)", re.IGNORECASE | re.DOTALL)
 _PHRASE_LINES, _MARK_LINES, _MARKER_LINES = 5, 10, 40
-_MINIFIED_LINE, _MINIFIED_AVERAGE = 1000, 200
+_MINIFIED_LINE, _MINIFIED_AVERAGE, _LONGEST_COUNTED = 1000, 200, 10_000
 
 # Base64, hexadecimal, Unicode escapes: the paper's patterns, each with a string that a text must hold to be searched.
 _ENCODED_DATA = (
@@ -149,8 +149,11 @@ def is_marked_generated(text: str) -> bool:
 
 
 def is_minified(text: str) -> bool:
-    """Whether `text` has a line of over 1,000 characters, and over 200 in a line on average."""
-    lengths = _line_lengths(text)
+    """Whether `text` has a line of over 1,000 characters, and over 200 in a line on average.
+
+    One long line of data among many lines of code is not enough: a line counts as at most 10,000 characters.
+    """
+    lengths = [min(length, _LONGEST_COUNTED) for length in _line_lengths(text)]
     return max(lengths) > _MINIFIED_LINE and sum(lengths) > _MINIFIED_AVERAGE * len(lengths)
 
 

@@ -3,7 +3,6 @@
 import codecs
 import re
 
-LATIN_1 = "latin-1"
 # The longer marks first: UTF-16 begins like UTF-32.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -19,10 +18,11 @@ _CODING_LINE = re.compile(
 _SLOW = ("idna", "punycode")  # quadratic
 
 
-def decode_source(content: bytes) -> tuple[str, str]:
-    """(text without a byte-order mark, encoding): by the mark, else the coding line, else UTF-8, else Latin-1.
+def decode_source(content: bytes) -> tuple[str, str | None]:
+    """(text without a byte-order mark, encoding) by the mark, else the coding line, else UTF-8.
 
-    A coding line that does not fit the bytes is ignored. Latin-1 fits all bytes, so a text in it may be wrong.
+    A coding line that does not fit the bytes is ignored. If nothing fits, the text is read as Latin-1, which fits all
+    bytes and may be wrong, and the encoding is None.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -34,4 +34,4 @@ def decode_source(content: bytes) -> tuple[str, str]:
                 return content.decode(encoding), encoding
         except (UnicodeError, LookupError):  # LookupError: unknown, or not an encoding of text
             continue
-    return content.decode(LATIN_1), LATIN_1
+    return content.decode("latin-1"), None

@@ -32,7 +32,7 @@ from modular_star_encoder.data.sources import (
     SourceReader,
     is_closed,
 )
-from modular_star_encoder.data.sources.decoding import LATIN_1, decode_source
+from modular_star_encoder.data.sources.decoding import decode_source
 from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
 from modular_star_encoder.utils.errors import UserError
 
@@ -103,7 +103,7 @@ class FileReader(SourceReader):
                     skipped[reason] += 1
                     files.append((path, reason))
                     continue
-                if self._filters.any_encoding and decode_source(content)[1] == LATIN_1:
+                if self._filters.any_encoding and decode_source(content)[1] is None:
                     guessed.append(path)
                 yield SourceFile(repository, path, language, text)
 
