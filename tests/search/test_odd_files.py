@@ -187,7 +187,7 @@ def test_what_was_left_out_is_one_line_or_a_list(folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(CONTENTS[name][0])
     report, _ = indexed(folder)
-    assert report.summary() == "4 files left out: 2 empty, 1 vendored, 1 generated; 1 file read as Latin-1"
+    assert report.summary() == "4 files left out: 2 empty, 1 generated, 1 vendored; 1 file read as Latin-1"
     assert report.notes()[0] == ("a_pb2.py", "generated code")
     assert ("latin_1.py", "read as Latin-1") in report.notes()
     assert len(report.notes()) == 5

@@ -69,7 +69,8 @@ class UpdateReport:
 
     def summary(self) -> str:
         """Return one line on what was left out or guessed, such as `2 files left out: 1 vendored, 1 empty`; or ``."""
-        reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in self.skipped.most_common())
+        counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
+        reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
         notes = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if self.skipped else []
         notes += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
         return "; ".join(notes)

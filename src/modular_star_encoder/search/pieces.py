@@ -29,7 +29,7 @@ _IMPORT = re.compile(
           |\#[ ]*(?:include|import|pragma[ ]once)|source|<\?php)\b
         | export\b[^\n;]*\bfrom\b | export\s*\{ | (?:pub[ ])?(?:const|let|var|local)\b[^\n]*=\s*(?:require|@import)\b
         | ["']use[ ]strict["']
-    )[^\n]*?(?:[({][ \t]*\n[^(){}]*[)}][^\n]*|[^\n]*)$""",
+    )(?:[^\n]*[({][ \t]*\n(?:[^(){}]|[({][^(){}]*[)}])*[)}][^\n]*|[^\n]*)$""",
     re.MULTILINE | re.VERBOSE,
 )
 _BLOCK_COMMENT = re.compile(r"/\*.*?\*/|\{-.*?-\}", re.DOTALL)
@@ -137,7 +137,7 @@ class _Divider:
 
 def is_boilerplate(snippet: Snippet) -> bool:
     """Return whether a piece defines nothing and holds only imports or a licence, which no question is about."""
-    if snippet.defines:
+    if snippet.defines or snippet.language == "markdown":
         return False
     text = _BLOCK_COMMENT.sub(lambda comment: "" if _LICENCE.search(comment[0]) else comment[0], snippet.text)
     lines = [line for line in _IMPORT.sub("", text).split("\n") if line.strip()]

@@ -103,7 +103,9 @@ _GENERATED_PHRASES = re.compile(
 )
 # Go's convention (https://go.dev/s/generatedcode), which others follow; licences often come before it.
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
-_GENERATED_MARK = re.compile(r"@generated\b|generated\b.{,300}?\bdo not (edit|modify)", re.IGNORECASE | re.DOTALL)
+_GENERATED_MARK = re.compile(  # quotes before it: a program prints it
+    r"^[^\n\"']*(@generated\b|generated\b.{,300}?\bdo not (edit|modify))", re.IGNORECASE | re.DOTALL | re.MULTILINE
+)
 _PHRASE_LINES, _MARK_LINES, _MARKER_LINES = 5, 10, 40
 _MINIFIED_LINE, _MINIFIED_AVERAGE, _LONGEST_COUNTED = 1000, 200, 10_000
 
