@@ -474,7 +474,7 @@ LANGUAGES = SEARCH_LANGUAGES[:8]
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
 _LANGUAGE_OF_INTERPRETER = {name: one.name for one in _ENTRIES for name in one.interpreters}
 _SHEBANG = re.compile(rb"#![^\n]*?(?:/|\benv (?:-\S+ )?)(?!env\b)([a-z]+)[\d.]*(?:\s|$)")
-_LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES for name in (one.name, one.display_name) if name}
+_LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES[:-1] for name in (one.name, one.display_name) if name}
 
 # The signs of C++ by which GitHub's linguist classifies headers (its heuristics.yml, `.h`).
 _CPP_LINE = re.compile(
