@@ -146,6 +146,8 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Whether `text` asks not to be edited because a program wrote it: in the first 10 lines, Go's marker in 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
+    if not any("generated" in line.lower() for line in lines):
+        return False
     mark = _GENERATED_MARK.search("\n".join(lines[:_MARK_LINES]))
     return mark is not None or any(map(_GENERATED_LINE.fullmatch, lines))
 
@@ -155,6 +157,8 @@ def is_minified(text: str) -> bool:
 
     One long line of data among many lines of code is not enough: a line counts as at most 10,000 characters.
     """
+    if len(text) <= _MINIFIED_AVERAGE * (text.count("\n") + 1):
+        return False
     lengths = [min(length, _LONGEST_COUNTED) for length in _line_lengths(text)]
     return max(lengths) > _MINIFIED_LINE and sum(lengths) > _MINIFIED_AVERAGE * len(lengths)
 
@@ -206,19 +210,22 @@ class FileFilters:
 
     def reason_by_text(self, text: str) -> str | None:
         """Why a file that holds `text` is left out, or None."""
-        # A text has at least as many bytes as characters: one with too many characters need not be encoded.
-        if len(text) > self.max_bytes or len(text.encode(errors="surrogatepass")) > self.max_bytes:
+        # A character has one byte to four: most texts need not be encoded.
+        if len(text) > self.max_bytes or (
+            4 * len(text) > self.max_bytes and len(text.encode(errors="surrogatepass")) > self.max_bytes
+        ):
             return "too large"
         if "\0" in text:
             return "contains null bytes"
         if not text.strip():
             return "empty"
-        lengths = _line_lengths(text)
+        limits_lines = self.max_line_length is not None or self.max_average_line_length is not None
+        lengths = _line_lengths(text) if limits_lines else []
         if self.max_line_length is not None and max(lengths) > self.max_line_length:
             return "very long lines"
         if self.max_average_line_length is not None and sum(lengths) > self.max_average_line_length * len(lengths):
             return "long lines on average"
-        if alphabetic_share(text) < self.min_alphabetic_share:
+        if self.min_alphabetic_share and alphabetic_share(text) < self.min_alphabetic_share:
             return "few letters"
         marked = not self.marked_generated and is_marked_generated(text)
         if marked or (not self.generated and is_generated(text)):

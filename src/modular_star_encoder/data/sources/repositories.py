@@ -103,7 +103,7 @@ class FileReader(SourceReader):
                     skipped[reason] += 1
                     files.append((path, reason))
                     continue
-                if self._filters.any_encoding and decode_source(content)[1] is None:
+                if self._filters.any_encoding and not content.isascii() and decode_source(content)[1] is None:
                     guessed.append(path)
                 yield SourceFile(repository, path, language, text)
 
