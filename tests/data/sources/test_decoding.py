@@ -54,3 +54,9 @@ def test_a_coding_line_that_does_not_fit_is_ignored(line):
     text = f"{line}\nx = 'é'\n"
     assert decode_source(text.encode()) == (text, "utf-8")
     assert decode_source(text.encode("latin-1")) == (text, None)
+
+
+@pytest.mark.parametrize("encoding", ["punycode", "idna"])
+def test_encodings_of_domain_names_which_take_minutes_are_ignored(encoding):
+    text = f"# coding: {encoding}\nwww.xn--kgbechtv\n"
+    assert decode_source(text.encode()) == (text, "utf-8")
