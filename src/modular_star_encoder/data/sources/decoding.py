@@ -15,7 +15,7 @@ _MARKS = (
 _CODING_LINE = re.compile(
     rb"(?:[^\r\n]*(?:\r\n|\r|\n))?[ \t\f]*(?:#|//|/\*|--|;|%)[^\r\n]*?coding[:=][ \t]*([-\w.]+)", re.ASCII
 )
-_SLOW = ("idna", "punycode")  # quadratic
+_NO_SOURCE = ("idna", "punycode")  # of domain names
 
 
 def decode_source(content: bytes) -> tuple[str, str | None]:
@@ -30,7 +30,7 @@ def decode_source(content: bytes) -> tuple[str, str | None]:
     declared = _CODING_LINE.match(content)
     for encoding in (declared[1].decode() if declared else "utf-8", "utf-8"):
         try:
-            if codecs.lookup(encoding).name not in _SLOW:
+            if codecs.lookup(encoding).name not in _NO_SOURCE:
                 return content.decode(encoding), encoding
         except (UnicodeError, LookupError):  # LookupError: unknown, or not an encoding of text
             continue
