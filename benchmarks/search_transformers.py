@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.index or Path(temporary)
         code = copy_distribution(folder / DISTRIBUTION)
-        command = [sys.executable, "-m", "modular_star_encoder.cli.main", "index", str(code), "--json"]
+        command = [sys.executable, "-m", "modular_star_encoder.cli.main", "index", str(code), "--vendored", "--json"]
         command += ["--out", str(folder / "index"), "--model", arguments.model]
         command += ["--exit-layers", arguments.exit_layers] if arguments.exit_layers else []
         first = run(command)

@@ -19,7 +19,7 @@ def indexed(code, checkpoint, mose):
         file.truncate(100_000_000)
     status, out, err = mose("index", code, "--model", checkpoint, "--exit-layers", "1,4")
     assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 rows)" in out) == (0, True)
-    assert "mose: note: 1 files left out (too large)" in err
+    assert "mose: note: 1 file left out: 1 too large; --show-skipped lists them" in err
     return code
 
 
@@ -169,6 +169,32 @@ def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, mo
     assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)
     monkeypatch.chdir(code)
     assert mose("search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")
+
+
+def test_what_is_left_out_is_listed_on_request(indexed, checkpoint, mose, monkeypatch):
+    (indexed / "li\x1bst.py").symlink_to("stack.py")
+    listed = ["huge.py: too large", "li\N{REPLACEMENT CHARACTER}st.py: symbolic link"]
+    assert mose("index", indexed, "--show-skipped")[1].splitlines()[1:] == listed
+    report = json.loads(mose("index", indexed, "--show-skipped", "--json")[1])
+    assert report["skipped_files"] == {"huge.py": "too large", "li\x1bst.py": "symbolic link"}
+    monkeypatch.chdir(indexed)
+    _, out, err = mose("search", "push", "--show-skipped", "--json")
+    assert (err.splitlines(), len(json.loads(out))) == (listed, 1)
+    _, _, err = mose("search", "push", "--folder", ".", "--model", checkpoint)
+    assert "mose: note: 2 files left out: 1 symbolic link, 1 too large; --show-skipped lists them" in err
+    assert "left out" not in mose("search", "push", "--folder", ".", "--model", checkpoint)[2]
+
+
+def test_markdown_is_read_on_request(code, checkpoint, tmp_path, mose):
+    write_code(code, {"README.md": "# Usage\n\nHow to push an item.\n"})
+    made = ("--model", checkpoint, "--exit-layer", "1", "--out")
+    assert "of 4 files" in mose("index", code, *made, tmp_path / "plain")[1]
+    assert "of 5 files" in mose("index", code, *made, tmp_path / "docs", "--docs")[1]
+    assert "of 1 files" in mose("index", code, *made, tmp_path / "only", "--languages", "markdown")[1]
+    hits = json.loads(mose("search", "usage", "--index", tmp_path / "docs", "--json", "--method", "lexical")[1])[0][
+        "hits"
+    ]
+    assert (hits[0]["name"], hits[0]["line"]) == ("Usage", 1)
 
 
 def test_related_code_is_found_from_a_place(indexed, mose, monkeypatch):

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -66,17 +67,19 @@ def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_p
 
     def refusing(path):  # root may read every folder, so permissions alone would test nothing there
         if os.fspath(path).endswith("locked"):
-            raise PermissionError(path)
+            raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
     index = build(hostile, tmp_path / "index", checkpoint, processes=2)
     rows = stored_rows(tmp_path / "index")
-    assert {row["name"] for row in rows if row["path"] != "deep.py"} == {"good"}
+    assert {row["name"] for row in rows if row["path"] != "latin.py"} == {"good"}
     short = {row["path"] for row in rows if len(row["path"]) < 200}
-    assert {"good.py"} <= short <= {"good.py", "deep.py"}
+    assert short == {"good.py", "latin.py"}
+    assert index.report.guessed_files == ["latin.py"]
     assert len(short) < len({row["path"] for row in rows})
     assert index.report.skipped["too large"] == 1
+    assert {("locked", "unreadable folder"), ("linked.py", "symbolic link")} < set(index.report.skipped_files)
     assert index.report.skipped["unreadable"] == 2  # the pipe, and the file whose path is too long
     assert index.update(processes=1, progress=False).embedded_files == 0
     assert not any("secret" in hit.text for hit in index.search(["secret"], top_k=50)[0].hits)

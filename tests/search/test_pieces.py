@@ -46,7 +46,7 @@ def test_every_line_with_content_is_in_one_piece():
     assert not any(line.strip() for number, line in enumerate(lines, 1) if number not in covered)
     assert all(piece.text.split("\n") == lines[piece.first_line - 1 : piece.last_line] for piece in pieces)
     assert [piece.name for piece in pieces[:3]] == ["", "Large", "Large.method_0"]
-    assert pieces[1].line == pieces[1].first_line == 6
+    assert (pieces[1].first_line, pieces[1].line) == (6, 7)
 
 
 def test_a_small_class_is_one_piece_and_knows_its_methods():
@@ -58,6 +58,43 @@ def test_a_small_class_is_one_piece_and_knows_its_methods():
 def test_comments_and_decorators_before_a_definition_belong_to_it():
     (piece,) = file_pieces("a.rs", "rust", "/// Adds\n/// numbers.\n#[inline]\nfn add(a: u8) -> u8 { a }\n")
     assert (piece.first_line, piece.line, piece.last_line) == (1, 4, 4)
+
+
+DECORATED = {
+    "python": "@route(\n    '/a',\n)\n@cached\nclass Shown:\n    x = 1\n",
+    "typescript": "@Component({\n  a: 1,\n})\n@Other\nexport class Shown {}\n",
+    "java": "@Entity\n@Table(\n  name = 'a'\n)\npublic class Shown {}\n",
+    "csharp": "[Fact]\n[Route(\n'a')]\n\npublic class Shown {}\n",
+    "kotlin": "@A\n@B(\n1\n)\nclass Shown { }\n",
+    "swift": "@objc\n@available(\niOS 1, *\n)\nclass Shown { }\n",
+    "scala": "@tailrec\n@A(\n1\n)\nprivate class Shown { }\n",
+    "rust": "#[inline]\n#[cfg(\n  a\n)]\npub fn Shown() {}\n",
+    "php": "<?php\n#[A]\n#[B(\n1)]\nclass Shown { }\n",
+    "cpp": "// Says what.\n// And why.\n\n[[nodiscard]]\nint Shown() { return 1; }\n",
+    "elixir": '@doc """\nDoes x.\n"""\n@spec shown(a) :: b\ndef shown(a), do: a\n',
+}
+
+
+@pytest.mark.parametrize("language", DECORATED)
+def test_what_is_shown_begins_at_the_definition_and_what_is_embedded_at_its_decorators(language):
+    text = DECORATED[language]
+    piece = file_pieces("a", language, text)[-1]
+    assert piece.first_line < 5
+    assert (piece.line, [name.lower() for name in piece.defines]) == (5, ["shown"])
+
+
+def test_a_long_class_is_shown_from_its_name_too():
+    methods = "".join(f"    def method_{number}(self):\n        return {number}\n\n" for number in range(20))
+    head = file_pieces("a.py", "python", f"@one\n@two(\n    1\n)\nclass Large:\n    LIMIT = 1\n\n{methods}")[0]
+    assert (head.name, head.first_line, head.line) == ("Large", 1, 5)
+
+
+def test_markdown_is_pieces_by_heading():
+    filler = "A sentence about it.\n" * 20
+    text = f"Before.\n\n# Guide\n\n{filler}\n## Install `it`\n\n```\n# no heading\n```\n\n## Use\n\nwords\n"
+    found = file_pieces("a.md", "markdown", text)
+    assert [piece.name for piece in found] == ["Guide", "Guide.Install `it`", "Guide.Use"]
+    assert [piece.line for piece in found] == [3, 26, 32]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -94,8 +131,18 @@ def test_form_feeds_and_unicode_separators_end_no_line():
         ("import os\nLIMIT = 10 * os.cpu_count()\n", False),
         ("# How the parser works.\n", False),
         ("def importer():\n    pass\n", False),
+        ("from a import (\n    b,\n    c,\n)\nimport d\n", True),
+        ("# Copyright 2020 The Authors.\n\nfrom a import (\n    b,\n)\n", True),
+        ("/*\nCopyright 2020\nThe Authors\n*/\nimport {\n  a,\n  b\n} from 'c';\n", True),
+        ("/* How the parser works. */\nimport a from 'b'\n", False),
+        ("const fs = require('fs');\nexport * from './a'\n", True),
+        ("use std::{\n    fmt::{self, Debug},\n    io,\n};\npub mod a;\n", True),
+        ('package a\n\nimport (\n\t"fmt"\n)\n', True),
+        ("#pragma once\n#include <vector>\n", True),
+        ("import a\nrun(a.limit, a.other)\n", False),
+        ("from the left, the parser reads words and\nmore words.\n", False),
     ],
 )
 def test_imports_and_licences_alone_are_boilerplate(text, expected):
-    (piece,) = file_pieces("a.py", "python", text)
+    (piece,) = file_pieces("a", "", text)
     assert is_boilerplate(piece) == expected

@@ -9,16 +9,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from modular_star_encoder.cli import exit_list, name_list, of_form
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from modular_star_encoder.search.building import UpdateReport
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import VectorStore
 
-_DEFAULTS: dict[str, Any] = {"exit_layers": (), "tests": True, "vendored": False, "rebuild": False}
+_DEFAULTS: dict[str, Any] = {"exit_layers": (), "docs": False, "tests": True, "vendored": False, "rebuild": False}
 _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
 """Defaults of those options of `mose index` that are settings of the index."""
 
@@ -32,8 +33,10 @@ def add_search_commands(commands: Any) -> None:
     index.add_argument("--exit-layers", metavar="LIST", type=exit_list, default=(), help="several exits: 4,9 or all")
     index.add_argument("--dimension", metavar="D", type=int, help="components to keep (default: all)")
     index.add_argument("--languages", metavar="LIST", type=name_list, help="languages to read (default: all)")
+    index.add_argument("--docs", action="store_true", help="also read Markdown, in pieces by heading")
     index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
-    index.add_argument("--vendored", action="store_true", help="also read copies of other projects")
+    index.add_argument("--vendored", action="store_true", help="also read copied and generated code")
+    _add_show_skipped(index)
     index.add_argument("--rebuild", action="store_true", help="replace the index, also with other settings")
     index.add_argument("--json", action="store_true", help="print JSON")
     index.set_defaults(run=run_index)
@@ -60,6 +63,7 @@ def add_search_commands(commands: Any) -> None:
     search.add_argument("--candidates", metavar="N", type=int, help="number of hits to rank again (default: 20)")
     margin = "re-rank only if the best similarity exceeds the second by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
+    _add_show_skipped(search)
     search.add_argument("--explain", action="store_true", help="show what each ranking rule added")
     search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
     search.add_argument("--json", action="store_true", help="print JSON")
@@ -98,6 +102,10 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
     parser.add_argument("--memory-mb", metavar="MB", type=float, help="choose the exit by its peak memory")
 
 
+def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--show-skipped", action="store_true", help="list the files that are left out, and why")
+
+
 def run_index(arguments: argparse.Namespace) -> None:
     """Run `mose index`."""
     from modular_star_encoder.search.index import CodeIndex, open_store
@@ -114,7 +122,10 @@ def run_index(arguments: argparse.Namespace) -> None:
         index = _built(arguments, store)
     report = index.report
     if arguments.json:
-        print(json.dumps({"index": index.store.location, **report.to_dict()}, indent=2, ensure_ascii=False))
+        values = {"index": index.store.location, **report.to_dict()}
+        if arguments.show_skipped:
+            values["skipped_files"] = dict(report.notes())
+        print(json.dumps(values, indent=2, ensure_ascii=False))
         return
     exits = ", ".join(map(str, index.settings.exit_layers))
     print(
@@ -122,16 +133,29 @@ def run_index(arguments: argparse.Namespace) -> None:
         f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed {report.removed_files:,}, "
         f"in {report.seconds:.1f} s"
     )
-    for reason, count in report.skipped.most_common():
-        print(f"mose: note: {count} files left out ({reason})", file=sys.stderr)
+    _note_skipped(report, arguments.show_skipped, sys.stdout)
+
+
+def _note_skipped(report: UpdateReport, show: bool, out: TextIO) -> None:
+    """Print one line on what was left out, or with `show` a line for each file."""
+    from modular_star_encoder.search.hits import printable
+
+    if show:
+        for path, reason in report.notes():
+            print(f"{printable(path)}: {reason}", file=out)
+    elif summary := report.summary():
+        print(f"mose: note: {summary}; --show-skipped lists them", file=sys.stderr)
 
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     """Build or update the index with the settings that the options name."""
+    from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
+    if arguments.docs:
+        arguments.languages = (*(arguments.languages or SEARCH_LANGUAGES), "markdown")
     if arguments.exit_layers is None:
         arguments.exit_layers = _trained_exits(checkpoint)
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
@@ -161,6 +185,10 @@ def run_search(arguments: argparse.Namespace) -> None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     index, exit_layer = _opened(arguments)
+    if arguments.show_skipped and not index.report.files:
+        index.update(progress=False)
+    if arguments.show_skipped or index.report.embedded_files:
+        _note_skipped(index.report, arguments.show_skipped, sys.stderr)
     answers = index.search(
         arguments.questions,
         top_k=arguments.top_k,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import length_hint
 from time import perf_counter
 from typing import Any
@@ -47,6 +47,8 @@ class UpdateReport:
         removed_files: number of files removed from the index, because they are deleted or can't be read.
         rows: number of rows in the index after the update.
         skipped: reason → number of skipped files.
+        skipped_files: the skipped files, as (path, reason).
+        guessed_files: paths of files that are neither UTF-8 nor say what they are, and were read as Latin-1.
         seconds: duration of the update.
     """
 
@@ -56,12 +58,43 @@ class UpdateReport:
     removed_files: int = 0
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)
+    guessed_files: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def skip(self, path: str, reason: str) -> None:
+        """Count a skipped file."""
+        self.skipped[reason] += 1
+        self.skipped_files.append((path, reason))
+
+    def summary(self) -> str:
+        """Return one line on what was left out or guessed, such as `2 files left out: 1 vendored, 1 empty`; or ``."""
+        counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
+        reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
+        notes = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if self.skipped else []
+        notes += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
+        return "; ".join(notes)
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Return what `summary` counts: (path that can be shown, reason), sorted."""
+        named = [*self.skipped_files, *((path, "read as Latin-1") for path in self.guessed_files)]
+        return sorted((readable_path(path), reason) for path, reason in named)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the counts as JSON values."""
+        """Return the counts as JSON values; the lists of files are left out."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}  # asdict breaks counters
+        del values["skipped_files"], values["guessed_files"]
         return {**values, "skipped": dict(self.skipped)}
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'s' * (count != 1)}"
+
+
+SEARCH_FILTERS = FileFilters(
+    max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
+)
+"""What search leaves out, besides what git ignores."""
 
 
 def update_store(
@@ -91,7 +124,9 @@ def update_store(
         folder,
         languages=settings.languages,
         depth=0,
-        filters=FileFilters(tests=settings.tests, vendored=settings.vendored),
+        filters=replace(
+            SEARCH_FILTERS, tests=settings.tests, vendored=settings.vendored, marked_generated=settings.vendored
+        ),
         may_be_empty=True,
         obey_ignore_files=True,
     )
@@ -108,7 +143,10 @@ def update_store(
         writer.write()
     store.finish()
     report = writer.report
-    report.rows, report.skipped, report.seconds = store.count(), reader.skipped, perf_counter() - start
+    report.rows, report.seconds = store.count(), perf_counter() - start
+    for path, reason in reader.skipped_files:
+        report.skip(path, reason)
+    report.guessed_files = reader.guessed_files
     return report
 
 
@@ -136,6 +174,8 @@ class _Writer:
 
     def add(self, file: SourceFile, snippets: list[Snippet]) -> None:
         """Collect the pieces of one file, and write if there are enough rows for a batch."""
+        if not snippets:
+            self.report.skip(file.path, "no words")
         self._files.append((file, snippets))
         self._rows += len(snippets)
         if self._rows >= _ROWS_PER_BATCH:

@@ -91,8 +91,8 @@ class CodeIndex:
             exit_layer: the exit to embed at; if no exit is named, 0 where the checkpoint has it, else the deepest.
             exit_layers: several exits, from one pass over the code; `search` chooses one of them.
             dimension: number of components to keep, if the model was trained for it; all if None.
-            languages: languages to read; all of `SEARCH_LANGUAGES` if None.
-            tests, vendored: also read test code, and copies of other projects.
+            languages: languages to read; all but `markdown` if None.
+            tests, vendored: also read test code; copies of other projects and generated code.
             rebuild: replace an existing index; data of other programs is never replaced.
             device: where the model goes.
             processes: processes that parse.

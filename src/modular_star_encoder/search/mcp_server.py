@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from modular_star_encoder.data.sources.decoding import decode_source
 from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.pieces import LINE_END
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 MOST_CHARACTERS = 12_000
@@ -60,7 +62,7 @@ def build_server(index: CodeIndex) -> Any:
             raise UserError("search.mcp.path", f"{path!r} is not a file of the repository.")
         if file.stat().st_size > _LARGEST_FILE:
             raise UserError("search.mcp.size", f"{path!r} is larger than {_LARGEST_FILE:,} bytes.")
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = LINE_END.split(decode_source(file.read_bytes())[0])
         first = max(first_line, 1)
         chosen = lines[first - 1 : min(last_line, first + MOST_LINES - 1)]
         return _cut("\n".join(f"{number}\t{printable(line)}" for number, line in enumerate(chosen, first)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
 
 from modular_star_encoder.data.languages.function_finder import Definition, outline
-from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.languages.parsing import MAX_LINE_BYTES, UnparsableSourceError
 
 SMALL_CLASS = 20
 """Most lines of a class that stays one piece; a longer class is divided into its members."""
@@ -17,11 +18,21 @@ MOST_LINES = 60
 """Most lines of a block; longer blocks, and functions of more than twice this length, are divided."""
 EMBEDDED_CHARACTERS = 1600
 _LONGEST_FUNCTION = 2 * MOST_LINES
+_LONGEST_LINE = MAX_LINE_BYTES // 4  # in characters, of up to four bytes; the rest of a longer line is left out
 _FEWEST_LETTERS = 8
-_LINE_END = re.compile(r"\r\n|\r|\n")
+LINE_END = re.compile(r"\r\n|\r|\n")
 # Lines before a definition that belong to it: comments, decorators and attributes.
 _LEADING = re.compile(r"\s*(//|#(?!\s*(include|define|if|endif|pragma)\b)|/\*|\*|--|@|\[\[?[A-Z])")
-_IMPORT = re.compile(r"\s*(import|from|use|using|package|module|require|#\s*include|pub use|namespace)\b")
+_IMPORT = re.compile(
+    r"""^[ \t]*(?:
+        (?:import|from|use|using|package|module|require\w*|include|namespace|alias|extern[ ]crate|pub[ ](?:use|mod)|mod
+          |\#[ ]*(?:include|import|pragma[ ]once)|source|<\?php)\b
+        | export\b[^\n;]*\bfrom\b | export\s*\{ | (?:pub[ ])?(?:const|let|var|local)\b[^\n]*=\s*(?:require|@import)\b
+        | ["']use[ ]strict["']
+    )(?:[^\n]*[({][ \t]*\n(?:[^(){}]|[({][^(){}]*[)}])*[)}][^\n]*|[^\n]*)$""",
+    re.MULTILINE | re.VERBOSE,
+)
+_BLOCK_COMMENT = re.compile(r"/\*.*?\*/|\{-.*?-\}", re.DOTALL)
 _LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
 
 
@@ -50,7 +61,10 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
     file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
     """
-    lines = _LINE_END.split(text)
+    lines = LINE_END.split(text)
+    if max(map(len, lines)) > _LONGEST_LINE:
+        text = "\n".join(line if len(line) <= _LONGEST_LINE else "" for line in lines)
+        lines = [line[:_LONGEST_LINE] for line in lines]
     try:
         definitions = outline(text, language) if language else []
     except UnparsableSourceError:
@@ -64,6 +78,7 @@ class _Divider:
     def __init__(self, path: str, language: str, lines: list[str], definitions: Sequence[Definition]) -> None:
         self._path, self._language, self._lines = path, language, lines
         self._definitions = [one for one in definitions if one.kind != "extension"]
+        self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
         """Yield the pieces of the lines from `start` to `end`, which hold these definitions; `outer` encloses them."""
@@ -94,10 +109,10 @@ class _Divider:
 
     def _definition(self, first: int, one: Definition, name: str) -> Iterator[Snippet]:
         if one.end - first <= _LONGEST_FUNCTION:
-            yield self._snippet(first, one.end, name, one.start)
+            yield self._snippet(first, one.end, name, one.line)
             return
         for start in range(first, one.end, MOST_LINES):
-            yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.start))
+            yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.line))
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
         """Yield pieces of lines without a definition, except pieces with hardly any letters."""
@@ -108,10 +123,13 @@ class _Divider:
         for first in range(start, end, MOST_LINES):
             last = min(first + MOST_LINES, end)
             if sum(map(str.isalnum, "".join(self._lines[first:last]))) >= _FEWEST_LETTERS:
-                yield self._snippet(first, last, name, first)
+                yield self._snippet(first, last, name)
 
-    def _snippet(self, first: int, end: int, name: str, line: int) -> Snippet:
-        last_parts = (one.name.rpartition(".")[2] for one in self._definitions if first <= one.start < end)
+    def _snippet(self, first: int, end: int, name: str, line: int | None = None) -> Snippet:
+        inside = self._definitions[bisect_left(self._starts, first) : bisect_left(self._starts, end)]
+        if line is None:  # the first lines of a class begin with its decorators
+            line = inside[0].line if inside and inside[0].line < end else first
+        last_parts = (one.name.rpartition(".")[2] for one in inside)
         text = "\n".join(self._lines[first:end])
         names = tuple(dict.fromkeys(last_parts))
         return Snippet(self._path, self._language, name, first + 1, end, text, line + 1, names)
@@ -119,10 +137,11 @@ class _Divider:
 
 def is_boilerplate(snippet: Snippet) -> bool:
     """Return whether a piece defines nothing and holds only imports or a licence, which no question is about."""
-    if snippet.defines:
+    if snippet.defines or snippet.language == "markdown":
         return False
-    lines = [line for line in snippet.text.split("\n") if line.strip()]
-    return all(map(_IMPORT.match, lines)) or (bool(_LICENCE.search(snippet.text)) and all(map(_LEADING.match, lines)))
+    text = _BLOCK_COMMENT.sub(lambda comment: "" if _LICENCE.search(comment[0]) else comment[0], snippet.text)
+    lines = [line for line in _IMPORT.sub("", text).split("\n") if line.strip()]
+    return not lines or (bool(_LICENCE.search(text)) and all(map(_LEADING.match, lines)))
 
 
 _WORD = re.compile(r"[^\W\d][\w$]*|\d+")

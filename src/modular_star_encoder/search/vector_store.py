@@ -12,7 +12,7 @@ from uuid import UUID
 
 import numpy as np
 
-from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
+from modular_star_encoder.data.languages.registry import ALL_LANGUAGES
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 
@@ -224,8 +224,8 @@ class IndexSettings:
         dimension: components of an embedding.
         prompts: `query` and `document`, as texts were embedded.
         folder: the indexed folder: an absolute path, or relative to the index if the index is inside it.
-        languages: languages that are read, in the order of `SEARCH_LANGUAGES`.
-        tests, vendored: whether test code and copies of other projects are read.
+        languages: languages that are read, in the order of `ALL_LANGUAGES`.
+        tests, vendored: whether test code is read; whether copies of other projects and generated code are.
         format: of the index.
     """
 
@@ -241,7 +241,7 @@ class IndexSettings:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        languages = tuple(name for name in SEARCH_LANGUAGES if name in self.languages)
+        languages = tuple(name for name in ALL_LANGUAGES if name in self.languages)
         object.__setattr__(self, "languages", languages)  # frozen
 
     def to_dict(self) -> dict[str, Any]:

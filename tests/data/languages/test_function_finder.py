@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 
 from modular_star_encoder.data.languages import parsing
-from modular_star_encoder.data.languages.function_finder import MAX_NESTING, find_functions
+from modular_star_encoder.data.languages.function_finder import MAX_NESTING, find_functions, outline
 from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.languages.registry import language_of_text
 from tests.data.polyglot import MARKED, NAMES, SOURCES, marked
 
 
@@ -118,3 +119,16 @@ def test_a_parse_that_takes_too_long_is_given_up_and_the_next_is_not_disturbed(m
         with pytest.raises(UnparsableSourceError, match="takes longer"):
             find_functions(text, "c")
     assert [one.name for one in find_functions("int g() { return 1; }", "c")] == ["g"]
+
+
+@pytest.mark.parametrize("before", ["x = ", "def f():\n    y = "])
+def test_thousands_of_brackets_that_nothing_closes_are_no_outline(before):
+    with pytest.raises(UnparsableSourceError):
+        outline(before + "(\n" * 50_000, "python")
+
+
+def test_headers_and_an_upper_case_suffix_of_c_are_cpp_if_they_hold_it():
+    for path in ("a.h", "A.H", "a.C"):
+        assert language_of_text("c", path, "class A {};\n") == "cpp"
+        assert language_of_text("c", path, "int a;\n") == "c"
+    assert language_of_text("c", "a.c", "class A {};\n") == "c"

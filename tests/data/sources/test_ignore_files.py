@@ -1,4 +1,9 @@
+"""What search reads is what git lists: every test asks git itself."""
+
+import os
+import random
 import subprocess
+import time
 
 import pytest
 
@@ -14,31 +19,147 @@ FILES += ["src/important.gen.py", "src/local.py", "src/deep/a.py", "src/deep/kep
 FILES += ["logs/a/b/x.py", "logs/x.py", "excluded.py", "src/excluded.py", "#odd.py", "space d.py", "src/plain.py"]
 
 
+def git(folder, *words):
+    command = ["git", "-c", "core.excludesFile=", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
+
+
+def make(folder, files):
+    """Write a repository: `files` is path → content, or the paths of Python files."""
+    folder.mkdir()
+    git(folder, "init", "-q")
+    for path in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(files[path] if isinstance(files, dict) else b"x = 1\n")
+    return folder
+
+
 @pytest.fixture
 def repository(tmp_path):
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    for path in FILES:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text("x = 1\n")
+    folder = make(tmp_path / "repository", FILES)
     for path, text in IGNORES.items():
         (folder / path).write_text(text)
     return folder
 
 
 def read(folder, **options):
-    reader = folder_repositories(folder, depth=0, languages=["python"], obey_ignore_files=True, **options)
+    reader = folder_repositories(
+        folder, depth=0, languages=["python"], obey_ignore_files=True, may_be_empty=True, **options
+    )
     return sorted(file.path for file in reader)
+
+
+def listed(folder):
+    names = git(folder, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split(b"\0")
+    return sorted(name for name in map(os.fsdecode, names) if name.endswith(".py"))
 
 
 @pytest.mark.parametrize("below", [".", "src", "src/deep"])
 def test_the_files_are_those_that_git_lists(repository, below):
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "*.py"]
-    listed = subprocess.run(command, cwd=repository / below, check=True, capture_output=True, text=True).stdout
-    expected = sorted(path for path in listed.split("\0") if path)
-    assert expected
-    assert read(repository / below) == expected
+    assert listed(repository / below)
+    assert read(repository / below) == listed(repository / below)
+
+
+RULES = {
+    "negation": (b"*.py\n!a.py\n", "a.py b.py d/a.py d/b.py"),
+    "nothing in an ignored folder comes back": (b"d/\n!d/a.py\n", "d/a.py e/d/b.py c.py"),
+    "its files come back if they are ignored alone": (b"d/*\n!d/a.py\n", "d/a.py d/b.py"),
+    "folders only": (b"a.py/\nd/\n", "a.py d/b.py e/d/c.py e/a.py"),
+    "a name at any depth": (b"a.py\n", "a.py d/a.py d/e/a.py b.py"),
+    "anchored by a slash before": (b"/a.py\n", "a.py d/a.py"),
+    "anchored by a slash inside": (b"d/a.py\n", "d/a.py e/d/a.py"),
+    "stars": (b"a*c.py\nd*/x.py\n", "ac.py abc.py dd/x.py dd/e/x.py e/dd/x.py"),
+    "two stars before": (b"**/d/a.py\n", "d/a.py e/d/a.py e/f/d/a.py d/b.py"),
+    "two stars inside": (b"d/**/a.py\n", "d/a.py d/e/a.py d/e/f/a.py e/a.py"),
+    "two stars after": (b"d/**\n", "d/a.py d/e/a.py a.py"),
+    "two stars in a name": (b"d**/a.py\na**b.py\n", "d/a.py dd/a.py d/e/a.py axb.py"),
+    "question mark": (b"?.py\n", "a.py ab.py \u00e9.py"),
+    "sets": (
+        b"[a-c].py\n[!x]y.py\n[^x]z.py\n[]-]s.py\n[b-/]q.py\n",
+        "a.py d.py xy.py ay.py xz.py az.py ]s.py -s.py bq.py",
+    ),
+    "classes": (b"[[:digit:]_].py\n[[:upper:]]*x.py\n[[:nope:]].py\n", "1.py _.py a.py Abx.py abx.py n.py"),
+    "sets without an end, and reversed ranges": (b"[a.py\n[z-a]b.py\n[a-[]c.py\n", "a.py [a.py zb.py bb.py ac.py"),
+    "escapes": (b"\\#a.py\n\\!b.py\n\\*.py\nd\\", "#a.py !b.py *.py c.py"),
+    "comments": (b"#a.py\n #b.py\n", "#a.py a.py"),
+    "blanks at the end": (b"a.py  \nb.py\\ \nc.py\t\n  \n", "a.py b.py c.py"),
+    "line ends of Windows, a mark, no end": (b"\xef\xbb\xbfa.py\r\nb.py\rc\r\nd.py", "a.py b.py d.py"),
+    "form feeds and separators end no line": (b"a.py\x0cb.py\nc.py\xe2\x80\xa8\n", "a.py b.py c.py"),
+    "the last rule decides": (b"a.py\n!a.py\nb.py\n!b.py\nb.py\n", "a.py b.py"),
+    "a slash alone": (b"/\n//\n!\n", "a.py d/b.py"),
+    "spaces inside": (b"a b.py\n", "a.py b.py"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_read_as_git_reads_it(tmp_path, rule):
+    content, paths = RULES[rule]
+    folder = make(tmp_path / "repository", paths.split())
+    (folder / ".gitignore").write_bytes(content)
+    assert read(folder) == listed(folder)
+
+
+def test_tracked_files_are_read_even_where_a_pattern_matches(tmp_path):
+    files = ["build/kept.py", "build/deep/kept.py", "build/new.py", "gen.py", "a.py", "long" * 30 + ".py"]
+    folder = make(tmp_path / "repository", files)
+    git(folder, "add", "-f", "build/kept.py", "build/deep/kept.py", "gen.py", files[-1])
+    (folder / ".gitignore").write_text("build/\ngen.py\nlong*\n")
+    for version in ("2", "3", "4"):
+        git(folder, "update-index", "--index-version", version)
+        if version == "3":  # an entry with more flags
+            (folder / "intended.py").write_text("x = 1\n")
+            git(folder, "add", "-f", "-N", "intended.py")
+        assert {"build/kept.py", "build/deep/kept.py", "gen.py"} < set(listed(folder))
+        assert read(folder) == listed(folder)
+    (folder / ".moseignore").write_text("gen.py\n")
+    assert "gen.py" not in read(folder)
+    index = folder / ".git" / "index"
+    for damaged in (b"", b"DIRC", index.read_bytes()[:200]):
+        index.write_bytes(damaged)
+        assert "a.py" in read(folder)
+
+
+def test_a_repository_inside_and_a_second_work_tree_have_rules_of_their_own(repository):
+    inner = make(repository / "inner", ["local.py", "a.gen.py", "b.py"])
+    (inner / ".git/info/exclude").write_text("b.py\n")
+    assert [path for path in read(repository) if path.startswith("inner/")] == ["inner/a.gen.py", "inner/local.py"]
+    git(repository, "add", "src", ".gitignore")
+    git(repository, "commit", "-qm", "a")
+    git(repository, "worktree", "add", "-q", repository.parent / "second")
+    second = repository.parent / "second"
+    (second / "excluded.py").write_text("x = 1\n")
+    (second / "new.py").write_text("x = 1\n")
+    assert read(second) == listed(second)
+    assert "excluded.py" not in read(second)
+
+
+PARTS = ["a", "b", "*", "?", "**", "[ab]", "[!a]", "[^b]", "[a-c]", "\\a", "\\*", "#a", "!b", " ", "\\ ", "[[:alpha:]]"]
+PARTS += ["[", "]", "[]a]", "a*", "*.py", ".py", "\\", "é", "**a", "\t", "[b-", "{a,b}", "[a-", "/", "/", "\r"]
+NAMES = ["a", "b", "ab", "aa", "#a", "!b", " ", "a ", "é", "a[b", "*", "]", "{a,b}", "\\"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_patterns_are_read_as_git_reads_them(tmp_path, seed):
+    draw = random.Random(seed)
+    folders = [""]
+    for _ in range(5):
+        folders.append(draw.choice(folders) + draw.choice(NAMES) + "/")
+    folder = make(tmp_path / "repository", [f"{one}{name}.py" for one in folders for name in draw.sample(NAMES, 5)])
+    tracked = [path for path in listed(folder) if draw.random() < 0.1]
+    if tracked:
+        git(folder, "--literal-pathspecs", "add", "--", *tracked)
+    for one in draw.sample(folders, 3):
+        lines = (draw.choice(["", "", "!"]) + "".join(draw.choices(PARTS, k=draw.randint(1, 5))) for _ in range(4))
+        (folder / one / ".gitignore").write_text("\n".join(lines), newline="")
+    assert read(folder) == listed(folder)
+
+
+def test_patterns_with_many_stars_take_no_time(tmp_path):
+    folder = make(tmp_path / "repository", ["a" * 240 + ".py"])
+    (folder / ".gitignore").write_text("*a" * 30 + "*b\n")
+    start = time.perf_counter()
+    assert len(read(folder)) == 1
+    assert time.perf_counter() - start < 5
 
 
 def test_our_own_ignore_file_counts_too_and_git_is_not_needed(tmp_path):

@@ -6,6 +6,7 @@ from operator import length_hint
 import pytest
 
 from modular_star_encoder.data.functions import open_corpus
+from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
 from tests.errors import raises
@@ -87,6 +88,35 @@ def test_unsuitable_files_are_counted_by_reason(tmp_path):
     for _ in range(2):  # a second iteration does not count twice
         assert names(reader) == [("a", "ok.py")]
         assert reader.skipped == expected
+
+
+def test_suffixes_count_in_any_letter_case_and_scripts_by_their_first_line_only_for_search(tmp_path):
+    write(tmp_path, {"MAIN.C": "1", "LIST.CPP": "1", "UTIL.PY": "1", "DEFS.H": "1", "a.py": "1"})
+    write(
+        tmp_path,
+        {"run": "#!/usr/bin/env python3\n", "bats": "#!/bin/bash -e\n", "LICENSE": "words", ".rc": "#!/bin/sh\n"},
+    )
+    write(tmp_path, {"perl": "#!/usr/bin/perl\n", "env": "#!/usr/bin/env -S node --x\n"})
+    expected = ["DEFS.H", "LIST.CPP", "MAIN.C", "UTIL.PY", "a.py"]
+    assert [file.path for file in folder_repositories(tmp_path, depth=0)] == expected
+    reader = folder_repositories(tmp_path, depth=0, languages=SEARCH_LANGUAGES, obey_ignore_files=True)
+    assert {file.path: file.language for file in reader if file.path not in expected} == {
+        "run": "python",
+        "bats": "bash",
+        "env": "javascript",
+    }
+
+
+def test_files_that_are_left_out_are_listed_once_for_every_iteration(tmp_path):
+    write(tmp_path, {"a.py": "1", "test_a.py": "1", "latin.py": b"\xe9"})
+    reader = folder_repositories(tmp_path, depth=0)
+    for _ in range(2):
+        assert names(reader) == [(tmp_path.name, "a.py")]
+        assert sorted(reader.skipped_files) == [("latin.py", "not UTF-8"), ("test_a.py", "test code")]
+    assert reader.guessed_files == []
+    reader = folder_repositories(tmp_path, depth=0, filters=FileFilters(any_encoding=True))
+    assert len(names(reader)) == 2
+    assert reader.guessed_files == ["latin.py"]
 
 
 def test_an_unreadable_file_is_counted(tmp_path):

@@ -12,7 +12,14 @@ from itertools import takewhile
 from tree_sitter import Node, QueryCursor, Tree
 
 from modular_star_encoder.data.languages.documentation import description_before, docstring_description, docstring_of
-from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar, parse
+from modular_star_encoder.data.languages.parsing import (
+    Grammar,
+    SourceText,
+    UnparsableSourceError,
+    has_wide_error,
+    load_grammar,
+    parse,
+)
 from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
@@ -57,35 +64,59 @@ def find_functions(
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """Something that a text defines; lines count from 0, and `end` is the line after the last."""
+    """Something that a text defines; lines count from 0, `end` is the line after the last.
+
+    `start` is its first line, `line` the first one after its decorators, annotations and attributes.
+    """
 
     kind: str  # `function`, `scope` (a class and the like), `type`, or `extension` of what is defined elsewhere
     name: str
     start: int
     end: int
+    line: int
 
 
 _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors."""
+    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors.
+
+    UnparsableSourceError as `parse_once`, or if there is an error of so many tokens that a query would take minutes.
+    """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
-    for _, captures in QueryCursor(grammar.query).matches(parse(source.bytes, grammar).root_node):
+    tree = parse(source.bytes, grammar)
+    if has_wide_error(tree):
+        raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
+    for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
             continue
         node = captures[kind][0]
         if node.parent is not None and node.parent.type in _WRAPPERS:
             node = node.parent
-        span = (node.start_point.row, node.end_point.row + (node.end_point.column > 0))
+        first = node
+        while (before := first.prev_sibling) is not None and before.type in _DECORATIONS_BEFORE:
+            first = before
+        span = (first.start_point.row, node.end_point.row + (node.end_point.column > 0))
         known = found.get((*span, name))
         if known is None or _KINDS.index(kind) < _KINDS.index(known.kind):
-            found[*span, name] = Definition(kind, name, *span)
+            found[*span, name] = Definition(kind, name, *span, _line(node))
     return sorted(found.values(), key=lambda one: (one.start, -one.end))
 
 
+def _line(node: Node) -> int:
+    """The line of a definition's first word, after decorators and the like."""
+    for child in node.children:
+        for part in child.children if child.type == "modifiers" else [child]:
+            if not _DECORATION.search(part.type):
+                return part.start_point.row
+    return node.start_point.row
+
+
+_DECORATION = re.compile("decorator|annotation|attribute|comment")
+_DECORATIONS_BEFORE = {"attribute_item", "unary_operator"}  # of Rust; Elixir's `@doc`
 _WRAPPERS = {"decorated_definition", "export_statement", "template_declaration"}
 
 

@@ -77,7 +77,7 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """The grammar of one of `SEARCH_LANGUAGES` (`data.language.unknown`): one per process, not thread-safe."""
+    """The grammar of one of `ALL_LANGUAGES` (`data.language.unknown`): one per process, not thread-safe."""
     entry = language_entry(language)
     if entry.grammar:
         grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
@@ -144,6 +144,18 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
     return total + len(captures.get("missing", []))
 
 
+def has_wide_error(tree: Tree) -> bool:
+    """Whether an ERROR node holds over `_MAX_TOKENS` bare tokens; the time of a query grows with their square."""
+    nodes = [tree.root_node] if tree.root_node.has_error else []
+    while nodes:
+        node = nodes.pop()
+        if node.is_error and node.child_count - node.named_child_count > _MAX_TOKENS:
+            return True
+        nodes += [child for child in node.children if child.has_error]
+    return False
+
+
+_MAX_TOKENS = 10_000
 _MAX_PASSES = 3
 # `static void WINAPI run(…)`, `int argc UNUSED`; and `typename`, which the grammar of C++ knows in declarations only.
 _MACRO_WORD = re.compile(rb"[A-Z][A-Z0-9_]+|__\w+|typename|template")

@@ -33,6 +33,7 @@ class Language:
     name: str  # ours, in `SEARCH_LANGUAGES`, rows and settings
     suffixes: tuple[str, ...]  # of its files, with the dot
     query: str  # finds functions, scopes, comments and strings; see above
+    interpreters: tuple[str, ...] = ()  # programs that `#!` names in the first line of a script, without a version
     grammar: str = ""  # module of its tree-sitter grammar; empty for the language pack's grammar of this name
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
@@ -112,6 +113,7 @@ _ENTRIES = (
     Language(
         name="python",
         suffixes=(".py",),
+        interpreters=("python", "pypy"),
         grammar="tree_sitter_python",
         query="""
         (function_definition name: (_) @name body: (_) @body) @function
@@ -127,6 +129,7 @@ _ENTRIES = (
     Language(
         name="javascript",
         suffixes=(".js", ".mjs", ".cjs", ".jsx"),
+        interpreters=("node",),
         grammar="tree_sitter_javascript",
         query=f"""
         [(function_declaration name: (_) @name body: (_) @body)
@@ -200,6 +203,7 @@ _ENTRIES = (
     Language(
         name="php",
         suffixes=(".php",),
+        interpreters=("php",),
         grammar="tree_sitter_php",
         grammar_function="language_php",
         query="""
@@ -223,6 +227,7 @@ _ENTRIES = (
     Language(
         name="ruby",
         suffixes=(".rb",),
+        interpreters=("ruby",),
         grammar="tree_sitter_ruby",
         query="""
         [(method name: (_) @name) (singleton_method name: (_) @name)] @function
@@ -358,6 +363,7 @@ _ENTRIES = (
     Language(
         name="swift",
         suffixes=(".swift",),
+        interpreters=("swift",),
         query="""
         (function_declaration name: (_) @name body: (_) @body) @function
         (init_declaration "init" @name body: (_) @body) @function
@@ -374,6 +380,7 @@ _ENTRIES = (
     Language(
         name="lua",
         suffixes=(".lua",),
+        interpreters=("lua", "luajit"),
         query="""
         (function_declaration name: (_) @name body: (_) @body) @function
         (assignment_statement
@@ -388,6 +395,7 @@ _ENTRIES = (
     Language(
         name="bash",
         suffixes=(".sh", ".bash"),
+        interpreters=("bash", "sh", "dash", "ksh", "zsh"),
         query="""
         (function_definition name: (_) @name body: (_) @body) @function
         (comment) @comment
@@ -399,6 +407,7 @@ _ENTRIES = (
     Language(
         name="elixir",
         suffixes=(".ex", ".exs"),
+        interpreters=("elixir",),
         query="""
         (call target: (identifier) @keyword
             (arguments [
@@ -447,16 +456,25 @@ _ENTRIES = (
         """,
         line_comment=r"\s*--+",
     ),
+    Language(
+        name="markdown",
+        suffixes=(".md", ".markdown"),
+        query="(section . (atx_heading heading_content: (_) @name)) @scope",
+    ),
 )
 
 _LANGUAGE = {one.name: one for one in _ENTRIES}
-SEARCH_LANGUAGES = tuple(_LANGUAGE)
+ALL_LANGUAGES = tuple(_LANGUAGE)
 """Our names of all languages."""
+SEARCH_LANGUAGES = ALL_LANGUAGES[:-1]
+"""The languages that search reads unless others are named: all but Markdown."""
 LANGUAGES = SEARCH_LANGUAGES[:8]
 """The languages of ModularStarEncoder, which training and the data sets use."""
 
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
-_LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES for name in (one.name, one.display_name) if name}
+_LANGUAGE_OF_INTERPRETER = {name: one.name for one in _ENTRIES for name in one.interpreters}
+_SHEBANG = re.compile(rb"#![^\n]*?(?:/|\benv (?:-\S+ )?)(?!env\b)([a-z]+)[\d.]*(?:\s|$)")
+_LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES[:-1] for name in (one.name, one.display_name) if name}
 
 # The signs of C++ by which GitHub's linguist classifies headers (its heuristics.yml, `.h`).
 _CPP_LINE = re.compile(
@@ -483,13 +501,19 @@ def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = 
 
 
 def language_of(path: PurePath) -> str | None:
-    """The language of a file by the suffix of its path, or None. A `.h` is C."""
-    return LANGUAGE_OF_SUFFIX.get(path.suffix)
+    """The language of a file by the suffix of its path, in any letter case, or None. A `.h` and a `.C` are C."""
+    return LANGUAGE_OF_SUFFIX.get(path.suffix.lower())
+
+
+def language_of_script(beginning: bytes) -> str | None:
+    """The language of a file by its first line, such as `#!/usr/bin/env python3`, or None."""
+    interpreter = _SHEBANG.match(beginning)
+    return _LANGUAGE_OF_INTERPRETER.get(interpreter[1].decode()) if interpreter else None
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """The language of a file's text: C++ for a `.h` that was read as C and holds C++, otherwise `language`."""
-    return "cpp" if language == "c" and path.endswith(".h") and _CPP_LINE.search(text) else language
+    """The language of a file's text: C++ for a header or `.C` read as C that holds C++, otherwise `language`."""
+    return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 
 def language_named(name: Any) -> str | None:

@@ -8,13 +8,13 @@ import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Self
 
 from modular_star_encoder.data.languages.registry import language_entry
+from modular_star_encoder.data.sources.decoding import decode_source
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -103,7 +103,11 @@ _GENERATED_PHRASES = re.compile(
 )
 # Go's convention (https://go.dev/s/generatedcode), which others follow; licences often come before it.
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
-_PHRASE_LINES, _MARKER_LINES = 5, 40
+_GENERATED_MARK = re.compile(  # quotes before it: a program prints it
+    r"^[^\n\"']*(@generated\b|generated\b.{,300}?\bdo not (edit|modify))", re.IGNORECASE | re.DOTALL | re.MULTILINE
+)
+_PHRASE_LINES, _MARK_LINES, _MARKER_LINES = 5, 10, 40
+_MINIFIED_LINE, _MINIFIED_AVERAGE, _LONGEST_COUNTED = 1000, 200, 10_000
 
 # Base64, hexadecimal, Unicode escapes: the paper's patterns, each with a string that a text must hold to be searched.
 _ENCODED_DATA = (
@@ -139,6 +143,30 @@ def is_generated(text: str) -> bool:
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
+def is_marked_generated(text: str) -> bool:
+    """Whether `text` asks not to be edited because a program wrote it: in the first 10 lines, Go's marker in 40."""
+    lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
+    if not any("generated" in line.lower() for line in lines):
+        return False
+    mark = _GENERATED_MARK.search("\n".join(lines[:_MARK_LINES]))
+    return mark is not None or any(map(_GENERATED_LINE.fullmatch, lines))
+
+
+def is_minified(text: str) -> bool:
+    """Whether `text` has a line of over 1,000 characters, and over 200 in a line on average.
+
+    One long line of data among many lines of code is not enough: a line counts as at most 10,000 characters.
+    """
+    if len(text) <= _MINIFIED_AVERAGE * (text.count("\n") + 1):
+        return False
+    lengths = [min(length, _LONGEST_COUNTED) for length in _line_lengths(text)]
+    return max(lengths) > _MINIFIED_LINE and sum(lengths) > _MINIFIED_AVERAGE * len(lengths)
+
+
+def _line_lengths(text: str) -> list[int]:
+    return [len(line) for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+
+
 def alphabetic_share(text: str) -> float:
     """The share of letters among the characters of `text`; 0 if it is empty."""
     # Deleting from bytes runs in C: fifteen times as fast as testing every character.
@@ -158,59 +186,18 @@ def holds_encoded_data(text: str) -> bool:
     return False
 
 
-class IgnoreFiles:
-    """Says which paths below a folder are ignored by `.gitignore`, `.git/info/exclude` and our own `.moseignore`.
-
-    Ignore files above the folder apply up to the top of its repository. Ask about a folder before its content: as in
-    git, nothing inside an ignored folder is examined.
-    """
-
-    def __init__(self, root: Path) -> None:
-        above = [root, *root.parents]
-        top = next((place for place, folder in enumerate(above) if (folder / ".git").exists()), 0)
-        self._above = _patterns(above[top], ".git/info/exclude")
-        for folder in reversed(above[1 : top + 1]):
-            self._above += _patterns(folder, *_IGNORE_FILES)
-        self._known: dict[Path, list[tuple[Path, Any]]] = {}
-
-    def ignores(self, path: Path, *, is_folder: bool) -> bool:
-        """Whether a path is ignored; if several patterns match, the last one of the deepest file decides."""
-        folder = path.parent
-        if folder not in self._known:
-            self._known[folder] = [*self._known.get(folder.parent, self._above), *_patterns(folder, *_IGNORE_FILES)]
-        for base, patterns in reversed(self._known[folder]):
-            relative = path.relative_to(base).as_posix() + ("/" if is_folder else "")
-            include = patterns.check_file(relative).include
-            if include is not None:
-                return include
-        return False
-
-
-_IGNORE_FILES = (".gitignore", ".moseignore")
-
-
-def _patterns(folder: Path, *names: str) -> list[tuple[Path, Any]]:
-    """(folder, patterns) for each file of `names` in `folder` that can be read."""
-    from pathspec import GitIgnoreSpec
-
-    found = []
-    for path in (folder / name for name in names):
-        with suppress(OSError, ValueError):  # a path that is too long, or an invalid pattern
-            if path.is_file() and not path.is_symlink():
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                found.append((folder, GitIgnoreSpec.from_lines(lines)))
-    return found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFilters:
     """What a reader leaves out. The default keeps ordinary source text only; `STARCODER2_FILTERS` is for training."""
 
     max_bytes: int = 1_000_000
-    max_line_length: int = 1000  # in characters: files with longer ones are minified or hold data
+    max_line_length: int | None = 1000  # in characters: files with longer ones are minified or hold data
     max_average_line_length: float | None = None
     min_alphabetic_share: float = 0.0  # of letters among the characters
+    any_encoding: bool = False  # whether files that are not UTF-8 are read, by `decode_source`
     generated: bool = True  # whether files that a program wrote are kept; likewise below
+    marked_generated: bool = True  # those that ask not to be edited
+    minified: bool = True
     encoded_data: bool = True  # long Base64 or hexadecimal data
     vendored: bool = False  # copies of other projects
     tests: bool = False
@@ -223,28 +210,38 @@ class FileFilters:
 
     def reason_by_text(self, text: str) -> str | None:
         """Why a file that holds `text` is left out, or None."""
-        # A text has at least as many bytes as characters: one with too many characters need not be encoded.
-        if len(text) > self.max_bytes or len(text.encode(errors="surrogatepass")) > self.max_bytes:
+        # A character has one byte to four: most texts need not be encoded.
+        if len(text) > self.max_bytes or (
+            4 * len(text) > self.max_bytes and len(text.encode(errors="surrogatepass")) > self.max_bytes
+        ):
             return "too large"
         if "\0" in text:
             return "contains null bytes"
         if not text.strip():
             return "empty"
-        lengths = [len(line) for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-        if max(lengths) > self.max_line_length:
+        limits_lines = self.max_line_length is not None or self.max_average_line_length is not None
+        lengths = _line_lengths(text) if limits_lines else []
+        if self.max_line_length is not None and max(lengths) > self.max_line_length:
             return "very long lines"
         if self.max_average_line_length is not None and sum(lengths) > self.max_average_line_length * len(lengths):
             return "long lines on average"
-        if alphabetic_share(text) < self.min_alphabetic_share:
+        if self.min_alphabetic_share and alphabetic_share(text) < self.min_alphabetic_share:
             return "few letters"
-        if not self.generated and is_generated(text):
+        marked = not self.marked_generated and is_marked_generated(text)
+        if marked or (not self.generated and is_generated(text)):
             return "generated code"
+        if not self.minified and is_minified(text):
+            return "minified code"
         return "encoded data" if not self.encoded_data and holds_encoded_data(text) else None
 
     def decode(self, content: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
         """(text without a byte-order mark, None), or ("", why a file with these bytes is left out)."""
         if len(content) > self.max_bytes:
             return "", "too large"
+        if self.any_encoding:
+            text = decode_source(content)[0]
+            reason = self.reason_by_text(text)
+            return ("", reason) if reason else (text, None)
         try:
             text = content.decode(encoding).removeprefix("\ufeff")
         except UnicodeDecodeError:

@@ -24,15 +24,16 @@ from importlib import metadata
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
-from modular_star_encoder.data.languages.registry import check_languages, language_of
+from modular_star_encoder.data.languages.registry import check_languages, language_of, language_of_script
 from modular_star_encoder.data.sources import (
     CLOSED_FOLDERS,
     FileFilters,
-    IgnoreFiles,
     SourceFile,
     SourceReader,
     is_closed,
 )
+from modular_star_encoder.data.sources.decoding import decode_source
+from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
 from modular_star_encoder.utils.errors import UserError
 
 STANDARD_LIBRARY = "python-standard-library"
@@ -42,57 +43,82 @@ CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__
 
 @dataclass(slots=True)
 class _Repository:
-    """The files of one repository, as (path in it, location), and counts of those that their path leaves out."""
+    """The files of one repository, and those that are left out before reading as (path, reason)."""
 
-    files: list[tuple[str, Path]] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    files: list["_File"] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, path: PurePath, location: Path, filters: FileFilters, inside: str = "") -> None:
+    def add(self, file: "_File", filters: FileFilters, inside: str = "", reason: str | None = None) -> None:
         """Add or leave out a file; `inside` is the repository's folder."""
+        path = PurePath(file.path)
         # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
         if ".." in path.parts or path.name.startswith("__editable__"):
             return
-        if reason := filters.reason_by_path(path, language_of(path) or ""):
-            self.left_out[reason] += 1
+        file = file._replace(path=path.relative_to(inside).as_posix())
+        if reason := reason or filters.reason_by_path(path, file.language):
+            self.left_out.append((file.path, reason))
         else:
-            self.files.append((path.relative_to(inside).as_posix(), location))
+            self.files.append(file)
+
+
+class _File(NamedTuple):
+    """A file to read; its path is relative to where the search for files began, then to its repository."""
+
+    path: str
+    location: Path
+    language: str
 
 
 class FileReader(SourceReader):
-    """Reads files of this machine; its units are the repositories with a file to read, sorted by name."""
+    """Reads files of this machine; its units are the repositories with a file to read, sorted by name.
+
+    `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
+    last iteration read as Latin-1, because nothing says what they are.
+    """
 
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
         self._filters = filters
+        self.skipped_files: list[tuple[str, str]] = []
+        self.guessed_files: list[str] = []
         units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
-        if units:  # the counts of all shards add up to the counts of the whole
-            units[0][1].left_out += sum((one.left_out for one in repositories.values() if not one.files), Counter())
+        units = units or sorted(repositories.items())[:1]
+        for one in repositories.values():  # the counts of all shards add up to the counts of the whole
+            if not one.files and one is not units[0][1]:
+                units[0][1].left_out += one.left_out
         for _, one in units:
             one.files.sort()
         super().__init__(units)
 
     def _left_out(self) -> Counter[str]:
-        return sum((one.left_out for _, one in self._chosen()), Counter())
+        return Counter(reason for _, one in self._chosen() for _, reason in one.left_out)
 
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        self.skipped_files = files = [left_out for _, one in self._chosen() for left_out in one.left_out]
+        self.guessed_files = guessed = []
         for repository, one in self._chosen():
-            for path, location in one.files:
-                text, reason = self._text(location)
+            for path, location, language in one.files:
+                content, reason = self._content(location)
+                text, reason = ("", reason) if reason else self._filters.decode(content)
                 if reason:
                     skipped[reason] += 1
-                else:
-                    yield SourceFile(repository, path, language_of(location) or "", text)
+                    files.append((path, reason))
+                    continue
+                if self._filters.any_encoding and not content.isascii() and decode_source(content)[1] is None:
+                    guessed.append(path)
+                yield SourceFile(repository, path, language, text)
 
-    def _text(self, location: Path) -> tuple[str, str | None]:
+    def _content(self, location: Path) -> tuple[bytes, str | None]:
+        """(bytes, None), or (b"", why the file is not read)."""
         try:
             status = location.stat()
             if not stat.S_ISREG(status.st_mode):  # a pipe would be read for ever
-                return "", "unreadable"
+                return b"", "unreadable"
             if status.st_size > self._filters.max_bytes:
-                return "", "too large"
-            content = location.read_bytes()
+                return b"", "too large"
+            with location.open("rb") as file:
+                return file.read(self._filters.max_bytes + 1), None  # it may have grown since
         except OSError:
-            return "", "unreadable"
-        return self._filters.decode(content)
+            return b"", "unreadable"
 
     def __length_hint__(self) -> int:
         return sum(len(one.files) for _, one in self._chosen())
@@ -118,11 +144,12 @@ def installed_repositories(
         if name and name not in seen:
             seen.add(name)
             for file in distribution.files or []:
-                if language_of(file) in chosen:
-                    repositories[name].add(file, Path(str(distribution.locate_file(file))), filters)
+                if (language := language_of(file)) in chosen:
+                    found = _File(file.as_posix(), Path(str(distribution.locate_file(file))), str(language))
+                    repositories[name].add(found, filters)
     if STANDARD_LIBRARY not in seen:
-        for path, location in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
-            repositories[STANDARD_LIBRARY].add(path, location, filters)
+        for found, _ in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
+            repositories[STANDARD_LIBRARY].add(found, filters)
     return FileReader(repositories, filters)
 
 
@@ -140,7 +167,8 @@ def folder_repositories(
     With `depth`, repositories are the folders `depth` levels down, named by their path (`"a/b"` at depth 2; a file
     directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is the repository. The
     default depth is 1, or 0 if the folder holds one of `CHECKOUT_MARKERS`. Symbolic links are not followed. Hidden
-    folders, virtual environments and `CLOSED_FOLDERS` are not entered, nor with `obey_ignore_files` what git ignores.
+    folders, virtual environments and `CLOSED_FOLDERS` are not entered. With `obey_ignore_files`, what git ignores is
+    not read, scripts without a suffix are, and links and folders that can't be read count as left out.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -152,12 +180,12 @@ def folder_repositories(
         raise UserError("data.folder.depth", f"depth must be a number of levels from 0, not {depth}.")
     chosen, filters = check_languages(languages), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    for path, location in _source_files(root, set(chosen), obey_ignore_files):
-        name = "/".join(path.parts[:-1][:depth]) if depth else root.name
+    for file, reason in _source_files(root, set(chosen), obey_ignore_files):
+        name = "/".join(PurePath(file.path).parts[:-1][:depth]) if depth else root.name
         # Filters see the whole path, so that a folder `tests` next to the sources is not a repository.
-        repositories[name or "."].add(path, location, filters, inside=name if depth else "")
+        repositories[name or "."].add(file, filters, inside=name if depth else "", reason=reason)
     if not may_be_empty and not any(one.files for one in repositories.values()):
-        left_out = sum((one.left_out for one in repositories.values()), Counter())
+        left_out = Counter(reason for one in repositories.values() for _, reason in one.left_out)
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
         what = chosen[0].capitalize() if len(chosen) == 1 else "source"
         message = f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}."
@@ -169,10 +197,14 @@ def _normalised_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[PurePath, Path]]:
-    """Yield (path relative to `root`, location) of every source file; no symbolic link is followed."""
+def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[_File, str | None]]:
+    """Yield every source file, with a path relative to `root`, and why it is left out; no symbolic link is followed.
+
+    `obey` and the reasons: see `folder_repositories`.
+    """
     ignored = IgnoreFiles(root) if obey else None
-    for parent, folders, files in os.walk(root):
+    closed: list[OSError] = []
+    for parent, folders, files in os.walk(root, onerror=closed.append):
         if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
             continue
@@ -180,15 +212,36 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
             name
             for name in folders
             if not (name.startswith(".") or name in CLOSED_FOLDERS)
-            and not (ignored and ignored.ignores(Path(parent, name), is_folder=True))
+            and not (ignored and ignored.ignores(os.path.join(parent, name), is_folder=True))
         ]
         for name in files:
             location = Path(parent, name)
-            if language_of(location) not in languages or (ignored and ignored.ignores(location, is_folder=False)):
+            language = language_of(location) or (_language_of_script(location) if obey else None)
+            if language not in languages or (ignored and ignored.ignores(str(location), is_folder=False)):
                 continue
             # Unlike Path.is_symlink, this raises nothing where a folder may be listed but not entered.
-            if not os.path.islink(location):
-                yield location.relative_to(root), location
+            is_link = os.path.islink(location)
+            if obey or not is_link:
+                path = location.relative_to(root).as_posix()
+                yield _File(path, location, str(language)), "symbolic link" if is_link else None
+    for error in closed if obey else ():
+        yield _File(Path(error.filename).relative_to(root).as_posix(), Path(error.filename), ""), "unreadable folder"
+
+
+def _language_of_script(location: Path) -> str | None:
+    """The language of a file without a suffix by its first line, or None."""
+    if location.suffix or location.name.startswith("."):
+        return None
+    try:
+        if not stat.S_ISREG(location.lstat().st_mode):
+            return None
+        with location.open("rb") as file:
+            return language_of_script(file.read(_SHEBANG_BYTES))
+    except OSError:
+        return None
+
+
+_SHEBANG_BYTES = 128
 
 
 ZIP_SUFFIXES = (".zip", ".whl", ".jar")

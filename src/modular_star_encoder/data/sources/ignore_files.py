@@ -1,0 +1,228 @@
+"""Which files of a folder git ignores, read as git reads it: `.gitignore`, `.git/info/exclude`, `.git/index`.
+
+git itself is not run, because the configuration of a repository may name programs that git would start. Not read are
+`core.excludesFile` and the other settings of the user.
+"""
+
+import os
+import re
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+_IGNORE_FILES = (".gitignore", ".moseignore")
+
+
+class IgnoreFiles:
+    """Says which paths below a folder are ignored by git's rules or by our own `.moseignore`, which has the same form.
+
+    Ignore files above the folder apply up to the top of its repository; a repository inside the folder has rules of its
+    own. A file that git tracks is ignored by `.moseignore` only. Ask about a folder before its content.
+    """
+
+    def __init__(self, root: Path) -> None:
+        above = [root, *root.parents]
+        top = next((place for place, folder in enumerate(above) if (folder / ".git").exists()), 0)
+        self._known: dict[str, _Folder] = {}
+        folder = _Folder((), _Repository(above[top]))
+        for path in reversed(above[: top + 1]):
+            folder = self._known[str(path)] = folder.inner(str(path))
+
+    def ignores(self, path: str, *, is_folder: bool) -> bool:
+        """Whether a path is ignored: the last pattern that matches in the deepest file decides."""
+        parent = os.path.dirname(path)
+        if (folder := self._known.get(parent)) is None:
+            folder = self._known[parent] = self._known[os.path.dirname(parent)].inner(parent)
+        name = os.fsencode(path)
+        rule = folder.inherited or next((one for one in reversed(folder.rules) if one.fits(name, is_folder)), None)
+        if rule is None or rule.is_negative:
+            return False
+        if rule.is_ours or name not in folder.repository.tracked:
+            return True
+        if is_folder:  # only what git tracks in it is read
+            self._known[path] = _Folder(folder.rules, folder.repository, rule).inner(path)
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """One line of an ignore file."""
+
+    base: bytes  # of the paths that it matches, with a slash at the end
+    expression: re.Pattern[bytes]
+    by_name: bool  # whether it matches the last part of a path, at any depth
+    folders_only: bool
+    is_negative: bool
+    is_ours: bool
+
+    def fits(self, path: bytes, is_folder: bool) -> bool:
+        """Whether the rule is about this path."""
+        text = os.path.basename(path) if self.by_name else path.removeprefix(self.base)
+        return (is_folder or not self.folders_only) and self.expression.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """What applies to the content of a folder."""
+
+    rules: tuple[_Rule, ...]  # the last one that fits decides
+    repository: "_Repository"
+    inherited: _Rule | None = None  # it ignores the folder, which is read for the files that git tracks
+
+    def inner(self, path: str) -> "_Folder":
+        """What applies in a folder inside this one, or at the top of the repository."""
+        rules, repository, inherited = self.rules, self.repository, self.inherited
+        if os.path.lexists(os.path.join(path, ".git")):
+            repository, inherited = _Repository(Path(path)), None
+            rules = tuple(_rules(repository.exclude, path))
+        for name in _IGNORE_FILES:
+            file = os.path.join(path, name)
+            rules += () if os.path.islink(file) else tuple(_rules(file, path))
+        return _Folder(rules, repository, inherited)
+
+
+class _Repository:
+    """A repository, by the folder at its top."""
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+        self._git = git = top / ".git"
+        common = git
+        with suppress(OSError, ValueError):
+            if git.is_file():  # a work tree or a submodule
+                self._git = git = top / git.read_text(errors="surrogateescape").removeprefix("gitdir:").strip()
+                common = git
+                common = git / (git / "commondir").read_text(errors="surrogateescape").strip()
+        self.exclude = os.fspath(common / "info" / "exclude")
+
+    @cached_property
+    def tracked(self) -> frozenset[bytes]:
+        """The paths of the files that git tracks, and of the folders with such files."""
+        names: list[bytes] = []
+        with suppress(OSError, ValueError, IndexError, struct.error):  # no index, or one cut short
+            names = _index_names((self._git / "index").read_bytes())
+        found, top = set(), os.fsencode(self._top)
+        for name in names:
+            while name and (path := os.path.join(top, name)) not in found:
+                found.add(path)
+                name = os.path.dirname(name)
+        return frozenset(found)
+
+
+_ENTRY_BYTES, _FLAGS = 62, struct.Struct(">H")
+_HAS_MORE_FLAGS = 0x4000
+
+
+def _index_names(content: bytes) -> list[bytes]:
+    """The paths in a git index of version 2, 3 or 4 with SHA-1 (gitformat-index)."""
+    magic, version, count = struct.unpack_from(">4sII", content)
+    names: list[bytes] = []
+    if magic != b"DIRC" or version not in (2, 3, 4):
+        return names
+    at, name = 12, b""
+    for _ in range(count):
+        (flags,) = _FLAGS.unpack_from(content, at + _ENTRY_BYTES - 2)
+        start = at + _ENTRY_BYTES + (2 if flags & _HAS_MORE_FLAGS else 0)
+        kept = 0
+        if version == 4:  # how much of the name before is cut off, as a number of variable length
+            cut, start = content[start] & 127, start + 1
+            while content[start - 1] & 128:
+                cut, start = (cut + 1 << 7) + (content[start] & 127), start + 1
+            kept = len(name) - cut
+        end = content.index(b"\0", start)
+        name = name[:kept] + content[start:end]
+        names.append(name)
+        at = end + 1 if version == 4 else at + (end - at + 8) // 8 * 8
+    return names
+
+
+def _rules(file: str, folder: str) -> list[_Rule]:
+    """The rules of an ignore file for the paths below a folder; none if it can't be read."""
+    content = b""
+    with suppress(OSError, ValueError):
+        if os.path.isfile(file):  # a pipe would be read for ever
+            content = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    rules = []
+    for line in content.split(b"\n"):
+        glob = _TRAILING_SPACES.sub(rb"\1", line.removesuffix(b"\r"))
+        if not glob or glob.startswith(b"#"):
+            continue
+        is_negative = glob.startswith(b"!")
+        glob = glob[is_negative:]
+        folders_only = glob.endswith(b"/")
+        glob = glob[: len(glob) - folders_only]
+        by_name = b"/" not in glob
+        with suppress(re.error):  # git never matches it
+            expression = re.compile(_expression(glob.removeprefix(b"/")), re.DOTALL)
+            base = os.path.join(os.fsencode(folder), b"")
+            rules.append(_Rule(base, expression, by_name, folders_only, is_negative, file.endswith(".moseignore")))
+    return rules
+
+
+_TRAILING_SPACES = re.compile(rb"((?:[^\\ ]|\\.| +(?! *$))*) *$", re.DOTALL)
+_GLOB = re.compile(
+    rb"(?P<folders>(?:^|(?<=/))\*\*+/)|(?P<all>(?:^|(?<=/))\*\*+(?=$|\\/))|(?P<some>\*+)|(?P<one>\?)|(?P<set>\[)"
+    rb"|\\(?P<escaped>.)|(?P<plain>[^\\])",
+    re.DOTALL,
+)
+_LITERAL = re.compile(rb"[^*?\[\\]*")
+_SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]"}
+
+
+def _expression(glob: bytes) -> bytes:
+    """The regular expression of a pattern, as git's wildmatch.c reads it; re.error if it never matches."""
+    start = _LITERAL.findall(glob)[0]  # git compares it first: `a**/b` is `a` and then `**/b`
+    glob, parts, at = glob[len(start) :], [re.escape(start)], 0
+    star = None  # place of the star before
+    while at < len(glob):
+        if (match := _GLOB.match(glob, at)) is None:
+            raise re.error("a backslash at the end")
+        kind, at = str(match.lastgroup), match.end()
+        if kind == "some" and star is not None:  # the first match of what is between two stars is as good as any
+            parts[star] = b"(?>[^/]*?"
+            parts.append(b")")
+        star = len(parts) if kind == "some" else None if kind in ("folders", "all") else star
+        if kind == "set":
+            values, at = _set(glob, at)
+            parts.append(b"[%s]" % b"".join(b"\\x%02x" % value for value in values) if values else b"(?!)")
+        else:
+            parts.append(_SIMPLE.get(kind) or re.escape(match[kind]))
+    return b"".join(parts)
+
+
+_CLASSES = {
+    b"alnum": b"[0-9A-Za-z]",
+    b"alpha": b"[A-Za-z]",
+    b"blank": b"[ \t]",
+    b"cntrl": rb"[\0-\x1f\x7f]",
+    b"digit": b"[0-9]",
+    b"graph": b"[!-~]",
+    b"lower": b"[a-z]",
+    b"print": b"[ -~]",
+    b"punct": rb"[!-/:-@\[-`{-~]",
+    b"space": rb"[ \t-\r]",
+    b"upper": b"[A-Z]",
+    b"xdigit": b"[0-9A-Fa-f]",
+}
+_SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\\]]))?", re.DOTALL)
+
+
+def _set(glob: bytes, at: int) -> tuple[list[int], int]:
+    """(the bytes that a set matches, the place after it); `at` is the place after its bracket."""
+    is_negative = glob[at : at + 1] in (b"!", b"^")
+    at += is_negative
+    first, chosen = at, set()
+    while at == first or glob[at : at + 1] != b"]":
+        if (item := _SET_ITEM.match(glob, at)) is None:
+            raise re.error("a set without an end")
+        at = item.end()
+        if item["name"] is not None:
+            if item["name"] not in _CLASSES:
+                raise re.error("an unknown class")
+            chosen |= {value for value in range(256) if re.match(_CLASSES[item["name"]], bytes([value]))}
+        else:
+            low = item["first"][-1]
+            chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # the first is in, whatever the last
+    return [value for value in range(256) if (value in chosen) != is_negative and value != ord("/")], at + 1
