@@ -1,6 +1,8 @@
-"""Distillation in a recipe: the settings, and batches with the teacher's vector of each text."""
+"""Distillation: batches that carry a teacher's vectors, a start from the teacher, and growth from exit 0."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.sources.dataset_rows import open_texts
+from modular_star_encoder.data.tokenizer import special_token_ids
+from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.inference.encoders import load_encoder
 from modular_star_encoder.inference.teacher_vectors import TeacherTargets, compute_teacher_vectors
-from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.distillation import DistillationSettings
-from modular_star_encoder.training.growing import start_from_teacher, token_texts
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import Count, Switch, settings_class
 
@@ -34,7 +37,7 @@ class TeacherSettings(DistillationSettings):
         centre_by_kind: subtract from each vector the mean vector of descriptions or of code, and normalise again.
         texts: unpaired texts to learn from too, one for every two pairs of a batch: a JSON Lines or Parquet file with
             the column `text`.
-        start_from_teacher: begin with the teacher's vectors of single tokens; see `start_from_teacher` of `growing.py`.
+        start_from_teacher: begin with the teacher's vectors of single tokens; see the function `start_from_teacher`.
         cache: folder of the teacher's vectors; by default in the user's cache.
     """
 
@@ -134,3 +137,125 @@ def _texts_by_kind(examples: Sequence[RetrievalExample]) -> dict[str, list[str]]
         "query": [one.description for one in examples if one.description],
         "document": [snippet.code for of_example in codes for snippet in of_example],
     }
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the text of each token, by id, without the spaces around it and without WordPiece's `##`."""
+    texts = (str(tokenizer.decode([index])).strip() for index in range(len(tokenizer)))
+    return [text.removeprefix("##") if len(text) > 2 else text for text in texts]
+
+
+@torch.no_grad()
+def start_from_teacher(
+    model: ModularStarEncoderForRetrieval,
+    tokenizer: PreTrainedTokenizerFast,
+    vectors: np.ndarray,
+    token_counts: np.ndarray,
+    *,
+    a: float = 1e-3,
+) -> None:
+    """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
+
+    The embeddings are the teacher's vectors of the tokens, minus their mean, and the head is the identity.
+    If the model is narrower than the teacher, their principal components are used, and the head maps these back.
+    Weights are a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al.,
+    2017). Special tokens get zeros and weight 0, so that they affect no mean.
+
+    Args:
+        model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
+        tokenizer: the model's tokenizer, of V tokens.
+        vectors: (V, D), the teacher's vectors of `token_texts`.
+        token_counts: (V,), how often each token occurs in the training texts.
+        a: a frequency; tokens of this frequency get half the weight of rare ones.
+
+    Raises:
+        UserError: the model does not fit (`training.start_from_teacher`).
+    """
+    config, size = model.config, vectors.shape[1]
+    needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
+    wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
+    if wrong or 0 not in config.exit_layers:
+        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in `config`."
+        raise UserError("training.start_from_teacher", message)
+    table = torch.from_numpy(vectors).float()
+    special = special_token_ids(tokenizer)
+    real = torch.ones(len(table), dtype=torch.bool)
+    real[special] = False
+    table = (table - table[real].mean(dim=0)) * real[:, None]
+    width = min(config.hidden_size, size)
+    basis = torch.eye(size)
+    if width < size:
+        basis = torch.linalg.svd(table, full_matrices=False).Vh[:width].T
+    counts = torch.from_numpy(token_counts).double()
+    weights = (a / (a + counts / counts.sum().clamp(min=1))).float() * real
+    head = model.projection_heads["0"].dense
+    for parameter in (model.model.embed_tokens.weight, model.model.token_weights.weight, head.weight, head.bias):
+        parameter.zero_()
+    model.model.embed_tokens.weight[: len(table), :width] = table @ basis
+    model.model.token_weights.weight[: len(table), 0] = weights
+    head.weight[:, :width] = basis
+
+
+def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -> ModularStarEncoderConfig:
+    """Return the configuration of a model that has only exit 0, with layers added up to the last of `exit_layers`.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow`).
+    """
+    exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
+    if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
+        message = f"The model must have exit_layers=[0], exit_norm='none' and projection_head='linear'; it has {found}."
+        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and other exits, ascending.")
+    changes = {
+        "num_hidden_layers": exits[-1],
+        "parent_num_hidden_layers": exits[-1],
+        "exit_layers": exits,
+        "parent_exit_layers": exits,
+        "exit_embedding_rows": len(exits),
+    }
+    return type(config).from_dict({**config.to_dict(), **changes})
+
+
+@torch.no_grad()
+def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
+    """Return a model with exit 0 of `model` and new layers; every exit starts as good as exit 0.
+
+    The output projections of the new layers are zero, so that they write nothing at first, and all heads equal the head
+    of exit 0. Token embeddings are scaled to a standard deviation of 1, or the first steps of the layers drown them.
+
+    Args:
+        model: has exit 0 alone, and no exit norm.
+        exit_layers: the exits, from 0 to the number of layers.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow`).
+    """
+    grown = type(model)(grown_config(model.config, exit_layers))
+    grown.load_state_dict(model.state_dict(), strict=False)
+    for layer in grown.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.c_proj):
+            for parameter in projection.parameters():
+                parameter.zero_()
+    table, head = grown.model.embed_tokens.weight, grown.projection_heads["0"].dense
+    scale = 1 / table[table.any(dim=1)].std()
+    table.mul_(scale)
+    head.bias.mul_(scale)  # embeddings are normalised: scaling states and bias alike changes nothing
+    for other in grown.projection_heads.values():
+        other.dense.load_state_dict(head.state_dict())
+    grown.set_attn_implementation(model.config._attn_implementation)
+    return grown
+
+
+def grow_checkpoint(
+    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
+) -> Path:
+    """Write a grown checkpoint (see `grow`) of a checkpoint of exit 0 to the folder `out`, and return the folder.
+
+    `out` must be empty or not exist; it is written atomically. `seed` draws the weights of the new layers.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.
+    """
+    model, tokenizer = load_checkpoint(checkpoint)
+    torch.manual_seed(seed)
+    return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)
