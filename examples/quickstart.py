@@ -26,6 +26,7 @@ import numpy as np
 import transformers
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
+from modular_star_encoder.data.functions import open_corpus
 from modular_star_encoder.data.splits import RetrievalData
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.report import Report, make_report
@@ -86,9 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     path = arguments.recipe or hub_config_folder(SHIPPED) / "finetune.yaml"
-    source = {"folder": arguments.data} if arguments.data else {"installed": True, "exclude": list(KEPT_OUT)}
-    functions = f"data.functions={json.dumps(source | {'languages': ['python']})}"
-    recipe = load_recipe(FinetuningRecipe, path, [functions, *arguments.overrides])
+    source: dict[str, Any] = {"languages": ["python"]}
+    source |= {"folder": arguments.data} if arguments.data else {"installed": True, "exclude": list(KEPT_OUT)}
+    open_corpus(source)  # fails before anything is written if there is no code
+    recipe = load_recipe(FinetuningRecipe, path, [f"data.functions={json.dumps(source)}", *arguments.overrides])
     config = load_config(recipe.model)
     slice_exit = config.check_exit(arguments.slice_exit_layer or config.exit_layers[len(config.exit_layers) // 2])
     out = open_output(arguments, recipe)

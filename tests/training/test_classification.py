@@ -92,7 +92,7 @@ def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, first, s
         (("train.txt", "100 101 2"), "data.row", "train.txt, line 1"),
         (("valid.txt", "100 999 1"), "data.row", "valid.txt, line 1"),
         (("train.txt", ""), "data.source.empty", "train.txt"),
-        (("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}'), "data.row", "func"),
+        (("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}'), "data.row", "ids of data.jsonl"),
     ],
 )
 def test_damaged_files_are_refused_by_line(tmp_path, change, key, value):

@@ -110,7 +110,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("corpus.rows=x", "exactly one of"), ("corpus.speed=3", "speed"), ("attn_implementation=fast", "fast")],
+    [("corpus.rows=x", "exactly one"), ("corpus.speed=3", "speed"), ("attn_implementation=fast", "fast")],
 )
 def test_faults_that_other_rooms_find_stop_before_anything_is_written(recipe_file, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
