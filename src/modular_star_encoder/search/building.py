@@ -159,7 +159,6 @@ class _Writer:
                         file_id=key,
                         file_hash=file_hash,
                         file_rows=len(found),
-                        text_hash=content_hash(snippet.embedded()),
                         snippet=snippet,
                         words=" ".join(snippet_words(snippet)),
                         vectors={exit_layer: values[number] for exit_layer, values in vectors.items()},

@@ -260,11 +260,11 @@ class CodeIndex:
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
         pattern = f"^{re.escape(readable_path(path))}$"
-        pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=pattern), [exit_layer])
+        pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=pattern))
         here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
         if not here:
             raise UserError("search.related.missing", f"The index has no code at line {line} of {path!r}.")
-        found = self.store.nearest(here[0].vectors[exit_layer], exit_layer, top_k + 1, Filter())
+        found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
         others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
         return self._hits(others[:top_k])
 
@@ -290,17 +290,17 @@ class CodeIndex:
         root = readable_path(_shown_folder(self.folder))
         return [
             Hit(
-                path=os.path.join(root, one.snippet.path),
-                line=one.snippet.line,
-                name=one.snippet.name,
+                path=os.path.join(root, one.path),
+                line=snippet.line,
+                name=snippet.name,
                 score=one.score,
                 exit_layer=one.exit_layer,
-                last_line=one.snippet.last_line,
-                language=one.snippet.language,
-                text="\n".join(one.snippet.text.split("\n")[one.snippet.line - one.snippet.first_line :]),
+                last_line=snippet.last_line,
+                language=snippet.language,
+                text="\n".join(snippet.text.split("\n")[snippet.line - snippet.first_line :]),
                 reasons=one.reasons,
             )
-            for one in found
+            for one, snippet in ((one, one.snippet) for one in found)
         ]
 
     def _check_unchanged(self) -> None:
