@@ -127,6 +127,8 @@ class LocalStore:
         return _best(scored, limit)
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+        if not words:
+            return []
         segments = list(self._alive())
         rows = sum(one.size for one in segments)
         average = sum(one.words for one in segments) / max(rows, 1) or 1.0

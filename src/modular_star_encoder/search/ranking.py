@@ -92,6 +92,8 @@ class Ranker:
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
         candidates, words, definers = _candidates(self._store, read, where, nearest)
+        if not candidates:
+            return Ranked([], None)
         paths = [one.path for one in candidates]
         similarities = self._store.vectors(candidates, self.exit_layer) @ vectors[self.exit_layer]
         margin, exits = _lead(nearest), [self.exit_layer] * len(candidates)
