@@ -7,8 +7,10 @@ tokens equals averaging the projected tokens, so the token embeddings and the he
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,19 @@ import numpy as np
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
 _TEXTS_PER_BATCH = 512
+
+# How mose-code's tokenizer divides text: at white space and `_`, between the parts of camelCase, by kind of character.
+_CASE_CHANGES = {"Regex": r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"}
+_NORMALIZERS: list[Any] = [{"type": "NFKD"}, {"type": "StripAccents"}]
+_NORMALIZERS += [{"type": "Replace", "pattern": one, "content": " "} for one in (_CASE_CHANGES, {"String": "_"})]
+_NORMALIZERS += [{"type": "Lowercase"}]
+_PRE_TOKENIZERS: list[Any] = [{"type": "WhitespaceSplit"}]
+_PRE_TOKENIZERS += [{"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}+|[^\p{L}\p{N}]{1,3}"}}]
+_PRE_TOKENIZERS[1] |= {"behavior": "Isolated", "invert": False}
+_DIVIDES = ({"type": "Sequence", "normalizers": _NORMALIZERS}, {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS})
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  # the same for ASCII
+_SPACE = re.compile(r"\s+", re.ASCII)
+_MOST_KNOWN_WORDS = 200_000
 
 
 class ExitZero:
@@ -46,19 +61,46 @@ class ExitZero:
         self._table = table * self._weights[:, None]
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
+        self._most_tokens = read_config(folder)["max_position_embeddings"]
+        self._tokenizer.enable_truncation(self._most_tokens)
+        self._special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        parts = (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer)
+        self._has_words = tuple(part and json.loads(part.__getstate__()) for part in parts) == _DIVIDES
+        self._known: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (N, D) float32 of length 1; zeros for a text without tokens."""
         embeddings = np.zeros((len(texts), self._table.shape[1]), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            batch = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
-            for place, encoding in enumerate(batch, start):
-                if encoding.ids:
-                    total = self._weights[encoding.ids].sum() or 1.0
-                    embeddings[place] = self._table[encoding.ids].sum(axis=0) / total
+            for place, ids in enumerate(self._ids(texts[start : start + _TEXTS_PER_BATCH]), start):
+                if ids:
+                    total = self._weights[ids].sum() or 1.0
+                    embeddings[place] = self._table[ids].sum(axis=0) / total
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text.
+
+        Tokenizing takes most of the time of indexing, so each word is tokenized once and remembered, if the tokenizer
+        divides text into words in the way that `_words` does.
+        """
+        if not self._has_words:
+            return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts))]
+        divided = [self._words(text) for text in texts]
+        if len(self._known) > _MOST_KNOWN_WORDS:
+            self._known.clear()
+        new = list({word for words in divided for word in words if word not in self._known})
+        self._known.update(zip(new, (one.ids for one in self._tokenizer.encode_batch_fast(new)), strict=True))
+        return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
+
+    def _words(self, text: str) -> list[str]:
+        """Divide a text so that its tokens are those of the parts; parts that are not ASCII end at white space only."""
+        if any(token in text for token in self._special):
+            return [text]
+        if text.isascii():
+            return _WORD.findall(text)
+        return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
