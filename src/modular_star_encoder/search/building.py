@@ -31,10 +31,11 @@ from modular_star_encoder.search.vector_store import (
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 _FILES_PER_CHUNK = 8
-_ROWS_PER_BATCH = 256
+_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # an interruption loses at most seconds of work
 _FILES_PER_REMOVAL = 1000
 
-_Changed = tuple[SourceFile, list[Snippet]]
+_Piece = tuple[Snippet, str]  # with its words
+_Changed = tuple[SourceFile, list[_Piece]]
 
 
 @dataclass(slots=True)
@@ -100,8 +101,8 @@ def update_store(
         changed = writer.changed(reader, bar)
         chunks = crash_safe_map(_pieces, changed, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
         for chunk in chunks:
-            for file, snippets in chunk:
-                writer.add(file, snippets)
+            for file, pieces in chunk:
+                writer.add(file, pieces)
                 bar.update()
             bar.set_postfix(rows=writer.report.embedded_rows)
         writer.remove_vanished()
@@ -122,6 +123,7 @@ class _Writer:
         self._seen: set[str] = set()
         self._files: list[_Changed] = []
         self._rows = 0
+        self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else _ROWS_PER_BATCH
 
     def changed(self, reader: FileReader, bar: Any) -> Iterator[SourceFile]:
         """Yield the files of a reader that are new to the store or have changed."""
@@ -134,24 +136,24 @@ class _Writer:
             else:
                 yield file
 
-    def add(self, file: SourceFile, snippets: list[Snippet]) -> None:
+    def add(self, file: SourceFile, pieces: list[_Piece]) -> None:
         """Collect the pieces of one file, and write if there are enough rows for a batch."""
-        self._files.append((file, snippets))
-        self._rows += len(snippets)
-        if self._rows >= _ROWS_PER_BATCH:
+        self._files.append((file, pieces))
+        self._rows += len(pieces)
+        if self._rows >= self._batch:
             self.write()
 
     def write(self) -> None:
         """Embed and write the collected files in one transaction."""
         if not self._files:
             return
-        snippets = [snippet for _, found in self._files for snippet in found]
+        snippets = [snippet for _, found in self._files for snippet, _ in found]
         settings = self._settings
         vectors = self._embedder.snippets(snippets, settings.exit_layers, settings.dimension)
         rows: list[Row] = []
         for file, found in self._files:
             key, file_hash = file_id(file.path), content_hash(file.text)
-            for place, snippet in enumerate(found):
+            for place, (snippet, words) in enumerate(found):
                 number = len(rows)
                 rows.append(
                     Row(
@@ -160,7 +162,7 @@ class _Writer:
                         file_hash=file_hash,
                         file_rows=len(found),
                         snippet=snippet,
-                        words=" ".join(snippet_words(snippet)),
+                        words=words,
                         vectors={exit_layer: values[number] for exit_layer, values in vectors.items()},
                     )
                 )
@@ -184,10 +186,14 @@ def _pieces(files: list[SourceFile]) -> list[_Changed]:
     for file in files:
         language = language_of_text(file.language, file.path, file.text)
         found = file_pieces(readable_path(file.path), language, file.text)
-        changed.append((file, [piece for piece in found if not is_boilerplate(piece)] or found))
+        changed.append((file, _with_words([piece for piece in found if not is_boilerplate(piece)] or found)))
     return changed
+
+
+def _with_words(snippets: list[Snippet]) -> list[_Piece]:
+    return [(snippet, " ".join(snippet_words(snippet))) for snippet in snippets]
 
 
 def _blocks(file: SourceFile) -> list[_Changed]:
     """Return blocks of lines as the pieces of a file that crashes a parser."""
-    return [(file, file_pieces(readable_path(file.path), "", file.text))]
+    return [(file, _with_words(file_pieces(readable_path(file.path), "", file.text)))]
