@@ -60,6 +60,8 @@ def add_search_commands(commands: Any) -> None:
     search.add_argument("--candidates", metavar="N", type=int, help="number of hits to rank again (default: 20)")
     margin = "re-rank only if the best similarity exceeds the second by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
+    stale = "search the index as it is: re-read no changed files"
+    search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
     search.add_argument("--explain", action="store_true", help="show what each ranking rule added")
     search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
     search.add_argument("--json", action="store_true", help="print JSON")
@@ -161,6 +163,9 @@ def run_search(arguments: argparse.Namespace) -> None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     index, exit_layer = _opened(arguments)
+    if postponed := index.report.postponed_files:
+        message = f"{postponed:,} changed files were not read, for lack of time; run `mose index`"
+        print(f"mose: note: {message}", file=sys.stderr)
     answers = index.search(
         arguments.questions,
         top_k=arguments.top_k,
@@ -193,14 +198,16 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     location = arguments.index or (find_index() if arguments.folder is None else None)
     if location is not None:
         index = CodeIndex.open(location, checkpoint=arguments.model)
+        if arguments.refresh:
+            index.refresh()
         checkpoint = arguments.model or index.settings.checkpoint
         return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
     if exit_layer is None and arguments.rerank_exit_layer is not None:
         exit_layer = _trained_exits(checkpoint)[0]
-    folder, languages = arguments.folder or ".", arguments.languages
-    return cached_index(folder, checkpoint=checkpoint, exit_layer=exit_layer, languages=languages), exit_layer
+    options = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": arguments.languages}
+    return cached_index(arguments.folder or ".", refresh=arguments.refresh, **options), exit_layer
 
 
 def run_related(arguments: argparse.Namespace) -> None:

@@ -5,11 +5,13 @@ Files are written in batches, one transaction each. An interrupted update leaves
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from operator import length_hint
-from time import perf_counter
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -22,6 +24,7 @@ from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerpl
 from modular_star_encoder.search.vector_store import (
     IndexSettings,
     Row,
+    Stamps,
     VectorStore,
     content_hash,
     file_id,
@@ -32,7 +35,10 @@ from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # an interruption loses at most seconds of work
+_ROWS_PER_BATCH_IN_A_HURRY = 32
 _FILES_PER_REMOVAL = 1000
+_FRESH_NS = 2_000_000_000
+"""A file that changed so shortly before it was read may change again without another size or time."""
 
 _Piece = tuple[Snippet, str]  # with its words
 _Changed = tuple[SourceFile, list[_Piece]]
@@ -47,6 +53,7 @@ class UpdateReport:
         embedded_files, embedded_rows: number of new or changed files, and of their rows.
         removed_files: number of files removed from the index, because they are deleted or can't be read.
         rows: number of rows in the index after the update.
+        postponed_files: number of files that may have changed but were not read, for lack of time.
         skipped: reason → number of skipped files.
         seconds: duration of the update.
     """
@@ -56,6 +63,7 @@ class UpdateReport:
     embedded_rows: int = 0
     removed_files: int = 0
     rows: int = 0
+    postponed_files: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -73,8 +81,11 @@ def update_store(
     *,
     processes: int = 2,
     progress: bool = True,
+    seconds: float | None = None,
 ) -> UpdateReport:
     """Bring a store up to date with a folder of source code.
+
+    A file whose size and time of change are those of the last reading is not read again.
 
     Args:
         folder: the folder that `settings` name.
@@ -83,11 +94,13 @@ def update_store(
         embedder: the embedder of the settings' checkpoint.
         processes: processes that parse; with 0 or 1 this process parses, and a parser crash ends the update.
         progress: whether to show a progress bar.
+        seconds: after so many, files that may have changed are postponed: the store keeps what it has of them. Files
+            that were left out before are not read again to say why. None for a whole update.
 
     Raises:
         UserError: the folder does not exist.
     """
-    start = perf_counter()
+    start = time.perf_counter()
     reader = folder_repositories(
         folder,
         languages=settings.languages,
@@ -96,7 +109,8 @@ def update_store(
         may_be_empty=True,
         obey_ignore_files=True,
     )
-    writer = _Writer(store, settings, embedder)
+    writer = _Writer(store, settings, embedder, seconds)
+    reader.is_known = writer.is_known
     with tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar:
         changed = writer.changed(reader, bar)
         chunks = crash_safe_map(_pieces, changed, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
@@ -107,23 +121,61 @@ def update_store(
             bar.set_postfix(rows=writer.report.embedded_rows)
         writer.remove_vanished()
         writer.write()
-    store.finish()
+    if seconds is None:  # a hurried update leaves merging to a later one
+        store.finish()
+    writer.keep_stamps()
     report = writer.report
-    report.rows, report.skipped, report.seconds = store.count(), reader.skipped, perf_counter() - start
+    report.rows, report.skipped, report.seconds = store.count(), reader.skipped, time.perf_counter() - start
     return report
 
 
 class _Writer:
     """Collects the rows of changed files and writes them, whole files at a time."""
 
-    def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder) -> None:
+    def __init__(
+        self, store: VectorStore, settings: IndexSettings, embedder: Embedder, seconds: float | None = None
+    ) -> None:
         self.report = UpdateReport()
+        self._end = None if seconds is None else time.monotonic() + seconds
         self._store, self._settings, self._embedder = store, settings, embedder
         self._held = store.files()
         self._seen: set[str] = set()
+        self._stamps_before = store.stamps()
+        self._stamps: Stamps = {}
         self._files: list[_Changed] = []
         self._rows = 0
-        self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else _ROWS_PER_BATCH
+        deep = _ROWS_PER_BATCH if seconds is None else _ROWS_PER_BATCH_IN_A_HURRY
+        self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
+
+    def is_known(self, path: str, location: Path) -> bool:
+        """Return whether a file need not be read: it is as it was at the last reading, or there is no time."""
+        key = file_id(path)
+        try:
+            status = os.stat(location)
+        except OSError:
+            return False
+        stamp = [status.st_size, status.st_mtime_ns]
+        *before, content = self._stamps_before.get(key, (None,))
+        is_same = content == self._held.get(key) if content else key not in self._held and self._end is not None
+        if before == stamp and is_same:
+            self._stamps[key] = [*stamp, content]
+            self.report.files += content is not None
+        elif self._is_late():
+            self.report.postponed_files += 1
+        else:
+            if status.st_mtime_ns < time.time_ns() - _FRESH_NS:
+                self._stamps[key] = [*stamp, None]
+            return False
+        self._seen.add(key)
+        return True
+
+    def _is_late(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+    def keep_stamps(self) -> None:
+        """Note how the files were, for the next update."""
+        if self._stamps != self._stamps_before:
+            self._store.keep_stamps(self._stamps)
 
     def changed(self, reader: FileReader, bar: Any) -> Iterator[SourceFile]:
         """Yield the files of a reader that are new to the store or have changed."""
@@ -131,13 +183,19 @@ class _Writer:
             key = file_id(file.path)
             self._seen.add(key)
             self.report.files += 1
-            if self._held.get(key) == content_hash(file.text):
+            content = content_hash(file.text)
+            if key in self._stamps:
+                self._stamps[key][-1] = content
+            if self._held.get(key) == content:
                 bar.update()
             else:
                 yield file
 
     def add(self, file: SourceFile, pieces: list[_Piece]) -> None:
         """Collect the pieces of one file, and write if there are enough rows for a batch."""
+        if self._is_late():
+            self.report.postponed_files += 1
+            return
         self._files.append((file, pieces))
         self._rows += len(pieces)
         if self._rows >= self._batch:

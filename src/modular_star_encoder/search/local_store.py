@@ -30,6 +30,7 @@ from modular_star_encoder.search.vector_store import (
     Filter,
     Found,
     Row,
+    Stamps,
     file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
@@ -43,11 +44,12 @@ MOST_ROWS = 65_536
 """Most rows of a segment: 16 bits number them, and merging needs memory for no more."""
 LARGE_SEGMENT = 50_000
 """A segment of so many rows is no longer merged with others, unless a third of it is deleted."""
-_SMALL_SEGMENTS = 256  # an update merges smaller segments when there are so many
+_SMALL_SEGMENTS = 32  # an update merges smaller segments when there are so many
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _OLD_INDEX = "snippets.lance"  # of earlier versions
-_OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX}
+_STAMPS = "stamps.json"
+_OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX, _STAMPS}
 
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
@@ -63,6 +65,7 @@ class LocalStore:
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
         self._segments: dict[str, _Segment] = {}
+        self._stamps: Stamps = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
             message = f"{location} is not an index but a file, or a folder that holds other things. Name another place."
             raise UserError("search.index.foreign", message)
@@ -80,12 +83,22 @@ class LocalStore:
 
     def files(self) -> dict[str, str | None]:
         return file_hashes(
-            (one["id"], one["hash"], one["expected"])
+            (one["id"], one["hash"], one["expected"], one["rows"])
             for segment in self._alive()
             for one in segment.files
             if one["id"] not in segment.dead
-            for _ in range(one["rows"])
         )
+
+    def stamps(self) -> Stamps:
+        try:
+            return json.loads((self.folder / _STAMPS).read_bytes()) if self.folder is not None else self._stamps
+        except (OSError, ValueError):
+            return {}
+
+    def keep_stamps(self, stamps: Stamps) -> None:
+        self._stamps = stamps
+        if self.folder is not None:
+            write_text(self.folder / _STAMPS, json.dumps(stamps))
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         manifest = self._read()

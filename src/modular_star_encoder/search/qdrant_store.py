@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from modular_star_encoder.search.pieces import Snippet
-from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, file_hashes
+from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, Stamps, file_hashes
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 _SETTINGS_KEY = "modular_star_encoder"
@@ -107,7 +107,13 @@ class QdrantStore:
     @_wrap_errors
     def files(self) -> dict[str, str | None]:
         fields = ["file_id", "file_hash", "file_rows"]
-        return file_hashes(tuple(payload[name] for name in fields) for payload in self._payloads(fields))
+        return file_hashes((*(payload[name] for name in fields), 1) for payload in self._payloads(fields))
+
+    def stamps(self) -> Stamps:
+        return {}
+
+    def keep_stamps(self, stamps: Stamps) -> None:
+        """Do nothing: other machines use the collection too."""
 
     @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:

@@ -77,6 +77,9 @@ class Filter:
         )
 
 
+Stamps = dict[str, list[Any]]  # file_id → size, time of change in ns, and content's hash or None if it was left out
+
+
 class VectorStore(Protocol):
     """Rows of one index. `replace_files` is the only way to change them."""
 
@@ -98,6 +101,12 @@ class VectorStore(Protocol):
 
     def files(self) -> dict[str, str | None]:
         """Return file_id → hash of the file's content; None if rows are missing or come from different contents."""
+
+    def stamps(self) -> Stamps:
+        """Return what `keep_stamps` was given; nothing if the store keeps none."""
+
+    def keep_stamps(self, stamps: Stamps) -> None:
+        """Keep how the files were when they were last read."""
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Replace all rows of some files.
@@ -143,13 +152,13 @@ def row_id(file: str, place: int) -> str:
     return str(UUID(hex=content_hash(f"{file}:{place}")))
 
 
-def file_hashes(rows: Iterable[tuple[str, str, int]]) -> dict[str, str | None]:
-    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows) of all rows."""
+def file_hashes(rows: Iterable[tuple[str, str, int, int]]) -> dict[str, str | None]:
+    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows, number of such rows)."""
     held: dict[str, tuple[str | None, int, int]] = {}
-    for file, file_hash, expected in rows:
+    for file, file_hash, expected, rows_here in rows:
         first_hash, count, first_expected = held.get(file, (file_hash, 0, expected))
         agrees = first_hash == file_hash and first_expected == expected
-        held[file] = (first_hash if agrees else None, count + 1, first_expected)
+        held[file] = (first_hash if agrees else None, count + rows_here, first_expected)
     return {file: found if count == expected else None for file, (found, count, expected) in held.items()}
 
 

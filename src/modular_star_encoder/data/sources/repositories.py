@@ -59,7 +59,10 @@ class _Repository:
 
 
 class FileReader(SourceReader):
-    """Reads files of this machine; its units are the repositories with a file to read, sorted by name."""
+    """Reads files of this machine; its units are the repositories with a file to read, sorted by name.
+
+    Files whose path and location `is_known` accepts are left out without being read or counted.
+    """
 
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
         self._filters = filters
@@ -69,6 +72,7 @@ class FileReader(SourceReader):
         for _, one in units:
             one.files.sort()
         super().__init__(units)
+        self.is_known: Callable[[str, Path], bool] | None = None
 
     def _left_out(self) -> Counter[str]:
         return sum((one.left_out for _, one in self._chosen()), Counter())
@@ -76,6 +80,8 @@ class FileReader(SourceReader):
     def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
         for repository, one in self._chosen():
             for path, location in one.files:
+                if self.is_known is not None and self.is_known(path, location):
+                    continue
                 text, reason = self._text(location)
                 if reason:
                     skipped[reason] += 1
