@@ -1,7 +1,6 @@
-"""Compute exit 0 with numpy, without a deep learning framework, from one table of token embeddings.
+"""Compute exit 0 with numpy, without a deep learning framework, from the token embeddings and a linear head.
 
-Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. If its head is linear, projecting the weighted mean of the
-tokens equals averaging the projected tokens, so the token embeddings and the head merge into one table (V, D).
+Exit 0 of `ModularStarEncoderForRetrieval` runs no layer: it projects the weighted mean of the token embeddings.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class ExitZero:
                 return tensors.get_tensor(name).astype(np.float32)
 
             head = "projection_heads.0.dense."
-            table = read("model.embed_tokens.weight") @ read(f"{head}weight").T + read(f"{head}bias")
+            self._head, self._bias = read(f"{head}weight").T, read(f"{head}bias")
+            self._tokens = read("model.embed_tokens.weight")
             self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
-        self._table = table * self._weights[:, None]
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._most_tokens = read_config(folder)["max_position_embeddings"]
@@ -70,12 +69,14 @@ class ExitZero:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (N, D) float32 of length 1; zeros for a text without tokens."""
-        embeddings = np.zeros((len(texts), self._table.shape[1]), dtype=np.float32)
+        means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
+        totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
             for place, ids in enumerate(self._ids(texts[start : start + _TEXTS_PER_BATCH]), start):
-                if ids:
-                    total = self._weights[ids].sum() or 1.0
-                    embeddings[place] = self._table[ids].sum(axis=0) / total
+                weights = self._weights[ids]
+                totals[place] = weights.sum()
+                means[place] = weights @ self._tokens[ids] / (totals[place] or 1.0)
+        embeddings = (means @ self._head + self._bias) * (totals > 0)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 

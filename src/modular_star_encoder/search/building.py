@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from operator import length_hint
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import FileFilters, SourceFile
@@ -31,7 +31,6 @@ from modular_star_encoder.search.vector_store import (
     readable_path,
     row_id,
 )
-from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # an interruption loses at most seconds of work
@@ -111,14 +110,11 @@ def update_store(
     )
     writer = _Writer(store, settings, embedder, seconds)
     reader.is_known = writer.is_known
-    with tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar:
-        changed = writer.changed(reader, bar)
-        chunks = crash_safe_map(_pieces, changed, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
-        for chunk in chunks:
+    with _bar(length_hint(reader), progress) as advance:
+        for chunk in _divided(writer.changed(reader, advance), processes):
             for file, pieces in chunk:
                 writer.add(file, pieces)
-                bar.update()
-            bar.set_postfix(rows=writer.report.embedded_rows)
+                advance()
         writer.remove_vanished()
         writer.write()
     if seconds is None:  # a hurried update leaves merging to a later one
@@ -127,6 +123,27 @@ def update_store(
     report = writer.report
     report.rows, report.skipped, report.seconds = store.count(), reader.skipped, time.perf_counter() - start
     return report
+
+
+@contextmanager
+def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
+    """Give a function to call after each file, which moves a progress bar if one is shown."""
+    if not is_shown:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm  # costs a search that re-reads nothing more than its ranking
+
+    with tqdm(total=total, desc="indexing", unit="file", leave=False) as bar:
+        yield bar.update
+
+
+def _divided(files: Iterator[SourceFile], processes: int) -> Iterator[list[_Changed]]:
+    """Yield the pieces of the files, a few files at a time."""
+    for first in files:  # once: what runs processes is imported only if there is a file
+        from modular_star_encoder.utils.crash_safe import crash_safe_map
+
+        rest = chain([first], files)
+        yield from crash_safe_map(_pieces, rest, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
 
 
 class _Writer:
@@ -177,7 +194,7 @@ class _Writer:
         if self._stamps != self._stamps_before:
             self._store.keep_stamps(self._stamps)
 
-    def changed(self, reader: FileReader, bar: Any) -> Iterator[SourceFile]:
+    def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
         """Yield the files of a reader that are new to the store or have changed."""
         for file in reader:
             key = file_id(file.path)
@@ -187,7 +204,7 @@ class _Writer:
             if key in self._stamps:
                 self._stamps[key][-1] = content
             if self._held.get(key) == content:
-                bar.update()
+                advance()
             else:
                 yield file
 

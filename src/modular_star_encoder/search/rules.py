@@ -68,7 +68,8 @@ def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> 
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
-    return np.maximum(scores - np.median(scores), 0)
+    middle = np.sort(scores)[[(len(scores) - 1) // 2, len(scores) // 2]].mean()  # np.median imports masked arrays
+    return np.maximum(scores - middle, 0)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
@@ -114,6 +113,8 @@ def installed_repositories(
 
     Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
     """
+    from importlib import metadata  # here, because a search reads folders only
+
     excluded = [exclude] if isinstance(exclude, str) else exclude
     seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
