@@ -30,7 +30,7 @@ _PRE_TOKENIZERS[1] |= {"behavior": "Isolated", "invert": False}
 _DIVIDES = ({"type": "Sequence", "normalizers": _NORMALIZERS}, {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  # the same for ASCII
 _SPACE = re.compile(r"\s+", re.ASCII)
-_MOST_KNOWN_WORDS = 200_000
+_MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
 
 
 class ExitZero:
@@ -92,7 +92,9 @@ class ExitZero:
         if len(self._known) > _MOST_KNOWN_WORDS:
             self._known.clear()
         new = list({word for words in divided for word in words if word not in self._known})
-        self._known.update(zip(new, (one.ids for one in self._tokenizer.encode_batch_fast(new)), strict=True))
+        encode: Any = self._tokenizer.encode_batch_fast  # it wakes threads: too slow for a question
+        encoded = encode(new) if len(new) > _FEW_WORDS else map(self._tokenizer.encode, new)
+        self._known.update((word, one.ids) for word, one in zip(new, encoded, strict=True))
         return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
 
     def _words(self, text: str) -> list[str]:

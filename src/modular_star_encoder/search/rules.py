@@ -121,9 +121,8 @@ def _named(path: str) -> tuple[set[str], set[str]]:
 
 def _alike(word: str, other: str) -> bool:
     """Return whether two words are equal, or one begins with the other."""
-    if min(len(word), len(other)) < _SHORTEST_PREFIX:
-        return word == other
-    return word.startswith(other) or other.startswith(word)
+    begins = word.startswith(other) or other.startswith(word)
+    return begins and (word == other or min(len(word), len(other)) >= _SHORTEST_PREFIX)
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
