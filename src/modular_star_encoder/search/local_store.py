@@ -299,8 +299,9 @@ class _Segment:
     def snippet(self, place: int) -> Snippet:
         """Return the piece at a place as it was written."""
         first, last = self["row_starts"][place : place + 2]
-        *values, defines = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
-        return Snippet(*values, tuple(defines))
+        values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        values[-1] = tuple(values[-1])  # `defines`
+        return Snippet(*values)
 
     @cached_property
     def words(self) -> int:

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from operator import itemgetter
 from typing import Any
 from urllib.parse import urlsplit
@@ -160,9 +160,9 @@ class QdrantStore:
         found = []
         for point in response.points:
             values = point.payload["snippet"]
-            snippet = Snippet(**{**values, "defines": tuple(values["defines"])})
-            one = Found(str(point.id), snippet.path, point.score, lambda snippet=snippet: snippet)
-            found.append((-one.score, one.path, snippet.first_line, one))
+            read = partial(Snippet, **{**values, "defines": tuple(values["defines"])})
+            one = Found(str(point.id), values["path"], point.score, read)
+            found.append((-one.score, one.path, values["first_line"], one))
         return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
 
     def _filter(self, where: Filter) -> Any:
