@@ -109,8 +109,8 @@ def update_store(
         obey_ignore_files=True,
     )
     writer = _Writer(store, settings, embedder, seconds)
-    reader.is_known = writer.is_known
     with _bar(length_hint(reader), progress) as advance:
+        reader.is_known = lambda path, location: writer.is_known(path, location) and (advance() or True)
         for chunk in _divided(writer.changed(reader, advance), processes):
             for file, pieces in chunk:
                 writer.add(file, pieces)
@@ -131,7 +131,7 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
     if not is_shown:
         yield lambda: None
         return
-    from tqdm.auto import tqdm  # costs a search that re-reads nothing more than its ranking
+    from tqdm.auto import tqdm  # here, because it imports asyncio, which a search does not need
 
     with tqdm(total=total, desc="indexing", unit="file", leave=False) as bar:
         yield bar.update
