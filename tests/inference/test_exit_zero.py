@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,36 @@ def test_numpy_embeds_what_the_model_embeds_at_exit_0():
     embedded = ExitZero(MODEL).encode(TEXTS)
     np.testing.assert_allclose(embedded, expected, atol=1e-5)
     assert embedded[2].tolist() == [0.0] * 384
+
+
+def test_words_have_the_tokens_of_the_whole_text():
+    model = ExitZero(MODEL)
+    assert model._has_words
+    pieces = [
+        "HTTPServer",
+        "aB",
+        "A1b_c",
+        "<mask>",
+        "<",
+        "ma",
+        "é",
+        "Ⅻ",
+        "e\u0301",
+        "\u0301",
+        "\xa0",
+        "\u2003",
+        "ß",
+        "中文",
+        "ǅ",
+    ]
+    pieces += [chr(code) for code in range(128)] + ["x" * 70, "日本Go", "__", "!!!!", "->"]
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(pieces, size)) for size in generator.integers(1, 60, 3000)]
+    texts += [text for text in TEXTS if text] + ["word " * 9000, "größe " * 9000]
+    texts += [path.read_text() for path in Path(__file__).parent.glob("*.py")]
+    expected = [one.ids for one in model._tokenizer.encode_batch_fast(texts)]
+    assert model._ids(texts) == expected
+    assert model._ids(texts) == expected
 
 
 def test_a_checkpoint_without_such_an_exit_is_refused(tmp_path):

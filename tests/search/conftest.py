@@ -46,10 +46,11 @@ def stored_rows(location):
     rows = []
     for segment in LocalStore(location)._alive():
         for place in segment.alive.nonzero()[0]:
-            found = segment.found(place, 0.0, segment.exits)
-            vectors = {f"vector_{exit_layer}": one.tolist() for exit_layer, one in found.vectors.items()}
+            snippet, scales = segment.snippet(place), {one: segment[f"scales_{one}"][place] for one in segment.exits}
+            vectors = {f"vector_{one}": (segment[f"vectors_{one}"][place] * scales[one]).tolist() for one in scales}
             file_rows = segment.files[segment["file_of_row"][place]]["expected"]
-            rows.append({"row_id": found.row_id, "file_rows": file_rows, **asdict(found.snippet), **vectors})
+            row_id = f"{snippet.path}:{snippet.first_line}"
+            rows.append({"row_id": row_id, "file_rows": file_rows, **asdict(snippet), **vectors})
     return rows
 
 

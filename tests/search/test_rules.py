@@ -11,14 +11,19 @@ def piece(path, *defines, text="x"):
 
 
 def order(question, snippets, similarities=None, words=None):
-    count = len(snippets)
-    placed = rules.place(
-        Question.of(question),
-        snippets,
-        None if similarities is None else np.array(similarities, dtype=float),
-        np.ones(count) if words is None else np.array(words, dtype=float),
-    )
-    return [one.candidate for one in placed]
+    words = np.ones(len(snippets)) if words is None else np.array(words, dtype=float)
+    similarities = None if similarities is None else np.array(similarities, dtype=float)
+    return [one.candidate for one in placed(Question.of(question), snippets, similarities, words)]
+
+
+def placed(question, snippets, similarities, words):
+    candidates = [one.path for one in snippets]
+    return rules.place(question, candidates, definers(snippets), similarities, words, len(snippets))
+
+
+def definers(snippets):
+    names = {name for one in snippets for name in one.defines}
+    return {name.lower(): [at for at, one in enumerate(snippets) if name in one.defines] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -59,15 +64,13 @@ def test_both_lists_count_by_how_sure_they_are():
 def test_the_definition_of_a_symbol_comes_first_and_most_of_all_in_its_own_file():
     snippets = [piece("a.py"), piece("b.py", "Stack"), piece("stack.py", "Stack")]
     assert order("Stack", snippets, words=[3, 1, 1]) == [2, 1, 0]
-    gains = rules.definitions(Question.of("Stack"), snippets)
+    gains = rules.definitions(Question.of("Stack"), [one.path for one in snippets], definers(snippets))
     assert gains.tolist() == [0, rules.DEFINITION, rules.DEFINITION * rules.OWN_FILE]
 
 
 def test_a_sentence_finds_the_file_that_is_named_like_it():
     snippets = [piece("src/util.py"), piece("src/parsers.py"), piece("parse/other.py")]
-    gains = rules.paths(
-        Question.of("how the parser works"), {"src/util.py": [0], "src/parsers.py": [1], "parse/other.py": [2]}, 3
-    )
+    gains = rules.paths(Question.of("how the parser works"), [one.path for one in snippets])
     assert gains[1] > gains[2] > gains[0] == 0
     assert order("how the parser works", snippets)[0] == 1
 
@@ -86,21 +89,20 @@ def test_tests_and_re_exports_count_less_unless_they_are_asked_for():
 def test_the_path_says_what_a_test_is():
     side = ["tests/a.py", "src/a_test.go", "pkg/test_a.py", "src/a.spec.ts", "src/StackTest.java", "examples/a.py"]
     plain = ["src/testimony.py", "src/latest.py", "src/contest/a.py", "src/Inspec.cs"]
-    files = {path: [number] for number, path in enumerate(side + plain)}
-    factors = rules.priors(Question.of("close a socket"), files, len(files))
-    assert [path for path, (number,) in files.items() if factors[number] < 1] == side
+    factors = rules.priors(Question.of("close a socket"), side + plain)
+    assert (factors < 1).tolist() == [True] * len(side) + [False] * len(plain)
 
 
 def test_further_pieces_of_a_file_give_way_to_other_files():
-    snippets = [piece("a.py"), piece("a.py"), piece("a.py"), piece("b.py")]
-    assert rules.diversity(np.array([4.0, 3.0, 2.0, 1.0]), snippets).tolist() == pytest.approx([1, 0.8, 0.64, 1])
+    factors = rules.diversity(np.array([2.0, 4.0, 3.0, 1.0]), np.array([0, 0, 0, 1]))
+    assert factors.tolist() == pytest.approx([0.64, 1, 0.8, 1])
 
 
 def test_reasons_add_up_to_the_score():
     snippets = [piece("tests/stack.py", "Stack"), piece("stack.py"), piece("stack.py", "push")]
-    for one in rules.place(Question.of("where Stack is"), snippets, np.array([0.5, 0.2, 0.1]), np.array([1.0, 0, 2])):
+    for one in placed(Question.of("where Stack is"), snippets, np.array([0.5, 0.2, 0.1]), np.array([1.0, 0, 2])):
         assert one.score == pytest.approx(sum(one.reasons.values()))
-    assert rules.place(Question.of("x"), [], None, np.zeros(0)) == []
+    assert placed(Question.of("x"), [], None, np.zeros(0)) == []
 
 
 def test_a_piece_is_found_by_its_name_its_path_and_what_it_defines():

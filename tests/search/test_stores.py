@@ -16,7 +16,6 @@ from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 from modular_star_encoder.search.vector_store import (
     Filter,
     Row,
-    content_hash,
     file_id,
     glob_expression,
     readable_path,
@@ -49,8 +48,8 @@ def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0
         snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, text, place + 1, (f"f{place}", "g"))
         vectors = {k: generator.normal(size=width).astype(np.float32) for k in (1, 4)}
         vectors = {k: vector / np.linalg.norm(vector) for k, vector in vectors.items()}
-        words, text_hash = " ".join(snippet_words(snippet)), content_hash(text)
-        made.append(Row(row_id(key, place), key, version, file_rows, text_hash, snippet, words, vectors))
+        words = " ".join(snippet_words(snippet))
+        made.append(Row(row_id(key, place), key, version, file_rows, snippet, words, vectors))
     return made
 
 
@@ -81,11 +80,12 @@ def test_the_nearest_are_those_of_an_exact_search_at_each_exit(store):
     query = np.random.default_rng(1).normal(size=8).astype(np.float32)
     for exit_layer in (1, 4):
         scores = np.stack([row.vectors[exit_layer] for row in made]) @ (query / np.linalg.norm(query))
-        found = store.nearest(query, exit_layer, 5, Filter(), [4])
+        found = store.nearest(query, exit_layer, 5, Filter())
         assert found_texts(found) == [f"text {place}" for place in np.argsort(-scores)[:5]]
         assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True)[:5], abs=0.01)
-        for one in found:
-            np.testing.assert_allclose(one.vectors[4], made[one.snippet.first_line - 1].vectors[4], atol=0.01)
+        expected = [made[one.snippet.first_line - 1].vectors[4] for one in found]
+        np.testing.assert_allclose(store.vectors(found, 4), expected, atol=0.01)
+    assert store.vectors([], 4).size == 0
 
 
 def test_words_are_ranked_by_their_rarity(store):
@@ -126,8 +126,9 @@ def test_settings_come_back_and_create_replaces_what_was_there(store):
 def test_a_row_comes_back_as_it_was(store):
     (row,) = rows("a.py", ["one"])
     store.replace_files([], [row])
-    assert store.lexical(["one"], 1, Filter())[0].snippet == row.snippet
-    assert store.lexical(["defines:g"], 1, Filter(), [4])[0].vectors[4] == pytest.approx(row.vectors[4], abs=0.01)
+    (found,) = store.lexical(["one"], 1, Filter())
+    assert (found.path, found.snippet) == (row.snippet.path, row.snippet)
+    assert store.vectors(store.lexical(["defines:g"], 1, Filter()), 4)[0] == pytest.approx(row.vectors[4], abs=0.01)
 
 
 def test_many_rows_are_searched_by_signs_first_and_almost_the_same_are_found(monkeypatch):
@@ -172,15 +173,15 @@ def test_merging_changes_no_answer_and_leaves_one_segment(tmp_path):
     store.replace_files([file_id("f1.py")], rows("f1.py", ["shared other"], "2"))
     store.replace_files([file_id("f2.py")], [])
     query = np.ones(8, np.float32)
-    asked = (lambda: store.nearest(query, 4, 20, Filter(), [1]), lambda: store.lexical(["shar", "word3"], 20, Filter()))
-    before = [[(one.row_id, one.snippet) for one in ask()] for ask in asked]
+    asked = (lambda: store.nearest(query, 4, 20, Filter()), lambda: store.lexical(["shar", "word3"], 20, Filter()))
+    before = [[one.snippet for one in ask()] for ask in asked]
     files = store.files()
     store.finish()
-    assert [[(one.row_id, one.snippet) for one in ask()] for ask in asked] == before
+    assert [[one.snippet for one in ask()] for ask in asked] == before
     assert (store.files(), store.count(), len(before[0])) == (files, 13, 13)
     assert len(list((tmp_path / "index").glob("rows-*"))) == 1
     other = LocalStore(tmp_path / "index")
-    assert [[(one.row_id, one.snippet) for one in ask()] for ask in asked] == before
+    assert [[one.snippet for one in ask()] for ask in asked] == before
     store.replace_files(list(files), [])
     store.finish()
     assert (store.count(), other.count(), list((tmp_path / "index").glob("rows-*"))) == (0, 0, [])

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from modular_star_encoder.cli.dataset import add_dataset_commands
 from modular_star_encoder.cli.evaluate import add_evaluate_commands
@@ -19,6 +18,16 @@ from modular_star_encoder.cli.train import add_train_commands
 from modular_star_encoder.utils.errors import missing_extra
 
 EXPECTED_ERRORS = (ValueError, OSError)
+
+
+class _Version(argparse.Action):
+    """Prints the version; to read it takes as long as half a search, so it is read only here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"mose {version('modular-star-encoder')}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search."
     )
-    parser.add_argument("--version", action="version", version=f"mose {version('modular-star-encoder')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_search_commands(commands)
     add_evaluate_commands(commands)

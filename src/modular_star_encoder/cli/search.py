@@ -64,6 +64,8 @@ def add_search_commands(commands: Any) -> None:
     margin = "re-rank only if the best similarity exceeds the second by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
     _add_show_skipped(search)
+    stale = "search the index as it is: re-read no changed files"
+    search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
     search.add_argument("--explain", action="store_true", help="show what each ranking rule added")
     search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
     search.add_argument("--json", action="store_true", help="print JSON")
@@ -185,10 +187,13 @@ def run_search(arguments: argparse.Namespace) -> None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     index, exit_layer = _opened(arguments)
-    if arguments.show_skipped and not index.report.files:
-        index.update(progress=False)
+    if arguments.show_skipped and arguments.refresh:
+        index.update(progress=False)  # a whole update: a hurried one does not read again what was left out before
     if arguments.show_skipped or index.report.embedded_files:
         _note_skipped(index.report, arguments.show_skipped, sys.stderr)
+    if postponed := index.report.postponed_files:
+        message = f"{postponed:,} changed files were not read, for lack of time; run `mose index`"
+        print(f"mose: note: {message}", file=sys.stderr)
     answers = index.search(
         arguments.questions,
         top_k=arguments.top_k,
@@ -221,14 +226,16 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     location = arguments.index or (find_index() if arguments.folder is None else None)
     if location is not None:
         index = CodeIndex.open(location, checkpoint=arguments.model)
+        if arguments.refresh:
+            index.refresh()
         checkpoint = arguments.model or index.settings.checkpoint
         return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
     if exit_layer is None and arguments.rerank_exit_layer is not None:
         exit_layer = _trained_exits(checkpoint)[0]
-    folder, languages = arguments.folder or ".", arguments.languages
-    return cached_index(folder, checkpoint=checkpoint, exit_layer=exit_layer, languages=languages), exit_layer
+    options = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": arguments.languages}
+    return cached_index(arguments.folder or ".", refresh=arguments.refresh, **options), exit_layer
 
 
 def run_related(arguments: argparse.Namespace) -> None:

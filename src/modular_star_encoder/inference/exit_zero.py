@@ -1,14 +1,15 @@
-"""Embed texts at exit 0, the weighted mean of token embeddings, with numpy instead of torch.
+"""Compute exit 0 with numpy, without a deep learning framework, from the token embeddings and a linear head.
 
-Exit 0 of `ModularStarEncoderForRetrieval` runs no layer. If its projection head is linear, the order of projection
-and mean does not matter, so the token embeddings can be projected beforehand, into one table (V, D).
+Exit 0 of `ModularStarEncoderForRetrieval` runs no layer: it projects the weighted mean of the token embeddings.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,22 @@ _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "poo
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
 _TEXTS_PER_BATCH = 512
 
+# How mose-code's tokenizer divides text: at white space and `_`, between the parts of camelCase, by kind of character.
+_CASE_CHANGES = {"Regex": r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"}
+_NORMALIZERS: list[Any] = [{"type": "NFKD"}, {"type": "StripAccents"}]
+_NORMALIZERS += [{"type": "Replace", "pattern": one, "content": " "} for one in (_CASE_CHANGES, {"String": "_"})]
+_NORMALIZERS += [{"type": "Lowercase"}]
+_PRE_TOKENIZERS: list[Any] = [{"type": "WhitespaceSplit"}]
+_PRE_TOKENIZERS += [{"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}+|[^\p{L}\p{N}]{1,3}"}}]
+_PRE_TOKENIZERS[1] |= {"behavior": "Isolated", "invert": False}
+_DIVIDES = ({"type": "Sequence", "normalizers": _NORMALIZERS}, {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS})
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  # the same for ASCII
+_SPACE = re.compile(r"\s+", re.ASCII)
+_MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
+
 
 class ExitZero:
     """Embeds texts at exit 0 of a checkpoint in a local folder.
-
-    `table` (V, D) float32 holds for each token of the vocabulary its projected embedding times its weight.
 
     Example:
         >>> ExitZero("hub_configs/mose-code").encode(["parse a header"]).shape
@@ -43,26 +55,63 @@ class ExitZero:
                 return tensors.get_tensor(name).astype(np.float32)
 
             head = "projection_heads.0.dense."
-            table = read("model.embed_tokens.weight") @ read(f"{head}weight").T + read(f"{head}bias")
+            self._head, self._bias = read(f"{head}weight").T, read(f"{head}bias")
+            self._tokens = read("model.embed_tokens.weight")
             self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
-        self.table = table * self._weights[:, None]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(read_config(folder)["max_position_embeddings"])
+        self._most_tokens = read_config(folder)["max_position_embeddings"]
+        self.tokenizer.enable_truncation(self._most_tokens)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self._special = [] if self.tokenizer.encode_special_tokens else [token.content for token in added]
+        parts = (self.tokenizer.normalizer, self.tokenizer.pre_tokenizer)
+        self._has_words = tuple(part and json.loads(part.__getstate__()) for part in parts) == _DIVIDES
+        self._known: dict[str, list[int]] = {}
+
+    @property
+    def table(self) -> np.ndarray:
+        """The projected embedding of each token of the vocabulary times its weight, (V, D) float32."""
+        return (self._tokens @ self._head + self._bias) * self._weights[:, None]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return the embeddings (N, D) float32 of N texts, of length 1; zeros for a text without tokens."""
-        embeddings = np.zeros((len(texts), self.table.shape[1]), dtype=np.float32)
+        means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
+        totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            batch = self.tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_PER_BATCH]))
-            for place, encoding in enumerate(batch, start):
-                if encoding.ids:
-                    total = self._weights[encoding.ids].sum() or 1.0
-                    embeddings[place] = self.table[encoding.ids].sum(axis=0) / total
+            for place, ids in enumerate(self._ids(texts[start : start + _TEXTS_PER_BATCH]), start):
+                weights = self._weights[ids]
+                totals[place] = weights.sum()
+                means[place] = weights @ self._tokens[ids] / (totals[place] or 1.0)
+        embeddings = (means @ self._head + self._bias) * (totals > 0)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text.
+
+        Tokenizing takes most of the time of indexing, so each word is tokenized once and remembered, if the tokenizer
+        divides text into words in the way that `_words` does.
+        """
+        if not self._has_words:
+            return [one.ids for one in self.tokenizer.encode_batch_fast(list(texts))]
+        divided = [self._words(text) for text in texts]
+        if len(self._known) > _MOST_KNOWN_WORDS:
+            self._known.clear()
+        new = list({word for words in divided for word in words if word not in self._known})
+        encode: Any = self.tokenizer.encode_batch_fast  # it wakes threads: too slow for a question
+        encoded = encode(new) if len(new) > _FEW_WORDS else map(self.tokenizer.encode, new)
+        self._known.update((word, one.ids) for word, one in zip(new, encoded, strict=True))
+        return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
+
+    def _words(self, text: str) -> list[str]:
+        """Divide a text so that its tokens are those of the parts; parts that are not ASCII end at white space only."""
+        if any(token in text for token in self._special):
+            return [text]
+        if text.isascii():
+            return _WORD.findall(text)
+        return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

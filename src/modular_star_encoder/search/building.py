@@ -5,14 +5,16 @@ Files are written in batches, one transaction each. An interrupted update leaves
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from operator import length_hint
-from time import perf_counter
+from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import FileFilters, SourceFile
@@ -22,19 +24,23 @@ from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerpl
 from modular_star_encoder.search.vector_store import (
     IndexSettings,
     Row,
+    Stamps,
     VectorStore,
     content_hash,
     file_id,
     readable_path,
     row_id,
 )
-from modular_star_encoder.utils.crash_safe import crash_safe_map
 
 _FILES_PER_CHUNK = 8
-_ROWS_PER_BATCH = 256
+_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # an interruption loses at most seconds of work
+_ROWS_PER_BATCH_IN_A_HURRY = 32
 _FILES_PER_REMOVAL = 1000
+_FRESH_NS = 2_000_000_000
+"""A file that changed so shortly before it was read may change again without another size or time."""
 
-_Changed = tuple[SourceFile, list[Snippet]]
+_Piece = tuple[Snippet, str]  # with its words
+_Changed = tuple[SourceFile, list[_Piece]]
 
 
 @dataclass(slots=True)
@@ -46,6 +52,7 @@ class UpdateReport:
         embedded_files, embedded_rows: number of new or changed files, and of their rows.
         removed_files: number of files removed from the index, because they are deleted or can't be read.
         rows: number of rows in the index after the update.
+        postponed_files: number of files that may have changed but were not read, for lack of time.
         skipped: reason → number of skipped files.
         skipped_files: the skipped files, as (path, reason).
         guessed_files: paths of files that are neither UTF-8 nor say what they are, and were read as Latin-1.
@@ -57,6 +64,7 @@ class UpdateReport:
     embedded_rows: int = 0
     removed_files: int = 0
     rows: int = 0
+    postponed_files: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
     guessed_files: list[str] = field(default_factory=list)
@@ -105,8 +113,11 @@ def update_store(
     *,
     processes: int = 2,
     progress: bool = True,
+    seconds: float | None = None,
 ) -> UpdateReport:
     """Bring a store up to date with a folder of source code.
+
+    A file whose size and time of change are those of the last reading is not read again.
 
     Args:
         folder: the folder that `settings` name.
@@ -115,11 +126,13 @@ def update_store(
         embedder: the embedder of the settings' checkpoint.
         processes: processes that parse; with 0 or 1 this process parses, and a parser crash ends the update.
         progress: whether to show a progress bar.
+        seconds: after so many, files that may have changed are postponed: the store keeps what it has of them. Files
+            that were left out before are not read again to say why. None for a whole update.
 
     Raises:
         UserError: the folder does not exist.
     """
-    start = perf_counter()
+    start = time.perf_counter()
     reader = folder_repositories(
         folder,
         languages=settings.languages,
@@ -130,68 +143,132 @@ def update_store(
         may_be_empty=True,
         obey_ignore_files=True,
     )
-    writer = _Writer(store, settings, embedder)
-    with tqdm(total=length_hint(reader), desc="indexing", unit="file", disable=not progress, leave=False) as bar:
-        changed = writer.changed(reader, bar)
-        chunks = crash_safe_map(_pieces, changed, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
-        for chunk in chunks:
-            for file, snippets in chunk:
-                writer.add(file, snippets)
-                bar.update()
-            bar.set_postfix(rows=writer.report.embedded_rows)
+    writer = _Writer(store, settings, embedder, seconds)
+    with _bar(length_hint(reader), progress) as advance:
+        reader.is_known = lambda path, location: writer.is_known(path, location) and (advance() or True)
+        for chunk in _divided(writer.changed(reader, advance), processes):
+            for file, pieces in chunk:
+                writer.add(file, pieces)
+                advance()
         writer.remove_vanished()
         writer.write()
-    store.finish()
+    if seconds is None:  # a hurried update leaves merging to a later one
+        store.finish()
+    writer.keep_stamps()
     report = writer.report
-    report.rows, report.seconds = store.count(), perf_counter() - start
+    report.rows, report.seconds = store.count(), time.perf_counter() - start
     for path, reason in reader.skipped_files:
         report.skip(path, reason)
     report.guessed_files = reader.guessed_files
     return report
 
 
+@contextmanager
+def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
+    """Give a function to call after each file, which moves a progress bar if one is shown."""
+    if not is_shown:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm  # here, because it imports asyncio, which a search does not need
+
+    with tqdm(total=total, desc="indexing", unit="file", leave=False) as bar:
+        yield bar.update
+
+
+def _divided(files: Iterator[SourceFile], processes: int) -> Iterator[list[_Changed]]:
+    """Yield the pieces of the files, a few files at a time."""
+    for first in files:  # once: what runs processes is imported only if there is a file
+        from modular_star_encoder.utils.crash_safe import crash_safe_map
+
+        rest = chain([first], files)
+        yield from crash_safe_map(_pieces, rest, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
+
+
 class _Writer:
     """Collects the rows of changed files and writes them, whole files at a time."""
 
-    def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder) -> None:
+    def __init__(
+        self, store: VectorStore, settings: IndexSettings, embedder: Embedder, seconds: float | None = None
+    ) -> None:
         self.report = UpdateReport()
+        self._end = None if seconds is None else time.monotonic() + seconds
         self._store, self._settings, self._embedder = store, settings, embedder
         self._held = store.files()
         self._seen: set[str] = set()
+        self._stamps_before = store.stamps()
+        self._stamps: Stamps = {}
         self._files: list[_Changed] = []
         self._rows = 0
+        deep = _ROWS_PER_BATCH if seconds is None else _ROWS_PER_BATCH_IN_A_HURRY
+        self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
-    def changed(self, reader: FileReader, bar: Any) -> Iterator[SourceFile]:
+    def is_known(self, path: str, location: Path) -> bool:
+        """Return whether a file need not be read: it is as it was at the last reading, or there is no time."""
+        key = file_id(path)
+        try:
+            status = os.stat(location)
+        except OSError:
+            return False
+        stamp = [status.st_size, status.st_mtime_ns]
+        *before, content = self._stamps_before.get(key, (None,))
+        is_same = content == self._held.get(key) if content else key not in self._held and self._end is not None
+        if before == stamp and is_same:
+            self._stamps[key] = [*stamp, content]
+            self.report.files += content is not None
+        elif self._is_late():
+            self.report.postponed_files += 1
+        else:
+            if status.st_mtime_ns < time.time_ns() - _FRESH_NS:
+                self._stamps[key] = [*stamp, None]
+            return False
+        self._seen.add(key)
+        return True
+
+    def _is_late(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+    def keep_stamps(self) -> None:
+        """Note how the files were, for the next update."""
+        if self._stamps != self._stamps_before:
+            self._store.keep_stamps(self._stamps)
+
+    def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
         """Yield the files of a reader that are new to the store or have changed."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)
             self.report.files += 1
-            if self._held.get(key) == content_hash(file.text):
-                bar.update()
+            content = content_hash(file.text)
+            if key in self._stamps:
+                self._stamps[key][-1] = content
+            if self._held.get(key) == content:
+                advance()
             else:
                 yield file
 
-    def add(self, file: SourceFile, snippets: list[Snippet]) -> None:
+    def add(self, file: SourceFile, pieces: list[_Piece]) -> None:
         """Collect the pieces of one file, and write if there are enough rows for a batch."""
-        if not snippets:
+        if self._is_late():
+            self.report.postponed_files += 1
+            return
+        if not pieces:
             self.report.skip(file.path, "no words")
-        self._files.append((file, snippets))
-        self._rows += len(snippets)
-        if self._rows >= _ROWS_PER_BATCH:
+        self._files.append((file, pieces))
+        self._rows += len(pieces)
+        if self._rows >= self._batch:
             self.write()
 
     def write(self) -> None:
         """Embed and write the collected files in one transaction."""
         if not self._files:
             return
-        snippets = [snippet for _, found in self._files for snippet in found]
+        snippets = [snippet for _, found in self._files for snippet, _ in found]
         settings = self._settings
         vectors = self._embedder.snippets(snippets, settings.exit_layers, settings.dimension)
         rows: list[Row] = []
         for file, found in self._files:
             key, file_hash = file_id(file.path), content_hash(file.text)
-            for place, snippet in enumerate(found):
+            for place, (snippet, words) in enumerate(found):
                 number = len(rows)
                 rows.append(
                     Row(
@@ -199,9 +276,8 @@ class _Writer:
                         file_id=key,
                         file_hash=file_hash,
                         file_rows=len(found),
-                        text_hash=content_hash(snippet.embedded()),
                         snippet=snippet,
-                        words=" ".join(snippet_words(snippet)),
+                        words=words,
                         vectors={exit_layer: values[number] for exit_layer, values in vectors.items()},
                     )
                 )
@@ -225,10 +301,14 @@ def _pieces(files: list[SourceFile]) -> list[_Changed]:
     for file in files:
         language = language_of_text(file.language, file.path, file.text)
         found = file_pieces(readable_path(file.path), language, file.text)
-        changed.append((file, [piece for piece in found if not is_boilerplate(piece)] or found))
+        changed.append((file, _with_words([piece for piece in found if not is_boilerplate(piece)] or found)))
     return changed
+
+
+def _with_words(snippets: list[Snippet]) -> list[_Piece]:
+    return [(snippet, " ".join(snippet_words(snippet))) for snippet in snippets]
 
 
 def _blocks(file: SourceFile) -> list[_Changed]:
     """Return blocks of lines as the pieces of a file that crashes a parser."""
-    return [(file, file_pieces(readable_path(file.path), "", file.text))]
+    return [(file, _with_words(file_pieces(readable_path(file.path), "", file.text)))]

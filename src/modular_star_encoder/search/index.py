@@ -34,6 +34,7 @@ from modular_star_encoder.search.vector_store import (
 from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_LOCK = 3
+_SECONDS_TO_REFRESH = 2.0
 _MOST_PIECES = 10_000
 """Most pieces of one file that `related` reads to find the code at a line."""
 
@@ -197,6 +198,30 @@ class CodeIndex:
             )
         return self.report
 
+    def refresh(self, seconds: float | None = None) -> UpdateReport:
+        """Do what `update` does within about `seconds` (2 if None), so that a search can do so first.
+
+        Files for which there is no time are counted in the report. Nothing is done to an index on a server, one that
+        can't be written or that another process writes, or one whose folder is gone.
+
+        Raises:
+            UserError, OSError: as `update`.
+        """
+        seconds = _SECONDS_TO_REFRESH if seconds is None else seconds
+        folder = getattr(self.store, "folder", None)
+        if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
+            return self.report
+        try:
+            with _locked(self.store, 0):
+                self._check_unchanged()
+                self.report = update_store(
+                    self.folder, self.store, self.settings, self.embedder, progress=False, seconds=seconds
+                )
+        except UserError as error:
+            if error.key != "search.index.locked":
+                raise
+        return self.report
+
     def search(
         self,
         questions: Sequence[str],
@@ -260,11 +285,11 @@ class CodeIndex:
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
         pattern = f"^{re.escape(readable_path(path))}$"
-        pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=pattern), [exit_layer])
+        pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=pattern))
         here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
         if not here:
             raise UserError("search.related.missing", f"The index has no code at line {line} of {path!r}.")
-        found = self.store.nearest(here[0].vectors[exit_layer], exit_layer, top_k + 1, Filter())
+        found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
         others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
         return self._hits(others[:top_k])
 
@@ -290,17 +315,17 @@ class CodeIndex:
         root = readable_path(_shown_folder(self.folder))
         return [
             Hit(
-                path=os.path.join(root, one.snippet.path),
-                line=one.snippet.line,
-                name=one.snippet.name,
+                path=os.path.join(root, one.path),
+                line=snippet.line,
+                name=snippet.name,
                 score=one.score,
                 exit_layer=one.exit_layer,
-                last_line=one.snippet.last_line,
-                language=one.snippet.language,
-                text="\n".join(one.snippet.text.split("\n")[one.snippet.line - one.snippet.first_line :]),
+                last_line=snippet.last_line,
+                language=snippet.language,
+                text="\n".join(snippet.text.split("\n")[snippet.line - snippet.first_line :]),
                 reasons=one.reasons,
             )
-            for one in found
+            for one, snippet in ((one, one.snippet) for one in found)
         ]
 
     def _check_unchanged(self) -> None:
@@ -360,19 +385,26 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def cached_index(folder: str, **options: Any) -> CodeIndex:
-    """Update or build the index of a folder in the user's cache, or in memory if the cache is read-only.
+def cached_index(folder: str, *, refresh: bool = True, **options: Any) -> CodeIndex:
+    """Open or build the index of a folder in the user's cache, or in memory if the cache is read-only.
 
-    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced.
+    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced; one
+    that fits is refreshed, unless `refresh` is false.
     """
     location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
     try:
-        index = CodeIndex.build(folder, location, **options)
+        store = open_store(location)
+        if store.settings() is None:
+            index = CodeIndex.build(folder, store, **options)
+        else:
+            index = CodeIndex.open(store, checkpoint=options.get("checkpoint"))
+            if refresh:
+                index.refresh()
     except UserError as error:
         if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
             raise
         index = CodeIndex.build(folder, location, **options, rebuild=True)
-    if not index.report.rows:
+    if not index.store.count():
         raise UserError("search.folder.empty", f"{folder!r} holds no source code. Name another folder.")
     return index
 
@@ -388,7 +420,7 @@ def _cached_location(key: str) -> str:
 
 
 @contextmanager
-def _locked(store: VectorStore) -> Iterator[None]:
+def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Iterator[None]:
     """Lock a local index for one writer at a time; the lock ends with the process that holds it."""
     folder = getattr(store, "folder", None)
     if folder is None:
@@ -398,7 +430,7 @@ def _locked(store: VectorStore) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     # The worker processes of a killed process hold its lock for a moment longer.
-    lock = FileLock(folder / ".lock", timeout=_SECONDS_FOR_THE_LOCK)
+    lock = FileLock(folder / ".lock", timeout=seconds)
     try:
         lock.acquire()
     except Timeout as error:

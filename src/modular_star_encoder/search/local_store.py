@@ -13,10 +13,10 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,7 +30,7 @@ from modular_star_encoder.search.vector_store import (
     Filter,
     Found,
     Row,
-    best_first,
+    Stamps,
     file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
@@ -44,14 +44,16 @@ MOST_ROWS = 65_536
 """Most rows of a segment: 16 bits number them, and merging needs memory for no more."""
 LARGE_SEGMENT = 50_000
 """A segment of so many rows is no longer merged with others, unless a third of it is deleted."""
-_SMALL_SEGMENTS = 256  # an update merges smaller segments when there are so many
+_SMALL_SEGMENTS = 32  # an update merges smaller segments when there are so many
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _OLD_INDEX = "snippets.lance"  # of earlier versions
-_OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX}
+_STAMPS = "stamps.json"
+_OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX, _STAMPS}
 
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
+_ROWS_PER_BLOCK = 1024  # vectors that are compared at once: as float32, they stay in the processor's cache
 
 
 class LocalStore:
@@ -63,6 +65,7 @@ class LocalStore:
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
         self._segments: dict[str, _Segment] = {}
+        self._stamps: Stamps = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
             message = f"{location} is not an index but a file, or a folder that holds other things. Name another place."
             raise UserError("search.index.foreign", message)
@@ -80,12 +83,22 @@ class LocalStore:
 
     def files(self) -> dict[str, str | None]:
         return file_hashes(
-            (one["id"], one["hash"], one["expected"])
+            (one["id"], one["hash"], one["expected"], one["rows"])
             for segment in self._alive()
             for one in segment.files
             if one["id"] not in segment.dead
-            for _ in range(one["rows"])
         )
+
+    def stamps(self) -> Stamps:
+        try:
+            return json.loads((self.folder / _STAMPS).read_bytes()) if self.folder is not None else self._stamps
+        except (OSError, ValueError):
+            return {}
+
+    def keep_stamps(self, stamps: Stamps) -> None:
+        self._stamps = stamps
+        if self.folder is not None:
+            write_text(self.folder / _STAMPS, json.dumps(stamps))
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         manifest = self._read()
@@ -118,17 +131,17 @@ class LocalStore:
         if groups:
             self._write({**manifest, "segments": segments})
 
-    def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
-    ) -> list[Found]:
+    def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
         unit = (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)
         chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
         if sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
             chosen = _best_by_signs(chosen, unit, exit_layer)
         scored = [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen]
-        return _best(scored, limit, extras)
+        return _best(scored, limit)
 
-    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
+    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+        if not words:
+            return []
         segments = list(self._alive())
         rows = sum(one.size for one in segments)
         average = sum(one.words for one in segments) / max(rows, 1) or 1.0
@@ -144,7 +157,19 @@ class LocalStore:
         for one, total in zip(segments, scores, strict=True):
             places = np.flatnonzero((total > 0) & one.chosen(where))
             scored.append((one, places, total[places]))
-        return _best(scored, limit, extras)
+        return _best(scored, limit)
+
+    def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
+        rows: list[Any] = [one.row_id for one in found]
+        segments = {segment for segment, _ in rows}
+        width = max((one[f"vectors_{exit_layer}"].shape[1] for one in segments), default=0)
+        result = np.zeros((len(rows), width), dtype=np.float32)
+        for segment in segments:
+            numbers = [number for number, (one, _) in enumerate(rows) if one is segment]
+            places = [rows[number][1] for number in numbers]
+            values, scales = segment[f"vectors_{exit_layer}"][places], segment[f"scales_{exit_layer}"][places]
+            result[numbers] = values * scales[:, None]
+        return result
 
     def count(self) -> int:
         return sum(int(one.alive.sum()) for one in self._alive())
@@ -255,8 +280,12 @@ class _Segment:
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
         """Return the cosine similarities (P,) of the rows at `places` (P,)."""
-        vectors, scales = self[f"vectors_{exit_layer}"], self[f"scales_{exit_layer}"]
-        return (vectors[places].astype(np.float32) @ unit) * scales[places]
+        vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
+        are_all = len(places) == self.size
+        for start in range(0, len(places), _ROWS_PER_BLOCK):
+            block = slice(start, start + _ROWS_PER_BLOCK)
+            result[block] = vectors[block if are_all else places[block]].astype(np.float32) @ unit
+        return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows that contain a word, and how often each contains it."""
@@ -267,15 +296,12 @@ class _Segment:
         first, last = self["word_starts"][place : place + 2]
         return self["word_rows"][first:last], self["word_counts"][first:last]
 
-    def found(self, place: int, score: float, extras: Sequence[int]) -> Found:
-        """Return the row at a place as it was written, with its score and its vectors at the exits `extras`."""
+    def snippet(self, place: int) -> Snippet:
+        """Return the piece at a place as it was written."""
         first, last = self["row_starts"][place : place + 2]
-        row_id, text_hash, *values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
         values[-1] = tuple(values[-1])  # `defines`
-        vectors = {
-            one: self[f"vectors_{one}"][place].astype(np.float32) * self[f"scales_{one}"][place] for one in extras
-        }
-        return Found(row_id, text_hash, Snippet(*values), score, vectors)
+        return Snippet(*values)
 
     @cached_property
     def words(self) -> int:
@@ -310,16 +336,19 @@ def _signs(vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(packed.view(np.uint64).T)
 
 
-def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int, extras: Sequence[int]) -> list[Found]:
-    """Return the `limit` best rows, best first, from (segment, places, scores)."""
+def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int) -> list[Found]:
+    """Return the `limit` best rows, best first, from (segment, places, scores); path and line order ties."""
     found = []
     for segment, places, scores in scored:
-        best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else range(len(scores))
-        found += [(float(scores[one]), segment, int(places[one])) for one in best]
-    found.sort(key=lambda one: -one[0])
-    # Rows with the score of the last one are read too, so that path and line, not their segment, order them.
-    last = found[min(limit, len(found)) - 1][0] if found else 0.0
-    return best_first(segment.found(place, score, extras) for score, segment, place in found if score >= last)[:limit]
+        best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
+        files = segment["file_of_row"][places[best]].tolist()
+        for score, file, place in zip(scores[best].tolist(), files, places[best].tolist(), strict=True):
+            found.append((-score, segment.files[file]["path"], place, segment))
+    found.sort(key=itemgetter(0, 1, 2))  # the rows of a file are in the order of its lines
+    return [
+        Found((segment, place), path, -score, partial(segment.snippet, place))
+        for score, path, place, segment in found[:limit]
+    ]
 
 
 def _arrays_of(rows: Sequence[Row]) -> _Arrays:
@@ -331,7 +360,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
         arrays[f"vectors_{exit_layer}"] = np.round(vectors / scales[:, None]).astype(np.int8)
         arrays[f"scales_{exit_layer}"] = scales.astype(np.float32)
         arrays[f"signs_{exit_layer}"] = _signs(arrays[f"vectors_{exit_layer}"])
-    blobs = [zlib.compress(json.dumps([row.row_id, row.text_hash, *_values(row.snippet)]).encode(), 6) for row in rows]
+    blobs = [zlib.compress(json.dumps(_values(row.snippet)).encode(), 6) for row in rows]
     arrays["rows"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
     arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(row.file_id for row in rows))}

@@ -23,7 +23,7 @@ _LARGEST_FILE = 2_000_000
 
 
 def build_server(index: CodeIndex) -> Any:
-    """Return an `MCPServer` with the tools `search`, `related` and `read`; `search` updates the index first.
+    """Return an `MCPServer` with the tools `search`, `related` and `read`; `search` refreshes the index first.
 
     Raises:
         ImportError: the extra `mcp` is not installed.
@@ -45,7 +45,7 @@ def build_server(index: CodeIndex) -> Any:
     @server.tool()
     def search(question: str, top_k: int = 5, path: str | None = None) -> str:
         """Find code by a question in prose or by a symbol's name; path limits it to files such as 'src/**'."""
-        index.update(progress=False)
+        index.refresh()
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         return shown(answer.hits)
 

@@ -15,14 +15,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
+from operator import itemgetter
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from modular_star_encoder.search.pieces import Snippet
-from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, best_first, file_hashes
+from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, Stamps, file_hashes
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 _SETTINGS_KEY = "modular_star_encoder"
@@ -106,7 +107,13 @@ class QdrantStore:
     @_wrap_errors
     def files(self) -> dict[str, str | None]:
         fields = ["file_id", "file_hash", "file_rows"]
-        return file_hashes(tuple(payload[name] for name in fields) for payload in self._payloads(fields))
+        return file_hashes((*(payload[name] for name in fields), 1) for payload in self._payloads(fields))
+
+    def stamps(self) -> Stamps:
+        return {}
+
+    def keep_stamps(self, stamps: Stamps) -> None:
+        """Do nothing: other machines use the collection too."""
 
     @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
@@ -124,43 +131,39 @@ class QdrantStore:
         """Do nothing: the server maintains its indexes."""
 
     @_wrap_errors
-    def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
-    ) -> list[Found]:
-        return self._query(vector.tolist(), f"vector_{exit_layer}", limit, where, extras)
+    def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
+        return self._query(vector.tolist(), f"vector_{exit_layer}", limit, where)
 
     @_wrap_errors
-    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
+    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
         places = sorted({_word_place(word) for word in words})
         query = self._models.SparseVector(indices=places, values=[1.0] * len(places))
-        return self._query(query, "words", limit, where, extras) if places else []
+        return self._query(query, "words", limit, where) if places else []
+
+    @_wrap_errors
+    def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
+        name, ids = f"vector_{exit_layer}", [str(one.row_id) for one in found]
+        points = self._client.retrieve(self._name, ids, with_payload=False, with_vectors=[name])
+        known = {str(point.id): point.vector[name] for point in points}
+        nothing = [0.0] * len(next(iter(known.values()), ()))
+        return np.array([known.get(one, nothing) for one in ids], dtype=np.float32)
 
     @_wrap_errors
     def count(self) -> int:
         return self._client.count(self._name, exact=True).count
 
-    def _query(self, query: Any, using: str, limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
+    def _query(self, query: Any, using: str, limit: int, where: Filter) -> list[Found]:
         chosen = self._filter(where)
         if chosen is not None and not chosen.must:
             return []
-        response = self._client.query_points(
-            self._name,
-            query=query,
-            using=using,
-            limit=limit,
-            query_filter=chosen,
-            with_vectors=[f"vector_{exit_layer}" for exit_layer in extras] or False,
-        )
+        response = self._client.query_points(self._name, query=query, using=using, limit=limit, query_filter=chosen)
         found = []
         for point in response.points:
-            vectors = {
-                int(name.removeprefix("vector_")): np.asarray(values, dtype=np.float32)
-                for name, values in (point.vector or {}).items()
-            }
             values = point.payload["snippet"]
-            snippet = Snippet(**{**values, "defines": tuple(values["defines"])})
-            found.append(Found(str(point.id), point.payload["text_hash"], snippet, point.score, vectors))
-        return best_first(found)
+            read = partial(Snippet, **{**values, "defines": tuple(values["defines"])})
+            one = Found(str(point.id), values["path"], point.score, read)
+            found.append((-one.score, one.path, values["first_line"], one))
+        return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
 
     def _filter(self, where: Filter) -> Any:
         """Return the server's filter, or None for all rows; its `must` is empty if no file matches."""
@@ -190,7 +193,7 @@ class QdrantStore:
         weights = _word_weights(row.words.split())
         if weights:
             vectors["words"] = self._models.SparseVector(indices=list(weights), values=list(weights.values()))
-        payload = {name: getattr(row, name) for name in ("file_id", "file_hash", "file_rows", "text_hash")}
+        payload = {name: getattr(row, name) for name in ("file_id", "file_hash", "file_rows")}
         # Filters need `path` and `language` as fields of their own.
         payload |= {"path": row.snippet.path, "language": row.snippet.language, "snippet": asdict(row.snippet)}
         return self._models.PointStruct(id=row.row_id, vector=vectors, payload=payload)

@@ -18,6 +18,7 @@ Method = Literal["hybrid", "vector", "lexical"]
 
 _BY_SIMILARITY, _BY_WORDS, _BY_DEFINITION = 100, 400, 50
 """Number of candidates that the rules take by similarity, by words, and by the names that they define."""
+_DEFINERS = 1000  # most rows that are known to define a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,6 @@ class Ranker:
     ) -> None:
         self.exit_layer, self.cascade = exit_layer, cascade
         self._store, self._settings, self._embedder = store, settings, embedder
-        deeper = {cascade.exit_layer} & {*settings.exit_layers} if cascade is not None else ()
-        self._extras = [exit_layer, *deeper]
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
         """Return exit_layer → (D,) float32 for each question, from one pass for both exits."""
@@ -82,7 +81,7 @@ class Ranker:
         best, rest = found[: cascade.candidates], found[cascade.candidates :]
         scores = self._similarities(best, vectors, cascade.exit_layer)
         order = np.argsort(-scores, kind="stable")
-        again = [replace(best[one], score=float(scores[one]), exit_layer=cascade.exit_layer) for one in order]
+        again = [replace(best[one], score=float(scores[one]), exit_layer=cascade.exit_layer) for one in order.tolist()]
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
@@ -92,29 +91,32 @@ class Ranker:
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
-        candidates, words = _candidates(self._store, read, where, nearest, self._extras)
-        similarities = np.array([one.vectors[self.exit_layer] @ vectors[self.exit_layer] for one in candidates])
-        snippets = [one.snippet for one in candidates]
-        placed = place(read, snippets, similarities, words)
+        candidates, words, definers = _candidates(self._store, read, where, nearest)
+        if not candidates:
+            return Ranked([], None)
+        paths = [one.path for one in candidates]
+        similarities = self._store.vectors(candidates, self.exit_layer) @ vectors[self.exit_layer]
         margin, exits = _lead(nearest), [self.exit_layer] * len(candidates)
         cascade = self._cascade_for(margin)
         if cascade is not None:
-            best = [one.candidate for one in placed[: cascade.candidates]]
+            placed = place(read, paths, definers, similarities, words, cascade.candidates)
+            best = [one.candidate for one in placed]
             deep = self._similarities([candidates[one] for one in best], vectors, cascade.exit_layer)
             shallow = similarities[best]
             similarities[best] = (deep - deep.mean()) / (deep.std() + 1e-9) * shallow.std() + shallow.mean()
             for one in best:
                 exits[one] = cascade.exit_layer
-            placed = place(read, snippets, similarities, words)
         found = [
             replace(candidates[one.candidate], score=one.score, exit_layer=exits[one.candidate], reasons=one.reasons)
-            for one in placed[:limit]
+            for one in place(read, paths, definers, similarities, words, limit)
         ]
         return Ranked(found, margin, reranked=cascade is not None)
 
     def _nearest(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> list[Found]:
-        found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, limit, where, self._extras)
-        return [replace(one, exit_layer=self.exit_layer) for one in found]
+        found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, limit, where)
+        for one in found:
+            one.exit_layer = self.exit_layer
+        return found
 
     def _cascade_for(self, margin: float | None) -> Cascade | None:
         """Return the cascade if it re-ranks hits with this margin, else None."""
@@ -125,7 +127,7 @@ class Ranker:
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
         """Return cosine similarities (N,) at an exit; embeddings that the index lacks are computed."""
         if exit_layer in self._settings.exit_layers:
-            documents = np.stack([one.vectors[exit_layer] for one in found])
+            documents = self._store.vectors(found, exit_layer)
         else:
             snippets = [one.snippet for one in found]
             documents = self._embedder.snippets(snippets, [exit_layer], self._settings.dimension)[exit_layer]
@@ -135,23 +137,31 @@ class Ranker:
 def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
     """Return the best `limit` rows for a question by the rules over words alone, without a model."""
     read = Question.of(question)
-    candidates, words = _candidates(store, read, where, [], ())
+    candidates, words, definers = _candidates(store, read, where, [])
     return [
         replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
-        for one in place(read, [one.snippet for one in candidates], None, words)[:limit]
+        for one in place(read, [one.path for one in candidates], definers, None, words, limit)
     ]
 
 
 def _candidates(
-    store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found], extras: Sequence[int]
-) -> tuple[list[Found], np.ndarray]:
-    """Return the candidate rows of a question, and their BM25 scores (N,): 0 for rows that words did not find."""
-    lexical = store.lexical(question_stems(question.text), _BY_WORDS, where, extras)
+    store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found]
+) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
+    """Return the candidate rows of a question, their BM25 scores (N,), and name → numbers of those that define it.
+
+    The score is 0 for rows that words did not find.
+    """
+    lexical = store.lexical(question_stems(question.text), _BY_WORDS, where)
     names = [definition_word(name) for name in question.names]
-    defining = store.lexical(names, _BY_DEFINITION, where, extras)
+    defining = store.lexical(names, _BY_DEFINITION, where)
     rows = {one.row_id: one for one in (*defining, *lexical, *nearest)}
     words = {one.row_id: one.score for one in lexical}
-    return list(rows.values()), np.array([words.get(row_id, 0.0) for row_id in rows])
+    numbers = {row_id: number for number, row_id in enumerate(rows)}
+    definers = {
+        name: [numbers[one.row_id] for one in store.lexical([word], _DEFINERS, where) if one.row_id in numbers]
+        for name, word in zip(question.names, names, strict=True)
+    }
+    return list(rows.values()), np.array([words.get(row_id, 0.0) for row_id in rows]), definers
 
 
 def _lead(found: Sequence[Found]) -> float | None:

@@ -8,14 +8,14 @@ standardised scores instead of ranks, because ranks do not say how far candidate
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 import numpy as np
 
-from modular_star_encoder.search.pieces import Snippet, parts, telling_parts
+from modular_star_encoder.search.pieces import parts, telling_parts
 
 SIMILARITY_WEIGHT, SIMILARITY_WEIGHT_OF_SYMBOLS = 0.5, 0.3
 DEFINITION, OWN_FILE, INSIDE_A_SENTENCE = 1.5, 1.5, 0.5
@@ -68,22 +68,21 @@ def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> 
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
-    return np.maximum(scores - np.median(scores), 0)
+    middle = np.sort(scores)[[(len(scores) - 1) // 2, len(scores) // 2]].mean()  # np.median imports masked arrays
+    return np.maximum(scores - middle, 0)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / (values.std() + 1e-9)
 
 
-def definitions(question: Question, snippets: Sequence[Snippet]) -> np.ndarray:
+def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
     """Return gains (N,) for pieces that define a name in the question; larger if their file also has that name."""
-    gains = np.zeros(len(snippets))
-    for place, snippet in enumerate(snippets):
-        defined = {name.lower().rstrip("!?") for name in snippet.defines}
-        for name, weight in question.names.items():
-            if name in defined:
-                own = OWN_FILE if _plain(_file_name(snippet.path)) == _plain(name) else 1.0
-                gains[place] = max(gains[place], DEFINITION * weight * own)
+    gains = np.zeros(len(paths))
+    for name, weight in question.names.items():
+        for number in definers.get(name, ()):
+            own = OWN_FILE if _plain(_file_name(paths[number])) == _plain(name) else 1.0
+            gains[number] = max(gains[number], DEFINITION * weight * own)
     return gains
 
 
@@ -96,59 +95,68 @@ def _plain(name: str) -> str:
     return re.sub(r"[_-]", "", name.lower())
 
 
-def paths(question: Question, files: Mapping[str, Sequence[int]], count: int) -> np.ndarray:
-    """Return gains (N,): the share of the question's words in a piece's file name; words in its folder count half."""
-    gains = np.zeros(count)
+def paths(question: Question, files: Sequence[str]) -> np.ndarray:
+    """Return gains (F,): the share of the question's words in a file's name; words in its folder count half."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
-        return gains
-    for path, places in files.items():
-        file, folder = parts(PurePosixPath(path).stem), parts(PurePosixPath(path).parent.name)
-        met = sum(1.0 if _met(word, file) else FOLDER if _met(word, folder) else 0.0 for word in wanted)
-        gains[places] = PATH * met / len(wanted)
-    return gains
+        return np.zeros(len(files))
+    named = [_named(path) for path in files]
+    every = {part for both in named for one in both for part in one}
+    met = np.zeros(len(files))
+    for word in wanted:
+        like = {part for part in every if _alike(word, part)}
+        for number, (file, folder) in enumerate(named):
+            if not like.isdisjoint(file):
+                met[number] += 1.0
+            elif not like.isdisjoint(folder):
+                met[number] += FOLDER
+    return PATH * met / len(wanted)
 
 
-def _met(word: str, others: set[str]) -> bool:
-    """Return whether a word equals one of the others, is a prefix of one, or begins with one."""
-    return word in others or any(
-        min(len(word), len(other)) >= _SHORTEST_PREFIX and (word.startswith(other) or other.startswith(word))
-        for other in others
-    )
+@lru_cache(maxsize=100_000)
+def _named(path: str) -> tuple[set[str], set[str]]:
+    """Return the stems of the parts of a file's name, and of the name of its folder."""
+    return parts(PurePosixPath(path).stem), parts(PurePosixPath(path).parent.name)
 
 
-def good_files(scores: np.ndarray, gained: np.ndarray, files: Mapping[str, Sequence[int]]) -> np.ndarray:
+def _alike(word: str, other: str) -> bool:
+    """Return whether two words are equal, or one begins with the other."""
+    begins = word.startswith(other) or other.startswith(word)
+    return begins and (word == other or min(len(word), len(other)) >= _SHORTEST_PREFIX)
+
+
+def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
     """Return gains (N,) for the best piece of each file: the sum of the file's best scores over the largest sum."""
-    gains = np.zeros(len(scores))
-    sums = {path: np.sort(scores[places])[-PIECES_OF_A_FILE:].sum() for path, places in files.items()}
-    most = max(sums.values(), default=0.0) or 1.0
-    for path, places in files.items():
-        gains[places[int(np.argmax(gained[places]))]] = GOOD_FILE * sums[path] / most
-    return gains
+    counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
+    sums = np.bincount(file_of[counted], weights=scores[counted])
+    return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
 
 
-def priors(question: Question, files: Mapping[str, Sequence[int]], count: int) -> np.ndarray:
-    """Return factors (N,) that lower files that re-export and, unless the question is about tests, side files."""
-    factors = np.ones(count)
-    about_tests = bool(_ABOUT_TESTS.search(question.text))
-    for path, places in files.items():
-        if not about_tests and _SIDE_FILE.search(path):
-            factors[places] *= SIDE_FILES
-        if _INITIAL_FILE.search(path):
-            factors[places] *= INITIAL_FILES
-        if path.endswith(".d.ts"):
-            factors[places] *= DECLARATIONS
-    return factors
+def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
+    """Return how many pieces of its own file are better than each piece (N,)."""
+    order = np.lexsort((-scores, file_of))
+    starts = np.searchsorted(file_of[order], file_of[order])
+    places = np.empty(len(scores), dtype=np.int64)
+    places[order] = np.arange(len(scores)) - starts
+    return places
 
 
-def diversity(scores: np.ndarray, snippets: Sequence[Snippet]) -> np.ndarray:
+def priors(question: Question, files: Sequence[str]) -> np.ndarray:
+    """Return factors (F,) that lower files that re-export and, unless the question is about tests, side files."""
+    kinds = np.array([_kinds(path) for path in files], dtype=bool)
+    kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
+    return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
+
+
+@lru_cache(maxsize=100_000)
+def _kinds(path: str) -> tuple[bool, bool, bool]:
+    """Return whether a file is a side file, one that re-exports, or one of declarations."""
+    return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
+
+
+def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
     """Return factors (N,) that lower each further piece of a file more than the one before."""
-    factors, seen = np.ones(len(scores)), Counter[str]()
-    for place in np.argsort(-scores, kind="stable"):
-        path = snippets[place].path
-        factors[place] = FURTHER_PIECE ** seen[path]
-        seen[path] += 1
-    return factors
+    return FURTHER_PIECE ** _place_in_file(scores, file_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,34 +169,41 @@ class Placed:
 
 
 def place(
-    question: Question, snippets: Sequence[Snippet], similarities: np.ndarray | None, words: np.ndarray
+    question: Question,
+    candidates: Sequence[str],
+    definers: Mapping[str, Collection[int]],
+    similarities: np.ndarray | None,
+    words: np.ndarray,
+    limit: int,
 ) -> list[Placed]:
-    """Return the candidates of a question, best first.
+    """Return the best `limit` candidates of a question, best first.
 
     Args:
         question: the question.
-        snippets: the candidates (N).
+        candidates: the paths (N) of the pieces.
+        definers: name in the question → numbers of the candidates that define it.
         similarities: (N,) cosine similarities to the question; None to rank without a model.
         words: (N,) BM25 scores; 0 for a piece without a word of the question.
+        limit: number of candidates to return.
     """
-    if not snippets:
+    if not candidates:
         return []
     weight = SIMILARITY_WEIGHT_OF_SYMBOLS if question.is_symbol else SIMILARITY_WEIGHT
     scores = fused(similarities, words, weight)
     scores = scores / (scores.max() or 1.0)
-    files: defaultdict[str, list[int]] = defaultdict(list)
-    for number, snippet in enumerate(snippets):
-        files[snippet.path].append(number)
-    reasons = {"similarity and words": scores, "definition": definitions(question, snippets)}
-    reasons["path"] = paths(question, files, len(snippets))
+    files = list(dict.fromkeys(candidates))
+    numbers = {path: number for number, path in enumerate(files)}
+    file_of = np.array([numbers[path] for path in candidates])
+    reasons = {"similarity and words": scores, "definition": definitions(question, candidates, definers)}
+    reasons["path"] = paths(question, files)[file_of]
     total = np.sum(list(reasons.values()), axis=0)
-    reasons["good file"] = good_files(scores, total, files)
+    reasons["good file"] = good_files(scores, total, file_of)
     total = total + reasons["good file"]
-    factors = priors(question, files, len(snippets))
+    factors = priors(question, files)[file_of]
     reasons["kind of file"], total = total * (factors - 1), total * factors
-    factors = diversity(total, snippets)
+    factors = diversity(total, file_of)
     reasons["diversity"], total = total * (factors - 1), total * factors
     return [
         Placed(int(one), float(total[one]), {name: float(gains[one]) for name, gains in reasons.items() if gains[one]})
-        for one in np.argsort(-total, kind="stable")
+        for one in np.argsort(-total, kind="stable")[:limit]
     ]

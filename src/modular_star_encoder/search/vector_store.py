@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 from uuid import UUID
@@ -17,7 +17,7 @@ from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 
 QDRANT, MEMORY = "qdrant:", "memory://"
-FORMAT = 3
+FORMAT = 4
 DEFAULT_CHECKPOINT = "mose-code"
 """The model that is packaged with the code."""
 INDEX_FOLDER = ".mose"
@@ -32,26 +32,30 @@ class Row:
     file_id: str  # a hash of the path's bytes, which need not be text
     file_hash: str  # of the file's content
     file_rows: int  # number of rows of its file: fewer in the store means that writing was cut short
-    text_hash: str  # of what is embedded
     snippet: Snippet  # its path is text, with `\x..` for bytes that aren't
     words: str  # what lexical search compares, with spaces between
     vectors: Mapping[int, np.ndarray]  # exit_layer → (D,) float32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes three times as long to make, and a search makes hundreds
 class Found:
     """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
 
-    `exit_layer` is the exit that ranked it, None if only words did; `reasons` is ranking rule → what it added.
+    The piece itself is read when it is first used: of hundreds of candidates only a few are shown. `exit_layer` is the
+    exit that ranked it, None if only words did; `reasons` is ranking rule → what it added.
     """
 
-    row_id: str
-    text_hash: str
-    snippet: Snippet
+    row_id: Hashable  # names the row within its store until the store is changed
+    path: str
     score: float
-    vectors: Mapping[int, np.ndarray] = field(default_factory=dict)
+    read: Callable[[], Snippet]
     exit_layer: int | None = None
     reasons: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def snippet(self) -> Snippet:
+        """The piece."""
+        return self.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,9 @@ class Filter:
         return (not self.languages or language in self.languages) and (
             self.path is None or re.search(self.path, path) is not None
         )
+
+
+Stamps = dict[str, list[Any]]  # file_id → size, time of change in ns, and content's hash or None if it was left out
 
 
 class VectorStore(Protocol):
@@ -95,6 +102,12 @@ class VectorStore(Protocol):
     def files(self) -> dict[str, str | None]:
         """Return file_id → hash of the file's content; None if rows are missing or come from different contents."""
 
+    def stamps(self) -> Stamps:
+        """Return what `keep_stamps` was given; nothing if the store keeps none."""
+
+    def keep_stamps(self, stamps: Stamps) -> None:
+        """Keep how the files were when they were last read."""
+
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Replace all rows of some files.
 
@@ -106,21 +119,17 @@ class VectorStore(Protocol):
     def finish(self) -> None:
         """Optimise what was written, and free the space of replaced rows."""
 
-    def nearest(
-        self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter, extras: Sequence[int] = ()
-    ) -> list[Found]:
-        """Return the `limit` rows nearest by cosine similarity, best first, with their vectors at exits `extras`."""
+    def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
+        """Return the `limit` rows nearest by cosine similarity, best first."""
 
-    def lexical(self, words: Sequence[str], limit: int, where: Filter, extras: Sequence[int] = ()) -> list[Found]:
-        """Return the `limit` rows of the highest BM25 score above 0, best first, with their vectors at `extras`."""
+    def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
+        """Return the `limit` rows of the highest BM25 score above 0, best first."""
+
+    def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
+        """Return the embeddings (N, D) float32 of rows that this store found; zeros for one deleted since."""
 
     def count(self) -> int:
         """Number of rows."""
-
-
-def best_first(found: Iterable[Found]) -> list[Found]:
-    """Sort rows by falling score; ties are sorted by path and line, independent of the store's order."""
-    return sorted(found, key=lambda one: (-one.score, one.snippet.path, one.snippet.first_line))
 
 
 def file_id(path: str) -> str:
@@ -143,13 +152,13 @@ def row_id(file: str, place: int) -> str:
     return str(UUID(hex=content_hash(f"{file}:{place}")))
 
 
-def file_hashes(rows: Iterable[tuple[str, str, int]]) -> dict[str, str | None]:
-    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows) of all rows."""
+def file_hashes(rows: Iterable[tuple[str, str, int, int]]) -> dict[str, str | None]:
+    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows, number of such rows)."""
     held: dict[str, tuple[str | None, int, int]] = {}
-    for file, file_hash, expected in rows:
+    for file, file_hash, expected, rows_here in rows:
         first_hash, count, first_expected = held.get(file, (file_hash, 0, expected))
         agrees = first_hash == file_hash and first_expected == expected
-        held[file] = (first_hash if agrees else None, count + 1, first_expected)
+        held[file] = (first_hash if agrees else None, count + rows_here, first_expected)
     return {file: found if count == expected else None for file, (found, count, expected) in held.items()}
 
 

@@ -20,7 +20,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
@@ -74,6 +73,7 @@ class FileReader(SourceReader):
 
     `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
     last iteration read as Latin-1, because nothing says what they are.
+    Files whose path and location `is_known` accepts are left out without being read or counted.
     """
 
     def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
@@ -88,6 +88,7 @@ class FileReader(SourceReader):
         for _, one in units:
             one.files.sort()
         super().__init__(units)
+        self.is_known: Callable[[str, Path], bool] | None = None
 
     def _left_out(self) -> Counter[str]:
         return Counter(reason for _, one in self._chosen() for _, reason in one.left_out)
@@ -97,6 +98,8 @@ class FileReader(SourceReader):
         self.guessed_files = guessed = []
         for repository, one in self._chosen():
             for path, location, language in one.files:
+                if self.is_known is not None and self.is_known(path, location):
+                    continue
                 content, reason = self._content(location)
                 text, reason = ("", reason) if reason else self._filters.decode(content)
                 if reason:
@@ -134,6 +137,8 @@ def installed_repositories(
 
     Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
     """
+    from importlib import metadata  # here, because a search reads folders only
+
     excluded = [exclude] if isinstance(exclude, str) else exclude
     seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
