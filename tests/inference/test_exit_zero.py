@@ -42,12 +42,12 @@ def test_words_have_the_tokens_of_the_whole_text():
         "中文",
         "ǅ",
     ]
-    pieces += [chr(code) for code in range(128)] + ["x" * 70, "日本Go", "__", "!!!!", "->"]
+    pieces += [chr(code) for code in range(128)] + ["x" * 70, "ß", "中文", "ǅ", "日本Go", "__", "!!!!", "->"]
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(pieces, size)) for size in generator.integers(1, 60, 3000)]
     texts += [text for text in TEXTS if text] + ["word " * 9000, "größe " * 9000]
     texts += [path.read_text() for path in Path(__file__).parent.glob("*.py")]
-    expected = [one.ids for one in model._tokenizer.encode_batch_fast(texts)]
+    expected = [one.ids for one in model.tokenizer.encode_batch_fast(texts)]
     assert model._ids(texts) == expected
     assert model._ids(texts) == expected
 

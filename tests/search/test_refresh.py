@@ -25,8 +25,8 @@ def old_code(code):
 @pytest.fixture
 def read(monkeypatch):
     """Names of the files that are read."""
-    names, real = [], FileReader._text
-    monkeypatch.setattr(FileReader, "_text", lambda self, file: names.append(file.name) or real(self, file))
+    names, real = [], FileReader._content
+    monkeypatch.setattr(FileReader, "_content", lambda self, file: names.append(file.name) or real(self, file))
     return names
 
 
