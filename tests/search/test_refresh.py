@@ -113,7 +113,7 @@ def test_mose_search_refreshes_first_unless_asked_not_to(old_code, tmp_path, mon
         assert main([*search, "--no-refresh"]) == 0
         assert "jam.py" not in capsys.readouterr().out
         with monkeypatch.context() as context:
-            context.setattr("modular_star_encoder.search.index._SECONDS_TO_REFRESH", 0)
+            context.setattr("modular_star_encoder.search.index.SECONDS_TO_REFRESH", 0)
             assert main(search) == 0
         printed = capsys.readouterr()
         assert ("jam.py" in printed.out, "1 changed files" in printed.err) == (False, True)

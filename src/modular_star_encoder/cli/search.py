@@ -9,13 +9,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from modular_star_encoder.cli import exit_list, name_list, of_form
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from modular_star_encoder.search.building import UpdateReport
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import VectorStore
 
@@ -110,6 +109,7 @@ def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
 
 def run_index(arguments: argparse.Namespace) -> None:
     """Run `mose index`."""
+    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
@@ -135,18 +135,8 @@ def run_index(arguments: argparse.Namespace) -> None:
         f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed {report.removed_files:,}, "
         f"in {report.seconds:.1f} s"
     )
-    _note_skipped(report, arguments.show_skipped, sys.stdout)
-
-
-def _note_skipped(report: UpdateReport, show: bool, out: TextIO) -> None:
-    """Print one line on what was left out, or with `show` a line for each file."""
-    from modular_star_encoder.search.hits import printable
-
-    if show:
-        for path, reason in report.notes():
-            print(f"{printable(path)}: {reason}", file=out)
-    elif summary := report.summary():
-        print(f"mose: note: {summary}; --show-skipped lists them", file=sys.stderr)
+    for line in report.lines(arguments.show_skipped):
+        print(printable(line), file=sys.stdout if arguments.show_skipped else sys.stderr)
 
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
@@ -173,7 +163,8 @@ def _trained_exits(checkpoint: str) -> tuple[int, ...]:
 
 def run_search(arguments: argparse.Namespace) -> None:
     """Run `mose search`."""
-    from modular_star_encoder.search.hits import format_answer
+    from modular_star_encoder.search.hits import format_answer, printable
+    from modular_star_encoder.search.index import SECONDS_TO_REFRESH
     from modular_star_encoder.search.ranking import Cascade
 
     if arguments.hybrid:
@@ -187,13 +178,11 @@ def run_search(arguments: argparse.Namespace) -> None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     index, exit_layer = _opened(arguments)
-    if arguments.show_skipped and arguments.refresh:
-        index.update(progress=False)  # a whole update: a hurried one does not read again what was left out before
-    if arguments.show_skipped or index.report.embedded_files:
-        _note_skipped(index.report, arguments.show_skipped, sys.stderr)
-    if postponed := index.report.postponed_files:
-        message = f"{postponed:,} changed files were not read, for lack of time; run `mose index`"
-        print(f"mose: note: {message}", file=sys.stderr)
+    if arguments.refresh and not index.report.files:
+        index.refresh(None if arguments.show_skipped else SECONDS_TO_REFRESH)
+    if arguments.show_skipped or index.report.embedded_files or index.report.postponed_files:
+        for line in index.report.lines(arguments.show_skipped):
+            print(printable(line), file=sys.stderr)
     answers = index.search(
         arguments.questions,
         top_k=arguments.top_k,
@@ -226,8 +215,6 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     location = arguments.index or (find_index() if arguments.folder is None else None)
     if location is not None:
         index = CodeIndex.open(location, checkpoint=arguments.model)
-        if arguments.refresh:
-            index.refresh()
         checkpoint = arguments.model or index.settings.checkpoint
         return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
@@ -235,7 +222,7 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     if exit_layer is None and arguments.rerank_exit_layer is not None:
         exit_layer = _trained_exits(checkpoint)[0]
     options = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": arguments.languages}
-    return cached_index(arguments.folder or ".", refresh=arguments.refresh, **options), exit_layer
+    return cached_index(arguments.folder or ".", **options), exit_layer
 
 
 def run_related(arguments: argparse.Namespace) -> None:

@@ -88,6 +88,16 @@ class UpdateReport:
         named = [*self.skipped_files, *((path, "read as Latin-1") for path in self.guessed_files)]
         return sorted((readable_path(path), reason) for path, reason in named)
 
+    def lines(self, show_skipped: bool = False) -> list[str]:
+        """Return the lines to print about files that were not read: each file and its reason, or the summary."""
+        late = f"{_files(self.postponed_files)} changed and were not read, for lack of time; run `mose index`"
+        summary = f"{self.summary()}; --show-skipped lists them" if self.summary() else ""
+        if show_skipped:
+            listed = [f"{path}: {reason}" for path, reason in self.notes()]
+        else:
+            listed = [f"mose: note: {summary}"] if summary else []
+        return [*listed, f"mose: note: {late}"] if self.postponed_files else listed
+
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as JSON values; the lists of files are left out."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}  # asdict breaks counters

@@ -34,7 +34,7 @@ from modular_star_encoder.search.vector_store import (
 from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_LOCK = 3
-_SECONDS_TO_REFRESH = 2.0
+SECONDS_TO_REFRESH = 2.0
 _MOST_PIECES = 10_000
 """Most pieces of one file that `related` reads to find the code at a line."""
 
@@ -198,8 +198,8 @@ class CodeIndex:
             )
         return self.report
 
-    def refresh(self, seconds: float | None = None) -> UpdateReport:
-        """Do what `update` does within about `seconds` (2 if None), so that a search can do so first.
+    def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
+        """Do what `update` does, within about `seconds` (None: without a limit), so that a search can do so first.
 
         Files for which there is no time are counted in the report. Nothing is done to an index on a server, one that
         can't be written or that another process writes, or one whose folder is gone.
@@ -207,7 +207,6 @@ class CodeIndex:
         Raises:
             UserError, OSError: as `update`.
         """
-        seconds = _SECONDS_TO_REFRESH if seconds is None else seconds
         folder = getattr(self.store, "folder", None)
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
             return self.report
@@ -385,11 +384,10 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def cached_index(folder: str, *, refresh: bool = True, **options: Any) -> CodeIndex:
+def cached_index(folder: str, **options: Any) -> CodeIndex:
     """Open or build the index of a folder in the user's cache, or in memory if the cache is read-only.
 
-    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced; one
-    that fits is refreshed, unless `refresh` is false.
+    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced.
     """
     location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
     try:
@@ -398,8 +396,6 @@ def cached_index(folder: str, *, refresh: bool = True, **options: Any) -> CodeIn
             index = CodeIndex.build(folder, store, **options)
         else:
             index = CodeIndex.open(store, checkpoint=options.get("checkpoint"))
-            if refresh:
-                index.refresh()
     except UserError as error:
         if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
             raise
