@@ -116,7 +116,7 @@ def test_mose_search_refreshes_first_unless_asked_not_to(old_code, tmp_path, mon
             context.setattr("modular_star_encoder.search.index.SECONDS_TO_REFRESH", 0)
             assert main(search) == 0
         printed = capsys.readouterr()
-        assert ("jam.py" in printed.out, "1 changed files" in printed.err) == (False, True)
+        assert ("jam.py" in printed.out, "1 file not read" in printed.err) == (False, True)
         assert main(search) == 0
         assert "jam.py" in capsys.readouterr().out
         (old_code / "jam.py").unlink()

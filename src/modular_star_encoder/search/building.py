@@ -90,7 +90,7 @@ class UpdateReport:
 
     def lines(self, show_skipped: bool = False) -> list[str]:
         """Return the lines to print about files that were not read: each file and its reason, or the summary."""
-        late = f"{_files(self.postponed_files)} changed and were not read, for lack of time; run `mose index`"
+        late = f"{_files(self.postponed_files)} not read for lack of time; run `mose index`"
         summary = f"{self.summary()}; --show-skipped lists them" if self.summary() else ""
         if show_skipped:
             listed = [f"{path}: {reason}" for path, reason in self.notes()]
