@@ -99,12 +99,12 @@ def run(arguments: argparse.Namespace) -> None:
     data = prepare_data(recipe.rows(), out / "data", progress=True)
     announce("2/5  Measure the shipped model on the held-out functions")
     shipped = encoder(recipe.model, "shipped", recipe)
-    print(evaluate(data, [shipped], recipe).to_markdown())
+    print(evaluate(data, [shipped], recipe, out).to_markdown())
     announce("3/5  Fine-tune every exit on the other functions")
     log = finetune(recipe, out / "finetuned", data=data)
     announce("4/5  Measure again")
     model = out / "finetuned" / "model"
-    results = evaluate(data, [encoder(model, "fine-tuned", recipe), shipped], recipe)
+    results = evaluate(data, [encoder(model, "fine-tuned", recipe), shipped], recipe, out)
     print(results.to_markdown())
     print(summary(results))
     announce(f"5/5  Slice at exit {slice_exit}, load it back where this package does not exist, and search")
@@ -160,10 +160,10 @@ def encoder(checkpoint: str | Path, name: str, recipe: FinetuningRecipe) -> Exit
     return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
 
 
-def evaluate(data: RetrievalData, encoders: list[ExitEncoder], recipe: FinetuningRecipe) -> Report:
-    """MRR among the held-out functions at every exit of some encoders, beside BM25."""
+def evaluate(data: RetrievalData, encoders: list[ExitEncoder], recipe: FinetuningRecipe, out: Path) -> Report:
+    """MRR among the held-out functions at every exit of some encoders, beside BM25; results are stored in `out`."""
     tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    return make_report(tasks, evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()]))
+    return make_report(tasks, evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], out=out))
 
 
 def summary(results: Report) -> str:
