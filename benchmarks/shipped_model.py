@@ -70,11 +70,21 @@ def compressed_forms(model: Any, tokenizer: Any, folder: Path) -> dict[str, tupl
     quantize_onnx(folder / "model.onnx", folder / "int8.onnx")
     deepest = model.config.num_hidden_layers
     encoder = OnnxEncoder(folder / "int8.onnx", ExitEncoder(model, tokenizer, "", exit_layers=[deepest]), "")
-    half, eighth = ExitZero(CHECKPOINT), ExitZero(CHECKPOINT)
-    half.table = half.table.astype(np.float16).astype(np.float32)
-    eighth.table = np.rint(eighth.table / np.abs(eighth.table).max() * 127)  # one scale, as model2vec's int8
+    zero = ExitZero(CHECKPOINT)
+    half = zero.table.astype(np.float16).astype(np.float32)
+    eighth = np.rint(zero.table / np.abs(zero.table).max() * 127)  # one scale, as model2vec's int8
     onnx = lambda texts: encoder.encode([("", text) for text in texts], [deepest])[deepest]  # noqa: E731
-    return {"ONNX int8": (deepest, onnx), "table float16": (0, half.encode), "table int8": (0, eighth.encode)}
+    return {
+        "ONNX int8": (deepest, onnx),
+        "table float16": (0, partial(by_table, zero, half)),
+        "table int8": (0, partial(by_table, zero, eighth)),
+    }
+
+
+def by_table(zero: ExitZero, table: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings (N, D) of length 1: the sums of the rows of a table (V, D) for the tokens of each text."""
+    sums = np.stack([table[one.ids].sum(axis=0) for one in zero.tokenizer.encode_batch_fast(list(texts))])
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 def rank(tasks: Sequence[Any], own: EmbeddingRetriever, forms: Mapping[str, tuple[int, Encode]]) -> dict[str, Values]:
