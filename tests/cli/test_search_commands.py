@@ -56,7 +56,7 @@ def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):
     cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3")
     _, out, err = mose(*cascade)
     assert "# push" in out
-    assert "exit 4 ranked 2 of 2 questions" in err
+    assert "exit 4 re-ranked 2 of 2 answers" in err
     status, out, _ = mose(*cascade, "--json")
     answers = json.loads(out)
     assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop"])

@@ -58,7 +58,7 @@ def add_search_commands(commands: Any) -> None:
     )
     for old in ("--hybrid", "--fuse"):  # old names for the method that is now the default
         search.add_argument(old, action="store_true", dest="hybrid", help=argparse.SUPPRESS)
-    search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best again")
+    search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best hits again")
     search.add_argument("--candidates", metavar="N", type=int, help="number of hits to rank again (default: 20)")
     margin = "re-rank only if the best similarity exceeds the second by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
@@ -108,7 +108,6 @@ def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    """Run `mose index`."""
     from modular_star_encoder.search.hits import printable
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
@@ -162,7 +161,6 @@ def _trained_exits(checkpoint: str) -> tuple[int, ...]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    """Run `mose search`."""
     from modular_star_encoder.search.hits import format_answer, printable
     from modular_star_encoder.search.index import SECONDS_TO_REFRESH
     from modular_star_encoder.search.ranking import Cascade
@@ -201,11 +199,11 @@ def run_search(arguments: argparse.Namespace) -> None:
         print(format_answer(answer, lines=arguments.lines, explain=arguments.explain))
     if cascade is not None:
         deep = sum(answer.reranked for answer in answers)
-        print(f"mose: note: exit {cascade.exit_layer} ranked {deep} of {len(answers)} questions", file=sys.stderr)
+        print(f"mose: note: exit {cascade.exit_layer} re-ranked {deep} of {len(answers)} answers", file=sys.stderr)
 
 
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """Return the index and the exit to search; the index is named, found in this folder or above, or in the cache."""
+    """Open the index (named, or found in this folder or above, or in the cache); return it and the exit to search."""
     from modular_star_encoder.search.index import CodeIndex, cached_index, find_index
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
@@ -226,7 +224,6 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
 
 
 def run_related(arguments: argparse.Namespace) -> None:
-    """Run `mose related`."""
     from modular_star_encoder.search.hits import Answer, format_answer
 
     path, line = arguments.place
@@ -240,7 +237,6 @@ def run_related(arguments: argparse.Namespace) -> None:
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
-    """Run `mose mcp`."""
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.mcp_server import build_server
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
@@ -252,7 +248,6 @@ def run_mcp(arguments: argparse.Namespace) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Run `mose demo`."""
     from modular_star_encoder.demo.serving import serve
 
     index = _found_index(arguments.index)
@@ -270,7 +265,7 @@ def _found_index(location: str | None) -> CodeIndex:
 def _exit_by_budget(
     arguments: argparse.Namespace, checkpoint: str, exit_layers: Sequence[int] | None = None
 ) -> int | None:
-    """Return --exit-layer or, with a budget, the best exit within it; `exit_layers` limits the choice."""
+    """Return --exit-layer or, within --latency-ms and --memory-mb, the best exit, if given among `exit_layers`."""
     if arguments.latency_ms is None and arguments.memory_mb is None:
         return arguments.exit_layer
     if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):

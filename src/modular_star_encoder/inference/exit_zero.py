@@ -72,11 +72,11 @@ class ExitZero:
 
     @property
     def table(self) -> np.ndarray:
-        """The projected embedding of each token of the vocabulary times its weight, (V, D) float32."""
+        """The projected embeddings of all V tokens, each times the token's learned weight: (V, D) float32."""
         return (self._tokens @ self._head + self._bias) * self._weights[:, None]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of N texts, of length 1; zeros for a text without tokens."""
+        """Return the embeddings (N, D) float32 of N texts, scaled to length 1; zeros for a text without tokens."""
         means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
         totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
@@ -89,7 +89,7 @@ class ExitZero:
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text.
+        """Return the token ids of each text.
 
         Tokenizing takes most of the time of indexing, so each word is tokenized once and remembered, if the tokenizer
         divides text into words in the way that `_words` does.
@@ -106,7 +106,7 @@ class ExitZero:
         return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
 
     def _words(self, text: str) -> list[str]:
-        """Divide a text so that its tokens are those of the parts; parts that are not ASCII end at white space only."""
+        """Split a text into parts that can be tokenized one by one; non-ASCII parts end at white space only."""
         if any(token in text for token in self._special):
             return [text]
         if text.isascii():

@@ -1,6 +1,7 @@
 """Update an index: divide changed files into pieces, embed and write them, and remove deleted files.
 
-Files are written in batches, one transaction each. An interrupted update leaves whole files; the next one continues.
+Files are written in batches, one transaction each. After an interrupted update, each file is in the index as a whole or
+not at all, and the next update continues.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _Changed = tuple[SourceFile, list[_Piece]]
 
 @dataclass(slots=True)
 class UpdateReport:
-    """Counts of one update of an index.
+    """Counts what one update of an index read, embedded, removed and left out.
 
     Attributes:
         files: number of source files read.
@@ -55,7 +56,7 @@ class UpdateReport:
         postponed_files: number of files that may have changed but were not read, for lack of time.
         skipped: reason → number of skipped files.
         skipped_files: the skipped files, as (path, reason).
-        guessed_files: paths of files that are neither UTF-8 nor say what they are, and were read as Latin-1.
+        guessed_files: paths of the files read as Latin-1, because they are not UTF-8 and declare no encoding.
         seconds: duration of the update.
     """
 
@@ -76,7 +77,7 @@ class UpdateReport:
         self.skipped_files.append((path, reason))
 
     def summary(self) -> str:
-        """Return one line on what was left out or guessed, such as `2 files left out: 1 vendored, 1 empty`; or ``."""
+        """Return `2 files left out: 1 vendored, 1 empty; 1 file read as Latin-1` or the like; empty for none."""
         counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
         reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
         notes = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if self.skipped else []
@@ -84,7 +85,7 @@ class UpdateReport:
         return "; ".join(notes)
 
     def notes(self) -> list[tuple[str, str]]:
-        """Return what `summary` counts: (path that can be shown, reason), sorted."""
+        """Return (path as Unicode text, reason) for each file that was left out or read as Latin-1, sorted."""
         named = [*self.skipped_files, *((path, "read as Latin-1") for path in self.guessed_files)]
         return sorted((readable_path(path), reason) for path, reason in named)
 
@@ -99,7 +100,7 @@ class UpdateReport:
         return [*listed, f"mose: note: {late}"] if self.postponed_files else listed
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the counts as JSON values; the lists of files are left out."""
+        """Return the attributes as JSON values, without the lists `skipped_files` and `guessed_files`."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}  # asdict breaks counters
         del values["skipped_files"], values["guessed_files"]
         return {**values, "skipped": dict(self.skipped)}
@@ -127,17 +128,17 @@ def update_store(
 ) -> UpdateReport:
     """Bring a store up to date with a folder of source code.
 
-    A file whose size and time of change are those of the last reading is not read again.
+    A file is not read again if its size and time of change are the same as when it was last read.
 
     Args:
-        folder: the folder that `settings` name.
+        folder: the folder to index.
         store: a store created with `settings`.
-        settings: settings that say what to read and how to embed it.
-        embedder: the embedder of the settings' checkpoint.
-        processes: processes that parse; with 0 or 1 this process parses, and a parser crash ends the update.
+        settings: what to read and how to embed it.
+        embedder: an `Embedder` of the checkpoint in `settings`.
+        processes: number of processes that parse files; with 0 or 1, a crash of the parser ends this process.
         progress: whether to show a progress bar.
-        seconds: after so many, files that may have changed are postponed: the store keeps what it has of them. Files
-            that were left out before are not read again to say why. None for a whole update.
+        seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
+            With a limit, files that an earlier update read and left out are neither read again nor reported.
 
     Raises:
         UserError: the folder does not exist.
@@ -175,7 +176,7 @@ def update_store(
 
 @contextmanager
 def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
-    """Give a function to call after each file, which moves a progress bar if one is shown."""
+    """Yield a function to call after each file: it advances a progress bar, or does nothing if none is shown."""
     if not is_shown:
         yield lambda: None
         return
@@ -186,7 +187,7 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
 
 
 def _divided(files: Iterator[SourceFile], processes: int) -> Iterator[list[_Changed]]:
-    """Yield the pieces of the files, a few files at a time."""
+    """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
     for first in files:  # once: what runs processes is imported only if there is a file
         from modular_star_encoder.utils.crash_safe import crash_safe_map
 
@@ -195,7 +196,7 @@ def _divided(files: Iterator[SourceFile], processes: int) -> Iterator[list[_Chan
 
 
 class _Writer:
-    """Collects the rows of changed files and writes them, whole files at a time."""
+    """Collects the pieces of changed files, embeds them, and writes all rows of a file in one transaction."""
 
     def __init__(
         self, store: VectorStore, settings: IndexSettings, embedder: Embedder, seconds: float | None = None
@@ -213,7 +214,7 @@ class _Writer:
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
     def is_known(self, path: str, location: Path) -> bool:
-        """Return whether a file need not be read: it is as it was at the last reading, or there is no time."""
+        """Return whether to leave a file unread: it hasn't changed since the last time, or the time is up."""
         key = file_id(path)
         try:
             status = os.stat(location)
@@ -238,7 +239,7 @@ class _Writer:
         return self._end is not None and time.monotonic() > self._end
 
     def keep_stamps(self) -> None:
-        """Note how the files were, for the next update."""
+        """Store each file's size and time of change, by which the next update tells whether it changed."""
         if self._stamps != self._stamps_before:
             self._store.keep_stamps(self._stamps)
 
@@ -298,7 +299,7 @@ class _Writer:
         self._files, self._rows = [], 0
 
     def remove_vanished(self) -> None:
-        """Remove the files that the reader did not yield; call it after the last file."""
+        """Remove from the store every file that the reader did not find; call it after the reader's last file."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
@@ -320,5 +321,5 @@ def _with_words(snippets: list[Snippet]) -> list[_Piece]:
 
 
 def _blocks(file: SourceFile) -> list[_Changed]:
-    """Return blocks of lines as the pieces of a file that crashes a parser."""
+    """Divide a file that crashes the parser into blocks of lines."""
     return [(file, _with_words(file_pieces(readable_path(file.path), "", file.text)))]

@@ -26,16 +26,16 @@ _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 
 
 class Embedder:
-    """Embeds with one checkpoint; loads only the layers of the deepest requested exit.
+    """Embeds questions and code with one checkpoint, of which it loads only the layers up to the deepest exit in use.
 
     Attributes:
-        checkpoint: absolute path of the folder, or the name of a repository or of a packaged model.
-        checksum: see `checkpoint_checksum`.
-        has_exit_zero: whether numpy can compute exit 0; no framework is then imported before a deeper exit is used.
+        checkpoint: absolute path of a folder, or the name of a Hub repository or of a model inside this package.
+        checksum: checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`).
+        has_exit_zero: whether numpy can compute exit 0; if so, torch is imported only when a deeper exit is used.
 
     Args:
         checkpoint: a folder, or a repository of the Hub.
-        device: where the model goes; None for a GPU if there is one.
+        device: torch device of the model; None for a GPU if there is one.
 
     Raises:
         ValueError, OSError: there is no such checkpoint, or it is not a ModularStarEncoder for retrieval.
@@ -70,7 +70,7 @@ class Embedder:
         return load_config(self.checkpoint)
 
     def exits(self, exit_layer: int | None, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
-        """Return the named exits; if none is named, exit 0 if numpy can compute it, else the deepest exit."""
+        """Return the exits that are given; if both are None, exit 0 if numpy can compute it, else the deepest."""
         if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
             # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
             return (0,)
@@ -79,24 +79,24 @@ class Embedder:
         return tuple(self.config.resolve_exits(exit_layer, exit_layers))
 
     def prompts(self) -> dict[str, str]:
-        """Return the prompts of questions (`query`) and of code (`document`, with a placeholder `{language}`)."""
+        """Return the prompts put before questions (`query`) and code (`document`, with a placeholder `{language}`)."""
         document = CODE_INSTRUCTION + SEP_TOKEN if self._instructions else ""
         return {"query": text_prompt(instructions=self._instructions), "document": document}
 
     def check_dimension(self, dimension: int | None) -> int:
-        """Return `dimension`, or the number of all components for None.
+        """Return `dimension`, or the full size of an embedding if it is None.
 
         Raises:
             UserError: the model was not trained with embeddings of this size.
         """
         if dimension is not None and dimension not in self._sizes:
             sizes = " or ".join(map(str, self._sizes))
-            message = f"{self.checkpoint} has embeddings of {sizes} components, not {dimension}."
+            message = f"`dimension` must be {sizes} for {self.checkpoint}, not {dimension}."
             raise UserError("search.dimension", message)
         return dimension or self._sizes[-1]
 
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
-        """Embed questions in one pass: exit_layer → (Q, dimension) float32 of length 1."""
+        """Embed Q questions in one forward pass; return exit_layer → (Q, dimension) float32, scaled to length 1."""
         prompt = text_prompt(instructions=self._instructions)
         embeddings = self._encode([prompt + text for text in texts], exit_layers)
         return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
@@ -104,9 +104,9 @@ class Embedder:
     def snippets(
         self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int
     ) -> dict[int, np.ndarray]:
-        """Embed pieces of code: exit_layer → (N, dimension) float32 of length 1.
+        """Embed N pieces of code; return exit_layer → (N, dimension) float32, scaled to length 1.
 
-        A copy of a recently embedded piece is not embedded again: one third of some large projects are copies.
+        A piece equal to a recently embedded one is not embedded again: in some large projects, a third are copies.
         """
         exits = tuple(exit_layers)
         texts = [code_prompt(one.language, instructions=self._instructions) + one.embedded() for one in snippets]
@@ -128,7 +128,7 @@ class Embedder:
         self._known.clear()
 
     def prepare(self, exit_layers: Sequence[int]) -> None:
-        """Load the table of exit 0, or the layers up to the deepest of these exits.
+        """Load the layers up to the deepest of these exits; for exit 0 alone, only the table of token embeddings.
 
         Raises:
             UserError: the checkpoint has no such exit.
@@ -163,6 +163,6 @@ def _hide_loading_bars() -> None:
 
 
 def cut(embeddings: np.ndarray, dimension: int) -> np.ndarray:
-    """Return the first components of embeddings (N, D), scaled to length 1; zero vectors stay zero."""
+    """Return the first `dimension` components of embeddings (N, D), scaled to length 1; zero vectors stay zero."""
     values = embeddings[:, :dimension]
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)

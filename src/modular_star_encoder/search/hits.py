@@ -15,10 +15,10 @@ class Hit:
         path: path of the file, relative if it is below the working folder, else absolute.
         line: 1-based line at which the definition begins.
         name: name of the function or class; empty for other lines.
-        score: cosine similarity in a vector search, else the sum of the ranking rules, where 1 is the best score by
-            similarity and words.
-        exit_layer: the exit that ranked it; None if only words did.
-        last_line: its last line; 0 if unknown.
+        score: cosine similarity in a vector search; otherwise the sum of what the ranking rules gave, of which
+            the rule `similarity and words` gives at most 1.
+        exit_layer: the exit whose embeddings ranked the hit; None if it was ranked without embeddings.
+        last_line: 1-based last line of the definition; 0 if unknown.
         language: lower-case name of the programming language.
         text: the code, from the definition on.
         reasons: ranking rule → what it added to the score or subtracted from it.
@@ -45,12 +45,12 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The hits of one question.
+    """The hits of a search for one question.
 
     Attributes:
         question: the question's text.
         hits: best first.
-        margin: the best similarity at the first exit minus the second best; None if there are not two.
+        margin: the best similarity minus the second best, at the exit searched first; None for fewer than two hits.
         reranked: whether a deeper exit ranked the best hits again.
         method: how the hits were found: `vector`, `lexical` or `hybrid`.
     """
@@ -72,9 +72,9 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """Return a line for each hit (place, score, name), followed by the first lines of its code.
+    """Return a line for each hit (path, line number, bar, score, name), followed by the first lines of its code.
 
-    A full bar is a similarity of 1 in a vector search, else the score of the best hit.
+    The bar is full at a similarity of 1 in a vector search, and at the best hit's score otherwise.
 
     Args:
         answer: the answer to show.
@@ -92,14 +92,14 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
 
 
 def score_bar(share: float, width: int = BAR_WIDTH) -> str:
-    """Return a bar of `width` characters for a share; it is empty below 0 and full above 1."""
+    """Draw a share as a bar of `width` block characters: empty at 0 and below, full at 1 and above."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
 def printable(text: str) -> str:
-    """Replace unprintable characters, with which untrusted code or file names could control a terminal."""
+    """Replace unprintable characters by `�`: untrusted code or file names could control the terminal with them."""
     return "".join(character if character.isprintable() else "�" for character in text.replace("\t", _INDENT))
 
 

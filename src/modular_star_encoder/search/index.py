@@ -45,7 +45,7 @@ class CodeIndex:
     `build` makes or updates an index, `open` reads one.
 
     Attributes:
-        store: holds the rows: a `LocalStore`, in a folder or in memory, or a Qdrant collection.
+        store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
         settings: checkpoint, exits, folder and the other settings of the build.
         report: result of the last update in this process.
 
@@ -93,11 +93,11 @@ class CodeIndex:
             exit_layers: several exits, from one pass over the code; `search` chooses one of them.
             dimension: number of components to keep, if the model was trained for it; all if None.
             languages: languages to read; all but `markdown` if None.
-            tests, vendored: also read test code; copies of other projects and generated code.
+            tests, vendored: read test code (`tests`); read copies of other projects and generated code (`vendored`).
             rebuild: replace an existing index; data of other programs is never replaced.
-            device: where the model goes.
-            processes: processes that parse.
-            progress: whether to show a bar.
+            device: torch device of the model; a GPU, if there is one, for None.
+            processes: number of processes that parse files.
+            progress: whether to show a progress bar.
 
         Returns:
             The index, whose `report` counts what was embedded.
@@ -149,10 +149,10 @@ class CodeIndex:
         Args:
             location: as for `build`.
             checkpoint: where the checkpoint of the index is now, if it was moved.
-            device: where the model goes.
+            device: torch device of the model; a GPU, if there is one, for None.
 
         Raises:
-            UserError: there is no index, or another checkpoint built it.
+            UserError: there is no index at `location`, or it was built with another checkpoint.
             OSError: the checkpoint does not exist.
             ImportError: the store's extra is not installed.
         """
@@ -174,10 +174,10 @@ class CodeIndex:
 
     @property
     def embedder(self) -> Embedder:
-        """The embedder of the index's checkpoint; made at the first use.
+        """The `Embedder` of the checkpoint that the index was built with; made at the first use.
 
         Raises:
-            UserError: the weights are not those that built the index.
+            UserError: the checkpoint is no longer the one that the index was built with.
             OSError: the checkpoint does not exist.
         """
         if self._embedder is None:
@@ -188,8 +188,8 @@ class CodeIndex:
         """Embed the files that changed and remove the rows of deleted ones; see `build`.
 
         Raises:
-            UserError: the index was rebuilt since it was opened, or as `build`.
-            OSError: as `build`.
+            UserError: the index was rebuilt since it was opened, or a reason that `build` lists.
+            OSError: see `build`.
         """
         with _locked(self.store):
             self._check_unchanged()
@@ -199,13 +199,13 @@ class CodeIndex:
         return self.report
 
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
-        """Do what `update` does, within about `seconds` (None: without a limit), so that a search can do so first.
+        """Update the index, but stop reading files after about `seconds` (never if None); meant to come before a search.
 
-        Files for which there is no time are counted in the report. Nothing is done to an index on a server, one that
-        can't be written or that another process writes, or one whose folder is gone.
+        The report counts the files for which there was no time as `postponed_files`. Nothing happens if the index is
+        on a server, is read-only or is being written by another process, or if the code folder no longer exists.
 
         Raises:
-            UserError, OSError: as `update`.
+            UserError, OSError: see `update`.
         """
         folder = getattr(self.store, "folder", None)
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
@@ -238,10 +238,10 @@ class CodeIndex:
             questions: one or more questions.
             top_k: number of hits for each question.
             exit_layer: one of the index's exits; if None, the deepest, but with a cascade the shallowest.
-            method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` the same without a
-                model; `vector` by similarity alone.
+            method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` leaves out similarity
+                and needs no model; `vector` ranks by similarity alone.
             cascade: rank the best hits of `exit_layer` again at a deeper exit.
-            languages: search only rows in these languages.
+            languages: search only code in these languages.
             path: search only files that match this pattern, such as `*.py` or `src/**` (see `glob_expression`).
 
         Returns:
@@ -293,7 +293,7 @@ class CodeIndex:
         return self._hits(others[:top_k])
 
     def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
-        """Return the ranker that `search` uses for these arguments.
+        """Return the `Ranker` that `search` uses for these arguments.
 
         Raises:
             UserError: the index (for a cascade, the model) lacks the exit, the cascade's exit is not deeper, or the
@@ -345,24 +345,24 @@ class CodeIndex:
 
 
 def _fault(questions: Sequence[str], top_k: int, method: str) -> tuple[str, str] | None:
-    """Return the key and the sentence of an error in the arguments of a search, or None."""
+    """Return the key and the message of a UserError if an argument of `search` is invalid, else None."""
     if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-        return "search.questions", "questions must be a list of at least one question, none of them blank."
+        return "search.questions", "`questions` must be a list of at least one question, none of them blank."
     if top_k < 1:
-        return "search.top_k", f"top_k must be at least 1, not {top_k}."
+        return "search.top_k", f"`top_k` must be at least 1, not {top_k}."
     if method not in get_args(Method):
-        return "search.method", f"method must be hybrid, vector or lexical, not {method!r}."
+        return "search.method", f"`method` must be hybrid, vector or lexical, not {method!r}."
     return None
 
 
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
     """Open the store at a location: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
 
-    An open store is returned as it is. The key of a Qdrant server is read from QDRANT_API_KEY.
+    A store is returned as it is. The API key of a Qdrant server is read from the environment variable QDRANT_API_KEY.
 
     Raises:
-        ImportError: the extra is not installed.
-        UserError: the location has another form.
+        ImportError: the extra `qdrant` is not installed.
+        UserError: the location has none of these forms.
     """
     if not isinstance(location, str | os.PathLike):
         return location
@@ -372,22 +372,22 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
         return QdrantStore(*connect(location), location)
     if "://" in location and location != MEMORY:
-        message = f"An index is in a folder of this machine or qdrant:NAME@URL, not {location!r}."
+        message = f"{location!r} can't be an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
         raise UserError("search.index.location", message)
     return LocalStore(None if location == MEMORY else location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the index of a folder, or of its nearest parent with an index; None if there is none."""
+    """Return the path of the index in a folder, or in its nearest parent that has one; None if there is none."""
     start = Path(folder).expanduser().absolute()
     places = (place / INDEX_FOLDER for place in (start, *start.parents))
     return next((str(place) for place in places if place.is_dir()), None)
 
 
 def cached_index(folder: str, **options: Any) -> CodeIndex:
-    """Open or build the index of a folder in the user's cache, or in memory if the cache is read-only.
+    """Open or build an index of `folder`, kept in the user's cache, or in memory if the cache is read-only.
 
-    `options` are those of `CodeIndex.build`. An index that no longer fits, such as after an upgrade, is replaced.
+    `options` are those of `CodeIndex.build`. An index that can't be used any more, such as after an upgrade, is replaced.
     """
     location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
     try:
@@ -417,7 +417,7 @@ def _cached_location(key: str) -> str:
 
 @contextmanager
 def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Iterator[None]:
-    """Lock a local index for one writer at a time; the lock ends with the process that holds it."""
+    """Hold the write lock of an index in a folder; it is released even if the process is killed."""
     folder = getattr(store, "folder", None)
     if folder is None:
         yield
@@ -439,7 +439,7 @@ def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Itera
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
-    """Return `folder` relative to an index inside it, so that both can move together; else its absolute path."""
+    """Return `folder` relative to the index if that is inside it, so that both can be moved; else as it is."""
     if "://" in location or location.startswith("qdrant:"):
         return folder
     index = os.path.realpath(os.path.expanduser(location))

@@ -1,6 +1,6 @@
-"""Rows in a folder: segments, each written once, and a manifest that lists them and is replaced atomically.
+"""Store an index in a folder: its rows in segments, which are written once, and a manifest that lists the segments.
 
-Every change writes one new manifest, so a process killed at any moment leaves the previous index. A segment is one
+Every change replaces the manifest atomically, so a process killed before leaves the previous index. A segment is one
 safetensors file that is mapped into memory: a search reads only the parts it needs, and imports no database.
 """
 
@@ -113,7 +113,7 @@ class LocalStore:
             self.finish()
 
     def finish(self) -> None:
-        """Merge small segments and segments of which a third is deleted; remove files that no manifest names."""
+        """Merge small segments and those that are over a third deleted; remove files that the manifest doesn't list."""
         manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -175,7 +175,7 @@ class LocalStore:
         return sum(int(one.alive.sum()) for one in self._alive())
 
     def _alive(self) -> Iterator[_Segment]:
-        """Yield the segments, with their deleted files marked."""
+        """Yield the segments that the manifest lists, each with its deleted files marked."""
         try:
             segments = [(self._segment(name), dead) for name, dead in self._read()["segments"].items()]
         except FileNotFoundError:  # merged by another process since the manifest was read
@@ -186,13 +186,13 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the manifest, read again if another process has replaced it; one without rows if there is no index."""
+        """Return the current manifest, also if another process has replaced it; an empty one if there is no index."""
         if self.folder is None:
             return self._manifest
         path = self.folder / MANIFEST
         if not path.exists():
             if (self.folder / _OLD_INDEX).exists():
-                message = f"The index {self.location} is of an older version. Rebuild it (--rebuild)."
+                message = f"An older version made the index {self.location}. Rebuild it (--rebuild)."
                 raise UserError("search.index.format", message)
             return _NO_INDEX
         with self._damage_reported():
@@ -215,7 +215,7 @@ class LocalStore:
         self._version = None
 
     def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
-        """Write a segment that no manifest names yet; return its name."""
+        """Write a new segment and return its name, for the caller to put into the manifest."""
         name = f"rows-{uuid4().hex}"
         if self.folder is None:
             self._segments[name] = _Segment(name, arrays, files)
@@ -245,13 +245,13 @@ class LocalStore:
             raise UserError("search.index.unreadable", message) from error
 
     def _strange_files(self) -> bool:
-        """Return whether the folder has no index but files that an index does not write."""
+        """Return whether the folder holds files of another program and no index."""
         names = set(os.listdir(self.folder)) if self.folder is not None and self.folder.is_dir() else set()
         return MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names)
 
 
 class _Segment:
-    """N rows in one file, whose arrays are mapped into memory."""
+    """N rows of an index, in one file whose arrays are mapped into memory."""
 
     def __init__(self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]]) -> None:
         self.name, self.files, self.dead = name, files, frozenset[str]()
@@ -264,13 +264,13 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Note the files whose rows are deleted, or replaced in another segment."""
+        """Mark the files with these ids as deleted: their rows are gone, or replaced by rows of another segment."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
 
     def chosen(self, where: Filter) -> np.ndarray:
-        """Return a mask (N,) of the rows that are not deleted and pass the filter."""
+        """Return a mask (N,) of the rows that are not deleted and that the filter accepts."""
         if not where.languages and where.path is None:
             return self.alive
         return self.alive & self._of_files([where.fits_file(one["path"], one["language"]) for one in self.files])
@@ -279,7 +279,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return the cosine similarities (P,) of the rows at `places` (P,)."""
+        """Return the cosine similarities (P,) of the rows at `places` (P,) to a vector of length 1."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):
@@ -297,7 +297,7 @@ class _Segment:
         return self["word_rows"][first:last], self["word_counts"][first:last]
 
     def snippet(self, place: int) -> Snippet:
-        """Return the piece at a place as it was written."""
+        """Return the piece of code in the row at `place`."""
         first, last = self["row_starts"][place : place + 2]
         values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
         values[-1] = tuple(values[-1])  # `defines`
@@ -310,7 +310,7 @@ class _Segment:
 
     @cached_property
     def exits(self) -> list[int]:
-        """The exits of its vectors."""
+        """The exits of which the segment has embeddings."""
         return [int(name.removeprefix("vectors_")) for name in self._arrays if name.startswith("vectors_")]
 
 
@@ -318,7 +318,7 @@ _Places = list[tuple[_Segment, np.ndarray]]
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the chosen rows whose signs differ from those of the question in the fewest components."""
+    """Return the chosen rows whose vectors differ in sign from `unit`, the question's, in the fewest components."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -330,14 +330,14 @@ def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Place
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
-    """Return a bit per component of vectors (N, D), set if it is positive, as (D / 64, N) uint64."""
+    """Pack the signs of vectors (N, D) into (D / 64, N) uint64: a bit is 1 if its component is positive."""
     packed = np.packbits(vectors > 0, axis=1)
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
     return np.ascontiguousarray(packed.view(np.uint64).T)
 
 
 def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int) -> list[Found]:
-    """Return the `limit` best rows, best first, from (segment, places, scores); path and line order ties."""
+    """Return the `limit` rows with the best scores, best first; ties are in the order of path and line."""
     found = []
     for segment, places, scores in scored:
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
@@ -352,7 +352,7 @@ def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int)
 
 
 def _arrays_of(rows: Sequence[Row]) -> _Arrays:
-    """Return the arrays of a segment of these rows."""
+    """Return the arrays that a segment stores for these rows."""
     arrays: _Arrays = {}
     for exit_layer in rows[0].vectors:
         vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)
@@ -377,7 +377,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return arrays that list the rows of each word, from triples of a word's key (ascending), a row, and a count."""
+    """Return arrays that list the rows of each word; the word `key[i]` (ascending) is `count[i]` times in `row[i]`."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)
@@ -398,7 +398,7 @@ def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Merge the rows of several segments that are not deleted into one segment."""
+    """Return the arrays and files of one segment with those rows of several segments that are not deleted."""
     arrays: _Arrays = {}
     kept = [np.flatnonzero(one.alive) for one in segments]
     exits = segments[0].exits
@@ -434,7 +434,7 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
 
 
 def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Return the arrays of a safetensors file, mapped into memory, and the files of its rows.
+    """Return the arrays of a segment, mapped into memory, and facts on the source files that its rows come from.
 
     Raises:
         OSError, ValueError, KeyError: the segment is missing or damaged.

@@ -1,6 +1,6 @@
 """The tools of `mose mcp`: agents search an index over the Model Context Protocol.
 
-Answers are text of at most `MOST_CHARACTERS`, with paths relative to the indexed folder; no other files are read.
+Answers are text of at most `MOST_CHARACTERS`, with paths relative to the indexed folder; files outside it are not read.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Snippet:
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Return the pieces of a file in order; they cover all lines, except blocks with hardly any letters.
+    """Divide a file into functions, classes and blocks of other lines, in order, without blocks of hardly any letters.
 
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
     file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
@@ -73,15 +73,13 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
 
 
 class _Divider:
-    """Divides one file into pieces."""
-
     def __init__(self, path: str, language: str, lines: list[str], definitions: Sequence[Definition]) -> None:
         self._path, self._language, self._lines = path, language, lines
         self._definitions = [one for one in definitions if one.kind != "extension"]
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Yield the pieces of the lines from `start` to `end`, which hold these definitions; `outer` encloses them."""
+        """Yield the pieces of lines `start` to `end`, which hold `definitions`; `outer` names what encloses them."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
@@ -188,14 +186,14 @@ def parts(text: str) -> set[str]:
 
 
 def question_stems(question: str) -> list[str]:
-    """Return the stems that BM25 looks for, each once; stop words are left out unless there are no other words."""
+    """Return the stems of a question's words for BM25, each once; without stop words if there are other words."""
     words = _WORD.findall(question)
     telling = [word for word in words if not _STOP_WORD.fullmatch(word)] or words
     return sorted({stem for word in telling for stem in _stems(word)})
 
 
 def telling_parts(question: str) -> set[str]:
-    """Return the stems of the parts of a question's words that may name a file: no stop words, at least 3 letters."""
+    """Return the stems of the parts of a question's words, without stop words and parts of less than 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))
     return {_stem(part.lower()) for part in _PART.findall(words) if len(part) > 2}
 

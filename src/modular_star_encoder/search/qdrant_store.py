@@ -1,4 +1,4 @@
-"""Rows on a Qdrant server, for indexes that outgrow one machine.
+"""Store an index in a collection of a Qdrant server, for indexes that outgrow one machine.
 
 Qdrant has no transactions. New rows of a file are written before its old rows are deleted, and every row stores how
 many rows its file has, so the next update finds incomplete files and writes them again.
@@ -52,7 +52,7 @@ def connect(location: str) -> tuple[Any, str]:
 
 
 def _wrap_errors(method: Callable) -> Callable:
-    """A decorator for methods of `QdrantStore`: errors of the server become an `OSError` of one sentence."""
+    """Decorate a method of `QdrantStore`: errors of the server become an `OSError` with a message of one sentence."""
 
     @wraps(method)
     def wrapped(self: QdrantStore, *arguments: Any, **options: Any) -> Any:
@@ -113,7 +113,7 @@ class QdrantStore:
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
-        """Do nothing: other machines use the collection too."""
+        """Do nothing: other machines, whose files have other times, use the collection too."""
 
     @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
@@ -166,7 +166,7 @@ class QdrantStore:
         return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
 
     def _filter(self, where: Filter) -> Any:
-        """Return the server's filter, or None for all rows; its `must` is empty if no file matches."""
+        """Translate a filter to Qdrant's; None for all rows, and one with an empty `must` if no file matches."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))

@@ -23,12 +23,12 @@ _DEFINERS = 1000  # most rows that are known to define a name
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
-    """Settings to rank the best hits again at a deeper exit; UserError for one candidate or a margin of NaN.
+    """Settings to rank the best hits again at a deeper exit; UserError if `candidates` < 2 or `margin` is NaN.
 
     Attributes:
         exit_layer: the deeper exit.
         candidates: number of the best hits that are ranked again.
-        margin: re-rank only if the best similarity at the first exit exceeds the second by less; None for always.
+        margin: re-rank only if the best similarity at the first exit is less than this above the second; None: always.
     """
 
     exit_layer: int
@@ -37,14 +37,14 @@ class Cascade:
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
-            raise UserError("search.cascade.candidates", f"candidates must be at least 2, not {self.candidates}.")
+            raise UserError("search.cascade.candidates", f"`candidates` must be at least 2, not {self.candidates}.")
         if self.margin is not None and np.isnan(self.margin):
-            raise UserError("search.cascade.margin", "margin must be a number or None, not nan.")
+            raise UserError("search.cascade.margin", "`margin` must be a number or None, not nan.")
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The rows of one question, best first."""
+    """The rows found for one question, best first."""
 
     found: list[Found]  # first the candidates that a cascade ranked again, then the others
     margin: float | None  # best similarity at the first exit minus the second best; None if there are not two
@@ -66,13 +66,13 @@ class Ranker:
         self._store, self._settings, self._embedder = store, settings, embedder
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return exit_layer → (D,) float32 for each question, from one pass for both exits."""
+        """Embed each question at the first exit and the cascade's, in one forward pass: exit_layer → (D,) float32."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the best `limit` rows for an embedded question by similarity alone."""
+        """Return the `limit` rows most similar to a question, whose embeddings are `vectors` (exit_layer → (D,))."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -85,7 +85,7 @@ class Ranker:
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the best `limit` rows for a question by the rules over similarity and words (`rules.place`).
+        """Return the best `limit` rows for a question by the ranking rules over similarity and words (`rules.place`).
 
         A cascade replaces the similarities of the best rows by rescaled ones of the deeper exit, and ranks all again.
         """
@@ -125,7 +125,7 @@ class Ranker:
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
 
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
-        """Return cosine similarities (N,) at an exit; embeddings that the index lacks are computed."""
+        """Return cosine similarities (N,) of rows to a question; rows are embedded now if the index lacks the exit."""
         if exit_layer in self._settings.exit_layers:
             documents = self._store.vectors(found, exit_layer)
         else:
@@ -135,7 +135,7 @@ class Ranker:
 
 
 def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
-    """Return the best `limit` rows for a question by the rules over words alone, without a model."""
+    """Return the best `limit` rows for a question by the ranking rules over words alone, without a model."""
     read = Question.of(question)
     candidates, words, definers = _candidates(store, read, where, [])
     return [
@@ -147,9 +147,9 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> li
 def _candidates(
     store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
-    """Return the candidate rows of a question, their BM25 scores (N,), and name → numbers of those that define it.
+    """Return the candidate rows (N) of a question, their BM25 scores (N,), and name → numbers of rows that define it.
 
-    The score is 0 for rows that words did not find.
+    The BM25 score of a row is 0 if it has none of the question's words.
     """
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where)
     names = [definition_word(name) for name in question.names]

@@ -64,7 +64,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return scores (N,) of at least 0: the weighted sum of both, standardised; `words` alone without similarities."""
+    """Return the weighted sum (N,) of both scores, standardised and at least 0; `words` if `similarities` is None."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -77,7 +77,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return gains (N,) for pieces that define a name in the question; larger if their file also has that name."""
+    """Return what each piece (N,) gains for defining a name in the question; more if its file has that name, too."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -96,7 +96,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return gains (F,): the share of the question's words in a file's name; words in its folder count half."""
+    """Return what each file (F,) gains for the question's words in its name, and half for those in its folder's."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -126,14 +126,14 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return gains (N,) for the best piece of each file: the sum of the file's best scores over the largest sum."""
+    """Return gains (N,) for each file's best piece: the sum of the file's best scores, over the largest such sum."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
 
 
 def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return how many pieces of its own file are better than each piece (N,)."""
+    """Return, for each piece (N,), how many pieces of the same file have a better score."""
     order = np.lexsort((-scores, file_of))
     starts = np.searchsorted(file_of[order], file_of[order])
     places = np.empty(len(scores), dtype=np.int64)
@@ -142,7 +142,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,) that lower files that re-export and, unless the question is about tests, side files."""
+    """Return factors (F,) that lower files of re-exports, declarations and, unless asked for, tests, examples, docs."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -150,12 +150,12 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return whether a file is a side file, one that re-exports, or one of declarations."""
+    """Return whether a file is one of tests, examples or docs, one of re-exports, and one of type declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 
 def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return factors (N,) that lower each further piece of a file more than the one before."""
+    """Return factors (N,) that lower the second, third and further pieces of a file, each more than the last."""
     return FURTHER_PIECE ** _place_in_file(scores, file_of)
 
 

@@ -42,7 +42,7 @@ class Found:
     """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
 
     The piece itself is read when it is first used: of hundreds of candidates only a few are shown. `exit_layer` is the
-    exit that ranked it, None if only words did; `reasons` is ranking rule → what it added.
+    exit that ranked it, None if only words did; `reasons` maps a ranking rule to what it added.
     """
 
     row_id: Hashable  # names the row within its store until the store is changed
@@ -54,13 +54,13 @@ class Found:
 
     @property
     def snippet(self) -> Snippet:
-        """The piece."""
+        """The piece of code in the row, read from the store."""
         return self.read()
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows a search considers.
+    """Says which rows a search considers.
 
     Attributes:
         languages: names of languages; empty for all.
@@ -71,7 +71,7 @@ class Filter:
     path: str | None = None
 
     def fits_file(self, path: str, language: str) -> bool:
-        """Return whether a search considers the rows of a file."""
+        """Return whether the filter accepts the rows of a file."""
         return (not self.languages or language in self.languages) and (
             self.path is None or re.search(self.path, path) is not None
         )
@@ -86,7 +86,7 @@ class VectorStore(Protocol):
     location: str
 
     def settings(self) -> dict[str, Any] | None:
-        """Return what `create` was given; None if there is no index yet.
+        """Return the settings that `create` stored; None if there is no index yet.
 
         Raises:
             UserError: the index can't be read, or the place holds data of another program.
@@ -103,10 +103,10 @@ class VectorStore(Protocol):
         """Return file_id → hash of the file's content; None if rows are missing or come from different contents."""
 
     def stamps(self) -> Stamps:
-        """Return what `keep_stamps` was given; nothing if the store keeps none."""
+        """Return what `keep_stamps` stored last; empty if the store keeps no stamps."""
 
     def keep_stamps(self, stamps: Stamps) -> None:
-        """Keep how the files were when they were last read."""
+        """Store the size and time of change that each file had when it was last read."""
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Replace all rows of some files.
@@ -117,28 +117,28 @@ class VectorStore(Protocol):
         """
 
     def finish(self) -> None:
-        """Optimise what was written, and free the space of replaced rows."""
+        """Optimise the store for searching, and free the space of replaced rows."""
 
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
-        """Return the `limit` rows nearest by cosine similarity, best first."""
+        """Return the `limit` rows nearest to `vector` by cosine similarity at an exit, best first."""
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
-        """Return the `limit` rows of the highest BM25 score above 0, best first."""
+        """Return the `limit` rows with the highest BM25 scores for `words`, best first; only scores above 0."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of rows that this store found; zeros for one deleted since."""
+        """Return the embeddings (N, D) float32 of rows that this store found; zeros for a row deleted since."""
 
     def count(self) -> int:
         """Number of rows."""
 
 
 def file_id(path: str) -> str:
-    """Return 32 hexadecimal digits for a path, whose bytes need not be UTF-8."""
+    """Hash a path, whose bytes need not be UTF-8, to 32 hexadecimal digits."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
 def content_hash(text: str) -> str:
-    """Return 32 hexadecimal digits for a text."""
+    """Hash a text to 32 hexadecimal digits."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -148,12 +148,12 @@ def readable_path(path: str) -> str:
 
 
 def row_id(file: str, place: int) -> str:
-    """Return the id of the row at a place in a file: a UUID, because Qdrant accepts no other names."""
+    """Return the id of a file's row number `place`: a UUID, because Qdrant accepts no other ids."""
     return str(UUID(hex=content_hash(f"{file}:{place}")))
 
 
 def file_hashes(rows: Iterable[tuple[str, str, int, int]]) -> dict[str, str | None]:
-    """Return what `VectorStore.files` returns, from (file_id, file_hash, file_rows, number of such rows)."""
+    """Return the result of `VectorStore.files`; `rows` are (file_id, file_hash, file_rows, number of rows stored)."""
     held: dict[str, tuple[str | None, int, int]] = {}
     for file, file_hash, expected, rows_here in rows:
         first_hash, count, first_expected = held.get(file, (file_hash, 0, expected))
@@ -167,7 +167,7 @@ _RANGE_OR_CHARACTER = re.compile(".-.|.", re.DOTALL)
 
 
 def glob_expression(pattern: str) -> str:
-    """Return the anchored regular expression for a path pattern with forward slashes.
+    """Return a regular expression that matches the whole paths that a glob pattern with forward slashes matches.
 
     `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
@@ -190,7 +190,7 @@ def glob_expression(pattern: str) -> str:
 
 
 def _token(pattern: str, place: int) -> tuple[str, int]:
-    """Return the expression for the token at `place`, and the place of the next token."""
+    """Return the regular expression for the part of a glob pattern at `place`, and the place of the next part."""
     if pattern.startswith("**/", place):
         return "(?:.*/)?", place + 3
     if pattern.startswith("**", place):
@@ -211,7 +211,7 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     end = pattern.find("]", start + 1)
     if end < 0:
         raise UserError(
-            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. A plain '[' is '[[]'."
+            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. Write '[[]' for a plain '['."
         )
     inside = []
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
@@ -228,14 +228,14 @@ class IndexSettings:
 
     Attributes:
         checkpoint: absolute path of a folder, or a repository's name.
-        checksum: of its weights, configuration and tokenizer (see `checkpoint_checksum`).
+        checksum: checksum of the checkpoint's weights, configuration and tokenizer (see `checkpoint_checksum`).
         exit_layers: exits of which the index has embeddings, ascending.
-        dimension: components of an embedding.
-        prompts: `query` and `document`, as texts were embedded.
+        dimension: number of components of an embedding.
+        prompts: `query` and `document`, the prompts put before questions and code.
         folder: the indexed folder: an absolute path, or relative to the index if the index is inside it.
         languages: languages that are read, in the order of `ALL_LANGUAGES`.
-        tests, vendored: whether test code is read; whether copies of other projects and generated code are.
-        format: of the index.
+        tests, vendored: whether test code (`tests`) and copied or generated code (`vendored`) are read.
+        format: version of the form in which the index is stored.
     """
 
     checkpoint: str
@@ -288,7 +288,7 @@ class IndexSettings:
             differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
         if differences:
             message = f"The index {location} was built with {'; '.join(differences)}."
-            raise UserError("search.index.other_settings", f"{message} Name another, or rebuild it (--rebuild).")
+            raise UserError("search.index.other_settings", f"{message} Name another index or rebuild it (--rebuild).")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
         """Raise UserError if the weights are not those that built the index; the message names both checkpoints."""
@@ -300,7 +300,7 @@ class IndexSettings:
             )
 
     def check_exit(self, exit_layer: int | None, location: str) -> int:
-        """Return the exit, or the deepest of the index for None; UserError if the index has no embeddings of it."""
+        """Return `exit_layer`, or the index's deepest exit if it is None; UserError if the index lacks the exit."""
         if exit_layer is None:
             return self.exit_layers[-1]
         if exit_layer not in self.exit_layers:

@@ -52,7 +52,7 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
 def docstring_of(literal: str) -> str | None:
-    """The value of a Python string literal, or of several consecutive ones; None if it is not a plain string."""
+    """Return the value of a Python string literal, or of several consecutive ones; None if it is not a plain string."""
     try:
         with warnings.catch_warnings(action="ignore"):  # such as warnings about invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
@@ -62,13 +62,13 @@ def docstring_of(literal: str) -> str | None:
 
 
 def docstring_description(docstring: str) -> str:
-    """The first paragraph of a Python docstring, up to the first field (`:param x:`), in one line."""
+    """Return the first paragraph of a Python docstring, up to the first field (`:param x:`), in one line."""
     paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip(), maxsplit=1)[0]
     return _one_line(_DOCSTRING_FIELD.split("\n" + paragraph, maxsplit=1)[0])
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """The first paragraph of the comments before a function, in one line; empty if they hold no prose, or a licence.
+    """Return the first paragraph of the comments before a function, in one line; empty without prose or for a licence.
 
     Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Before the prose, tags that
     introduce it (`@brief`, `@description`) are removed alone, other tags with their text.
@@ -97,7 +97,7 @@ def _without_markers(text: str, language: Language) -> list[str]:
 
 
 def _first_paragraph(lines: list[str], language: Language) -> list[str]:
-    """The lines of prose up to a blank line, a rule of dashes, an HTML element that begins a block, or a tag."""
+    """Return the lines of prose up to a blank line, a rule of dashes, an HTML element that begins a block, or a tag."""
     prose: list[str] = []
     inside_tag = False
     for line in lines:
@@ -125,7 +125,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _shown_text(match: re.Match[str]) -> str:
-    """The text that `{@code text}` and `{@link Class#method label}` show to a reader."""
+    """Return the text that `{@code text}` and `{@link Class#method label}` show to a reader."""
     name, text = match["name"].lower(), match["text"].strip()
     if name in ("inheritdoc", "value", "internal"):
         return ""
@@ -145,7 +145,7 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """The description in the last of the `comments` (sorted spans in `source.bytes`) before `start`, or "".
+    """Return the description in the last of the `comments` (sorted spans in `source.bytes`) before `start`, or "".
 
     That is a block comment, or a run of line comments, with no blank line before `start`. In languages with
     `documented_by_blocks` it is the last `/** */`, and other comments may follow it.
@@ -183,7 +183,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def reads_as_prose(text: str) -> bool:
-    """Whether `text` is a description: three words or more, and no sign of code outside backticks and `@` lines.
+    """Return whether `text` is a description: three words or more, and no sign of code outside backticks and `@` lines.
 
     In twelve languages, none of 13,835 functions reads as prose, and 97.5 % of their 12,574 descriptions do.
     """

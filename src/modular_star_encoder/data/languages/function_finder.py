@@ -28,7 +28,7 @@ _MAX_NAME_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function in a text; the fields are fields of `DocumentedFunction`."""
+    """A function found in a text; its fields mean the same as in `DocumentedFunction`."""
 
     line: int
     name: str
@@ -47,7 +47,7 @@ def find_functions(
     Functions without a body, and Python functions whose body is only a docstring, are left out. PHP needs its `<?php`.
     `counts` counts files and functions with a syntax error, and functions nested too deeply.
 
-    UnparsableSourceError if `text` can't be parsed, or holds a syntax error and no function without one.
+    Raises UnparsableSourceError if `text` can't be parsed, or holds a syntax error and no function without one.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parse(source.bytes, grammar)
@@ -64,7 +64,7 @@ def find_functions(
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """Something that a text defines; lines count from 0, `end` is the line after the last.
+    """A definition in a text, in whole lines; lines are counted from 0, `end` is the line after the last.
 
     `start` is its first line, `line` the first one after its decorators, annotations and attributes.
     """
@@ -80,9 +80,9 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """List what `text` defines, in whole lines, outer before inner, even if there are syntax errors.
+    """List the functions, classes and the like that `text` defines, outer before inner, also if it has syntax errors.
 
-    UnparsableSourceError as `parse_once`, or if there is an error of so many tokens that a query would take minutes.
+    Raises UnparsableSourceError as `parse_once` does, or if an error's many tokens would make a query take minutes.
     """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
@@ -107,7 +107,7 @@ def outline(text: str, language: str) -> list[Definition]:
 
 
 def _line(node: Node) -> int:
-    """The line of a definition's first word, after decorators and the like."""
+    """Return the line of a definition's first word, after decorators and the like."""
     for child in node.children:
         for part in child.children if child.type == "modifiers" else [child]:
             if not _DECORATION.search(part.type):
@@ -122,7 +122,7 @@ _WRAPPERS = {"decorated_definition", "export_statement", "template_declaration"}
 
 @dataclass(slots=True)
 class _Definition:
-    """A function or scope of the tree; offsets are into `SourceText.bytes`."""
+    """A function, or a scope such as a class, in the syntax tree."""
 
     node: Node
     name: str
@@ -131,7 +131,7 @@ class _Definition:
 
 
 class _Finder:
-    """Reads one tree."""
+    """Finds the functions in one syntax tree."""
 
     def __init__(self, source: SourceText, tree: Tree, grammar: Grammar) -> None:
         self.counts: Counter[str] = Counter()
@@ -189,7 +189,7 @@ class _Finder:
             enclosing.append(one)
 
     def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
-        """The function at `index` of the definitions, or None if it is left out."""
+        """Return the function at `index` of the definitions, or None if it is left out."""
         node, body = self._definitions[index].node, self._definitions[index].body
         start, end = node.start_byte, node.end_byte
         if self._language.has_docstrings and body is not None:
@@ -212,7 +212,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """The end of the heredocs that begin on the last line of a Ruby method; the method's node excludes them."""
+        """Return the end of the heredocs that begin on the last line of a Ruby method, whose node excludes them."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]
@@ -223,7 +223,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """The name of the function or scope of one match, dotted where the text is qualified.
+    """Return the name of the function or scope of one match, dotted where the text is qualified.
 
     None for a match that is not a function: a macro, or a statement that error recovery took for a function.
     """
@@ -244,7 +244,7 @@ def _text(node: Node, source: bytes) -> str:
 
 
 def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
-    """The dotted name that a C or C++ declarator of a function declares, or None if it declares none."""
+    """Return the dotted name that a C or C++ declarator of a function declares, or None if it declares none."""
     node: Node | None = declarator
     is_function = False
     while node is not None and node.type not in _C_NAMES:
@@ -265,7 +265,7 @@ def _declared_name(declarator: Node, source: bytes, language: Language) -> str |
 
 
 def _qualified_name(node: Node | None, source: bytes) -> str:
-    """`"Stack.push"` for `Stack<T>::push`."""
+    """Return `"Stack.push"` for `Stack<T>::push`."""
     parts = []
     while node is not None and node.type == "qualified_identifier":
         scope = node.child_by_field_name("scope")
@@ -289,7 +289,7 @@ def _statements(body: Node) -> list[Node]:
 
 
 def _docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
-    """(statement, value) of the docstring at the beginning of a Python definition's body, or None."""
+    """Return (statement, value) of the docstring at the beginning of a Python definition's body, or None."""
     match _statements(body):
         case [Node(type="expression_statement", named_children=[literal]) as statement, *_] if literal.type in _STRINGS:
             value = docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode())
@@ -298,7 +298,7 @@ def _docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
 
 
 def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
-    """The cut that removes the docstring of a Python definition, if it has one."""
+    """Return the cut that removes the docstring of a Python definition, if it has one."""
     if not (found := _docstring(body, source)):
         return None
     docstring, statements = found[0], _statements(body)
@@ -310,14 +310,14 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def _end_of_last_statement(node: Node) -> int:
-    """The end of the last token of a Python definition; comments may follow it inside the node."""
+    """Return the end of the last token of a Python definition; comments may follow it inside the node."""
     while children := [child for child in node.children if not child.is_extra]:
         node = children[-1]
     return node.end_byte
 
 
 def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
-    """The cuts that remove the indentation of a span's first line from its other lines, except `fixed_lines`."""
+    """Return the cuts that remove the indentation of a span's first line from its other lines, except `fixed_lines`."""
     found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
     lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]
@@ -325,7 +325,7 @@ def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """The text from `start` to `end` without the cuts. Of cuts that overlap, only the one that starts first is made."""
+    """Return the text from `start` to `end` without the cuts; of cuts that overlap, only the first is made."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

@@ -48,19 +48,19 @@ class SourceText:
         self._line_starts = [0, *accumulate(len(line) + 1 for line in self.bytes.split(b"\n")[:-1])]
 
     def line(self, offset: int) -> int:
-        """The 1-based line of an offset of `bytes`."""
+        """Return the 1-based number of the line that holds an offset of `bytes`."""
         return bisect_right(self._line_starts, offset)
 
     def line_start(self, offset: int) -> int:
-        """The offset at which the line of `offset` begins."""
+        """Return the offset at which the line of `offset` begins."""
         return self._line_starts[self.line(offset) - 1]
 
     def line_starts_between(self, start: int, end: int) -> list[int]:
-        """The offsets before `end` at which lines begin, after the line of `start`."""
+        """Return the offsets, after `start` and before `end`, at which lines begin."""
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """(first byte, byte after the last, text) of a span of `bytes` in the UTF-8 encoding of the original."""
+        """Map a span of `bytes` to the original text in UTF-8: return (first byte, byte after the last, text)."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 
@@ -77,7 +77,7 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """The grammar of one of `ALL_LANGUAGES` (`data.language.unknown`): one per process, not thread-safe."""
+    """Return the grammar of one of `ALL_LANGUAGES`, made once per process; it is not thread-safe."""
     entry = language_entry(language)
     if entry.grammar:
         grammar = TreeSitterLanguage(getattr(import_module(entry.grammar), entry.grammar_function)())
@@ -107,10 +107,10 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 
 
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
-    """The syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
+    """Return the syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
 
-    UnparsableSourceError if `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer than
-    `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
+    Raises UnparsableSourceError if `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer
+    than `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
     """
     if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
         raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
@@ -131,7 +131,7 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
-    """Number of bytes from `start` to `end` under ERROR nodes; a missing token counts as one byte."""
+    """Count the bytes from `start` to `end` under ERROR nodes; a missing token counts as one byte."""
     root = tree.root_node
     if not root.has_error:
         return 0
@@ -145,7 +145,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Whether an ERROR node holds over `_MAX_TOKENS` bare tokens; the time of a query grows with their square."""
+    """Return whether an ERROR node holds over `_MAX_TOKENS` bare tokens; a query's time grows with their square."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()
@@ -181,7 +181,7 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 
 
 def best_parse(code: str, language: str) -> tuple[float, bool]:
-    """(share of syntax errors, whether there is a function) of a piece of code, parsed in the frame that suits it best.
+    """Parse `code` within the text that fits it best, such as a class; return (share of syntax errors, has a function).
 
     The share counts the bytes under ERROR nodes of the tree-sitter grammar, and one byte for each missing token. It is
     1.0 for blank text and text that can't be parsed. Grammars tolerate much, Ruby's most of all: plain prose may parse,
@@ -212,10 +212,10 @@ def best_parse(code: str, language: str) -> tuple[float, bool]:
 
 
 def syntax_error_share(code: str, language: str) -> float:
-    """The share of the bytes of `code` that are not valid `language`, from 0.0 to 1.0; see `best_parse`."""
+    """Return the share of the bytes of `code` that are not valid `language`, from 0.0 to 1.0; see `best_parse`."""
     return best_parse(code, language)[0]
 
 
 def holds_function(code: str, language: str) -> bool:
-    """Whether `code` defines a function with a name and a body; see `best_parse`."""
+    """Return whether `code` defines a function with a name and a body; see `best_parse`."""
     return best_parse(code, language)[1]

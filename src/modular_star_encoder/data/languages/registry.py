@@ -1,4 +1,4 @@
-"""The programming languages: one entry for each, with everything that the package knows about it.
+"""List the programming languages: one entry for each, with everything that the package knows about it.
 
 A new language is one more entry of `_ENTRIES`. Its tree-sitter grammar is a dependency of this package, or is in
 tree-sitter-language-pack.
@@ -63,7 +63,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _member_name(text: str) -> str:
-    """`"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
+    """Return `"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
     text = re.sub(r"\s*\.\s*", ".", text.strip("'\""))
     if "." not in text or text.startswith("["):
         return text
@@ -486,14 +486,14 @@ _CPP_LINE = re.compile(
 
 
 def language_entry(name: str) -> Language:
-    """The entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
+    """Return the entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
     if name not in _LANGUAGE:
         raise UserError("data.language.unknown", f"Unknown language {name!r}. Available: {', '.join(_LANGUAGE)}.")
     return _LANGUAGE[name]
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """`languages`, a list or one name, without repetitions; `default` for None. An empty list is a UserError."""
+    """Return `languages`, a list or one name, without repetitions; `default` for None. UserError for an empty list."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -501,27 +501,27 @@ def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = 
 
 
 def language_of(path: PurePath) -> str | None:
-    """The language of a file by the suffix of its path, in any letter case, or None. A `.h` and a `.C` are C."""
+    """Return the language that a path's suffix, in any letter case, stands for, or None; `.h` and `.C` stand for C."""
     return LANGUAGE_OF_SUFFIX.get(path.suffix.lower())
 
 
 def language_of_script(beginning: bytes) -> str | None:
-    """The language of a file by its first line, such as `#!/usr/bin/env python3`, or None."""
+    """Return the language that a file's first line names, such as `#!/usr/bin/env python3`, or None."""
     interpreter = _SHEBANG.match(beginning)
     return _LANGUAGE_OF_INTERPRETER.get(interpreter[1].decode()) if interpreter else None
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """The language of a file's text: C++ for a header or `.C` read as C that holds C++, otherwise `language`."""
+    """Return `cpp` for the text of a `.h` or `.C` that is C++, and otherwise `language`, which the path suggests."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 
 def language_named(name: Any) -> str | None:
-    """Our name of a language that a data set calls `name` (`"C++"` is `"cpp"`), or None if it is not one of ours."""
+    """Return our name of the language that a data set calls `name` (`"cpp"` for `"C++"`), or None if we lack it."""
     return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 
 def display_name(name: str) -> str:
-    """How prompts write a language: lower case, and `"c++"` for `"cpp"`; unknown names as they are."""
+    """Return how prompts write a language: lower case, and `"c++"` for `"cpp"`; unknown names as they are."""
     name = name.strip().lower()
     return (_LANGUAGE[name].display_name if name in _LANGUAGE else "") or name

@@ -30,7 +30,7 @@ class SourceFile:
 
 
 class SourceReader(ABC):
-    """Iterates over the `SourceFile`s of a corpus, in a fixed order; the corpus is never in memory.
+    """Iterates over the `SourceFile`s of a corpus, in a fixed order, without holding the corpus in memory.
 
     `skipped` counts the files left out of the last iteration by reason. A corpus is a sequence of *units*: of
     repositories, or of the rows of a data set. `skip` and `shard` return readers of some of them, so that
@@ -40,7 +40,7 @@ class SourceReader(ABC):
     unicode_names = False  # whether characters such as `\udcff` in names are escaped, so that every file can hold them
 
     def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
-        """`units`: repositories and what is read of each, None if only reading reveals them."""
+        """`units`: (name of a repository, what to read of it) in order; None if only reading reveals them."""
         self._units = None if units is None else tuple(units)
         self._start, self._step = 0, 1
         self.skipped = self._left_out()
@@ -67,13 +67,13 @@ class SourceReader(ABC):
     def skip(self, units: int) -> Self:
         """Return a reader without the first `units` units; a negative number is a UserError (`data.reader.skip`)."""
         if units < 0:
-            raise UserError("data.reader.skip", f"skip needs a number of units from 0, not {units}.")
+            raise UserError("data.reader.skip", f"`units` must be 0 or more, not {units}.")
         return self._window(self._start + units * self._step, self._step)
 
     def shard(self, index: int, count: int) -> Self:
         """Return a reader of the units `index`, `index + count`, …: `count` such readers read every unit once."""
         if not 0 <= index < count:
-            raise UserError("data.reader.shard", f"shard needs an index from 0 to {count - 1}, not {index}.")
+            raise UserError("data.reader.shard", f"`index` must be from 0 to {count - 1} (`count` - 1), not {index}.")
         return self._window(self._start + index * self._step, self._step * count)
 
     def _window(self, start: int, step: int) -> Self:
@@ -86,7 +86,7 @@ class SourceReader(ABC):
         return (self._units or ())[self._start :: self._step]
 
     def _left_out(self) -> Counter[str]:
-        """The files of the chosen units that are left out before reading."""
+        """Count, by reason, the files of the chosen units that are left out before reading."""
         return Counter()
 
 
@@ -119,13 +119,13 @@ _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 
 
 def is_vendored(path: PurePath, language: str) -> bool:
-    """Whether a folder of `path` holds copies of other projects."""
+    """Return whether a folder of `path` holds copies of other projects."""
     more = set() if language == "python" else _VENDOR_FOLDERS_EXCEPT_IN_PYTHON
     return not (_VENDOR_FOLDERS | INSTALL_FOLDERS | more).isdisjoint(path.parts[:-1])
 
 
 def is_test(path: PurePath, language: str) -> bool:
-    """Whether the file or a folder of `path` has a name that `language` uses for tests."""
+    """Return whether the file or a folder of `path` has a name that `language` uses for tests."""
     entry, folders = language_entry(language), path.parts[:-1]
     return any(re.fullmatch(pattern, path.stem) for pattern in (_TEST_FILE, entry.test_file)) or any(
         re.fullmatch(pattern, folder) for pattern in (_TEST_FOLDER, entry.test_folder) for folder in folders
@@ -133,18 +133,18 @@ def is_test(path: PurePath, language: str) -> bool:
 
 
 def is_closed(path: PurePath) -> bool:
-    """Whether a folder of `path` is hidden, or in `CLOSED_FOLDERS`, which readers of folders don't enter."""
+    """Return whether a folder of `path` is hidden, or in `CLOSED_FOLDERS`, which readers of folders don't enter."""
     return any(name.startswith(".") or name in CLOSED_FOLDERS for name in path.parts[:-1])
 
 
 def is_generated(text: str) -> bool:
-    """Whether `text` says that a program wrote it: phrases in the first 5 lines, Go's marker in the first 40."""
+    """Return whether `text` says that a program wrote it: in its first 5 lines, or 40 for Go's marker."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_marked_generated(text: str) -> bool:
-    """Whether `text` asks not to be edited because a program wrote it: in the first 10 lines, Go's marker in 40."""
+    """Return whether `text` asks, as generated, not to be edited: in its first 10 lines, or 40 for Go's marker."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -153,7 +153,7 @@ def is_marked_generated(text: str) -> bool:
 
 
 def is_minified(text: str) -> bool:
-    """Whether `text` has a line of over 1,000 characters, and over 200 in a line on average.
+    """Return whether `text` has a line of over 1,000 characters, and lines of over 200 characters on average.
 
     One long line of data among many lines of code is not enough: a line counts as at most 10,000 characters.
     """
@@ -168,7 +168,7 @@ def _line_lengths(text: str) -> list[int]:
 
 
 def alphabetic_share(text: str) -> float:
-    """The share of letters among the characters of `text`; 0 if it is empty."""
+    """Return the share of letters among the characters of `text`; 0 if it is empty."""
     # Deleting from bytes runs in C: fifteen times as fast as testing every character.
     if text.isascii():
         letters = len(text) - len(text.encode().translate(None, string.ascii_letters.encode()))
@@ -178,7 +178,7 @@ def alphabetic_share(text: str) -> float:
 
 
 def holds_encoded_data(text: str) -> bool:
-    """Whether `text` has over 1,024 characters of Base64, hexadecimal or Unicode escapes in a row, or over half."""
+    """Return whether `text` has a run of over 1,024 characters of Base64, hex or Unicode escapes, or is mostly such."""
     for hint, pattern in _ENCODED_DATA:
         lengths = [match.end() - match.start() for match in pattern.finditer(text)] if hint in text else []
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
@@ -188,7 +188,7 @@ def holds_encoded_data(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFilters:
-    """What a reader leaves out. The default keeps ordinary source text only; `STARCODER2_FILTERS` is for training."""
+    """Says what a reader leaves out: by default all but ordinary source text; `STARCODER2_FILTERS` is for training."""
 
     max_bytes: int = 1_000_000
     max_line_length: int | None = 1000  # in characters: files with longer ones are minified or hold data
@@ -203,13 +203,13 @@ class FileFilters:
     tests: bool = False
 
     def reason_by_path(self, path: PurePath, language: str) -> str | None:
-        """Why the file at `path`, relative to its repository, is left out, or None."""
+        """Return why the file at `path`, relative to its repository, is left out, or None."""
         if not self.vendored and is_vendored(path, language):
             return "vendored code"
         return "test code" if not self.tests and is_test(path, language) else None
 
     def reason_by_text(self, text: str) -> str | None:
-        """Why a file that holds `text` is left out, or None."""
+        """Return why a file that holds `text` is left out, or None."""
         # A character has one byte to four: most texts need not be encoded.
         if len(text) > self.max_bytes or (
             4 * len(text) > self.max_bytes and len(text.encode(errors="surrogatepass")) > self.max_bytes
@@ -235,7 +235,7 @@ class FileFilters:
         return "encoded data" if not self.encoded_data and holds_encoded_data(text) else None
 
     def decode(self, content: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
-        """(text without a byte-order mark, None), or ("", why a file with these bytes is left out)."""
+        """Return (text without a byte-order mark, None), or ("", why a file with these bytes is left out)."""
         if len(content) > self.max_bytes:
             return "", "too large"
         if self.any_encoding:

@@ -45,7 +45,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 class RowColumns:
     """The names of the columns of a data set with one file per row.
 
-    With `language` None, the suffix of the path decides; `license` may hold a string or a list.
+    If `language` is None, the path's suffix tells the language. The license column may hold strings or lists.
     """
 
     repository: str
@@ -75,12 +75,12 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
     except (ImportError, ValueError) as error:
         fault = f"{protocol!r}: {str(error).rstrip('.')}"
     if fault:
-        raise UserError("data.contents.url", f"content_url can't be used: {fault}.")
+        raise UserError("data.contents.url", f"`content_url` can't be used: {fault}.")
 
 
 @contextmanager
 def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-    """Yield a function that fetches a content in the background; leaving cancels pending fetches."""
+    """Yield a function that starts to fetch the file with a blob id; leaving the context cancels pending fetches."""
     with ExitStack() as stack:
         if urlsplit(url).scheme in _HTTP:
             client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
@@ -93,7 +93,7 @@ def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Call
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, the kind of error) of a fetch; the error's message might hold the URL."""
+    """Return (content, why it is left out, kind of error) of a fetch; never the message: it may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -108,7 +108,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """`content` without its gzip compression, if any; at most `max_bytes` + 1 bytes; zlib.error if it is damaged."""
+    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes. zlib.error if it is damaged."""
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)
@@ -150,7 +150,7 @@ class DatasetReader(SourceReader):
             next_row -= len(table)
 
     def _reason(self, path: PurePath, language: str | None) -> str | None:
-        """Why the file at `path` of a repository is left out before its text is read, or None."""
+        """Return why the file at `path` of a repository is left out before its text is read, or None."""
         if language not in self._languages:
             return "another language"
         return "hidden or closed folder" if is_closed(path) else self._filters.reason_by_path(path, language or "")
@@ -192,7 +192,7 @@ def row_repositories(
 ) -> RowReader:
     """Return a reader of a data set with one file per row; its units are the rows.
 
-    `columns` are the data set's, by default those of The Stack; `source` and `options` are as for `open_rows`.
+    `columns` names the data set's columns, by default those of The Stack; `source` and `options`: see `open_rows`.
     """
     columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
@@ -200,7 +200,7 @@ def row_repositories(
 
 
 class TheStackReader(DatasetReader):
-    """Reads rows with lists of files, whose contents are fetched ahead; its units are repositories."""
+    """Reads The Stack v2, whose rows list a repository's files, and fetches their contents; its units are the rows."""
 
     def __init__(self, content_url: str, http: Mapping[str, Any], progress: bool, *arguments: Any) -> None:
         """`content_url` is never shown, as it may hold a signature; `http` are options of `HTTPClient`."""
@@ -228,10 +228,10 @@ class TheStackReader(DatasetReader):
                 # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
                     message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched ({last}); check "
-                    raise UserError("data.contents.no_access", f"{message}content_url and your access to it.")
+                    raise UserError("data.contents.no_access", f"{message}`content_url` and your access to it.")
 
     def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
-        """Yield (file without its text, blob, encoding) for each file of a row that is to be fetched."""
+        """Yield (file without its text, blob id, encoding) for each file of a row that is to be fetched."""
         for record in row["files"] or ():
             path = PurePath((record["path"] or "").lstrip("/"))
             language = language_named(record["language"])
@@ -250,7 +250,7 @@ class TheStackReader(DatasetReader):
             yield file, record["blob_id"], record.get("src_encoding") or "UTF-8"
 
     def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
-        """Yield (file, encoding, its content) in order; only a few are fetched ahead."""
+        """Yield (file, encoding, future of its content) in order; only a few are fetched ahead."""
         waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
         with _fetcher(self._content_url, self._http, self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
             for file, blob_id, encoding in files:
@@ -277,10 +277,10 @@ def the_stack_repositories(
     iterating raises UserError.
 
     Args:
-        source, options: as for `open_rows`, such as `"bigcode/the-stack-v2-train-smol-ids"`.
+        source, options: see `open_rows`; a source is `"bigcode/the-stack-v2-train-smol-ids"`.
         content_url: an http address or a URL of fsspec, such as `s3://softwareheritage/content/{blob_id}`, which needs
             `s3fs` and credentials where `s3fs` looks for them.
-        http: `concurrency`, for every protocol, and over http `attempts`, `pause` and `timeout`; see `HTTPClient`.
+        http: `concurrency` for every protocol; also `attempts`, `pause` and `timeout` for http (see `HTTPClient`).
     """
     http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
     _check_contents(content_url, http)

@@ -101,9 +101,9 @@ class _DatasetRows:
 def open_dataset_rows(
     source: Source, columns: Sequence[str], *, split: str = "train", **options: Any
 ) -> Iterable[tuple[str, Row]]:
-    """Open a dataset for reading as a stream, again and again in the same order.
+    """Open a dataset as an iterable of rows, which can be read again and again in the same order.
 
-    Yields (place of the row, for messages; row); a `BadLine` replaces a row that is not a JSON object.
+    It yields (place of the row, such as `data.jsonl, line 3`; row), with a `BadLine` for a row that is no JSON object.
 
     Args:
         source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
@@ -114,19 +114,19 @@ def open_dataset_rows(
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
-        message = f"Reading {name!r} has no option {', '.join(unknown)}; it has split, {', '.join(_HUB_OPTIONS)}."
+        message = f"{name!r} can't be read with {', '.join(unknown)}: options are split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
     files = _files(source, (*_PARQUET, *_JSON_LINES), split)
     if files and all(file.endswith(_JSON_LINES) for file in files):
         if missing := [file for file in files if not os.path.isfile(file)]:
-            raise UserError("data.source.no_files", f"No file {missing[0]}.")
+            raise UserError("data.source.no_files", f"The file {missing[0]} does not exist.")
         return _DatasetRows(name, partial(_json_lines, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
     return _DatasetRows(name, partial(_table_rows, rows.with_format("arrow"), name))
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts of one column of a dataset; `options` are as for `open_dataset_rows`."""
+    """Yield the texts in one column of a dataset; for `options`, see `open_dataset_rows`."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")
@@ -134,7 +134,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def not_unicode(text: str) -> str | None:
-    """Why a text can't be written or tokenized, or None: JSON can hold halves of characters."""
+    """Return why a text can't be encoded in UTF-8, or None: JSON can hold halves of surrogate pairs."""
     return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 
@@ -143,7 +143,7 @@ def _shown(source: Source) -> str:
 
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
-    """The files of `source`, in a folder only the files of the split; none if it names a dataset of the Hub."""
+    """List the files of `source`: of a folder, only those of the split; none if it names a dataset of the Hub."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))
@@ -159,7 +159,7 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
             raise UserError("data.source.split", f"{name!r} has no split {split!r}; it has {there}.")
         found = splits[split]
     if not found or len({file.suffix == ".parquet" for file in found}) > 1:
-        what = "both parquet and JSON Lines files: name those to read" if found else f"no file {', '.join(suffixes)}"
+        what = "both parquet and JSON Lines files: name those to read" if found else f"no {', '.join(suffixes)} file"
         raise UserError("data.source.no_files", f"{name!r} holds {what}.")
     return [str(file) for file in found]
 

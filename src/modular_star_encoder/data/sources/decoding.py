@@ -1,4 +1,4 @@
-"""Decode the bytes of a source file that nobody declares the encoding of."""
+"""Decode the bytes of a source file whose encoding is not given."""
 
 import codecs
 import re
@@ -19,7 +19,7 @@ _NO_SOURCE = ("idna", "punycode")  # of domain names
 
 
 def decode_source(content: bytes) -> tuple[str, str | None]:
-    """(text without a byte-order mark, encoding) by the mark, else the coding line, else UTF-8.
+    """Decode by the byte-order mark, else a coding line (PEP 263), else UTF-8; return (text without mark, encoding).
 
     A coding line that does not fit the bytes is ignored. If nothing fits, the text is read as Latin-1, which fits all
     bytes and may be wrong, and the encoding is None.

@@ -1,7 +1,7 @@
-"""Which files of a folder git ignores, read as git reads it: `.gitignore`, `.git/info/exclude`, `.git/index`.
+"""Tell which files of a folder git ignores, from `.gitignore`, `.git/info/exclude` and `.git/index`.
 
-git itself is not run, because the configuration of a repository may name programs that git would start. Not read are
-`core.excludesFile` and the other settings of the user.
+git itself is not run, because the configuration of a repository may name programs that git would start. The user's
+settings, such as `core.excludesFile`, are not read.
 """
 
 import os
@@ -19,7 +19,7 @@ class IgnoreFiles:
     """Says which paths below a folder are ignored by git's rules or by our own `.moseignore`, which has the same form.
 
     Ignore files above the folder apply up to the top of its repository; a repository inside the folder has rules of its
-    own. A file that git tracks is ignored by `.moseignore` only. Ask about a folder before its content.
+    own. A file that git tracks is ignored by `.moseignore` only. Call `ignores` for a folder before its content.
     """
 
     def __init__(self, root: Path) -> None:
@@ -31,7 +31,7 @@ class IgnoreFiles:
             folder = self._known[str(path)] = folder.inner(str(path))
 
     def ignores(self, path: str, *, is_folder: bool) -> bool:
-        """Whether a path is ignored: the last pattern that matches in the deepest file decides."""
+        """Return whether a path is ignored: of the patterns that match, the last in the deepest ignore file decides."""
         parent = os.path.dirname(path)
         if (folder := self._known.get(parent)) is None:
             folder = self._known[parent] = self._known[os.path.dirname(parent)].inner(parent)
@@ -58,21 +58,21 @@ class _Rule:
     is_ours: bool
 
     def fits(self, path: bytes, is_folder: bool) -> bool:
-        """Whether the rule is about this path."""
+        """Return whether the rule's pattern matches this path."""
         text = os.path.basename(path) if self.by_name else path.removeprefix(self.base)
         return (is_folder or not self.folders_only) and self.expression.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """What applies to the content of a folder."""
+    """The rules for the files and folders directly in a folder."""
 
     rules: tuple[_Rule, ...]  # the last one that fits decides
     repository: "_Repository"
     inherited: _Rule | None = None  # it ignores the folder, which is read for the files that git tracks
 
     def inner(self, path: str) -> "_Folder":
-        """What applies in a folder inside this one, or at the top of the repository."""
+        """Return the rules for the content of `path`, a folder directly in this one."""
         rules, repository, inherited = self.rules, self.repository, self.inherited
         if os.path.lexists(os.path.join(path, ".git")):
             repository, inherited = _Repository(Path(path)), None
@@ -84,7 +84,7 @@ class _Folder:
 
 
 class _Repository:
-    """A repository, by the folder at its top."""
+    """A git repository: its `info/exclude` file and the files that git tracks."""
 
     def __init__(self, top: Path) -> None:
         self._top = top
@@ -116,7 +116,7 @@ _HAS_MORE_FLAGS = 0x4000
 
 
 def _index_names(content: bytes) -> list[bytes]:
-    """The paths in a git index of version 2, 3 or 4 with SHA-1 (gitformat-index)."""
+    """Return the paths in the content of a git index file of version 2, 3 or 4 with SHA-1 (gitformat-index)."""
     magic, version, count = struct.unpack_from(">4sII", content)
     names: list[bytes] = []
     if magic != b"DIRC" or version not in (2, 3, 4):
@@ -139,7 +139,7 @@ def _index_names(content: bytes) -> list[bytes]:
 
 
 def _rules(file: str, folder: str) -> list[_Rule]:
-    """The rules of an ignore file for the paths below a folder; none if it can't be read."""
+    """Return the rules of an ignore file for the paths below a folder; none if it can't be read."""
     content = b""
     with suppress(OSError, ValueError):
         if os.path.isfile(file):  # a pipe would be read for ever
@@ -172,7 +172,7 @@ _SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]
 
 
 def _expression(glob: bytes) -> bytes:
-    """The regular expression of a pattern, as git's wildmatch.c reads it; re.error if it never matches."""
+    """Translate a git pattern to a regular expression, as git's wildmatch.c does; re.error if it never matches."""
     start = _LITERAL.findall(glob)[0]  # git compares it first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
     star = None  # place of the star before
@@ -210,7 +210,7 @@ _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<las
 
 
 def _set(glob: bytes, at: int) -> tuple[list[int], int]:
-    """(the bytes that a set matches, the place after it); `at` is the place after its bracket."""
+    """Read a set such as `[a-z]` from `at`, after its `[`; return (the bytes that it matches, the place after it)."""
     is_negative = glob[at : at + 1] in (b"!", b"^")
     at += is_negative
     first, chosen = at, set()

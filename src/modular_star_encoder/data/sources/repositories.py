@@ -48,7 +48,7 @@ class _Repository:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, file: "_File", filters: FileFilters, inside: str = "", reason: str | None = None) -> None:
-        """Add or leave out a file; `inside` is the repository's folder."""
+        """Add a file to `files`, or to `left_out` with the reason; `inside` is the repository's folder."""
         path = PurePath(file.path)
         # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
         if ".." in path.parts or path.name.startswith("__editable__"):
@@ -61,7 +61,7 @@ class _Repository:
 
 
 class _File(NamedTuple):
-    """A file to read; its path is relative to where the search for files began, then to its repository."""
+    """A file to read; `path` is relative to the folder that was searched and, in a `_Repository`, to that."""
 
     path: str
     location: Path
@@ -72,7 +72,7 @@ class FileReader(SourceReader):
     """Reads files of this machine; its units are the repositories with a file to read, sorted by name.
 
     `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
-    last iteration read as Latin-1, because nothing says what they are.
+    last iteration read as Latin-1, because they are not UTF-8.
     Files whose path and location `is_known` accepts are left out without being read or counted.
     """
 
@@ -111,7 +111,7 @@ class FileReader(SourceReader):
                 yield SourceFile(repository, path, language, text)
 
     def _content(self, location: Path) -> tuple[bytes, str | None]:
-        """(bytes, None), or (b"", why the file is not read)."""
+        """Return (bytes, None), or (b"", why the file is not read)."""
         try:
             status = location.stat()
             if not stat.S_ISREG(status.st_mode):  # a pipe would be read for ever
@@ -133,7 +133,7 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the code installed in this Python environment, without `exclude` and this package itself.
+    """Return a reader of the code of this Python environment's distributions, except `exclude` and this package.
 
     Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
     """
@@ -182,7 +182,7 @@ def folder_repositories(
     if depth is None:
         depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
     elif depth < 0:
-        raise UserError("data.folder.depth", f"depth must be a number of levels from 0, not {depth}.")
+        raise UserError("data.folder.depth", f"`depth` must be 0 or more, not {depth}.")
     chosen, filters = check_languages(languages), filters or FileFilters()
     repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
     for file, reason in _source_files(root, set(chosen), obey_ignore_files):
@@ -234,7 +234,7 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
 
 
 def _language_of_script(location: Path) -> str | None:
-    """The language of a file without a suffix by its first line, or None."""
+    """Return the language that the first line of a file without a suffix names, or None."""
     if location.suffix or location.name.startswith("."):
         return None
     try:
@@ -270,18 +270,18 @@ _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveLimits:
-    """How much of one archive is read."""
+    """Limits how much of one archive is read."""
 
     max_members: int = 200_000  # later members are not read
     max_bytes: int = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 
 
 class ArchiveLimitError(Exception):
-    """The archive exceeds a limit; the message is the reason that is counted."""
+    """Raised if an archive exceeds a limit; its message is the reason that `skipped` counts."""
 
 
 class _Budget:
-    """What may still be read of an archive."""
+    """Counts down how much may still be read of an archive."""
 
     def __init__(self, left: int, reason: str) -> None:
         self._left, self._reason = left, reason
@@ -319,7 +319,7 @@ def _archive_suffix(path: Path) -> str:
 
 
 class _LimitedFile:
-    """A file whose reader, tarfile or zipfile, must not read more bytes than a budget has left."""
+    """Wraps the file that tarfile or zipfile reads, so that they read no more bytes than a budget has left."""
 
     def __init__(self, file: IO[bytes], budget: _Budget | None) -> None:
         self._file, self.budget = file, budget
@@ -354,7 +354,7 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A header; if it announces a huge name or attributes, it raises ArchiveLimitError before reading them."""
+    """A tar header that raises ArchiveLimitError if it announces a huge name or attributes, before they are read."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -405,7 +405,7 @@ class ArchiveReader(SourceReader):
                 skipped["rest of a damaged archive"] += 1
 
     def _text(self, member: Member, path: PurePath) -> tuple[str, str | None]:
-        """(text, None) of a member, or ("", why it is left out); ("", None) for a member that is not a source file."""
+        """Return (text, None) or ("", why a member is left out), or ("", None) if it is not a source file."""
         if member.kind == "folder":
             return "", None
         if member.kind == "other":
