@@ -410,7 +410,7 @@ def cached_index(folder: str, *, refresh: bool = True, **options: Any) -> CodeIn
 
 
 def _cached_location(key: str) -> str:
-    """Return the location of an index in the user's cache, or in memory if the cache is read-only."""
+    """Return where the user's cache keeps the index with this key; `memory://` if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -277,7 +277,7 @@ class IndexSettings:
         return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if an update asks for other settings; the message names both."""
+        """Raise UserError if the settings `asked` of an update differ from the index's; the message names both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
             f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
@@ -288,7 +288,7 @@ class IndexSettings:
             differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
         if differences:
             message = f"The index {location} was built with {'; '.join(differences)}."
-            raise UserError("search.index.other_settings", f"{message} Name another index or rebuild it (--rebuild).")
+            raise UserError("search.index.other_settings", f"{message} Name another index or rebuild this (--rebuild).")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
         """Raise UserError if the weights are not those that built the index; the message names both checkpoints."""

@@ -317,7 +317,7 @@ def _end_of_last_statement(node: Node) -> int:
 
 
 def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
-    """Return the cuts that remove the indentation of a span's first line from its other lines, except `fixed_lines`."""
+    """Return the cuts that remove the first line's indentation from a span's other lines, except `fixed_lines`."""
     found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
     lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]

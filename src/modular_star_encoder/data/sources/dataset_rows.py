@@ -1,4 +1,4 @@
-"""Rows of any dataset, one after the other: parquet and JSON Lines files, folders of them, datasets of the Hub."""
+"""Read the rows of any dataset, one after the other: parquet and JSON Lines files, folders of them, datasets of the Hub."""
 
 import gzip
 import json
