@@ -278,7 +278,7 @@ def _found_index(location: str | None) -> CodeIndex:
 def _exit_by_budget(
     arguments: argparse.Namespace, checkpoint: str, exit_layers: Sequence[int] | None = None
 ) -> int | None:
-    """Return --exit-layer or, within --latency-ms and --memory-mb, the best exit, if given among `exit_layers`."""
+    """Return --exit-layer or, with a budget, the best exit (of `exit_layers`) within --latency-ms and --memory-mb."""
     if arguments.latency_ms is None and arguments.memory_mb is None:
         return arguments.exit_layer
     if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):

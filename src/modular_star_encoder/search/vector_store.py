@@ -211,12 +211,12 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     end = pattern.find("]", start + 1)
     if end < 0:
         raise UserError(
-            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. Write '[[]' for a plain '['."
+            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. Write '[[]' for '['."
         )
     inside = []
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
         if part[0] > part[-1]:
-            raise UserError("search.path.range", f"In the path pattern {pattern!r}, {part} ends before it begins.")
+            raise UserError("search.path.range", f"In the pattern {pattern!r}, the range {part} ends before it begins.")
         # `&&`, `--` and `~~` are set operations in Rust's expressions.
         inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
     return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1

@@ -125,7 +125,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _shown_text(match: re.Match[str]) -> str:
-    """Return the text that `{@code text}` and `{@link Class#method label}` show to a reader."""
+    """Return what readers of the documentation see of `{@code text}` or `{@link Class#method label}`."""
     name, text = match["name"].lower(), match["text"].strip()
     if name in ("inheritdoc", "value", "internal"):
         return ""
