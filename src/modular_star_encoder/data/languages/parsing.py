@@ -145,7 +145,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Return whether an ERROR node holds over `_MAX_TOKENS` bare tokens; a query's time grows with their square."""
+    """Return whether an ERROR node has over `_MAX_TOKENS` child tokens; a query's time grows with their square."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()

@@ -354,7 +354,7 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header that raises ArchiveLimitError if it announces a huge name or attributes, before they are read."""
+    """A tar header that raises ArchiveLimitError if it announces a huge name or attributes, before it is read."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
