@@ -149,7 +149,6 @@ def _note_skipped(report: UpdateReport, show: bool, out: TextIO) -> None:
 
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
-    """Build or update the index with the settings that the options name."""
     from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT

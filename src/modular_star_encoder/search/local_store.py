@@ -352,7 +352,6 @@ def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int)
 
 
 def _arrays_of(rows: Sequence[Row]) -> _Arrays:
-    """Return the arrays that a segment stores for these rows."""
     arrays: _Arrays = {}
     for exit_layer in rows[0].vectors:
         vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)

@@ -180,7 +180,6 @@ class QdrantStore:
         return models.Filter(must=must) if must else None
 
     def _payloads(self, fields: list[str]) -> Iterator[Mapping[str, Any]]:
-        """Yield these fields of every row, page by page."""
         offset = None
         while True:
             points, offset = self._client.scroll(self._name, limit=_PAGE, offset=offset, with_payload=fields)
