@@ -139,7 +139,6 @@ def run_index(arguments: argparse.Namespace) -> None:
 
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
-    """Build or update the index with the settings that the options name."""
     from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
@@ -265,7 +264,7 @@ def _found_index(location: str | None) -> CodeIndex:
 def _exit_by_budget(
     arguments: argparse.Namespace, checkpoint: str, exit_layers: Sequence[int] | None = None
 ) -> int | None:
-    """Return --exit-layer or, within --latency-ms and --memory-mb, the best exit, if given among `exit_layers`."""
+    """Return --exit-layer or, with a budget, the best exit (of `exit_layers`) within --latency-ms and --memory-mb."""
     if arguments.latency_ms is None and arguments.memory_mb is None:
         return arguments.exit_layer
     if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):

@@ -77,7 +77,7 @@ class UpdateReport:
         self.skipped_files.append((path, reason))
 
     def summary(self) -> str:
-        """Return `2 files left out: 1 vendored, 1 empty; 1 file read as Latin-1` or the like; empty for none."""
+        """Return a line such as `2 files left out: 1 vendored, 1 empty; 1 file read as Latin-1`, or an empty text."""
         counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
         reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
         notes = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if self.skipped else []

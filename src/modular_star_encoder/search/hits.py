@@ -109,6 +109,5 @@ def _headline(hit: Hit, whole: float) -> str:
 
 
 def _code_lines(hit: Hit, count: int, width: int) -> list[str]:
-    """Return the first `count` lines of code that aren't blank."""
     chosen = [line for line in hit.text.splitlines() if line.strip()][:count]
     return [printable(line)[:width].rstrip() for line in chosen]

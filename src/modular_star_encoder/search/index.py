@@ -105,7 +105,7 @@ class CodeIndex:
         Raises:
             UserError: `folder` is not a folder, or the index was built with other settings (the message names them).
             OSError: the checkpoint does not exist, or the index cannot be written.
-            ImportError: the store's extra is not installed.
+            ImportError: the extra `qdrant` is not installed.
         """
         folder = os.path.expanduser(folder)
         if not os.path.isdir(folder):
@@ -154,7 +154,7 @@ class CodeIndex:
         Raises:
             UserError: there is no index at `location`, or it was built with another checkpoint.
             OSError: the checkpoint does not exist.
-            ImportError: the store's extra is not installed.
+            ImportError: the extra `qdrant` is not installed.
         """
         store = open_store(location)
         stored = store.settings()
@@ -372,7 +372,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
         return QdrantStore(*connect(location), location)
     if "://" in location and location != MEMORY:
-        message = f"{location!r} can't be an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
+        message = f"{location!r} is no place for an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
         raise UserError("search.index.location", message)
     return LocalStore(None if location == MEMORY else location)
 
@@ -406,7 +406,7 @@ def cached_index(folder: str, **options: Any) -> CodeIndex:
 
 
 def _cached_location(key: str) -> str:
-    """Return the location of an index in the user's cache, or in memory if the cache is read-only."""
+    """Return where the user's cache keeps the index with this key; `memory://` if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -439,7 +439,7 @@ def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Itera
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
-    """Return `folder` relative to the index if that is inside it, so that both can be moved; else as it is."""
+    """Return `folder` relative to an index inside the folder, so that both can be moved; else as it is."""
     if "://" in location or location.startswith("qdrant:"):
         return folder
     index = os.path.realpath(os.path.expanduser(location))

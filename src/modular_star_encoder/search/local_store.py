@@ -192,7 +192,7 @@ class LocalStore:
         path = self.folder / MANIFEST
         if not path.exists():
             if (self.folder / _OLD_INDEX).exists():
-                message = f"An older version made the index {self.location}. Rebuild it (--rebuild)."
+                message = f"An older version of this package made the index {self.location}. Rebuild it (--rebuild)."
                 raise UserError("search.index.format", message)
             return _NO_INDEX
         with self._damage_reported():
@@ -235,7 +235,7 @@ class LocalStore:
 
     @contextmanager
     def _damage_reported(self) -> Iterator[None]:
-        """Turn errors of a damaged file into a UserError; FileNotFoundError stays."""
+        """Raise UserError for the errors that a damaged file causes; let FileNotFoundError pass."""
         try:
             yield
         except FileNotFoundError:
@@ -352,7 +352,6 @@ def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int)
 
 
 def _arrays_of(rows: Sequence[Row]) -> _Arrays:
-    """Return the arrays that a segment stores for these rows."""
     arrays: _Arrays = {}
     for exit_layer in rows[0].vectors:
         vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)

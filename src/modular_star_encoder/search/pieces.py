@@ -156,7 +156,7 @@ _DEFINES = "defines:"
 
 @lru_cache(maxsize=200_000)
 def _stems(word: str) -> tuple[str, ...]:
-    """Return the stems of a word's parts, and of the whole word if it has several parts."""
+    """Return the stems of a word's parts, as in camelCase, and of the whole word if it has several parts."""
     parts = [part.lower() for part in _PART.findall(word)]
     whole = [word.lower().strip("_$")] if len(parts) > 1 else []
     return tuple(_stem(part) for part in [*parts, *whole])

@@ -60,7 +60,7 @@ def _wrap_errors(method: Callable) -> Callable:
             return method(self, *arguments, **options)
         except _import_client().http.exceptions.ApiException as error:
             reason = " ".join(str(error).split())
-            raise OSError(f"The Qdrant server of {self.location} can't be reached, or refused: {reason}.") from error
+            raise OSError(f"The server of {self.location} can't be reached or refused a request: {reason}.") from error
 
     return wrapped
 
@@ -85,7 +85,7 @@ class QdrantStore:
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
         if _SETTINGS_KEY not in metadata:
-            message = f"{self.location} is a collection of another program. Name another."
+            message = f"{self.location} is a collection of another program. Name another collection."
             raise UserError("search.index.foreign", message)
         return metadata[_SETTINGS_KEY]
 
@@ -180,7 +180,6 @@ class QdrantStore:
         return models.Filter(must=must) if must else None
 
     def _payloads(self, fields: list[str]) -> Iterator[Mapping[str, Any]]:
-        """Yield these fields of every row, page by page."""
         offset = None
         while True:
             points, offset = self._client.scroll(self._name, limit=_PAGE, offset=offset, with_payload=fields)

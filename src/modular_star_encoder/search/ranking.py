@@ -119,7 +119,7 @@ class Ranker:
         return found
 
     def _cascade_for(self, margin: float | None) -> Cascade | None:
-        """Return the cascade if it re-ranks hits with this margin, else None."""
+        """Return the cascade if it is to rank hits with this margin again, else None."""
         if self.cascade is None or margin is None:  # None: fewer than two hits
             return None
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None

@@ -43,7 +43,7 @@ _INITIAL_FILE = re.compile(r"(^|/)(__init__\.py|package-info\.java)$")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, and the names in it."""
+    """A question, and the names of code in it."""
 
     text: str
     is_symbol: bool  # whether it is a name alone, such as `Router::Match` or `parse_header`
@@ -87,7 +87,7 @@ def definitions(question: Question, paths: Sequence[str], definers: Mapping[str,
 
 
 def _file_name(path: str) -> str:
-    """Return `Formatter` for `src/Formatter.cs` and for ``src/Formatter`1.cs``."""
+    """Return a file's name without endings: `Formatter` for `src/Formatter.cs` and for ``src/Formatter`1.cs``."""
     return re.split(r"[^\w-]", PurePosixPath(path).name)[0]
 
 
@@ -142,7 +142,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,) that lower files of re-exports, declarations and, unless asked for, tests, examples, docs."""
+    """Return factors (F,) below 1 for files of re-exports, declarations or, unless asked for, tests or examples."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)

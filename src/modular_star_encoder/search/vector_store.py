@@ -211,12 +211,12 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     end = pattern.find("]", start + 1)
     if end < 0:
         raise UserError(
-            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. Write '[[]' for a plain '['."
+            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. Write '[[]' for '['."
         )
     inside = []
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
         if part[0] > part[-1]:
-            raise UserError("search.path.range", f"In the path pattern {pattern!r}, {part} ends before it begins.")
+            raise UserError("search.path.range", f"In the pattern {pattern!r}, the range {part} ends before it begins.")
         # `&&`, `--` and `~~` are set operations in Rust's expressions.
         inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
     return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1
@@ -277,7 +277,7 @@ class IndexSettings:
         return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if an update asks for other settings; the message names both."""
+        """Raise UserError if the settings `asked` of an update differ from the index's; the message names both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
             f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
@@ -288,7 +288,7 @@ class IndexSettings:
             differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
         if differences:
             message = f"The index {location} was built with {'; '.join(differences)}."
-            raise UserError("search.index.other_settings", f"{message} Name another index or rebuild it (--rebuild).")
+            raise UserError("search.index.other_settings", f"{message} Name another index or rebuild this (--rebuild).")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
         """Raise UserError if the weights are not those that built the index; the message names both checkpoints."""

@@ -97,7 +97,7 @@ def _without_markers(text: str, language: Language) -> list[str]:
 
 
 def _first_paragraph(lines: list[str], language: Language) -> list[str]:
-    """Return the lines of prose up to a blank line, a rule of dashes, an HTML element that begins a block, or a tag."""
+    """Return the lines of prose up to a blank line, a rule of dashes, an HTML block, or a tag such as `@param`."""
     prose: list[str] = []
     inside_tag = False
     for line in lines:
@@ -125,7 +125,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _shown_text(match: re.Match[str]) -> str:
-    """Return the text that `{@code text}` and `{@link Class#method label}` show to a reader."""
+    """Return what readers of the documentation see of `{@code text}` or `{@link Class#method label}`."""
     name, text = match["name"].lower(), match["text"].strip()
     if name in ("inheritdoc", "value", "internal"):
         return ""

@@ -1,4 +1,4 @@
-"""The functions of a source text, found in its syntax tree: their spans, names, descriptions and code.
+"""Find the functions of a source text in its syntax tree: their spans, names, descriptions and code.
 
 Queries read the trees. They run outside Python and without recursion, so that only memory limits the nesting.
 """
@@ -189,7 +189,7 @@ class _Finder:
             enclosing.append(one)
 
     def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
-        """Return the function at `index` of the definitions, or None if it is left out."""
+        """Return the function with this index among the definitions, or None if it is to be left out."""
         node, body = self._definitions[index].node, self._definitions[index].body
         start, end = node.start_byte, node.end_byte
         if self._language.has_docstrings and body is not None:
@@ -223,7 +223,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the name of the function or scope of one match, dotted where the text is qualified.
+    """Return the name of the function or scope that a query matched, with dots if the text qualifies it.
 
     None for a match that is not a function: a macro, or a statement that error recovery took for a function.
     """
@@ -265,7 +265,7 @@ def _declared_name(declarator: Node, source: bytes, language: Language) -> str |
 
 
 def _qualified_name(node: Node | None, source: bytes) -> str:
-    """Return `"Stack.push"` for `Stack<T>::push`."""
+    """Return a C++ name with dots: `"Stack.push"` for `Stack<T>::push`."""
     parts = []
     while node is not None and node.type == "qualified_identifier":
         scope = node.child_by_field_name("scope")
@@ -289,7 +289,7 @@ def _statements(body: Node) -> list[Node]:
 
 
 def _docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
-    """Return (statement, value) of the docstring at the beginning of a Python definition's body, or None."""
+    """Return (statement node, text) of the docstring at the beginning of a Python definition's body, or None."""
     match _statements(body):
         case [Node(type="expression_statement", named_children=[literal]) as statement, *_] if literal.type in _STRINGS:
             value = docstring_of(source.bytes[literal.start_byte : literal.end_byte].decode())
@@ -310,14 +310,14 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def _end_of_last_statement(node: Node) -> int:
-    """Return the end of the last token of a Python definition; comments may follow it inside the node."""
+    """Return where the last token of a Python definition ends; comments may follow it inside `node`."""
     while children := [child for child in node.children if not child.is_extra]:
         node = children[-1]
     return node.end_byte
 
 
 def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
-    """Return the cuts that remove the indentation of a span's first line from its other lines, except `fixed_lines`."""
+    """Return the cuts that remove the first line's indentation from a span's other lines, except `fixed_lines`."""
     found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
     lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]

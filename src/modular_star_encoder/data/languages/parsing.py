@@ -1,4 +1,4 @@
-"""From source text to syntax trees: lines and offsets of a text, tree-sitter parsers, and syntax checks."""
+"""Parse source text to syntax trees: lines and offsets of a text, tree-sitter parsers, and syntax checks."""
 
 import codecs
 import re
@@ -25,7 +25,7 @@ _VIEWS = {size: memoryview(_BUFFER)[:size] for size in (*range(16), *(1 << power
 
 
 class UnparsableSourceError(ValueError):
-    """The text can't be parsed as source code: it is not text, or takes too long."""
+    """Raised if a text can't be parsed as source code, because it is not text or parsing takes too long."""
 
 
 class SourceText:
@@ -145,7 +145,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Return whether an ERROR node holds over `_MAX_TOKENS` bare tokens; a query's time grows with their square."""
+    """Return whether an ERROR node has over `_MAX_TOKENS` child tokens; a query's time grows with their square."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()

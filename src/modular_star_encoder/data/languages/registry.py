@@ -63,7 +63,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _member_name(text: str) -> str:
-    """Return `"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
+    """Return a dotted name: `"Stack.push"` for `Stack.prototype.push`, `"push"` for `exports.push` and for `'push'`."""
     text = re.sub(r"\s*\.\s*", ".", text.strip("'\""))
     if "." not in text or text.startswith("["):
         return text
@@ -517,7 +517,7 @@ def language_of_text(language: str, path: str, text: str) -> str:
 
 
 def language_named(name: Any) -> str | None:
-    """Return our name of the language that a data set calls `name` (`"cpp"` for `"C++"`), or None if we lack it."""
+    """Return our name of the language that a data set calls `name` (`"cpp"` for `"C++"`), or None if we have none."""
     return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 

@@ -138,13 +138,13 @@ def is_closed(path: PurePath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether `text` says that a program wrote it: in its first 5 lines, or 40 for Go's marker."""
+    """Return whether `text` says a program wrote it: a phrase in its first 5 lines, or Go's marker in its first 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether `text` asks, as generated, not to be edited: in its first 10 lines, or 40 for Go's marker."""
+    """Return whether `text` says it is generated, not to be edited: in its first 10 lines, by Go's marker in 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -178,7 +178,7 @@ def alphabetic_share(text: str) -> float:
 
 
 def holds_encoded_data(text: str) -> bool:
-    """Return whether `text` has a run of over 1,024 characters of Base64, hex or Unicode escapes, or is mostly such."""
+    """Return whether over 1,024 characters in a row, or over half of all, are Base64, hex or Unicode escapes."""
     for hint, pattern in _ENCODED_DATA:
         lengths = [match.end() - match.start() for match in pattern.finditer(text)] if hint in text else []
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):

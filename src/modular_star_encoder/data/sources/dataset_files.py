@@ -1,4 +1,4 @@
-"""Source files from data sets with one file per row, or from The Stack v2, which lists files stored elsewhere.
+"""Read source files from data sets with one file per row, or from The Stack v2, which lists files stored elsewhere.
 
 `bigcode/the-stack-v2-train-smol-ids` and `-full-ids` have one row per repository, with `repo_name` and `files`, a list
 of records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `is_vendor`, `is_generated`,

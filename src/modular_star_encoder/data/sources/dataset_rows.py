@@ -1,4 +1,4 @@
-"""Rows of any dataset, one after the other: parquet and JSON Lines files, folders of them, datasets of the Hub."""
+"""Read rows of any dataset in their order: parquet and JSON Lines files, folders of them, datasets of the Hub."""
 
 import gzip
 import json
@@ -114,7 +114,7 @@ def open_dataset_rows(
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
-        message = f"{name!r} can't be read with {', '.join(unknown)}: options are split, {', '.join(_HUB_OPTIONS)}."
+        message = f"{name!r} can't be read with {', '.join(unknown)}: the options are split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
     files = _files(source, (*_PARQUET, *_JSON_LINES), split)
     if files and all(file.endswith(_JSON_LINES) for file in files):

@@ -1,4 +1,4 @@
-"""Source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
+"""Read source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
 Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
 nothing is written to disk; links, devices and paths that lead outside are counted, never followed; members are limited
@@ -61,7 +61,7 @@ class _Repository:
 
 
 class _File(NamedTuple):
-    """A file to read; `path` is relative to the folder that was searched and, in a `_Repository`, to that."""
+    """A file to read; `path` is relative to the searched folder at first, and then to the repository's."""
 
     path: str
     location: Path
@@ -354,7 +354,7 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header that raises ArchiveLimitError if it announces a huge name or attributes, before they are read."""
+    """A tar header that raises ArchiveLimitError if it announces a huge name or attributes, before it is read."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
