@@ -199,7 +199,7 @@ class CodeIndex:
         return self.report
 
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
-        """Update the index, but stop reading files after about `seconds` (never if None); meant to come before a search.
+        """Update the index before a search; stop reading files after about `seconds` (never if None).
 
         The report counts the files for which there was no time as `postponed_files`. Nothing happens if the index is
         on a server, is read-only or is being written by another process, or if the code folder no longer exists.
@@ -387,7 +387,7 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
 def cached_index(folder: str, **options: Any) -> CodeIndex:
     """Open or build an index of `folder`, kept in the user's cache, or in memory if the cache is read-only.
 
-    `options` are those of `CodeIndex.build`. An index that can't be used any more, such as after an upgrade, is replaced.
+    `options`: see `CodeIndex.build`. An index that can't be used any more, such as after an upgrade, is replaced.
     """
     location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
     try:
