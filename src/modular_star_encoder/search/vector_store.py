@@ -217,7 +217,7 @@ def _bracket(pattern: str, place: int) -> tuple[str, int]:
     for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
         if part[0] > part[-1]:
             raise UserError("search.path.range", f"In the pattern {pattern!r}, the range {part} ends before it begins.")
-        # `&&`, `--` and `~~` are set operations in Rust's expressions.
+        # `re` warns of `&&`, `--` and `~~`, which may become set operations.
         inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
     return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1
 
