@@ -1,4 +1,4 @@
-"""Rank documents by scores; compute metrics of rankings and decisions, their intervals and significance tests.
+"""Rank documents by scores; compute metrics of rankings and of decisions, with intervals and significance tests.
 
 Scores are compared as float32. Among documents with equal scores, the less relevant one comes first, so a retriever
 that gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
@@ -131,7 +131,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Count (J,) how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) ascends."""
+    """Return, for each j, how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) ascends."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -181,7 +181,7 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return the average precision (Q,) in [0, 1] of each query's first R documents, if R documents are relevant.
+    """Return each query's average precision (Q,) in [0, 1] at R, the number of documents that are relevant to it.
 
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
     sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
@@ -249,7 +249,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold at which the decisions `scores >= threshold` have the highest F1; of several, the highest.
+    """Return the threshold at which the decisions `scores >= threshold` have the highest F1 (of equals, the highest).
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -336,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query (Q,), such that the mean of all is the mean over tasks; for `bootstrap_interval`.
+    """Return one value per query (Q,), whose mean is the mean of the means of the tasks; for `bootstrap_interval`.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so

@@ -103,7 +103,7 @@ class MultiExitEvaluator(BaseEvaluator):
         """
         if distractors is not None:
             candidates = distractors + 1
-            warnings.warn(f"distractors={distractors} is now candidates={candidates}.", FutureWarning, stacklevel=2)
+            warnings.warn(f"Pass candidates={candidates}, not distractors={distractors}.", FutureWarning, stacklevel=2)
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
     @classmethod
@@ -180,7 +180,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "MultiExitEvaluator needs `tokenizer` for this model.")
+            raise UserError("evaluator.tokenizer.missing", "Pass a `tokenizer`: only a SentenceTransformer has one.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -197,7 +197,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} has other metrics: pass another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} holds other metrics: pass another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
@@ -216,7 +216,7 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and at most a Normalize"
+        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and optionally a Normalize"
         raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
     return network
 

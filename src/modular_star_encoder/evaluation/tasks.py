@@ -141,7 +141,7 @@ Task = RetrievalTask | PairTask
 
 
 class RetrievalRow(NamedTuple):
-    """A description in prose, and the code of the function that it describes, without documentation."""
+    """The description of a function in prose, and the code of the function without its documentation."""
 
     description: str
     code: str
@@ -242,7 +242,7 @@ def task_from_mappings(
         message = f"`relevant` names {len(unknown)} documents that are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Give 1 query with a relevant document, and 2 documents, not {len(answered)} and {len(places)}."
+        message = f"A task needs a query with a relevant document (has {len(answered)}) and two documents (has {len(places)})."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])

@@ -133,7 +133,7 @@ class ExitProfile:
 
 
 class _Budget(NamedTuple):
-    """A limit on one number of each exit: an upper limit if `sign` is 1, a lower limit if `sign` is -1."""
+    """A limit on the latency, memory or quality of exits: an upper one if `sign` is 1, a lower one if `sign` is -1."""
 
     name: str
     limit: float
