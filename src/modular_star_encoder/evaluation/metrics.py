@@ -236,7 +236,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return accuracy, and precision, recall and F1 of class 1 (0 where undefined), for N decisions of 0 or 1."""
+    """Return the accuracy of N decisions of 0 or 1; also precision, recall and F1 of class 1 (0 where undefined)."""
     counts = np.bincount(outcomes(decisions, labels), minlength=4)
     correct = counts[TRUE_POSITIVE]
     found, positive = counts[FALSE_POSITIVE] + correct, counts[FALSE_NEGATIVE] + correct
@@ -349,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return the amount (Q,) that each query adds to the mean difference over all tasks, for `permutation_test`."""
+    """Return the part (Q,) of each query in the mean over all tasks; `differences` has {query: difference} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

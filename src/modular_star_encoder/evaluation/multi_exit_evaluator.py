@@ -197,7 +197,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} holds other metrics: pass another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} lists other metrics: pass another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()

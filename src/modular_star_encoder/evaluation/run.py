@@ -278,7 +278,7 @@ def _without_paths(command: str) -> str:
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Return accuracy, and precision, recall and F1 of class 1 (as in BigCloneBench since 2021-09-13), at each exit.
+    """Return the accuracy at each exit; also precision, recall and F1 of class 1 (as BigCloneBench since 2021-09-13).
 
     Args:
         model: a classifier with two classes, in evaluation mode.
