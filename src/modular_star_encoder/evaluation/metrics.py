@@ -249,7 +249,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold at which the decisions `scores >= threshold` have the highest F1 (of equals, the highest).
+    """Return the threshold, the highest if there are several, for which `scores >= threshold` has the best F1.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -303,7 +303,7 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000
 
 
 def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test that the mean of differences (Q,) is 0.
+    """Return the two-sided p-value, by a paired permutation test, of the hypothesis that differences (Q,) have mean 0.
 
     If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs are one of
     the resamples, so the p-value is never 0 (Phipson & Smyth 2010).
@@ -321,7 +321,7 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test that two retrievers' outcomes (N,) have equal F1.
+    """Return the two-sided p-value, by a paired permutation test, of equal F1 of two retrievers' outcomes (N,).
 
     The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes
     to entry (j, i). A resample is therefore one binomial draw per entry.
@@ -336,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query (Q,), whose mean is the mean of the means of the tasks; for `bootstrap_interval`.
+    """Return one value per query (Q,), for `bootstrap_interval`; in their mean, each task has the same weight.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so

@@ -175,7 +175,7 @@ class MultiExitEvaluator(BaseEvaluator):
     def _encoding(
         self, model: SentenceTransformer | ModularStarEncoderForRetrieval
     ) -> tuple[ModularStarEncoderForRetrieval, _Encode, Mapping[str, str]]:
-        """Return the retrieval model inside `model`, a function that encodes texts with it, and the prompts."""
+        """Return (the retrieval model inside `model`, a function that encodes texts with it, {name: prompt})."""
         if isinstance(model, SentenceTransformer):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
@@ -216,8 +216,8 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and optionally a Normalize"
-        raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
+        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and maybe a Normalize"
+        raise UserError("evaluator.model.other", f"The evaluator takes {needed}; this model has {', '.join(names)}.")
     return network
 
 

@@ -101,7 +101,7 @@ class Report:
         write_json(folder / "report.json", self.to_dict())
 
     def to_markdown(self) -> str:
-        """Return the tables as Markdown whose columns are aligned in plain text too; scores are × 100."""
+        """Return the tables as Markdown, aligned in plain text too; scores are multiplied by 100."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:

@@ -141,7 +141,7 @@ Task = RetrievalTask | PairTask
 
 
 class RetrievalRow(NamedTuple):
-    """The description of a function in prose, and the code of the function without its documentation."""
+    """A function's description in prose, and the function's code without its documentation."""
 
     description: str
     code: str

@@ -164,7 +164,7 @@ def _clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error of one sentence to raise instead of `error`, or None to keep `error`."""
+    """Return an error with a message of one sentence to raise instead of `error`; None to raise `error` itself."""
     if isinstance(error, SafetensorError | StrictDataclassError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):

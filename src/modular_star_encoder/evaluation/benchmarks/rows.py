@@ -133,7 +133,7 @@ def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]
 
 
 def _check_unicode(path: Path, line: int | None, text: str, value: Any) -> None:
-    """Raise UserError if JSON escapes hold half of a surrogate pair, which no tokenizer accepts."""
+    """Raise UserError if a value read from JSON holds half of a surrogate pair, which no tokenizer accepts."""
     if "\\ud" in text.lower() and (found := not_unicode(json.dumps(value, ensure_ascii=False))):
         refuse(path, line, "valid Unicode text", found)
 
