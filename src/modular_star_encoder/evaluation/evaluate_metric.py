@@ -17,7 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics that rank the less relevant of candidates with equal scores first; F1 of the class 1."
+_DESCRIPTION = "Retrieval metrics that rank the less relevant of candidates with equal scores first; F1 of class 1."
 _INPUTS = """
 Args:
     predictions: one list per query with the scores of its candidates, float32; for f1 one decision, 0 or 1, per pair.

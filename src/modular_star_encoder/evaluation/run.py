@@ -267,7 +267,7 @@ def _open_all(
 
 
 def _without_paths(command: str) -> str:
-    """Replace the values of the environment variables MOSE_DATA and HOME in a command by $MOSE_DATA and $HOME."""
+    """Return the command with $MOSE_DATA and $HOME in place of the values of these two environment variables."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
