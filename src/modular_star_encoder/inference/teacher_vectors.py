@@ -110,7 +110,7 @@ def compute_teacher_vectors(
         chunk = missing[start : start + TEXTS_PER_CHUNK]
         vectors = teacher.encode([(prompt, text) for text in chunk], [exit_layer], progress=False)[exit_layer]
         if not np.isfinite(vectors).all():
-            message = f"{teacher.name} gave a vector with NaN or infinity. Load it in float32, or check its weights."
+            message = f"{teacher.name} gave a vector with NaN or infinity: check its weights, or load it in float32."
             raise UserError("teacher.not_finite", message)
         rows = np.empty(len(chunk), [("hash", "<u8"), ("vector", "<f2", vectors.shape[1:])])
         rows["hash"], rows["vector"] = text_hashes(chunk), _unit(vectors)
