@@ -17,12 +17,12 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics that rank the less relevant of two equal scores first, and F1 of the positive class."
+_DESCRIPTION = "Retrieval metrics that rank the less relevant of candidates with equal scores first; F1 of class 1."
 _INPUTS = """
 Args:
     predictions: one list per query with the scores of its candidates, float32; for f1 one decision, 0 or 1, per pair.
     references: one list per query with the gains of its candidates, 0 if irrelevant; for f1 one label per pair.
-    k: number of candidates that recall and ndcg (10 by default) and mrr (all by default) look at.
+    k: recall, ndcg and mrr look at the first k candidates only; by default 10 for recall and ndcg, all for mrr.
 Returns:
     {name of the metric: its mean over the queries, a fraction between 0 and 1}.
 """

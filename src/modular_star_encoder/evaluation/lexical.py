@@ -141,7 +141,7 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Return how accurately `identifier_overlap` alone tells which `InContextPairs` come from one repository.
+    """Return how often `identifier_overlap` alone tells if the two texts of an `InContextPairs` row share a repository.
 
     Returns the best `threshold` on `fitted_on`, its `fitted_accuracy` there, and its `accuracy` on `measured_on`.
     """

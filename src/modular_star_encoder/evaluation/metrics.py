@@ -1,4 +1,4 @@
-"""Rank documents by scores; compute metrics of rankings and decisions, their intervals and significance tests.
+"""Rank documents by scores; compute metrics of rankings and of decisions, with intervals and significance tests.
 
 Scores are compared as float32. Among documents with equal scores, the less relevant one comes first, so a retriever
 that gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
@@ -131,7 +131,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Count (J,) how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) ascends."""
+    """Return, for each j, how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) ascends."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -181,7 +181,7 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return the average precision (Q,) in [0, 1] of each query's first R documents, if R documents are relevant.
+    """Return each query's average precision (Q,) in [0, 1] at R, the number of documents that are relevant to it.
 
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
     sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
@@ -236,7 +236,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return accuracy, and precision, recall and F1 of class 1 (0 where undefined), for N decisions of 0 or 1."""
+    """Return the accuracy of N decisions of 0 or 1; also precision, recall and F1 of class 1 (0 where undefined)."""
     counts = np.bincount(outcomes(decisions, labels), minlength=4)
     correct = counts[TRUE_POSITIVE]
     found, positive = counts[FALSE_POSITIVE] + correct, counts[FALSE_NEGATIVE] + correct
@@ -249,7 +249,7 @@ def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold at which the decisions `scores >= threshold` have the highest F1; of several, the highest.
+    """Return the threshold, the highest if there are several, for which `scores >= threshold` has the best F1.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -303,7 +303,7 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000
 
 
 def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test that the mean of differences (Q,) is 0.
+    """Return the two-sided p-value, by a paired permutation test, of the hypothesis that differences (Q,) have mean 0.
 
     If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs are one of
     the resamples, so the p-value is never 0 (Phipson & Smyth 2010).
@@ -321,7 +321,7 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test that two retrievers' outcomes (N,) have equal F1.
+    """Return the two-sided p-value, by a paired permutation test, of equal F1 of two retrievers' outcomes (N,).
 
     The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes
     to entry (j, i). A resample is therefore one binomial draw per entry.
@@ -336,7 +336,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamp
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query (Q,), such that the mean of all is the mean over tasks; for `bootstrap_interval`.
+    """Return one value per query (Q,), for `bootstrap_interval`; in their mean, each task has the same weight.
 
     `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
     resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so
@@ -349,7 +349,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return the amount (Q,) that each query adds to the mean difference over all tasks, for `permutation_test`."""
+    """Return the part (Q,) of each query in the mean over all tasks; `differences` has {query: difference} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

@@ -40,7 +40,7 @@ with naming_extra():
 
 
 class Side(NamedTuple):
-    """Whether the queries or the documents of a task are prose or code; `language` is None if only mteb knows it."""
+    """One side of a task, its queries or its documents: says if they are prose or code, and in which `language`."""
 
     is_code: bool
     language: str | None = None
@@ -60,10 +60,10 @@ TASK_SIDES = {
 
 
 class SharedExits:
-    """Embeds texts for all exits in one pass, although mteb asks for one exit after the other, the shallowest first.
+    """Embeds texts at all exits in one pass, and keeps the embeddings because mteb asks for one exit after the other.
 
-    The embeddings of deeper exits (of `exit_layers`) are kept in up to `memory_gb` (10^9 bytes) until mteb asks for
-    them; without space for them, only the requested exit is computed. `options` are passed to `encode_exits`.
+    mteb asks for the shallowest exit first; embeddings of deeper `exit_layers` are kept, in up to `memory_gb`
+    (10^9 bytes); without space for them, only the requested exit is computed. `options` are passed to `encode_exits`.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ def load_exit_encoder(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return the tasks, which may be given by names of tasks or benchmarks, in order and without repetitions."""
+    """Return the given tasks in order, without repetitions; a string stands for a task or all tasks of a benchmark."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:

@@ -103,7 +103,7 @@ class MultiExitEvaluator(BaseEvaluator):
         """
         if distractors is not None:
             candidates = distractors + 1
-            warnings.warn(f"distractors={distractors} is now candidates={candidates}.", FutureWarning, stacklevel=2)
+            warnings.warn(f"Pass candidates={candidates}, not distractors={distractors}.", FutureWarning, stacklevel=2)
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
     @classmethod
@@ -175,12 +175,12 @@ class MultiExitEvaluator(BaseEvaluator):
     def _encoding(
         self, model: SentenceTransformer | ModularStarEncoderForRetrieval
     ) -> tuple[ModularStarEncoderForRetrieval, _Encode, Mapping[str, str]]:
-        """Return the retrieval model inside `model`, a function that encodes texts with it, and the prompts."""
+        """Return (the retrieval model inside `model`, a function that encodes texts with it, {name: prompt})."""
         if isinstance(model, SentenceTransformer):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "MultiExitEvaluator needs `tokenizer` for this model.")
+            raise UserError("evaluator.tokenizer.missing", "Pass a `tokenizer`: only a SentenceTransformer has one.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -197,7 +197,7 @@ class MultiExitEvaluator(BaseEvaluator):
             file.seek(0)
             columns = list(line) if is_new else next(csv.reader(file), [])
             if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} has other metrics: pass another `name`.")
+                raise UserError("evaluator.csv.other_metrics", f"{path} lists other metrics: pass another `name`.")
             writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
@@ -216,8 +216,8 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and at most a Normalize"
-        raise UserError("evaluator.model.other", f"The evaluator needs {needed}; this model has {', '.join(names)}.")
+        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and maybe a Normalize"
+        raise UserError("evaluator.model.other", f"The evaluator takes {needed}; this model has {', '.join(names)}.")
     return network
 
 

@@ -101,7 +101,7 @@ class Report:
         write_json(folder / "report.json", self.to_dict())
 
     def to_markdown(self) -> str:
-        """Return the tables as Markdown whose columns are aligned in plain text too; scores are × 100."""
+        """Return the tables as Markdown, aligned in plain text too; scores are multiplied by 100."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
@@ -168,7 +168,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
-    """Return the mean of the main metric over tasks; only one task is allowed for F1, which has no value per query."""
+    """Return the mean of the main metric over tasks, and its interval; for F1, `results` must be of one task only."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -288,7 +288,7 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """Return {exit_layer: row} of the evaluated model, with its largest embeddings."""
+    """Return {exit_layer: row} of the evaluated model; of rows of one exit, the one with the largest embeddings."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}

@@ -124,7 +124,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks with all queries for the first documents, then for the next, to read each document only once."""
+        """Yield blocks of all queries and some of the documents, so that each document is read only once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -152,7 +152,7 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Return the cosine similarities (Q, D) float32 of unit vectors, bit for bit as `CosineScores.of_pairs`."""
+    """Return the cosine similarities (Q, D) float32 of unit vectors, equal to `CosineScores.of_pairs` in every bit."""
     products = queries @ documents.T
     # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52
@@ -232,7 +232,7 @@ class EmbeddingCache:
 
 @dataclass(slots=True)
 class _Space:
-    """The shards with the embeddings of one model and exit; `places` is {hash of a text: (number of a shard, row)}."""
+    """Embeddings of one model and exit in arrays (shards); `places` is {hash of a text: (number of its shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
@@ -245,7 +245,7 @@ class _Space:
 
 @dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 in several shards; `places` (N, 2) has the shard and row of each embedding."""
+    """Embeddings (N, F) float32 in several arrays (shards); `places` (N, 2) has the shard and row of each embedding."""
 
     shards: Sequence[np.ndarray]
     places: np.ndarray

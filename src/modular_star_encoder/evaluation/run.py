@@ -234,7 +234,7 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """Open the retriever named `bm25` or `tfidf`, or else the model that `load_encoder` loads by this name.
+    """Open the retriever called `name`: "bm25", "tfidf", or a model that `load_encoder` loads.
 
     `exit_layers` selects exits of a ModularStarEncoder, all if None. See `load_encoder` for the errors.
     """
@@ -262,12 +262,12 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("evaluation.retriever.same_name", f"Two models are named {repeated[0]!r}: rename a folder.")
+        raise UserError("evaluation.retriever.same_name", f"Two model folders end in {repeated[0]!r}: rename one.")
     return retrievers
 
 
 def _without_paths(command: str) -> str:
-    """Return the command with local paths, the values of MOSE_DATA and HOME, replaced by $MOSE_DATA and $HOME."""
+    """Return the command with $MOSE_DATA and $HOME in place of the values of these two environment variables."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
@@ -278,7 +278,7 @@ def _without_paths(command: str) -> str:
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Return accuracy, and precision, recall and F1 of class 1 (as in BigCloneBench since 2021-09-13), at each exit.
+    """Return the accuracy at each exit; also precision, recall and F1 of class 1 (as BigCloneBench since 2021-09-13).
 
     Args:
         model: a classifier with two classes, in evaluation mode.

@@ -141,7 +141,7 @@ Task = RetrievalTask | PairTask
 
 
 class RetrievalRow(NamedTuple):
-    """A description in prose, and the code of the function that it describes, without documentation."""
+    """A function's description in prose, and the function's code without its documentation."""
 
     description: str
     code: str
@@ -242,7 +242,7 @@ def task_from_mappings(
         message = f"`relevant` names {len(unknown)} documents that are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Give 1 query with a relevant document, and 2 documents, not {len(answered)} and {len(places)}."
+        message = f"Queries with relevant documents: {len(answered)} (needed: 1); documents: {len(places)} (needed: 2)."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])

@@ -119,7 +119,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of a file in a checkpoint; None if it does not exist, or if it is not cached while offline."""
+    """Return the path of a file in a checkpoint; None if it does not exist or (offline) is not in the cache."""
     path = _expanded(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -134,7 +134,7 @@ def _expanded(path: str | os.PathLike[str]) -> str:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """Load a model; raise UserError if its file lacks tensors of the model, or holds layers that the model lacks."""
+    """Load a model; raise UserError if its weight files lack tensors, or hold layers that the model does not have."""
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
@@ -164,7 +164,7 @@ def _clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error of one sentence to raise instead of `error`, or None to keep `error`."""
+    """Return an error with a message of one sentence to raise instead of `error`; None to raise `error` itself."""
     if isinstance(error, SafetensorError | StrictDataclassError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):

@@ -141,7 +141,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """Embeds texts with a SentenceTransformer, or with a plain model of transformers and mean pooling."""
+    """Embeds texts with a SentenceTransformer, or by mean pooling with a plain model of transformers."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name

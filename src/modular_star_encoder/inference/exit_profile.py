@@ -133,7 +133,7 @@ class ExitProfile:
 
 
 class _Budget(NamedTuple):
-    """A limit on one number of each exit: an upper limit if `sign` is 1, a lower limit if `sign` is -1."""
+    """A limit on the latency, memory or quality of exits: an upper one if `sign` is 1, a lower one if `sign` is -1."""
 
     name: str
     limit: float
@@ -162,10 +162,10 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """Return the best of the exits that stay within all given limits.
+    """Return the exit with the highest quality on `benchmark` of those that stay within all given limits.
 
-    The best exit has the highest quality on `benchmark`; of exits with equal quality, it is the shallowest. If the
-    quality of one of these exits is unknown, the deepest of them is returned.
+    Of exits with equal quality, it is the shallowest. If the quality of one of these exits is unknown, the deepest of
+    them is returned.
 
     Args:
         profile: cost and quality of each exit.

@@ -42,7 +42,7 @@ class ExitZero:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the checkpoint; raise ValueError or OSError if files are missing or damaged, or exit 0 needs torch."""
+        """Read a checkpoint; raise ValueError or OSError if a file is missing or damaged, or if exit 0 needs torch."""
         from safetensors import safe_open
         from tokenizers import Tokenizer
 

@@ -127,7 +127,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide, in a `with` block, the warnings of torch's exporter and ONNX's quantiser about other models."""
+    """Hide all warnings in a `with` block: those of torch's exporter and ONNX's quantiser are about other models."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

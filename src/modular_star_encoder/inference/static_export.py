@@ -91,7 +91,7 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return the content of tokenizer.json, which treats special tokens written in a text as the tokenizer does.
+    """Return a tokenizer.json, parsed, that treats special tokens written in a text as `tokenizer` treats them.
 
     Both libraries search a text for all added tokens, so added tokens that are also in the vocabulary are removed.
     """

@@ -110,7 +110,7 @@ def compute_teacher_vectors(
         chunk = missing[start : start + TEXTS_PER_CHUNK]
         vectors = teacher.encode([(prompt, text) for text in chunk], [exit_layer], progress=False)[exit_layer]
         if not np.isfinite(vectors).all():
-            message = f"{teacher.name} gave a vector with NaN or infinity. Load it in float32, or check its weights."
+            message = f"{teacher.name} gave a vector with NaN or infinity: check its weights, or load it in float32."
             raise UserError("teacher.not_finite", message)
         rows = np.empty(len(chunk), [("hash", "<u8"), ("vector", "<f2", vectors.shape[1:])])
         rows["hash"], rows["vector"] = text_hashes(chunk), _unit(vectors)
@@ -119,7 +119,7 @@ def compute_teacher_vectors(
 
 
 class TeacherTargets:
-    """The vectors that a student learns: the teacher's, of queries and documents, centred or as they are.
+    """The vectors that a student learns: a teacher's vectors of queries and documents, minus their mean if it is given.
 
     With `means` ({kind: (D,)}), the mean of its kind is subtracted from each vector, which is then normalised again.
     What all texts of a kind share does not tell them apart (bge-small on held-out pairs: MRR 75.8 raw, 81.5 centred).
@@ -129,7 +129,7 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return a text's vector (D,) float32, of length 1, centred by the mean of `kind` (None: the nearer mean)."""
+        """Return a text's vector (D,) float32, minus the mean of `kind` (None: the nearest), scaled to length 1."""
         vector = self._vectors[kind or "document"].vector(text)
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

@@ -1,4 +1,4 @@
-"""Load CodeSearchNet (Husain et al. 2019) for four protocols; the first also takes functions of a folder.
+"""Load CodeSearchNet (Husain et al. 2019) as tasks, by four protocols; the first also serves for a folder of code.
 
 Files of the authors, the Hub, CodeXGLUE and MTEB are read. The data has two known flaws. First, Python's `code` holds
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
@@ -65,7 +65,7 @@ Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: releva
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return the languages with files in `folder`, one or more; `{0}` in a pattern stands for the language."""
+    """Return the languages that have files in `folder`, at least one; `{0}` in a pattern stands for the language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -159,7 +159,7 @@ def strip_docstring(code: str) -> str:
 
 
 def write_candidates(task: RetrievalTask, folder: Path) -> None:
-    """Write the pools of a task, each as the ids of queries that share their candidates, to `{task name}.json`."""
+    """Write lists of query ids to `{task name}.json`, one per pool: the queries in a list share their candidates."""
     folder.mkdir(parents=True, exist_ok=True)
     pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
     write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
@@ -308,10 +308,10 @@ def _read_mteb(
 
 
 def load_code_folder(folder: Path) -> list[RetrievalTask]:
-    """Build a task from the documented functions in a folder of source code; queries have 1000 random candidates."""
+    """Build a task from the documented functions in a folder of code; each query has up to 1000 random candidates."""
     functions = collect_functions(folder_repositories(folder)).functions
     if len(functions) < 2:
-        message = f"{folder} holds {len(functions)} documented functions that pass the filters, but a task needs 2."
+        message = f"{folder} holds {len(functions)} documented functions that pass the filters; a task needs 2 or more."
         raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()

@@ -24,7 +24,7 @@ def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoRe
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files that match the first pattern with any matches, sorted by name; [] if no pattern has any."""
+    """Return the files, sorted by name, of the first pattern that matches any file; [] if no pattern matches."""
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -113,7 +113,7 @@ def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> li
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Check the number of `what` in a file; return a note if an allowed subset has fewer, else raise UserError."""
+    """Raise UserError if `found` is not `expected`; if it is smaller and `allow_subset`, return a note instead."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
@@ -133,7 +133,7 @@ def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]
 
 
 def _check_unicode(path: Path, line: int | None, text: str, value: Any) -> None:
-    """Raise UserError if JSON escapes hold half of a surrogate pair, which no tokenizer accepts."""
+    """Raise UserError if a value read from JSON holds half of a surrogate pair, which no tokenizer accepts."""
     if "\\ud" in text.lower() and (found := not_unicode(json.dumps(value, ensure_ascii=False))):
         refuse(path, line, "valid Unicode text", found)
 
