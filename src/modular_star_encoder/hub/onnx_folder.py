@@ -83,7 +83,7 @@ class RankingComparison:
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and {"float32" or "int8": comparisons of this ONNX file's rankings, one per task}."""
+    """The written folder; and for its "float32" and "int8" files, comparisons with the model, one per task."""
 
     folder: Path
     rankings: dict[str, list[RankingComparison]]
@@ -157,7 +157,7 @@ def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: 
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
-    """Return the prompts in a checkpoint's SentenceTransformer files; if it has none, the published prompts."""
+    """Return the prompts in a checkpoint's SentenceTransformer files; if it has none, those of the published models."""
     file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
     prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
     return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
@@ -236,7 +236,7 @@ def compare_rankings(
     *,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with `reference`, an encoder of one exit, and with its ONNX files; return {file: comparison per task}."""
+    """Rank with `reference`, an encoder of one exit, and its ONNX files; return {file: comparisons, one per task}."""
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}

@@ -71,7 +71,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return the relative path for the package: a folder of archives, or with `.jsonl.gz` added, a file of rows."""
+        """Return the relative path of the package's folder of archives; its file of rows has `.jsonl.gz` added."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
@@ -179,7 +179,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; a row is a function with its description, or alone."""
+    """Return (package number, counts, rows) for each item; a row is a function and, if any, its description."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -268,7 +268,7 @@ def _key(text: str) -> bytes:
 
 
 class EvaluationTexts:
-    """Finds texts that equal, or nearly equal, code or descriptions of evaluation sets, whole or cut as in the corpus.
+    """Finds texts that equal, or nearly equal, a text of an evaluation set (whole, or cut to the length in the corpus).
 
     A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
     CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
@@ -358,7 +358,7 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
+    """Yield rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

@@ -144,7 +144,7 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
-    """Yield batches with limited numbers of texts and characters; a text beyond the limit is a batch of its own."""
+    """Yield the texts in batches of limited length and number of characters; a longer text is a batch of its own."""
     batch: list[str] = []
     characters = 0
     for text in texts:

@@ -49,7 +49,7 @@ class NearDuplicates:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{reason: number of rows}, for each of `reasons`."""
+        """The number of rows for each of `reasons`, as {reason: number}."""
         return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
 
     @property
@@ -80,7 +80,7 @@ def find_near_duplicates(
     ids = range(max(map(len, columns.values()), default=0)) if ids is None else ids
     lengths = {len(one) for one in (*columns.values(), ids)}
     if not columns or len(lengths) > 1:
-        message = f"`columns` must not be empty; all columns and `ids` must have one length, not {sorted(lengths)}."
+        message = f"`columns` must not be empty; all columns and `ids` must be equally long, not {sorted(lengths)}."
         raise UserError("synthconl.near_duplicates.columns", message)
     if len(set(ids)) < len(ids):
         raise UserError("synthconl.near_duplicates.ids", "`ids` must differ for all rows.")
@@ -187,7 +187,7 @@ class Column:
 
 
 def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return pairs (row, other row) with an equal band key (one bucket): each row with the first `limit` others.
+    """Return pairs (row, other row) with an equal band key: each row with the first `limit` other rows of its bucket.
 
     If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
     rows of a band, at most, have more than `limit` others in their bucket.
@@ -245,7 +245,7 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """Searches for near pairs among rows ("within") and between rows and texts of other sets ("between").
 
-    A task is the list of pairs to compare in one column; "within", all columns are one task if `match` is "both".
+    A task is the list of pairs to compare in one column; if `match` is "both", all columns "within" are one task.
     """
 
     columns: Sequence[Column]
@@ -345,7 +345,7 @@ def decide(
         giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
         size = settings.giant_cluster
-        message = f"{len(giants)} clusters have more than {size} different rows; only rows near a kept one are dropped."
+        message = f"{len(giants)} clusters have more than {size} different rows; these drop only rows near a kept one."
         warnings.warn(message, stacklevel=2)
     return NearDuplicates(
         kept=reasons == _KEPT,
