@@ -23,7 +23,7 @@ class RepositorySettings:
         slice_of, exit_layer: key of an earlier entry whose model is cut, and the exit after which it is cut.
         only_exit: in a slice, keep only the projection head of its last exit, as in the published slices.
         branch: branch of the repository.
-        trained_from: key of an earlier entry; the training of this model started from its model.
+        trained_from: key of an earlier entry: the model from which the training of this one started.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: results of `mose evaluate` (report.json, or --json) or of the quickstart (results.json); a slice
             uses the results of its parent for its exits.

@@ -40,7 +40,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with rows of these exits and of retrievers without exits
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of the exits in `parameters`, for a slice that embeds there like the uncut model."""
+        """Return the measurements of a slice; at its exits, the keys of `parameters`, it embeds as the uncut model."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -119,7 +119,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot quality by latency, or by depth if no latency is known; return the file name, or None without scores."""
+    """Plot quality by latency, or by depth if none is known; return the file name, or None if nothing is plotted."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:

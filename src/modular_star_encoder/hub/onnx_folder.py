@@ -67,7 +67,7 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """How far the rankings of an ONNX file and of the model it was exported from agree on one task."""
+    """Says how far the rankings of an ONNX file agree with the rankings of the exported model on one task."""
 
     benchmark: str
     task: str
@@ -83,7 +83,7 @@ class RankingComparison:
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder; and for its "float32" and "int8" files, comparisons with the model, one per task."""
+    """The written folder; and for each ONNX file ("float32", "int8"), its comparisons with the model, one per task."""
 
     folder: Path
     rankings: dict[str, list[RankingComparison]]
@@ -137,7 +137,7 @@ def export_onnx_folder(
         for one in rankings["float32"]:
             if other := one.queries - one.same_top_10 - one.ties_in_top_10:
                 place = f"{one.benchmark}, {one.task}: {other} of {one.queries} queries"
-                raise UserError("hub.onnx.rankings", f"The ONNX file and the model differ in the top 10 of {place}.")
+                raise UserError("hub.onnx.rankings", f"The top 10 of the ONNX file and the model differ in {place}.")
         common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
         compared = {"tolerance": TOLERANCE, **asdict(differences)}
         reports: dict[str, Any] = {EXPORT_REPORT: {"differences_from_torch": compared}}

@@ -189,7 +189,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def _weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights file, as the Hub shows it; of several files, the SHA-256 of their SHA-256s."""
+    """Return the SHA-256 of the weights file, as the Hub shows it; for several files, the SHA-256 of their SHA-256s."""
     digests = []
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:

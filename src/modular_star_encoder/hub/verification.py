@@ -1,4 +1,4 @@
-"""Check repositories before upload: they hold no secret, and without this package they embed as their sources."""
+"""Check repositories before upload: they hold no secret, and without this package they embed like their sources."""
 
 import json
 import os

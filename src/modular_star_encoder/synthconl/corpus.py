@@ -318,7 +318,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code, description and query in a file; prose is also yielded by paragraph."""
+    """Yield (kind, text) for each code sample, description and query in a file; prose is also yielded by paragraph."""
     rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
     if {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]

@@ -1,4 +1,4 @@
-"""Drop near-duplicate rows of parquet files by tasks that any process can run, or run again, at any time.
+"""Drop near-duplicate rows of parquet files in several tasks, which any process can run and repeat.
 
 The tasks, in order; tasks of one kind may run at the same time, also on several machines that share a file system:
 
@@ -213,7 +213,7 @@ class DuplicateJob:
             store_fingerprints(folder, texts, len(self.columns), self.settings.banding)
 
     def propose(self) -> None:
-        """Find the distinct rows of all fingerprinted shards, and propose pairs of them to compare."""
+        """Find the distinct rows of all fingerprinted shards, and propose pairs of rows to compare."""
         target = self.work / "proposed"
         if self.finished or target.exists():
             return
@@ -230,7 +230,7 @@ class DuplicateJob:
             write_json(folder / "counts.json", counts)
 
     def compare(self, part: int, parts: int) -> None:
-        """Compute similarities of the proposed pairs in part `part` of `parts`, and store the near pairs."""
+        """Compute the similarities of the proposed pairs in part `part` of `parts`, and store the near pairs."""
         target = self._compared(part, parts)
         if self.finished or target.exists():
             return

@@ -1,4 +1,4 @@
-"""Find near-duplicate texts: MinHash bands propose pairs, and the true Jaccard similarity of their shingles decides.
+"""Find near-duplicate texts: MinHash bands propose pairs, and the Jaccard similarity of each pair's shingles decides.
 
 A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
 the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
@@ -30,7 +30,7 @@ _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, 
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """Which of n rows are kept and why; rows are named by their position in the input."""
+    """Says which of n rows are kept, and why; rows are named by their position in the input."""
 
     kept: np.ndarray  # bool (n,)
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is the reason for row i
@@ -253,7 +253,7 @@ class Search:
     settings: DuplicateSettings
 
     def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
-        """Return {"within" or "between": each task's pairs to compare, uint64}, and counts of `NearDuplicates`."""
+        """Return the pairs to compare, uint64, as {"within" or "between": an array per task}, and counts of the search."""
         limit = self.settings.bucket_limit
         found = [_candidates(one, one, limit) for one in self.columns]
         within = [pairs for pairs, _, _ in found]

@@ -129,7 +129,7 @@ def read_texts(
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
-    """Return the ids of all rows; if `id_column` is None, a row's id is "FILE:NUMBER", counted from 0."""
+    """Return the ids of all rows; if `id_column` is None, an id is "FILE:NUMBER", with NUMBER from 0."""
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string())

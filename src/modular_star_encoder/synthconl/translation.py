@@ -184,7 +184,7 @@ def _requests(
     seed: int,
     bar: tqdm,
 ) -> Iterator[CompletionRequest]:
-    """Yield a request for each row without a completion, after noting in `files` which file waits for it."""
+    """Yield a request for each row without a completion; first, note in `files` which file waits for the answer."""
     for path in row_files(functions):
         if (target := out / path.name).is_file():
             _journal_path(target).unlink(missing_ok=True)  # left by a kill
