@@ -214,7 +214,7 @@ def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray,
 
 
 def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
-    """Return the true Jaccard similarity of each pair's texts, float64 (pairs,); 1 for equal texts, even blank ones."""
+    """Return each pair's Jaccard similarity, float64 (pairs,); 1 for equal texts, also for two blank texts."""
     left, right = pair_ends(pairs)
     result = (first.digests[left] == second.digests[right]).all(axis=1).astype(np.float64)
     unequal = np.flatnonzero(result == 0)
@@ -253,7 +253,7 @@ class Search:
     settings: DuplicateSettings
 
     def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
-        """Return the pairs to compare, uint64, as {"within" or "between": an array per task}, and counts of the search."""
+        """Return pairs to compare, uint64, as {"within" or "between": an array per task}, and counts of the search."""
         limit = self.settings.bucket_limit
         found = [_candidates(one, one, limit) for one in self.columns]
         within = [pairs for pairs, _, _ in found]

@@ -155,7 +155,7 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
-    """Write to `target` the rows of a shard for which `kept`, bool (rows,), is true, with all columns."""
+    """Write to `target`, with all columns, the rows of a shard for which `kept`, bool (rows,), is true."""
     file = _opened(shard.path)
 
     def tables() -> Iterator[pa.Table]:
