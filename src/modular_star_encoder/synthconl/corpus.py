@@ -1,4 +1,4 @@
-"""Build a corpus of description–code pairs from packages of Debian, npm and PyPI, as for training mose-code.
+"""Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
     fetch_packages   packages by name and version → archives, through the registries' own clients
     build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs and other texts
@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`, or if it has a Debian package, `temporary` with a copy of the package's data archive."""
+    """Return `folder`; but if it has a Debian package, return `temporary` with a copy of the package's data archive."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
