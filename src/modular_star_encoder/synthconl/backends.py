@@ -164,7 +164,7 @@ def _is_an_error(response: Response) -> bool:  # with status 200, as some gatewa
 
 
 class _LocalBackend(CompletionBackend):
-    """A model in this process; it takes the prompts of `batches_together` batches and sorts them by length."""
+    """A model in this process; it sorts the prompts of `batches_together` batches at a time by length."""
 
     _tokenizer: Any
     _longest_prompt: int

@@ -144,7 +144,7 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
-    """Yield the texts in batches of limited length and number of characters; a longer text is a batch of its own."""
+    """Yield batches of up to `_TEXTS_PER_BATCH` texts, `_CHARACTERS_PER_BATCH` characters; a longer text is alone."""
     batch: list[str] = []
     characters = 0
     for text in texts:
