@@ -73,7 +73,7 @@ def test_a_slice_has_the_figures_of_its_exits_alone(staged):
     profile = ExitProfile.load(staged["tiny-2"].folder / "exit_profile.json")
     assert list(profile.exits) == [2]
     assert profile.measurement(2, (1, 128)).latency_ms_p50 == 4.0
-    assert "measured on the parent" in card(staged["tiny-2"])
+    assert "measured with the uncut model" in card(staged["tiny-2"])
 
 
 def test_without_measurements_there_is_no_figure(staged):

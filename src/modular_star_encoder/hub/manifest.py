@@ -1,4 +1,4 @@
-"""Manifests are YAML files, as in hub_configs, that list the repositories to publish and their sources."""
+"""A manifest is a YAML file, as in hub_configs, that lists the repositories to publish and their sources."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ class RepositorySettings:
         slice_of, exit_layer: key of an earlier entry whose model is cut, and the exit after which it is cut.
         only_exit: in a slice, keep only the projection head of its last exit, as in the published slices.
         branch: branch of the repository.
-        trained_from: key of an earlier entry, with whose model the training of this model started.
+        trained_from: key of an earlier entry: the model from which the training of this one started.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: results of `mose evaluate` (report.json, or --json) or of the quickstart (results.json); a slice
             uses the results of its parent for its exits.

@@ -40,7 +40,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with rows of these exits and of retrievers without exits
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice with the exits in `parameters`, where it embeds like the uncut model."""
+        """Return the measurements of a slice; at its exits, the keys of `parameters`, it embeds as the uncut model."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -81,7 +81,7 @@ class StagedRepository:
 
 
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
-    """Write the card of a staged repository; call it again when the revision of the parent is known."""
+    """Write the card of a staged repository; call it again when the revision of its parent model is known."""
     config, measured, settings = staged.config, staged.measurements, staged.settings
     heading = "" if staged.retrieval else "pre-trained"
     heading = f"the first {settings.exit_layer} layers" if settings.slice_of else heading
@@ -119,7 +119,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot quality by latency, or by depth if no latency is known; return the file name, None if there is no plot."""
+    """Plot quality by latency, or by depth if none is known; return the file name, or None if nothing is plotted."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -130,7 +130,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a card's table of measurements: a column per exit and per retriever without exits."""
+    """Return header and rows of a card's table of measurements; each exit and each other retriever has a column."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))
@@ -204,7 +204,7 @@ def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
 def _notes(staged: StagedRepository) -> Iterator[str]:
     profile, tables = staged.measurements.profile, staged.measurements.tables
     if tables:
-        yield "Benchmarks: with the 95 % interval of a bootstrap over queries."
+        yield "Benchmark scores are shown with the 95 % interval of a bootstrap over queries."
     for table in tables:
         yield f"{table.benchmark}: {'; '.join([table.size, *table.notes])}."
     if profile is not None:
@@ -213,7 +213,7 @@ def _notes(staged: StagedRepository) -> Iterator[str]:
         place = machine.get("gpu") if gpu else f"{machine.get('processor')}, {machine.get('threads')} threads"
         yield (
             f"Costs: batches of {size} × {length} tokens in {profile.dtype} on {place}, torch "
-            f"{profile.versions.get('torch')}, {profile.date}; memory: of a process that loads this exit alone."
+            f"{profile.versions.get('torch')}, {profile.date}; memory of a process that loads this exit alone."
         )
     if staged.settings.slice_of and (tables or profile):
-        yield "All of this was measured on the parent at this exit."
+        yield "All of this was measured with the uncut model at the same exits."

@@ -67,7 +67,7 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """How far the rankings of an ONNX file and of the model it was exported from agree on one task."""
+    """Says how far the rankings of an ONNX file agree with the rankings of the exported model on one task."""
 
     benchmark: str
     task: str
@@ -83,7 +83,7 @@ class RankingComparison:
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and {"float32" or "int8": comparisons of this ONNX file's rankings, one per task}."""
+    """The written folder; and for each ONNX file ("float32", "int8"), its comparisons with the model, one per task."""
 
     folder: Path
     rankings: dict[str, list[RankingComparison]]
@@ -137,7 +137,7 @@ def export_onnx_folder(
         for one in rankings["float32"]:
             if other := one.queries - one.same_top_10 - one.ties_in_top_10:
                 place = f"{one.benchmark}, {one.task}: {other} of {one.queries} queries"
-                raise UserError("hub.onnx.rankings", f"The ONNX file and the model differ in the top 10 of {place}.")
+                raise UserError("hub.onnx.rankings", f"The top 10 of the ONNX file and the model differ in {place}.")
         common = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES), "machine": machine_kind()}
         compared = {"tolerance": TOLERANCE, **asdict(differences)}
         reports: dict[str, Any] = {EXPORT_REPORT: {"differences_from_torch": compared}}
@@ -157,7 +157,7 @@ def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: 
 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
-    """Return the prompts in a checkpoint's SentenceTransformer files; if it has none, the published prompts."""
+    """Return the prompts in a checkpoint's SentenceTransformer files; if it has none, those of the published models."""
     file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
     prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
     return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
@@ -236,7 +236,7 @@ def compare_rankings(
     *,
     progress: bool = True,
 ) -> dict[str, list[RankingComparison]]:
-    """Rank with `reference`, an encoder of one exit, and with its ONNX files; return {file: comparison per task}."""
+    """Rank with `reference`, an encoder of one exit, and its ONNX files; return {file: comparisons, one per task}."""
     model = EmbeddingRetriever(reference)
     expected = evaluate_tasks(tasks, [model], progress=progress)
     comparisons = {}

@@ -33,7 +33,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What was, or would be, changed in one repository on the Hub."""
+    """The files that were, or would be, changed in one repository on the Hub."""
 
     repository: str
     branch: str

@@ -40,7 +40,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write the files of each repository in a manifest to `folder/KEY`; in KEY, the entry's key, / becomes --."""
+    """Write the files of each repository in a manifest to `folder/KEY`: its entry's key, with -- for /."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -161,7 +161,7 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
 
 
 def _section(path: Path) -> str:
-    """Return the text of a Markdown file as it is, the text of another file as a block of code."""
+    """Return a file's text for a card: Markdown as it is, the text of any other file as a block of code."""
     text = path.read_text(encoding="utf-8").rstrip()
     return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
@@ -189,7 +189,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def _weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights file, as the Hub shows it; of several files, the SHA-256 of their SHA-256s."""
+    """Return the SHA-256 of the weights file, as the Hub shows it; for several files, the SHA-256 of their SHA-256s."""
     digests = []
     for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Check repositories before the upload: files, secrets, card, and equal embeddings without this package."""
+"""Check repositories before upload: they hold no secret, and without this package they embed like their sources."""
 
 import json
 import os
@@ -40,7 +40,7 @@ TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-"""Largest allowed difference in a component of a unit vector, because pooling outside the model rounds otherwise."""
+"""Largest allowed difference in a component of a unit vector; pooling outside the model rounds differently."""
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
@@ -57,7 +57,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError unless a folder has a repository's required and `extra` files, and no other or unsafe files."""
+    """Raise UserError if a folder lacks a required or `extra` file, or contains an unexpected or unsafe one."""
     if fault := next(_faults(folder, extra), None):
         raise UserError(*fault)
 
@@ -104,7 +104,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
-    """Return the largest difference between `found` and the source's embeddings; UserError if above `TOLERANCE`."""
+    """Return the largest difference between `found` and the source's embeddings; raise UserError above `TOLERANCE`."""
     own, masked_lm, dtype = _source_embeddings(staged)
     deepest = staged.config.exit_layers[-1]
     pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
@@ -124,7 +124,7 @@ def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
 
 @torch.inference_mode()
 def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray], np.ndarray | None, str]:
-    """Return the source's {exit: embeddings (N, D)}, logits (N, V) if it is pre-trained (else None), and dtype."""
+    """Return a source's {exit: embeddings (N, D)}, its logits (N, V) (None for a retrieval model), and its dtype."""
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)

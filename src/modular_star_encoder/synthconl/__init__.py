@@ -1,1 +1,1 @@
-"""SynthCoNL: documented functions, translated, near-deduplicated, split, described and published."""
+"""Build a dataset like SynthCoNL: functions are extracted, translated, near-deduplicated, split and published."""

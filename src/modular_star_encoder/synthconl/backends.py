@@ -164,7 +164,7 @@ def _is_an_error(response: Response) -> bool:  # with status 200, as some gatewa
 
 
 class _LocalBackend(CompletionBackend):
-    """A model in this process; it sorts prompts by length, as many at a time as fill `batches_together` batches."""
+    """A model in this process; it sorts the prompts of `batches_together` batches at a time by length."""
 
     _tokenizer: Any
     _longest_prompt: int
@@ -194,7 +194,7 @@ class _LocalBackend(CompletionBackend):
                 if len(ids) <= self._longest_prompt:
                     rows.append((request, ids))
                 else:
-                    message = f"The prompt has {len(ids)} tokens; at most {self._longest_prompt} fit."
+                    message = f"The prompt has {len(ids)} tokens; at most {self._longest_prompt} are possible."
                     yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message)
             # The longest come first: a batch that does not fit into memory fails at once.
             rows.sort(key=lambda row: len(row[1]), reverse=True)
@@ -312,7 +312,7 @@ class VLLMBackend(_LocalBackend):
 
     Args:
         model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts given to the engine at once; few are slow, and a kill loses the answers to all.
+        batch_size: Number of prompts given to the engine at once: few make it slow; a kill loses all their answers.
         max_model_len: Largest number of tokens of a prompt together with its answer.
         revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
         engine: Further arguments of `vllm.LLM`, such as `quantization`.

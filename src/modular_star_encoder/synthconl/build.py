@@ -108,7 +108,7 @@ class DatasetRecipe:
             of `open_dataset_rows`.
         validation_rows: the validation split has at least this many rows, or a fifth of all rows if that is less; it
             consists of whole repositories.
-        max_repository_share: repositories with a larger share of all rows are held out only if the others are too few.
+        max_repository_share: repositories with a larger share of all rows are in validation only if others are too few.
         card: see `CardSettings`.
         processes: number of processes that extract functions.
         seed: seed of all random draws.
@@ -276,7 +276,7 @@ def triplets(build: Build, out: Path) -> None:
 
 
 def near_duplicates(build: Build, out: Path) -> None:
-    """Write the triplets without near-duplicates; an interrupted call is continued."""
+    """Write the triplets to `out`, leaving out near-duplicates; continue an interrupted call."""
     settings = build.recipe.near_duplicates
     against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
     options: Any = {"columns": settings.columns, "id_column": "id", "against": against, "settings": settings}
@@ -344,7 +344,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return the sort key of a count: files first, then functions, dropped functions (most first), kept functions."""
+    """Return a key that sorts counts: files first, then functions, dropped functions (most first), kept functions."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number

@@ -1,4 +1,4 @@
-"""Build a corpus of description–code pairs from packages of Debian, npm and PyPI, as for training mose-code.
+"""Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
     fetch_packages   packages by name and version → archives, through the registries' own clients
     build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs and other texts
@@ -71,7 +71,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return the relative path for the package: a folder of archives, or with `.jsonl.gz` added, a file of rows."""
+        """Return the relative path of the package's folder of archives; its file of rows has `.jsonl.gz` added."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
@@ -169,7 +169,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`, or if it has a Debian package, `temporary` with a copy of the package's data archive."""
+    """Return `folder`; but if it has a Debian package, return `temporary` with a copy of the package's data archive."""
     for deb in folder.glob("*.deb"):
         content, folder = deb.read_bytes(), temporary
         # The last member, after its name, time, owner, group, mode and size; see deb(5).
@@ -179,7 +179,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; a row is a function with its description, or alone."""
+    """Return (package number, counts, rows) for each item; a row is a function and, if any, its description."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -268,7 +268,7 @@ def _key(text: str) -> bytes:
 
 
 class EvaluationTexts:
-    """Finds texts that equal, or nearly equal, code or descriptions of evaluation sets, whole or cut as in the corpus.
+    """Finds texts that equal, or nearly equal, a text of an evaluation set (whole, or cut to the length in the corpus).
 
     A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
     CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
@@ -318,7 +318,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code, description and query in a file; prose is also yielded by paragraph."""
+    """Yield (kind, text) for each code sample, description and query in a file; prose is also yielded by paragraph."""
     rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
     if {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -358,7 +358,7 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
+    """Yield rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

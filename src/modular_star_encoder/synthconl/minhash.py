@@ -96,7 +96,7 @@ class DuplicateSettings:
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hash the shingles of `texts`, one text after the other and with repetitions.
+    """Hash the shingles of `texts`, one text after the other; repeated shingles are kept.
 
     A shingle is `SHINGLE_CHARACTERS` code points; a shorter text is one shingle, a blank text has none.
 
@@ -144,7 +144,7 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
-    """Yield batches with limited numbers of texts and characters; a text beyond the limit is a batch of its own."""
+    """Yield batches of up to `_TEXTS_PER_BATCH` texts, `_CHARACTERS_PER_BATCH` characters; a longer text is alone."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -200,7 +200,7 @@ def minhash_class() -> Any:
 def store_fingerprints(
     folder: Path, batches: Iterable[Sequence[Sequence[str | None]]], columns: int, banding: Banding
 ) -> None:
-    """Write texts and their fingerprints to a folder, as flat little-endian arrays that `StoredColumn` maps.
+    """Write texts and their fingerprints to a folder, as flat little-endian arrays; `StoredColumn` reads them.
 
     `batches` gives, for some rows at a time, the texts of each column.
     """

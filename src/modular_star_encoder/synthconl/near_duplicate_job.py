@@ -1,4 +1,4 @@
-"""Drop near-duplicate rows of parquet files by tasks that any process can run, or run again, at any time.
+"""Drop near-duplicate rows of parquet files in several tasks, which any process can run and repeat.
 
 The tasks, in order; tasks of one kind may run at the same time, also on several machines that share a file system:
 
@@ -87,7 +87,7 @@ def prepare_job(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
 ) -> "DuplicateJob":
-    """Prepare a job that copies parquet files without near-duplicate rows to files of the same names.
+    """Prepare a job that copies parquet files to files of the same names, leaving out near-duplicate rows.
 
     This checks the input and writes the description of the job, or finds the same job, begun earlier; `run` does the
     work. `out` also gets `report.json` (the report and the description) and `dropped.jsonl`, with a line for each
@@ -122,7 +122,7 @@ def prepare_job(
     begun = job.finished or job.work.exists()
     used = out.is_file() or (out.is_dir() and any(one.name != f".{WORK}.tmp" for one in out.iterdir()))
     if (used and not begun) or out == source or out in source.parents or source in out.parents:
-        message = f"{out}, the folder to write, must be empty or not exist, and neither be in {source} nor contain it."
+        message = f"{out}, the folder to write, must be empty or not exist; it must not lie in {source} or contain it."
         raise UserError("synthconl.near_duplicates.out", message)
     if begun:
         before = _read_json(out / REPORT).get("job", {}) if job.finished else _read_json(job.work / "job.json")
@@ -156,7 +156,7 @@ def _read_json(path: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateJob:
-    """A job from `prepare_job`; `run` does all its tasks in order, and each other method, such as `propose`, one."""
+    """A job from `prepare_job`; `run` does all its tasks in order; methods such as `propose` do one of them each."""
 
     out: Path
     shards: tuple[Shard, ...]
@@ -203,7 +203,7 @@ class DuplicateJob:
         return self.finish()
 
     def fingerprint(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
-        """Store the texts and fingerprints of shard `shard`; `advance` is called with each number of rows read."""
+        """Store texts and fingerprints of shard number `shard`; `advance` is called with each number of rows read."""
         target = self.work / f"shard-{shard:05d}"
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
@@ -213,7 +213,7 @@ class DuplicateJob:
             store_fingerprints(folder, texts, len(self.columns), self.settings.banding)
 
     def propose(self) -> None:
-        """Find the distinct rows of all fingerprinted shards, and propose pairs of them to compare."""
+        """Find the distinct rows of all fingerprinted shards, and propose pairs of rows to compare."""
         target = self.work / "proposed"
         if self.finished or target.exists():
             return
@@ -230,7 +230,7 @@ class DuplicateJob:
             write_json(folder / "counts.json", counts)
 
     def compare(self, part: int, parts: int) -> None:
-        """Compute the similarities in part `part` of `parts` of the proposed pairs, and store the near pairs."""
+        """Compute the similarities of the proposed pairs in part `part` of `parts`, and store the near pairs."""
         target = self._compared(part, parts)
         if self.finished or target.exists():
             return
@@ -248,7 +248,7 @@ class DuplicateJob:
             np.savez(output, **arrays)  # type: ignore[arg-type]
 
     def decide(self, parts: int) -> None:
-        """Decide which rows are kept, once the proposed pairs are compared in all their `parts` parts."""
+        """Decide which rows are kept, once all `parts` parts of the proposed pairs are compared."""
         target = self.work / "decided"
         if self.finished or target.exists():
             return
@@ -276,7 +276,7 @@ class DuplicateJob:
             write_json(folder / "report.json", asdict(report))
 
     def write(self, shard: int, advance: Callable[[int], object] = lambda rows: None) -> None:
-        """Write the kept rows of shard `shard` to a file of the same name in `out`."""
+        """Write the kept rows of shard number `shard` to a file of the same name in `out`."""
         target = self.out / self.shards[shard].name
         if self.finished or target.exists():
             advance(self.shards[shard].rows)
@@ -349,7 +349,7 @@ def _datatrove_step(job: DuplicateJob, task: str, compare_tasks: int, _: Any, ra
 
 
 def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, Callable[..., None], int]]:
-    """Return a job's tasks for datatrove's executors (local, Slurm, Ray), which can process more rows than one machine.
+    """Return a job's tasks for datatrove's executors (local, Slurm, Ray), which can spread them over many machines.
 
     Datatrove's own MinHash blocks shingle words and drop rows that share a band without comparing their texts; these
     steps do neither. The machines share a file system.

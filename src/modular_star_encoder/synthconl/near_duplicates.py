@@ -1,4 +1,4 @@
-"""Find near-duplicate texts: MinHash bands propose pairs, and the true Jaccard similarity of their shingles decides.
+"""Find near-duplicate texts: MinHash bands propose pairs, and the Jaccard similarity of each pair's shingles decides.
 
 A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
 the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
@@ -30,7 +30,7 @@ _PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, 
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """Which of n rows are kept and why; rows are named by their position in the input."""
+    """Says which of n rows are kept, and why; rows are named by their position in the input."""
 
     kept: np.ndarray  # bool (n,)
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is the reason for row i
@@ -49,7 +49,7 @@ class NearDuplicates:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{reason: number of rows}, for each of `reasons`."""
+        """The number of rows for each of `reasons`, as {reason: number}."""
         return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
 
     @property
@@ -80,7 +80,7 @@ def find_near_duplicates(
     ids = range(max(map(len, columns.values()), default=0)) if ids is None else ids
     lengths = {len(one) for one in (*columns.values(), ids)}
     if not columns or len(lengths) > 1:
-        message = f"`columns` must not be empty; all columns and `ids` must have one length, not {sorted(lengths)}."
+        message = f"`columns` must not be empty; all columns and `ids` must be equally long, not {sorted(lengths)}."
         raise UserError("synthconl.near_duplicates.columns", message)
     if len(set(ids)) < len(ids):
         raise UserError("synthconl.near_duplicates.ids", "`ids` must differ for all rows.")
@@ -187,7 +187,7 @@ class Column:
 
 
 def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return pairs (row, other row) with an equal band key (one bucket): each row with the first `limit` others.
+    """Return pairs (row, other row) with an equal band key: each row with the first `limit` other rows of its bucket.
 
     If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
     rows of a band, at most, have more than `limit` others in their bucket.
@@ -214,7 +214,7 @@ def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray,
 
 
 def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
-    """Return the true Jaccard similarity of each pair's texts, float64 (pairs,); 1 for equal texts, even blank ones."""
+    """Return each pair's Jaccard similarity, float64 (pairs,); 1 for equal texts, also for two blank texts."""
     left, right = pair_ends(pairs)
     result = (first.digests[left] == second.digests[right]).all(axis=1).astype(np.float64)
     unequal = np.flatnonzero(result == 0)
@@ -245,7 +245,7 @@ def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
 class Search:
     """Searches for near pairs among rows ("within") and between rows and texts of other sets ("between").
 
-    A task is the list of pairs to compare in one column; "within", all columns are one task if `match` is "both".
+    A task is the list of pairs to compare in one column; if `match` is "both", all columns "within" are one task.
     """
 
     columns: Sequence[Column]
@@ -253,7 +253,7 @@ class Search:
     settings: DuplicateSettings
 
     def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
-        """Return {"within" or "between": each task's pairs to compare, uint64}, and counts of `NearDuplicates`."""
+        """Return pairs to compare, uint64, as {"within" or "between": an array per task}, and counts of the search."""
         limit = self.settings.bucket_limit
         found = [_candidates(one, one, limit) for one in self.columns]
         within = [pairs for pairs, _, _ in found]
@@ -345,7 +345,7 @@ def decide(
         giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
         size = settings.giant_cluster
-        message = f"{len(giants)} clusters have more than {size} different rows; only rows near a kept one are dropped."
+        message = f"{len(giants)} clusters have more than {size} different rows; these drop only rows near a kept one."
         warnings.warn(message, stacklevel=2)
     return NearDuplicates(
         kept=reasons == _KEPT,

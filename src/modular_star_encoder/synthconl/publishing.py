@@ -73,7 +73,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Count triplets, and the code samples and characters in each language, in constant memory."""
+    """Count triplets, and the code samples and their characters in each language, in constant memory."""
     samples, characters = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for triplet in triplets:
         original, synthetic = triplet.snippets
@@ -128,8 +128,8 @@ def dataset_card(
 ) -> str:
     """Return the text of a dataset's card: YAML metadata and Markdown.
 
-    `settings` (see `DatasetRecipe.stage_settings`) and `reports` are by stage. `splits` has the numbers of `rows` and
-    `repositories` of each split. The other arguments describe all splits together.
+    `settings` (see `DatasetRecipe.stage_settings`) and `reports` have an entry for each stage. `splits` has the numbers
+    of `rows` and `repositories` of each split. The other arguments describe all splits together.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -157,7 +157,7 @@ def dataset_card(
 
 
 def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of the model for a table in the card: its settings, back ends and numbers of tokens."""
+    """Yield (name, value) rows of the card's table on the model: its settings, back ends and numbers of tokens."""
     yield "model", f"`{translation['model']}`"
     yield "largest answer", f"{translation['max_tokens']} tokens"
     for name, value in translation["options"].items():

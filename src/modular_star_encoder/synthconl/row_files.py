@@ -1,4 +1,4 @@
-"""Read and write rows in parquet files: numbered files of a dataset's build, and users' files, called shards."""
+"""Read and write rows in parquet files. A dataset's build numbers its files; a file from a user is called a shard."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ def read_texts(
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
-    """Return the ids of all rows; if `id_column` is None, a row's id is "FILE:NUMBER", where rows count from 0."""
+    """Return the ids of all rows; if `id_column` is None, an id is "FILE:NUMBER", with NUMBER from 0."""
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string())
@@ -141,7 +141,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
 
 
 def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
-    """Return all row numbers, counted through the shards, by ascending id; if `id_column` is None, in file order."""
+    """Return the row numbers, counted through all shards, by ascending id; if `id_column` is None, in file order."""
     if id_column is None:
         return np.arange(sum(one.rows for one in shards))
     ids = read_ids(shards, id_column)
@@ -155,7 +155,7 @@ def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
-    """Write to `target` the rows of a shard for which `kept`, bool (rows,), is true, with all columns."""
+    """Write to `target`, with all columns, the rows of a shard for which `kept`, bool (rows,), is true."""
     file = _opened(shard.path)
 
     def tables() -> Iterator[pa.Table]:

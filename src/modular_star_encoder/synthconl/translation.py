@@ -1,4 +1,4 @@
-"""Translate functions with a language model: write prompts, and collect one answer to each, also if interrupted."""
+"""Translate functions with a language model: write prompts and collect one answer to each, in one or more runs."""
 
 import hashlib
 import json
@@ -114,7 +114,7 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides translations up to rounding: all settings but prices and the back end's `run_options`."""
+        """Return the settings that decide translations, up to rounding: all except prices and `run_options`."""
         run_options = BACKENDS[self.backend].run_options
         own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
         options = {name: value for name, value in self.options.items() if name not in run_options}
@@ -184,7 +184,7 @@ def _requests(
     seed: int,
     bar: tqdm,
 ) -> Iterator[CompletionRequest]:
-    """Yield a request for each row without a completion, after noting in `files` which file waits for it."""
+    """Yield a request for each row without a completion; first, note in `files` which file waits for the answer."""
     for path in row_files(functions):
         if (target := out / path.name).is_file():
             _journal_path(target).unlink(missing_ok=True)  # left by a kill
@@ -310,7 +310,7 @@ def _journal_path(target: Path) -> Path:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal, whose ids must be in `ids`; an incomplete last line is cut off the file."""
+    """Return {id: completion} of a journal file, all of whose ids must be in `ids`; cut off an incomplete last line."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -323,7 +323,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged or of another row; delete the line to repeat the request."
+            message = f"Line {number} of {path} is damaged or answers no row; delete the line to repeat the request."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered
