@@ -25,7 +25,7 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
-    dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in one column, or both")
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in either column or both")
     dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest id of a cluster stays")
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")

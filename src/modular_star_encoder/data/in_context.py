@@ -243,7 +243,7 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Draw two repositories with texts in the languages and lengths of `cell`; None if too many draws fail."""
+        """Draw two repositories, each with texts as `cell` says (languages, lengths); None if too many draws fail."""
         # The side with the fewer repositories proposes, the other is looked up.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language

@@ -1,4 +1,4 @@
-"""Reads pairs for fine-tuning: one meaning in prose and code (retrieval), or two labelled snippets (clone detection).
+"""Reads pairs for fine-tuning: prose and code of one meaning (retrieval), or two labelled snippets (clone detection).
 
 Every source for retrieval gives the same kind of rows: triplets (prose, a function, its translation), documented
 functions of repositories (prose and a function), and parallel solutions of exercises (code alone).
@@ -355,7 +355,7 @@ def _labelled_pairs(pairs: Iterable[_Pair], source: Source) -> LabelledPairs:
     table = []
     for place, first, second, label in pairs:
         if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
-            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, ids of data.jsonl)."
+            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, two ids of data.jsonl)."
             raise UserError("data.row", f"{message} The label must be 0 or 1.")
         table.append([*(places.setdefault(code, len(places)) for code in (first, second)), int(label)])
     if not table:

@@ -62,7 +62,7 @@ THE_STACK_COLUMNS = RowColumns(
     language="lang",
     license="max_stars_repo_licenses",
 )
-"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two."""
+"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two columns."""
 
 
 def _check_contents(url: str, http: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-    """Yield a function that starts to fetch the file with a blob id; leaving the context cancels pending fetches."""
+    """Yield a function that starts to fetch a file, given its blob id; leaving the context cancels pending fetches."""
     with ExitStack() as stack:
         if urlsplit(url).scheme in _HTTP:
             client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
@@ -93,7 +93,7 @@ def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Call
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, kind of error) of a fetch; never the message: it may hold the URL."""
+    """Return (content, why it is left out, kind of error) of a fetch; no error message, which may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -108,7 +108,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes. zlib.error if it is damaged."""
+    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes. Raise zlib.error if it is damaged."""
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)

@@ -42,7 +42,7 @@ CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__
 
 @dataclass(slots=True)
 class _Repository:
-    """The files of one repository, and those that are left out before reading as (path, reason)."""
+    """The files to read of one repository, and (path, reason) for each file that is left out before reading."""
 
     files: list["_File"] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -436,7 +436,7 @@ def archive_repositories(
     filters: FileFilters | None = None,
     limits: ArchiveLimits | None = None,
 ) -> ArchiveReader:
-    """Return a reader of one archive, or of every archive under a folder, with one of `ARCHIVE_SUFFIXES`.
+    """Return a reader of one archive, or of all archives (files with one of `ARCHIVE_SUFFIXES`) under a folder.
 
     Each archive is a repository, named by its path in the folder, without the suffix. Symbolic links are not followed.
     """
