@@ -178,7 +178,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 class FunctionFiles(SourceReader):
-    """Reads every function, documented or not, in another reader's files as a file with a path that ends in `#L{line}`.
+    """Turns every function in another reader's files, documented or not, into a file whose path ends in `#L{line}`.
 
     A nested function stays in the function around it. `skip` and `shard` count the other reader's units.
     """

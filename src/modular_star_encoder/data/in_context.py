@@ -183,7 +183,7 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = f"Two repositories must have two texts of {MIN_SNIPPET_TOKENS} tokens or more in one language."
+            message = f"Two repositories must each have 2 texts of {MIN_SNIPPET_TOKENS} tokens or more in one language."
             message += f" Only {qualified} of {len(np.unique(repository))} qualify: add code to the corpus."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)

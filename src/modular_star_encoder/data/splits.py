@@ -208,7 +208,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return, for each row, the group with its hard negative as code, or -1, int64 (rows,); None if a row lacks one."""
+    """Return the group with each row's negative as code (-1: none), int64 (rows,); None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -276,7 +276,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step of all processes; an even number for both text → code and code → code pairs."""
+        """`batch_size`: pairs per step of all processes, an even number if text → code and code → code pairs mix."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

@@ -145,7 +145,7 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description in the last of the `comments` (sorted spans in `source.bytes`) before `start`, or "".
+    """Return the description in the comments before `start`, or ""; `comments` are sorted spans in `source.bytes`.
 
     That is a block comment, or a run of line comments, with no blank line before `start`. In languages with
     `documented_by_blocks` it is the last `/** */`, and other comments may follow it.

@@ -65,13 +65,13 @@ class SourceReader(ABC):
         """Yield the files of the units `_start`, `_start + _step`, …"""
 
     def skip(self, units: int) -> Self:
-        """Return a reader without the first `units` units; a negative number is a UserError (`data.reader.skip`)."""
+        """Return a reader without the first `units` repositories or rows; UserError `data.reader.skip` if negative."""
         if units < 0:
             raise UserError("data.reader.skip", f"`units` must be 0 or more, not {units}.")
         return self._window(self._start + units * self._step, self._step)
 
     def shard(self, index: int, count: int) -> Self:
-        """Return a reader of the units `index`, `index + count`, …: `count` such readers read every unit once."""
+        """Return a reader of repositories or rows `index`, `index + count`, …: `count` such readers read all once."""
         if not 0 <= index < count:
             raise UserError("data.reader.shard", f"`index` must be from 0 to {count - 1} (`count` - 1), not {index}.")
         return self._window(self._start + index * self._step, self._step * count)
@@ -144,7 +144,7 @@ def is_generated(text: str) -> bool:
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether the first 10 lines of `text` say `@generated` or forbid edits, or the first 40 have Go's marker."""
+    """Return whether `text` says `@generated` or bans edits in lines 1 to 10, or has Go's marker in lines 1 to 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False

@@ -119,7 +119,7 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 
 
 class DatasetReader(SourceReader):
-    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`."""
+    """Base class of the readers of data sets; `skip` and `shard` count the rows that `open_rows` reads."""
 
     def __init__(
         self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
@@ -190,7 +190,7 @@ def row_repositories(
     filters: FileFilters | None = None,
     **options: Any,
 ) -> RowReader:
-    """Return a reader of a data set with one file per row; its units are the rows.
+    """Return a reader of a data set with one file per row; its `skip` and `shard` count rows.
 
     `columns` names the data set's columns, by default those of The Stack; `source` and `options`: see `open_rows`.
     """
@@ -200,7 +200,7 @@ def row_repositories(
 
 
 class TheStackReader(DatasetReader):
-    """Reads The Stack v2, whose rows list a repository's files, and fetches their contents; its units are the rows."""
+    """Reads The Stack v2, whose rows list a repository's files, and fetches them; `skip` and `shard` count rows."""
 
     def __init__(self, content_url: str, http: Mapping[str, Any], progress: bool, *arguments: Any) -> None:
         """`content_url` is never shown, as it may hold a signature; `http` are options of `HTTPClient`."""

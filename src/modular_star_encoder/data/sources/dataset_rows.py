@@ -134,7 +134,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def not_unicode(text: str) -> str | None:
-    """Return why a text can't be encoded in UTF-8, or None: JSON can hold halves of surrogate pairs."""
+    """Return why `text` can't be encoded in UTF-8 (it has half a surrogate pair, as JSON may), or None if it can."""
     return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 

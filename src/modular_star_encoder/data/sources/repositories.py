@@ -69,7 +69,7 @@ class _File(NamedTuple):
 
 
 class FileReader(SourceReader):
-    """Reads files of this machine; its units are the repositories with a file to read, sorted by name.
+    """Reads files of this machine; `skip` and `shard` count the repositories with a file to read, sorted by name.
 
     `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
     last iteration read as Latin-1, because they are not UTF-8.
@@ -377,7 +377,7 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
 
 class ArchiveReader(SourceReader):
-    """Reads archives; its units are the archives, each of them a repository, sorted by name."""
+    """Reads archives; each is one repository; `skip` and `shard` count them, sorted by name."""
 
     def __init__(
         self,
