@@ -67,7 +67,7 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.set_defaults(run=run_corpus_build)
 
     check = commands.add_parser("check", help="name the texts that equal or nearly equal a text of an evaluation set")
-    check.add_argument("files", metavar="FILE", nargs="+", help="files of `build`: pairs.jsonl.gz and others")
+    check.add_argument("files", metavar="FILE", nargs="+", help="what `build` wrote: pairs.jsonl.gz and others")
     against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
     check.add_argument("--against", metavar="ROWS", nargs="+", required=True, help=against)
     check.add_argument("--drop", metavar="FOLDER", help="write the other rows to files of the same names in FOLDER")

@@ -84,7 +84,7 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
+            message = f"negative_language={self.negative_language!r} needs `negative`: name the hard negatives' column."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:

@@ -86,7 +86,7 @@ class SourceReader(ABC):
         return (self._units or ())[self._start :: self._step]
 
     def _left_out(self) -> Counter[str]:
-        """Count, by reason, the files of the chosen units that are left out before reading."""
+        """Count, by reason, the files of the chosen repositories that are left out before reading."""
         return Counter()
 
 

@@ -61,7 +61,7 @@ class _Repository:
 
 
 class _File(NamedTuple):
-    """A file to read; `path` is relative to the searched folder at first, and then to the repository's."""
+    """A file to read; `path` is relative to the searched folder at first, and then to the repository's folder."""
 
     path: str
     location: Path
