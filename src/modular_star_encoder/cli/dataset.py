@@ -144,7 +144,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Print the texts of a corpus that are in evaluation sets; raise UserError if there are any and no --drop."""
+    """Print the texts of a corpus that are in evaluation sets; UserError if there are any, unless --drop is given."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import check_writable, write_json
 

@@ -161,12 +161,12 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of row `index` before any renaming: {side: (text, whether it is code)}."""
+        """Return the texts of row `index` before any renaming: {"query", "document", …: (text, whether it is code)}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {side: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
+        """Return {"query", "document", …: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}

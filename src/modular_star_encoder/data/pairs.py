@@ -56,7 +56,7 @@ class SourceExamples:
     examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
-        """Count a row, or a part of a row, as left out for `reason`; with `strict`, raise UserError (`data.row`)."""
+        """Count a row, or a part of a row, as left out for `reason`; if `strict`, raise UserError `data.row`."""
         shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
         example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
         if strict:

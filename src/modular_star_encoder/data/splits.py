@@ -52,7 +52,7 @@ def draw_repositories(
     """
     if len(sizes) < 2:
         raise UserError(
-            "data.split.too_few_repositories", f"Holding out repositories needs at least two, not {len(sizes)}."
+            "data.split.too_few_repositories", f"Holding out needs at least two repositories, not {len(sizes)}."
         )
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))

@@ -68,7 +68,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, in one line; empty without prose or for a licence.
+    """Return the first paragraph of the comments before a function, in one line; "" for a licence, or without prose.
 
     Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Before the prose, tags that
     introduce it (`@brief`, `@description`) are removed alone, other tags with their text.
