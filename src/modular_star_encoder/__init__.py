@@ -104,7 +104,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """The configurations registered with `AutoConfig`; looking ours up imports it, which registers all our classes."""
+    """The configurations registered with `AutoConfig`; looking up ours imports it and so registers all our classes."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:

@@ -75,7 +75,7 @@ def test_each_hit_says_where_the_other_exit_ranks_it(session):
     assert badges == [
         ("mose-moved", "#2 at exit 4"),
         ("mose-moved", "#1 at exit 4"),
-        ("mose-new", "not among the 2 of exit 4"),
+        ("mose-new", "not among the 2 found at exit 4"),
     ]
 
 

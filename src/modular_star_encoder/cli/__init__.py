@@ -26,7 +26,7 @@ def name_list(text: str) -> list[str]:
 
 
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """Return an argparse type for a form such as `NAME=FILE`: it converts a text to the groups of the pattern."""
+    """Return an argparse type for a form such as `NAME=FILE`: it returns what the groups of `pattern` match."""
 
     def groups(text: str) -> tuple[str, ...]:
         if match := re.fullmatch(pattern, text):

@@ -25,7 +25,7 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
-    dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in one column, or both")
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in either column or both")
     dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest id of a cluster stays")
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
@@ -67,7 +67,7 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.set_defaults(run=run_corpus_build)
 
     check = commands.add_parser("check", help="name the texts that equal or nearly equal a text of an evaluation set")
-    check.add_argument("files", metavar="FILE", nargs="+", help="files of `build`: pairs.jsonl.gz and others")
+    check.add_argument("files", metavar="FILE", nargs="+", help="what `build` wrote: pairs.jsonl.gz and others")
     against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
     check.add_argument("--against", metavar="ROWS", nargs="+", required=True, help=against)
     check.add_argument("--drop", metavar="FOLDER", help="write the other rows to files of the same names in FOLDER")
@@ -144,7 +144,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Print the texts of a corpus that are in evaluation sets; raise UserError if there are any and no --drop."""
+    """Print the texts of a corpus that are in evaluation sets; UserError if there are any, unless --drop is given."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import check_writable, write_json
 

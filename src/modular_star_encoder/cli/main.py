@@ -21,7 +21,7 @@ EXPECTED_ERRORS = (ValueError, OSError)
 
 
 class _Version(argparse.Action):
-    """Prints the version; to read it takes as long as half a search, so it is read only here."""
+    """Prints the version, and reads it only when asked: reading takes half as long as a search."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version

@@ -24,7 +24,7 @@ def add_publish_commands(commands: Any) -> None:
     grow.set_defaults(run=run_grow)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder; or a manifest, for its first repository")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
     _add_folder_options(card)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
     card.set_defaults(run=run_card)
@@ -38,7 +38,7 @@ def add_publish_commands(commands: Any) -> None:
     publish.add_argument("--out", metavar="FOLDER", help="keep the prepared folders there; it must not exist")
     publish.set_defaults(run=run_publish)
 
-    export = commands.add_parser("export", help="write one exit as an ONNX folder for serving, or exit 0 as a table")
+    export = commands.add_parser("export", help="write one exit as an ONNX folder, or exit 0 as an embedding table")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
     export.add_argument(
         "--format",
@@ -130,7 +130,7 @@ def run_static_export(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.inference.static_export import export_static
 
     if arguments.exit_layer or arguments.int8 or arguments.data:
-        message = f"--format {arguments.format} writes exit 0 in float32: remove --exit-layer, --int8 and --data."
+        message = f"--format {arguments.format} writes exit 0 as float32 only: remove --exit-layer, --int8 and --data."
         raise UserError("cli.export.static", message)
     out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
     kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"

@@ -202,7 +202,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """Open the index (named, or found in this folder or above, or in the cache); return it and the exit to search."""
+    """Open the named index, else one found in this folder or above, else a cached one; return it and its exit layer."""
     from modular_star_encoder.search.index import CodeIndex, cached_index, find_index
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 

@@ -23,7 +23,7 @@ def add_train_commands(commands: Any) -> None:
     add_recipe_options(finetune, "hub_configs/small/finetune.yaml", "max_steps=500", run_folder)
     finetune.set_defaults(run=run_finetune)
 
-    ablate = commands.add_parser("ablate", help="exits trained together against exits trained alone, and other options")
+    ablate = commands.add_parser("ablate", help="compare exits trained together and alone, and other options")
     folder = "folder of the runs and reports; existing runs continue"
     add_recipe_options(ablate, "hub_configs/small/ablation.yaml", "finetuning.max_steps=500", folder)
     ablate.set_defaults(run=run_ablate)

@@ -21,7 +21,7 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Replace every word in `code`, keywords included, that has at least 3 characters and occurs at least 3 times.
+    """Give a random name to every word in `code`, keywords too, of 3 or more characters that occurs 3 or more times.
 
     All occurrences of a word get the same new name: 3 to 8 random lower-case letters, different from every other word.
     """
@@ -92,12 +92,12 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(self._descriptions[row], self._text_frame, self._limits[0])
 
     def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return token ids of a row's snippet `number`, int64 (T,); `renaming` draws new names for frequent words."""
+        """Return a row's snippet `number` as token ids, int64 (T,); `renaming` draws new names for frequent words."""
         content = self._codes[int(self._first_code[row]) + number]
         return self._code(self.texts[row].snippets[number], content, renaming)
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return token ids of a row's snippet `number`, description (None) or hard negative (-1), int64 (T,)."""
+        """Return a row's snippet `number`, its description (None) or its hard negative (-1): token ids, int64 (T,)."""
         if number is None:
             return self.description(row)
         return self.negative(row, renaming) if number < 0 else self.snippet(row, number, renaming)
@@ -123,7 +123,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean token count of descriptions and of snippets, with the longest prompt, cut to the limits."""
+        """Return the mean token counts of descriptions and snippets, with the longest prompt and cut to the limits."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -161,12 +161,12 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of row `index` before any renaming: {side: (text, whether it is code)}."""
+        """Return the texts of row `index` before any renaming: {"query", "document", …: (text, whether it is code)}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {side: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
+        """Return {"query", "document", …: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
         step, place = divmod(index, self.batch_size)
         row, kind = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}

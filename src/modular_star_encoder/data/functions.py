@@ -117,14 +117,14 @@ def extract_functions(
 
 @dataclass(frozen=True, slots=True)
 class FunctionCollection:
-    """Functions that pass every filter, and counts: of files, documented functions, kept and dropped functions."""
+    """Functions that pass every filter, with counts of files and of documented, kept and dropped functions."""
 
     functions: list[DocumentedFunction]
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
-    """Collect the documented functions of `files` for which `drop_reason` is None, in order, each code only once.
+    """Collect the documented functions that `drop_reason` keeps, in order; of those with equal code, only the first.
 
     The result does not depend on `processes`; with 0 or 1, no other process is started.
     """
@@ -178,7 +178,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 class FunctionFiles(SourceReader):
-    """Reads every function in another reader's files, documented or not, as a file whose path ends in `#L{line}`.
+    """Turns every function in another reader's files, documented or not, into a file whose path ends in `#L{line}`.
 
     A nested function stays in the function around it. `skip` and `shard` count the other reader's units.
     """
@@ -254,7 +254,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` must have exactly one source, {', '.join(_OPENERS)} (`installed: true`); not {options}."
+        message = f"`corpus` must have exactly one of {', '.join(_OPENERS)} (as `installed: true`); not {options}."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
@@ -291,7 +291,7 @@ class LeakingDocstringError(ValueError):
 
 
 def documentation_summary(documentation: str) -> str:
-    """Return a documentation string's first paragraph, up to the first `@` tag, as CodeSearchNet's query."""
+    """Return a documentation string's first paragraph, up to the first `@` tag: the query in CodeSearchNet."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 

@@ -183,7 +183,7 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = f"Two repositories must have two texts of {MIN_SNIPPET_TOKENS} tokens or more in one language."
+            message = f"Two repositories must each have 2 texts of {MIN_SNIPPET_TOKENS} tokens or more in one language."
             message += f" Only {qualified} of {len(np.unique(repository))} qualify: add code to the corpus."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
@@ -243,7 +243,7 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Draw two repositories with texts in the languages and lengths of `cell`; None if too many draws fail."""
+        """Draw two repositories, each with texts as `cell` says (languages, lengths); None if too many draws fail."""
         # The side with the fewer repositories proposes, the other is looked up.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language

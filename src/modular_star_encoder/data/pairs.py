@@ -1,4 +1,4 @@
-"""Reads pairs for fine-tuning: one meaning in prose and code (retrieval), or two labelled snippets (clone detection).
+"""Reads pairs for fine-tuning: prose and code of one meaning (retrieval), or two labelled snippets (clone detection).
 
 Every source for retrieval gives the same kind of rows: triplets (prose, a function, its translation), documented
 functions of repositories (prose and a function), and parallel solutions of exercises (code alone).
@@ -56,7 +56,7 @@ class SourceExamples:
     examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
-        """Count a row, or a part of a row, as left out for `reason`; with `strict`, raise UserError (`data.row`)."""
+        """Count a row, or a part of a row, as left out for `reason`; if `strict`, raise UserError `data.row`."""
         shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
         example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
         if strict:
@@ -84,7 +84,7 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
+            message = f"negative_language={self.negative_language!r} needs `negative`: name the hard negatives' column."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
@@ -355,7 +355,7 @@ def _labelled_pairs(pairs: Iterable[_Pair], source: Source) -> LabelledPairs:
     table = []
     for place, first, second, label in pairs:
         if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
-            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, ids of data.jsonl)."
+            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, two ids of data.jsonl)."
             raise UserError("data.row", f"{message} The label must be 0 or 1.")
         table.append([*(places.setdefault(code, len(places)) for code in (first, second)), int(label)])
     if not table:

@@ -33,7 +33,7 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` is written `"c++"`; None: any language.
+    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` becomes `"c++"`; None names no language.
 
     The prompt is empty without `instructions`, for models fine-tuned without them (`config.instruction_prompts`).
     """

@@ -52,7 +52,7 @@ def draw_repositories(
     """
     if len(sizes) < 2:
         raise UserError(
-            "data.split.too_few_repositories", f"Holding out repositories needs at least two, not {len(sizes)}."
+            "data.split.too_few_repositories", f"Holding out needs at least two repositories, not {len(sizes)}."
         )
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
@@ -86,7 +86,7 @@ def prepare_retrieval_data(
     max_train_samples: int | None = None,
     progress: bool = True,
 ) -> RetrievalData:
-    """Read the sources, hold out whole repositories and write both parts to `folder`; if it has them, only read them.
+    """Read the sources, hold out whole repositories and write both parts to `folder`, or read both if they are there.
 
     Args:
         settings: The sources; see `read_retrieval_examples`.
@@ -208,7 +208,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return int64 (rows,): the group that has a row's hard negative as code, or -1; None if a row has no negative."""
+    """Return the group with each row's negative as code (-1: none), int64 (rows,); None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -225,7 +225,7 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """Groups of rows that share texts, by the kind of pair that they give (text → code, code → code), if any."""
+    """Groups of rows that share texts, listed under each kind of pair that they can give (text → code, code → code)."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
@@ -276,7 +276,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs of a step over all processes; even if the data has text → code and code → code pairs."""
+        """`batch_size`: pairs per step of all processes, an even number if text → code and code → code pairs mix."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

@@ -42,7 +42,7 @@ def train_tokenizer(
     includes them. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, special tokens) and max_length at least 4."
+        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens) and max_length at least 4."
         raise UserError("data.tokenizer.sizes", f"{message} Given: {vocab_size} and {max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -78,7 +78,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that frames texts as `prompts.py` does, with its spellings of `<sep>`, `<cls>` and `<mask>`.
+    """Return a copy that frames texts, and spells `<sep>`, `<cls>` and `<mask>`, as `prompts.py` does.
 
     The published tokenizer has no template, because its users write the special tokens into their texts; its spellings
     may differ. Every token keeps its id. A tokenizer with our template and spellings is returned unchanged.
@@ -97,7 +97,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     known = [entry["content"] for entry in state["added_tokens"]]
     taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
     if taken:
-        raise UserError("data.tokenizer.spelling", f"The tokenizer has another token {taken[0]}: rename that one.")
+        raise UserError("data.tokenizer.spelling", f"{taken[0]} is also the name of another token: rename that token.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)
@@ -155,7 +155,7 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts as ordinary characters: no template, no truncation, and no special tokens, even if a text has one.
+    """Encodes texts as ordinary characters: no template, truncation or special tokens, even if a text spells one.
 
     `dtype` is uint16 for vocabularies up to 65,536, otherwise uint32. `checksum` covers everything that decides the
     ids; the template, padding, truncation, saving and loading do not change it.

@@ -157,7 +157,7 @@ class SearchPage:
     def answer(
         self, question: str, languages: Sequence[str] | None, path: str, rerank_exit_layer: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each slider position; return HTML for each, or for an error one sentence on the first.
+        """Search at the exit of each slider position; return HTML for each; after an error, the first is one sentence.
 
         `languages` and `path` select files, all if empty; `rerank_exit_layer` 0 means no re-ranking.
         """

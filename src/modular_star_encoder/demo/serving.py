@@ -125,7 +125,7 @@ def served(
 
 
 def _check_host(host: str) -> None:
-    """Raise UserError unless this machine can listen at `host`; Gradio itself would first try a hundred ports."""
+    """Raise UserError unless this machine can listen at `host`; without this check, Gradio tries a hundred ports."""
     with socket.socket(socket.AF_INET) as trial:
         try:
             trial.bind((host, 0))

@@ -153,7 +153,7 @@ def results_html(session: SearchSession, reply: Reply, other: Reply | None, link
 
 
 def message_html(text: str, *, error: bool = False) -> str:
-    """Return HTML of a note, or of an error, which screen readers announce."""
+    """Return HTML of a note or, with `error`, of an error message that screen readers announce."""
     kind, role = ("mose-error", "alert") if error else ("mose-note", "status")
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
@@ -215,7 +215,7 @@ def _badge(rank: int, other_rank: int | None, other: Reply) -> str:
     """Return HTML with the rank of the same hit in the other reply, or a note that it is missing there."""
     if other_rank is None:
         count = len(other.answer.hits)
-        return f'<span class="mose-badge mose-new">not among the {count} of exit {other.exit_layer}</span>'
+        return f'<span class="mose-badge mose-new">not among the {count} found at exit {other.exit_layer}</span>'
     kind = "mose-same" if other_rank == rank else "mose-moved"
     return f'<span class="mose-badge {kind}">#{other_rank} at exit {other.exit_layer}</span>'
 

@@ -66,7 +66,7 @@ _Check = Callable[[Response], bool]
 
 
 class HTTPClient:
-    """Sends requests to http and https addresses. Use it as a context manager; its end cancels pending requests.
+    """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
     Temporary failures (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after the server's
     `Retry-After`, or after `pause`, doubled for each further attempt and randomly varied by half; at most 60 seconds.
@@ -128,7 +128,7 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Send a request in the background and return a future: a response (status below 300) or HTTPRequestError.
+        """Start a request; return a future that gives a response (status below 300) or raises HTTPRequestError.
 
         `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether to retry a
         response that reports a failure with a success status, as some gateways send.

@@ -191,7 +191,7 @@ def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _keys(kind: Any) -> list[Field[Any]]:
-    """Return the dataclass fields that are keys of a settings class, including the fields of its `OPEN_KEYS`."""
+    """Return the dataclass fields that are keys of a settings class, and those of the dataclass in its `OPEN_KEYS`."""
     own = [one for one in fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
@@ -201,7 +201,7 @@ def _keys(kind: Any) -> list[Field[Any]]:
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """Return the key and sentence (place, rule and value) of a UserError for the first fault of a validation."""
+    """Return the key and the sentence of a UserError that names place, rule and value of a validation's first fault."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -223,7 +223,7 @@ def _sentence(fault: Any) -> str:
 
 
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, text with its type, default and meaning) of a settings class; nested keys are dotted.
+    """Yield, for each setting of a settings class, its key (dotted if nested) and a text: type, default and meaning.
 
     For the dataclass in `OPEN_KEYS`, only keys with a description or with a default in `kind.DEFAULTS` are listed.
     """

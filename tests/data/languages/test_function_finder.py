@@ -68,7 +68,7 @@ def test_a_syntax_error_costs_its_function_and_no_other(language):
     names = [one.name for one in find_functions(good + bad + after, language, counts=counts)]
     assert [name.rpartition(".")[2] for name in names] == ["good", "after"]
     assert counts == {"files with a syntax error": 1, "functions with a syntax error": 1}
-    with pytest.raises(UnparsableSourceError, match="no function without one"):
+    with pytest.raises(UnparsableSourceError, match="no function without a syntax error"):
         find_functions(bad, language)
 
 

@@ -68,7 +68,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, in one line; empty without prose or for a licence.
+    """Return the first paragraph of the comments before a function, in one line; "" for a licence, or without prose.
 
     Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Before the prose, tags that
     introduce it (`@brief`, `@description`) are removed alone, other tags with their text.
@@ -145,7 +145,7 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description in the last of the `comments` (sorted spans in `source.bytes`) before `start`, or "".
+    """Return the description in the comments before `start`, or ""; `comments` are sorted spans in `source.bytes`.
 
     That is a block comment, or a run of line comments, with no blank line before `start`. In languages with
     `documented_by_blocks` it is the last `/** */`, and other comments may follow it.

@@ -55,7 +55,7 @@ def find_functions(
     found = list(finder.functions(documented_only))
     if tree.root_node.has_error:
         if not finder.sound:
-            raise UnparsableSourceError("The text has a syntax error and no function without one.")
+            raise UnparsableSourceError("The text has no function without a syntax error.")
         finder.counts["files with a syntax error"] += 1
     if counts is not None:
         counts.update(finder.counts)
@@ -80,7 +80,7 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """List the functions, classes and the like that `text` defines, outer before inner, also if it has syntax errors.
+    """List the functions, classes and the like that `text`, which may have syntax errors, defines: outer before inner.
 
     Raises UnparsableSourceError as `parse_once` does, or if an error's many tokens would make a query take minutes.
     """
@@ -212,7 +212,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Return the end of the heredocs that begin on the last line of a Ruby method, whose node excludes them."""
+        """Return the end of the heredocs that begin on a Ruby method's last line; the method's node excludes them."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]

@@ -88,7 +88,7 @@ def load_grammar(language: str) -> Grammar:
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """Parse like `parse_once`, but read macros that break the syntax as white space, in languages with macros.
+    """Parse like `parse_once`; in languages with macros, retry with blanks in place of macros that break the syntax.
 
     All offsets stay the same. Of several attempts, the tree with the fewest errors is returned.
     """
@@ -145,7 +145,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Return whether an ERROR node has over `_MAX_TOKENS` child tokens; a query's time grows with their square."""
+    """Return whether an ERROR node has over `_MAX_TOKENS` child tokens: queries take time quadratic in their number."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()
@@ -181,7 +181,7 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 
 
 def best_parse(code: str, language: str) -> tuple[float, bool]:
-    """Parse `code` within the text that fits it best, such as a class; return (share of syntax errors, has a function).
+    """Parse `code` alone or, say, in a class, as fits best; return (share of syntax errors, whether it has a function).
 
     The share counts the bytes under ERROR nodes of the tree-sitter grammar, and one byte for each missing token. It is
     1.0 for blank text and text that can't be parsed. Grammars tolerate much, Ruby's most of all: plain prose may parse,

@@ -493,7 +493,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """Return `languages`, a list or one name, without repetitions; `default` for None. UserError for an empty list."""
+    """Return `languages` (a list or one name) without repetitions, `default` if None; UserError for an empty list."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -512,7 +512,7 @@ def language_of_script(beginning: bytes) -> str | None:
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """Return `cpp` for the text of a `.h` or `.C` that is C++, and otherwise `language`, which the path suggests."""
+    """Return `cpp` if a `.h` or `.C` file holds C++, and otherwise `language`, which the path suggests."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 

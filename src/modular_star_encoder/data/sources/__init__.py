@@ -40,14 +40,14 @@ class SourceReader(ABC):
     unicode_names = False  # whether characters such as `\udcff` in names are escaped, so that every file can hold them
 
     def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
-        """`units`: (name of a repository, what to read of it) in order; None if only reading reveals them."""
+        """`units`: pairs (repository, what to read of it), in order; None if they are known only after reading."""
         self._units = None if units is None else tuple(units)
         self._start, self._step = 0, 1
         self.skipped = self._left_out()
 
     @property
     def repositories(self) -> tuple[str, ...] | None:
-        """The repositories' names in the order of reading, or None if only reading reveals them."""
+        """The repositories' names in the order of reading, or None if they are known only after reading."""
         return None if self._units is None else tuple(name for name, _ in self._chosen())
 
     def __iter__(self) -> Iterator[SourceFile]:
@@ -65,13 +65,13 @@ class SourceReader(ABC):
         """Yield the files of the units `_start`, `_start + _step`, …"""
 
     def skip(self, units: int) -> Self:
-        """Return a reader without the first `units` units; a negative number is a UserError (`data.reader.skip`)."""
+        """Return a reader without the first `units` repositories or rows; UserError `data.reader.skip` if negative."""
         if units < 0:
             raise UserError("data.reader.skip", f"`units` must be 0 or more, not {units}.")
         return self._window(self._start + units * self._step, self._step)
 
     def shard(self, index: int, count: int) -> Self:
-        """Return a reader of the units `index`, `index + count`, …: `count` such readers read every unit once."""
+        """Return a reader of repositories or rows `index`, `index + count`, …: `count` such readers read all once."""
         if not 0 <= index < count:
             raise UserError("data.reader.shard", f"`index` must be from 0 to {count - 1} (`count` - 1), not {index}.")
         return self._window(self._start + index * self._step, self._step * count)
@@ -86,7 +86,7 @@ class SourceReader(ABC):
         return (self._units or ())[self._start :: self._step]
 
     def _left_out(self) -> Counter[str]:
-        """Count, by reason, the files of the chosen units that are left out before reading."""
+        """Count, by reason, the files of the chosen repositories that are left out before reading."""
         return Counter()
 
 
@@ -133,18 +133,18 @@ def is_test(path: PurePath, language: str) -> bool:
 
 
 def is_closed(path: PurePath) -> bool:
-    """Return whether a folder of `path` is hidden, or in `CLOSED_FOLDERS`, which readers of folders don't enter."""
+    """Return whether a folder in `path` is hidden or one of `CLOSED_FOLDERS`; readers of folders enter neither."""
     return any(name.startswith(".") or name in CLOSED_FOLDERS for name in path.parts[:-1])
 
 
 def is_generated(text: str) -> bool:
-    """Return whether `text` says a program wrote it: a phrase in its first 5 lines, or Go's marker in its first 40."""
+    """Return whether a phrase in the first 5 lines of `text`, or Go's marker in the first 40, says it is generated."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether `text` says it is generated, not to be edited: in its first 10 lines, by Go's marker in 40."""
+    """Return whether `text` says `@generated` or bans edits in lines 1 to 10, or has Go's marker in lines 1 to 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -178,7 +178,7 @@ def alphabetic_share(text: str) -> float:
 
 
 def holds_encoded_data(text: str) -> bool:
-    """Return whether over 1,024 characters in a row, or over half of all, are Base64, hex or Unicode escapes."""
+    """Return whether Base64, hex or Unicode escapes fill over 1,024 characters in a row, or over half of `text`."""
     for hint, pattern in _ENCODED_DATA:
         lengths = [match.end() - match.start() for match in pattern.finditer(text)] if hint in text else []
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
@@ -255,4 +255,4 @@ class FileFilters:
 STARCODER2_FILTERS = FileFilters(
     max_average_line_length=100, min_alphabetic_share=0.25, generated=False, encoded_data=False
 )
-"""StarCoder2's rules for single files, except go-enry's list of generators, and at most 1 MB."""
+"""StarCoder2's rules for single files, without go-enry's list of generators, and a limit of 1 MB."""

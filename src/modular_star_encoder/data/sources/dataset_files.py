@@ -62,7 +62,7 @@ THE_STACK_COLUMNS = RowColumns(
     language="lang",
     license="max_stars_repo_licenses",
 )
-"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two."""
+"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two columns."""
 
 
 def _check_contents(url: str, http: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-    """Yield a function that starts to fetch the file with a blob id; leaving the context cancels pending fetches."""
+    """Yield a function that starts to fetch a file, given its blob id; leaving the context cancels pending fetches."""
     with ExitStack() as stack:
         if urlsplit(url).scheme in _HTTP:
             client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
@@ -93,7 +93,7 @@ def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Call
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, kind of error) of a fetch; never the message: it may hold the URL."""
+    """Return (content, why it is left out, kind of error) of a fetch; no error message, which may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -108,7 +108,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes. zlib.error if it is damaged."""
+    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes. Raise zlib.error if it is damaged."""
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)
@@ -119,7 +119,7 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 
 
 class DatasetReader(SourceReader):
-    """Base class of the readers of data sets; the units are the rows of a data set opened by `open_rows`."""
+    """Base class of the readers of data sets; `skip` and `shard` count the rows that `open_rows` reads."""
 
     def __init__(
         self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
@@ -190,7 +190,7 @@ def row_repositories(
     filters: FileFilters | None = None,
     **options: Any,
 ) -> RowReader:
-    """Return a reader of a data set with one file per row; its units are the rows.
+    """Return a reader of a data set with one file per row; its `skip` and `shard` count rows.
 
     `columns` names the data set's columns, by default those of The Stack; `source` and `options`: see `open_rows`.
     """
@@ -200,7 +200,7 @@ def row_repositories(
 
 
 class TheStackReader(DatasetReader):
-    """Reads The Stack v2, whose rows list a repository's files, and fetches their contents; its units are the rows."""
+    """Reads The Stack v2, whose rows list a repository's files, and fetches them; `skip` and `shard` count rows."""
 
     def __init__(self, content_url: str, http: Mapping[str, Any], progress: bool, *arguments: Any) -> None:
         """`content_url` is never shown, as it may hold a signature; `http` are options of `HTTPClient`."""

@@ -22,7 +22,7 @@ _PARQUET, _JSON_LINES = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson")
 _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
 _HUB_OPTIONS = ("config", "revision", "data_dir")
-_NOT_FOUND = "no such file or dataset of the Hub, or a gated one: accept its terms and log in with `hf auth login`."
+_NOT_FOUND = "no file or Hub dataset has this name, or it is gated: accept its terms and log in with `hf auth login`."
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a list of files, a folder, or the name of a dataset of the Hub."""
@@ -134,7 +134,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def not_unicode(text: str) -> str | None:
-    """Return why a text can't be encoded in UTF-8, or None: JSON can hold halves of surrogate pairs."""
+    """Return why `text` can't be encoded in UTF-8 (it has half a surrogate pair, as JSON may), or None if it can."""
     return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 
@@ -143,7 +143,7 @@ def _shown(source: Source) -> str:
 
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
-    """List the files of `source`: of a folder, only those of the split; none if it names a dataset of the Hub."""
+    """List the files that `source` names, of a folder only those of `split`; return [] for a dataset of the Hub."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))

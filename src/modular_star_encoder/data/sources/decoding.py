@@ -19,7 +19,7 @@ _NO_SOURCE = ("idna", "punycode")  # of domain names
 
 
 def decode_source(content: bytes) -> tuple[str, str | None]:
-    """Decode by the byte-order mark, else a coding line (PEP 263), else UTF-8; return (text without mark, encoding).
+    """Decode as a byte-order mark or else a coding line (PEP 263) says, else as UTF-8: (text without mark, encoding).
 
     A coding line that does not fit the bytes is ignored. If nothing fits, the text is read as Latin-1, which fits all
     bytes and may be wrong, and the encoding is None.

@@ -139,7 +139,7 @@ def _index_names(content: bytes) -> list[bytes]:
 
 
 def _rules(file: str, folder: str) -> list[_Rule]:
-    """Return the rules of an ignore file for the paths below a folder; none if it can't be read."""
+    """Return the rules of an ignore file for the paths below a folder; no rules if the file can't be read."""
     content = b""
     with suppress(OSError, ValueError):
         if os.path.isfile(file):  # a pipe would be read for ever

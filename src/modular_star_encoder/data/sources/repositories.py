@@ -42,7 +42,7 @@ CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__
 
 @dataclass(slots=True)
 class _Repository:
-    """The files of one repository, and those that are left out before reading as (path, reason)."""
+    """The files to read of one repository, and (path, reason) for each file that is left out before reading."""
 
     files: list["_File"] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -61,7 +61,7 @@ class _Repository:
 
 
 class _File(NamedTuple):
-    """A file to read; `path` is relative to the searched folder at first, and then to the repository's."""
+    """A file to read; `path` is relative to the searched folder at first, and then to the repository's folder."""
 
     path: str
     location: Path
@@ -69,7 +69,7 @@ class _File(NamedTuple):
 
 
 class FileReader(SourceReader):
-    """Reads files of this machine; its units are the repositories with a file to read, sorted by name.
+    """Reads files of this machine; `skip` and `shard` count the repositories with a file to read, sorted by name.
 
     `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
     last iteration read as Latin-1, because they are not UTF-8.
@@ -377,7 +377,7 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
 
 class ArchiveReader(SourceReader):
-    """Reads archives; its units are the archives, each of them a repository, sorted by name."""
+    """Reads archives; each is one repository; `skip` and `shard` count them, sorted by name."""
 
     def __init__(
         self,
@@ -436,7 +436,7 @@ def archive_repositories(
     filters: FileFilters | None = None,
     limits: ArchiveLimits | None = None,
 ) -> ArchiveReader:
-    """Return a reader of one archive, or of every archive under a folder, with one of `ARCHIVE_SUFFIXES`.
+    """Return a reader of one archive, or of all archives (files with one of `ARCHIVE_SUFFIXES`) under a folder.
 
     Each archive is a repository, named by its path in the folder, without the suffix. Symbolic links are not followed.
     """
