@@ -243,7 +243,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         ascending = exits == sorted(set(exits)) and exits[:1] >= [0] and exits[-1] == depth
         if not ascending or not set(exits) <= set(parents):
             raise ValueError(
-                f"exit_layers={exits} must be numbers from 0 in ascending order, the last equal to num_hidden_layers="
+                f"exit_layers={exits} must be ascending numbers from 0 on, the last equal to num_hidden_layers="
                 f"{depth}, and all among parent_exit_layers={parents}."
             )
         if self.exit_layer is not None:

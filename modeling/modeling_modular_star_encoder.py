@@ -151,7 +151,7 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """The embeddings under the published models' name: a list of (B, D), one per exit; for one exit, its tensor."""
+        """Embeddings under their published name: a list of (B, D) tensors, one per exit; for one exit, its tensor."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
@@ -234,7 +234,7 @@ class DocumentGroup:
 
 @dataclass
 class DocumentGroups:
-    """The texts of a flat batch of N tokens, in groups; `order` (N,) restores the batch's order of their tokens."""
+    """The texts of a flat batch of N tokens, in groups; `order` (N,) puts their tokens back into the batch's order."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
@@ -683,7 +683,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and deeper exits only; got {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and only deeper exits; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None

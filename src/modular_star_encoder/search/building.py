@@ -214,7 +214,7 @@ class _Writer:
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
     def is_known(self, path: str, location: Path) -> bool:
-        """Return whether to leave a file unread: it hasn't changed since the last time, or the time is up."""
+        """Return whether to leave a file unread, because it hasn't changed since last time or because time is up."""
         key = file_id(path)
         try:
             status = os.stat(location)

@@ -417,7 +417,7 @@ def _cached_location(key: str) -> str:
 
 @contextmanager
 def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Iterator[None]:
-    """Hold the write lock of an index in a folder; it is released even if the process is killed."""
+    """Hold the write lock of an index in a folder; when a process is killed, its lock is released, too."""
     folder = getattr(store, "folder", None)
     if folder is None:
         yield
@@ -439,7 +439,7 @@ def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Itera
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
-    """Return `folder` relative to an index inside the folder, so that both can be moved; else as it is."""
+    """Return `folder` relative to an index at a `location` inside it, so that both can be moved; else as it is."""
     if "://" in location or location.startswith("qdrant:"):
         return folder
     index = os.path.realpath(os.path.expanduser(location))

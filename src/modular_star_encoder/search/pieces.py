@@ -56,7 +56,7 @@ class Snippet:
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Divide a file into functions, classes and blocks of other lines, in order, without blocks of hardly any letters.
+    """Divide a file into functions, classes and other blocks of lines, in order; leave out blocks with few letters.
 
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
     file that can't be parsed, or whose language is unknown, is divided into blocks of lines.

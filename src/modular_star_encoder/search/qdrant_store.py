@@ -166,7 +166,7 @@ class QdrantStore:
         return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
 
     def _filter(self, where: Filter) -> Any:
-        """Translate a filter to Qdrant's; None for all rows, and one with an empty `must` if no file matches."""
+        """Translate `where` to Qdrant's form: None if it accepts all rows, an empty `must` if it accepts none."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))

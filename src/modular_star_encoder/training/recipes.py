@@ -102,7 +102,7 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return the content of a recipe with the keys of the old `trainer` moved up and current names in `config`."""
+        """Return a recipe's content in its current form: keys of `trainer` at the top level, new names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":
@@ -281,7 +281,7 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Return the number of pairs per step on each of `processes` devices, an even number for two kinds of pairs."""
+        """Return the number of pairs per step on each of `processes` devices; UserError if it isn't whole and even."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
