@@ -223,7 +223,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as transformers does, but unwrap numbers and words that published files have in lists of one item."""
+        """Load as transformers does, but unwrap numbers and words that published files give as lists of one item."""
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
         def unwrap(key: str, value: Any) -> Any:

@@ -947,7 +947,7 @@ def _chunks(vocab_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 
 class ModularStarEncoderPreTrainingHeads(nn.Module):
-    """Heads for masked language modelling and in-context classification at all exits; both take the exit's vector."""
+    """Heads for masked language modelling and in-context classification; both also take the exit's learned vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()

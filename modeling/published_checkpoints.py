@@ -89,7 +89,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return the configuration at `path`, with fields taken out of `kwargs`; None if it isn't a published one."""
+    """Return the configuration at `path`, changed by the fields that it pops from `kwargs`; None if not published."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None

@@ -45,7 +45,7 @@ def connect(location: str) -> tuple[Any, str]:
         message = f"The location of a Qdrant index has the form qdrant:NAME@URL with an http URL, not {location!r}."
         raise UserError("search.qdrant.location", message)
     if "@" in urlsplit(url).netloc:  # locations are shown in messages, and kept
-        message = "A Qdrant URL must not hold a password. Put the key into QDRANT_API_KEY."
+        message = "A Qdrant URL must not hold a password. Put the key into the variable QDRANT_API_KEY."
         raise UserError("search.qdrant.password", message)
     key = os.environ.get("QDRANT_API_KEY") or None
     return _import_client().QdrantClient(url=url, api_key=key, check_compatibility=False), name
@@ -60,7 +60,7 @@ def _wrap_errors(method: Callable) -> Callable:
             return method(self, *arguments, **options)
         except _import_client().http.exceptions.ApiException as error:
             reason = " ".join(str(error).split())
-            raise OSError(f"The server of {self.location} can't be reached or refused a request: {reason}.") from error
+            raise OSError(f"The server of {self.location} does not answer or refused a request: {reason}.") from error
 
     return wrapped
 

@@ -64,7 +64,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return how far the weighted, standardised scores' sum exceeds its median (N,); `words` without `similarities`."""
+    """Return how far each weighted sum (N,) of standardised scores exceeds the median; `words` without similarities."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)

@@ -135,7 +135,7 @@ class AblationRecipe:
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Return all models to train from a checkpoint with these exits, by seed; UserError if a setting is wrong."""
+        """Return all models to train from a checkpoint with these exits, seed by seed; UserError for wrong settings."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
             message = f"`exit_layers` names {unknown}, but the model's exits are {list(exit_layers)}."
@@ -155,7 +155,7 @@ class AblationRecipe:
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
     def _alone(self, exit_layer: int) -> dict[str, Any]:
-        """Return the settings of the baseline for `exit_layer` that differ from those of the self-distilled model."""
+        """Return the settings in which the single-exit baseline of `exit_layer` differs from the base recipe."""
         objective = self.base().objective
         changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
         changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}

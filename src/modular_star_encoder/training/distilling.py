@@ -1,4 +1,4 @@
-"""Distillation: add a teacher's vectors to batches, start a model from its teacher, and grow a model of exit 0."""
+"""Distillation: add a teacher's vectors to batches, start a model from its teacher, and add layers to a model."""
 
 import os
 from collections.abc import Sequence

@@ -222,7 +222,7 @@ def _batches(
     most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
-        message = f"A batch can have {most} held-out pairs, but each of {processes} processes needs two."
+        message = f"A batch can have at most {most} held-out pairs, but each of {processes} processes needs two."
         raise UserError("training.held_out.too_few", f"{message} Raise `eval_fraction`, or add data.")
     plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
     batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)

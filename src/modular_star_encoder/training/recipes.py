@@ -171,7 +171,7 @@ class TrainingRecipe(TrainingSettings):
 
 @settings_class
 class PretrainingRecipe(TrainingRecipe):
-    """How a model is pre-trained on repositories.
+    """Settings to pre-train a model on repositories of code.
 
     Args:
         corpus: one source of files and its options, such as `folder: PATH`; see `open_corpus`.
@@ -232,7 +232,7 @@ class StartingRecipe(TrainingRecipe):
 
 @settings_class
 class FinetuningRecipe(StartingRecipe):
-    """How a model is fine-tuned for retrieval on pairs.
+    """Settings to fine-tune a model for retrieval on pairs of texts.
 
     Args:
         data: sources of pairs; see `read_retrieval_examples`.
@@ -273,7 +273,7 @@ class FinetuningRecipe(StartingRecipe):
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def rows(self) -> dict[str, Any]:
-        """Return the arguments of `prepare_retrieval_data`."""
+        """Return this recipe's arguments for `prepare_retrieval_data`."""
         names = ("eval_fraction", "seed", "max_train_samples")
         return {"settings": self.data} | {name: getattr(self, name) for name in names}
 
@@ -281,13 +281,13 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Return the number of pairs per step on each of `processes` devices; UserError if it isn't whole and even."""
+        """Return the number of pairs per step on each of `processes` devices; UserError if it isn't an even integer."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
 @settings_class
 class ClassificationRecipe(StartingRecipe):
-    """How a classifier of pairs is trained, for clone detection.
+    """Settings to train a classifier of code pairs, for clone detection.
 
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
@@ -305,7 +305,7 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Return the pairs in memory at once on each of `processes` devices, and the batches of this size in a step."""
+        """Return how many pairs each of `processes` devices holds at once, and how many such batches make a step."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
         return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
 

@@ -99,7 +99,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, but the model only {vocab_size}; use the model's own tokenizer."
+        message = f"The tokenizer has {tokens} tokens, but the model has only {vocab_size}; use the model's tokenizer."
         raise UserError("training.tokenizer.too_large", message)
 
 
