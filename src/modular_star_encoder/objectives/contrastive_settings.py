@@ -25,7 +25,7 @@ Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
 
 @settings_class
 class ContrastiveSettings:
-    """Settings of `ContrastiveObjective`. The defaults are the paper's; `dimensions` and those below extend its loss.
+    """Settings of `ContrastiveObjective`. The defaults are the paper's; settings from `dimensions` on extend its loss.
 
     Args:
         pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard

@@ -193,7 +193,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def telling_parts(question: str) -> set[str]:
-    """Return the stems of the parts of a question's words, without stop words and parts of less than 3 letters."""
+    """Return the stems of the parts of a question's words; leave out stop words, and parts of under 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))
     return {_stem(part.lower()) for part in _PART.findall(words) if len(part) > 2}
 

@@ -60,7 +60,7 @@ def _wrap_errors(method: Callable) -> Callable:
             return method(self, *arguments, **options)
         except _import_client().http.exceptions.ApiException as error:
             reason = " ".join(str(error).split())
-            raise OSError(f"The server of {self.location} does not answer or refused a request: {reason}.") from error
+            raise OSError(f"The server of {self.location} did not answer, or refused a request: {reason}.") from error
 
     return wrapped
 

@@ -28,7 +28,7 @@ _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """Settings of a recipe to learn from a teacher. The recipe's `objective` has the settings of the contrastive loss.
+    """A recipe's settings for learning from a teacher; its `objective` has the settings of the contrastive loss.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
