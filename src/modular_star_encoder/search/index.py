@@ -306,7 +306,7 @@ class CodeIndex:
         if cascade is not None:
             self.embedder.config.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
-                message = f"Exit {cascade.exit_layer} can't re-rank hits of exit {exit_layer}. Choose a deeper one."
+                message = f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}'s hits. Choose a deeper exit."
                 raise UserError("search.cascade.exit_layer", message)
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
