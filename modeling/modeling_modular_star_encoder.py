@@ -841,7 +841,7 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Return the mean (B, H) of each row's real tokens, or one of them: the last, the first or the `legacy` one."""
+    """Return, per row (B, H), the mean of its real tokens, or one token: the last real, first real or `legacy` one."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long, device=states.device)

@@ -150,7 +150,7 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return whether a file (1) is a test, example or doc, (2) only re-exports, (3) only declares types."""
+    """Return whether a file is (1) a test, example or doc, (2) one of re-exports, (3) one of type declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 

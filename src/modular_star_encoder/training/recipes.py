@@ -268,7 +268,7 @@ class FinetuningRecipe(StartingRecipe):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
         if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
-            message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave one out."
+            message = "`lora` keeps the weights; leave out `distillation.start_from_teacher`, which changes them."
             raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
