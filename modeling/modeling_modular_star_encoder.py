@@ -613,7 +613,7 @@ def _move_checkpoint(source: Path, target: Path) -> None:
 
 
 class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
-    """The trunk: token embedding, layers, exits.
+    """The trunk of all models here: token embedding, layers and exits, without heads.
 
     A forward pass runs the layers up to the deepest requested exit and returns the states of every requested exit.
 

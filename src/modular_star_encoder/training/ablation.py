@@ -260,7 +260,7 @@ def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
     for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
             if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-                raise UserError("ablation.benchmarks", f"{task.benchmark} is not scored by MRR; remove it.")
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; `benchmarks` must not name it.")
             found.append(task)
     return found
 

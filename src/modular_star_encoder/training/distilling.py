@@ -205,7 +205,7 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
     exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
     if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
         message = f"The model must have exit_layers=[0], exit_norm='none' and projection_head='linear'; it has {found}."
-        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and others, in ascending order.")
+        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and at least one more, ascending.")
     changes = {
         "num_hidden_layers": exits[-1],
         "parent_num_hidden_layers": exits[-1],

@@ -123,7 +123,7 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of decayed weights: not biases, norms or the logit scale (arXiv 2103.00020, section 2.5)."""
+        """Return which weights to decay: all but biases, norms and logit scale (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
