@@ -95,7 +95,7 @@ class CodeIndex:
             languages: languages to read; all but `markdown` if None.
             tests, vendored: read test code (`tests`); read copies of other projects and generated code (`vendored`).
             rebuild: replace an existing index; data of other programs is never replaced.
-            device: torch device of the model; a GPU, if there is one, for None.
+            device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
 
@@ -149,7 +149,7 @@ class CodeIndex:
         Args:
             location: as for `build`.
             checkpoint: where the checkpoint of the index is now, if it was moved.
-            device: torch device of the model; a GPU, if there is one, for None.
+            device: torch device of the model; if None, a GPU if there is one.
 
         Raises:
             UserError: there is no index at `location`, or it was built with another checkpoint.
