@@ -211,7 +211,7 @@ class StartingRecipe(TrainingRecipe):
     Args:
         task: retrieval or classification; each has settings of its own.
         model: folder or Hub id of a pre-trained model, which gets new heads, or of a fine-tuned one. To start from
-            random weights: a folder that has a config.json but none, or one of `hub_configs`; set `tokenizer`, too.
+            random weights: a folder with only a config.json, or one of `hub_configs`; set `tokenizer`, too.
         exit_layer: train this exit alone, with the layers up to it and no other head: a single-exit baseline.
         config: settings of the model's configuration to change, such as `residual_dropout`.
         unpad_inputs: compute padded batches without their padding; the saved model keeps its own setting.
