@@ -223,7 +223,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as transformers does, but unwrap numbers and words that published files have in lists of one item."""
+        """Load as transformers does, but unwrap numbers and words that published files give as lists of one item."""
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
         def unwrap(key: str, value: Any) -> Any:
@@ -243,7 +243,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         ascending = exits == sorted(set(exits)) and exits[:1] >= [0] and exits[-1] == depth
         if not ascending or not set(exits) <= set(parents):
             raise ValueError(
-                f"exit_layers={exits} must be numbers from 0 in ascending order, the last equal to num_hidden_layers="
+                f"exit_layers={exits} must be ascending numbers from 0 on, the last equal to num_hidden_layers="
                 f"{depth}, and all among parent_exit_layers={parents}."
             )
         if self.exit_layer is not None:

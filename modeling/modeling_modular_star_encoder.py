@@ -151,7 +151,7 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """The embeddings under the published models' name: a list of (B, D), one per exit; for one exit, its tensor."""
+        """Embeddings under their published name: a list of (B, D) tensors, one per exit; for one exit, its tensor."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
@@ -234,7 +234,7 @@ class DocumentGroup:
 
 @dataclass
 class DocumentGroups:
-    """The texts of a flat batch of N tokens, in groups; `order` (N,) restores the batch's order of their tokens."""
+    """The texts of a flat batch of N tokens, in groups; `order` (N,) puts their tokens back into the batch's order."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
@@ -613,7 +613,7 @@ def _move_checkpoint(source: Path, target: Path) -> None:
 
 
 class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
-    """The trunk: token embedding, layers, exits.
+    """The trunk of all models here: token embedding, layers and exits, without heads.
 
     A forward pass runs the layers up to the deepest requested exit and returns the states of every requested exit.
 
@@ -683,7 +683,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and deeper exits only; got {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and only deeper exits; got {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -841,7 +841,7 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Return each row's mean (B, H) of real tokens, or its last (`last`, `lasttoken`), `first` or `legacy` token."""
+    """Return, per row (B, H), the mean of its real tokens, or one token: the last real, first real or `legacy` one."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long, device=states.device)
@@ -947,7 +947,7 @@ def _chunks(vocab_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 
 class ModularStarEncoderPreTrainingHeads(nn.Module):
-    """Heads for masked language modelling and in-context classification at all exits; both take the exit's vector."""
+    """Heads for masked language modelling and in-context classification; both also take the exit's learned vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return the configuration at `path`, with fields popped from `kwargs`; None if it is not a published one."""
+    """Return the configuration at `path`, changed by the fields that it pops from `kwargs`; None if not published."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -103,7 +103,7 @@ def describe(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
     """Return the model class for a published file, its complete configuration, and the renamings to our names.
 
-    ValueError if the file's depth is not an exit, or the number of projection heads is not 0, 1 or that of the exits.
+    ValueError if the file's depth is not an exit, or the number of projection heads is not 0, 1 or the number of exits.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
@@ -126,7 +126,7 @@ def describe(
         if any(re.match(rf"{_TRUNK}norm\.", name) for name in shapes):
             logger.warning_once(
                 f"This checkpoint of {depth} layers has a final norm. The model it was cut from does not apply it at "
-                'that exit, and neither does this one. If the published code does, load with exit_norm="all".'
+                'that exit, and neither does this one. If the published code applies it, load with exit_norm="all".'
             )
     checkpoint_class: type[ModularStarEncoderPreTrainedModel] = ModularStarEncoderModel
     if heads:

@@ -92,7 +92,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean (E,) over its embedding sizes; `found`: size → one value per exit that has it."""
+        """Return each exit's mean (E,) over its embedding sizes; `found`: size → one value per exit of this size."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -130,7 +130,7 @@ def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
 def _pair_sums(
     pair: Sequence[str], stacks: Mapping[str, torch.Tensor], gathered: Mapping[str, torch.Tensor], scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Sum losses (mean of both directions) and hits (of anchors) over this process's pairs of the sides `pair`."""
+    """Sum losses (mean of both directions) and hits (anchors whose positive comes first) over this process's pairs."""
     anchor, positive, *negatives = pair
     candidates = torch.cat([gathered[side] for side in (positive, *negatives)], dim=1)
     forwards = _row_sums(stacks[anchor], candidates, scoring)

@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must have different names within a list, and no two lists with the same anchor and positive")
+        raise ValueError("must not repeat a name within a list, nor have two lists with the same anchor and positive")
     return pairs
 
 
@@ -25,7 +25,7 @@ Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
 
 @settings_class
 class ContrastiveSettings:
-    """Settings of `ContrastiveObjective`. The defaults are the paper's; `dimensions` and those below extend its loss.
+    """Settings of `ContrastiveObjective`. The defaults are the paper's; settings from `dimensions` on extend its loss.
 
     Args:
         pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard
@@ -112,7 +112,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if teacher, target or sizes do not fit one step's exits; `dimensions` may name others."""
+        """Raise UserError if teacher, target or sizes don't fit a step's exits; `dimensions` may name further exits."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):

@@ -141,8 +141,6 @@ def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch
     """Return one side's teacher vectors (B, D), scaled to length 1; the student's embeddings are `stack` (E, B, D)."""
     if vectors is None or vectors.shape != stack.shape[1:]:
         found = "no `teacher`" if vectors is None else f"`teacher` of shape {tuple(vectors.shape)}"
-        message = (
-            f"Side {side!r} has {found}; it needs one teacher's vector per text, of shape {tuple(stack.shape[1:])}."
-        )
+        message = f"Side {side!r} has {found}; it needs one teacher vector per text, shape {tuple(stack.shape[1:])}."
         raise UserError("distillation.teacher", message)
     return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

@@ -102,7 +102,7 @@ class InContextObjective:
 
 
 class ClassificationObjective:
-    """Objective: cross-entropy of each exit of a (wrapped) `ModularStarEncoderForSequenceClassification`.
+    """Cross-entropy loss of each exit of a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
 
     A batch has `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
     """

@@ -42,7 +42,7 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut a batch's sides into mini-batches of at most `tokens` tokens with padding; a longer text gets one of its own.
+    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included, or of one longer text.
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
     the memory fails at once.
@@ -78,7 +78,7 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
 
 
 def _spans(side: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's first column (B,) with a real token, and the number (B,) of columns up to its last one."""
+    """Return each row's column (B,) of the first real token, and number (B,) of columns up to the last real token."""
     if "cu_seq_lens_q" in inputs:
         message = f"{side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
         raise UserError("contrastive.mini_batches.packed", message)
@@ -136,7 +136,7 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` of any."""
+    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` among them."""
     texts = [number_of_texts(inputs) for inputs in sides.values()]
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):

@@ -58,7 +58,7 @@ class MultiExitContrastiveLoss(nn.Module):
             raise UserError("contrastive.pairs", message)
         config = self._encoder().config
         if config.projection_order != "project_then_pool":
-            message = f"projection_order={config.projection_order!r} projects no tokens; use project_then_pool."
+            message = f"projection_order={config.projection_order!r} does not project tokens; use project_then_pool."
             raise UserError("contrastive.projection_order", message)
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)

@@ -77,7 +77,7 @@ class UpdateReport:
         self.skipped_files.append((path, reason))
 
     def summary(self) -> str:
-        """Return a line such as `2 files left out: 1 vendored, 1 empty; 1 file read as Latin-1`, or an empty text."""
+        """Return a line, perhaps empty, such as `2 files left out: 1 vendored, 1 empty; 1 file read as Latin-1`."""
         counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
         reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
         notes = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if self.skipped else []
@@ -90,7 +90,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return the lines to print about files that were not read: each file and its reason, or the summary."""
+        """Return the lines to print on unread files: the summary, or with `show_skipped` each file and its reason."""
         late = f"{_files(self.postponed_files)} not read for lack of time; run `mose index`"
         summary = f"{self.summary()}; --show-skipped lists them" if self.summary() else ""
         if show_skipped:
@@ -214,7 +214,7 @@ class _Writer:
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
     def is_known(self, path: str, location: Path) -> bool:
-        """Return whether to leave a file unread: it hasn't changed since the last time, or the time is up."""
+        """Return whether to leave a file unread, because it hasn't changed since last time or because time is up."""
         key = file_id(path)
         try:
             status = os.stat(location)

@@ -70,7 +70,7 @@ class Embedder:
         return load_config(self.checkpoint)
 
     def exits(self, exit_layer: int | None, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
-        """Return the exits given; if both arguments are None, exit 0 if numpy can compute it, else the deepest."""
+        """Return the exits given; by default, exit 0 where numpy can compute it, otherwise the deepest exit."""
         if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
             # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
             return (0,)

@@ -95,7 +95,7 @@ class CodeIndex:
             languages: languages to read; all but `markdown` if None.
             tests, vendored: read test code (`tests`); read copies of other projects and generated code (`vendored`).
             rebuild: replace an existing index; data of other programs is never replaced.
-            device: torch device of the model; a GPU, if there is one, for None.
+            device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
 
@@ -149,7 +149,7 @@ class CodeIndex:
         Args:
             location: as for `build`.
             checkpoint: where the checkpoint of the index is now, if it was moved.
-            device: torch device of the model; a GPU, if there is one, for None.
+            device: torch device of the model; if None, a GPU if there is one.
 
         Raises:
             UserError: there is no index at `location`, or it was built with another checkpoint.
@@ -306,7 +306,7 @@ class CodeIndex:
         if cascade is not None:
             self.embedder.config.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
-                message = f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}. Choose a deeper exit."
+                message = f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}'s hits. Choose a deeper exit."
                 raise UserError("search.cascade.exit_layer", message)
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
@@ -417,7 +417,7 @@ def _cached_location(key: str) -> str:
 
 @contextmanager
 def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Iterator[None]:
-    """Hold the write lock of an index in a folder; it is released even if the process is killed."""
+    """Hold the write lock of an index in a folder; when a process is killed, its lock is released, too."""
     folder = getattr(store, "folder", None)
     if folder is None:
         yield
@@ -439,7 +439,7 @@ def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Itera
 
 
 def _relative_if_inside(folder: str, location: str) -> str:
-    """Return `folder` relative to an index inside the folder, so that both can be moved; else as it is."""
+    """Return `folder` relative to an index at a `location` inside it, so that both can be moved; else as it is."""
     if "://" in location or location.startswith("qdrant:"):
         return folder
     index = os.path.realpath(os.path.expanduser(location))

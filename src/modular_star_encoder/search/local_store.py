@@ -67,7 +67,7 @@ class LocalStore:
         self._segments: dict[str, _Segment] = {}
         self._stamps: Stamps = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            message = f"{location} is not an index but a file, or a folder that holds other things. Name another place."
+            message = f"{location} is not an index; it is a file or holds other things. Name another folder."
             raise UserError("search.index.foreign", message)
 
     def settings(self) -> dict[str, Any] | None:
@@ -186,7 +186,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the current manifest, also if another process has replaced it; an empty one if there is no index."""
+        """Return the manifest, read anew if another process has replaced it; an empty one if there is no index."""
         if self.folder is None:
             return self._manifest
         path = self.folder / MANIFEST
@@ -376,7 +376,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return arrays that list the rows of each word; the word `key[i]` (ascending) is `count[i]` times in `row[i]`."""
+    """Return arrays that list each word's rows; the word `key[i]` (ascending) occurs `count[i]` times in `row[i]`."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)
@@ -397,7 +397,7 @@ def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Return the arrays and files of one segment with those rows of several segments that are not deleted."""
+    """Merge segments: return the arrays and files of one segment with all of their rows that are not deleted."""
     arrays: _Arrays = {}
     kept = [np.flatnonzero(one.alive) for one in segments]
     exits = segments[0].exits

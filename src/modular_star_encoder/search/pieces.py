@@ -56,7 +56,7 @@ class Snippet:
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Divide a file into functions, classes and blocks of other lines, in order, without blocks of hardly any letters.
+    """Divide a file into functions, classes and other blocks of lines, in order; leave out blocks with few letters.
 
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
     file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
@@ -193,7 +193,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def telling_parts(question: str) -> set[str]:
-    """Return the stems of the parts of a question's words, without stop words and parts of less than 3 letters."""
+    """Return the stems of the parts of a question's words; leave out stop words, and parts of under 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))
     return {_stem(part.lower()) for part in _PART.findall(words) if len(part) > 2}
 

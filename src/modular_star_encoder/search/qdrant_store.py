@@ -45,7 +45,7 @@ def connect(location: str) -> tuple[Any, str]:
         message = f"The location of a Qdrant index has the form qdrant:NAME@URL with an http URL, not {location!r}."
         raise UserError("search.qdrant.location", message)
     if "@" in urlsplit(url).netloc:  # locations are shown in messages, and kept
-        message = "A Qdrant URL must not hold a password. Put the key into QDRANT_API_KEY."
+        message = "A Qdrant URL must not hold a password. Put the key into the variable QDRANT_API_KEY."
         raise UserError("search.qdrant.password", message)
     key = os.environ.get("QDRANT_API_KEY") or None
     return _import_client().QdrantClient(url=url, api_key=key, check_compatibility=False), name
@@ -60,7 +60,7 @@ def _wrap_errors(method: Callable) -> Callable:
             return method(self, *arguments, **options)
         except _import_client().http.exceptions.ApiException as error:
             reason = " ".join(str(error).split())
-            raise OSError(f"The server of {self.location} can't be reached or refused a request: {reason}.") from error
+            raise OSError(f"The server of {self.location} did not answer, or refused a request: {reason}.") from error
 
     return wrapped
 
@@ -166,7 +166,7 @@ class QdrantStore:
         return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
 
     def _filter(self, where: Filter) -> Any:
-        """Translate a filter to Qdrant's; None for all rows, and one with an empty `must` if no file matches."""
+        """Translate `where` to Qdrant's form: None if it accepts all rows, an empty `must` if it accepts none."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))

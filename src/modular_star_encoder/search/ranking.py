@@ -1,4 +1,4 @@
-"""Rank rows for a question by similarity at one exit, by words, or by the rules over both; re-rank at a deeper exit."""
+"""Rank rows for a question by similarity at one exit, by words, or by rules over both; re-rank at a deeper exit."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Ranker:
         self._store, self._settings, self._embedder = store, settings, embedder
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Embed each question at the first exit and the cascade's, in one forward pass: exit_layer → (D,) float32."""
+        """Embed each question at the first and the cascade's exit, in one forward pass: exit_layer → (D,) float32."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
@@ -119,7 +119,7 @@ class Ranker:
         return found
 
     def _cascade_for(self, margin: float | None) -> Cascade | None:
-        """Return the cascade if it is to rank hits with this margin again, else None."""
+        """Return the cascade if `margin`, best similarity minus second best, is small enough to re-rank, else None."""
         if self.cascade is None or margin is None:  # None: fewer than two hits
             return None
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None

@@ -64,7 +64,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return the weighted sum (N,) of both scores, standardised and at least 0; `words` if `similarities` is None."""
+    """Return how far each weighted sum (N,) of standardised scores exceeds the median; `words` without similarities."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -96,7 +96,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return what each file (F,) gains for the question's words in its name, and half for those in its folder's."""
+    """Return each file's gain (F,) for words of the question in its name; words in its folder's name count half."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -126,7 +126,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return gains (N,) for each file's best piece: the sum of the file's best scores, over the largest such sum."""
+    """Return gains (N,) for each file's best piece: the sum of its file's best scores relative to the largest sum."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
@@ -142,7 +142,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,) below 1 for files of re-exports, declarations or, unless asked for, tests or examples."""
+    """Return a factor (F,) per file: below 1 for re-exports, type declarations, and unrequested tests or examples."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -150,7 +150,7 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return whether a file is one of tests, examples or docs, one of re-exports, and one of type declarations."""
+    """Return whether a file is (1) a test, example or doc, (2) one of re-exports, (3) one of type declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 

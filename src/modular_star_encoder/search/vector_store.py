@@ -81,7 +81,7 @@ Stamps = dict[str, list[Any]]  # file_id → size, time of change in ns, and con
 
 
 class VectorStore(Protocol):
-    """Rows of one index. `replace_files` is the only way to change them."""
+    """The rows of one index, wherever they are stored. `replace_files` is the only way to change them."""
 
     location: str
 
@@ -167,7 +167,7 @@ _RANGE_OR_CHARACTER = re.compile(".-.|.", re.DOTALL)
 
 
 def glob_expression(pattern: str) -> str:
-    """Return a regular expression that matches the whole paths that a glob pattern with forward slashes matches.
+    """Translate a glob pattern with forward slashes to a regular expression, to be matched with whole paths.
 
     `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.

@@ -66,7 +66,7 @@ METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda
 
 
 def _variant_name(name: str) -> str:
-    """Return a variant's name; ValueError if a folder can't have it or if it is the name of another kind of model."""
+    """Return a variant's name; ValueError if it can't name a folder or already names another kind of model."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == SELF_DISTILLED or name.startswith("exit-"):
         raise ValueError(f"must be one word, not {SELF_DISTILLED}, and must not begin with exit-")
     return name
@@ -127,7 +127,7 @@ class AblationRecipe:
         for changes in self.variants.values():
             parts = {key: key.partition(".")[0] for key in changes}
             if fixed := [key for key, part in parts.items() if FinetuningRecipe.OLD_KEYS.get(part, part) in _FIXED]:
-                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models have the same values."
+                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models share these settings."
                 raise UserError("ablation.variants", message)
 
     def base(self) -> FinetuningRecipe:
@@ -135,7 +135,7 @@ class AblationRecipe:
         return self._recipe({}, "finetuning")
 
     def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Return all models to train from a checkpoint with these exits, by seed; UserError if settings are wrong."""
+        """Return all models to train from a checkpoint with these exits, seed by seed; UserError for wrong settings."""
         chosen = exit_layers if self.exit_layers is None else self.exit_layers
         if unknown := sorted(set(chosen) - set(exit_layers)):
             message = f"`exit_layers` names {unknown}, but the model's exits are {list(exit_layers)}."
@@ -155,7 +155,7 @@ class AblationRecipe:
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
     def _alone(self, exit_layer: int) -> dict[str, Any]:
-        """Return the settings in which the baseline trained at `exit_layer` alone differs from the base recipe."""
+        """Return the settings in which the single-exit baseline of `exit_layer` differs from the base recipe."""
         objective = self.base().objective
         changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
         changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
@@ -255,12 +255,12 @@ def ablate(
 
 
 def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
-    """Load the tasks of the recipe's benchmarks; UserError if a task has no MRR."""
+    """Load the tasks of the recipe's benchmarks; UserError if one of them is not scored by MRR."""
     folder, found = recipe.benchmark_data or "", []
     for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
         for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
             if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; remove it from `benchmarks`.")
+                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; `benchmarks` must not name it.")
             found.append(task)
     return found
 
@@ -272,7 +272,7 @@ def _check_starting_points(models: set[str], path: Path) -> None:
     if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
         raise UserError(
             "ablation.starting_points",
-            f"The weights of {other} changed since models in {path.parent} started from it; name another folder.",
+            f"The weights of {other} changed since models in {path.parent} started from them; name another folder.",
         )
     write_json(path, known | found)
 
@@ -359,7 +359,7 @@ def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Value
 def _estimates(
     own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return metric → mean and interval, over exits and seeds, of `own` or, if given, of `own` minus `reference`."""
+    """Return metric → mean over exits and seeds, with interval; if `reference` is given, of `own` minus `reference`."""
     found = {}
     for metric, of_rank in METRICS.items():
         by_seed = [_mean(of_seed, of_rank) for of_seed in zip(*own, strict=True)]
@@ -377,7 +377,7 @@ def _estimates(
 
 
 def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Values:
-    """Apply `function` to every value, and return each query's mean over `several`."""
+    """Apply `function` to every value; return, for each query, the mean of the results over `several`."""
     return {
         task: {query: float(np.mean([function(values[task][query]) for values in several])) for query in queries}
         for task, queries in several[0].items()

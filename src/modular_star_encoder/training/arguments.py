@@ -61,7 +61,7 @@ class MultiExitTrainingArguments(TrainingArguments):
                 f"and fractions={self.fractions!r} must have one number of at least 0 for each milestone.",
             )
         if not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
-            message = f"ema_decay must be from 0 to below 1, and 0 with fsdp; not {self.ema_decay}."
+            message = f"ema_decay={self.ema_decay} must be at least 0 and below 1, and with fsdp it must be 0."
             raise UserError("training.ema_decay", message)
         super().__post_init__()
 

@@ -1,4 +1,4 @@
-"""Distillation: batches that carry a teacher's vectors, a start from the teacher, and growth from exit 0."""
+"""Distillation: add a teacher's vectors to batches, start a model from its teacher, and add layers to a model."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """Settings of a recipe to learn from a teacher. The recipe's `objective` has the settings of the contrastive loss.
+    """A recipe's settings for learning from a teacher; its `objective` has the settings of the contrastive loss.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
@@ -52,7 +52,7 @@ class TeacherSettings(DistillationSettings):
 
 
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of `RetrievalBatches`, with the teacher's vector of each text added as `{side}_teacher`, float32 (D,).
+    """The rows of `RetrievalBatches` with the teacher's vector of each text, such as `query_teacher`, float32 (D,).
 
     A snippet with renamed words keeps the vector of the original. With unpaired texts, every second row also has
     `text_ids` and `text_teacher`, drawn by the seed and the row's number alone.
@@ -103,7 +103,7 @@ def teach(
     size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
     if size != model.config.projection_size:
         message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
-        raise UserError("distillation.size", f"{message} It has {model.config.projection_size}.")
+        raise UserError("distillation.size", f"{message} Its projection_size is {model.config.projection_size}.")
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
     learned, others = (_texts_by_kind(batches.rows.texts) for batches in (train, held_out))
@@ -205,7 +205,7 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
     exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
     if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
         message = f"The model must have exit_layers=[0], exit_norm='none' and projection_head='linear'; it has {found}."
-        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and other exits, ascending.")
+        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and at least one more, ascending.")
     changes = {
         "num_hidden_layers": exits[-1],
         "parent_num_hidden_layers": exits[-1],
@@ -218,7 +218,7 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
 
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """Return a model with exit 0 of `model` and new layers; every exit starts as good as exit 0.
+    """Return a model that adds new layers to `model`, which has only exit 0; every exit starts as good as exit 0.
 
     The output projections of the new layers are zero, so that they write nothing at first, and all heads equal the head
     of exit 0. Token embeddings are scaled to a standard deviation of 1, or the first steps of the layers drown them.
@@ -249,9 +249,9 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
 def grow_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
 ) -> Path:
-    """Write a grown checkpoint (see `grow`) of a checkpoint of exit 0 to the folder `out`, and return the folder.
+    """Add layers (see `grow`) to a checkpoint that has only exit 0, write the result to `out`, and return `out`.
 
-    `out` must be empty or not exist; it is written atomically. `seed` draws the weights of the new layers.
+    The folder `out` must be empty or not exist; it is written atomically. `seed` draws the weights of the new layers.
 
     Raises:
         UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.

@@ -173,9 +173,9 @@ def check_recipe(
     progress: bool,
     objective: ContrastiveObjective | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
-    """Return the model without weights and the trainer's arguments; UserError if recipe and model do not fit together.
+    """Check that recipe and model fit together; return the model, with no weights loaded, and the trainer's arguments.
 
-    These are all checks that need neither data nor weights.
+    UserError if they do not fit. All checks that need neither data nor weights are made here.
     """
     config = starting_config(recipe)
     check_length(config, **recipe.lengths())
@@ -211,7 +211,7 @@ def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> Retri
 def _batches(
     recipe: FinetuningRecipe, data: RetrievalData, prompts: bool, tokenizer: PreTrainedTokenizerFast, processes: int
 ) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
-    """Return training batches, evaluation batches, number of groups by kind of pairs, mean tokens of text and code."""
+    """Return training and evaluation batches, numbers of groups (see `Preflight`), and mean tokens of text and code."""
     eval_pairs, batch_size, seed, steps = recipe.eval_pairs, recipe.batch_size, recipe.seed, recipe.max_steps
     train, held_out = (
         RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **recipe.lengths())
@@ -222,7 +222,7 @@ def _batches(
     most = min(batch_size, held_out_groups.largest_batch)
     size = most // (2 * processes) * 2 * processes
     if not size:
-        message = f"A batch of held-out pairs has at most {most}, but {processes} processes need two each."
+        message = f"A batch can have at most {most} held-out pairs, but each of {processes} processes needs two."
         raise UserError("training.held_out.too_few", f"{message} Raise `eval_fraction`, or add data.")
     plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
     batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)
@@ -237,7 +237,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
 ) -> runs.Preflight:
-    """Estimate the size of a run from the number of groups by kind of pairs and the mean tokens of text and code."""
+    """Estimate the size of a run; `groups` are as in `Preflight`, `tokens` the mean tokens of text and code."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)

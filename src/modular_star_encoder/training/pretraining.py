@@ -74,7 +74,7 @@ def pretrain(
         raise UserError(
             "training.corpus.too_few_repositories",
             f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
-            "and two to hold out, because a pair of snippets comes from one repository or from two.",
+            "and two to hold out, so that both sets have pairs of snippets from two different repositories.",
         )
     with state.main_process_first():
         if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
@@ -146,7 +146,7 @@ def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> runs.Preflight:
-    """Estimate the size of a run (see `preflight`); heads run at masked tokens only, once for each exit of a step."""
+    """Estimate the size of a run (see `preflight`); heads run once per trained exit, at masked tokens only."""
     exits = 2 if recipe.training["rotate_shallow_exits"] else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return runs.preflight(

@@ -102,7 +102,7 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return the content of a recipe with the keys of the old `trainer` moved up and current names in `config`."""
+        """Return a recipe's content in its current form: keys of `trainer` at the top level, new names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":
@@ -171,7 +171,7 @@ class TrainingRecipe(TrainingSettings):
 
 @settings_class
 class PretrainingRecipe(TrainingRecipe):
-    """How a model is pre-trained on repositories.
+    """Settings to pre-train a model on repositories of code.
 
     Args:
         corpus: one source of files and its options, such as `folder: PATH`; see `open_corpus`.
@@ -210,8 +210,8 @@ class StartingRecipe(TrainingRecipe):
 
     Args:
         task: retrieval or classification; each has settings of its own.
-        model: a pre-trained model, whose heads are new, or a fine-tuned one, as a folder or Hub id; or, to start from
-            random weights, a folder of `hub_configs` or any other with a config.json alone, which needs a `tokenizer`.
+        model: folder or Hub id of a pre-trained model, which gets new heads, or of a fine-tuned one. To start from
+            random weights: a folder with only a config.json, or one of `hub_configs`; set `tokenizer`, too.
         exit_layer: train this exit alone, with the layers up to it and no other head: a single-exit baseline.
         config: settings of the model's configuration to change, such as `residual_dropout`.
         unpad_inputs: compute padded batches without their padding; the saved model keeps its own setting.
@@ -232,7 +232,7 @@ class StartingRecipe(TrainingRecipe):
 
 @settings_class
 class FinetuningRecipe(StartingRecipe):
-    """How a model is fine-tuned for retrieval on pairs.
+    """Settings to fine-tune a model for retrieval on pairs of texts.
 
     Args:
         data: sources of pairs; see `read_retrieval_examples`.
@@ -268,12 +268,12 @@ class FinetuningRecipe(StartingRecipe):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
         if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
-            message = "`lora` trains adapters of given weights; leave out `distillation.start_from_teacher`."
+            message = "`lora` keeps the weights; leave out `distillation.start_from_teacher`, which changes them."
             raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def rows(self) -> dict[str, Any]:
-        """Return the arguments of `prepare_retrieval_data`."""
+        """Return this recipe's arguments for `prepare_retrieval_data`."""
         names = ("eval_fraction", "seed", "max_train_samples")
         return {"settings": self.data} | {name: getattr(self, name) for name in names}
 
@@ -281,13 +281,13 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Return the number of pairs per step on each of `processes` devices, an even number for two kinds of pairs."""
+        """Return the number of pairs per step on each of `processes` devices; UserError if it isn't an even integer."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
 @settings_class
 class ClassificationRecipe(StartingRecipe):
-    """How a classifier of pairs is trained, for clone detection.
+    """Settings to train a classifier of code pairs, for clone detection.
 
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
@@ -305,7 +305,7 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Return the pairs in memory at once on each of `processes` devices, and the batches of this size in a step."""
+        """Return how many pairs each of `processes` devices holds at once, and how many such batches make a step."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
         return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
 

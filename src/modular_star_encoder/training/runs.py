@@ -137,7 +137,7 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
 
 
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
-    """Create a run's folder or check that it holds a run with this recipe; return the log if the run is finished.
+    """Create a run's folder, or check that an existing one fits this recipe; return the log if the run is finished.
 
     `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
     the same; before that, if other files exist, only those in `until_trained`. Otherwise a UserError names those that

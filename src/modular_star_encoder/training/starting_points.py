@@ -62,7 +62,7 @@ def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
     except StrictDataclassError as error:
         raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
-        message = f"The config.json of {recipe.model} could not be read; pre-train it, or name a repository of the Hub"
+        message = f"The config.json of {recipe.model} could not be read; pre-train it first, or name a Hub repository"
         raise OSError(f"{message}. {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
@@ -99,7 +99,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, but the model only {vocab_size}; use the model's own tokenizer."
+        message = f"The tokenizer has {tokens} tokens, but the model has only {vocab_size}; use the model's tokenizer."
         raise UserError("training.tokenizer.too_large", message)
 
 

@@ -123,7 +123,7 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return which parameters decay: all but biases, norms and the logit scale (arXiv 2103.00020, section 2.5)."""
+        """Return which weights to decay: all but biases, norms and logit scale (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -176,7 +176,7 @@ class MultiExitTrainer(Trainer):
         return torch.stack(norms)
 
     def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
-        """Keep a metric of one batch, one value per exit or one for all, for its mean in the next log line."""
+        """Add a batch's values of a metric, one per exit or a single one for all, to its mean in the next log line."""
         keys = [f"{name}_exit_{exit_layer}" for exit_layer in exits] if values.dim() else [name]
         for key, value in zip(keys, values.detach().float().reshape(-1), strict=True):
             self._gathered.setdefault(key, []).append(value)
@@ -240,7 +240,7 @@ def check_objective(
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
-            "`log_gradient_norms` does not work with `mini_batch_tokens`, which keeps no graph; set only one of them.",
+            "`log_gradient_norms` does not work with `mini_batch_tokens`, which keeps no autograd graph; set only one.",
         )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
