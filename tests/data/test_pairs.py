@@ -130,7 +130,7 @@ BAD_IN_JSON = {
     SURROGATES: row(repository_name="\ud800"),
     "no JSON": '{"half',
     "no JSON object": "[1]",
-    "no column func2": row(without="func2"),
+    "no column func2; `columns` names the columns to read": row(without="func2"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -207,8 +208,12 @@ def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     *questions, last = arguments.questions
-    if questions and arguments.index is None and arguments.folder is None and os.path.isdir(last):
-        arguments.questions, arguments.folder = questions, last
+    if arguments.index is None and arguments.folder is None:
+        if questions and os.path.isdir(last):
+            arguments.questions, arguments.folder = questions, last
+        elif re.match(r"(~|\.{0,2})/\S*$", last) or (questions and os.path.isfile(last)):
+            message = f'{last!r} is no folder with a question before it. Write: mose search "QUESTION" FOLDER'
+            raise UserError("cli.search.folder", message)
     location = arguments.index or (find_index() if arguments.folder is None else None)
     if location is not None:
         index = CodeIndex.open(location, checkpoint=arguments.model)

@@ -97,7 +97,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._code(self.texts[row].snippets[number], content, renaming)
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return a row's snippet `number`, its description (None) or its hard negative (-1): token ids, int64 (T,)."""
+        """Return the token ids, int64 (T,), of a row's description (`number` None), hard negative (-1) or snippet."""
         if number is None:
             return self.description(row)
         return self.negative(row, renaming) if number < 0 else self.snippet(row, number, renaming)

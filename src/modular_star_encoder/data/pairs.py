@@ -70,7 +70,7 @@ class TripletColumns:
     """Names the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
     `negative` is the column of hard negatives, `negative_language` the column of their languages (default: `language`).
-    If `other_code` is None, each row is a pair of a description and one snippet.
+    If `other_code` is None, each row is a pair of a description and one snippet. `repository` may be None too.
     """
 
     description: str = "func_documentation_string"
@@ -78,11 +78,13 @@ class TripletColumns:
     language: str = "language1_CSN"
     other_code: str | None = "func2"
     other_language: str = "language2"
-    repository: str = "repository_name"
+    repository: str | None = "repository_name"
     negative: str | None = None
     negative_language: str | None = None
 
     def __post_init__(self) -> None:
+        if None in (self.description, self.code, self.language):
+            raise UserError("data.triplets.columns", "`description`, `code` and `language` must each name a column.")
         if self.negative_language is not None and self.negative is None:
             message = f"negative_language={self.negative_language!r} needs `negative`: name the hard negatives' column."
             raise UserError("data.triplets.negative_language", message)
@@ -140,7 +142,7 @@ def open_triplets(
 def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExample | str:
     """Return the triplet in `row`, or the reason why `row` must be skipped."""
     if missing := [name for name in columns.names() if name not in row]:
-        return f"no column {missing[0]}"
+        return f"no column {', '.join(missing)}; `columns` names the columns to read"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
@@ -156,7 +158,7 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
         if language not in LANGUAGES:
             return f"unknown {name}"
         snippets.append(Snippet(language, row[code]))
-    repository = row[columns.repository] or ""
+    repository = row[columns.repository] or "" if columns.repository else ""
     if not isinstance(repository, str):
         return f"{columns.repository} is not a text"
     texts, negative = tuple(snippets[:own]), next(iter(snippets[own:]), None)

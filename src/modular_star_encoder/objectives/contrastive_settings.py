@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must not repeat a name within a list, nor have two lists with the same anchor and positive")
+        raise ValueError("must list anchor, positive and negatives, no name twice, no anchor and positive twice")
     return pairs
 
 

@@ -42,7 +42,7 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included, or of one longer text.
+    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included; a longer text is one alone.
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
     the memory fails at once.

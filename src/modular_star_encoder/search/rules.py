@@ -51,7 +51,7 @@ class Question:
 
     @classmethod
     def of(cls, text: str) -> Question:
-        """Return the question with the names that its text contains."""
+        """Make a question from a text, with the identifiers that the text contains."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})

@@ -323,7 +323,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged or answers no row; delete the line to repeat the request."
+            message = f"Line {number} of {path} is damaged or belongs to no row; delete the line to repeat the request."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered

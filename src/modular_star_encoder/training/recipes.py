@@ -102,7 +102,7 @@ class TrainingSettings:
 
     @classmethod
     def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return a recipe's content in its current form: keys of `trainer` at the top level, new names in `config`."""
+        """Convert a recipe of an older version: move keys of `trainer` to the top, replace old names in `config`."""
         upgraded: dict[Any, Any] = {}
         for name, value in content.items():
             if name == "schedule" and value == "constant":
