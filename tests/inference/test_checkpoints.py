@@ -141,7 +141,7 @@ DAMAGES = [
     (lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}), "tensors", f"unused in {{}}, such as {LAYER}"),
     (change(vocab_size=500), "shapes", ""),
     (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "unused in"),
-    (change(exit_layers=[2, 1]), "damaged", "ascending order"),
+    (change(exit_layers=[2, 1]), "damaged", "[2, 1]"),
     (change(exit_norm="lst"), "damaged", "('last', 'all', 'none'), got lst"),
     (change(model_type="bert"), "other_model", "'bert'"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", ""),
