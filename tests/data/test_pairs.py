@@ -184,11 +184,19 @@ def test_damaged_files_are_one_sentence_with_their_name(tmp_path):
             list(open_triplets(tmp_path / "half.jsonl.gz"))
 
 
+def test_pairs_need_neither_other_code_nor_a_repository(tmp_path):
+    reader = open_triplets(write(tmp_path / "a.jsonl", [row()]), columns={"other_code": None, "repository": None})
+    ((one,), skipped) = (list(reader), reader.skipped)
+    assert (len(one.snippets), one.repository, skipped) == (1, "", {})
+
+
 def test_sources_without_rows_are_refused(tmp_path):
     with raises("data.source.column", "func2", "repository_name"):
         open_triplets(write(tmp_path / "a.parquet", [row(without="func2")]))
     with raises("data.triplets.negative_language", "lb"):
         TripletColumns(negative_language="lb")
+    with raises("data.triplets.columns"):
+        TripletColumns(language=None)
     with raises("data.source.no_files"):
         open_triplets(tmp_path / "none.jsonl")
     (tmp_path / "folder").mkdir()

@@ -112,6 +112,7 @@ def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, repor
     assert "values" not in data["results"][0]
 
 
+@pytest.mark.slow
 def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeypatch):
     from matplotlib.axes import Axes
 

@@ -30,6 +30,7 @@ def test_the_folder_is_what_the_publisher_writes_with_its_code(tmp_path, monkeyp
         assert written[name].read_bytes() == kept[name].read_bytes(), name
 
 
+@pytest.mark.slow
 def test_8_bit_weights_of_a_linear_head_that_is_used_twice(tmp_path):
     head = {"projection_head": "linear", "projection_order": "pool_then_project", "projection_size": 32}
     model = tiny_model(**head, pooling="mean").eval()

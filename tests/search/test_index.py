@@ -267,6 +267,7 @@ def test_git_takes_an_index_that_was_given_a_place_and_no_other(code, tmp_path, 
     assert CodeIndex.open(tmp_path / "cloned" / "index").store.count() == index.store.count() == 5
 
 
+@pytest.mark.slow
 def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):
     from filelock import FileLock
 

@@ -191,6 +191,10 @@ def test_what_was_left_out_is_one_line_or_a_list(folder):
     assert report.notes()[0] == ("a_pb2.py", "generated code")
     assert ("latin_1.py", "read as Latin-1") in report.notes()
     assert len(report.notes()) == 5
+    assert report.lines() == [f"mose: note: {report.summary()}; --show-skipped lists them"]
+    report.postponed_files = 2
+    *listed, late = report.lines(show_skipped=True)
+    assert (len(listed), listed[0], "2 files" in late) == (5, "a_pb2.py: generated code", True)
     assert "skipped_files" not in report.to_dict()
 
 

@@ -273,6 +273,7 @@ def test_many_copies_of_one_row_are_no_giant_cluster():
     assert (result.compared, result.cluster_sizes.tolist()) == (0, [50])
 
 
+@pytest.mark.slow
 def test_the_work_stays_linear_where_many_rows_share_a_band():
     rng = random.Random(8)
     text = code(rng, 30)

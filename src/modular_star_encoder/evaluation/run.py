@@ -1,6 +1,6 @@
 """Evaluate retrievers on benchmarks, both given by names, and report the results.
 
-`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks` and `evaluate_exits`. In a folder `out`, each
+`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. In a folder `out`, each
 result is stored under a hash of everything that it depends on (texts and protocol of the task, weights of the
 retriever). A repeated run computes only the missing results, and overwrites none.
 """

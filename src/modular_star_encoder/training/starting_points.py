@@ -122,8 +122,8 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
     the padding token is left as it is.
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"), and a description may
-    use one and the code another. After 100 steps of fine-tuning the quickstart's model, retrieval has an MRR of 0.36
-    from this start, of 0.33 with a standard deviation of 0.1, and of 0.23 from independent vectors.
+    use one and the code another. After 100 steps of fine-tuning a model of 1.5 million parameters, retrieval has an MRR
+    of 0.36 from this start, of 0.33 with a standard deviation of 0.1, and of 0.23 from independent vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
