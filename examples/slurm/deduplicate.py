@@ -1,4 +1,4 @@
-"""Drop near-duplicates of Parquet files on a Slurm cluster, by datatrove; its nodes share the folders (extra `datatrove`).
+"""Drop near-duplicates of Parquet files on a Slurm cluster whose nodes share the folders (extra `datatrove`).
 
     python examples/slurm/deduplicate.py rows deduplicated --columns code --id-column id --partition all
 
