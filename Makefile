@@ -1,6 +1,8 @@
 # make quickstart    measure the shipped model on your code, fine-tune it, measure again, slice and search
 # make test-fast     the quick tests (under a minute on two cores): what to run while editing
 # make test          every test
+# make fuzz          changed files for every reader; ARGS="--count 20000 --readers config,index"
+# make faults        full disk, SIGTERM, SIGKILL and a read-only folder for every command that writes
 # make lint          ruff, who may import whom, types
 # make format        let ruff mend what it can
 # make test-common   transformers' own common tests on our models (fetched from PyPI once)
@@ -15,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: tests are too small for more threads, and OMP's would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-fast test-common bench bench-quick lint format lint-modeling clean
+.PHONY: quickstart test test-fast test-common fuzz faults bench bench-quick lint format lint-modeling clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -30,6 +32,9 @@ test: $(INSTALLED)
 test-common: $(INSTALLED)
 	$(BIN)/python -m tests.common.prepare
 	$(PYTEST) -q -rs tests/common $(ARGS)
+
+fuzz faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.$@ $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
