@@ -52,6 +52,7 @@ FULL = (
     Benchmark("pretraining_step", ("--shape", "paper", "--rows", "4", "--without-plain")),
     Benchmark("contrastive_step", ("--bf16",)),
     Benchmark("contrastive_step", ("--bf16", "--shape", "mini", "--max-tokens", "64", "256")),
+    Benchmark("scale_out", ("--ranks", "8", "64", "128")),
     Benchmark("near_duplicates", needs_data=True),
     Benchmark("vector_index"),
     Benchmark("shipped_model", needs_data=True),
