@@ -36,7 +36,6 @@ from modular_star_encoder.evaluation.tasks import held_out_tasks
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encoders import ExitEncoder
-from modular_star_encoder.inference.exit_zero import shipped_checkpoint
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.training.finetuning import finetune, prepare_data
@@ -156,7 +155,7 @@ def open_output(arguments: argparse.Namespace, recipe: FinetuningRecipe) -> Path
 
 def encoder(checkpoint: str | Path, name: str, recipe: FinetuningRecipe) -> ExitEncoder:
     """A checkpoint at every exit, with the text lengths of training."""
-    model, tokenizer = load_checkpoint(shipped_checkpoint(str(checkpoint)))
+    model, tokenizer = load_checkpoint(checkpoint)
     return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
 
 

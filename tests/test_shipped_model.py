@@ -1,6 +1,9 @@
 """The model that comes with the package: it loads without a network, in every way, and ranks."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,9 +12,16 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
+from modular_star_encoder.cli.main import main
+from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
+from modular_star_encoder.hub.staging import stage_repositories
+from modular_star_encoder.inference import profile_path, shipped_model
 from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.encoders import load_encoder
+from modular_star_encoder.inference.exit_profile import load_at_budget
 from modular_star_encoder.training.recipes import hub_config_folder
+from tests.errors import raises
 
 FOLDER = hub_config_folder("mose-code")
 EXITS = (0, 1, 2, 4, 6)
@@ -41,6 +51,36 @@ def loaded():
 @pytest.fixture(scope="module")
 def stock():
     return SentenceTransformer(str(FOLDER), device="cpu")
+
+
+def test_every_door_knows_the_model_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mose-code").mkdir()  # a folder of this name that is no checkpoint changes nothing
+    assert shipped_model() == str(FOLDER)
+    assert load_encoder("mose-code", [0]).name == "mose-code"
+    assert slice_checkpoint("mose-code", 0, "slice").is_dir()
+    assert main(["export", "mose-code", "--format", "static", "--exit-layer", "0"]) == 0
+    assert (tmp_path / "mose-code-0-static" / "modules.json").is_file()
+    entry = RepositorySettings(name="model", checkpoint="mose-code")
+    manifest = Manifest(namespace="me", title="Model", license="mit", repositories=(entry,))
+    assert stage_repositories(manifest, "staged")[0].source == FOLDER
+    with pytest.raises(FileNotFoundError, match="exit profile"):
+        load_at_budget("mose-code", latency_ms=20)
+    with raises("profile.out.missing", "mose-code", "--out"):
+        profile_path("mose-code")
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "./no/such", "runs/no/such", "no/such"])
+def test_a_missing_checkpoint_is_reported_at_once_with_the_names_there_are(name):
+    code = f"""import sys
+from modular_star_encoder.cli.main import main
+assert main(["slice", {name!r}, "--exit-layer", "1", "out"]) == 2
+assert "torch" not in sys.modules and "transformers" not in sys.modules"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert name in done.stderr
+    assert ("HF_HUB_OFFLINE" if name == "no/such" else "mose-code") in done.stderr
 
 
 def encode(loaded, texts, exits=EXITS):

@@ -17,6 +17,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
     from modular_star_encoder.hub.publishing import publish
+    from modular_star_encoder.inference import shipped_model
     from modular_star_encoder.inference.checkpoints import slice_checkpoint
     from modular_star_encoder.inference.encode import encode_exits
     from modular_star_encoder.inference.exit_profile import load_at_budget, select_exit
@@ -58,6 +59,7 @@ _MODULE_OF = {
     "load_at_budget": "inference.exit_profile",
     "publish": "hub.publishing",
     "select_exit": "inference.exit_profile",
+    "shipped_model": "inference",
     "slice_checkpoint": "inference.checkpoints",
 }
 
@@ -82,6 +84,7 @@ __all__ = [
     "load_at_budget",
     "publish",
     "select_exit",
+    "shipped_model",
     "slice_checkpoint",
 ]
 

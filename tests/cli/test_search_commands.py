@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME
+from modular_star_encoder.inference import PROFILE_NAME
 from tests.demo.conftest import profile_of
 from tests.search.conftest import build, write_code
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from modular_star_encoder.demo.serving import served
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME
+from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.search.index import CodeIndex
 from tests.demo.conftest import HOSTILE_NAME, profile_of
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 from modular_star_encoder.demo.page import ExitCosts, circumstances, cost_card, short_name
+from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from tests.demo.conftest import profile_of
 
 

@@ -9,10 +9,9 @@ import pytest
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.evaluation import run as run_module
 from modular_star_encoder.evaluation.run import run_benchmarks
-from modular_star_encoder.inference import encoders
+from modular_star_encoder.inference import PROFILE_NAME, encoders
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.inference.test_exit_profile import made_up_profile

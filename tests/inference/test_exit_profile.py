@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -18,7 +17,6 @@ from modular_star_encoder.inference.exit_profile import (
     ProfiledExit,
     checkpoint_profile,
     load_at_budget,
-    load_sentence_transformer_at_budget,
     select_exit,
 )
 from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
@@ -81,10 +79,14 @@ def test_the_best_exit_is_chosen_where_quality_is_known(quality, budget, chosen)
 @pytest.mark.parametrize(
     ("budget", "fault", "values"),
     [
-        ({"latency_ms": 19.9}, "too_small", ["latency_ms=19.9", "1 × 128 tokens", "latency_ms 20 ms (exit 4)."]),
+        ({"latency_ms": 19.9}, "too_small", ["latency_ms=19.9", "1 × 128 tokens", "latency_ms 20 ms p95 (exit 4)."]),
         ({"min_quality": 0.9}, "too_small", ["min_quality 0.8 (exit 18)."]),
-        ({"min_quality": 0.7, "latency_ms": 20}, "too_small", ["ms 45 ms (exit 9), or min_quality 0.5 (exit 4)."]),
-        ({"latency_ms": 1, "memory_mb": 1}, "too_small", ["latency_ms 20 ms (exit 4), memory_mb 400 MB (exit 4)."]),
+        ({"min_quality": 0.7, "latency_ms": 20}, "too_small", ["45 ms p95 (exit 9), or min_quality 0.5 (exit 4)."]),
+        (
+            {"latency_ms": 1, "memory_mb": 1},
+            "too_small",
+            ["20 ms p95 (exit 4), memory_mb 400 MB peak (exit 4)."],
+        ),
         ({}, "missing", ["`latency_ms`, `memory_mb` and `min_quality`."]),
         ({"latency_ms": 20, "length": 64}, "shape", ["any number of texts of 64 tokens", "1 × 128, 8 × 128 tokens."]),
         ({"min_quality": 0.5, "benchmark": "cosqa"}, "benchmark.unknown", ["cosqa", "mrr."]),
@@ -185,12 +187,12 @@ def test_the_model_is_the_checkpoint_cut_at_the_exit_chosen(checkpoint):
         assert torch.equal(model(**tiny_batch()).sentence_embedding, expected)
 
 
-def test_the_sentence_transformer_is_cut_at_the_same_exit(checkpoint):
-    model = load_sentence_transformer_at_budget(checkpoint, min_quality=0.3)
-    only_exit_4 = ExitProfile.load(checkpoint / "exit_profile.json").with_quality("csn", {1: 0.1, 2: 0.1})
-    full = load_sentence_transformer_at_budget(checkpoint, min_quality=0.3, profile=only_exit_4)
-    assert (model[0].auto_model.config.num_hidden_layers, full[0].auto_model.config.num_hidden_layers) == (2, 4)
-    assert np.array_equal(model.encode(["add two numbers"]), full.encode(["add two numbers"], exit_layer=2))
+def test_the_log_says_which_exit_is_chosen_and_why(checkpoint, caplog):
+    with caplog.at_level("INFO"):
+        load_at_budget(checkpoint, min_quality=0.3, latency_ms=1e9)
+    (record,) = [one for one in caplog.records if one.name.endswith("exit_profile")]
+    for part in ("exit 2 ", "quality (0.500)", "2, 4", "latency_ms=1e+09", "ms p95", "1 × 8 tokens"):
+        assert part in record.getMessage()
 
 
 def test_the_model_has_the_dtype_of_the_profile_by_default(checkpoint):
@@ -200,14 +202,6 @@ def test_the_model_has_the_dtype_of_the_profile_by_default(checkpoint):
     assert load_at_budget(checkpoint, profile=profile, latency_ms=1e9).dtype == torch.bfloat16
     options = {"profile": profile, "latency_ms": 1e9, "model_kwargs": {"dtype": torch.float32}}
     assert load_at_budget(checkpoint, **options).dtype == torch.float32
-    assert load_sentence_transformer_at_budget(checkpoint, **options)[0].auto_model.dtype == torch.float32
-
-
-def test_a_profile_of_a_gpu_serves_where_there_is_none(checkpoint, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    profile = dataclasses.replace(ExitProfile.load(checkpoint / "exit_profile.json"), device="cuda")
-    model = load_sentence_transformer_at_budget(checkpoint, profile=profile, min_quality=0.3)
-    assert model.encode(["add two numbers"]).shape == (1, 16)
 
 
 def test_a_profile_of_another_machine_is_used_with_a_warning(checkpoint, monkeypatch):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
+
+from modular_star_encoder.inference import check_checkpoint, is_repository
+
+CHECKPOINT_HELP = "folder, Hub repository or mose-code"
 
 
 def number_list(text: str) -> tuple[int, ...]:
@@ -34,6 +39,27 @@ def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form {form}")
 
     return groups
+
+
+def checkpoint(text: str) -> str:
+    """Return a checkpoint's name as it is; raise OSError at once if its folder is missing or the Hub can't be reached.
+
+    Without a connection to the Hub, a repository in its cache is used as it is there.
+    """
+    check_checkpoint(text)
+    if is_repository(text):
+        from modular_star_encoder.utils.http import check_hub
+
+        try:
+            check_hub()
+        except OSError as error:
+            from huggingface_hub import constants, try_to_load_from_cache
+
+            if not isinstance(try_to_load_from_cache(text, "config.json"), str):
+                raise OSError(f"{text} is no folder here and not in the Hub's cache, and {error}") from None
+            constants.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
+    return text
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import exit_list, name_list, number_list, of_form
+from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, exit_list, name_list, number_list, of_form
 
 
 def add_evaluate_commands(commands: Any) -> None:
     """Add `mose evaluate` and `mose profile` to the subparsers of `mose`."""
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
-    evaluate.add_argument("checkpoint", metavar="MODEL", help="folder or Hub repository")
+    evaluate.add_argument("checkpoint", metavar="MODEL", type=_model, help=CHECKPOINT_HELP)
     evaluate.add_argument(
         "--benchmark", metavar="NAMES", type=name_list, default=["folder"], help="a list, or all (default: folder)"
     )
@@ -31,7 +32,7 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.set_defaults(run=run_evaluate)
 
     profile = commands.add_parser("profile", help="measure the cost of every exit on this machine")
-    profile.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    profile.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
     profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="default: 1,8")
     profile.add_argument(
@@ -50,6 +51,12 @@ def add_evaluate_commands(commands: Any) -> None:
         help="only add the quality of each exit, as benchmark NAME, from a FILE that mose evaluate wrote",
     )
     profile.set_defaults(run=run_profile)
+
+
+def _model(text: str) -> str:
+    """Like `checkpoint`, but accept any model of an endpoint and any folder of sentence-transformers."""
+    is_other = text.startswith("openai:") or os.path.isfile(os.path.join(os.path.expanduser(text), "modules.json"))
+    return text if is_other else checkpoint(text)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -77,13 +84,17 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.inference import profile_path
+    from modular_star_encoder.utils.files import check_writable
+
+    path = profile_path(arguments.checkpoint, arguments.out)
+    check_writable(path)
     from modular_star_encoder.evaluation.report import read_quality
     from modular_star_encoder.inference.exit_profile import ExitProfile
-    from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_path, profile_to_file
+    from modular_star_encoder.inference.profile import ProfilePlan, format_profile, profile_to_file
 
     if arguments.quality:
         name, results = arguments.quality
-        path = profile_path(arguments.checkpoint, arguments.out)
         profile = ExitProfile.load(path)
         profile = profile.with_quality(name, read_quality(results, checkpoint=profile.checkpoint))
         profile.save(path)

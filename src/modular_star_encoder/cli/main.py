@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Results go to stdout; progress, and errors as one line each, go to stderr. argparse reports wrong usage (status 2).
     """
-    arguments = parse(argv)
     keep_few_compiled_operations()
     try:
+        arguments = parse(argv)
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -6,19 +6,20 @@ import argparse
 import os
 from typing import Any
 
+from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint
 from modular_star_encoder.utils.errors import UserError
 
 
 def add_publish_commands(commands: Any) -> None:
     """Add `mose slice`, `mose grow`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
-    cut.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    cut.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
     cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     cut.set_defaults(run=run_slice)
 
     grow = commands.add_parser("grow", help="write a checkpoint of exit 0 with new layers, which change no output yet")
-    grow.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository with exit 0 alone")
+    grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="such a folder or repository")
     grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help="such as 0 1 2 4 6")
     grow.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     grow.set_defaults(run=run_grow)
@@ -39,7 +40,7 @@ def add_publish_commands(commands: Any) -> None:
     publish.set_defaults(run=run_publish)
 
     export = commands.add_parser("export", help="write one exit as an ONNX folder, or exit 0 as an embedding table")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub repository")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
     export.add_argument(
         "--format",
         choices=("onnx", "static", "model2vec"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli import exit_list, name_list, of_form
+from modular_star_encoder.cli import checkpoint, exit_list, name_list, of_form
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def add_search_commands(commands: Any) -> None:
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--model", metavar="CHECKPOINT", help=f"folder or Hub repository (default: {default})")
+    what = f"folder or Hub repository (default: {default})"
+    parser.add_argument("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
     parser.add_argument(
         "--exit-layer", metavar="K", type=int, help="exit to embed at (default: 0 for mose-code, else the deepest)"
     )

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, text_prompt
 from modular_star_encoder.evaluation.tasks import candidate_batches
+from modular_star_encoder.inference import resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
@@ -174,7 +175,7 @@ def run_mteb(
         encode_options: passed to `encode_exits`: max_length, tokens_per_batch.
     """
     chosen = _resolve_tasks(tasks)
-    path = os.path.expanduser(os.fspath(checkpoint))
+    path = resolve_checkpoint(checkpoint)
     model, tokenizer = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     shared = SharedExits(model, tokenizer, exit_layers or model.config.exit_layers, memory_gb, **encode_options)
     metas = exit_model_metas(path, shared.exit_layers, model_name)
@@ -222,7 +223,7 @@ def exit_model_metas(
 
     See `run_mteb` for the arguments. If `revision` is None, it is `checkpoint_checksum(checkpoint)`.
     """
-    config, path = load_config(checkpoint), os.path.expanduser(os.fspath(checkpoint))
+    config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     is_local = os.path.isdir(path)
     name = model_name or (f"local/{Path(path).resolve().name}" if is_local else path)
     if "/" not in name:

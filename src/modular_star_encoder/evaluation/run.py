@@ -27,9 +27,9 @@ from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
 from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
+from modular_star_encoder.inference import PROFILE_NAME, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
@@ -93,7 +93,7 @@ def run_benchmarks(
     report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
-        profiles = {one.name: Path(name).expanduser() / PROFILE_NAME for name, one in retrievers.items()}
+        profiles = {one.name: Path(resolve_checkpoint(name), PROFILE_NAME) for name, one in retrievers.items()}
         try:
             plot_report(report.tables, profiles, folder)
         except (ImportError, ValueError) as error:  # the reports are already written, so a missing plot is only a note

@@ -28,6 +28,7 @@ from modular_star_encoder.evaluation.metrics import bootstrap_interval
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import Estimate, RetrievalTask, TaskResult
+from modular_star_encoder.inference import local_folder
 from modular_star_encoder.inference.checkpoints import (
     MODULES,
     check_servable,
@@ -151,8 +152,8 @@ def export_onnx_folder(
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
     """Return the default output folder for one exit: `{name}-{exit_layer}-{ending}`, next to the checkpoint."""
-    folder = Path(checkpoint).expanduser()
-    folder = folder.resolve() if folder.is_dir() else Path(folder.name)
+    local = local_folder(checkpoint)
+    folder = Path(Path(checkpoint).name) if local is None else local.resolve()
     return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
 
 

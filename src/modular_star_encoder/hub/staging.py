@@ -18,14 +18,14 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.report import read_tables
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
 from modular_star_encoder.hub.model_card import CARD, Measurements, StagedRepository, draw, write_card
+from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import (
-    check_checkpoint,
     checkpoint_checksum,
     class_named,
     write_checkpoint,
     write_sentence_transformer_files,
 )
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile
+from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
@@ -57,7 +57,7 @@ def _stage(
     manifest: Manifest, entry: RepositorySettings, parent: StagedRepository | None, folder: Path
 ) -> StagedRepository:
     uncut = parent if entry.slice_of else None
-    source = uncut.source if uncut else Path(str(entry.checkpoint)).expanduser()
+    source = uncut.source if uncut else Path(resolve_checkpoint(str(entry.checkpoint)))
     tokenizer = entry.tokenizer or (uncut.folder if uncut else None)
     model_class = _check_source(source, tokenizer)
     if uncut and entry.exit_layer not in uncut.config.exit_layers:

@@ -15,8 +15,8 @@ from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.hub.model_card import CARD, DEPTH_FIGURE, LATENCY_FIGURE, StagedRepository, check_card
 from modular_star_encoder.hub.staging import TOKENIZER
 from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings, ReloadRequest, verify_reload
+from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILES
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 

@@ -1,0 +1,79 @@
+"""A checkpoint → vectors. Here: which folder or Hub repository the name of a checkpoint means; imports no torch.
+
+A name is a folder, a Hub repository (OWNER/NAME), or a model that comes with this package, such as `mose-code`.
+"""
+
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from modular_star_encoder.utils.errors import UserError
+
+PROFILE_NAME = "exit_profile.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def shipped_models() -> tuple[str, ...]:
+    """Return the names of the models that come with this package."""
+    folders = Path(str(files("modular_star_encoder.hub_configs"))).glob("*/model.safetensors")
+    return tuple(sorted(path.parent.name for path in folders))
+
+
+def shipped_model(name: str = "mose-code") -> str:
+    """Return the folder of a model that comes with this package, for libraries that know no such names.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> SentenceTransformer(shipped_model()).encode(["parse a header"]).shape  # doctest: +SKIP
+        (1, 384)
+    """
+    if name not in shipped_models():
+        raise FileNotFoundError(f"This package has no model {name!r}. Available: {', '.join(shipped_models())}.")
+    return str(Path(str(files("modular_star_encoder.hub_configs"))) / name)
+
+
+def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
+    """Return the folder of a local checkpoint or of a shipped model; any other name as it is, with `~` expanded."""
+    path = os.path.expanduser(os.fspath(name))
+    is_local = os.path.isfile(os.path.join(path, "config.json"))
+    return shipped_model(path) if not is_local and path in shipped_models() else path
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of a local checkpoint; None for a shipped model or a Hub repository."""
+    path = resolve_checkpoint(name)
+    return Path(path) if path == os.path.expanduser(os.fspath(name)) and os.path.isdir(path) else None
+
+
+def check_checkpoint(name: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless `name` means a folder with config.json and weights, or has the form OWNER/NAME."""
+    folder = Path(resolve_checkpoint(name))
+    if is_repository(name):
+        return
+    fault = ""
+    if not folder.is_dir():
+        known = f"a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
+        fault = f"There is no checkpoint folder {name}: give a folder that exists, {known}."
+    elif not (folder / "config.json").is_file():
+        fault = f"{name} is not a checkpoint: it has no config.json."
+    elif not any((folder / file).is_file() for file in WEIGHT_FILES):
+        fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
+    if fault:
+        raise FileNotFoundError(fault)
+
+
+def is_repository(name: str | os.PathLike[str]) -> bool:
+    """Return whether `name` has the form OWNER/NAME of a Hub repository and is not a local path."""
+    return isinstance(name, str) and not os.path.exists(name) and bool(re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", name))
+
+
+def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Return the path for a checkpoint's profile: `out`, or if None `exit_profile.json` in the checkpoint's folder."""
+    if out is not None:
+        return Path(out).expanduser()
+    check_checkpoint(checkpoint)
+    folder = local_folder(checkpoint)
+    if folder is None:
+        raise UserError("profile.out.missing", f"{checkpoint} is no folder of yours: name the file to write (--out).")
+    return folder / PROFILE_NAME

@@ -23,13 +23,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.inference.exit_zero import shipped_checkpoint
+from modular_star_encoder.inference import check_checkpoint, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum, staged_folder
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 SENTENCE_TRANSFORMER_FILES = (
     "modules.json",
     "sentence_bert_config.json",
@@ -67,7 +66,7 @@ def load_checkpoint(
             its weights do not fit its configuration (transformers would initialise a missing head at random).
         OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
-    config, path = load_config(path), _expanded(path)
+    config, path = load_config(path), resolve_checkpoint(path)
     if exit_layer is not None:
         config.check_exit(exit_layer)
     tokenizer = _load_tokenizer(path)
@@ -81,28 +80,12 @@ def load_checkpoint(
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
     """Load the configuration of a checkpoint without its weights, for example to read the exits or the prompts."""
     check_checkpoint(path)
-    path = _expanded(path)
+    path = resolve_checkpoint(path)
     with _clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
         raise UserError("checkpoint.other_model", f"{path} is a {config.model_type!r}, not a ModularStarEncoder.")
     return config
-
-
-def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError unless `path` is a folder with config.json and weights, or has the form owner/name."""
-    folder = Path(_expanded(path))
-    if not folder.exists() and isinstance(path, str) and re.fullmatch(r"(?![.~]+/)[^/]+/[^/]+", path):  # owner/name
-        return
-    fault = ""
-    if not folder.is_dir():
-        fault = f"There is no checkpoint folder {path}."
-    elif not (folder / "config.json").is_file():
-        fault = f"{path} is not a checkpoint: it has no config.json."
-    elif not any((folder / name).is_file() for name in WEIGHT_FILES):
-        fault = f"{path} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
-    if fault:
-        raise FileNotFoundError(fault)
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
@@ -111,7 +94,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
     For a folder, these are the first 16 hexadecimal digits of the SHA-256 of configuration, tokenizer and weights,
     which takes about a second per GB; for a Hub repository, the hash of the commit that would be loaded.
     """
-    folder = Path(_expanded(checkpoint))
+    folder = Path(resolve_checkpoint(checkpoint))
     if not folder.is_dir():
         # The Hub's cache has one folder per commit, named after its hash.
         return Path(hf_hub_download(os.fspath(checkpoint), "config.json")).parent.name
@@ -120,17 +103,13 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     """Return the path of a file in a checkpoint; None if it does not exist or (offline) is not in the cache."""
-    path = _expanded(path)
+    path = resolve_checkpoint(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
     missing = LocalEntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
     with _clear_errors(path), suppress(missing):
         return Path(hf_hub_download(path, name))
     return None
-
-
-def _expanded(path: str | os.PathLike[str]) -> str:
-    return shipped_checkpoint(os.path.expanduser(os.fspath(path)))
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
@@ -220,11 +199,11 @@ def write_checkpoint(
 
     `tokenizer` is the folder of the tokenizer, the checkpoint if None. See `slice_checkpoint` for the others.
     """
-    config, path = load_config(checkpoint), _expanded(checkpoint)
+    config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
         config.check_exit(exit_layer)
     model = _load_whole(class_named(config.architectures[0], path), path, exit_layer=exit_layer)
-    own_tokenizer = _load_tokenizer(_expanded(tokenizer or path))
+    own_tokenizer = _load_tokenizer(resolve_checkpoint(tokenizer or path))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
     model.save_pretrained(out)

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.inference.checkpoints import check_checkpoint, load_checkpoint
+from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
@@ -64,10 +65,11 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             or `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
         exit_layers: exits of a ModularStarEncoder; all if None. Layers above the deepest one are not loaded.
     """
-    folder, is_endpoint = Path(name).expanduser(), name.startswith(ENDPOINT_PREFIX)
-    source, label = (str(folder), "/".join(folder.resolve().parts[-2:])) if folder.is_dir() else (name, name)
+    source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
+    folder = local_folder(name)
+    label = name if folder is None else "/".join(folder.resolve().parts[-2:])
     if not is_endpoint:
-        if not (folder / "modules.json").is_file():
+        if not Path(source, "modules.json").is_file():
             check_checkpoint(name)
         if _is_ours(source):
             own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)

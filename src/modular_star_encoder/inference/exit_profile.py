@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,17 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import AutoModel
 
-from modular_star_encoder.inference.checkpoints import check_checkpoint, checkpoint_file
+from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
+from modular_star_encoder.inference.checkpoints import checkpoint_file
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
     from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 
-PROFILE_NAME = "exit_profile.json"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ class ExitProfile:
         """Read a profile from a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no exit profile {path}: measure one with `mose profile`.")
+            how = "measure one with `mose profile`, and give it as `profile` if --out stores it elsewhere"
+            raise FileNotFoundError(f"There is no exit profile {path}: {how}.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version, exits = content.pop("format"), {}
@@ -137,7 +138,7 @@ class _Budget(NamedTuple):
 
     name: str
     limit: float
-    unit: str
+    unit: str  # of limit and values, such as " ms p95"
     sign: int
     values: Mapping[int, float]
 
@@ -145,7 +146,7 @@ class _Budget(NamedTuple):
         return {k for k, value in self.values.items() if self.sign * value <= self.sign * self.limit}
 
     def nearest(self, exits: Collection[int]) -> str:
-        """Return the best value among these exits as text for a message, such as "latency_ms 12 ms (exit 4)"."""
+        """Return the best value among these exits as text for a message, such as "latency_ms 12 ms p95 (exit 4)"."""
         best = min((k for k in exits if k in self.values), key=lambda k: (self.sign * self.values[k], k), default=None)
         if best is None:
             return f"{self.name} is unknown for these exits"
@@ -165,7 +166,7 @@ def select_exit(
     """Return the exit with the highest quality on `benchmark` of those that stay within all given limits.
 
     Of exits with equal quality, it is the shallowest. If the quality of one of these exits is unknown, the deepest of
-    them is returned.
+    them is returned. The logger of this module reports the exit and the reason at level INFO.
 
     Args:
         profile: cost and quality of each exit.
@@ -191,16 +192,22 @@ def select_exit(
     peaks = {k: one.peak_memory_mb for k, one in measured.items() if one.peak_memory_mb is not None}
     budgets = []
     if latency_ms is not None:
-        budgets.append(_Budget("latency_ms", latency_ms, " ms", 1, latencies))
+        budgets.append(_Budget("latency_ms", latency_ms, " ms p95", 1, latencies))
     if memory_mb is not None:
-        budgets.append(_Budget("memory_mb", memory_mb, " MB", 1, peaks))
+        budgets.append(_Budget("memory_mb", memory_mb, " MB peak", 1, peaks))
     if min_quality is not None:
         budgets.append(_Budget("min_quality", min_quality, "", -1, quality))
     if not budgets:
         raise UserError("budget.missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`.")
     if not (exits := set(profile.exits).intersection(*(budget.exits() for budget in budgets))):
         raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
-    return max(exits, key=lambda k: (quality[k], -k)) if exits <= set(quality) else max(exits)
+    is_known = exits <= set(quality)
+    exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
+    why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
+    costs = ", ".join(f"{one.name}={one.limit:g}: {one.nearest({exit_layer})}" for one in budgets)
+    within = f"of exits {_listed(sorted(exits))} within {costs}"
+    _logger.info("exit %s %s %s; batches of %s × %s tokens", exit_layer, why, within, *shape)
+    return exit_layer
 
 
 def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
@@ -273,31 +280,8 @@ def load_at_budget(
     """
     profile = profile or checkpoint_profile(checkpoint)
     options = {"dtype": profile.dtype, **(model_kwargs or {})}
-    path = os.path.expanduser(os.fspath(checkpoint))
+    path = resolve_checkpoint(checkpoint)
     return AutoModel.from_pretrained(path, exit_layer=select_exit(profile, **budget), **options).eval()
-
-
-def load_sentence_transformer_at_budget(
-    checkpoint: str | os.PathLike[str],
-    *,
-    profile: ExitProfile | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    device: str | None = None,
-    **budget: Any,
-) -> SentenceTransformer:
-    """Load a SentenceTransformer up to the best exit within limits on time, memory or quality.
-
-    See `load_at_budget` for arguments and errors. `device` defaults to the profile's device; without a GPU, to the CPU.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    profile = profile or checkpoint_profile(checkpoint)
-    return SentenceTransformer(
-        os.path.expanduser(os.fspath(checkpoint)),
-        device=device or (profile.device if torch.cuda.is_available() else "cpu"),
-        config_kwargs={"exit_layer": select_exit(profile, **budget)},
-        model_kwargs={"dtype": profile.dtype, **(model_kwargs or {})},
-    )
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:

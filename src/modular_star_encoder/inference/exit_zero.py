@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -126,10 +125,3 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def has_exit_zero(config: dict[str, Any]) -> bool:
     """Return whether `ExitZero` supports a checkpoint with this configuration."""
     return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())
-
-
-def shipped_checkpoint(name: str) -> str:
-    """Return the folder of the checkpoint `name` if this package contains it (`mose-code`), else `name` itself."""
-    folder = Path(str(files("modular_star_encoder.hub_configs"))) / name
-    is_shipped = "/" not in name and not Path(name).exists() and (folder / "model.safetensors").is_file()
-    return str(folder) if is_shipped else name

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from modular_star_encoder.inference.checkpoints import check_checkpoint, checkpoint_checksum, load_checkpoint
-from modular_star_encoder.inference.exit_profile import PROFILE_NAME, ExitProfile, Measurement, ProfiledExit
+from modular_star_encoder.inference import profile_path, resolve_checkpoint
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint
+from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
@@ -104,7 +105,7 @@ def profile_checkpoint(
         raise UserError("profile.device", f"device={device!r} is not available: use 'cpu', or 'cuda' with a GPU.")
     if dtype not in (None, *DTYPES):
         raise UserError("profile.dtype", f"dtype={dtype!r}, but it must be one of {', '.join(DTYPES)}.")
-    path = os.path.expanduser(os.fspath(checkpoint))
+    path = resolve_checkpoint(checkpoint)
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
@@ -172,17 +173,6 @@ def profile_to_file(
             profile = profile.with_quality(name, known)
     profile.save(path)
     return profile, path
-
-
-def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Return the path for a checkpoint's profile: `out`, or if None `exit_profile.json` in the checkpoint's folder."""
-    if out is not None:
-        return Path(out).expanduser()
-    check_checkpoint(checkpoint)
-    folder = Path(checkpoint).expanduser()
-    if not folder.is_dir():
-        raise UserError("profile.out.missing", f"{checkpoint} is no local folder: name the file to write (--out).")
-    return folder / PROFILE_NAME
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:

@@ -6,13 +6,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
-from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config, shipped_checkpoint
+from modular_star_encoder.inference import local_folder, resolve_checkpoint
+from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
@@ -34,7 +34,7 @@ class Embedder:
         has_exit_zero: whether numpy can compute exit 0; if so, torch is imported only when a deeper exit is used.
 
     Args:
-        checkpoint: a folder, or a repository of the Hub.
+        checkpoint: a folder, the name of a model inside this package, or a repository of the Hub.
         device: torch device of the model; None for a GPU if there is one.
 
     Raises:
@@ -42,9 +42,9 @@ class Embedder:
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
-        folder = Path(checkpoint).expanduser()
-        self.checkpoint = str(folder.resolve()) if folder.is_dir() else os.fspath(checkpoint)
-        self._folder = shipped_checkpoint(self.checkpoint)
+        folder = local_folder(checkpoint)
+        self.checkpoint = os.fspath(checkpoint) if folder is None else str(folder.resolve())
+        self._folder = resolve_checkpoint(checkpoint)
         facts = read_config(self._folder)
         self.has_exit_zero = has_exit_zero(facts)
         if self.has_exit_zero:

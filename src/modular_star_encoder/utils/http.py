@@ -9,9 +9,11 @@ import contextlib
 import json
 import os
 import random
+import socket
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -253,6 +255,35 @@ def check_repository_id(repository: str) -> None:
         if "/" in repository:
             return
     raise UserError("hub.repository_id", f"{repository!r} is not the id of a Hub repository, such as owner/name.")
+
+
+def check_hub(endpoint: str | None = None, *, seconds: float = 3.0) -> None:
+    """Raise OSError within `seconds` if no connection to the Hub can be made; its own client tries for a minute.
+
+    Behind a proxy nothing is checked. `endpoint` is the Hub's address; by default HF_ENDPOINT or https://huggingface.co.
+    """
+    url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    place = url.hostname, url.port or (80 if url.scheme == "http" else 443)
+    reasons = [f"no connection within {seconds:g} seconds"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection(place, timeout=seconds).close()
+            reasons.clear()
+        except OSError as error:
+            reasons[:] = [error.strerror or str(error)]
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        reasons = ["HF_HUB_OFFLINE is set"]
+    elif url.scheme in urllib.request.getproxies():
+        return
+    else:
+        thread = threading.Thread(target=connect, daemon=True)  # finding the host's address has no time-out of its own
+        thread.start()
+        thread.join(seconds)
+    if reasons:
+        how = "check the network, and the variables HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
+        raise OSError(f"{url.hostname} can't be reached ({reasons[0]}): {how}.")
 
 
 @contextlib.contextmanager
