@@ -168,7 +168,7 @@ def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypa
 )
 def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(mose, monkeypatch, error, status, named):
     monkeypatch.setattr("modular_star_encoder.cli.publish.run_slice", Mock(side_effect=error))
-    command = ("slice", "checkpoint", "--exit-layer", "4", "out")
+    command = ("slice", "mose-code", "--exit-layer", "4", "out")
     if status is None:
         with pytest.raises(type(error)):
             mose(*command)
@@ -180,7 +180,7 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(mose, mo
 @pytest.mark.parametrize("exits", ["", "4,", "deepest"])
 def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
     with pytest.raises(SystemExit) as error:
-        cli.main(["evaluate", "checkpoint", "--data", ".", "--exit-layers", exits])
+        cli.main(["evaluate", "mose-code", "--data", ".", "--exit-layers", exits])
     assert error.value.code == 2
     assert "not a list of numbers" in capsys.readouterr().err
 
