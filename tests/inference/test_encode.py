@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
-from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.data.finetuning_rows import RetrievalTexts
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
+from modular_star_encoder.inference.encode import encode_exits, tokenize
 from tests.errors import raises
-from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model, tiny_tokenizer
 
 TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
 
@@ -62,8 +67,9 @@ def test_equal_texts_get_equal_embeddings_to_the_last_bit(model, tokenizer):
 
 
 def test_the_prompt_goes_before_every_text(model, tokenizer):
-    prompted = encode(model, tokenizer, ["x", "y"], prompt="find:<sep>")[4]
-    assert np.allclose(prompted, encode(model, tokenizer, ["find:<sep>x", "find:<sep>y"])[4], atol=1e-6)
+    prompt = text_prompt()
+    prompted = encode(model, tokenizer, ["x", "y"], prompt=prompt)[4]
+    assert np.allclose(prompted, encode(model, tokenizer, [f"{prompt}x", f"{prompt}y"])[4], atol=1e-6)
     assert not np.allclose(prompted, encode(model, tokenizer, ["x", "y"])[4], atol=1e-3)
 
 
@@ -135,3 +141,28 @@ def test_legacy_pooling_may_read_padding_which_is_then_computed(tokenizer):
     model = tiny_model(pooling="legacy").eval()
     lengths = [len(ids) for ids in tokenizer(SHORT_AND_LONG)["input_ids"]]
     assert tokens_through_the_layers(model, tokenizer) == 2 * max(lengths)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_a_special_token_spelled_in_a_text_is_text_in_training_search_and_evaluation(instructions, tmp_path):
+    model = tiny_model(instruction_prompts=instructions)
+    folder = save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
+    own, tokenizer = load_checkpoint(folder, device="cpu")
+    code = 'def pad():\n    return "<pad>", "<mask>", "<cls>", "<sep>"\n'
+    rows = RetrievalTexts(
+        [RetrievalExample("About <sep>", (Snippet("python", code),))],
+        tokenizer,
+        max_code_tokens=128,
+        prompts=instructions,
+        progress=False,
+    )
+    trained = [rows.description(0).tolist(), rows.snippet(0).tolist()]
+    prompts = text_prompt(instructions=instructions), code_prompt("python", instructions=instructions)
+    for prompt, text, ids in zip(prompts, ("About <sep>", code), trained, strict=True):
+        assert tokenize(tokenizer, [prompt + text], 128, False) == [ids]  # as evaluation, search and ONNX do
+        assert tokenize(tokenizer, [text], 128, False, prompt=prompt) == [ids]
+        assert tokenize(tokenizer, [prompt + text], len(ids) - 2, False) == [[*ids[:-3], ids[-1]]]
+    if not instructions:  # stock libraries read prompt and text as one
+        assert tokenizer(code)["input_ids"] == trained[1]
+        stock = SentenceTransformer(str(folder), device="cpu")
+        assert np.allclose(stock.encode([code]), encode_exits(own, tokenizer, [code], progress=False)[4], atol=1e-6)

@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
+from textwrap import indent
 
 import pytest
 
@@ -13,7 +15,7 @@ from modular_star_encoder.data.languages.parsing import syntax_error_share
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import Completion
-from modular_star_encoder.synthconl.extraction import REASONS, clean_translation
+from modular_star_encoder.synthconl.extraction import MAX_ANSWER_CHARACTERS, REASONS, clean_translation
 from modular_star_encoder.synthconl.row_files import read_rows
 from modular_star_encoder.synthconl.translation import (
     LANGUAGE_NAMES,
@@ -251,8 +253,8 @@ GO = "func add(a int, b int) int {\n\treturn a + b\n}"
 
 
 def clean(text, finish_reason="stop", target="go", **options):
-    languages = {"source_language": "python", "target_language": target}
-    return clean_translation(text, finish_reason, source=SOURCE, **languages | options)
+    languages = {"source": SOURCE, "source_language": "python", "target_language": target}
+    return clean_translation(text, finish_reason, **languages | options)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,38 @@ def clean(text, finish_reason="stop", target="go", **options):
 def test_the_code_is_taken_out_of_fences_and_chatter(text):
     for one in (text, text.replace("\n", "\r\n")):
         assert (clean(one).code, clean(one).rejected) == (GO, "")
+
+
+DOCSTRING = 'def add(a, b):\n    """Adds.\n\n    ```python\n    add(1, 2)\n    ```\n    """\n    return a + b'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DOCSTRING,
+        f"Sure! Here is the translated code:\n{DOCSTRING}",
+        f"```python\n{DOCSTRING}\n```\nThe docstring has a fence.",
+        f"```python\n{DOCSTRING}",
+        f"```python\n{DOCSTRING}```\nDone.",
+        f"Draft:\n```python\npass```\nAnswer:\n```python\n{DOCSTRING}\n```",
+        f"~~~~ python\n{DOCSTRING}\n~~~~",
+        indent(f"\n```python\n{DOCSTRING}\n```", "    "),
+        "1. " + indent(f"```python\n{DOCSTRING}\n```", "   ").lstrip(),
+        f"```python\n{indent(DOCSTRING, '  ')}\n  ```",
+    ],
+)
+def test_fences_inside_the_code_belong_to_the_code_and_indentation_of_the_block_does_not(text):
+    assert clean(text, source=GO, source_language="go", target="python").code == DOCSTRING
+
+
+@pytest.mark.parametrize("text", ["```py\n", "    ```\n", "Sure: . ", "\n \n"])
+def test_the_longest_answer_is_cleaned_in_seconds(text):
+    many = text * ((MAX_ANSWER_CHARACTERS - 10) // len(text))
+    for answer in (many, f"```go\n{many}"):
+        start = time.process_time()
+        clean(answer)
+        assert time.process_time() - start < 10
+    assert clean(many + "x" * 99).rejected == "no function"
 
 
 @pytest.mark.parametrize("reasoning", ["<think>\n{}\n</think>\n\n", "<think>{} Good.</think>", "Well, {}\n</think>\n"])

@@ -27,7 +27,7 @@ from modular_star_encoder.inference import check_checkpoint, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import folder_checksum, staged_folder
+from modular_star_encoder.utils.files import folder_checksum, staged_folder, write_json
 
 SENTENCE_TRANSFORMER_FILES = (
     "modules.json",
@@ -283,6 +283,10 @@ def write_sentence_transformer_files(
         path = Path(folder, name)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path = Path(folder, "tokenizer_config.json")
+    if not config.instruction_prompts and path.is_file():
+        # No prompt holds a special token, so one that is spelled in a text is text, for every library that reads this.
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "split_special_tokens": True})
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:

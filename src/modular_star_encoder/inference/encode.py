@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,9 +12,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, CODE_INSTRUCTION, SEP_TOKEN, TEXT_INSTRUCTION
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
+from modular_star_encoder.data.tokenizer import ContentEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
+
+_INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
+_PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
 
 
 def encode_exits(
@@ -95,7 +101,7 @@ def encode_batches(
     if broken := [text for text in unique if not_unicode(text)]:
         message = f"{len(broken)} of the texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
         raise UserError("encode.texts.not_unicode", message)
-    token_ids = tokenize(tokenizer, [prompt + text for text in unique], max_length, progress)
+    token_ids = tokenize(tokenizer, list(unique), max_length, progress, prompt)
     embeddings: np.ndarray | None = None
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
         for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
@@ -107,14 +113,31 @@ def encode_batches(
     return None if embeddings is None else embeddings[:, [unique[text] for text in texts]]
 
 
-def tokenize(tokenizer: Any, texts: list[str], max_length: int, progress: bool) -> list[list[int]]:
-    """Return the token ids of each text, special tokens included, at most `max_length`."""
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
+) -> list[list[int]]:
+    """Return the token ids of each text after `prompt`, at most `max_length`, with the tokens that frame a text.
+
+    A special token that is spelled in a text, such as `<mask>`, is read as ordinary characters, as in training. It is
+    read as a token in `prompt`, in a published prompt at the start of a text, and by a tokenizer that frames no text.
+    """
     token_ids: list[list[int]] = []
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     chunk = 1024  # large enough for the tokenizer's threads, small enough to update the progress bar often
     starts = range(0, len(texts), chunk)
     for start in tqdm(starts, desc="tokenizing", unit="chunk", disable=not progress, leave=False):
-        batch = tokenizer(texts[start : start + chunk], truncation=True, max_length=max_length)
-        token_ids.extend(batch["input_ids"])
+        batch = [prompt + text for text in texts[start : start + chunk]]
+        token_ids.extend(tokenizer(batch, truncation=True, max_length=max_length)["input_ids"])
+    frame, encoder = tokenizer("")["input_ids"], None
+    for row, text in enumerate(texts) if frame else ():
+        published = None if prompt else _PUBLISHED_PROMPT.match(text)
+        begin, content = (published[0], text[published.end() :]) if published else (prompt, text)
+        if any(token in content for token in special):
+            encoder = encoder or ContentEncoder(tokenizer)
+            before = tokenizer(begin)["input_ids"]
+            after = before[len(before) - (frame[-1] == tokenizer.cls_token_id) :]
+            ids = encoder([content])[0].tolist()[: max_length - len(before)]
+            token_ids[row] = [*before[: len(before) - len(after)], *ids, *after]
     return token_ids
 
 

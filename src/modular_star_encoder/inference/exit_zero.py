@@ -59,7 +59,8 @@ class ExitZero:
             self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
+        split = settings.get("split_special_tokens", not read_config(folder).get("instruction_prompts", True))
+        self.tokenizer.encode_special_tokens = split
         self.tokenizer.no_padding()
         self._most_tokens = read_config(folder)["max_position_embeddings"]
         self.tokenizer.enable_truncation(self._most_tokens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from operator import length_hint
 from pathlib import PurePath
+from textwrap import dedent
 from typing import Any
 
 import pyarrow as pa
@@ -140,6 +141,7 @@ def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
 
 
 MAX_SYNTAX_ERROR_SHARE = 0.05
+MAX_ANSWER_CHARACTERS = 2**17  # a recipe's functions have 8,000; parsers take seconds for nonsense of this length
 
 _REASON_OF_FINISH = {
     ERROR: "not answered",
@@ -156,9 +158,9 @@ REASONS = (
 
 # Tags of code blocks that are neither names nor suffixes of their languages.
 _TAGS = {"python3": "python", "golang": "go", "node": "javascript"}
-_BLOCK = re.compile(
-    r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
-    re.MULTILINE | re.DOTALL,
+# A fence, alone in its line or first in an item of a list; only an opening fence has a tag.
+_FENCE = re.compile(
+    r"(?P<lead>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^`\s]*)[^`]*"
 )
 # The text of reasoning models before their answer; its opening tag may have been part of the prompt.
 _REASONING = re.compile(r"\A(?:\s*<think>.*?(?:</think>|\Z)|.*?^[ \t]*</think>[ \t]*$)", re.MULTILINE | re.DOTALL)
@@ -199,25 +201,31 @@ def clean_translation(
 ) -> Translation:
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
-    The code is the answer's code block, or the longest in the target language if there are several; without a block, it
-    is the answer without the sentences before and after the code. Reasoning (`<think>…</think>`) is removed first. The
-    code is accepted if it contains a function and parses as the target language, or if at most `max_error_share` of it
-    fails to parse and it does not parse as the source language; 1 skips these checks. Grammars are tolerant: of 200
-    functions of one language, up to 72 % parse as another with few errors (JavaScript as C++). This rule accepts up to
-    23 % as another (Java as C++), and all as their own language.
+    The code is the answer's code block, or the longest in the target language if there are several; without a block, or
+    if the answer is itself a function that parses, it is the answer without the sentences before and after the code.
+    Reasoning (`<think>…</think>`) and the indentation that all lines share are removed. The code is accepted if it
+    contains a function and parses as the target language, or if at most `max_error_share` of it fails to parse and it
+    does not parse as the source language; 1 skips these checks. Grammars are tolerant: of 200 functions of one
+    language, up to 72 % parse as another with few errors (JavaScript as C++). This rule accepts up to 23 % as another
+    (Java as C++), and all as their own language. An answer of more than `MAX_ANSWER_CHARACTERS` is rejected unread.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        return Translation("", "no function")
     text = _REASONING.sub("", text.replace("\r\n", "\n"))  # a fence ends with its line
-    blocks = []
-    for tag, code in ((one["tag"].lower(), one["code"]) for one in _BLOCK.finditer(text)):
-        blocks.append((language_named(tag) or language_of(PurePath(f"file.{tag}")) or _TAGS.get(tag, ""), code))
-    block = max(blocks, key=lambda one: (one[0] == target_language, one[0] == "", len(one[1])), default=None)
-    language, code = block or ("", _CLOSING.sub("", _OPENING.sub("", text)))
+    blocks, plain = code_blocks(text), _CLOSING.sub("", _OPENING.sub("", text))
+    if blocks and not _FENCE.match(text.lstrip()) and not _fault(plain, source_language, target_language, 0):
+        blocks = []  # the fences are in comments of the code
+    tags = {tag: language_named(tag) or language_of(PurePath(f"file.{tag}")) or _TAGS.get(tag, "") for tag, _ in blocks}
+    named = [(tags[tag], code) for tag, code in blocks]
+    best = max(named, key=lambda one: (one[0] == target_language, one[0] == "", len(one[1])), default=None)
+    language, code = best or ("", plain)
     code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
+    code = dedent(code)
     if not code:
         reason = "empty"
-    elif block is None and _REFUSAL.match(text):
+    elif best is None and _REFUSAL.match(text):
         reason = "refused"
     elif code_key(code) == code_key(source):
         reason = "same as the source"
@@ -226,6 +234,34 @@ def clean_translation(
     else:
         reason = _fault(code, source_language, target_language, max_error_share)
     return Translation("", reason) if reason else Translation(code)
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the tag (in lower case) and the code of each fenced code block in a Markdown text.
+
+    A closing fence is indented at most as far as its opening fence, so that a block may hold indented fences, as
+    docstrings do. A block without a closing fence ends at the next opening fence with as little indentation, or with
+    the text; if an odd number of fences is left in such a block, the last one ends its code.
+    """
+    blocks: list[tuple[str, str]] = []
+    opening, start, lines = None, 0, text.split("\n")
+    for number, line in enumerate(lines):
+        if not (fence := _FENCE.fullmatch(line)):
+            continue
+        if opening is not None:
+            inner = len(fence["lead"].expandtabs()) > len(opening["lead"].expandtabs())
+            if inner or not fence["fence"].startswith(opening["fence"]):
+                continue
+            blocks.append(_block(opening, lines[start:number], closed=not fence["tag"]))
+        opening, start = (None if opening is not None and not fence["tag"] else fence), number + 1
+    return blocks if opening is None else [*blocks, _block(opening, lines[start:], closed=False)]
+
+
+def _block(opening: re.Match[str], lines: list[str], *, closed: bool) -> tuple[str, str]:
+    code = "\n".join(lines)
+    if not closed and code.count(opening["fence"]) % 2:
+        code = code.rpartition(opening["fence"])[0]
+    return opening["tag"].lower(), code
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
