@@ -40,7 +40,7 @@ COMMANDS = {  # name → (reader whose files are in the folder of the command, i
     "grow": ("rows", "grow ../../world/exit-0 out --exit-layers 0 1"),
     "export": ("rows", "export ../../world/static/0 --format static --out out"),
     "index": ("checkout", f"index . --model {CHECKPOINT} --exit-layers 1,4"),
-    "profile": ("config", "profile . --rounds 1 --batch-sizes 1 --lengths 16"),
+    "profile": ("config", "profile . --exit-layers 2 --rounds 1 --batch-sizes 1 --lengths 16"),
     "card": ("report", "card model --repository me/model --evaluation report.json --out out"),
     "evaluate": ("benchmark-folder", f"evaluate {CHECKPOINT} --data . --exit-layers 2 --out out --json out.json"),
     "finetune": ("finetuning", "finetune recipe.yaml --out out"),

@@ -22,7 +22,7 @@ from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.utils.errors import UserError, naming_extra
-from modular_star_encoder.utils.files import staged_file, write_json, write_text
+from modular_star_encoder.utils.files import check_types, staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
@@ -283,6 +283,7 @@ def _read_table(stored: Mapping[str, Any], name: str) -> Table:
         rows.append(Row(**row | {"columns": columns, "mean": Estimate(**row["mean"]), "difference": changed}))
     fields = {key: value for key, value in stored.items() if key != "title"} | {"rows": rows}
     table = Table(**fields | {"benchmark": name or stored["benchmark"]})
+    check_types(table)
     own = _own_exits(table)
     return replace(table, rows=[row for row in rows if row.exit_layer is None or row is own.get(row.exit_layer)])
 

@@ -32,7 +32,7 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.files import check_types, write_json
 
 PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
@@ -219,7 +219,9 @@ def read_result(path: Path) -> TaskResult:
         names = {"system": "retriever", "figures": "estimates"}
         data = {names.get(key, key): value for key, value in data.items()}
         estimates = {name: Estimate(**estimate) for name, estimate in data.pop("estimates").items()}
-        return TaskResult(estimates=estimates, **data)
+        result = TaskResult(estimates=estimates, **data)
+        check_types(result)
+        return result
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("evaluation.result.damaged", f"{path} is damaged ({error}): remove it and run again.") from None
 

@@ -32,8 +32,8 @@ from modular_star_encoder.inference import local_folder
 from modular_star_encoder.inference.checkpoints import (
     MODULES,
     check_servable,
-    checkpoint_file,
     load_checkpoint,
+    stored_prompts,
     write_sentence_transformer_files,
 )
 from modular_star_encoder.inference.encode import encode_batches
@@ -159,9 +159,7 @@ def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: 
 
 def checkpoint_prompts(checkpoint: str | os.PathLike[str], config: ModularStarEncoderConfig) -> dict[str, str]:
     """Return the prompts in a checkpoint's SentenceTransformer files; if it has none, those of the published models."""
-    file = checkpoint_file(checkpoint, "config_sentence_transformers.json")
-    prompts = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("prompts")
-    return prompts or sentence_transformer_prompts(instructions=config.instruction_prompts)
+    return stored_prompts(checkpoint) or sentence_transformer_prompts(instructions=config.instruction_prompts)
 
 
 def _write_serving_files(

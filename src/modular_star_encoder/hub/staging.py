@@ -22,6 +22,7 @@ from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resol
 from modular_star_encoder.inference.checkpoints import (
     checkpoint_checksum,
     class_named,
+    stored_prompts,
     write_checkpoint,
     write_sentence_transformer_files,
 )
@@ -78,7 +79,7 @@ def _stage(
         # The verification uses mean pooling for a pre-trained model, whatever pooling its configuration has.
         own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
         write_sentence_transformer_files(folder, config, published, **own)
-    prompts = _read_settings(folder / "config_sentence_transformers.json").get("prompts") or {}
+    prompts = stored_prompts(folder)
     if retrieval and not {"query", "document_python"} <= set(prompts):
         message = f"{source} needs the prompts `query` and `document_python`, for examples in the card."
         raise UserError("hub.staging.prompts", message)

@@ -44,6 +44,8 @@ MODULES = (
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
 
+# What transformers raises for files whose values have other types or sizes than it expects.
+_DAMAGED = (SafetensorError, StrictDataclassError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
 
@@ -70,6 +72,9 @@ def load_checkpoint(
     if exit_layer is not None:
         config.check_exit(exit_layer)
     tokenizer = _load_tokenizer(path)
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= config.vocab_size:
+        message = f"The tokenizer of {path} has the token {last}, but the model only the first {config.vocab_size}."
+        raise UserError("checkpoint.tokenizer", message)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
@@ -136,7 +141,7 @@ def _load_tokenizer(path: str) -> Any:
 def _clear_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, StrictDataclassError, RuntimeError, OSError) as error:
+    except (*_DAMAGED, RuntimeError, OSError) as error:
         if (clear := _clear_error(error, path)) is None:
             raise
         raise clear from error
@@ -144,7 +149,7 @@ def _clear_errors(path: str) -> Iterator[None]:
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
     """Return an error with a message of one sentence to raise instead of `error`; None to raise `error` itself."""
-    if isinstance(error, SafetensorError | StrictDataclassError):
+    if isinstance(error, _DAMAGED) and not isinstance(error, UserError):
         return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
         return UserError("checkpoint.shapes", f"{path} cannot be loaded: its weights do not fit its configuration.")
@@ -185,6 +190,19 @@ def slice_checkpoint(
     with staged_folder(out) as staging:
         write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
     return out
+
+
+def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the prompts in a checkpoint's SentenceTransformer files; {} if it has none."""
+    if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is None:
+        return {}
+    try:
+        prompts = dict(json.loads(file.read_text(encoding="utf-8")).get("prompts") or {})
+        if all(isinstance(text, str) for text in prompts.values()):
+            return prompts
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UserError("checkpoint.prompts", f"{file} must hold a JSON object whose `prompts` maps names to texts.")
 
 
 def write_checkpoint(

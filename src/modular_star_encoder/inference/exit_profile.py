@@ -22,7 +22,7 @@ from transformers import AutoModel
 from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_file
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.files import check_types, write_json
 from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ class ExitProfile:
             shapes = {one.shapes for one in exits.values()}
             if version != 1 or len(shapes) != 1 or shapes == {()}:
                 raise ValueError("it needs `format` 1, at least one exit, and the same batch shapes for all exits")
-            return cls(exits=exits, **content)
+            profile = cls(exits=exits, **content)
+            check_types(profile)
+            return profile
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from modular_star_encoder.utils.errors import UserError
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
@@ -32,6 +35,21 @@ _SPACE = re.compile(r"\s+", re.ASCII)
 _MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
 
 
+def _damage_reported(read: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Decorate a method that reads the folder of a checkpoint: a damaged file raises UserError."""
+
+    @wraps(read)
+    def checked(self: Any, folder: Any) -> None:
+        try:
+            read(self, folder)
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # tokenizers raises no narrower class
+            raise UserError("checkpoint.damaged", f"{folder} cannot be loaded: {error}") from error
+
+    return checked
+
+
 class ExitZero:
     """Embeds texts at exit 0 of a checkpoint in a local folder.
 
@@ -40,8 +58,9 @@ class ExitZero:
         (1, 384)
     """
 
+    @_damage_reported
     def __init__(self, folder: str | Path) -> None:
-        """Read a checkpoint; raise ValueError or OSError if a file is missing or damaged, or if exit 0 needs torch."""
+        """Read a checkpoint; raise UserError or OSError if a file is missing or damaged, or if exit 0 needs torch."""
         from safetensors import safe_open
         from tokenizers import Tokenizer
 

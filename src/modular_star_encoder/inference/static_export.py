@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from safetensors.numpy import save
 
-from modular_star_encoder.inference.checkpoints import checkpoint_file, load_config, slice_checkpoint
+from modular_star_encoder.inference.checkpoints import load_config, slice_checkpoint, stored_prompts
 from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
@@ -75,10 +75,7 @@ def export_static(
         write_json(staging / "modules.json", _MODULES)
         (staging / "1_Normalize").mkdir()
         write_json(staging / "1_Normalize" / "config.json", {})
-        prompts: dict[str, str] = {}
-        if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is not None:
-            prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {}
-        settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        settings = {"prompts": stored_prompts(checkpoint), "default_prompt_name": None, "similarity_fn_name": "cosine"}
         write_json(staging / "config_sentence_transformers.json", settings)
         if format == "model2vec":
             tokenizer.no_truncation()

@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from hashlib import blake2b
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -34,7 +34,7 @@ from modular_star_encoder.search.vector_store import (
     file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_text
+from modular_star_encoder.utils.files import check_types, write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 100_000
@@ -54,6 +54,29 @@ _OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX, _STAMPS}
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
 _ROWS_PER_BLOCK = 1024  # vectors that are compared at once: as float32, they stay in the processor's cache
+
+
+@contextmanager
+def _damage_reported(location: str) -> Iterator[None]:
+    """Raise UserError for the errors that a damaged file causes; let FileNotFoundError pass."""
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, zlib.error) as error:
+        message = f"The index {location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
+        raise UserError("search.index.unreadable", message) from error
+
+
+def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method that reads segments: damage is a UserError."""
+
+    @wraps(method)
+    def reported(self: Any, *arguments: Any) -> Any:
+        with _damage_reported(self.location):
+            return method(self, *arguments)
+
+    return reported
 
 
 class LocalStore:
@@ -81,6 +104,7 @@ class LocalStore:
             shutil.rmtree(self.folder / _OLD_INDEX, ignore_errors=True)
         self._write({"settings": dict(settings), "segments": {}})
 
+    @_reading
     def files(self) -> dict[str, str | None]:
         return file_hashes(
             (one["id"], one["hash"], one["expected"], one["rows"])
@@ -100,6 +124,7 @@ class LocalStore:
         if self.folder is not None:
             write_text(self.folder / _STAMPS, json.dumps(stamps))
 
+    @_reading
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         manifest = self._read()
         segments = {
@@ -112,6 +137,7 @@ class LocalStore:
         if sum(self._segment(name).size < LARGE_SEGMENT for name in segments) >= _SMALL_SEGMENTS:
             self.finish()
 
+    @_reading
     def finish(self) -> None:
         """Merge small segments and those that are over a third deleted; remove files that the manifest doesn't list."""
         manifest = self._read()
@@ -131,6 +157,7 @@ class LocalStore:
         if groups:
             self._write({**manifest, "segments": segments})
 
+    @_reading
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
         unit = (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)
         chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
@@ -139,6 +166,7 @@ class LocalStore:
         scored = [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen]
         return _best(scored, limit)
 
+    @_reading
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
         if not words:
             return []
@@ -159,6 +187,7 @@ class LocalStore:
             scored.append((one, places, total[places]))
         return _best(scored, limit)
 
+    @_reading
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
         rows: list[Any] = [one.row_id for one in found]
         segments = {segment for segment, _ in rows}
@@ -171,6 +200,7 @@ class LocalStore:
             result[numbers] = values * scales[:, None]
         return result
 
+    @_reading
     def count(self) -> int:
         return sum(int(one.alive.sum()) for one in self._alive())
 
@@ -195,7 +225,7 @@ class LocalStore:
                 message = f"An older version of this package made the index {self.location}. Rebuild it (--rebuild)."
                 raise UserError("search.index.format", message)
             return _NO_INDEX
-        with self._damage_reported():
+        with _damage_reported(self.location):
             status = path.stat()
             if self._version != (status.st_mtime_ns, status.st_ino):
                 manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -229,20 +259,10 @@ class LocalStore:
 
     def _segment(self, name: str) -> _Segment:
         if name not in self._segments and self.folder is not None:
-            with self._damage_reported():
-                self._segments[name] = _Segment(name, *_mapped(self.folder / f"{name}.safetensors"))
+            with _damage_reported(self.location):
+                path = self.folder / f"{name}.safetensors"
+                self._segments[name] = _Segment(name, *_mapped(path), location=self.location)
         return self._segments[name]
-
-    @contextmanager
-    def _damage_reported(self) -> Iterator[None]:
-        """Raise UserError for the errors that a damaged file causes; let FileNotFoundError pass."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
-            raise UserError("search.index.unreadable", message) from error
 
     def _strange_files(self) -> bool:
         """Return whether the folder holds files of another program and no index."""
@@ -253,8 +273,10 @@ class LocalStore:
 class _Segment:
     """N rows of an index, in one file whose arrays are mapped into memory."""
 
-    def __init__(self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]]) -> None:
-        self.name, self.files, self.dead = name, files, frozenset[str]()
+    def __init__(
+        self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]], location: str = MEMORY
+    ) -> None:
+        self.name, self.files, self.dead, self.location = name, files, frozenset[str](), location
         self.size = len(arrays["lengths"])
         self.ids = {one["id"] for one in files}
         self._arrays = arrays
@@ -296,12 +318,15 @@ class _Segment:
         first, last = self["word_starts"][place : place + 2]
         return self["word_rows"][first:last], self["word_counts"][first:last]
 
+    @_reading
     def snippet(self, place: int) -> Snippet:
         """Return the piece of code in the row at `place`."""
         first, last = self["row_starts"][place : place + 2]
         values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
         values[-1] = tuple(values[-1])  # `defines`
-        return Snippet(*values)
+        snippet = Snippet(*values)
+        check_types(snippet)
+        return snippet
 
     @cached_property
     def words(self) -> int:

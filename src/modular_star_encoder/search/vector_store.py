@@ -15,6 +15,7 @@ import numpy as np
 from modular_star_encoder.data.languages.registry import ALL_LANGUAGES
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import check_types
 
 QDRANT, MEMORY = "qdrant:", "memory://"
 FORMAT = 4
@@ -262,13 +263,19 @@ class IndexSettings:
         """Restore settings from the result of `to_dict`.
 
         Raises:
-            UserError: another version of this package made the index at `location`.
+            UserError: another version of this package made the index at `location`, or the settings are damaged.
         """
         if (found := values.get("format")) != FORMAT:
             message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it (--rebuild)."
             raise UserError("search.index.format", message)
         options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-        return cls(**options)
+        try:
+            settings = cls(**options)
+            check_types(settings)
+        except TypeError as error:
+            message = f"The settings of the index {location} are damaged ({error}): rebuild it (--rebuild)."
+            raise UserError("search.index.unreadable", message) from error
+        return settings
 
     def root(self, location: str) -> str:
         """Return the absolute path of the indexed folder, for an index at `location`."""

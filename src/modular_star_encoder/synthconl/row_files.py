@@ -74,12 +74,12 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return the rows of a parquet file, with all columns if `columns` is None."""
-    return pq.read_table(file, columns=list(columns) if columns else None).to_pylist()
+    return _opened(file).read(list(columns) if columns else None).to_pylist()
 
 
 def count_rows(folder: Path) -> int:
     """Return the number of rows that `write_rows` wrote to a folder, from the metadata of the files."""
-    return sum(pq.read_metadata(file).num_rows for file in row_files(folder))
+    return sum(_opened(file).metadata.num_rows for file in row_files(folder))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from modular_star_encoder.synthconl.backends import (
 )
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.files import check_types, write_json
 from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
 LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
@@ -252,7 +252,13 @@ class _Session:
 
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    try:
+        sessions = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if all(isinstance(one["seconds"] + one["completions"], int | float) and one["backend"] for one in sessions):
+            return list(sessions)
+    except (ValueError, TypeError, LookupError):
+        pass
+    raise UserError("synthconl.journal", f"{path} is damaged; remove the file: it only counts the answers so far.")
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
@@ -319,8 +325,9 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             completion = Completion(**json.loads(line))
+            check_types(completion)
             known = completion.id in ids
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
             message = f"Line {number} of {path} is damaged or belongs to no row; delete the line to repeat the request."

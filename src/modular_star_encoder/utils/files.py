@@ -4,10 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from modular_star_encoder.utils.errors import UserError
 
@@ -78,6 +82,34 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_types(record: Any) -> None:
+    """Raise TypeError if a field of a dataclass instance, or of instances inside, has not the annotated type."""
+    for name, kind in _hints(type(record)).items():
+        if not _fits(value := getattr(record, name), kind):
+            raise TypeError(f"{name} must not be {str(value)[:60]}")
+
+
+_hints: Any = lru_cache(get_type_hints)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in kinds)
+    if origin is tuple:
+        is_tuple = isinstance(value, tuple) and (kinds[-1] is ... or len(kinds) == len(value))
+        return is_tuple and all(map(_fits, value, repeat(kinds[0]) if kinds[-1] is ... else kinds))
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())
+    if origin is not None:
+        return isinstance(value, list | tuple) and all(_fits(one, kinds[0]) for one in value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) < 1e300  # not NaN
+    if is_dataclass(value):
+        check_types(value)
+    return kind is Any or isinstance(value, kind)
 
 
 def folder_checksum(
