@@ -1,6 +1,6 @@
 """Fine-tune a multi-exit encoder for retrieval or clone detection, as `mose finetune` does: to copy and change.
 
-    python examples/finetune.py hub_configs/small/finetune.yaml --out runs/retrieval data.functions.folder=~/checkouts
+    python examples/finetune.py small --out runs/retrieval data.functions.folder=~/checkouts
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py RECIPE --out FOLDER
 
 What is interrupted continues when it is started again.
@@ -16,7 +16,7 @@ from modular_star_encoder.training.finetuning import load_finetuning
 def main() -> int:
     """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/finetune.yaml")
+    parser.add_argument("recipe", help="a YAML file or a packaged recipe, such as small")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
     arguments = parser.parse_intermixed_args()  # settings may also follow --out

@@ -1,6 +1,6 @@
 """Pre-train a multi-exit encoder on repositories, in the steps that `mose pretrain` runs: a script to copy and change.
 
-    python examples/pretrain.py hub_configs/small/recipe.yaml --out runs/small corpus.folder=~/checkouts
+    python examples/pretrain.py small --out runs/small corpus.folder=~/checkouts
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py RECIPE --out FOLDER
 
 What is interrupted continues when it is started again.
@@ -17,7 +17,7 @@ from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 def main() -> int:
     """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, such as hub_configs/small/recipe.yaml")
+    parser.add_argument("recipe", help="a YAML file or a packaged recipe, such as small")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
     arguments = parser.parse_intermixed_args()  # settings may also follow --out

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     shipped = encoder(recipe.model, "shipped", recipe)
     print(evaluate(data, [shipped], recipe, out).to_markdown())
     announce("3/5  Fine-tune every exit on the other functions")
-    log = finetune(recipe, out / "finetuned", data=data)
+    log = finetune(recipe, out / "finetuned", data=data, before=False)
     announce("4/5  Measure again")
     model = out / "finetuned" / "model"
     results = evaluate(data, [encoder(model, "fine-tuned", recipe), shipped], recipe, out)

@@ -1,5 +1,6 @@
 """Sources of fine-tuning: what is read, what is skipped and counted, what is refused."""
 
+import csv
 import gzip
 import json
 from dataclasses import replace
@@ -12,8 +13,10 @@ from modular_star_encoder.data.pairs import (
     RetrievalExample,
     Snippet,
     TripletColumns,
+    have_negatives,
     open_triplets,
     read_retrieval_examples,
+    resolve_pairs,
 )
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.utils.files import write_text
@@ -42,6 +45,10 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file, delimiter=";" if path.suffix == ".csv" else "\t")
+            writer.writerows([list(rows[0]), *([one] if isinstance(one, str) else one.values() for one in rows)])
     else:
         data = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in rows).encode()
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
@@ -142,8 +149,8 @@ def test_bad_rows_are_skipped_with_count_and_example_or_refused(tmp_path, name):
     for _ in range(2):
         assert repositories(reader) == ["0", ""]
         assert reader.skipped == dict.fromkeys(bad, 1) | {"empty func2": 2}
-        assert f"{name}, " in reader.examples["unknown language2"]
-        assert reader.examples["unknown language2"].partition(": ")[0].endswith(" 5")
+        assert f"{name}, " in reader.examples["unknown language2"][0]
+        assert reader.examples["unknown language2"][0].partition(": ")[0].endswith(" 5")
     write_text(tmp_path / "report.json", str(reader.examples))  # UTF-8, whatever the rows hold
     with raises("data.row", 2):
         list(open_triplets(file, strict=True))
@@ -233,8 +240,8 @@ def test_rows_that_cannot_be_trained_on_are_skipped_or_refused(tmp_path, reason)
     assert len(found.texts) == 1
     assert found.skipped == {reason: 2}
     assert set(found.examples) == {reason}
-    assert ", line 2: " in found.examples[reason]
-    assert found.examples[reason].encode()
+    assert ", line 2: " in found.examples[reason][0]
+    assert found.examples[reason][0].encode()
     with raises("data.row", reason.split()[0]):
         read({"triplets": {"source": file, "strict": True}})
 
@@ -277,9 +284,9 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
         "no JSON",
     )
     assert found.skipped == dict.fromkeys(once, 1) | {"fewer than two solutions": 2}
-    assert found.examples["fewer than two solutions"].endswith('line 2: "lonely"')
-    assert found.examples["no JSON"].endswith("line 6: {")
-    assert found.examples[SURROGATES].encode()
+    assert found.examples["fewer than two solutions"][0].endswith('line 2: "lonely"')
+    assert found.examples["no JSON"][0].endswith("line 6: {")
+    assert found.examples[SURROGATES][0].encode()
 
 
 def test_a_source_set_to_none_is_left_out(tmp_path):
@@ -304,3 +311,71 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path, settings, key, value)
     file = str(write(tmp_path / "rows.jsonl", [row(func2="")]))
     with raises(key, value):
         read(json.loads(json.dumps(settings).replace("FILE", file)))
+
+
+ADD, SUBTRACT = ('Add two numbers; "fast".', PYTHON), ("Take one away.", "def sub(a, b):\n\n    return a - b")
+
+
+def pair(query=ADD[0], positive=ADD[1], **others):
+    return {"ID": "1", "Question": query, "code": positive, **others}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_columns_of_pairs_are_guessed_from_their_names_in_files_of_any_kind(tmp_path, name):
+    file = write(tmp_path / name, [pair(lang="Python", label="1"), pair(*SUBTRACT, lang="Perl 6", label="0.2")])
+    (source, settings), *others = resolve_pairs({"functions": "replaced", "pairs": str(file)}).items()
+    assert (source, others) == ("pairs", [])
+    names = {"query": "Question", "positive": "code", "negative": None, "score": "label", "language": "lang"}
+    assert settings == {"source": str(file), "columns": names | {"repository": None}}
+    found = read({"pairs": settings})["pairs"]
+    assert found.texts == [RetrievalExample(ADD[0], (Snippet("python", PYTHON),))]
+    assert found.skipped == {"label below 0.5": 1}
+    chosen = {
+        "pairs": str(file),
+        "columns": {"query": "code", "positive": "Question", "language": None},
+        "min_score": 0,
+    }
+    assert [text.description for text in read(chosen)["pairs"].texts] == [ADD[1], SUBTRACT[1]]
+
+
+def test_negatives_of_pairs_are_texts_or_lists_and_a_lone_repository_separates_nothing(tmp_path):
+    rows = [pair(negatives=["x = 1", "x = 2"], repo="me/mine"), pair(*SUBTRACT, negatives="x = 3", repo="me/mine")]
+    settings = resolve_pairs({"pairs": str(write(tmp_path / "a.jsonl", rows))})
+    assert have_negatives(settings)
+    assert [(one.negative.code, one.repository) for one in read(settings)["pairs"].texts] == [
+        ("x = 1", ""),
+        ("x = 3", ""),
+    ]
+
+
+def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
+    bad = {"empty Question": pair(" "), "empty code": pair(positive=None), "code is not a text": pair(positive=3)}
+    bad |= {"code has more than 100,000 characters": pair(positive="x" * 100_001), SURROGATES: pair("\ud800")}
+    bad |= {"code equals another text of the row": pair("x"), "no JSON": "{"}
+    bad["code equals another text of the row"]["code"] = "x"
+    file = write(tmp_path / "a.jsonl", [pair(), *[row for row in bad.values() for _ in range(4)]])
+    found = read({"pairs": str(file)})["pairs"]
+    assert (len(found.texts), found.skipped) == (1, dict.fromkeys(bad, 4))
+    assert {reason: len(shown) for reason, shown in found.examples.items()} == dict.fromkeys(bad, 3)
+    csv_file = write(tmp_path / "a.csv", [pair(), "lonely"])
+    assert read({"pairs": str(csv_file)})["pairs"].skipped == {"not 3 fields": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "value"),
+    [
+        ({"pairs": "FOLDER/pair.csv"}, "data.source.no_files", "pairs.csv"),
+        ({"pairs": "FOLDER/pairs"}, "data.source.no_files", "pairs.csv"),
+        ({"pairs": "FOLDER/pairs.json"}, "data.source.no_files", ".jsonl"),
+        ({"pairs": "FOLDER/pairs.csv", "columns": {"query": "c"}}, "data.source.column", "are a,  b"),
+        ({"pairs": "FOLDER/pairs.csv"}, "data.pairs.columns", "query and the positive"),
+        ({"pairs": "FOLDER/pairs.csv", "columns": {"quary": "a b"}}, "settings.unknown", "query"),
+        ({"pairs": {"columns": {}}}, "data.pairs.columns", "data.pairs"),
+        ({"pairs": "FOLDER/open.csv", "columns": {"query": "a", "positive": "b"}}, "data.source.damaged", "open.csv"),
+    ],
+)
+def test_pairs_that_cannot_be_read_are_refused_without_the_hub(tmp_path, settings, key, value):
+    write(tmp_path / "pairs.csv", [{"a, b": 1}]).with_suffix(".json").write_text("{}")
+    (tmp_path / "open.csv").write_text('a,b\n"open,' + "x" * 10_000_001)
+    with raises(key, value):
+        read(json.loads(json.dumps(settings).replace("FOLDER", str(tmp_path))))

@@ -2,6 +2,8 @@
 
 import pytest
 
+from modular_star_encoder.cli.main import main
+from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.recipes import (
@@ -11,6 +13,7 @@ from modular_star_encoder.training.recipes import (
 )
 from modular_star_encoder.training.runs import format_log
 from modular_star_encoder.utils.settings import format_reference
+from tests.errors import raises
 
 
 @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe, ClassificationRecipe, AblationRecipe])
@@ -54,3 +57,46 @@ def test_the_papers_rate_is_a_fraction_of_the_peak_at_every_boundary():
     warm_up = [paper.rate_fraction(step) for step in (0, 1, 3_999, 4_000)]
     assert warm_up == pytest.approx([0.0, 1 / 4_000, 3_999 / 4_000, 1.0])
     assert paper.rate_fraction(244_999) == 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "file"),
+    [
+        ("small", None, "small/finetune"),
+        ("small", "pretrain", "small/recipe"),
+        ("small", "ablate", "small/ablation"),
+        ("mose-code", "finetune", "mose-code/finetune"),
+        ("mose-code/exit-0", "finetune", "mose-code/exit-0"),
+        ("finetuned", "finetune", "finetuned/recipe"),
+        ("hub_configs/mini/recipe.yaml", "pretrain", "mini/recipe"),
+    ],
+)
+def test_a_packaged_recipe_is_found_by_its_name_and_by_its_folders(tmp_path, monkeypatch, name, command, file):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    assert find_recipe(name, command) == hub_config_folder(file.partition("/")[0]).parent / f"{file}.yaml"
+
+
+def test_a_file_of_the_same_name_comes_first_and_an_unknown_name_lists_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").write_text("mine")
+    assert find_recipe("small").read_text() == "mine"
+    for name in ("smal", "mini", "./hub_configs"):
+        with raises("settings.file", name, "small/finetune") as caught:
+            find_recipe(name, "finetune")
+        assert "small/recipe" not in str(caught.value)
+
+
+def test_recipes_are_listed_shown_and_copied_but_no_file_is_replaced(tmp_path, capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"mose {one.command}" in listed and one.name in listed for one in packaged_recipes())
+    assert all(len(one.summary) > 20 for one in packaged_recipes())
+    assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 0
+    text = (tmp_path / "my.yaml").read_text()
+    capsys.readouterr()
+    assert main(["recipes", "show", "small/finetune"]) == 0
+    assert capsys.readouterr().out == text == find_recipe("small").read_text()
+    (tmp_path / "my.yaml").write_text("mine")
+    assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 2
+    assert (tmp_path / "my.yaml").read_text() == "mine"

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from modular_star_encoder.utils.settings import Count, build_settings, format_reference, settings_class
+from modular_star_encoder.utils.settings import Count, build_settings, format_reference, read_mapping, settings_class
 from tests.errors import raises
 
 
@@ -114,3 +114,44 @@ def test_the_reference_lists_keys_with_type_default_and_meaning():
         "  inner.kind  'a' | 'b', default a; which one.",
         "  sizes       tuple[int, ...], default ()",
     ]
+
+
+LAUGHS = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: " + "[" * 40 + "]" * 40, 32),
+        ("a: " + "[" * 100_000, 32),
+        ("x0: &x0 1\n" + LAUGHS, "20,000"),
+        ("a: &a [*a]", "20,000"),
+        ("x0: &x0 {k: 1}\n" + LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "20,000"),
+        ("a: [" + "1," * 20_000 + "]", "20,000"),
+        ("a: " + "9" * 5_000, 100),
+        ("a: " + "1:" * 10_000 + "1", 100),
+        ("a: 2001-99-99", "month"),
+        ("a: !!int ''", "YAML"),
+        ("a: !!timestamp x", "YAML"),
+        ("a: !!bool maybe", "YAML"),
+        ("a: !!python/object/apply:os.system [exit]", "python/object"),
+        ("? [a]\n: 1", "YAML"),
+        ("#" * 2**20 + "\na: 1", "1,048,576"),
+        ("a: \x00", "YAML"),
+        ("- a", "mapping"),
+    ],
+)
+def test_yaml_beyond_a_limit_is_a_sentence(tmp_path, text, value):
+    (tmp_path / "a.yaml").write_text(text)
+    with raises("settings.file", "a.yaml", value) as caught:
+        read_mapping(tmp_path / "a.yaml")
+    assert len(str(caught.value)) < 500
+
+
+def test_a_sentence_shows_the_beginning_of_a_long_value(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: x\nsizes: " + "x" * 10_000)
+    with raises("settings.value", "sizes", "xxx") as caught:
+        build_settings(Outer, read_mapping(tmp_path / "a.yaml"), "recipe")
+    assert len(str(caught.value)) < 300
+    with raises("settings.override"):
+        read_mapping(tmp_path / "a.yaml", ["name=" + "[" * 50])

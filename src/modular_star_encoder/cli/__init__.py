@@ -64,6 +64,6 @@ def checkpoint(text: str) -> str:
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
     """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `setting` are examples, `out` is the help of --out."""
-    parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, for example {recipe}")
+    parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file or a packaged recipe, such as {recipe}")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"other settings: {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

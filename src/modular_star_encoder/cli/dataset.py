@@ -110,7 +110,7 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
     triplets = open_triplets(arguments.source, split=arguments.split)
     statistics = dataset_statistics(triplets)
     for reason, count in triplets.skipped.most_common():
-        print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason]}", file=sys.stderr)
+        print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason][0]}", file=sys.stderr)
     if arguments.json:
         write_json(arguments.json, asdict(statistics))
     print(statistics.to_markdown())

@@ -1,4 +1,4 @@
-"""The commands that train as a recipe says: `mose pretrain`, `mose finetune`, `mose ablate`."""
+"""The commands that train as a recipe says (`mose pretrain`, `mose finetune`, `mose ablate`), and `mose recipes`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ def add_train_commands(commands: Any) -> None:
     run_folder = "folder of the run; an existing run continues"
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
-    add_recipe_options(pretrain, "hub_configs/small/recipe.yaml", "corpus.folder=~/code", run_folder)
+    add_recipe_options(pretrain, "small", "corpus.folder=~/code", run_folder)
     pretrain.set_defaults(run=run_pretrain)
 
     finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
-    add_recipe_options(finetune, "hub_configs/small/finetune.yaml", "max_steps=500", run_folder)
+    add_recipe_options(finetune, "mose-code", "data.pairs=pairs.csv", run_folder)
     finetune.set_defaults(run=run_finetune)
 
     ablate = commands.add_parser("ablate", help="compare exits trained together and alone, and other options")
     folder = "folder of the runs and reports; existing runs continue"
-    add_recipe_options(ablate, "hub_configs/small/ablation.yaml", "finetuning.max_steps=500", folder)
+    add_recipe_options(ablate, "small", "finetuning.max_steps=500", folder)
     ablate.set_defaults(run=run_ablate)
+
+    recipes = commands.add_parser("recipes", help="list the packaged recipes, show one, or copy one to change")
+    recipes.set_defaults(run=run_recipes, name=None, file=None)
+    actions = recipes.add_subparsers(metavar="ACTION")
+    for action, meaning in (("list", "list all"), ("show", "print one"), ("copy", "copy one to a file")):
+        parser = actions.add_parser(action, help=meaning)
+        if action != "list":
+            parser.add_argument("name", metavar="NAME", help="as in the list, or a folder's name alone: small")
+        if action == "copy":
+            parser.add_argument("file", metavar="FILE", help="a new YAML file")
 
     for parser in (pretrain, finetune, ablate):
         _end_help_with_keys(parser)
@@ -44,7 +54,46 @@ def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
     parser.format_help = format_help  # type: ignore[method-assign]
 
 
+def run_recipes(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.training import find_recipe, packaged_recipes
+    from modular_star_encoder.utils.errors import UserError
+    from modular_star_encoder.utils.files import check_writable, write_text
+
+    if arguments.name is None:
+        recipes = packaged_recipes()
+        width = max(len(one.name) for one in recipes)
+        for one in recipes:
+            print(f"mose {one.command:8} {one.name:{width}}  {one.summary}")
+        print("\nA folder's name alone is its first recipe for the command: `mose finetune mose-code --out FOLDER`.")
+        return
+    path = find_recipe(arguments.name)
+    text = path.read_text(encoding="utf-8")
+    if arguments.file is None:
+        print(text, end="")
+        return
+    check_writable(arguments.file)
+    if os.path.exists(arguments.file):
+        raise UserError("files.exists", f"{arguments.file} already exists; name a new file.")
+    write_text(arguments.file, text)
+    print(f"{path.parent.name}/{path.stem} is now in {arguments.file}")
+
+
+def _check_early(arguments: argparse.Namespace, command: str) -> None:
+    """Check the recipe's name, the form of KEY=VALUE, and the files of pairs, before torch is imported."""
+    from modular_star_encoder.data.pairs import check_sources
+    from modular_star_encoder.training import find_recipe
+    from modular_star_encoder.utils.settings import read_mapping
+
+    content = read_mapping(find_recipe(arguments.recipe, command), arguments.overrides)
+    finetuning = content.get("finetuning") if command == "ablate" else content
+    data = finetuning.get("data") if isinstance(finetuning, dict) else None
+    # A run that has its rows no longer needs their source.
+    if isinstance(data, dict) and not os.path.exists(os.path.join(arguments.out, "data")):
+        check_sources(data)
+
+
 def run_pretrain(arguments: argparse.Namespace) -> None:
+    _check_early(arguments, "pretrain")
     from modular_star_encoder.training.pretraining import pretrain
     from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
@@ -53,15 +102,19 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.training.finetuning import load_finetuning
+    _check_early(arguments, "finetune")
+    from modular_star_encoder.training.finetuning import format_retrieval, load_finetuning
 
-    file, overrides, out = arguments.recipe, arguments.overrides, arguments.out
-    recipe, finetune = load_finetuning(file, overrides)
+    out = arguments.out
+    recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
     log = finetune(recipe, out)
+    if log.get("retrieval"):
+        print(f"\n{format_retrieval(log['retrieval'])}\n")
     print(f"{log['steps']} steps; result in {os.path.join(out, 'model')}")
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:
+    _check_early(arguments, "ablate")
     from modular_star_encoder.training.ablation import AblationRecipe, ablate
     from modular_star_encoder.training.recipes import load_recipe
 

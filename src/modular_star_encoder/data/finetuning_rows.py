@@ -68,7 +68,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         self._text_frame = _frame(tokenizer, text_prompt(instructions=prompts), max_text_tokens, "max_text_tokens")
         self._code_frames = {
             language: _frame(tokenizer, code_prompt(language, instructions=prompts), max_code_tokens, "max_code_tokens")
-            for language in sorted({one.language for one in (*snippets, *self._negative_snippets)} - {""})
+            for language in sorted({one.language for one in (*snippets, *self._negative_snippets)})
         }
         self._descriptions, self._codes, self._negatives = (
             encode_content(tokenizer, content, progress=progress and bool(content), description=name)

@@ -1,14 +1,15 @@
 """Reads pairs for fine-tuning: prose and code of one meaning (retrieval), or two labelled snippets (clone detection).
 
-Every source for retrieval gives the same kind of rows: triplets (prose, a function, its translation), documented
-functions of repositories (prose and a function), and parallel solutions of exercises (code alone).
+Every source for retrieval gives the same kind of rows: pairs of any two texts, triplets (prose, a function, its
+translation), documented functions of repositories (prose and a function), and parallel solutions of exercises (code
+alone).
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,34 @@ from modular_star_encoder.data.functions import (
 )
 from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
-from modular_star_encoder.data.sources.dataset_rows import BadLine, Row, Source, not_unicode, open_dataset_rows
+from modular_star_encoder.data.sources.dataset_rows import (
+    BadLine,
+    Row,
+    Source,
+    check_source,
+    column_names,
+    not_unicode,
+    open_dataset_rows,
+)
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.settings import check_names
 
-_EXAMPLE_LENGTH = 200
+MAX_CHARACTERS = 100_000
+"""The most characters of a text in a row of pairs."""
+
+_EXAMPLE_LENGTH, _EXAMPLES = 200, 3
+
+# What a column of pairs holds → the names that are tried in this order, in any case.
+_PAIR_COLUMNS = {
+    "query": "query anchor question description docstring func_documentation_string documentation doc comment summary "
+    "intent title instruction prompt input nl sentence1 text",
+    "positive": "positive code snippet function func func_code_string whole_func_string answer document solution "
+    "response output passage content body sentence2 text",
+    "negative": "negative negatives hard_negative negative_1 neg",
+    "score": "score label similarity relevance",
+    "language": "language lang programming_language",
+    "repository": "repository repo repository_name repo_name package project",
+}
 
 
 class Snippet(NamedTuple):
@@ -53,7 +78,7 @@ class SourceExamples:
 
     texts: list[RetrievalExample] = field(default_factory=list)  # in the order of the source
     skipped: Counter[str] = field(default_factory=Counter)  # rows, or parts of rows, left out by reason
-    examples: dict[str, str] = field(default_factory=dict)  # by reason, the first one: its place and its beginning
+    examples: dict[str, list[str]] = field(default_factory=dict)  # by reason, the first three: place and beginning
 
     def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
         """Count a row, or a part of a row, as left out for `reason`; if `strict`, raise UserError `data.row`."""
@@ -62,7 +87,8 @@ class SourceExamples:
         if strict:
             raise UserError("data.row", f"A row can't be used ({reason}): {example}")
         self.skipped[reason] += 1
-        self.examples.setdefault(reason, example)
+        if len(shown_before := self.examples.setdefault(reason, [])) < _EXAMPLES:
+            shown_before.append(example)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +130,7 @@ class TripletReader:
     strict: bool
     fault: Callable[[RetrievalExample], str | None]
     skipped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RetrievalExample]:
         # Each iteration has counters of its own; an abandoned iteration cannot add to the next one's.
@@ -171,6 +197,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     Args:
         settings: One or several of these (None means left out)
 
+            - `pairs`: a source of `open_dataset_rows`, or a mapping with `source`, `columns` and the other arguments of
+              `open_dataset_rows`; see `resolve_pairs`. `pairs` replaces all other sources;
             - `triplets`: a source of `open_dataset_rows`, or a mapping with `source` and the other arguments of
               `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
             - `functions`: a folder or settings of a corpus (see `open_corpus`), whose documented functions are read;
@@ -181,7 +209,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             A row with empty code, an unknown language, or prose in place of code (see `reads_as_prose`) is skipped and
             counted; with `strict: true` it is an error (`data.row`).
     """
-    settings = _without_none(settings)
+    settings = _without_none(resolve_pairs(settings))
     if not settings or not settings.keys() <= _SOURCES.keys():
         given = ", ".join(map(str, settings)) or "none"
         raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not {given}.")
@@ -211,14 +239,111 @@ def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def have_negatives(settings: Mapping[str, Any]) -> bool:
     """Return whether `settings`, a recipe's `data` (see `read_retrieval_examples`), name a column of hard negatives."""
-    triplets = settings.get("triplets")
-    columns = triplets.get("columns") if isinstance(triplets, Mapping) else None
+    source = settings.get("pairs") or settings.get("triplets")
+    columns = source.get("columns") if isinstance(source, Mapping) else None
     return isinstance(columns, Mapping) and columns.get("negative") is not None
+
+
+def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's `data` with `pairs`, if it names any, as the only source and with its columns named.
+
+    `data.pairs` is a file, folder or Hub id, or a mapping with `source` and the options of `open_dataset_rows`.
+    `data.columns`, or `columns` in that mapping, says which column is the `query` and the `positive`, and optionally
+    the `negative` (a text, or a list of texts of which the first counts), `score` (rows below `min_score`, by default
+    0.5, are left out), `language` and `repository`; null means that there is none. Other columns are guessed from their
+    names. UserError if the source does not exist, a column is missing, or the query or positive can't be guessed.
+    """
+    if settings.get("pairs") is None:
+        return dict(settings)
+    pairs, beside = settings["pairs"], {"columns", "min_score"} & settings.keys()
+    options = dict(pairs) if isinstance(pairs, Mapping) else {"source": pairs}
+    options |= {name: settings[name] for name in beside}
+    columns, source = dict(options.get("columns") or {}), options.get("source")
+    if not isinstance(options.get("columns") or {}, Mapping) or not source:
+        raise UserError("data.pairs.columns", "data.pairs must name a file, and data.columns must be a mapping.")
+    check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
+    if columns.keys() < _PAIR_COLUMNS.keys():
+        hub = {
+            name: value for name, value in options.items() if name not in ("source", "columns", "min_score", "strict")
+        }
+        there = column_names(source, **hub)
+        if missing := [name for name in columns.values() if name is not None and name not in there]:
+            message = f"{source} has no column {', '.join(map(str, missing))}; its columns are {', '.join(there)}."
+            raise UserError("data.source.column", message)
+        by_name = {name.strip().lower(): name for name in there if name not in columns.values()}
+        for role, names in _PAIR_COLUMNS.items():
+            if role not in columns:
+                columns[role] = next((by_name.pop(name) for name in names.split() if name in by_name), None)
+        if unknown := [role for role in ("query", "positive") if columns[role] is None]:
+            message = f"Which column of {source} is the {' and the '.join(unknown)}? It has {', '.join(there)}."
+            raise UserError("data.pairs.columns", f"{message} Set data.columns={{query: NAME, positive: NAME}}.")
+    return {"pairs": options | {"columns": columns}}
+
+
+def check_sources(settings: Mapping[str, Any]) -> None:
+    """Raise UserError if a file or folder that a recipe's `data` names does not exist; imports no torch."""
+    for name in ("pairs",) if settings.get("pairs") else ("triplets", "parallel"):
+        source = settings.get(name)
+        source = source.get("source") if isinstance(source, Mapping) else source
+        if isinstance(source, str):
+            check_source(source)
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
     """Make a retrieval row of each documented function, with one snippet."""
     return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
+
+
+def _pairs(
+    progress: bool,
+    *,
+    source: Source,
+    columns: Mapping[str, Any],
+    min_score: float = 0.5,
+    strict: bool = False,
+    **options: Any,
+) -> SourceExamples:
+    found = SourceExamples()
+    rows = open_dataset_rows(source, [name for name in columns.values() if name is not None], **options)
+    for place, row in tqdm(rows, desc="Reading pairs", unit=" rows", disable=not progress):
+        pair = row.reason if isinstance(row, BadLine) else _pair(row, columns, min_score)
+        if isinstance(pair, str):
+            found.skip(pair, place, row, strict)
+        else:
+            found.texts.append(pair)
+    if len({pair.repository for pair in found.texts}) == 1:  # no other repository to hold out: rows are held out singly
+        found.texts = [replace(pair, repository="") for pair in found.texts]
+    return found
+
+
+def _pair(row: Mapping[str, Any], columns: Mapping[str, Any], min_score: float) -> RetrievalExample | str:
+    """Return the pair in `row`, or the reason why `row` must be skipped."""
+    value: dict[str, Any] = {role: None if name is None else row.get(name) for role, name in columns.items()}
+    if isinstance(value["negative"], list | tuple):
+        value["negative"] = next(iter(value["negative"]), None)
+    for role in ("query", "positive", "negative"):
+        text, name = value[role], columns[role]
+        if name is None:
+            continue
+        if text is None or (isinstance(text, str) and not text.strip()):
+            return f"empty {name}"
+        if not isinstance(text, str):
+            return f"{name} is not a text"
+        if reason := f"{name} has more than {MAX_CHARACTERS:,} characters" if len(text) > MAX_CHARACTERS else None:
+            return reason
+        if reason := not_unicode(text):
+            return reason
+    if columns["score"] is not None:
+        try:
+            if not float(value["score"]) >= min_score:
+                return f"{columns['score']} below {min_score}"
+        except (TypeError, ValueError):
+            return f"{columns['score']} is not a number"
+    if code_key(value["positive"]) in (code_key(value["query"]), code_key(value["negative"] or "")):
+        return f"{columns['positive']} equals another text of the row"
+    language, repository = language_named(value["language"]) or "", value["repository"] or ""
+    negative = Snippet(language, value["negative"]) if value["negative"] else None
+    return RetrievalExample(value["query"], (Snippet(language, value["positive"]),), str(repository), negative)
 
 
 def _triplets(progress: bool, **options: Any) -> SourceExamples:
@@ -272,6 +397,7 @@ def _parallel(
 
 
 _SOURCES: dict[str, Callable[..., SourceExamples]] = {
+    "pairs": _pairs,
     "triplets": _triplets,
     "functions": _functions,
     "parallel": _parallel,

@@ -33,13 +33,14 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` becomes `"c++"`; None names no language.
+    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` becomes `"c++"`.
 
-    The prompt is empty without `instructions`, for models fine-tuned without them (`config.instruction_prompts`).
+    Without a language (None or `""`) the prompt names none. Without `instructions`, for models fine-tuned without them
+    (`config.instruction_prompts`), it is empty.
     """
     if not instructions:
         return ""
-    if language is None:
+    if not language:
         return ANY_CODE_INSTRUCTION + SEP_TOKEN
     name = display_name(language)
     if not name or any(token in name for token in SPECIAL_TOKENS):

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +85,7 @@ def prepare_retrieval_data(
     seed: int,
     max_train_samples: int | None = None,
     progress: bool = True,
+    begin: Callable[[RetrievalData], None] = lambda _: None,
 ) -> RetrievalData:
     """Read the sources, hold out whole repositories and write both parts to `folder`, or read both if they are there.
 
@@ -94,6 +95,8 @@ def prepare_retrieval_data(
         eval_fraction: Share of each source's rows to hold out, up to a fifth.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; all if None.
+        progress: Whether to show progress bars.
+        begin: Called with the rows before they are written; its errors leave `folder` as it is.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -101,6 +104,7 @@ def prepare_retrieval_data(
     if not (folder / REPORT).is_file():
         sources = read_retrieval_examples(settings, progress=progress)
         data = _split_sources(sources, requested)
+        begin(data)
         with staged_folder(folder) as staging:
             for name in ("train", "held_out"):
                 pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
@@ -149,7 +153,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
 def _held_out(texts: Sequence[RetrievalExample], fraction: float, seed: int) -> np.ndarray:
     """Return which rows of a source are held out, bool (rows,); a row without a repository is drawn by itself."""
     names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
-    drawn = draw_repositories(Counter(names), seed=seed, min_test=max(1, round(fraction * len(texts))))
+    drawn = draw_repositories(Counter(names), seed=seed, min_test=max(2, round(fraction * len(texts))))
     return np.array([name in drawn for name in names])
 
 

@@ -106,7 +106,7 @@ class AblationRecipe:
         keep_models: whether to keep the weights of evaluated models on disk.
     """
 
-    EXAMPLE: ClassVar[str] = "hub_configs/small/ablation.yaml"
+    COMMAND: ClassVar[str] = "ablate"
 
     finetuning: Mapping[str, Any]
     seeds: Annotated[tuple[Seed, ...], Constraint(min_length=1), Different] = (0, 1, 2)
@@ -291,7 +291,7 @@ def _run_cell(
             # An earlier call removed the weights, and new tasks need them: train the model again.
             shutil.rmtree(run / runs.MODEL, ignore_errors=True)
     if missing:
-        finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None)
+        finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None, before=False)
         if state.is_main_process:
             checksums = {(task.benchmark, task.name): checksum for checksum, task in by_checksum.items()}
             encoder = checkpoint_encoder(run / runs.MODEL, cell.recipe.lengths())

@@ -34,13 +34,20 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, Modula
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.objectives.exit_losses import ClassificationObjective
-from modular_star_encoder.training import runs
+from modular_star_encoder.training import find_recipe, runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.distilling import TaughtBatches, teach
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
-from modular_star_encoder.training.starting_points import add_adapters, save_trained, starting_config, starting_model
+from modular_star_encoder.training.starting_points import (
+    add_adapters,
+    save_trained,
+    starting_config,
+    starting_model,
+    starting_source,
+)
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.reports import markdown_table, percent
 from modular_star_encoder.utils.settings import build_settings, read_mapping
 
 logger = logging.get_logger(__name__)
@@ -56,7 +63,8 @@ def load_finetuning(
 
     Arguments and errors are the same as in `load_recipe`.
     """
-    content = read_mapping(path, overrides, example=FinetuningRecipe.EXAMPLE)
+    path = find_recipe(os.fspath(path), "finetune")
+    content = read_mapping(path, overrides)
     task = content.get("task", "retrieval")
     if task == "retrieval":
         recipe = build_settings(FinetuningRecipe, content, str(path))
@@ -75,6 +83,7 @@ def finetune(
     announce: Callable[[runs.Preflight], None] = print,
     objective: ContrastiveObjective | None = None,
     prepare_batches: Teaching | None = None,
+    before: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval; continue from the files that an earlier call with this recipe left in `out`.
 
@@ -92,29 +101,37 @@ def finetune(
         announce: called with the estimated size of the run before anything is trained.
         objective: the loss; by default the contrastive loss with the recipe's `objective`.
         prepare_batches: replaces the training and evaluation batches and returns entries for the log; see `distil`.
+        before: whether to evaluate the starting model, too.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
-        `retrieval` (benchmark → retriever → estimates on `held_out_tasks`; the retrievers are every exit and BM25),
-        `recipe`, `preflight` and `data` (numbers of rows read, skipped and held out).
+        `retrieval` (see `evaluate_held_out`), `recipe`, `preflight` and `data` (numbers of rows read, skipped and held
+        out).
     """
     out, state = Path(out), runs.processes_of_run()
     if recipe.distillation is not None and prepare_batches is None:
         raise UserError("training.distillation.alone", "This recipe names a teacher: run it with `distil`.")
-    settings, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
-    blueprint, arguments = check_recipe(recipe, out, state.num_processes, progress, objective)
-    with state.main_process_first():
-        if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
-            return log
-        data = data or prepare_data(rows, out / "data", progress and state.is_main_process)
+    settings, rows, processes = recipe.objective, recipe.rows(), state.num_processes
+    blueprint, arguments = check_recipe(recipe, out, processes, progress, objective)
+    if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
+        return log
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     prompts = model.config.instruction_prompts
-    train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, state.num_processes)
-    estimate = finetuning_preflight(model, recipe, state.num_processes, groups, tokens)
+
+    def begin(rows: RetrievalData) -> None:
+        _plans(recipe, rows, processes)
+        runs.begin_run(out, recipe)
+
+    with state.main_process_first():
+        data = data or prepare_data(rows, out / "data", progress and state.is_main_process, begin)
+        if state.is_main_process:
+            begin(data)
+    train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, processes)
+    estimate = finetuning_preflight(model, recipe, processes, groups, tokens)
     if state.is_main_process:
         announce(estimate)
-    arguments.per_device_eval_batch_size = held_out.batch_size // state.num_processes
+    arguments.per_device_eval_batch_size = held_out.batch_size // processes
     batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
     if prepare_batches is not None:
         with state.main_process_first():
@@ -135,14 +152,7 @@ def finetune(
         if is_servable(model.config):
             prompts_of_files = sentence_transformer_prompts(instructions=prompts)
             write_sentence_transformer_files(out / runs.MODEL, model.config, prompts_of_files)
-        tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=rows["seed"])
-        retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-        retrievers: list[Retriever] = [BM25(), EmbeddingRetriever(checkpoint_encoder(out / runs.MODEL, lengths))]
-        for result in evaluate_tasks(tasks, retrievers, progress=progress):
-            name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
-            estimates = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
-            retrieval[result.benchmark][name] = estimates
-        log |= {"data": data.report, "retrieval": retrieval}
+        log |= {"data": data.report, "retrieval": evaluate_held_out(recipe, data, out / runs.MODEL, before, progress)}
         runs.write_log(out, log)
     state.wait_for_everyone()
     return log
@@ -195,38 +205,107 @@ def check_recipe(
     return model, arguments
 
 
-def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool) -> RetrievalData:
-    """Prepare the retrieval data described by `FinetuningRecipe.rows`; with `progress`, print the numbers of rows."""
-    data = prepare_retrieval_data(folder=folder, progress=progress, **rows)
+def evaluate_held_out(
+    recipe: FinetuningRecipe, data: RetrievalData, model: Path, before: bool, progress: bool
+) -> dict[str, Any]:
+    """Evaluate BM25 and, at every exit, the trained checkpoint `model` and, if `before`, the model it started from.
+
+    Returns:
+        {benchmark: {"queries": number, "BM25": estimates, "exit 4": estimates, …, "before": {"exit 4": estimates, …}}},
+        for the benchmarks of `held_out_tasks`; `before` is missing if training began with random weights.
+    """
+    length = max(recipe.lengths().values())
+    tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
+    retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
+    retrievers: list[Retriever] = [BM25(), EmbeddingRetriever(checkpoint_encoder(model, recipe.lengths()))]
+    if before and tasks and starting_source(recipe.model)[1]:
+        start, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
+        start.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        retrievers.append(EmbeddingRetriever(ExitEncoder(start, tokenizer, "before", max_length=length)))
+    for result in evaluate_tasks(tasks, retrievers, progress=progress):
+        found = retrieval[result.benchmark]
+        if result.retriever == "before":
+            found = found.setdefault("before", {})
+        name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
+        found[name] = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
+    return retrieval
+
+
+def format_retrieval(retrieval: Mapping[str, Any]) -> str:
+    """Format the result of `evaluate_held_out` as tables: the MRR of every exit before and after training, and BM25."""
+    parts = []
+    for benchmark, found in retrieval.items():
+        before, rows = found.get("before", {}), [["", "before", "after"]]
+        for name in (name for name in found if name not in ("queries", "before")):
+            rows.append([name, *(_estimate(one.get(name, {}).get("mrr")) for one in (before, found))])
+        title = f"{benchmark}: {found['queries']:,} queries; MRR × 100 with 95 % interval"
+        parts.append("\n".join([title, "", *markdown_table(rows)]))
+    return "\n\n".join(parts)
+
+
+def _estimate(found: Mapping[str, float] | None) -> str:
+    return f"{percent(found['value'])} ({percent(found['low'])}–{percent(found['high'])})" if found else ""
+
+
+def prepare_data(
+    rows: Mapping[str, Any], folder: Path, progress: bool, begin: Callable[[RetrievalData], None] = lambda _: None
+) -> RetrievalData:
+    """Prepare the retrieval data described by `FinetuningRecipe.rows`; with `progress`, print the numbers of rows.
+
+    `begin` is called with new rows before anything is written.
+    """
+    data = prepare_retrieval_data(folder=folder, progress=progress, begin=begin, **rows)
     if progress:
         for name, source in data.report["sources"].items():
             print(f"{name}: {source['rows']:,} rows")
+            if name == "pairs":
+                columns = ", ".join(
+                    f"{role}: {column}" for role, column in rows["settings"]["pairs"]["columns"].items()
+                )
+                print(f"  columns {columns}; to change one: data.columns={{query: NAME}}")
             for reason, count in source["skipped"].items():
-                example = source["examples"].get(reason)
-                print(f"  skipped {count:,}: {reason}{f', for example {example}' if example else ''}")
+                print(f"  skipped {count:,}: {reason}")
+                for example in source["examples"].get(reason, ()):
+                    print(f"    {example}")
         print(f"{data.report['train']:,} rows to train on, {data.report['held_out']:,} held out")
     return data
+
+
+def _plans(
+    recipe: FinetuningRecipe, data: RetrievalData, processes: int
+) -> tuple[PairGroups, BatchPlan, BatchPlan, int]:
+    """Return the groups of the training rows, the plans of training and evaluation batches, and the latter's number."""
+    groups, held_out, step = PairGroups(data.train), PairGroups(data.held_out), 2 * processes
+    most, most_held_out = (one.largest_batch // step * step for one in (groups, held_out))
+    if recipe.batch_size > most:
+        listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
+        advice = f"set batch_size={most}, or less" if most else "add rows"
+        message = f"The data has {listed or 'no pairs'} without common texts, and a batch takes one pair of a group"
+        raise UserError("data.batch_size", f"{message}: batch_size={recipe.batch_size} is too large; {advice}.")
+    if not most_held_out:
+        message = (
+            f"{len(data.held_out)} rows are held out, too few for an evaluation on {processes} processes: add rows"
+        )
+        raise UserError("training.held_out.too_few", f"{message}, or raise `eval_fraction` (at most 0.2).")
+    # Evaluation batches are as large as training batches if there are enough rows, and no pair is evaluated twice.
+    size = min(recipe.batch_size, most_held_out)
+    there = min(held_out.counts.values()) * len(held_out.counts)
+    plan, eval_plan = BatchPlan(groups, recipe.batch_size, recipe.seed), BatchPlan(held_out, size, recipe.seed + 1)
+    return groups, plan, eval_plan, max(1, min(recipe.eval_pairs, there) // size)
 
 
 def _batches(
     recipe: FinetuningRecipe, data: RetrievalData, prompts: bool, tokenizer: PreTrainedTokenizerFast, processes: int
 ) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
     """Return training and evaluation batches, numbers of groups (see `Preflight`), and mean tokens of text and code."""
-    eval_pairs, batch_size, seed, steps = recipe.eval_pairs, recipe.batch_size, recipe.seed, recipe.max_steps
+    groups, plan, eval_plan, eval_steps = _plans(recipe, data, processes)
     train, held_out = (
         RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **recipe.lengths())
         for texts in (data.train, data.held_out)
     )
-    groups, held_out_groups = PairGroups(data.train), PairGroups(data.held_out)
-    # Evaluation batches are as large as training batches if there are enough rows.
-    most = min(batch_size, held_out_groups.largest_batch)
-    size = most // (2 * processes) * 2 * processes
-    if not size:
-        message = f"A batch can have at most {most} held-out pairs, but each of {processes} processes needs two."
-        raise UserError("training.held_out.too_few", f"{message} Raise `eval_fraction`, or add data.")
-    plan, eval_plan = BatchPlan(groups, batch_size, seed), BatchPlan(held_out_groups, size, seed + 1)
-    batches = RetrievalBatches(train, plan, steps, identifier_rename_prob=recipe.identifier_rename_prob)
-    eval_batches = RetrievalBatches(held_out, eval_plan, max(1, eval_pairs // size))
+    renaming = {"identifier_rename_prob": recipe.identifier_rename_prob}
+    batches = RetrievalBatches(train, plan, recipe.max_steps, **renaming)
+    eval_batches = RetrievalBatches(held_out, eval_plan, eval_steps)
     return batches, eval_batches, groups.counts, train.mean_tokens()
 
 
@@ -280,9 +359,8 @@ def finetune_classifier(
     folder = out / runs.CHECKPOINTS
     arguments = recipe.arguments(folder, rows, progress=progress, gradient_accumulation_steps=steps)
     check_objective(objective, arguments, config, config.exit_layers)
-    with state.main_process_first():
-        if log := runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=()):
-            return log
+    if log := runs.open_run(out, recipe, "fine-tuning a classifier", until_trained=()):
+        return log
     model, tokenizer = starting_model(ModularStarEncoderForSequenceClassification, recipe)
     splits = {}
     for split, pairs in read_labelled_pairs(recipe.data).items():
@@ -290,8 +368,11 @@ def finetune_classifier(
         chosen = pairs if limit is None else pairs.sample(limit, recipe.seed)
         shown = progress and state.is_main_process
         splits[split] = ClassificationRows(chosen, tokenizer, max_tokens=recipe.max_tokens, progress=shown)
+    adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
+    if state.is_main_process:
+        runs.begin_run(out, recipe)
     trainer = MultiExitTrainer(
-        model if recipe.lora is None else add_adapters(model, recipe.lora),
+        adapted,
         arguments,
         objective,
         train_dataset=splits["train"],

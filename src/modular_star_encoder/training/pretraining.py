@@ -76,12 +76,16 @@ def pretrain(
             f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
             "and two to hold out, so that both sets have pairs of snippets from two different repositories.",
         )
+    if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
+        return log
+    own = recipe.tokenizer or (source if weights else None)
+    given = load_tokenizer(own) if own else None
+    if given is not None:
+        check_special_tokens(given)
     with state.main_process_first():
-        if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
-            return log
-        own = recipe.tokenizer or (source if weights else None)
-        tokenizer = load_tokenizer(own or _train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
-        check_special_tokens(tokenizer)
+        if state.is_main_process:
+            runs.begin_run(out, recipe)
+        tokenizer = given or load_tokenizer(_train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
         collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
         reader = open_corpus(recipe.corpus)
         store = build_token_store(reader, tokenizer, out / "tokens", progress=progress_here)

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -16,9 +15,10 @@ import torch
 from pydantic import Field as Constraint
 
 from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
-from modular_star_encoder.data.pairs import have_negatives
+from modular_star_encoder.data.pairs import have_negatives, resolve_pairs
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.training import find_recipe, hub_config_folder
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.distilling import TeacherSettings
 from modular_star_encoder.utils.errors import UserError
@@ -34,15 +34,6 @@ from modular_star_encoder.utils.settings import (
     load_settings,
     settings_class,
 )
-
-
-def hub_config_folder(name: str) -> Path:
-    """Return the folder of a packaged configuration such as `"small"`; UserError if unknown (`config.unknown`)."""
-    root = Path(str(files("modular_star_encoder.hub_configs")))
-    names = sorted(path.parent.name for path in root.glob("*/config.json"))
-    if name not in names:
-        raise UserError("config.unknown", f"Configuration {name!r} not found. Available: {', '.join(names)}.")
-    return root / name
 
 
 def load_config(name: str) -> ModularStarEncoderConfig:
@@ -186,7 +177,7 @@ class PretrainingRecipe(TrainingRecipe):
         eval_rows: held-out rows of one evaluation.
     """
 
-    EXAMPLE: ClassVar[str] = "hub_configs/small/recipe.yaml"
+    COMMAND: ClassVar[str] = "pretrain"
 
     corpus: Mapping[str, Any]
     tokens_per_step: Count
@@ -235,7 +226,7 @@ class FinetuningRecipe(StartingRecipe):
     """Settings to fine-tune a model for retrieval on pairs of texts.
 
     Args:
-        data: sources of pairs; see `read_retrieval_examples`.
+        data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
         batch_size: pairs of one step over all processes, all of them candidates for each other.
         max_train_samples: rows to train on, drawn at random; all if None.
         max_text_tokens, max_code_tokens: longest description and code, prompt and special tokens included.
@@ -246,7 +237,6 @@ class FinetuningRecipe(StartingRecipe):
         eval_pairs: held-out pairs of one evaluation.
     """
 
-    EXAMPLE: ClassVar[str] = "hub_configs/small/finetune.yaml"
     DEFAULTS: ClassVar[dict[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}
 
     data: Mapping[str, Any]
@@ -259,6 +249,14 @@ class FinetuningRecipe(StartingRecipe):
     distillation: TeacherSettings | None = None
     eval_fraction: Annotated[Share, Constraint(le=0.2)] = 0.05
     eval_pairs: Count = 1000
+
+    @classmethod
+    def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Convert old keys, and name the columns of `data.pairs`: whether there are negatives decides the loss."""
+        upgraded = super().upgrade(content)
+        if isinstance(upgraded.get("data"), Mapping):
+            upgraded["data"] = resolve_pairs(upgraded["data"])
+        return upgraded
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -336,12 +334,11 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
 
     Args:
         kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
-        path: a YAML file.
+        path: a YAML file, or the name of a packaged recipe (see `find_recipe`).
         overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
 
     Example:
-        >>> path = hub_config_folder("small") / "recipe.yaml"
-        >>> load_recipe(PretrainingRecipe, path, ["max_steps=500", "corpus.folder=~/code"]).max_steps
+        >>> load_recipe(PretrainingRecipe, "small", ["max_steps=500", "corpus.folder=~/code"]).max_steps
         500
     """
-    return load_settings(kind, path, overrides, example=getattr(kind, "EXAMPLE", ""))
+    return load_settings(kind, find_recipe(os.fspath(path), getattr(kind, "COMMAND", "finetune")), overrides)

@@ -137,7 +137,7 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
 
 
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
-    """Create a run's folder, or check that an existing one fits this recipe; return the log if the run is finished.
+    """Check that a run's folder, if it exists, fits this recipe; return the log if the run is finished. Writes nothing.
 
     `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
     the same; before that, if other files exist, only those in `until_trained`. Otherwise a UserError names those that
@@ -156,9 +156,13 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
         if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
             message = f"{out} holds a run with other values of {', '.join(other)}; name another folder."
             raise UserError("training.run.other_settings", message)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(written, settings)
     return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None
+
+
+def begin_run(out: Path, recipe: TrainingSettings) -> None:
+    """Create a run's folder with `recipe.json`, which holds the settings; call it when all checks have passed."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "recipe.json", _plain(recipe))
 
 
 def _plain(recipe: TrainingSettings) -> dict[str, Any]:

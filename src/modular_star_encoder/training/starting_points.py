@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
 from modular_star_encoder.inference.checkpoints import keep_only_exit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
-from modular_star_encoder.training.recipes import StartingRecipe, hub_config_folder
+from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training.recipes import StartingRecipe
 from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.errors import UserError, naming_extra

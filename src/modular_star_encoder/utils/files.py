@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
@@ -28,6 +29,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     else:
         return
     raise UserError("files.not_writable", f"{path} can't be written: {reason}.")
+
+
+def similar_files(path: str | os.PathLike[str]) -> str:
+    """Return ` (similar: NAME, NAME)` with files whose names resemble the last part of `path`, or an empty text."""
+    path = Path(path).expanduser()
+    there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    near = get_close_matches(path.name, there, n=3, cutoff=0.6)
+    return f" (similar: {', '.join(str(path.parent / name) for name in near)})" if near else ""
 
 
 def write_json(path: str | os.PathLike[str], data: Any, *, resumable: bool = False) -> None:

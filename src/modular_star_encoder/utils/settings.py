@@ -3,10 +3,14 @@
 A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
 It may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
 mapping field that collects the keys of that other dataclass.
+
+YAML is read by the safe loader, within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`, `MAX_YAML_DEPTH` and
+`MAX_YAML_NUMBER`. Nodes are counted after aliases are expanded, so that no file becomes larger than it looks.
 """
 
 import os
 import re
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -25,6 +29,16 @@ from modular_star_encoder.utils.errors import UserError
 
 Settings = TypeVar("Settings")
 
+MAX_YAML_BYTES = 2**20
+MAX_YAML_NODES = 20_000
+MAX_YAML_DEPTH = 32
+MAX_YAML_NUMBER = 100
+"""The most characters of a number or a date."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
+_shown = _short.repr
+
 
 def _number(value: Any) -> Any:
     """Convert `1e5`, which YAML reads as a string, to a number; reject true and false, which pydantic would accept."""
@@ -42,7 +56,7 @@ def _different(values: Any) -> Any:
     return values
 
 
-Int = Annotated[int, BeforeValidator(_number)]
+Int = Annotated[int, BeforeValidator(_number), Constraint(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, BeforeValidator(_number), Constraint(allow_inf_nan=False)]
 Count = Annotated[Int, Constraint(gt=0)]
 Seed = Annotated[Int, Constraint(ge=0, lt=2**32)]
@@ -103,23 +117,63 @@ def load_settings(
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = "") -> dict[str, Any]:
     """Read a recipe and apply its overrides, without checking keys; arguments and errors as for `load_settings`."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        fault = "" if isinstance(content, dict) else "must be a mapping of settings."
-    except FileNotFoundError:
-        fault = "not found." + (f" Available: {example} and others." if example else "")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fault = f"is not a YAML file: {' '.join(str(error).split())}"
-    if fault:
-        raise UserError("settings.file", f"Recipe {path} {fault}")
+    file = Path(path)
+    if not file.is_file():
+        fault = "is not a file." if file.exists() else "not found."
+        raise UserError(
+            "settings.file", f"Recipe {path} {fault}{f' Available: {example} and others.' if example else ''}"
+        )
+    with file.open("rb") as opened:
+        content = read_yaml(opened.read(MAX_YAML_BYTES + 1), f"Recipe {path}")
+    if not isinstance(content, dict):
+        raise UserError("settings.file", f"Recipe {path} must be a mapping of settings.")
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = read_yaml(text.encode(errors="surrogateescape"), key)
+        except UserError:
             equals, value = "", None
-        set_dotted(content, key if equals else "", value, repr(override))
+        set_dotted(content, key if equals else "", value, _shown(override))
     return content
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Loads YAML as `yaml.SafeLoader` does; a document beyond the limits of this module raises yaml.YAMLError."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._composed = 0
+        self._sizes: dict[int, float] = {}  # id of a node → nodes in it, aliases expanded
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        self._composed += 1
+        if self._depth > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} deep")
+        is_alias = self.check_event(yaml.AliasEvent)
+        found = super().compose_node(parent, index)
+        if found is not None and id(found) not in self._sizes:
+            inside = found.value if isinstance(found, yaml.CollectionNode) else []
+            nodes = [node for pair in inside for node in (pair if isinstance(pair, tuple) else (pair,))]
+            # An alias to a node without a size is inside of that node.
+            self._sizes[id(found)] = float("inf") if is_alias else 1 + sum(self._sizes[id(node)] for node in nodes)
+        if self._composed > MAX_YAML_NODES or (found is not None and self._sizes[id(found)] > MAX_YAML_NODES):
+            raise yaml.YAMLError(f"it has more than {MAX_YAML_NODES:,} values")
+        is_number = isinstance(found, yaml.ScalarNode) and not found.tag.endswith(":str")
+        if is_number and len(found.value) > MAX_YAML_NUMBER:  # type: ignore[union-attr]
+            raise yaml.YAMLError(f"it has a number or date of more than {MAX_YAML_NUMBER} characters")
+        self._depth -= 1
+        return found
+
+
+def read_yaml(data: bytes, where: str) -> Any:
+    """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or beyond a limit."""
+    try:
+        if len(data) > MAX_YAML_BYTES:
+            raise yaml.YAMLError(f"it is larger than {MAX_YAML_BYTES:,} bytes")
+        return _BoundedLoader(data.decode("utf-8-sig")).get_single_data()
+    except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
+        raise UserError("settings.file", f"{where} is not a YAML file: {' '.join(str(error).split())}") from error
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -142,7 +196,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     A wrong name or value raises a UserError that begins with `where`; it keeps the key of the UserError that caused it.
     """
     if not isinstance(content, Mapping):
-        raise UserError("settings.value", f"{where} must be a mapping of settings, not {content!r}.")
+        raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
     made: Any = kind
     values, known = rename_old_keys(kind, content), {one.name: one for one in _keys(kind)}
     check_names([str(name) for name in values], known, where)
@@ -219,7 +273,7 @@ def _fault(error: ValidationError, where: str) -> tuple[str, str]:
 
 def _sentence(fault: Any) -> str:
     message = re.sub(r"^(Value error, |Input )", "", fault["msg"]).replace("should be", "must be")
-    return f"{message}, not {fault['input']!r}."
+    return f"{message}, not {_shown(fault['input'])}."
 
 
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -124,7 +124,7 @@ def test_wrong_sources_are_refused_in_one_sentence(tmp_path):
     write_parquet(tmp_path / "a.parquet", [row(0)])
     with raises("data.source.column", "content"):
         row_repositories(tmp_path, RowColumns(repository="repo", path="file", text="content"))
-    with raises("data.source.unreadable", "missing.parquet"):
+    with raises("data.source.no_files", "missing.parquet"):
         row_repositories(tmp_path / "missing.parquet", COLUMNS)
     with raises("data.language.unknown", "cobol"):
         row_repositories(tmp_path / "a.parquet", COLUMNS, languages=["cobol"])

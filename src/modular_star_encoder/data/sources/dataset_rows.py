@@ -1,5 +1,8 @@
-"""Read rows of any dataset in their order: parquet and JSON Lines files, folders of them, datasets of the Hub."""
+"""Read rows of any dataset in their order: parquet, JSON Lines and CSV files, folders of them, datasets of the Hub."""
 
+from __future__ import annotations
+
+import csv
 import gzip
 import json
 import os
@@ -8,17 +11,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow
+from typing import TYPE_CHECKING, Any
 
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import similar_files
+
+if TYPE_CHECKING:
+    import datasets
 
 _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
-_PARQUET, _JSON_LINES = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson")
+_PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"), (".csv", ".csv.gz", ".tsv")
+SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
+_MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
+_ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
 _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
 _HUB_OPTIONS = ("config", "revision", "data_dir")
@@ -30,7 +38,7 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line of JSON Lines that is not a row: the reason, and the line."""
+    """A line of a JSON Lines or CSV file that is not a row: the reason, and the line."""
 
     reason: str
     text: str
@@ -40,6 +48,8 @@ class BadLine:
 
 
 Row = dict[str, Any] | BadLine
+Rows = Iterable[tuple[str, Row]]
+"""Pairs of the place of a row, such as `data.jsonl, line 3`, and the row."""
 
 
 def open_rows(
@@ -55,10 +65,14 @@ def open_rows(
 
     Args:
         source: A parquet file or URL, a list of them, a folder of them, or the name of a dataset of the Hub.
-        columns: The columns to read.
+        columns: The columns to read; all if empty.
         config, split, revision, data_dir: For the Hub only; `data_dir` is a folder, such as the one of a language.
     """
+    import datasets
+
     shown, files = _shown(source), _files(source, _PARQUET)
+    if isinstance(source, str | os.PathLike):
+        check_source(source)
     try:
         if files:
             # Without a fixed size, a batch is as large as the first row group, which may have no rows.
@@ -80,7 +94,7 @@ def open_rows(
         message = f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
         raise UserError("data.source.column", message)
     # A name may occur twice: a hard negative may share the language column of another code.
-    return rows.select_columns(list(dict.fromkeys(columns)))
+    return rows.select_columns(list(dict.fromkeys(columns or known)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +107,23 @@ class _DatasetRows:
         try:
             for place, row in self.read():
                 yield place, row
-        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        except Exception as error:
+            # The errors of pyarrow, which is slow to import, are ValueErrors, OSErrors and others.
+            arrow = type(error).__module__.startswith("pyarrow")
+            if not arrow and not isinstance(error, OSError | EOFError | zlib.error | csv.Error):
+                raise
             message = f"The data set {self.name} can't be read beyond {place}: {error}"
             raise UserError("data.source.damaged", message) from error
 
 
-def open_dataset_rows(
-    source: Source, columns: Sequence[str], *, split: str = "train", **options: Any
-) -> Iterable[tuple[str, Row]]:
+def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
     """Open a dataset as an iterable of rows, which can be read again and again in the same order.
 
-    It yields (place of the row, such as `data.jsonl, line 3`; row), with a `BadLine` for a row that is no JSON object.
+    It yields (place of the row, such as `data.jsonl, line 3`; row), with a `BadLine` for a line that is no row.
 
     Args:
-        source: A parquet or JSON Lines file, a list of them, a folder of them, or the name of a dataset of the Hub.
-        columns: The columns to read. A row of JSON Lines may lack some columns and have others.
+        source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
+        columns: The columns to read; all if empty. A row of JSON Lines may lack some columns and have others.
         split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`);
             all files if no name begins with train, validation or test. Named files are read whole.
         options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
@@ -116,13 +132,40 @@ def open_dataset_rows(
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
         message = f"{name!r} can't be read with {', '.join(unknown)}: the options are split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
-    files = _files(source, (*_PARQUET, *_JSON_LINES), split)
-    if files and all(file.endswith(_JSON_LINES) for file in files):
-        if missing := [file for file in files if not os.path.isfile(file)]:
-            raise UserError("data.source.no_files", f"The file {missing[0]} does not exist.")
-        return _DatasetRows(name, partial(_json_lines, files))
+    files = _files(source, SUFFIXES, split)
+    for kinds, read in ((_JSON_LINES, _json_lines), (_CSV, _csv_rows)):
+        if files and all(file.endswith(kinds) for file in files):
+            for file in files:
+                check_source(file)
+            return _DatasetRows(name, partial(read, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
     return _DatasetRows(name, partial(_table_rows, rows.with_format("arrow"), name))
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Raise UserError if `source` is no URL, no folder or readable file, and no Hub id `owner/name`.
+
+    A name is taken for a path, and never looked up on the Hub, if it ends as a file of rows does (`SUFFIXES`), or if a
+    local folder has the owner's name.
+    """
+    name, path = os.fspath(source), Path(source).expanduser()
+    is_file = name.endswith(SUFFIXES)
+    if "://" in name or path.is_dir() or (path.is_file() and is_file):
+        return
+    if is_file or path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        fault = "is of no known kind" if path.exists() else f"does not exist{similar_files(path)}"
+        message = f"{name} {fault}. Name a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id owner/name."
+        raise UserError("data.source.no_files", message)
+
+
+def column_names(source: Source, **options: Any) -> list[str]:
+    """Return the names of a dataset's columns, of JSON Lines those of its first 100 rows; see `open_dataset_rows`."""
+    files = _files(source, SUFFIXES, options.get("split", "train"))
+    if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
+        with _open_text(files[0]) as lines:
+            return _csv_header(lines)[0]
+    rows = (row for _, row in islice(open_dataset_rows(source, [], **options), _ROWS_WITH_NAMES))
+    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -158,16 +201,44 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
             there = ", ".join(one for one, files in splits.items() if files)
             raise UserError("data.source.split", f"{name!r} has no split {split!r}; it has {there}.")
         found = splits[split]
-    if not found or len({file.suffix == ".parquet" for file in found}) > 1:
-        what = "both parquet and JSON Lines files: name those to read" if found else f"no {', '.join(suffixes)} file"
+    kinds = [kind for kind in (_PARQUET, _JSON_LINES, _CSV) if any(file.name.endswith(kind) for file in found)]
+    if len(kinds) != 1:
+        several = " and ".join(kind[0] for kind in kinds)
+        what = f"{several} files: name those to read" if found else f"no {', '.join(suffixes)} file"
         raise UserError("data.source.no_files", f"{name!r} holds {what}.")
     return [str(file) for file in found]
 
 
+def _open_text(file: str) -> Any:
+    opener = gzip.open if file.endswith(".gz") else open
+    return opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
+    """Read the first line of a CSV file: return the names of its columns and the character between its fields."""
+    header = next(lines, "")
+    delimiter = max(",;\t", key=header.count)
+    return next(csv.reader([header], delimiter=delimiter), []), delimiter
+
+
+def _csv_rows(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Read CSV files whose first line names the columns; commas, semicolons or tabs separate the fields."""
+    csv.field_size_limit(_MAX_FIELD)
+    for file in files:
+        with _open_text(file) as lines:
+            names, delimiter = _csv_header(lines)
+            reader = csv.reader(lines, delimiter=delimiter)
+            for values in reader:
+                place = f"{file}, line {reader.line_num + 1}"
+                if len(values) == len(names):
+                    yield place, dict(zip(names, values, strict=True))
+                elif values:
+                    yield place, BadLine(f"not {len(names)} fields", delimiter.join(values))
+
+
 def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
     for file in files:
-        opener = gzip.open if file.endswith(".gz") else open
-        with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
+        with _open_text(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}, line {number}", _json_object(line)
