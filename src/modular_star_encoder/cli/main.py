@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from modular_star_encoder.cli.dataset import add_dataset_commands
@@ -31,11 +33,13 @@ class _Version(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 after an error that the user can fix, or 130 after Ctrl-C.
+    """Run one command; return 0, 2 after an error that the user can fix, or 130 after Ctrl-C or SIGTERM.
 
     Results go to stdout; progress, and errors as one line each, go to stderr. argparse reports wrong usage (status 2).
     """
     keep_few_compiled_operations()
+    if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments = parse(argv)
         arguments.run(arguments)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from modular_star_encoder.hub.manifest import MAIN, Manifest
 from modular_star_encoder.hub.model_card import CARD, StagedRepository, check_card, write_card
 from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.verification import verify_repositories
-from modular_star_encoder.utils.files import staged_folder
+from modular_star_encoder.utils.files import scratch_folder, staged_folder
 from modular_star_encoder.utils.http import wrap_hub_errors
 
 KEPT = (".gitattributes",)  # files that the Hub creates
@@ -94,7 +93,7 @@ def publish(
         nothing was uploaded: a dry run
     """
     api = api or HfApi()
-    kept = tempfile.TemporaryDirectory(prefix="mose-publish-") if staging is None else staged_folder(staging)
+    kept = scratch_folder("publish") if staging is None else staged_folder(staging)
     with kept as folder:
         staged = stage_repositories(manifest, folder)
         verify_repositories(staged, progress=progress)
@@ -111,7 +110,7 @@ def publish(
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
     """Return the card of the first repository in a manifest; also write card and figure to `out`, unless it is None."""
-    with tempfile.TemporaryDirectory(prefix="mose-card-") as folder:
+    with scratch_folder("card") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
         if out is not None:

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -52,8 +51,9 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
     import torch
 
     from modular_star_encoder.utils.errors import UserError
+    from modular_star_encoder.utils.files import scratch_folder
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("check") as folder:
         request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
         request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # The same number of threads as here, because it affects the last bits of sums.

@@ -131,7 +131,9 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
 
 def _load_tokenizer(path: str) -> Any:
     try:
-        return load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
+        tokenizer("a")  # it may load and yet have settings of other types
+        return tokenizer
     except Exception as error:  # for a damaged file, tokenizers raises no narrower class
         message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
         raise UserError("checkpoint.tokenizer", message) from error

@@ -144,4 +144,4 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
     """Return whether `ExitZero` supports a checkpoint with this configuration."""
-    return 0 in config.get("exit_layers", ()) and all(config.get(key) == value for key, value in _NEEDED.items())
+    return 0 in (config.get("exit_layers") or ()) and all(config.get(key) == value for key, value in _NEEDED.items())

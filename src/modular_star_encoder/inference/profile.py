@@ -205,7 +205,9 @@ def format_profile(profile: ExitProfile) -> str:
             qualities = [f"{one.quality[name]:.3f}" if name in one.quality else "–" for name in profile.benchmarks]
             rows.append([f"{k}", f"{one.parameters:,}", f"{cost.flops_per_token / 1e6:,.1f}", *times, peak, *qualities])
         blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *markdown_table(rows)]))
-    machine = profile.machine.get("gpu") or f"{profile.machine['processor']}, {profile.machine['threads']} threads"
+    machine = profile.machine.get("gpu") or ", ".join(
+        str(profile.machine.get(name)) for name in ("processor", "threads")
+    )
     return "\n\n".join([*blocks, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
 
 

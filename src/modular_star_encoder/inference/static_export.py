@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from safetensors.numpy import save
 from modular_star_encoder.inference.checkpoints import load_config, slice_checkpoint, stored_prompts
 from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.files import scratch_folder, staged_folder, write_json
 
 # Format → the name of the table in model.safetensors.
 TENSORS = {"sentence-transformers": "embedding.weight", "model2vec": "embeddings"}
@@ -64,8 +63,8 @@ def export_static(
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
         message = f"Exit 0 of {checkpoint} must be a weighted mean of token vectors, with a linear head after pooling."
         raise UserError("static.exit_zero", message)
-    with tempfile.TemporaryDirectory() as scratch:
-        exit_zero = ExitZero(slice_checkpoint(checkpoint, 0, Path(scratch, "slice")))
+    with scratch_folder("static") as scratch:
+        exit_zero = ExitZero(slice_checkpoint(checkpoint, 0, scratch / "slice"))
     tokenizer, folder = exit_zero.tokenizer, Path(folder).expanduser()
     if added := tokenizer.num_special_tokens_to_add(False):
         message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."

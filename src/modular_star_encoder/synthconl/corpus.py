@@ -17,7 +17,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -36,7 +35,7 @@ from modular_star_encoder.synthconl.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import scratch_folder, staged_file, staged_folder, write_json
 from modular_star_encoder.utils.settings import check_names, read_mapping
 
 # Each client writes to the folder in which it runs. `debian-source` needs a deb-src line among apt's sources.
@@ -146,9 +145,9 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
     def items() -> Iterator[tuple[int, SourceFile | Counter[str]]]:
         for number, package in enumerate(packages):
-            with TemporaryDirectory() as temporary:
+            with scratch_folder("corpus") as temporary:
                 try:
-                    folder = _archives(source / package.place, Path(temporary))
+                    folder = _archives(source / package.place, temporary)
                     reader = archive_repositories(folder, languages=SEARCH_LANGUAGES, filters=STARCODER2_FILTERS)
                 except UserError:
                     yield number, Counter({"packages without an archive": 1})

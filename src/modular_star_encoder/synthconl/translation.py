@@ -153,6 +153,8 @@ def translate(
             earlier call left are damaged or belong to other rows (`synthconl.journal`).
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
+    if not count_rows(functions):
+        raise UserError("synthconl.translation.empty", f"{functions} holds no function to translate.")
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)

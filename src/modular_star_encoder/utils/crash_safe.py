@@ -85,6 +85,7 @@ def _executor(processes: int) -> ProcessPoolExecutor:
 def _prepare_worker() -> None:
     # Only the parent handles Ctrl-C; otherwise each worker prints a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Workers of a killed parent would wait for ever and keep its open files and locks.
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -41,7 +43,9 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 
 def write_json(path: str | os.PathLike[str], data: Any, *, resumable: bool = False) -> None:
     """Write `data` as indented UTF-8 JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", resumable=resumable)
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # JSON writes half of a surrogate pair, which UTF-8 lacks, as Python does: `\ud800`.
+    write_text(path, text.encode(errors="backslashreplace").decode(), resumable=resumable)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = False) -> None:
@@ -60,6 +64,7 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
     _remove(temporary)
+    _sweep(target)
     try:
         yield temporary
         if resumable:
@@ -86,11 +91,46 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
         yield temporary
 
 
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """Yield a new folder for temporary files. It is removed at the end or, after a kill, by the next call."""
+    target = Path(tempfile.gettempdir(), f"mose-{name}")
+    _sweep(target)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes that no longer run have left for a target."""
+    form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
+    for name in os.listdir(target.parent) if target.parent.is_dir() else ():
+        if (match := form.fullmatch(name)) and not _runs(int(match[1])):
+            with suppress(OSError):
+                _remove(target.with_name(name))
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        _remove(path)
+        raise
 
 
 def check_types(record: Any) -> None:

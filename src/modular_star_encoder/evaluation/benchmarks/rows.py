@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from modular_star_encoder.data.sources.dataset_rows import not_unicode
 from modular_star_encoder.utils.errors import UserError
 
 Fields = Mapping[str, type | tuple[type, ...]]  # {name of a required field of a row: type or types of its value}
+MAX_LINE_BYTES = 2**27
 _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
 
 
@@ -43,7 +45,9 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES), b""), start=1):
+                if len(line) == MAX_LINE_BYTES:
+                    refuse(path, number, f"a line of fewer than {MAX_LINE_BYTES:,} bytes")
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode(encoding)
     except UnicodeDecodeError:
         refuse(path, number, f"text in {encoding}")
@@ -59,7 +63,7 @@ def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             refuse(path, number, expected, repr(line[:40]))
         _check_unicode(path, number, line, row)
         rows.append(_checked(path, number, row, fields))
@@ -73,6 +77,8 @@ def read_json(path: Path) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         refuse(path, error.lineno, "one JSON value", error.msg)
+    except RecursionError:
+        refuse(path, None, "one JSON value", "too many brackets inside one another")
     _check_unicode(path, None, text, value)
     return value
 
