@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,6 +27,7 @@ _ROWS_PER_BATCH = 256
 _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"), (".csv", ".csv.gz", ".tsv")
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
+_MAX_LINE = 2**26  # characters of a line
 _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
 _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
@@ -209,9 +211,19 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     return [str(file) for file in found]
 
 
-def _open_text(file: str) -> Any:
-    opener = gzip.open if file.endswith(".gz") else open
-    return opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="")
+@contextmanager
+def _open_text(file: str) -> Iterator[Iterator[str]]:
+    """Open a text file and yield an iterator of its lines; OSError at a line that is too long."""
+
+    def lines(text: Any) -> Iterator[str]:
+        while line := text.readline(_MAX_LINE):
+            if len(line) == _MAX_LINE:
+                raise OSError(f"a line has {_MAX_LINE:,} characters or more")
+            yield line
+
+    opener: Any = gzip.open if file.endswith(".gz") else open
+    with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
+        yield lines(text)
 
 
 def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
