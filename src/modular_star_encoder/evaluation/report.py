@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.utils.errors import UserError, naming_extra
-from modular_star_encoder.utils.files import check_types, staged_file, write_json, write_text
+from modular_star_encoder.utils.files import check_types, read_json, staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
@@ -246,7 +245,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         checkpoint: checksum that the evaluated weights must have, unless the file has none; empty for any weights.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         name = "Functions of repositories that were held out" if "retrieval" in content else ""
         content = content.get("retrieval", content)
         measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))

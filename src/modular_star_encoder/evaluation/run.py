@@ -32,7 +32,7 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, write_json
+from modular_star_encoder.utils.files import check_types, read_json, write_json
 
 PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
@@ -215,7 +215,7 @@ def _evaluate_pairs(
 def read_result(path: Path) -> TaskResult:
     """Read a stored result; older versions wrote `system` for `retriever` and `figures` for `estimates`."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         names = {"system": "retriever", "figures": "estimates"}
         data = {names.get(key, key): value for key, value in data.items()}
         estimates = {name: Estimate(**estimate) for name, estimate in data.pop("estimates").items()}

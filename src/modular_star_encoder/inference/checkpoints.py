@@ -27,7 +27,7 @@ from modular_star_encoder.inference import check_checkpoint, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import folder_checksum, staged_folder, write_json
+from modular_star_encoder.utils.files import folder_checksum, read_json, staged_folder, write_json
 
 SENTENCE_TRANSFORMER_FILES = (
     "modules.json",
@@ -199,10 +199,10 @@ def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
     if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is None:
         return {}
     try:
-        prompts = dict(json.loads(file.read_text(encoding="utf-8")).get("prompts") or {})
+        prompts = dict(read_json(file).get("prompts") or {})
         if all(isinstance(text, str) for text in prompts.values()):
             return prompts
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         pass
     raise UserError("checkpoint.prompts", f"{file} must hold a JSON object whose `prompts` maps names to texts.")
 

@@ -7,7 +7,6 @@ milliseconds; 1 MB is 10^6 bytes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import warnings
@@ -22,7 +21,7 @@ from transformers import AutoModel
 from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_file
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, write_json
+from modular_star_encoder.utils.files import check_types, read_json, write_json
 from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class ExitProfile:
             how = "measure one with `mose profile`, and give it as `profile` if --out stores it elsewhere"
             raise FileNotFoundError(f"There is no exit profile {path}: {how}.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             version, exits = content.pop("format"), {}
             for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))

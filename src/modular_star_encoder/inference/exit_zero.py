@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import read_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
@@ -35,17 +36,18 @@ _SPACE = re.compile(r"\s+", re.ASCII)
 _MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
 
 
-def _damage_reported(read: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Decorate a method that reads the folder of a checkpoint: a damaged file raises UserError."""
+def _damage_reported(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Decorate a method that uses the files of a checkpoint: a damaged file raises UserError."""
 
     @wraps(read)
-    def checked(self: Any, folder: Any) -> None:
+    def checked(self: Any, argument: Any) -> Any:
         try:
-            read(self, folder)
+            return read(self, argument)
         except (OSError, UserError):
             raise
         except Exception as error:  # tokenizers raises no narrower class
-            raise UserError("checkpoint.damaged", f"{folder} cannot be loaded: {error}") from error
+            folder = getattr(self, "folder", argument)
+            raise UserError("checkpoint.damaged", f"{folder} cannot be used: {error}") from error
 
     return checked
 
@@ -64,7 +66,7 @@ class ExitZero:
         from safetensors import safe_open
         from tokenizers import Tokenizer
 
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not has_exit_zero(read_config(folder)):
             raise ValueError(f"{folder} has no exit 0, or its exit 0 needs torch.")
         with safe_open(folder / "model.safetensors", "np") as tensors:
@@ -77,7 +79,7 @@ class ExitZero:
             self._tokens = read("model.embed_tokens.weight")
             self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "tokenizer_config.json")
         split = settings.get("split_special_tokens", not read_config(folder).get("instruction_prompts", True))
         self.tokenizer.encode_special_tokens = split
         self.tokenizer.no_padding()
@@ -94,6 +96,7 @@ class ExitZero:
         """The projected embeddings of all V tokens, each times the token's learned weight: (V, D) float32."""
         return (self._tokens @ self._head + self._bias) * self._weights[:, None]
 
+    @_damage_reported
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return the embeddings (N, D) float32 of N texts, scaled to length 1; zeros for a text without tokens."""
         means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
@@ -136,7 +139,7 @@ class ExitZero:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Return the content of a checkpoint's config.json without checks; {} if the file is missing or unreadable."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / "config.json")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -144,4 +147,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
     """Return whether `ExitZero` supports a checkpoint with this configuration."""
-    return 0 in (config.get("exit_layers") or ()) and all(config.get(key) == value for key, value in _NEEDED.items())
+    exits, nested = config.get("exit_layers"), config.get("nested_dimensions") or []
+    if not isinstance(exits, list | tuple) or 0 not in exits or not isinstance(nested, list | tuple):
+        return False
+    sizes = [config.get("projection_size"), config.get("max_position_embeddings"), *nested]
+    is_known = all(config.get(key) == value for key, value in _NEEDED.items())
+    return is_known and all(type(size) is int for size in sizes) and "instruction_prompts" in config

@@ -34,7 +34,7 @@ from modular_star_encoder.search.vector_store import (
     file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, write_text
+from modular_star_encoder.utils.files import check_types, read_json, write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 100_000
@@ -228,7 +228,7 @@ class LocalStore:
         with _damage_reported(self.location):
             status = path.stat()
             if self._version != (status.st_mtime_ns, status.st_ino):
-                manifest = json.loads(path.read_text(encoding="utf-8"))
+                manifest = read_json(path)
                 self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
                 self._version = (status.st_mtime_ns, status.st_ino)
         return self._manifest

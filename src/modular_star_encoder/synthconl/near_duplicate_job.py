@@ -51,7 +51,7 @@ from modular_star_encoder.synthconl.row_files import (
     write_kept,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import read_json, staged_file, staged_folder, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _KINDS = ("within", "between")
@@ -148,7 +148,7 @@ def _digest(texts: list[str]) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
         message = f"{path} is damaged ({error}); remove its folder and start again."
         raise UserError("synthconl.near_duplicates.damaged", message) from error

@@ -32,7 +32,7 @@ from modular_star_encoder.synthconl.backends import (
 )
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, write_json
+from modular_star_encoder.utils.files import check_types, read_json, write_json
 from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
 LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
@@ -255,7 +255,7 @@ class _Session:
 
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
     try:
-        sessions = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        sessions = read_json(path) if path.is_file() else []
         if all(isinstance(one["seconds"] + one["completions"], int | float) and one["backend"] for one in sessions):
             return list(sessions)
     except (ValueError, TypeError, LookupError):

@@ -41,6 +41,22 @@ def similar_files(path: str | os.PathLike[str]) -> str:
     return f" (similar: {', '.join(str(path.parent / name) for name in near)})" if near else ""
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; ValueError if it is not JSON in UTF-8, nests too deeply, or has a number that is too large."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("too many brackets inside one another") from None
+
+
+def _number(text: str) -> int | float:
+    number = float(text) if {*text} & {*".eEN"} else int(text)
+    if not abs(number) < 2**63:
+        raise ValueError(f"{text[:40]} is not a number that can be used")
+    return number
+
+
 def write_json(path: str | os.PathLike[str], data: Any, *, resumable: bool = False) -> None:
     """Write `data` as indented UTF-8 JSON, atomically."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -155,7 +171,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is not None:
         return isinstance(value, list | tuple) and all(_fits(one, kinds[0]) for one in value)
     if kind in (int, float):
-        return type(value) in (int, kind) and abs(value) < 1e300  # not NaN
+        return type(value) in (int, kind) and abs(value) < 2**63  # not NaN
     if is_dataclass(value):
         check_types(value)
     return kind is Any or isinstance(value, kind)
