@@ -44,7 +44,7 @@ def staged(plan, tmp_path_factory):
 
 @pytest.fixture
 def unverified(monkeypatch):
-    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: [])
+    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: {})
 
 
 def contents(folder):
@@ -188,3 +188,18 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
         publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     assert hub.requests == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_hub_a_dry_run_verifies_and_an_upload_fails_at_once(plan, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        publishing, "verify_repositories", lambda staged, **_: {one.settings.key: 1e-7 for one in staged}
+    )
+    away = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
+    done = publish(plan, api=away, progress=False)[1]
+    assert {change.path for change in done.changes} >= {"README.md", "model.safetensors"}
+    shown = str(done).splitlines()
+    assert "1.0e-07" in shown[-3]
+    assert "127.0.0.1" in shown[-2]
+    with pytest.raises(OSError, match=r"127\.0\.0\.1 can't be reached"):
+        publish(plan, upload=True, api=away, progress=False, staging=tmp_path / "staged")
+    assert not list(tmp_path.iterdir())

@@ -142,6 +142,14 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     file.write_text(json.dumps({"exits": scores}))
     assert read_quality(file) == {4: 0.5, 9: 0.6}
     assert read_quality(file, "recall_at_1") == {4: 0.4, 9: 0.5}
+    row = {"retriever": "m", "exit_layer": 4, "dimensions": None, "columns": {}, "others": {}, "difference": None}
+    common = {"reference": "", "size": "", "notes": []}
+    tables = []
+    for name, metric, value in (("a", "map", 0.1), ("b", "f1", 0.2)):
+        mean = dict.fromkeys(("value", "low", "high"), value)
+        tables.append(common | {"benchmark": name, "metric": metric, "rows": [row | {"mean": mean}]})
+    (tmp_path / "tables.json").write_text(json.dumps({"tables": tables}))
+    assert [read_quality(tmp_path / "tables.json", benchmark=one) for one in ("b", "c")] == [{4: 0.2}, {4: 0.1}]
     profile = made_up_profile().with_quality("csn", read_quality(file))
     assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.6}, {}]
     with raises("evaluation.report.no_metric", file, "ndcg"):
@@ -162,7 +170,7 @@ def test_values_that_are_not_numbers_are_an_error(tmp_path, content, fault):
 def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
     made_up_profile().save(tmp_path / "profile.json")
     file = tmp_path / "results.json"
-    command = ["profile", str(tmp_path), "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]
+    command = ["profile", "mose-code", "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]
     for fingerprint, status, benchmarks in (("4567", 2, ()), ("0123", 0, ("csn",))):
         file.write_text(json.dumps({"checkpoint_fingerprint": fingerprint, "exits": {"4": {"mrr": 0.5}}}))
         assert cli.main(command) == status

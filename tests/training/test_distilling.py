@@ -84,9 +84,11 @@ def test_models_that_cannot_start_or_grow_are_refused(tokenizer):
     counts = np.ones(len(tokenizer))
     with raises("training.start_from_teacher", "projection_size=20"):
         start_from_teacher(tiny_model(**EXIT_0), tokenizer, np.ones((len(tokenizer), 20)), counts)
-    for changes, exits in ((EXIT_0, (1, 2)), (STUDENT, (0, 3)), (EXIT_0 | {"exit_norm": "all"}, (0, 2))):
-        with raises("training.grow", list(exits)):
+    cases = ((EXIT_0, (1, 2), "[1, 2]"), (STUDENT, (0, 3), "exit_layers=["))
+    for changes, exits, named in (*cases, (EXIT_0 | {"exit_norm": "all"}, (0, 2), "exit_norm='all'")):
+        with raises("training.grow", named) as error:
             grow(tiny_model(**changes), exits)
+        assert "projection_head" not in str(error.value)
 
 
 def test_averaged_weights_follow_their_formula_and_continue_from_a_checkpoint(tmp_path):

@@ -96,7 +96,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
     if arguments.quality:
         name, results = arguments.quality
         profile = ExitProfile.load(path)
-        profile = profile.with_quality(name, read_quality(results, checkpoint=profile.checkpoint))
+        profile = profile.with_quality(name, read_quality(results, checkpoint=profile.checkpoint, benchmark=name))
         profile.save(path)
     else:
         plan = ProfilePlan(arguments.batch_sizes, arguments.lengths, arguments.rounds)

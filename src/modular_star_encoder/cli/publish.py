@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint
+from modular_star_encoder.inference import resolve_checkpoint
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -86,17 +88,26 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_publish(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.utils.http import check_hub
+
+    try:
+        check_hub()
+    except OSError as error:
+        if arguments.upload:
+            raise
+        print(f"mose: note: {error} The files are only verified.", file=sys.stderr)
     from modular_star_encoder.hub.manifest import load_manifest
-    from modular_star_encoder.hub.publishing import publish
 
     source, overrides = arguments.source, arguments.overrides
     options = [f"--{name}" for name in ("repository", "license", "evaluation") if getattr(arguments, name)]
-    is_folder = os.path.isdir(source)
+    is_folder = os.path.isdir(resolve_checkpoint(source))
     if misplaced := overrides if is_folder else options:
         kind = "is a folder" if is_folder else "is a manifest" if os.path.exists(source) else "does not exist"
         message = f"{source} {kind}, so leave out {misplaced[0]}: KEY=VALUE is for manifests, --options for folders."
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
+    from modular_star_encoder.hub.publishing import publish
+
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
 

@@ -260,12 +260,17 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     return tables
 
 
-def read_quality(path: str | os.PathLike[str], metric: str = "mrr", checkpoint: str = "") -> dict[int, float]:
-    """Read the quality of each exit, {exit_layer: mean of `metric`}, from the first table of a results file.
+def read_quality(
+    path: str | os.PathLike[str], metric: str | None = None, checkpoint: str = "", benchmark: str = ""
+) -> dict[int, float]:
+    """Read the quality of each exit, {exit_layer: mean of `metric`}, from a table of a results file.
 
-    An exit profile can store it. See `read_tables` for the other arguments and the errors.
+    The table is the one of `benchmark`, or the first; `metric` is by default the table's main metric. An exit profile
+    can store the result. See `read_tables` for the other arguments and the errors.
     """
-    table = read_tables(path, checkpoint)[0]
+    tables = read_tables(path, checkpoint)
+    table = next((one for one in tables if one.benchmark == benchmark), tables[0])
+    metric = metric or table.metric
     own, is_main = _own_exits(table), metric == table.metric
     values = {k: row.mean.value if is_main else row.others.get(metric, math.nan) for k, row in own.items()}
     if not values or not all(map(math.isfinite, values.values())):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -15,7 +15,7 @@ from modular_star_encoder.hub.model_card import CARD, StagedRepository, check_ca
 from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.verification import verify_repositories
 from modular_star_encoder.utils.files import scratch_folder, staged_folder
-from modular_star_encoder.utils.http import wrap_hub_errors
+from modular_star_encoder.utils.http import check_hub, wrap_hub_errors
 
 KEPT = (".gitattributes",)  # files that the Hub creates
 ADDED, CHANGED, DELETED = "+", "~", "-"
@@ -37,16 +37,24 @@ class Publication:
     repository: str
     branch: str
     changes: tuple[Change, ...]  # differences between the staged files and the Hub
-    revision: str | None  # latest commit of the branch; None if the branch does not exist
+    revision: str | None  # latest commit of the branch; None if the branch does not exist or `unreachable`
     uploaded: bool = False  # whether the changes were uploaded
+    difference: float | None = None  # largest one that the verification found between embeddings of copy and source
+    unreachable: str = ""  # why a dry run could not compare the files with the Hub; all of them are then `changes`
 
     def __str__(self) -> str:
-        """List the changed files, one per line, then the new revision or "a dry run"."""
+        """List the changed files, then what the verification found, and the new revision or "a dry run"."""
         name = self.repository if self.branch == MAIN else f"{self.repository}, branch {self.branch}"
         lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
-        if not self.changes:
-            return f"{name}: nothing differs from revision {self.revision}"
+        if self.difference is not None:
+            lines.append(
+                "verified: no secret, pickle or unexpected file; loaded without this package, all exits embed as the "
+                f"checkpoint does, with differences of at most {self.difference:.1e}"
+            )
+        if self.unreachable:
+            lines.append(f"not compared with the Hub: {self.unreachable}")
         end = f"revision {self.revision}" if self.uploaded else "nothing was uploaded: a dry run"
+        end = end if self.changes else f"nothing differs from revision {self.revision}"
         return "\n".join([f"{name}:", *lines, end])
 
 
@@ -69,7 +77,7 @@ def publish(
 
     Args:
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
-        upload: whether to upload; if False, nothing is sent.
+        upload: whether to upload; if False, nothing is sent, and the Hub may be out of reach.
         private: whether new repositories are private.
         staging: folder in which to keep the staged repositories; it must be empty or not exist. By default they are
             removed.
@@ -92,11 +100,17 @@ def publish(
         ...
         nothing was uploaded: a dry run
     """
-    api = api or HfApi()
+    api, unreachable = api or HfApi(), ""
+    try:
+        check_hub(api.endpoint)
+    except OSError as error:
+        if upload:
+            raise
+        unreachable = str(error)
     kept = scratch_folder("publish") if staging is None else staged_folder(staging)
     with kept as folder:
         staged = stage_repositories(manifest, folder)
-        verify_repositories(staged, progress=progress)
+        differences = verify_repositories(staged, progress=progress)
         published: dict[str, Publication] = {}
         for one in staged:
             parent = published.get(one.settings.parent or "")
@@ -104,7 +118,12 @@ def publish(
                 # In a dry run, a changed parent has no new commit, so its revision is unknown.
                 write_card(one, manifest, None if parent.changes and not parent.uploaded else parent.revision)
                 check_card(one.folder / CARD)
-            published[one.settings.key] = push(one, api, upload=upload, private=private)
+            key, place = one.settings.key, (one.repository, one.settings.branch)
+            if unreachable:
+                done = Publication(*place, compare(one.folder, {}), None, unreachable=unreachable)
+            else:
+                done = push(one, api, upload=upload, private=private)
+            published[key] = replace(done, difference=differences.get(key))
     return list(published.values())
 
 

@@ -202,10 +202,15 @@ def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -
     Raises:
         UserError: the model or the exits do not fit (`training.grow`).
     """
-    exits, found = list(exit_layers), (list(config.exit_layers), config.exit_norm, config.projection_head)
-    if found != ([0], "none", "linear") or exits != sorted({0, *exits}) or len(exits) < 2:
-        message = f"The model must have exit_layers=[0], exit_norm='none' and projection_head='linear'; it has {found}."
-        raise UserError("training.grow", f"{message} The new exits {exits} must be 0 and at least one more, ascending.")
+    exits = list(exit_layers)
+    for name, needed in (("exit_layers", [0]), ("exit_norm", "none"), ("projection_head", "linear")):
+        found = getattr(config, name)
+        if (list(found) if needed == [0] else found) != needed:
+            message = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
+            how = " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
+            raise UserError("training.grow", message + how)
+    if exits != sorted({0, *exits}) or len(exits) < 2:
+        raise UserError("training.grow", f"The new exits must be 0 and at least one more, ascending, not {exits}.")
     changes = {
         "num_hidden_layers": exits[-1],
         "parent_num_hidden_layers": exits[-1],
