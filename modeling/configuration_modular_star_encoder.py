@@ -264,6 +264,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if value is not None and not lowest <= value <= highest:
             raise ValueError(f"logit_scale_init_value={value} must be None or from {lowest:g} to {highest:g}.")
 
+    def validate_dropout(self) -> None:
+        for name in ("attention_dropout", "residual_dropout", "embedding_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
+
     def validate_heads(self) -> None:
         heads = self.num_attention_heads
         if self.hidden_size % heads or self.head_dim % 2 or heads % self.num_key_value_heads:

@@ -208,13 +208,13 @@ def main() -> int:
         make_world(root, ["static", "rows", *(COMMANDS[name][0] for name in arguments.commands)], seed_more)
         url = os.read(reading, 99).decode()
         try:
-            counts = {name: try_command(name, arguments.tries, root, url) for name in arguments.commands}
+            print(f"{'command':12}{'runs':>8}{'ok':>8}  other outcomes")
+            for name in arguments.commands:
+                found = counts[name] = try_command(name, arguments.tries, root, url)
+                others = ", ".join(f"{count} {outcome}" for outcome, count in found.items() if outcome != "ok")
+                print(f"{name:12}{found.total():>8}{found['ok']:>8}  {others}", flush=True)
         finally:
             os.kill(server, signal.SIGKILL)
-    print(f"{'command':12}{'runs':>8}{'ok':>8}  other outcomes")
-    for name, found in counts.items():
-        others = ", ".join(f"{count} {outcome}" for outcome, count in found.items() if outcome != "ok")
-        print(f"{name:12}{found.total():>8}{found['ok']:>8}  {others}")
     return any(outcome != "ok" for found in counts.values() for outcome in found)
 
 

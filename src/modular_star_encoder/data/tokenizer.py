@@ -71,10 +71,17 @@ def train_tokenizer(
     )
 
 
+MAX_TOKEN_ID = 2**24
+
+
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it."""
     # `AutoTokenizer` uses GPT-2's class, which StarCoder2's descendants name; it doesn't split numbers into digits.
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= MAX_TOKEN_ID:
+        # tokenizers would write a line for every number up to it.
+        raise UserError("tokenizer.ids", f"A token of {path} has the id {last}; the largest is {MAX_TOKEN_ID - 1}.")
+    return tokenizer
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -115,8 +115,8 @@ class LocalStore:
 
     def stamps(self) -> Stamps:
         try:
-            return json.loads((self.folder / _STAMPS).read_bytes()) if self.folder is not None else self._stamps
-        except (OSError, ValueError):
+            return dict(read_json(self.folder / _STAMPS)) if self.folder is not None else self._stamps
+        except (OSError, ValueError, TypeError):
             return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
@@ -463,6 +463,8 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
     Raises:
         OSError, ValueError, KeyError: the segment is missing or damaged.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a file")
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int(content[:8].view("<u8")[0])
     header = json.loads(content[8:start].tobytes()) if start <= len(content) else {}

@@ -74,7 +74,10 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return the rows of a parquet file, with all columns if `columns` is None."""
-    return _opened(file).read(list(columns) if columns else None).to_pylist()
+    opened = _opened(file)
+    if missing := set(columns or ()) - set(opened.schema_arrow.names):
+        raise UserError("synthconl.shards.column_missing", f"{file} has no column {', '.join(sorted(missing))}.")
+    return opened.read(list(columns) if columns else None).to_pylist()
 
 
 def count_rows(folder: Path) -> int:

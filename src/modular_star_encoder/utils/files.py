@@ -18,6 +18,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from modular_star_encoder.utils.errors import UserError
 
+MAX_JSON_BYTES = 2**28
+
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise UserError if a result file can't be written; call it before the work that produces the result."""
@@ -43,8 +45,11 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file; ValueError if it is not JSON in UTF-8, nests too deeply, or has a number that is too large."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_JSON_BYTES):  # a pipe never ends
+        raise ValueError(f"not a file of at most {MAX_JSON_BYTES:,} bytes")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except RecursionError:
         raise ValueError("too many brackets inside one another") from None

@@ -146,7 +146,10 @@ def _rules(file: str, folder: str) -> list[_Rule]:
             content = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
     rules = []
     for line in content.split(b"\n"):
-        glob = _TRAILING_SPACES.sub(rb"\1", line.removesuffix(b"\r"))
+        line = line.removesuffix(b"\r")
+        glob = line.rstrip(b" ")
+        if (len(glob) - len(glob.rstrip(b"\\"))) % 2:  # the last backslash spells the space after it
+            glob = line[: len(glob) + 1]
         if not glob or glob.startswith(b"#"):
             continue
         is_negative = glob.startswith(b"!")
@@ -161,7 +164,6 @@ def _rules(file: str, folder: str) -> list[_Rule]:
     return rules
 
 
-_TRAILING_SPACES = re.compile(rb"((?:[^\\ ]|\\.| +(?! *$))*) *$", re.DOTALL)
 _GLOB = re.compile(
     rb"(?P<folders>(?:^|(?<=/))\*\*+/)|(?P<all>(?:^|(?<=/))\*\*+(?=$|\\/))|(?P<some>\*+)|(?P<one>\?)|(?P<set>\[)"
     rb"|\\(?P<escaped>.)|(?P<plain>[^\\])",
