@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
+from modular_star_encoder.data.collators import (
+    ClassificationCollator,
+    PackingCollator,
+    PaddingCollator,
+    RetrievalCollator,
+)
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.data.samples import WORDS
@@ -66,3 +71,12 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, bac
 def test_unfinished_rows_are_refused(tokenizer, rows):
     with raises("data.packing.unfinished"):
         PackingCollator(tokenizer)([rows[0] | {name: rows[0][name][:-1] for name in ("input_ids", "labels")}])
+
+
+@pytest.mark.parametrize("kind", [PaddingCollator, PackingCollator, RetrievalCollator, ClassificationCollator])
+def test_rows_without_the_columns_of_a_collator_are_refused_with_the_names_of_both(tokenizer, kind):
+    wanted = "query_ids" if kind is RetrievalCollator else "input_ids"
+    for row, shown in (({"text": "x"}, "text"), ({}, "no columns")):
+        with raises("data.collator.columns", wanted, shown):
+            kind(tokenizer)([row])
+    assert kind(tokenizer).tokenizer is tokenizer

@@ -1,13 +1,21 @@
 """Data, checkpoints and recipes of fine-tuning, small enough to run in every test."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
+from modular_star_encoder.training.runs import last_checkpoint
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -93,3 +101,30 @@ def saved_figures(monkeypatch):
         Figure, "savefig", lambda self, *args, **keys: figures.append(self) or save(self, *args, **keys)
     )
     return figures
+
+
+def end_by_signals(command, recipe, folder, signals):
+    """Run a command through, and again, ended by each signal at a random moment after a new checkpoint.
+
+    The weights must be equal. A signal that can be caught gives status 130.
+    """
+    words = [sys.executable, "-m", "modular_star_encoder.cli.main", command, str(recipe), "--out"]
+    subprocess.run([*words, str(folder / "straight")], check=True, capture_output=True)
+    out, generator = folder / "ended", random.Random(command)
+    for number in signals:
+        before = last_checkpoint(out / "checkpoints")
+        process = subprocess.Popen([*words, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while last_checkpoint(out / "checkpoints") == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.2))
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (-number if number == signal.SIGKILL else 130), errors.decode()[-2000:]
+        assert b"Traceback" not in errors
+    resumed = subprocess.run([*words, str(out)], check=True, capture_output=True)
+    assert b"Traceback" not in resumed.stderr
+    expected, found = (load_file(one / "model" / "model.safetensors") for one in (folder / "straight", out))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    log = json.loads((out / "model" / "training_log.json").read_text())
+    assert log["resumed_from"]
+    assert not [path for path in out.rglob(".*") if path.is_dir()]

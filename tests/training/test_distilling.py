@@ -1,6 +1,7 @@
 """A small model from a teacher: its first weights, layers that grow from exit 0, averaged weights, whole recipes."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_f
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
 from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
-from tests.training.retrieval_runs import finetuning_settings, write_recipe, write_triplets
+from tests.training.retrieval_runs import end_by_signals, finetuning_settings, write_recipe, write_triplets
 from tests.training.test_finetuning import straight_and_interrupted
 
 STUDENT = {
@@ -164,6 +165,18 @@ def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_f
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["contrastive", "distillation"])
+def test_a_run_that_signals_end_at_random_moments_is_continued_to_the_same_weights(tmp_path, kind):
+    teacher = save_tiny_checkpoint(tmp_path / "teacher")
+    settings = finetuning_settings(teacher, write_triplets(tmp_path)) | {"max_steps": 60, "save_steps": 20}
+    settings |= {"config": {"residual_dropout": 0.1}, "ema_decay": 0.9, "eval_steps": 100}
+    if kind == "distillation":
+        settings["distillation"] = {"teacher": str(teacher), "cache": str(tmp_path / "cache")}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
+    end_by_signals("finetune", recipe, tmp_path, (signal.SIGKILL, signal.SIGTERM))
+
+
+@pytest.mark.slow
 def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(tmp_path):
     teacher = save_tiny_checkpoint(tmp_path / "teacher")
     settings = finetuning_settings(teacher, write_triplets(tmp_path))
@@ -175,6 +188,7 @@ def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(tmp_p
     recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
     with raises("distillation.size", "16", "8"):
         distil(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
+    assert not (tmp_path / "run").exists()
     with raises("training.distillation.alone"):
         finetune(recipe, tmp_path / "run", progress=False)
 

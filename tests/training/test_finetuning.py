@@ -78,7 +78,12 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     assert exit_4.index(f"{100 * before:.1f} (") < exit_4.index(f"{100 * after:.1f} (")
     assert not model.config.unpad_inputs
     encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
-    assert encoder.encode("open the file", exit_layer=2).shape == (16,)
+    checkpoint_20 = tmp_path / "run" / "checkpoints" / "checkpoint-20"
+    embeddings = encoder.encode("open the file", exit_layer=2)
+    assert embeddings.shape == (16,)
+    of_checkpoint = SentenceTransformer(str(checkpoint_20), device="cpu").encode("open the file", exit_layer=2)
+    assert of_checkpoint == pytest.approx(embeddings, abs=1e-6)
+    assert type(AutoModel.from_pretrained(checkpoint_20)) is ModularStarEncoderForRetrieval
     before, after = (AutoModel.from_pretrained(folder) for folder in (checkpoint, tmp_path / "run" / "model"))
     moved = [not torch.equal(p, dict(after.model.named_parameters())[n]) for n, p in before.named_parameters()]
     assert sum(moved) > 0.9 * len(moved)

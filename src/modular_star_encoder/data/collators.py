@@ -30,9 +30,19 @@ def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> di
     return {"input_ids": pad_rows(rows, pad_token_id, side), "attention_mask": mask}
 
 
+def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Raise UserError (`data.collator.columns`) if a row lacks one of the columns that the collator reads."""
+    for row in rows:
+        if missing := [name for name in names if name not in row]:
+            message = f"A row has no {' and no '.join(missing)}. It has {', '.join(map(str, row)) or 'no columns'}"
+            advice = "make the rows with InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows"
+            raise UserError("data.collator.columns", f"{message}; {advice}, or name their columns so.")
+
+
 class _Padding:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         check_special_tokens(tokenizer, "pad")
+        self.tokenizer = tokenizer  # `Trainer` saves it with the model
         self._pad_token_id: int = tokenizer.pad_token_id
         self._side: str = tokenizer.padding_side
 
@@ -47,6 +57,7 @@ class PaddingCollator(_Padding):
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        _check_columns(rows, ("input_ids", "labels", "icc_label"))
         labels = pad_rows([row["labels"] for row in rows], IGNORED_LABEL, self._side)
         return self._inputs(rows) | {"labels": labels, "icc_labels": torch.stack([row["icc_label"] for row in rows])}
 
@@ -61,6 +72,7 @@ class RetrievalCollator(_Padding):
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
+        _check_columns(rows, ("query_ids", "document_ids"))
         batch = {}
         for side in ("query", "document", "negative", "text"):
             if own := [row for row in rows if f"{side}_ids" in row]:
@@ -74,6 +86,7 @@ class ClassificationCollator(_Padding):
     """Pads `ClassificationRows`: returns `input_ids` and `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        _check_columns(rows, ("input_ids", "labels"))
         return self._inputs(rows) | {"labels": torch.stack([row["labels"] for row in rows])}
 
 
@@ -93,9 +106,11 @@ class PackingCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         check_special_tokens(tokenizer, "cls")
+        self.tokenizer = tokenizer  # `Trainer` saves it with the model
         self._cls: int = tokenizer.cls_token_id
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        _check_columns(rows, ("input_ids", "labels", "icc_label"))
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         total, longest = int(bounds[-1]), int(lengths.max())

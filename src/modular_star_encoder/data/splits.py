@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ def prepare_retrieval_data(
     seed: int,
     max_train_samples: int | None = None,
     progress: bool = True,
-    begin: Callable[[RetrievalData], None] = lambda _: None,
+    store: bool = True,
 ) -> RetrievalData:
     """Read the sources, hold out whole repositories and write both parts to `folder`, or read both if they are there.
 
@@ -96,7 +96,7 @@ def prepare_retrieval_data(
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; all if None.
         progress: Whether to show progress bars.
-        begin: Called with the rows before they are written; its errors leave `folder` as it is.
+        store: Whether to write new rows; if not, call `store_retrieval_data` later.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -104,17 +104,24 @@ def prepare_retrieval_data(
     if not (folder / REPORT).is_file():
         sources = read_retrieval_examples(settings, progress=progress)
         data = _split_sources(sources, requested)
-        begin(data)
-        with staged_folder(folder) as staging:
-            for name in ("train", "held_out"):
-                pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
-            write_json(staging / REPORT, data.report)
+        if not store:
+            return data
+        store_retrieval_data(data, folder)
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     stored = {_EARLIER_NAMES.get(name, name): value for name, value in report["settings"].items()}
     if stored != requested:
         other = ", ".join(name for name in requested if stored.get(name) != requested[name])
         raise UserError("data.split.other_settings", f"{folder} was made with another {other}; name another folder.")
     return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
+
+
+def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
+    """Write the rows to `folder`, all at once, unless `folder` has rows."""
+    if not (folder / REPORT).is_file():
+        with staged_folder(folder) as staging:
+            for name in ("train", "held_out"):
+                pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
+            write_json(staging / REPORT, data.report)
 
 
 def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, Any]) -> RetrievalData:

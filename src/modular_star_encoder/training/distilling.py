@@ -15,7 +15,7 @@ from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.data.tokenizer import special_token_ids
 from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
-from modular_star_encoder.inference.encoders import load_encoder
+from modular_star_encoder.inference.encoders import Encoder, load_encoder
 from modular_star_encoder.inference.teacher_vectors import TeacherTargets, compute_teacher_vectors
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.distillation import DistillationSettings
@@ -79,8 +79,20 @@ class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
 
+def load_teacher(settings: TeacherSettings, projection_size: int) -> Encoder:
+    """Load the teacher; UserError (`distillation.size`) if its vectors do not have the size `projection_size`."""
+    teacher = load_encoder(settings.teacher)
+    exit_layer = teacher.exit_layers[-1]
+    size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
+    if size != projection_size:
+        message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
+        raise UserError("distillation.size", f"{message} Its projection_size is {projection_size}.")
+    return teacher
+
+
 def teach(
     settings: TeacherSettings,
+    teacher: Encoder,
     model: ModularStarEncoderForRetrieval,
     tokenizer: PreTrainedTokenizerFast,
     train: RetrievalBatches,
@@ -94,16 +106,7 @@ def teach(
     Returns:
         The training and evaluation batches with the teacher's vectors, and, if they are centred, `teacher_means`: kind
         (`query`, `document`) → mean vector (D,) of its training texts, as a list. `max_tokens` limits unpaired texts.
-
-    Raises:
-        UserError: the teacher's vectors have another size than the model's (`distillation.size`).
     """
-    teacher = load_encoder(settings.teacher)
-    exit_layer = teacher.exit_layers[-1]
-    size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
-    if size != model.config.projection_size:
-        message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
-        raise UserError("distillation.size", f"{message} Its projection_size is {model.config.projection_size}.")
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
     learned, others = (_texts_by_kind(batches.rows.texts) for batches in (train, held_out))

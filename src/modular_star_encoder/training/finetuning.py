@@ -15,7 +15,6 @@ from transformers.utils import logging
 from modular_star_encoder.data.collators import ClassificationCollator, RetrievalCollator
 from modular_star_encoder.data.finetuning_rows import ClassificationRows, RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.pairs import read_labelled_pairs
-from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.splits import (
     CODE_TO_CODE,
     TEXT_TO_CODE,
@@ -23,12 +22,13 @@ from modular_star_encoder.data.splits import (
     PairGroups,
     RetrievalData,
     prepare_retrieval_data,
+    store_retrieval_data,
 )
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
 from modular_star_encoder.evaluation.run import classification_scores, evaluate_tasks
-from modular_star_encoder.evaluation.tasks import held_out_tasks
-from modular_star_encoder.inference.checkpoints import is_servable, load_checkpoint, write_sentence_transformer_files
+from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
+from modular_star_encoder.inference.checkpoints import is_servable, load_checkpoint
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
@@ -36,14 +36,13 @@ from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.objectives.exit_losses import ClassificationObjective
 from modular_star_encoder.training import find_recipe, runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.distilling import TaughtBatches, teach
+from modular_star_encoder.training.distilling import TaughtBatches, load_teacher, teach
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
 from modular_star_encoder.training.starting_points import (
     add_adapters,
     save_trained,
     starting_config,
     starting_model,
-    starting_source,
 )
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
@@ -105,32 +104,30 @@ def finetune(
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
-        `retrieval` (see `evaluate_held_out`), `recipe`, `preflight` and `data` (numbers of rows read, skipped and held
+        `retrieval` (see `measure_exits`), `recipe`, `preflight` and `data` (numbers of rows read, skipped and held
         out).
     """
     out, state = Path(out), runs.processes_of_run()
     if recipe.distillation is not None and prepare_batches is None:
         raise UserError("training.distillation.alone", "This recipe names a teacher: run it with `distil`.")
-    settings, rows, processes = recipe.objective, recipe.rows(), state.num_processes
+    settings, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
+    processes, stored = state.num_processes, data is None
     blueprint, arguments = check_recipe(recipe, out, processes, progress, objective)
     if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
         return log
-    model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
+    start = partial(starting_model, ModularStarEncoderForRetrieval, recipe)
+    model, tokenizer = start()
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     prompts = model.config.instruction_prompts
-
-    def begin(rows: RetrievalData) -> None:
-        _plans(recipe, rows, processes)
-        runs.begin_run(out, recipe)
-
     with state.main_process_first():
-        data = data or prepare_data(rows, out / "data", progress and state.is_main_process, begin)
+        data = data or prepare_data(rows, out / "data", progress and state.is_main_process, store=False)
+        train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, processes)
+        estimate = finetuning_preflight(model, recipe, processes, groups, tokens)
         if state.is_main_process:
-            begin(data)
-    train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, processes)
-    estimate = finetuning_preflight(model, recipe, processes, groups, tokens)
-    if state.is_main_process:
-        announce(estimate)
+            runs.begin_run(out, recipe)
+            announce(estimate)
+            if stored:
+                store_retrieval_data(data, out / "data")
     arguments.per_device_eval_batch_size = held_out.batch_size // processes
     batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
     if prepare_batches is not None:
@@ -147,12 +144,11 @@ def finetune(
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | batches[2]
     model.config.unpad_inputs = blueprint.config.unpad_inputs
-    save_trained(trainer, tokenizer, out, recipe)
+    save_trained(trainer, out, recipe)
     if state.is_main_process:
-        if is_servable(model.config):
-            prompts_of_files = sentence_transformer_prompts(instructions=prompts)
-            write_sentence_transformer_files(out / runs.MODEL, model.config, prompts_of_files)
-        log |= {"data": data.report, "retrieval": evaluate_held_out(recipe, data, out / runs.MODEL, before, progress)}
+        encoders = {"after": partial(load_checkpoint, out / runs.MODEL)} | ({"before": start} if before else {})
+        tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=rows["seed"])
+        log |= {"data": data.report, "retrieval": measure_exits(tasks, encoders, lengths, progress)}
         runs.write_log(out, log)
     state.wait_for_everyone()
     return log
@@ -170,7 +166,10 @@ def distil(recipe: FinetuningRecipe, out: str | os.PathLike[str], **options: Any
     settings, limit = recipe.distillation, max(recipe.lengths().values())
     if settings is None:
         raise UserError("training.distillation.missing", "The recipe needs `distillation` with a `teacher`.")
-    teaching = partial(teach, settings, max_tokens=limit)
+    # A finished run needs no teacher.
+    finished = (Path(out) / runs.LOG).is_file()
+    teacher: Any = None if finished else load_teacher(settings, starting_config(recipe).projection_size)
+    teaching = partial(teach, settings, teacher, max_tokens=limit)
     return finetune(
         recipe, out, objective=DistillationObjective(settings, recipe.objective), prepare_batches=teaching, **options
     )
@@ -205,23 +204,23 @@ def check_recipe(
     return model, arguments
 
 
-def evaluate_held_out(
-    recipe: FinetuningRecipe, data: RetrievalData, model: Path, before: bool, progress: bool
+def measure_exits(
+    tasks: Sequence[RetrievalTask],
+    models: Mapping[str, Callable[[], tuple[Any, Any]]],
+    lengths: Mapping[str, int],
+    progress: bool,
 ) -> dict[str, Any]:
-    """Evaluate BM25 and, at every exit, the trained checkpoint `model` and, if `before`, the model it started from.
+    """Evaluate BM25 and every exit of some models, `before` and `after` training; `models` load a model and tokenizer.
 
     Returns:
-        {benchmark: {"queries": number, "BM25": estimates, "exit 4": estimates, …, "before": {"exit 4": estimates, …}}},
-        for the benchmarks of `held_out_tasks`; `before` is missing if training began with random weights.
+        {benchmark: {"queries": number, "BM25": estimates, "exit 4": estimates, …, "before": {"exit 4": estimates, …}}}.
     """
-    length = max(recipe.lengths().values())
-    tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
     retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-    retrievers: list[Retriever] = [BM25(), EmbeddingRetriever(checkpoint_encoder(model, recipe.lengths()))]
-    if before and tasks and starting_source(recipe.model)[1]:
-        start, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
-        start.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        retrievers.append(EmbeddingRetriever(ExitEncoder(start, tokenizer, "before", max_length=length)))
+    retrievers: list[Retriever] = [BM25()]
+    for name, load in models.items() if tasks else ():
+        model, tokenizer = load()
+        model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        retrievers.append(EmbeddingRetriever(ExitEncoder(model, tokenizer, name, max_length=max(lengths.values()))))
     for result in evaluate_tasks(tasks, retrievers, progress=progress):
         found = retrieval[result.benchmark]
         if result.retriever == "before":
@@ -232,7 +231,7 @@ def evaluate_held_out(
 
 
 def format_retrieval(retrieval: Mapping[str, Any]) -> str:
-    """Format the result of `evaluate_held_out` as tables: the MRR of every exit before and after training, and BM25."""
+    """Format the result of `measure_exits` as tables: the MRR of every exit before and after training, and BM25."""
     parts = []
     for benchmark, found in retrieval.items():
         before, rows = found.get("before", {}), [["", "before", "after"]]
@@ -247,22 +246,18 @@ def _estimate(found: Mapping[str, float] | None) -> str:
     return f"{percent(found['value'])} ({percent(found['low'])}–{percent(found['high'])})" if found else ""
 
 
-def prepare_data(
-    rows: Mapping[str, Any], folder: Path, progress: bool, begin: Callable[[RetrievalData], None] = lambda _: None
-) -> RetrievalData:
+def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool, *, store: bool = True) -> RetrievalData:
     """Prepare the retrieval data described by `FinetuningRecipe.rows`; with `progress`, print the numbers of rows.
 
-    `begin` is called with new rows before anything is written.
+    Arguments and errors are those of `prepare_retrieval_data`.
     """
-    data = prepare_retrieval_data(folder=folder, progress=progress, begin=begin, **rows)
+    data = prepare_retrieval_data(folder=folder, progress=progress, store=store, **rows)
     if progress:
         for name, source in data.report["sources"].items():
             print(f"{name}: {source['rows']:,} rows")
             if name == "pairs":
-                columns = ", ".join(
-                    f"{role}: {column}" for role, column in rows["settings"]["pairs"]["columns"].items()
-                )
-                print(f"  columns {columns}; to change one: data.columns={{query: NAME}}")
+                columns = [f"{role}: {name}" for role, name in rows["settings"][name]["columns"].items() if name]
+                print(f"  columns {', '.join(columns)}; to change them: data.columns={{query: NAME, positive: NAME}}")
             for reason, count in source["skipped"].items():
                 print(f"  skipped {count:,}: {reason}")
                 for example in source["examples"].get(reason, ()):
@@ -383,7 +378,7 @@ def finetune_classifier(
     log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict()}
     log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
     model.config.unpad_inputs = config.unpad_inputs
-    save_trained(trainer, tokenizer, out, recipe)
+    save_trained(trainer, out, recipe)
     if state.is_main_process:
         saved = ModularStarEncoderForSequenceClassification.from_pretrained(out / runs.MODEL).eval()
         saved.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -135,7 +135,6 @@ def pretrain(
     }
     trainer.save_model(os.fspath(out / runs.MODEL))
     if state.is_main_process:
-        tokenizer.save_pretrained(out / runs.MODEL)
         if find_spec("matplotlib"):
             plot_curves(log, out / runs.MODEL / "curves.png")
         runs.write_log(out, log)

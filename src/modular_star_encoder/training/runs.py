@@ -5,17 +5,20 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
+import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import ProgressCallback, Trainer, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 from modular_star_encoder.modeling import ModularStarEncoderPreTrainedModel
 from modular_star_encoder.training.recipes import TrainingSettings
@@ -179,6 +182,9 @@ def write_log(out: Path, log: Mapping[str, Any]) -> None:
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
     """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one.
 
+    Ctrl-C or SIGTERM, in a run of one process, ends it after the current step with a checkpoint and KeyboardInterrupt;
+    a second one ends it at once.
+
     Returns:
         `log_history`: one dict per log line, `steps`, `seconds` of this call, and `resumed_from` (a step or None).
     """
@@ -195,13 +201,43 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
                 if step.isdecimal() and int(step) > (resumed_from or 0):
                     shutil.rmtree(path)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _stopping_after_a_step(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
     return {
         "log_history": trainer.state.log_history,
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - start, 1),
         "resumed_from": resumed_from,
     }
+
+
+@contextlib.contextmanager
+def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a checkpoint after the current step, then raise KeyboardInterrupt."""
+    if trainer.args.world_size > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            if asked:
+                control.should_save = control.should_training_stop = True
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+        print("mose: stopping after this step, with a checkpoint; again to stop at once", file=sys.stderr)
+
+    trainer.add_callback(Stop())
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -18,7 +18,7 @@ from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarE
 from modular_star_encoder.training import hub_config_folder
 from modular_star_encoder.training.recipes import StartingRecipe
 from modular_star_encoder.training.runs import ADAPTER, MODEL
-from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.training.trainer import MultiExitTrainer, write_serving_files
 from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_folder
 
@@ -156,10 +156,8 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     return get_peft_model(model, config)
 
 
-def save_trained(
-    trainer: MultiExitTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: StartingRecipe
-) -> None:
-    """Write weights, code and tokenizer to `out/model/`; if adapters were trained, write `out/adapter/` and merge them.
+def save_trained(trainer: MultiExitTrainer, out: Path, recipe: StartingRecipe) -> None:
+    """Write model and tokenizer to `out/model/`; if adapters were trained, write `out/adapter/` and merge them.
 
     Every process calls this, because a model may be spread over them.
     """
@@ -172,8 +170,9 @@ def save_trained(
         model: Any = trainer.model
         trained = model.get_base_model()
         with staged_folder(out / MODEL) as staging:
-            start, _ = starting_model(type(trained), recipe)
+            start, tokenizer = starting_model(type(trained), recipe)
             merged = PeftModel.from_pretrained(start, os.fspath(out / ADAPTER)).merge_and_unload()
             merged.config.unpad_inputs = trained.config.unpad_inputs
             merged.save_pretrained(staging)
-    tokenizer.save_pretrained(out / MODEL)
+            tokenizer.save_pretrained(staging)
+            write_serving_files(merged, staging)

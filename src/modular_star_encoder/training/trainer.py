@@ -16,6 +16,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from modular_star_encoder.data.prompts import sentence_transformer_prompts
+from modular_star_encoder.inference.checkpoints import is_servable, write_sentence_transformer_files
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.utils.errors import UserError
@@ -127,10 +130,16 @@ class MultiExitTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save as `Trainer` does, but without the pickled arguments, so that the folder can be published as it is."""
+        """Save what `AutoModel` and, for a retrieval model, `SentenceTransformer` load: model, tokenizer and settings.
+
+        The tokenizer is the trainer's `processing_class` or the collator's `tokenizer`. The pickled arguments that
+        `Trainer` writes are removed, so that the folder can be published as it is.
+        """
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self._folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            folder = Path(output_dir or self._folder)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what a checkpoint needs to continue: random states and, with `ema_decay`, the averaged weights."""
@@ -258,6 +267,15 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from _leaves(part, f"{name}.{key}" if name else str(key))
+
+
+def write_serving_files(model: nn.Module, folder: Path) -> None:
+    """Add the files of `SentenceTransformer` to a saved model and tokenizer if it can compute the embeddings."""
+    config: Any = getattr(model, "config", None)
+    saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
+    if saved and is_servable(config):
+        prompts = sentence_transformer_prompts(instructions=config.instruction_prompts)
+        write_sentence_transformer_files(folder, config, prompts)
 
 
 class AveragedWeights(TrainerCallback):
