@@ -54,8 +54,11 @@ def test_search_prints_json(mose, checkpoint, code):
     answers = json.loads(out)
     assert status == 0
     assert [answer["question"] for answer in answers] == ["add", "find"]
-    keys = ["path", "line", "name", "score", "exit_layer", "last_line", "language", "text", "reasons"]
+    assert list(answers[0]) == ["question", "hits", "margin", "reranked", "method"]
+    keys = ["path", "line", "name", "score", "exit_layer", "last_line", "language", "text"]
     assert list(answers[0]["hits"][0]) == keys
+    _, out, _ = mose("search", "add", "--folder", code, "--model", checkpoint, "--json", "--explain")
+    assert list(json.loads(out)[0]["hits"][0]) == [*keys, "reasons"]
     assert [hit["exit_layer"] for hit in answers[0]["hits"]] == [4] * 5
 
 

@@ -86,10 +86,10 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
         ("search x --index INDEX --candidates 9", "need --rerank-exit-layer"),
         ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
-        ("search x --index INDEX --rerank-exit-layer 4 --candidates 0", "at least 2, not 0"),
-        ("search x --index INDEX --lines -1", "-1"),
+        ("related FOLDER/nowhere.py:3", "is not a file"),
         ("search x --folder FOLDER/nowhere --model MODEL", "is not a folder"),
         ("search x --folder FOLDER --model MODEL --exit-layer 0", "its exits are 1, 2, 4"),
+        ("search x --folder FOLDER --model MODEL --rerank-exit-layer 3", "its exits are 1, 2, 4"),
         ("search x --folder EMPTY --model MODEL", "holds no source code"),
         ("search x --index FOLDER", "holds other things"),
         ("search x --index FOLDER/src/nowhere", "There is no index"),
@@ -137,12 +137,46 @@ def test_the_old_option_of_what_is_now_the_default_is_read(shared_index, mose):
     [
         ("search x --index a --folder b", "not allowed with"),
         ("related add.go", "'add.go' is not of the form FILE:LINE"),
+        ("search x . --top-k 0", "argument --top-k: '0' must be"),
+        ("search x . --lines -1", "argument --lines: '-1' must be"),
+        ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
+        ("search x . --toplk 3", "(did you mean --top-k?)"),
+        ("index . --exit-layer=0 --exlt-layers=2", "(did you mean --exit-layers?)"),
+        ("dataset build recipe.yaml --out a --oot=b", "(did you mean --out?)"),
     ],
 )
 def test_wrong_usage_is_reported(capsys, words, named):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         cli.main(words.split())
+    assert ended.value.code == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--path", "["), ("--languages", "cobol"), ("--rerank-exit-layer", "5")])
+def test_a_request_is_checked_before_a_folder_is_indexed(code, mose, monkeypatch, tmp_path, options):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert mose("search", "push", code, *options)[0] == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_index_of_the_named_folder_is_searched_unless_it_is_of_another_folder(
+    indexed, checkpoint, mose, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    status, out, err = mose("search", "push", "--json", indexed)
+    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"], err) == (0, 4, "")
+    assert not (tmp_path / "cache").exists()
+    moved = write_code(tmp_path / "other", {"one.py": "def only_here():\n    return 1\n"})
+    build(indexed, moved / ".mose", checkpoint)
+    assert mose("search", "only_here", moved)[1].startswith(str(moved / "one.py"))
+
+
+def test_an_empty_folder_is_no_success(tmp_path, mose):
+    (tmp_path / "empty").mkdir()
+    for words in (("index",), ("index", "--json"), ("search", "push")):
+        status, _, err = mose(*words, tmp_path / "empty")
+        assert (status, err.splitlines()[-1].startswith("mose: error: ")) == (2, True)
+        assert str(tmp_path / "empty") in err
 
 
 def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_cache(
@@ -164,7 +198,10 @@ def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_c
     cache.chmod(0o700)
 
 
-@pytest.mark.parametrize("words", [("add numbers", "./nofolder"), ("add numbers", "stack.py"), ("/tmp",)])
+@pytest.mark.parametrize(
+    "words",
+    [("add numbers", "./nofolder"), ("add numbers", "stack.py"), ("/tmp",), ("add", "nofolder/"), ("add", "srcs")],
+)
 def test_a_last_argument_that_looks_like_a_path_is_no_question(code, mose, monkeypatch, words):
     monkeypatch.chdir(code)
     status, out, err = mose("search", *words)
@@ -177,6 +214,7 @@ def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, mo
     assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)
     monkeypatch.chdir(code)
     assert mose("search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")
+    assert mose("search", "split a header into names", "--top-k", "1", "src")[1].startswith("src/parseHeader.js:2 ")
 
 
 def test_what_is_left_out_is_listed_on_request(indexed, checkpoint, mose, monkeypatch):
@@ -188,6 +226,7 @@ def test_what_is_left_out_is_listed_on_request(indexed, checkpoint, mose, monkey
     monkeypatch.chdir(indexed)
     _, out, err = mose("search", "push", "--show-skipped", "--json")
     assert (err.splitlines(), len(json.loads(out))) == (listed, 1)
+    shutil.rmtree(indexed / ".mose")
     _, _, err = mose("search", "push", "--folder", ".", "--model", checkpoint)
     assert "mose: note: 2 files left out: 1 symbolic link, 1 too large; --show-skipped lists them" in err
     assert "left out" not in mose("search", "push", "--folder", ".", "--model", checkpoint)[2]
@@ -212,3 +251,18 @@ def test_related_code_is_found_from_a_place(indexed, mose, monkeypatch):
     assert (status, len(hits), any(hit["path"].endswith("add.go") for hit in hits)) == (0, 2, False)
     status, _, err = mose("related", "add.go:1")
     assert (status, "no code at line 1 of 'src/add.go'" in err) == (2, True)
+
+
+def test_related_code_needs_no_index_and_no_working_folder(code, mose, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(write_code(tmp_path / "elsewhere"))
+    (code / ".git").mkdir()
+    for _ in range(2):
+        status, out, _ = mose("related", code / "src" / "add.go:4", "--json", "--top-k", "9")
+        assert (status, {Path(hit["path"]).name for hit in json.loads(out)["hits"]}) == (
+            0,
+            {"stack.py", "parseHeader.js", "settings.py"},
+        )
+        (code / ".git").rename(code / "gone") if (code / ".git").exists() else None
+    assert mose("search", "push", code)[0] == 0
+    assert len(list((tmp_path / "cache").glob("*/*/*/index.json"))) == 1

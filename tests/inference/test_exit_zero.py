@@ -8,18 +8,20 @@ import pytest
 
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
+from modular_star_encoder.inference.exit_zero import ExitZero, NumpyEncoder, has_exit_zero, has_layers, read_config
 
 MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
 TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍", "a <mask> <pad>"]
 
 
-def test_numpy_embeds_what_the_model_embeds_at_exit_0():
+def test_numpy_embeds_what_the_model_embeds():
     model, tokenizer = load_checkpoint(MODEL)
-    expected = encode_exits(model, tokenizer, TEXTS, exit_layers=(0,), progress=False)[0]
-    embedded = ExitZero(MODEL).encode(TEXTS)
-    np.testing.assert_allclose(embedded, expected, atol=1e-5)
-    assert embedded[2].tolist() == [0.0] * 384
+    expected = encode_exits(model, tokenizer, TEXTS, exit_layers=(0, 2, 6), progress=False)
+    np.testing.assert_allclose(ExitZero(MODEL).encode(TEXTS), expected[0], atol=1e-5)
+    embedded = NumpyEncoder(MODEL).encode_exits(TEXTS, (0, 2, 6))
+    for exit_layer, vectors in embedded.items():
+        np.testing.assert_allclose(vectors, expected[exit_layer], atol=1e-5)
+        assert vectors[2].tolist() == [0.0] * 384
 
 
 def test_words_have_the_tokens_of_the_whole_text():
@@ -57,6 +59,9 @@ def test_a_checkpoint_without_such_an_exit_is_refused(tmp_path):
     assert not has_exit_zero(read_config(tmp_path))
     for change in ({"exit_layers": [1]}, {"projection_head": "mlp"}, {"pooling": "lasttoken"}):
         assert not has_exit_zero(read_config(MODEL) | change)
+    assert has_layers(read_config(MODEL))
+    for change in ({"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn"}}, {"exit_norm": "all"}):
+        assert not has_layers(read_config(MODEL) | change)
     with pytest.raises(ValueError, match="exit 0"):
         ExitZero(tmp_path)
 
@@ -67,7 +72,7 @@ def test_search_imports_no_framework(tmp_path):
     run = (
         "import sys; from modular_star_encoder.cli.main import main; "
         "folder = sys.argv[1]; "
-        "status = main(['index', folder]) or main(['search', 'parse a header', '--index', folder + '/.mose']); "
+        "status = main(['index', folder]) or main(['search', 'parse a header', folder, '--rerank-exit-layer', '6']); "
         "print(status, sorted({'torch', 'transformers', 'sentence_transformers', 'datasets'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", run, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -30,6 +30,17 @@ def name_list(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Return an argparse type for integers from `lowest` on."""
+
+    def number(text: str) -> int:
+        if text.strip().removeprefix("-").isdecimal() and int(text) >= lowest:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {lowest}")
+
+    return number
+
+
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
     """Return an argparse type for a form such as `NAME=FILE`: it returns what the groups of `pattern` match."""
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from modular_star_encoder.cli.dataset import add_dataset_commands
 from modular_star_encoder.cli.evaluate import add_evaluate_commands
@@ -71,22 +72,34 @@ def keep_few_compiled_operations() -> None:
         os.environ.setdefault(name, "64")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error names the option that a misspelt one resembles."""
+
+    def parse_known_args(self, *words: Any, **options: Any) -> Any:
+        arguments, rest = super().parse_known_args(*words, **options)
+        for unknown in (text for text in rest if text.startswith("-")):
+            from difflib import get_close_matches
+
+            near = get_close_matches(unknown.partition("=")[0], self._option_string_actions, 1)
+            self.error(f"unrecognized argument: {unknown}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return arguments, rest
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line; settings (`key=value`) may also follow options, which argparse alone would reject."""
+    """Parse a command line; settings (`key=value`) and the folder to search may also follow options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
+    is_search, has_settings = hasattr(arguments, "questions"), hasattr(arguments, "overrides")
+    if rest and not is_search and not (has_settings and all("=" in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        arguments.overrides += rest
+        (arguments.questions if is_search else arguments.overrides).extend(rest)
     return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search."
-    )
+    parser = _Parser(prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_search_commands(commands)

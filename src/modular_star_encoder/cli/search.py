@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli import checkpoint, exit_list, name_list, of_form
+from modular_star_encoder.cli import at_least, checkpoint, exit_list, name_list, of_form
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def add_search_commands(commands: Any) -> None:
     search.add_argument("questions", metavar="QUESTION", nargs="+", help=question)
     where = search.add_mutually_exclusive_group()
     where.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
-    where.add_argument("--folder", metavar="FOLDER", help="search a folder without an index of its own")
+    where.add_argument("--folder", metavar="FOLDER", help="the folder to search, as after the question")
     _add_checkpoint_options(search, "the one of the index, else mose-code")
-    search.add_argument("--top-k", metavar="N", type=int, default=5, help="hits per question (default: 5)")
+    search.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="hits per question (default: 5)")
     search.add_argument("--languages", metavar="LIST", type=name_list, help="only these languages")
     search.add_argument("--path", metavar="PATTERN", help="only these files, such as '*.py' or 'src/**'")
     search.add_argument(
@@ -59,24 +59,25 @@ def add_search_commands(commands: Any) -> None:
     )
     for old in ("--hybrid", "--fuse"):  # old names for the method that is now the default
         search.add_argument(old, action="store_true", dest="hybrid", help=argparse.SUPPRESS)
-    search.add_argument("--rerank-exit-layer", metavar="K", type=int, help="deeper exit that ranks the best hits again")
-    search.add_argument("--candidates", metavar="N", type=int, help="number of hits to rank again (default: 20)")
+    deeper = "deeper exit that ranks the best hits again"
+    search.add_argument("--rerank-exit-layer", metavar="K", type=at_least(1), help=deeper)
+    search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits to rank again (default: 20)")
     margin = "re-rank only if the best similarity exceeds the second by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
     _add_show_skipped(search)
     stale = "search the index as it is: re-read no changed files"
     search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
     search.add_argument("--explain", action="store_true", help="show what each ranking rule added")
-    search.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
-    search.add_argument("--json", action="store_true", help="print JSON")
+    search.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines of code to show (default: 3)")
+    search.add_argument("--json", action="store_true", help="print JSON (with --explain, also what each rule added)")
     search.set_defaults(run=run_search)
 
     related = commands.add_parser("related", help="find code that resembles the code at a line")
     place = of_form("FILE:LINE", r"(.+):(\d+)")
     related.add_argument("place", metavar="FILE:LINE", type=place, help="for example src/app.py:120")
     related.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
-    related.add_argument("--top-k", metavar="N", type=int, default=5, help="hits (default: 5)")
-    related.add_argument("--lines", metavar="N", type=int, default=3, help="lines of code to show (default: 3)")
+    related.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="hits (default: 5)")
+    related.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines of code to show (default: 3)")
     related.add_argument("--json", action="store_true", help="print JSON")
     related.set_defaults(run=run_related)
 
@@ -129,7 +130,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         if arguments.show_skipped:
             values["skipped_files"] = dict(report.notes())
         print(json.dumps(values, indent=2, ensure_ascii=False))
-        return
+        return _refuse_empty(index)
     exits = ", ".join(map(str, index.settings.exit_layers))
     print(
         f"{index.store.location}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; "
@@ -138,10 +139,19 @@ def run_index(arguments: argparse.Namespace) -> None:
     )
     for line in report.lines(arguments.show_skipped):
         print(printable(line), file=sys.stdout if arguments.show_skipped else sys.stderr)
+    _refuse_empty(index)
+
+
+def _refuse_empty(index: CodeIndex) -> None:
+    """Raise UserError if an index holds no code."""
+    if not index.store.count():
+        message = f"{index.folder} holds no source code that a search could find. Name another folder."
+        raise UserError("search.folder.empty", message)
 
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
+    from modular_star_encoder.search.embedder import Embedder
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
@@ -149,50 +159,34 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     if arguments.docs:
         arguments.languages = (*(arguments.languages or SEARCH_LANGUAGES), "markdown")
     if arguments.exit_layers is None:
-        arguments.exit_layers = _trained_exits(checkpoint)
+        arguments.exit_layers = Embedder(checkpoint).trained_exits
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
     options |= {"exit_layer": _exit_by_budget(arguments, checkpoint), "exit_layers": arguments.exit_layers or None}
     return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, **options)
 
 
-def _trained_exits(checkpoint: str) -> tuple[int, ...]:
-    from modular_star_encoder.inference.checkpoints import load_config
-
-    return load_config(checkpoint).exit_layers
-
-
 def run_search(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.search.hits import format_answer, printable
-    from modular_star_encoder.search.index import SECONDS_TO_REFRESH
+    from modular_star_encoder.search.hits import format_answer
+    from modular_star_encoder.search.index import check_search
     from modular_star_encoder.search.ranking import Cascade
 
     if arguments.hybrid:
         warnings.warn("--hybrid is the default now.", FutureWarning, stacklevel=2)
-    if arguments.lines < 0:
-        raise UserError("cli.search.lines", f"--lines must not be negative, but is {arguments.lines}.")
     if arguments.rerank_exit_layer is None and (arguments.candidates, arguments.margin) != (None, None):
         raise UserError("cli.search.rerank", "--candidates and --margin need --rerank-exit-layer.")
     cascade = None
     if arguments.rerank_exit_layer is not None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
+    _take_folder(arguments)
+    options = {name: getattr(arguments, name) for name in ("top_k", "method", "languages", "path")}
+    check_search(arguments.questions, **options)  # now, because the first search of a folder indexes it
     index, exit_layer = _opened(arguments)
-    if arguments.refresh and not index.report.files:
-        index.refresh(None if arguments.show_skipped else SECONDS_TO_REFRESH)
-    if arguments.show_skipped or index.report.embedded_files or index.report.postponed_files:
-        for line in index.report.lines(arguments.show_skipped):
-            print(printable(line), file=sys.stderr)
-    answers = index.search(
-        arguments.questions,
-        top_k=arguments.top_k,
-        exit_layer=exit_layer,
-        method=arguments.method,
-        cascade=cascade,
-        languages=arguments.languages,
-        path=arguments.path,
-    )
+    _refresh(index, arguments.refresh, arguments.show_skipped)
+    answers = index.search(arguments.questions, exit_layer=exit_layer, cascade=cascade, **options)
     if arguments.json:
-        print(json.dumps([answer.to_dict() for answer in answers], indent=2, ensure_ascii=False))
+        shown = [answer.to_dict(explain=arguments.explain) for answer in answers]
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
         return
     for answer in answers:
         if len(answers) > 1:
@@ -203,36 +197,77 @@ def run_search(arguments: argparse.Namespace) -> None:
         print(f"mose: note: exit {cascade.exit_layer} re-ranked {deep} of {len(answers)} answers", file=sys.stderr)
 
 
+def _take_folder(arguments: argparse.Namespace) -> None:
+    """Move the last word from the questions to `folder` if it is one; UserError if it seems to be a misspelt one."""
+    *questions, last = arguments.questions
+    if arguments.index is not None or arguments.folder is not None:
+        return
+    if questions and os.path.isdir(os.path.expanduser(last)):
+        arguments.questions, arguments.folder = questions, last
+        return
+    is_path = re.match(r"(~|\.{0,2})/\S*$", last) or (questions and (os.path.isfile(last) or re.match(r"\S+/$", last)))
+    near = []
+    if questions:
+        from difflib import get_close_matches
+
+        near = get_close_matches(last, [one.name for one in os.scandir() if one.is_dir()], 1, 0.8)
+    if is_path or near:
+        advice = f"Did you mean {near[0]!r}? " if near else ""
+        message = f'{last!r} is no folder with a question before it. {advice}Write: mose search "QUESTION" FOLDER'
+        raise UserError("cli.search.folder", message)
+
+
 def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """Open the named index, else one found in this folder or above, else a cached one; return it and its exit layer."""
-    from modular_star_encoder.search.index import CodeIndex, cached_index, find_index
+    """Open the index to search, and return it with the exit layer to search at.
+
+    It is the named index; else the one in the named folder; else, if no folder is named, the one in the working folder
+    or above; else a cached one.
+    """
+    from modular_star_encoder.search.embedder import Embedder
+    from modular_star_encoder.search.index import CodeIndex, cached_index, find_index, own_index
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
-    *questions, last = arguments.questions
-    if arguments.index is None and arguments.folder is None:
-        if questions and os.path.isdir(last):
-            arguments.questions, arguments.folder = questions, last
-        elif re.match(r"(~|\.{0,2})/\S*$", last) or (questions and os.path.isfile(last)):
-            message = f'{last!r} is no folder with a question before it. Write: mose search "QUESTION" FOLDER'
-            raise UserError("cli.search.folder", message)
-    location = arguments.index or (find_index() if arguments.folder is None else None)
-    if location is not None:
+    index, location = None, arguments.index
+    if location is None and arguments.folder is not None:
+        index = own_index(arguments.folder, arguments.model)
+    elif location := location or find_index():
         index = CodeIndex.open(location, checkpoint=arguments.model)
+    if index is not None:
         checkpoint = arguments.model or index.settings.checkpoint
         return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
     checkpoint = arguments.model or DEFAULT_CHECKPOINT
     exit_layer = _exit_by_budget(arguments, checkpoint)
-    if exit_layer is None and arguments.rerank_exit_layer is not None:
-        exit_layer = _trained_exits(checkpoint)[0]
+    if arguments.rerank_exit_layer is not None:
+        embedder = Embedder(checkpoint)
+        embedder.check_exit(arguments.rerank_exit_layer)
+        exit_layer = embedder.trained_exits[0] if exit_layer is None else exit_layer
     options = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": arguments.languages}
     return cached_index(arguments.folder or ".", **options), exit_layer
 
 
+def _refresh(index: CodeIndex, may_update: bool = True, show_skipped: bool = False) -> None:
+    """Bring an opened index up to date and print notes on files that are left out; UserError if it holds no code."""
+    from modular_star_encoder.search.hits import printable
+    from modular_star_encoder.search.index import SECONDS_TO_REFRESH
+
+    if may_update and not index.report.files:
+        index.refresh(None if show_skipped else SECONDS_TO_REFRESH)
+    if show_skipped or index.report.embedded_files or index.report.postponed_files:
+        for line in index.report.lines(show_skipped):
+            print(printable(line), file=sys.stderr)
+    _refuse_empty(index)
+
+
 def run_related(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.hits import Answer, format_answer
+    from modular_star_encoder.search.index import CodeIndex, cached_index, find_index, folder_of
 
     path, line = arguments.place
-    index = _found_index(arguments.index)
+    if not os.path.isfile(path):
+        raise UserError("cli.related.file", f"{path!r} is not a file. Name a file of the code folder, and a line.")
+    location = arguments.index or find_index(os.path.dirname(os.path.realpath(path)))
+    index = CodeIndex.open(location) if location else cached_index(folder_of(path))
+    _refresh(index)
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
     answer = Answer(f"{path}:{line}", index.related(inside, int(line), top_k=arguments.top_k), method="vector")
     if arguments.json:

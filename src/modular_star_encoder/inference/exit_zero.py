@@ -1,13 +1,14 @@
-"""Compute exit 0 with numpy, without a deep learning framework, from the token embeddings and a linear head.
+"""Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, without a deep learning framework.
 
-Exit 0 of `ModularStarEncoderForRetrieval` runs no layer: it projects the weighted mean of the token embeddings.
+Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits take as long as with torch on
+a CPU, and need no import of torch and transformers, which takes longer than to embed 20 texts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ from modular_star_encoder.utils.files import read_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
+_NEEDED_BY_LAYERS = {"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "is_causal": False}
 _TEXTS_PER_BATCH = 512
 
 # How mose-code's tokenizer divides text: at white space and `_`, between the parts of camelCase, by kind of character.
@@ -136,6 +138,90 @@ class ExitZero:
         return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
 
+class NumpyEncoder(ExitZero):
+    """Embeds texts at every exit of a checkpoint in a local folder, one text after the other.
+
+    Example:
+        >>> NumpyEncoder("hub_configs/mose-code").encode_exits(["parse a header"], [0, 6])[6].shape
+        (1, 384)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read a checkpoint; raise as `ExitZero` does."""
+        super().__init__(folder)
+        self._weights_file, self._config = Path(folder) / "model.safetensors", read_config(folder)
+        self._heads, self._groups = self._config["num_attention_heads"], self._config["num_key_value_heads"]
+        self._tensors: dict[str, np.ndarray] = {}
+
+    def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
+        """Return exit_layer → embeddings (N, D) float32 of N texts, scaled to length 1.
+
+        A text without tokens gets zeros. The configuration must satisfy `has_layers`, unless 0 is the only exit.
+        """
+        result = {one: np.zeros((len(texts), self._head.shape[1]), dtype=np.float32) for one in exit_layers}
+        for place, ids in enumerate(self._ids(texts)):
+            weights = self._weights[ids]
+            if not weights.sum():
+                continue
+            for exit_layer, states in enumerate(self._states(ids, max(exit_layers))):
+                if exit_layer in result:
+                    pooled = weights @ states / weights.sum()
+                    embedding = self._linear(f"projection_heads.{exit_layer}.dense", pooled)
+                    result[exit_layer][place] = embedding / np.linalg.norm(embedding)
+        return result
+
+    def _states(self, ids: list[int], layers: int) -> Iterator[np.ndarray]:
+        """Yield the states (T, H) of a text after 0, 1, … `layers` layers."""
+        states = self._tokens[ids]
+        yield states
+        size = states.shape[1] // self._heads
+        rates = self._config["rope_parameters"]["rope_theta"] ** (-np.arange(0, size, 2, dtype=np.float32) / size)
+        angles = np.tile(np.arange(len(ids), dtype=np.float32)[:, None, None] * rates, 2)
+        rotation = np.cos(angles), np.sin(angles)
+        for layer in range(layers):
+            name = f"model.layers.{layer}"
+            states = states + self._attention(name, self._normalised(f"{name}.input_layernorm", states), rotation)
+            wide = self._linear(f"{name}.mlp.c_fc", self._normalised(f"{name}.post_attention_layernorm", states))
+            wide *= 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi, dtype=np.float32) * (wide + 0.044715 * wide * wide * wide)))
+            states = states + self._linear(f"{name}.mlp.c_proj", wide)
+            yield states
+
+    def _attention(self, layer: str, states: np.ndarray, rotation: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        tokens, (cos, sin) = len(states), rotation
+        query, key, value = (
+            self._linear(f"{layer}.self_attn.{one}_proj", states).reshape(tokens, -1, cos.shape[-1]) for one in "qkv"
+        )
+        query, key = (one * cos + _half_turned(one) * sin for one in (query / np.sqrt(cos.shape[-1]), key))
+        # Heads that share keys and values become rows of one matrix: (groups, heads of a group × T, head size).
+        query = query.reshape(tokens, self._groups, -1, cos.shape[-1]).transpose(1, 2, 0, 3)
+        scores = query.reshape(self._groups, -1, cos.shape[-1]) @ key.transpose(1, 2, 0)
+        np.exp(scores - scores.max(-1, keepdims=True), out=scores)
+        mixed = (scores / scores.sum(-1, keepdims=True)) @ value.transpose(1, 0, 2)
+        mixed = mixed.reshape(query.shape).transpose(2, 0, 1, 3).reshape(tokens, -1)
+        return self._linear(f"{layer}.self_attn.o_proj", mixed)
+
+    def _normalised(self, name: str, states: np.ndarray) -> np.ndarray:
+        states = states - states.mean(-1, keepdims=True)
+        states /= np.sqrt((states * states).mean(-1, keepdims=True) + self._config["norm_epsilon"])
+        return states * self._tensor(f"{name}.weight") + self._tensor(f"{name}.bias")
+
+    def _linear(self, name: str, values: np.ndarray) -> np.ndarray:
+        return values @ self._tensor(f"{name}.weight").T + self._tensor(f"{name}.bias")
+
+    def _tensor(self, name: str) -> np.ndarray:
+        if name not in self._tensors:
+            from safetensors import safe_open
+
+            with safe_open(self._weights_file, "np") as tensors:
+                self._tensors[name] = tensors.get_tensor(name).astype(np.float32)
+        return self._tensors[name]
+
+
+def _half_turned(values: np.ndarray) -> np.ndarray:
+    first, second = np.split(values, 2, axis=-1)
+    return np.concatenate([-second, first], axis=-1)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Return the content of a checkpoint's config.json without checks; {} if the file is missing or unreadable."""
     try:
@@ -150,6 +236,17 @@ def has_exit_zero(config: dict[str, Any]) -> bool:
     exits, nested = config.get("exit_layers"), config.get("nested_dimensions") or []
     if not isinstance(exits, list | tuple) or 0 not in exits or not isinstance(nested, list | tuple):
         return False
-    sizes = [config.get("projection_size"), config.get("max_position_embeddings"), *nested]
+    sizes = [config.get("projection_size"), config.get("max_position_embeddings"), *nested, *exits]
     is_known = all(config.get(key) == value for key, value in _NEEDED.items())
     return is_known and all(type(size) is int for size in sizes) and "instruction_prompts" in config
+
+
+def has_layers(config: dict[str, Any]) -> bool:
+    """Return whether `NumpyEncoder` supports all exits of a checkpoint with this configuration."""
+    rotation, sizes = config.get("rope_parameters"), ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    if not isinstance(rotation, dict) or rotation.get("rope_type") != "default":
+        return False
+    numbers = [rotation.get("rope_theta"), config.get("norm_epsilon")]
+    is_known = all(config.get(key) == value for key, value in _NEEDED_BY_LAYERS.items())
+    is_complete = all(type(config.get(size)) is int for size in sizes) and all(type(one) is float for one in numbers)
+    return has_exit_zero(config) and is_known and is_complete

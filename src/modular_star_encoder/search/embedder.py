@@ -12,7 +12,7 @@ import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
 from modular_star_encoder.inference import local_folder, resolve_checkpoint
-from modular_star_encoder.inference.exit_zero import ExitZero, has_exit_zero, read_config
+from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from modular_star_encoder.modeling import ModularStarEncoderConfig
 
 _KEPT_EMBEDDINGS = 20_000
+_FEW_TEXTS = 64
+"""So many texts are embedded by numpy at the deeper exits, too, because importing torch would take longer."""
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 
@@ -30,8 +32,8 @@ class Embedder:
 
     Attributes:
         checkpoint: absolute path of a folder, or the name of a Hub repository or of a model inside this package.
-        checksum: checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`).
-        has_exit_zero: whether numpy can compute exit 0; if so, torch is imported only when a deeper exit is used.
+        trained_exits: the exits of the checkpoint, ascending.
+        has_exit_zero: whether numpy can compute exit 0; if so, torch is imported only to embed many texts deeper.
 
     Args:
         checkpoint: a folder, the name of a model inside this package, or a repository of the Hub.
@@ -47,20 +49,26 @@ class Embedder:
         self._folder = resolve_checkpoint(checkpoint)
         facts = read_config(self._folder)
         self.has_exit_zero = has_exit_zero(facts)
-        if self.has_exit_zero:
-            self.checksum = folder_checksum(self._folder)
-        else:
-            from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-
+        if not self.has_exit_zero:
             facts = self.config.to_dict()
-            self.checksum = checkpoint_checksum(self.checkpoint)
         self._instructions = facts["instruction_prompts"]
         self._sizes = sorted({*(facts.get("nested_dimensions") or ()), facts["projection_size"]})
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
-        self._exit_zero: ExitZero | None = None
+        self._has_layers = has_layers(facts) and device in (None, "cpu")
+        self.trained_exits: tuple[int, ...] = tuple(sorted(facts["exit_layers"]))
+        self._numpy: NumpyEncoder | None = None
         self._known: OrderedDict[_Key, np.ndarray] = OrderedDict()
+
+    @cached_property
+    def checksum(self) -> str:
+        """Checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`)."""
+        if self.has_exit_zero:
+            return folder_checksum(self._folder)
+        from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+
+        return checkpoint_checksum(self.checkpoint)
 
     @cached_property
     def config(self) -> ModularStarEncoderConfig:
@@ -74,9 +82,19 @@ class Embedder:
         if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
             # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
             return (0,)
+        for one in exit_layers or (() if exit_layer is None else (exit_layer,)):
+            self.check_exit(one)
         if exit_layer is None and exit_layers is None:
             exit_layer = self.config.num_hidden_layers  # also if a forward pass returns all exits by default
         return tuple(self.config.resolve_exits(exit_layer, exit_layers))
+
+    def check_exit(self, exit_layer: int) -> int:
+        """Return `exit_layer`, or raise UserError if the checkpoint has no such exit; the message lists its exits."""
+        if exit_layer not in self.trained_exits:
+            exits = ", ".join(map(str, self.trained_exits))
+            message = f"exit_layer {exit_layer} is not an exit of {self.checkpoint}; its exits are {exits}."
+            raise UserError("search.exit_layer", message)
+        return exit_layer
 
     def prompts(self) -> dict[str, str]:
         """Return the prompts put before questions (`query`) and code (`document`, with a placeholder `{language}`)."""
@@ -127,25 +145,31 @@ class Embedder:
         """Clear the cache of embeddings."""
         self._known.clear()
 
-    def prepare(self, exit_layers: Sequence[int]) -> None:
-        """Load the layers up to the deepest of these exits; for exit 0 alone, only the table of token embeddings.
+    def prepare(self, exit_layers: Sequence[int], texts: int | None = None) -> None:
+        """Load what embeds `texts` texts (None: many) at these exits: numpy arrays if that suffices, else a model.
 
         Raises:
             UserError: the checkpoint has no such exit.
             OSError: the weights can't be read.
         """
-        if self.has_exit_zero and tuple(exit_layers) == (0,):
-            self._exit_zero = self._exit_zero or ExitZero(self._folder)
+        if self._suits_numpy(exit_layers, texts):
+            self._numpy = self._numpy or NumpyEncoder(self._folder)
         elif self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
             from modular_star_encoder.inference.checkpoints import load_checkpoint
 
             _hide_loading_bars()
             self._model, self._tokenizer = load_checkpoint(self.checkpoint, max(exit_layers), self._device)
 
+    def _suits_numpy(self, exit_layers: Sequence[int], texts: int | None) -> bool:
+        is_small = self._model is None and texts is not None and texts <= _FEW_TEXTS
+        return self.has_exit_zero and (tuple(exit_layers) == (0,) or (self._has_layers and is_small))
+
     def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        self.prepare(exit_layers)
-        if self._exit_zero is not None and tuple(exit_layers) == (0,):
-            return {0: self._exit_zero.encode(texts)}
+        self.prepare(exit_layers, len(texts))
+        if self._numpy is not None and self._suits_numpy(exit_layers, len(texts)):
+            if tuple(exit_layers) == (0,):
+                return {0: self._numpy.encode(texts)}
+            return self._numpy.encode_exits(texts, exit_layers)
         from modular_star_encoder.inference.encode import encode_exits
 
         return encode_exits(self._model, self._tokenizer, texts, exit_layers=exit_layers, progress=False)

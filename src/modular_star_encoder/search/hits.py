@@ -61,9 +61,16 @@ class Answer:
     reranked: bool = False
     method: str = "hybrid"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the answer as JSON values."""
-        return asdict(self)
+    def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
+        """Return the attributes of the answer and of its hits as JSON values; `reasons` of hits only with `explain`.
+
+        `mose search --json` prints a list of these, one for each question. Later versions may add keys.
+        """
+        values = asdict(self)
+        if not explain:
+            for hit in values["hits"]:
+                del hit["reasons"]
+        return values
 
 
 BAR_WIDTH = 10

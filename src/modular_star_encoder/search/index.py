@@ -251,9 +251,7 @@ class CodeIndex:
             UserError: an argument is invalid, the index (for a cascade, the model) lacks the exit, another checkpoint
                 built the index, or the index was rebuilt after it was opened.
         """
-        if fault := _fault(questions, top_k, method):
-            raise UserError(*fault)
-        where = Filter(check_languages(languages, ()), None if path is None else glob_expression(path))
+        where = check_search(questions, top_k, method, languages, path)
         if method == "lexical":
             self._check_unchanged()
             found = [by_words(self.store, question, top_k, where) for question in questions]
@@ -304,7 +302,7 @@ class CodeIndex:
             exit_layer = self.settings.exit_layers[0]
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
         if cascade is not None:
-            self.embedder.config.check_exit(cascade.exit_layer)
+            self.embedder.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
                 message = f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}'s hits. Choose a deeper exit."
                 raise UserError("search.cascade.exit_layer", message)
@@ -344,15 +342,18 @@ class CodeIndex:
         return embedder
 
 
-def _fault(questions: Sequence[str], top_k: int, method: str) -> tuple[str, str] | None:
-    """Return the key and the message of a UserError if an argument of `search` is invalid, else None."""
+def check_search(
+    questions: Sequence[str], top_k: int, method: str, languages: Sequence[str] | None, path: str | None
+) -> Filter:
+    """Return the rows to search; raise UserError if an argument of `CodeIndex.search` is invalid."""
     if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-        return "search.questions", "`questions` must be a list of at least one question, none of them blank."
+        message = "`questions` must be a list of at least one question, none of them blank."
+        raise UserError("search.questions", message)
     if top_k < 1:
-        return "search.top_k", f"`top_k` must be at least 1, not {top_k}."
+        raise UserError("search.top_k", f"`top_k` must be at least 1, not {top_k}.")
     if method not in get_args(Method):
-        return "search.method", f"`method` must be hybrid, vector or lexical, not {method!r}."
-    return None
+        raise UserError("search.method", f"`method` must be hybrid, vector or lexical, not {method!r}.")
+    return Filter(check_languages(languages, ()), None if path is None else glob_expression(path))
 
 
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
@@ -384,30 +385,62 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def cached_index(folder: str, **options: Any) -> CodeIndex:
+def own_index(folder: str | os.PathLike[str], checkpoint: str | None = None) -> CodeIndex | None:
+    """Open the index that `mose index FOLDER` wrote into a folder; None if there is none, or it is of another folder.
+
+    Raises:
+        UserError, OSError: see `CodeIndex.open`.
+    """
+    location = os.path.join(os.path.expanduser(folder), INDEX_FOLDER)
+    if not os.path.isdir(location) or open_store(location).settings() is None:
+        return None
+    index = CodeIndex.open(location, checkpoint=checkpoint)
+    return index if os.path.realpath(index.folder) == os.path.realpath(os.path.expanduser(folder)) else None
+
+
+def cached_index(
+    folder: str,
+    *,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    exit_layer: int | None = None,
+    languages: Sequence[str] | None = None,
+) -> CodeIndex:
     """Open or build an index of `folder`, kept in the user's cache, or in memory if the cache is read-only.
 
-    `options`: see `CodeIndex.build`. An index that can't be used any more, such as after an upgrade, is replaced.
+    The options are those of `CodeIndex.build`. An index that can't be used any more, such as after an upgrade, is
+    replaced.
     """
-    location = _cached_location("\n".join(map(str, [os.path.realpath(folder), *options.values()])))
+    (exit_layer,) = Embedder(checkpoint).exits(exit_layer, None)
+    location = _cached_location(folder, checkpoint, exit_layer, languages)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": languages}
     try:
         store = open_store(location)
         if store.settings() is None:
-            index = CodeIndex.build(folder, store, **options)
-        else:
-            index = CodeIndex.open(store, checkpoint=options.get("checkpoint"))
+            return CodeIndex.build(folder, store, **options)
+        return CodeIndex.open(store, checkpoint=checkpoint)
     except UserError as error:
         if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
             raise
-        index = CodeIndex.build(folder, location, **options, rebuild=True)
-    if not index.store.count():
-        raise UserError("search.folder.empty", f"{folder!r} holds no source code. Name another folder.")
-    return index
+        return CodeIndex.build(folder, location, **options, rebuild=True)
 
 
-def _cached_location(key: str) -> str:
-    """Return where the user's cache keeps the index with this key; `memory://` if the cache is read-only."""
+def folder_of(file: str | os.PathLike[str]) -> str:
+    """Return the folder to search for code like that of a file that no index in a `.mose` folder holds.
+
+    It is the nearest folder above the file that is a git repository or has a cached index; else the working folder if
+    the file is inside it; else the file's own folder.
+    """
+    above, here = Path(os.path.realpath(file)).parents, Path(os.path.realpath("."))
+    for folder in above:
+        if (folder / ".git").exists() or os.path.isdir(_cached_location(str(folder), DEFAULT_CHECKPOINT, 0, None)):
+            return str(folder)
+    return str(here if here in above else above[0])
+
+
+def _cached_location(folder: str, *options: Any) -> str:
+    """Return where the user's cache keeps the index of a folder with these options; `memory://` if it is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
+    key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
