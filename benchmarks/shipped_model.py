@@ -21,7 +21,7 @@ from ratios import median_of, take_turns
 from report import RESULTS, write
 
 from modular_star_encoder.evaluation.benchmarks import load_benchmark
-from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.lexical import BM25, BM25Scores
 from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
 from modular_star_encoder.evaluation.report import make_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
@@ -33,9 +33,11 @@ from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.inference.exit_zero import ExitZero
 from modular_star_encoder.inference.onnx_export import export_onnx, quantize_onnx
+from modular_star_encoder.search.pieces import question_stems, stems
 from modular_star_encoder.utils.reports import markdown_table
 
 CHECKPOINT = Path(__file__).parent.parent / "hub_configs" / "mose-code"
+SEARCH_WORDS = "BM25 of search"
 Values = dict[str, list[float]]  # {language: one value for each query}
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -94,13 +96,16 @@ def rank(tasks: Sequence[Any], own: EmbeddingRetriever, forms: Mapping[str, tupl
         for pool in task.pools:
             texts = [task.queries[row] for row in pool.queries], [task.documents[row] for row in pool.documents]
             words = np.concatenate([block.scores for block in BM25().scores(*texts, own.variants[0]).blocks()])
-            found = {"BM25": reciprocal_ranks(words)}
+            stemmed = [question_stems(one.text) for one in texts[0]], [stems(one.text) for one in texts[1]]
+            of_search = np.concatenate([block.scores for block in BM25Scores(*stemmed).blocks()])
+            found = {"BM25": reciprocal_ranks(words), SEARCH_WORDS: reciprocal_ranks(of_search)}
             vectors = {one.exit_layer: own.scores(*texts, one) for one in own.variants}
             scores = {(k, j): vectors[k].queries[:] @ vectors[j].documents[:].T for k in vectors for j in vectors}
             for (k, j), part in scores.items():
                 found[f"{k} → {j}"] = reciprocal_ranks(part)
                 if k == j:
                     found[f"{k} + BM25"] = reciprocal_ranks(standardised(part) + standardised(words))
+                    found[f"{k} + {SEARCH_WORDS}"] = reciprocal_ranks(standardised(part) + standardised(of_search))
             for name, (k, encode) in forms.items():
                 asked, answers = (encode([one.text for one in part]) for part in texts)
                 shared = compare_tops(scores[k, k], asked @ answers.T).shared
@@ -140,15 +145,17 @@ def markdown(figures: Mapping[str, Any], size: str, exits: Sequence[int]) -> str
     """The tables of the model card."""
 
     means = {name: f"{one['mean'][0]:.1f}" for name, one in figures.items() if "mean" in one}
-    names = {f"exit {k}": f"{k} → {k}" for k in exits} | {"BM25": "BM25"}
-    names |= {f"exit {k} + BM25": f"{k} + BM25" for k in exits}
+    names = {f"exit {k}": f"{k} → {k}" for k in exits}
+    for words in ("BM25", SEARCH_WORDS):
+        names |= {words: words} | {f"exit {k} + {words}": f"{k} + {words}" for k in exits}
     cells = {name: ["{:.1f} ({:.1f}–{:.1f})".format(*one) for one in figures[name].values()] for name in names.values()}
     matrix = [[f"queries of exit {k}", *(means[f"{k} → {j}"] for j in exits)] for k in exits]
     forms = [name.removesuffix(", same ten") for name in figures if name.endswith("same ten")]
     kept = [[one, means[f"{one}, same ten"], means[f"{one}, share of ten"], means[one]] for one in forms]
     times = [[name, f"{one['value']:.2f}"] for name, one in figures["milliseconds per text"].items()]
     parts = [
-        f"MRR × 100 with its 95 % interval; {size}. “+ BM25”: sum of both scores, standardised over the candidates.",
+        f"MRR × 100 with its 95 % interval; {size}. “+ BM25”: sum of both scores, standardised over the candidates. "
+        f"{SEARCH_WORDS}: with the words of `mose search` (stems, parts of identifiers, no stop words).",
         markdown_table([["", *figures["BM25"]], *([label, *cells[name]] for label, name in names.items())]),
         "Every query exit with every document exit, mean MRR × 100:",
         markdown_table([["", *(f"documents of exit {k}" for k in exits)], *matrix]),
