@@ -108,7 +108,7 @@ def rank(tasks: Sequence[Any], own: EmbeddingRetriever, forms: Mapping[str, tupl
                     found[f"{k} + {SEARCH_WORDS}"] = reciprocal_ranks(standardised(part) + standardised(of_search))
             for name, (k, encode) in forms.items():
                 asked, answers = (encode([one.text for one in part]) for part in texts)
-                shared = compare_tops(scores[k, k], asked @ answers.T).shared
+                *_, shared = compare_tops(scores[k, k], asked @ answers.T)
                 found |= {name: reciprocal_ranks(asked @ answers.T), f"{name}, share of ten": shared}
                 found[f"{name}, same ten"] = shared == 1
             for name, part in found.items():

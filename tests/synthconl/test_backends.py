@@ -223,13 +223,15 @@ def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "key", "values"),
     [
-        ("openai", {}, "synthconl.backend.options", ["'openai'", "'base_url'"]),
+        ("openai", {}, "synthconl.backend.options", ["'openai'", "base_url"]),
         ("openai", {"base_url": "localhost:8000"}, "http.url", ["localhost:8000"]),
-        ("openai", {"base_url": "http://h/v1", "concurrency": 0}, "http.settings", ["0"]),
+        ("openai", {"base_url": "http://h/v1", "concurrency": 0}, "synthconl.backend.options", ["concurrency", "0"]),
+        ("openai", {"base_url": ["http://h/v1"]}, "synthconl.backend.options", ["base_url"]),
+        ("openai", {"base_url": "http://h/v1", "timeout": float("inf")}, "synthconl.backend.options", ["timeout"]),
         ("openai", {"base_url": "http://h/v1", "body": {"stream": True}}, "synthconl.backend.body", ["stream"]),
         ("openai", {"base_url": "http://h/v1", "api_key_variable": "NO_KEY"}, "http.token.missing", ["NO_KEY"]),
-        ("transformers", {"batch": 3}, "synthconl.backend.options", ["'batch'"]),
-        ("transformers", {"batch_size": 0}, "synthconl.backend.batch_size", ["0"]),
+        ("transformers", {"batch": 3}, "synthconl.backend.options", ["batch"]),
+        ("transformers", {"batch_size": 0}, "synthconl.backend.options", ["batch_size", "0"]),
         ("vllm", {"max_model_len": 4}, "synthconl.backend.max_tokens", ["4"]),
     ],
 )

@@ -4,6 +4,7 @@ A request carries the id of its row, and its completion returns with that id: co
 text or their position. Nothing here imports torch before the first request.
 """
 
+import operator
 import re
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -12,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from inspect import signature
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field as Constraint
+from pydantic import ValidationError, validate_call
 
 from modular_star_encoder.synthconl.row_files import batches
 from modular_star_encoder.utils.errors import UserError, naming_extra
@@ -21,13 +24,14 @@ from modular_star_encoder.utils.http import (
     HTTPClient,
     HTTPRequestError,
     Response,
-    check_http_settings,
     check_url,
     token_from_environment,
     url_host,
 )
+from modular_star_encoder.utils.settings import Count, NonNegative, Positive, Probability
 
 ERROR, TOO_LONG = "error", "too_long"
+_LARGEST_ANSWER = 2**24  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class OpenAIBackend(CompletionBackend):
 
     run_options = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
 
+    @validate_call
     def __init__(
         self,
         model: str,
@@ -94,18 +99,18 @@ class OpenAIBackend(CompletionBackend):
         base_url: str,
         revision: str | None = None,
         api_key_variable: str | None = None,
-        concurrency: int = 16,
-        attempts: int = 6,
-        pause: float = 1.0,
-        timeout: float = 300.0,
+        concurrency: Annotated[Count, Constraint(le=1000)] = 16,
+        attempts: Annotated[Count, Constraint(le=100)] = 6,
+        pause: NonNegative = 1.0,
+        timeout: Positive = 300.0,
         body: Mapping[str, Any] | None = None,
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
             raise UserError("synthconl.backend.body", f"`body` must not set {', '.join(fixed)}; remove it.")
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
-        check_http_settings(**http)
         self._url = check_url(base_url) + "/chat/completions"
         http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
+        http["max_bytes"] = _LARGEST_ANSWER
         self._open_client = partial(HTTPClient, **http)
         self._model, self._revision, self.in_flight = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
@@ -150,7 +155,9 @@ class OpenAIBackend(CompletionBackend):
             message, usage = choice["message"], content.get("usage") or {}
             text, refusal = message.get("content") or "", message.get("refusal")
             reason = "content_filter" if refusal and not text else choice.get("finish_reason") or "stop"
-            asked, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+            asked, written = (operator.index(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+            if not 0 <= min(asked, written) <= max(asked, written) < 2**32:
+                raise ValueError("no numbers of tokens")
             self._served.add(str(content.get("model") or self._model))
         except (TypeError, LookupError, AttributeError, ValueError):
             message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check `base_url`."
@@ -170,8 +177,6 @@ class _LocalBackend(CompletionBackend):
     _longest_prompt: int
 
     def __init__(self, model: str, max_tokens: int, batch_size: int, batches_together: int) -> None:
-        if batch_size < 1:
-            raise UserError("synthconl.backend.batch_size", f"`batch_size` must be at least 1, not {batch_size}.")
         self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
         self.in_flight = batch_size * batches_together
 
@@ -232,6 +237,7 @@ class TransformersBackend(_LocalBackend):
 
     run_options = frozenset({"batch_size", "device"})
 
+    @validate_call
     def __init__(
         self,
         model: str,
@@ -239,7 +245,7 @@ class TransformersBackend(_LocalBackend):
         *,
         revision: str | None = None,
         dtype: str = "auto",
-        batch_size: int = 8,
+        batch_size: Count = 8,
         device: str | None = None,
         attn_implementation: str | None = None,
     ) -> None:
@@ -320,6 +326,7 @@ class VLLMBackend(_LocalBackend):
 
     run_options = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
 
+    @validate_call
     def __init__(
         self,
         model: str,
@@ -327,10 +334,10 @@ class VLLMBackend(_LocalBackend):
         *,
         revision: str | None = None,
         dtype: str = "auto",
-        batch_size: int = 1024,
-        max_model_len: int = 8192,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
+        batch_size: Count = 1024,
+        max_model_len: Count = 8192,
+        tensor_parallel_size: Count = 1,
+        gpu_memory_utilization: Probability = 0.9,
         engine: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model, max_tokens, batch_size, batches_together=1)
@@ -392,8 +399,8 @@ def open_backend(name: BackendName, model: str, max_tokens: int, options: Mappin
         options: Further arguments of the back end's class, such as `OpenAIBackend`.
     """
     try:
-        signature(BACKENDS[name]).bind(model, max_tokens, **options)
-    except TypeError as error:
-        message = f"The options of the back end {name!r} can't be used: {error}."
-        raise UserError("synthconl.backend.options", message) from error
-    return BACKENDS[name](model, max_tokens, **options)
+        return BACKENDS[name](model, max_tokens, **options)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        message = f"`translation.options` of the back end {name!r}: {fault['loc'][-1]}: {fault['msg']}"
+        raise UserError("synthconl.backend.options", f"{message}, not {str(fault['input'])[:60]!r}.") from error

@@ -48,6 +48,7 @@ _CLIENTS = {
 _FETCH_SECONDS = 600
 # No name begins with a dash: a client would read it as an option.
 _PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
+_MEMBER = re.compile(rb"(?P<name>[\w.]+)[ /]+(?:\d+ +){4}(?P<size>\d{1,10}) *`\n")
 
 MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
 MAX_PACKAGE_ROWS = 7000  # pairs, and as many texts without a pair
@@ -170,10 +171,16 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 def _archives(folder: Path, temporary: Path) -> Path:
     """Return `folder`; but if it has a Debian package, return `temporary` with a copy of the package's data archive."""
     for deb in folder.glob("*.deb"):
-        content, folder = deb.read_bytes(), temporary
-        # The last member, after its name, time, owner, group, mode and size; see deb(5).
-        if match := re.search(rb"(data\.tar[.\w]*)[ /]+(?:\d+ +){4}(\d+) +`\n", content):
-            (folder / match[1].decode()).write_bytes(content[match.end() :][: int(match[2])])
+        folder = temporary
+        with deb.open("rb") as archive:
+            archive.seek(8)  # the members follow `!<arch>`, each after its name, four numbers and its size; see deb(5)
+            while match := _MEMBER.fullmatch(archive.read(60)):
+                end = archive.tell() + int(match["size"])
+                if match["name"].startswith(b"data.tar"):
+                    with (folder / match["name"].decode()).open("wb") as copy:
+                        while part := archive.read(min(2**20, end - archive.tell())):
+                            copy.write(part)
+                archive.seek(end + end % 2)
     return folder
 
 
@@ -203,7 +210,11 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
     """Write rows as gzipped JSON lines, and return the SHA-256 of the uncompressed lines."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with staged_file(target, resumable=True) as temporary, gzip.open(temporary, "wb", compresslevel=6) as output:
+    with (
+        staged_file(target, resumable=True) as temporary,
+        temporary.open("wb") as file,
+        gzip.GzipFile("", "wb", 6, file, mtime=0) as output,  # without name and time, equal rows are equal files
+    ):
         for line in map(_line, rows):
             digest.update(line)
             output.write(line)

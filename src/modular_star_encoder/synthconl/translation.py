@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, fields, replace
+from math import isfinite
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any
@@ -153,14 +154,14 @@ def translate(
             earlier call left are damaged or belong to other rows (`synthconl.journal`).
     """
     functions, out, backend = Path(functions), Path(out), settings.open()
-    if not count_rows(functions):
+    if not (total := count_rows(functions)):
         raise UserError("synthconl.translation.empty", f"{functions} holds no function to translate.")
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)
     with (
         ExitStack() as journals,
-        tqdm(desc="Translating", total=count_rows(functions), unit=" functions", disable=not progress) as bar,
+        tqdm(desc="Translating", total=total, unit=" functions", disable=not progress) as bar,
         closing(backend.complete(_requests(functions, out, files, journals, settings, seed, bar))) as completions,
     ):
         journals.callback(session.write)
@@ -256,7 +257,7 @@ class _Session:
 def _read_sessions(path: Path) -> list[dict[str, Any]]:
     try:
         sessions = read_json(path) if path.is_file() else []
-        if all(isinstance(one["seconds"] + one["completions"], int | float) and one["backend"] for one in sessions):
+        if all(isfinite(one["seconds"] + one["completions"]) and one["backend"] for one in sessions):
             return list(sessions)
     except (ValueError, TypeError, LookupError):
         pass

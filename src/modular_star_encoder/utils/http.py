@@ -29,6 +29,8 @@ except ImportError:
     import httpx  # type: ignore[no-redef]
 
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
+_ENCODINGS = "gzip, deflate"
+_DECODED = frozenset({"", "identity", "gzip", "deflate"})
 _LONGEST_PAUSE = 60.0
 _LONGEST_REASON = 300
 
@@ -36,8 +38,9 @@ _LONGEST_REASON = 300
 class HTTPRequestError(UserError):
     """Raised when a request failed and is not retried any more.
 
-    Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`. From the last response:
-    `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the start of its body without the token.
+    Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`, `http.encoding`. From the last
+    response: `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the start of its body
+    without the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -57,10 +60,10 @@ class Response:
     content: bytes
 
     def json(self) -> Any:
-        """Return the body's JSON value, or None if the body is not JSON."""
+        """Return the body's JSON value, or None if the body is not JSON or nested too deeply."""
         try:
             return json.loads(self.content)
-        except ValueError:
+        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
             return None
 
 
@@ -80,7 +83,7 @@ class HTTPClient:
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
         total_time: seconds for one request with all its attempts and pauses.
-        max_bytes: size limit of a response's body, after decompression by HTTP.
+        max_bytes: size limit of a response's body, after decompression by HTTP (gzip or deflate, once).
         follow_redirects: whether to follow redirects; a token would then reach other hosts.
     """
 
@@ -93,7 +96,7 @@ class HTTPClient:
         pause: float = 1.0,
         timeout: float = 60.0,
         total_time: float = 3600.0,
-        max_bytes: int = 2**28,
+        max_bytes: int = 2**26,
         follow_redirects: bool = False,
     ) -> None:
         check_http_settings(concurrency=concurrency, attempts=attempts, pause=pause, timeout=timeout)
@@ -101,7 +104,7 @@ class HTTPClient:
         self._total_time, self._max_bytes = total_time, max_bytes
         self._slots = asyncio.Semaphore(concurrency)
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers={"Accept-Encoding": _ENCODINGS} | ({"Authorization": f"Bearer {token}"} if token else {}),
             timeout=timeout,
             follow_redirects=follow_redirects,
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
@@ -168,6 +171,10 @@ class HTTPClient:
     async def _receive(self, method: str, url: str, body: Any) -> Response:
         content = bytearray()
         async with self._client.stream(method, url, json=body) as stream:
+            if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
+                # A chunk is decoded as a whole; encoded twice, or by others, it may unpack to gigabytes.
+                message = f"{url_host(url)} sends {encoding[:40]!r}, but only {_ENCODINGS} are read."
+                raise HTTPRequestError("http.encoding", message, status=stream.status_code)
             async for part in stream.aiter_bytes():
                 content += part
                 if len(content) > self._max_bytes:
@@ -187,7 +194,7 @@ class HTTPClient:
 
     def _seconds_to_wait(self, attempt: int, retry_after: float | None) -> float:
         if retry_after is not None:
-            return min(max(retry_after, 0.0), _LONGEST_PAUSE)
+            return min(max(0.0, retry_after), _LONGEST_PAUSE)  # in this order, NaN gives 0
         return min(self._pause * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
 
     async def _abandon(self) -> None:
@@ -207,9 +214,11 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 def check_url(url: str) -> str:
     """Raise UserError unless `url` is an http or https address; return it without slashes at its end."""
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise UserError("http.url", f"{url!r} is not an http(s) address, such as https://api.openai.com/v1.")
-    return url.rstrip("/")
+    with contextlib.suppress(ValueError):  # such as a port that is no number
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url.rstrip("/")
+    raise UserError("http.url", f"{url!r} is not an http(s) address, such as https://api.openai.com/v1.")
 
 
 def url_host(url: str) -> str:
@@ -237,7 +246,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds to wait according to the header `Retry-After` (a number or a date), or None without it."""
     value = headers.get("retry-after", "")
     for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             return seconds(value)
     return None
 

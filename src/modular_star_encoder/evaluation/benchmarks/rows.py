@@ -14,7 +14,7 @@ from modular_star_encoder.data.sources.dataset_rows import not_unicode
 from modular_star_encoder.utils.errors import UserError
 
 Fields = Mapping[str, type | tuple[type, ...]]  # {name of a required field of a row: type or types of its value}
-MAX_LINE_BYTES = 2**27
+MAX_LINE_BYTES, MAX_RATIO = 2**27, 100  # a gzip file may unpack to `MAX_LINE_BYTES` and `MAX_RATIO` times its size
 _NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
 
 
@@ -42,12 +42,14 @@ def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without line break) of a text file, plain or compressed with gzip."""
-    number = 0
+    number = total = 0
     try:
+        most = MAX_LINE_BYTES + path.stat().st_size * (MAX_RATIO if path.suffix == ".gz" else 1)
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES), b""), start=1):
-                if len(line) == MAX_LINE_BYTES:
-                    refuse(path, number, f"a line of fewer than {MAX_LINE_BYTES:,} bytes")
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
+                total += len(line)
+                if len(line) > MAX_LINE_BYTES or total > most:
+                    refuse(path, number, f"a line of at most {MAX_LINE_BYTES:,} bytes in a file of at most {most:,}")
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode(encoding)
     except UnicodeDecodeError:
         refuse(path, number, f"text in {encoding}")
@@ -75,10 +77,8 @@ def read_json(path: Path) -> Any:
     text = "\n".join(line for _, line in read_lines(path))
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        refuse(path, error.lineno, "one JSON value", error.msg)
-    except RecursionError:
-        refuse(path, None, "one JSON value", "too many brackets inside one another")
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
+        refuse(path, getattr(error, "lineno", None), "one JSON value", getattr(error, "msg", str(error)))
     _check_unicode(path, None, text, value)
     return value
 
