@@ -10,6 +10,8 @@ from unittest.mock import Mock
 import pytest
 
 import modular_star_encoder.cli.main as cli
+from modular_star_encoder.cli.evaluate import BENCHMARK_NAMES
+from modular_star_encoder.evaluation.benchmarks import ALL, BENCHMARKS
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
 FUNCTION = '''\
@@ -187,6 +189,13 @@ def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
         cli.main(["evaluate", "mose-code", "--data", ".", "--exit-layers", exits])
     assert error.value.code == 2
     assert "not a list of numbers" in capsys.readouterr().err
+
+
+def test_a_misspelt_benchmark_is_wrong_usage_before_anything_is_imported(capsys):
+    assert (*BENCHMARKS, ALL) == BENCHMARK_NAMES
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "mose-code", "--data", "hub", "--benchmark", "cosqa,advtext"])
+    assert "'advtext'" in capsys.readouterr().err
 
 
 def test_settings_may_stand_before_and_after_options():

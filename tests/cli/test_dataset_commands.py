@@ -123,7 +123,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(mose, tmp_path, monkeypa
         ("build recipe.yaml --out out --outt x", "--outt x"),
         ("build recipe.yaml --out out a=b -x", "-x"),
         ("stats rows.jsonl a=b", "a=b"),
-        ("dedup rows --out out --against file", "SOURCE:COLUMN"),
+        ("dedup . --out out --against file", "SOURCE:COLUMN"),
     ],
 )
 def test_unknown_options_are_wrong_usage(capsys, words, named):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,8 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import build, row_files
 from modular_star_encoder.synthconl.build import EXAMPLE, SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
+from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
+from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
 from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_rows, write_split
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
@@ -31,6 +34,8 @@ from tests.synthconl.samples import (
     translation,
     write_corpus,
 )
+from tests.synthconl.test_corpus import write_packages
+from tests.synthconl.test_near_duplicate_job import write_shards
 
 SEED = 3
 NOWHERE = "http://127.0.0.1:1/v1"
@@ -202,16 +207,27 @@ def test_answers_to_other_functions_are_refused(corpus, finished, server, tmp_pa
     assert not (out / "triplets").exists()
 
 
-def test_wrong_folders_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "LOCK_SECONDS", 0.0)
+def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "LOCK_SECONDS", 0.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     recipe = small_recipe(corpus, server.base_url)
     with raises("synthconl.build.out", tmp_path / "mine"):
         build_quietly(recipe, tmp_path / "mine")
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), raises("synthconl.build.running", tmp_path / "out"):
-        build_quietly(recipe, tmp_path / "out")
+    folder = write_shards(tmp_path / "in", [{"id": n, "code": f"x = {n}"} for n in range(4)])
+    job = prepare_job(folder, tmp_path / "dedup", columns=["code"])
+    (tmp_path / "corpus").mkdir()
+    corpus_at = partial(build_corpus, read_packages(write_packages(tmp_path / "corpus")))
+    for folder, second in (
+        (tmp_path / "out", lambda: build_quietly(recipe, tmp_path / "out")),
+        (job.work, lambda: job.run(progress=False)),
+        (tmp_path / "pairs", lambda: corpus_at(tmp_path / "corpus" / "raw", tmp_path / "pairs", processes=0)),
+    ):
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / ".lock"), raises("synthconl.build.running", folder):
+            second()
+        if folder != tmp_path / "out":
+            second()  # nothing is left behind that a later run minds
 
 
 @pytest.mark.parametrize(

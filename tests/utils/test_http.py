@@ -1,4 +1,5 @@
 import asyncio
+import gzip
 import pickle
 import time
 from email.utils import formatdate
@@ -30,6 +31,8 @@ def test_a_request_carries_its_body_and_token_and_returns_json():
     response, (request,) = send([(200, {"found": 1}, {})], body={"a": "ä"}, token=TOKEN)
     assert (response.status, response.json(), request.body) == (200, {"found": 1}, {"a": "ä"})
     assert request.headers["authorization"] == f"Bearer {TOKEN}"
+    assert send([(200, b"[" * 10**5, {})])[0].json() is None
+    assert send([(429, {}, {"Retry-After": "nan"}), (200, {}, {})])[0].status == 200
     response, (request,) = send([(200, b"<html>", {})], method="GET")
     assert (response.content, response.json(), request.body) == (b"<html>", None, None)
     assert "authorization" not in request.headers
@@ -104,6 +107,15 @@ def test_slow_broken_and_large_answers_are_stopped():
             client.request("GET", server.url)
     with raises("http.too_slow", "0.3", "status 503"):
         send([BUSY], pause=1.0, total_time=0.3)
+
+
+@pytest.mark.parametrize("encoding", ["gzip, gzip", "br", "zstd"])
+def test_a_body_that_may_unpack_to_gigabytes_is_not_read(encoding):
+    with raises("http.encoding", encoding):
+        send([(200, gzip.compress(gzip.compress(bytes(10**6))), {"Content-Encoding": encoding})])
+    bomb = gzip.compress(bytes(10**7))
+    with raises("http.too_large"):
+        send([(200, bomb, {"Content-Encoding": "gzip"})], max_bytes=10**6)
 
 
 def test_redirects_are_followed_only_on_request():

@@ -41,6 +41,13 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return number
 
 
+def existing(text: str) -> str:
+    """Return the path of a file or folder as it is; raise FileNotFoundError at once if it does not exist."""
+    if os.path.exists(os.path.expanduser(text)):
+        return text
+    raise FileNotFoundError(f"The file or folder {text} does not exist.")
+
+
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
     """Return an argparse type for a form such as `NAME=FILE`: it returns what the groups of `pattern` match."""
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import add_recipe_options, of_form
+from modular_star_encoder.cli import add_recipe_options, existing, of_form
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -22,7 +22,7 @@ def add_dataset_commands(commands: Any) -> None:
     build.set_defaults(run=run_dataset_build)
 
     dedup = commands.add_parser("dedup", help="drop the near-duplicates of parquet files")
-    dedup.add_argument("source", metavar="SOURCE", help="a folder of parquet files")
+    dedup.add_argument("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
     dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in either column or both")
@@ -55,21 +55,29 @@ def add_dataset_commands(commands: Any) -> None:
     corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
     fetch = commands.add_parser("fetch", help="download the packages of a corpus that FOLDER lacks")
-    fetch.add_argument("corpus", metavar="FILE", help="the packages, such as hub_configs/mose-code/corpus.yaml")
+    fetch.add_argument(
+        "corpus", metavar="FILE", type=existing, help="the packages, such as hub_configs/mose-code/corpus.yaml"
+    )
     fetch.add_argument("--out", metavar="FOLDER", required=True, help="where to write: a folder for each package")
     fetch.set_defaults(run=run_corpus_fetch)
 
     pairs = commands.add_parser("build", help="extract functions, drop duplicates and hold out packages")
-    pairs.add_argument("corpus", metavar="FILE", help="the packages, such as hub_configs/mose-code/corpus.yaml")
-    pairs.add_argument("--packages", metavar="FOLDER", required=True, help="where `fetch` wrote the packages")
+    pairs.add_argument(
+        "corpus", metavar="FILE", type=existing, help="the packages, such as hub_configs/mose-code/corpus.yaml"
+    )
+    pairs.add_argument(
+        "--packages", metavar="FOLDER", type=existing, required=True, help="where `fetch` wrote the packages"
+    )
     pairs.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old build is continued")
     pairs.add_argument("--processes", metavar="N", type=int, default=2, help="processes that extract functions (2)")
     pairs.set_defaults(run=run_corpus_build)
 
     check = commands.add_parser("check", help="name the texts that equal or nearly equal a text of an evaluation set")
-    check.add_argument("files", metavar="FILE", nargs="+", help="what `build` wrote: pairs.jsonl.gz and others")
+    check.add_argument(
+        "files", metavar="FILE", type=existing, nargs="+", help="what `build` wrote: pairs.jsonl.gz and others"
+    )
     against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
-    check.add_argument("--against", metavar="ROWS", nargs="+", required=True, help=against)
+    check.add_argument("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
     check.add_argument("--drop", metavar="FOLDER", help="write the other rows to files of the same names in FOLDER")
     check.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
     check.set_defaults(run=run_corpus_check)

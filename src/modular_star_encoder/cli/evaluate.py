@@ -8,17 +8,41 @@ import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, exit_list, name_list, number_list, of_form
+from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, existing, exit_list, name_list, number_list, of_form
+
+# As in `evaluation.benchmarks`, whose imports take seconds; a test compares the two.
+BENCHMARK_NAMES = (
+    *(
+        "codesearchnet-999",
+        "codesearchnet-999-leaky",
+        "codesearchnet-mteb",
+        "codesearchnet-full",
+        "codesearchnet-human",
+    ),
+    *("translation", "translation-masked", "poj104", "bigclonebench", "advtest", "cosqa"),
+    *("exercism-text", "exercism-text-masked", "exercism-code", "exercism-code-masked", "folder", "all"),
+)
+
+
+def _benchmarks(text: str) -> list[str]:
+    names = name_list(text)
+    if unknown := [name for name in names if name not in BENCHMARK_NAMES] or ([] if names else [text]):
+        raise argparse.ArgumentTypeError(f"unknown benchmark {unknown[0]!r}; available: {', '.join(BENCHMARK_NAMES)}")
+    return names
+
+
+def _data(text: str) -> str:
+    return text if text == "hub" or text.startswith("hub:") else existing(text)
 
 
 def add_evaluate_commands(commands: Any) -> None:
     """Add `mose evaluate` and `mose profile` to the subparsers of `mose`."""
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
     evaluate.add_argument("checkpoint", metavar="MODEL", type=_model, help=CHECKPOINT_HELP)
-    evaluate.add_argument(
-        "--benchmark", metavar="NAMES", type=name_list, default=["folder"], help="a list, or all (default: folder)"
-    )
-    evaluate.add_argument("--data", metavar="FOLDER", required=True, help="source code, or files of benchmarks; or hub")
+    names = f"a list of these, with commas (default: folder): {', '.join(BENCHMARK_NAMES)}"
+    evaluate.add_argument("--benchmark", metavar="NAMES", type=_benchmarks, default=["folder"], help=names)
+    data = "source code, or files of benchmarks; or hub, or hub:OWNER/NAME"
+    evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
     evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import AfterValidator, BeforeValidator
 from pydantic import Field as Constraint
 
@@ -35,7 +34,15 @@ from modular_star_encoder.synthconl.extraction import (
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, minhash_class
 from modular_star_encoder.synthconl.near_duplicate_job import REPORT, prepare_job
 from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
-from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
+from modular_star_encoder.synthconl.row_files import (
+    LOCK,
+    locked,
+    read_file,
+    read_rows,
+    row_files,
+    write_rows,
+    write_split,
+)
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
@@ -43,9 +50,7 @@ from modular_star_encoder.utils.settings import Count, Float, Int, Probability, 
 
 EXAMPLE = "examples/dataset/recipe.yaml"
 SPLITS = ("train", "validation")
-LOG, LOCK = "build.json", ".lock"
-# The workers of a process that was killed hold its lock for a moment.
-LOCK_SECONDS = 5.0
+LOG = "build.json"
 
 
 @settings_class
@@ -156,8 +161,8 @@ def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or continue what an earlier call with this recipe left in `out`.
 
-    After a kill at any point, the same call continues: no finished stage is repeated, no row is lost or duplicated, and
-    at most the pending translations are requested again.
+    One process builds in a folder at a time. After a kill at any point, the same call continues: no finished stage is
+    repeated, no row is lost or duplicated, and at most the pending translations are requested again.
 
     Args:
         recipe: What to build.
@@ -175,18 +180,14 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     build = Build(recipe, Path(out).absolute(), progress)
     _check_settings(build, _read_log(build.out))
     _check_inputs(build)
-    build.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(build.out / LOCK, timeout=LOCK_SECONDS):
-            log = _read_log(build.out)
-            # Remove the temporary files of a killed process.
-            for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for stage in STAGES:
-                if not build.is_done(stage.__name__):
-                    _run(build, stage, log)
-    except Timeout:
-        raise UserError("synthconl.build.running", f"Another process builds in {build.out}; wait for it.") from None
+    with locked(build.out):
+        log = _read_log(build.out)
+        # Remove the temporary files of a killed process.
+        for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for stage in STAGES:
+            if not build.is_done(stage.__name__):
+                _run(build, stage, log)
     return build.out / STAGES[-1].__name__
 
 

@@ -4,7 +4,8 @@
     build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs and other texts
     check_corpus     the corpus → its texts that equal, or nearly equal, a text of an evaluation set
 
-Fetching and extraction continue after any interruption. Equal packages give an equal corpus.
+Fetching and extraction continue after any interruption. One process builds in a folder at a time. Equal packages give
+an equal corpus.
 """
 
 import gzip
@@ -33,6 +34,7 @@ from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functi
 from modular_star_encoder.evaluation.benchmarks.rows import check_rows, read_json, read_jsonl
 from modular_star_encoder.synthconl.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+from modular_star_encoder.synthconl.row_files import locked
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import scratch_folder, staged_file, staged_folder, write_json
@@ -48,7 +50,7 @@ _CLIENTS = {
 _FETCH_SECONDS = 600
 # No name begins with a dash: a client would read it as an option.
 _PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
-_MEMBER = re.compile(rb"(?P<name>[\w.]+)[ /]+(?:\d+ +){4}(?P<size>\d{1,10}) *`\n")
+_MEMBER = re.compile(rb"(?P<name>[\w.-]+)[ /]+(?:\d+ +){4}(?P<size>\d{1,10}) *`\n")
 
 MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
 MAX_PACKAGE_ROWS = 7000  # pairs, and as many texts without a pair
@@ -99,19 +101,20 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
     """
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
     options: Row = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _FETCH_SECONDS, "check": True}
-    for package in tqdm(packages, desc="Fetching", unit=" packages"):
-        target, outcome = Path(out) / package.place, "fetched before"
-        command = [word.format(**package._asdict()) for word in _CLIENTS[package.registry].split()]
-        try:
-            if not target.is_dir():
-                with staged_folder(target, resumable=True) as folder:
-                    subprocess.run(command, cwd=folder, **options)  # noqa: S603  `_PACKAGE` has checked the names
-                outcome = "fetched"
-        except FileNotFoundError:
-            outcome = f"{command[0]} is not installed"
-        except subprocess.SubprocessError as error:
-            outcome = f"{command[0]} ended with status {getattr(error, 'returncode', 'timeout')}"
-        outcomes[outcome].append(package)
+    with locked(Path(out)):
+        for package in tqdm(packages, desc="Fetching", unit=" packages"):
+            target, outcome = Path(out) / package.place, "fetched before"
+            command = [word.format(**package._asdict()) for word in _CLIENTS[package.registry].split()]
+            try:
+                if not target.is_dir():
+                    with staged_folder(target, resumable=True) as folder:
+                        subprocess.run(command, cwd=folder, **options)  # noqa: S603  `_PACKAGE` has checked the names
+                    outcome = "fetched"
+            except FileNotFoundError:
+                outcome = f"{command[0]} is not installed"
+            except subprocess.SubprocessError as error:
+                outcome = f"{command[0]} ended with status {getattr(error, 'returncode', 'timeout')}"
+            outcomes[outcome].append(package)
     return dict(outcomes)
 
 
@@ -133,10 +136,11 @@ def build_corpus(
     if len(files) < 2:
         message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two, to hold one out."
         raise UserError("corpus.packages", message)
-    _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
-    missing = [":".join(one[:2]) for one in packages if one not in files]
-    stats = {"packages": len(files), "packages_missing": missing} | _assemble(files, out)
-    write_json(out / "stats.json", stats)
+    with locked(out):
+        _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
+        missing = [":".join(one[:2]) for one in packages if one not in files]
+        stats = {"packages": len(files), "packages_missing": missing} | _assemble(files, out)
+        write_json(out / "stats.json", stats)
     return stats
 
 

@@ -46,6 +46,7 @@ from modular_star_encoder.synthconl.row_files import (
     check_columns,
     find_shards,
     id_order,
+    locked,
     read_ids,
     read_texts,
     write_kept,
@@ -176,12 +177,16 @@ class DuplicateJob:
         return (self.out / REPORT).exists()
 
     def run(self, progress: bool = True) -> DuplicateReport:
-        """Run all remaining tasks in this process; no other process may work on the job.
+        """Run all remaining tasks in this process; raise UserError if another process runs them.
 
         This takes a few hundred bytes of memory for each row, and disk space for a copy of the texts until the end.
         """
         if self.finished:
             return self.finish()
+        with locked(self.work):
+            return self._run(progress)
+
+    def _run(self, progress: bool) -> DuplicateReport:
         shards, rows = range(len(self.shards)), sum(shard.rows for shard in self.shards)
         bar_of = partial(tqdm, unit_scale=True, disable=not progress)
         with bar_of(desc="Fingerprinting", total=rows, unit=" rows") as bar:

@@ -1,6 +1,7 @@
 """Read and write rows in parquet files. A dataset's build numbers its files; a file from a user is called a shard."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,15 +11,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
 ROWS_PER_FILE = 1000
+LOCK, LOCK_SECONDS = ".lock", 5.0  # the workers of a process that was killed hold its lock for a moment
 ROWS_PER_PUBLISHED_FILE = 100_000
 _ROWS_AT_A_TIME = 1024
 
 Item = TypeVar("Item")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; raise UserError if another process holds it for `LOCK_SECONDS`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise UserError("synthconl.build.running", f"Another process builds in {folder}; wait for it.") from None
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
