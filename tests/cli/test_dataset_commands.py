@@ -120,7 +120,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(mose, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("build recipe.yaml --out out --outt x", "--outt x"),
+        ("build recipe.yaml --out out --outt x", "--outt"),
         ("build recipe.yaml --out out a=b -x", "-x"),
         ("stats rows.jsonl a=b", "a=b"),
         ("dedup . --out out --against file", "SOURCE:COLUMN"),
