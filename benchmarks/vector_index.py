@@ -28,7 +28,7 @@ from report import status_bytes, write
 
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.pieces import Snippet, question_stems, snippet_words
-from modular_star_encoder.search.vector_store import Filter, Row, file_id, row_id
+from modular_star_encoder.search.vector_store import Filter, Row, file_id
 from modular_star_encoder.utils.reports import markdown_table
 
 CHUNK, BATCH = 10_240, 256
@@ -196,8 +196,8 @@ def row(number: int, vector: np.ndarray, text: str) -> Row:
     path = f"folder_{number // 1000}/file_{number // ROWS_PER_FILE}.py"
     key, name = file_id(path), text[4 : text.index("(")]
     snippet = Snippet(path, "python", name, number, number + LINES - 1, text, number, (name,))
-    words = " ".join(snippet_words(snippet))
-    identity = (row_id(key, number % ROWS_PER_FILE), key, key, ROWS_PER_FILE)
+    words = snippet_words(snippet)
+    identity = (number % ROWS_PER_FILE, key, key, ROWS_PER_FILE)
     return Row(*identity, snippet, words, {EXIT_LAYER: vector})
 
 

@@ -46,6 +46,7 @@ def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
         "modeling/configuration_modular_star_encoder.py",
         "hub_configs/small/config.json",
         "hub_configs/mose-code/finetune.yaml",
+        "data/languages/queries/python.scm",
         "demo/page.css",
         "hub/subprocess_check.py",
         "py.typed",

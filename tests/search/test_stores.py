@@ -19,7 +19,6 @@ from modular_star_encoder.search.vector_store import (
     file_id,
     glob_expression,
     readable_path,
-    row_id,
 )
 from tests.errors import raises
 from tests.loopback import LoopbackHandler, LoopbackServer
@@ -48,8 +47,8 @@ def rows(path, texts, version="1", language="python", seed=0, width=8, missing=0
         snippet = Snippet(path, language, f"f{place}", place + 1, place + 1, text, place + 1, (f"f{place}", "g"))
         vectors = {k: generator.normal(size=width).astype(np.float32) for k in (1, 4)}
         vectors = {k: vector / np.linalg.norm(vector) for k, vector in vectors.items()}
-        words = " ".join(snippet_words(snippet))
-        made.append(Row(row_id(key, place), key, version, file_rows, snippet, words, vectors))
+        words = snippet_words(snippet)
+        made.append(Row(place, key, version, file_rows, snippet, words, vectors))
     return made
 
 

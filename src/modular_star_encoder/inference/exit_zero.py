@@ -104,10 +104,14 @@ class ExitZero:
         means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
         totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            for place, ids in enumerate(self._ids(texts[start : start + _TEXTS_PER_BATCH]), start):
+            batch = self._ids(texts[start : start + _TEXTS_PER_BATCH])
+            # One buffer for all texts: new memory for each takes as long as the sums.
+            buffer = np.empty((max(map(len, batch)), self._tokens.shape[1]), dtype=np.float32)
+            for place, ids in enumerate((np.array(one, dtype=np.intp) for one in batch), start):
                 weights = self._weights[ids]
                 totals[place] = weights.sum()
-                means[place] = weights @ self._tokens[ids] / (totals[place] or 1.0)
+                tokens = np.take(self._tokens, ids, axis=0, out=buffer[: len(ids)], mode="clip")
+                means[place] = weights @ tokens / (totals[place] or 1.0)
         embeddings = (means @ self._head + self._bias) * (totals > 0)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -123,7 +127,7 @@ class ExitZero:
         divided = [self._words(text) for text in texts]
         if len(self._known) > _MOST_KNOWN_WORDS:
             self._known.clear()
-        new = list({word for words in divided for word in words if word not in self._known})
+        new = list(set(chain.from_iterable(divided)).difference(self._known))
         encode: Any = self.tokenizer.encode_batch_fast  # it wakes threads: too slow for a question
         encoded = encode(new) if len(new) > _FEW_WORDS else map(self.tokenizer.encode, new)
         self._known.update((word, one.ids) for word, one in zip(new, encoded, strict=True))

@@ -30,12 +30,12 @@ from modular_star_encoder.search.vector_store import (
     content_hash,
     file_id,
     readable_path,
-    row_id,
 )
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # an interruption loses at most seconds of work
 _ROWS_PER_BATCH_IN_A_HURRY = 32
+_ROWS_PER_EMBEDDING = 256  # at most a batch; few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
 _FRESH_NS = 2_000_000_000
 """A file that changed so shortly before it was read may change again without another size or time."""
@@ -157,7 +157,7 @@ def update_store(
     writer = _Writer(store, settings, embedder, seconds)
     with _bar(length_hint(reader), progress) as advance:
         reader.is_known = lambda path, location: writer.is_known(path, location) and (advance() or True)
-        for chunk in _divided(writer.changed(reader, advance), processes):
+        for chunk in _divided(writer.changed(reader, advance), processes, settings.exit_layers):
             for file, pieces in chunk:
                 writer.add(file, pieces)
                 advance()
@@ -186,13 +186,19 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
         yield bar.update
 
 
-def _divided(files: Iterator[SourceFile], processes: int) -> Iterator[list[_Changed]]:
-    """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
+def _divided(files: Iterator[SourceFile], processes: int, exits: tuple[int, ...]) -> Iterator[list[_Changed]]:
+    """Divide files into pieces in worker processes, and yield lists of a few files with their pieces.
+
+    Meanwhile numpy computes exit 0 in one thread: a second one mostly waits, on a processor that could parse.
+    """
     for first in files:  # once: what runs processes is imported only if there is a file
+        from threadpoolctl import threadpool_limits
+
         from modular_star_encoder.utils.crash_safe import crash_safe_map
 
         rest = chain([first], files)
-        yield from crash_safe_map(_pieces, rest, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
+        with threadpool_limits(1 if exits == (0,) else None, user_api="blas"):
+            yield from crash_safe_map(_pieces, rest, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
 
 
 class _Writer:
@@ -208,8 +214,10 @@ class _Writer:
         self._seen: set[str] = set()
         self._stamps_before = store.stamps()
         self._stamps: Stamps = {}
-        self._files: list[_Changed] = []
-        self._rows = 0
+        self._files: list[_Changed] = []  # not embedded yet
+        self._pieces = 0  # of these files
+        self._keys: list[str] = []  # of the embedded files
+        self._rows: list[Row] = []
         deep = _ROWS_PER_BATCH if seconds is None else _ROWS_PER_BATCH_IN_A_HURRY
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
@@ -258,45 +266,42 @@ class _Writer:
                 yield file
 
     def add(self, file: SourceFile, pieces: list[_Piece]) -> None:
-        """Collect the pieces of one file, and write if there are enough rows for a batch."""
+        """Collect the pieces of one file; embed them, and write rows, if there are enough."""
         if self._is_late():
             self.report.postponed_files += 1
             return
         if not pieces:
             self.report.skip(file.path, "no words")
         self._files.append((file, pieces))
-        self._rows += len(pieces)
-        if self._rows >= self._batch:
+        self._pieces += len(pieces)
+        if self._pieces >= min(self._batch, _ROWS_PER_EMBEDDING):
+            self._embed()
+        if len(self._rows) >= self._batch:
             self.write()
 
     def write(self) -> None:
-        """Embed and write the collected files in one transaction."""
-        if not self._files:
-            return
+        """Write the rows of the collected files in one transaction."""
+        self._embed()
+        if self._keys:
+            self._store.replace_files(self._held.keys() & self._keys, self._rows)
+        self.report.embedded_files += len(self._keys)
+        self.report.embedded_rows += len(self._rows)
+        self._keys, self._rows = [], []
+
+    def _embed(self) -> None:
+        """Turn the pieces of the collected files into rows."""
         snippets = [snippet for _, found in self._files for snippet, _ in found]
         settings = self._settings
-        vectors = self._embedder.snippets(snippets, settings.exit_layers, settings.dimension)
-        rows: list[Row] = []
+        vectors = self._embedder.snippets(snippets, settings.exit_layers, settings.dimension) if snippets else {}
+        number = 0
         for file, found in self._files:
             key, file_hash = file_id(file.path), content_hash(file.text)
+            self._keys.append(key)
             for place, (snippet, words) in enumerate(found):
-                number = len(rows)
-                rows.append(
-                    Row(
-                        row_id=row_id(key, place),
-                        file_id=key,
-                        file_hash=file_hash,
-                        file_rows=len(found),
-                        snippet=snippet,
-                        words=words,
-                        vectors={exit_layer: values[number] for exit_layer, values in vectors.items()},
-                    )
-                )
-        keys = {file_id(file.path) for file, _ in self._files}
-        self._store.replace_files(keys & self._held.keys(), rows)
-        self.report.embedded_files += len(self._files)
-        self.report.embedded_rows += len(rows)
-        self._files, self._rows = [], 0
+                embeddings = {exit_layer: values[number] for exit_layer, values in vectors.items()}
+                self._rows.append(Row(place, key, file_hash, len(found), snippet, words, embeddings))
+                number += 1
+        self._files, self._pieces = [], 0
 
     def remove_vanished(self) -> None:
         """Remove from the store every file that the reader did not find; call it after the reader's last file."""
@@ -317,7 +322,7 @@ def _pieces(files: list[SourceFile]) -> list[_Changed]:
 
 
 def _with_words(snippets: list[Snippet]) -> list[_Piece]:
-    return [(snippet, " ".join(snippet_words(snippet))) for snippet in snippets]
+    return [(snippet, snippet_words(snippet)) for snippet in snippets]
 
 
 def _blocks(file: SourceFile) -> list[_Changed]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cached_property, lru_cache, partial, wraps
+from functools import cached_property, partial, wraps
 from hashlib import blake2b
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from modular_star_encoder.search.pieces import Snippet
+from modular_star_encoder.search.pieces import Memo, Snippet
 from modular_star_encoder.search.vector_store import (
     INDEX_FOLDER,
     MEMORY,
@@ -391,7 +391,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
     arrays["file_of_row"] = np.array([numbers[row.file_id] for row in rows], dtype=np.uint32)
     words = [row.words.split() for row in rows]
     arrays["lengths"] = np.array([len(one) for one in words], dtype=np.uint32)
-    key = np.fromiter(map(_word_key, chain.from_iterable(words)), dtype=np.uint64)
+    key = np.fromiter(map(_word_keys.__getitem__, chain.from_iterable(words)), dtype=np.uint64)
     place = np.repeat(np.arange(len(rows)), arrays["lengths"])
     order = np.argsort(key, kind="stable")
     key, place = key[order], place[order]
@@ -477,6 +477,8 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
     return arrays, files
 
 
-@lru_cache(maxsize=500_000)
 def _word_key(word: str) -> int:
     return int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+_word_keys = Memo(_word_key)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import Generic, TypeVar
 
 from modular_star_encoder.data.languages.function_finder import Definition, outline
 from modular_star_encoder.data.languages.parsing import MAX_LINE_BYTES, UnparsableSourceError
@@ -51,7 +52,7 @@ class Snippet:
 
     def embedded(self) -> str:
         """Return the text to embed: the last two parts of the path and the name, then the code."""
-        place = " ".join(PurePosixPath(self.path).parts[-2:])
+        place = " ".join(self.path.split("/")[-2:])
         return f"{place} {self.name}\n{self.text}"[:EMBEDDED_CHARACTERS]
 
 
@@ -154,12 +155,39 @@ _WEIGHT_OF_NAME = 2
 _DEFINES = "defines:"
 
 
-@lru_cache(maxsize=200_000)
-def _stems(word: str) -> tuple[str, ...]:
-    """Return the stems of a word's parts, as in camelCase, and of the whole word if it has several parts."""
-    parts = [part.lower() for part in _PART.findall(word)]
-    whole = [word.lower().strip("_$")] if len(parts) > 1 else []
-    return tuple(_stem(part) for part in [*parts, *whole])
+_Value = TypeVar("_Value")
+_LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
+
+
+class Memo(dict[str, _Value], Generic[_Value]):
+    """The values of a function of a text, remembered for short texts: quicker than `lru_cache`."""
+
+    def __init__(self, function: Callable[[str], _Value]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __missing__(self, key: str) -> _Value:
+        value = self._function(key)
+        if len(key) <= _LONGEST_REMEMBERED:
+            if len(self) >= _MOST_REMEMBERED:
+                self.clear()
+            self[key] = value
+        return value
+
+
+def _stems(text: str) -> list[str]:
+    """Return, for each word, the stems of its parts, as in camelCase, and of the whole word if it has several parts."""
+    found = []
+    for word in _WORD.findall(text):
+        parts = [part.lower() for part in _PART.findall(word)]
+        whole = [word.lower().strip("_$")] if len(parts) > 1 else []
+        found += [_stem(part) for part in [*parts, *whole]]
+    return found
+
+
+_joined_stems = Memo(lambda text: " ".join(_stems(text)))
+# All ASCII characters that separate words.
+_SEPARATORS = str.maketrans({one: " " for one in map(chr, range(128)) if not (one.isalnum() or one in "_$")})
 
 
 def _stem(word: str) -> str:
@@ -177,7 +205,13 @@ def _stem(word: str) -> str:
 
 def stems(text: str) -> list[str]:
     """Return the stems of all words of a text: for `getHTTPResponse` get, http, respons and gethttprespons."""
-    return [stem for word in _WORD.findall(text) for stem in _stems(word)]
+    return _words_of(text).split()
+
+
+def _words_of(text: str) -> str:
+    """Return the stems of all words of a text, with spaces between."""
+    runs = text.translate(_SEPARATORS).split() if text.isascii() else _WORD.findall(text)
+    return " ".join(filter(None, map(_joined_stems.__getitem__, runs)))
 
 
 def parts(text: str) -> set[str]:
@@ -189,7 +223,7 @@ def question_stems(question: str) -> list[str]:
     """Return the stems of a question's words for BM25, each once; without stop words if there are other words."""
     words = _WORD.findall(question)
     telling = [word for word in words if not _STOP_WORD.fullmatch(word)] or words
-    return sorted({stem for word in telling for stem in _stems(word)})
+    return sorted(set(stems(" ".join(telling))))
 
 
 def telling_parts(question: str) -> set[str]:
@@ -203,8 +237,16 @@ def definition_word(name: str) -> str:
     return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 
-def snippet_words(snippet: Snippet) -> list[str]:
-    """Return a piece's words for BM25: text, name, file name (twice), folder name, and the names that it defines."""
-    path = PurePosixPath(snippet.path)
-    place = f"{path.stem} " * _WEIGHT_OF_NAME + path.parent.name
-    return [*stems(f"{snippet.text} {snippet.name} {place}"), *map(definition_word, snippet.defines)]
+def snippet_words(snippet: Snippet) -> str:
+    """Return a piece's words for BM25, with spaces between.
+
+    They are the words of its text, name, file name (twice) and folder name, and the names that it defines.
+    """
+    words = _words_of(f"{snippet.text} {snippet.name} {_place(snippet.path)}")
+    return " ".join([words, *map(definition_word, snippet.defines)])
+
+
+@lru_cache(maxsize=16)
+def _place(path: str) -> str:
+    place = PurePosixPath(path)
+    return f"{place.stem} " * _WEIGHT_OF_NAME + place.parent.name

@@ -29,13 +29,18 @@ INDEX_FOLDER = ".mose"
 class Row:
     """One row of an index: a piece of a file, its words and its embeddings."""
 
-    row_id: str  # a UUID from the file and the row's place in it, unique within the file
+    place: int  # number of the row within its file
     file_id: str  # a hash of the path's bytes, which need not be text
     file_hash: str  # of the file's content
     file_rows: int  # number of rows of its file: fewer in the store means that writing was cut short
     snippet: Snippet  # its path is text, with `\x..` for bytes that aren't
     words: str  # what lexical search compares, with spaces between
     vectors: Mapping[int, np.ndarray]  # exit_layer → (D,) float32
+
+    @property
+    def row_id(self) -> str:
+        """A hash of the file and the place: a UUID, because Qdrant accepts no other ids."""
+        return str(UUID(hex=content_hash(f"{self.file_id}:{self.place}")))
 
 
 @dataclass(slots=True)  # a frozen one takes three times as long to make, and a search makes hundreds
@@ -146,11 +151,6 @@ def content_hash(text: str) -> str:
 def readable_path(path: str) -> str:
     """Return a path as Unicode text; bytes that aren't UTF-8 become `\\x..`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def row_id(file: str, place: int) -> str:
-    """Return the id of a file's row number `place`: a UUID, because Qdrant accepts no other ids."""
-    return str(UUID(hex=content_hash(f"{file}:{place}")))
 
 
 def file_hashes(rows: Iterable[tuple[str, str, int, int]]) -> dict[str, str | None]:

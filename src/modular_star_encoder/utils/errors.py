@@ -23,7 +23,7 @@ class UserError(ValueError):
 # Extra → modules that come with it; if several extras have a module, the one that most users need.
 _MODULES = {
     "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",
-    "search": "filelock pygments tree_sitter tree_sitter_language_pack",
+    "search": "filelock pygments threadpoolctl tree_sitter tree_sitter_language_pack",
     "dataset": "pyarrow rensa",
     "onnx": "onnx onnx_ir onnxruntime onnxscript",
     "demo": "gradio",

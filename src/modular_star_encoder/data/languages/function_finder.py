@@ -89,7 +89,7 @@ def outline(text: str, language: str) -> list[Definition]:
     tree = parse(source.bytes, grammar)
     if has_wide_error(tree):
         raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
-    for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
+    for _, captures in QueryCursor(grammar.definitions).matches(tree.root_node):
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
             continue

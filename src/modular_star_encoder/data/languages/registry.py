@@ -1,20 +1,7 @@
 """List the programming languages: one entry for each, with everything that the package knows about it.
 
-A new language is one more entry of `_ENTRIES`. Its tree-sitter grammar is a dependency of this package, or is in
-tree-sitter-language-pack.
-
-Captures of an entry's query:
-
-- `@function`: the smallest text that is the function with its name, decorators and template parameters;
-- `@name`: the name of a function or scope; C and C++ give the `@declarator` that holds it, Go also the `@receiver`
-  type;
-- `@body`: the body that makes it a definition; if several patterns find one body, the widest `@function` wins;
-- `@scope`: a definition, such as a class, that gives its name to the functions inside;
-- `@type`: a definition that search lists and training does not read, such as a C struct; `@extension`: a definition
-  that extends one from elsewhere, such as a Rust `impl`, and gives no name;
-- `@keyword`: a word that must be one of the entry's `definers`;
-- `@untyped`: the body of a C++ function without a type, which is a constructor or a macro;
-- `@comment`: every comment; and `@verbatim`: text that may span lines and whose white space is content.
+A new language is one more entry of `_ENTRIES` and a query in `queries/NAME.scm`; `queries/README.md` lists the captures
+of a query. Its tree-sitter grammar is a dependency of this package, or is in tree-sitter-language-pack.
 """
 
 import re
@@ -32,8 +19,8 @@ class Language:
 
     name: str  # ours, in `SEARCH_LANGUAGES`, rows and settings
     suffixes: tuple[str, ...]  # of its files, with the dot
-    query: str  # finds functions, scopes, comments and strings; see above
     interpreters: tuple[str, ...] = ()  # programs that `#!` names in the first line of a script, without a version
+    query: str = ""  # name of its file in `queries`, without suffix; empty if it is named like the language
     grammar: str = ""  # module of its tree-sitter grammar; empty for the language pack's grammar of this name
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
@@ -73,11 +60,6 @@ def _member_name(text: str) -> str:
     return ".".join([part for part in parts if part not in _words("exports module prototype this")] or parts[-1:])
 
 
-_FUNCTION_VALUES = (
-    "(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)"
-)
-_DECLARATOR = f"(variable_declarator name: (identifier) @name value: [{_FUNCTION_VALUES}])"
-_ASSIGNMENT = f"(assignment_expression left: [(identifier) (member_expression)] @name right: [{_FUNCTION_VALUES}])"
 _SCRIPT_TEST_FOLDER, _SCRIPT_TEST_FILE = r"__(tests?|mocks|fixtures)__|spec", r".*[.-](test|spec)"
 _CLASS_FRAME = (b"class A {\n", b"\n}")
 _INTERFACE_FRAME = (b"interface A {\n", b"\n}")
@@ -88,22 +70,6 @@ _C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
 _TYPESCRIPT = Language(
     name="typescript",
     suffixes=(".ts", ".mts", ".cts"),
-    query=f"""
-        [(function_declaration name: (_) @name body: (_) @body)
-         (generator_function_declaration name: (_) @name body: (_) @body)
-         (method_definition name: (_) @name body: (_) @body)] @function
-        [(lexical_declaration {_DECLARATOR}) (variable_declaration {_DECLARATOR}) {_ASSIGNMENT}
-         (public_field_definition name: (_) @name value: [{_FUNCTION_VALUES}])
-         (pair key: (_) @name value: [{_FUNCTION_VALUES}])] @function
-        (function_signature name: (_) @name) @type
-        (program [(lexical_declaration (variable_declarator name: (identifier) @name))
-                  (export_statement (lexical_declaration (variable_declarator name: (identifier) @name)))] @type)
-        [(type_alias_declaration name: (_) @name) (enum_declaration name: (_) @name)] @type
-        [(class_declaration name: (_) @name) (abstract_class_declaration name: (_) @name)
-         (interface_declaration name: (_) @name) (internal_module name: (_) @name)] @scope
-        (comment) @comment
-        [(template_string) (string)] @verbatim
-        """,
     documented_by_blocks=True,
     test_folder=_SCRIPT_TEST_FOLDER,
     test_file=_SCRIPT_TEST_FILE,
@@ -115,12 +81,6 @@ _ENTRIES = (
         suffixes=(".py",),
         interpreters=("python", "pypy"),
         grammar="tree_sitter_python",
-        query="""
-        (function_definition name: (_) @name body: (_) @body) @function
-        (decorated_definition definition: (function_definition name: (_) @name body: (_) @body)) @function
-        (class_definition name: (_) @name body: (_) @body) @scope
-        (string) @verbatim
-        """,
         frames=((b"if 1:\n", b"\n"),),
         has_docstrings=True,
         constructors=_words("__init__ __new__ __del__"),
@@ -131,28 +91,6 @@ _ENTRIES = (
         suffixes=(".js", ".mjs", ".cjs", ".jsx"),
         interpreters=("node",),
         grammar="tree_sitter_javascript",
-        query=f"""
-        [(function_declaration name: (_) @name body: (_) @body)
-         (generator_function_declaration name: (_) @name body: (_) @body)
-         (function_expression name: (_) @name body: (_) @body)
-         (generator_function name: (_) @name body: (_) @body)
-         (method_definition name: (_) @name body: (_) @body)] @function
-        [{_DECLARATOR} {_ASSIGNMENT} (expression_statement {_ASSIGNMENT})
-         (lexical_declaration . {_DECLARATOR} .) (variable_declaration . {_DECLARATOR} .)
-         (pair key: (_) @name value: [{_FUNCTION_VALUES}])
-         (field_definition property: (_) @name value: [{_FUNCTION_VALUES}])] @function
-        (export_statement "default" @name value: [
-            (function_expression !name body: (_) @body)
-            (generator_function !name body: (_) @body)
-            (arrow_function body: (_) @body)
-        ] @function)
-        (class_declaration name: (_) @name) @scope
-        (variable_declarator name: (identifier) @name value: [(object) (class)]) @scope
-        (assignment_expression left: [(identifier) (member_expression)] @name right: [(object) (class)]) @scope
-        (pair key: (_) @name value: (object)) @scope
-        (comment) @comment
-        [(template_string) (string)] @verbatim
-        """,
         frames=(_CLASS_FRAME, (b"({\n", b"\n})"), (b"(\n", b"\n)")),
         dotted_name=_member_name,
         documented_by_blocks=True,
@@ -166,15 +104,6 @@ _ENTRIES = (
         name="go",
         suffixes=(".go",),
         grammar="tree_sitter_go",
-        query="""
-        (function_declaration name: (_) @name body: (_) @body) @function
-        (method_declaration
-            receiver: (parameter_list (parameter_declaration type: (_) @receiver)) name: (_) @name body: (_) @body
-        ) @function
-        (type_declaration (type_spec name: (_) @name)) @type
-        (comment) @comment
-        (raw_string_literal) @verbatim
-        """,
         directive=r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)",
         markup=frozenset(),
         special_methods=_words("String GoString Error init main"),
@@ -184,16 +113,6 @@ _ENTRIES = (
         name="java",
         suffixes=(".java",),
         grammar="tree_sitter_java",
-        query="""
-        [(method_declaration name: (_) @name body: (_) @body)
-         (constructor_declaration name: (_) @name body: (_) @body)
-         (compact_constructor_declaration name: (_) @name body: (_) @body)] @function
-        [(class_declaration name: (_) @name) (interface_declaration name: (_) @name)
-         (enum_declaration name: (_) @name) (record_declaration name: (_) @name)
-         (annotation_type_declaration name: (_) @name)] @scope
-        [(block_comment) (line_comment)] @comment
-        (string_literal (multiline_string_fragment)) @verbatim
-        """,
         frames=(_CLASS_FRAME, _INTERFACE_FRAME, (b"enum A { B;\n", b"\n}")),
         documented_by_blocks=True,
         constructors_named_like_class=True,
@@ -206,14 +125,6 @@ _ENTRIES = (
         interpreters=("php",),
         grammar="tree_sitter_php",
         grammar_function="language_php",
-        query="""
-        (function_definition name: (_) @name body: (_) @body) @function
-        (method_declaration name: (_) @name body: (_) @body) @function
-        [(class_declaration name: (_) @name) (interface_declaration name: (_) @name)
-         (trait_declaration name: (_) @name) (enum_declaration name: (_) @name)] @scope
-        (comment) @comment
-        [(heredoc) (nowdoc) (string) (encapsed_string)] @verbatim
-        """,
         opening=b"<?php\n",
         frames=(_CLASS_FRAME, _INTERFACE_FRAME),
         documented_by_blocks=True,
@@ -229,12 +140,6 @@ _ENTRIES = (
         suffixes=(".rb",),
         interpreters=("ruby",),
         grammar="tree_sitter_ruby",
-        query="""
-        [(method name: (_) @name) (singleton_method name: (_) @name)] @function
-        [(class name: (_) @name) (module name: (_) @name)] @scope
-        (comment) @comment
-        [(heredoc_body) (string)] @verbatim
-        """,
         dotted_name=lambda name: name.replace("::", "."),
         line_comment=r"\s*#+",
         gap=rb"\s*(?:[a-z]\w*[ \t(]+)?",
@@ -249,13 +154,6 @@ _ENTRIES = (
         name="c",
         suffixes=(".c", ".h"),  # C++ uses .h too; see `language_of_text`
         grammar="tree_sitter_c",
-        query="""
-        (function_definition type: (_) declarator: (_) @declarator body: (_) @body) @function
-        [(struct_specifier name: (_) @name body: (_)) (enum_specifier name: (_) @name body: (_))
-         (type_definition declarator: (_) @name) (preproc_function_def name: (_) @name)] @type
-        (comment) @comment
-        (string_literal) @verbatim
-        """,
         has_macros=True,
         keywords=_C_KEYWORDS,
         gap=_C_GAP,
@@ -267,24 +165,6 @@ _ENTRIES = (
         suffixes=(".cc", ".cpp", ".cxx", ".hpp", ".hh", ".hxx"),
         grammar="tree_sitter_cpp",
         display_name="c++",
-        # Without a type, a plain name is a constructor if the class around it has the same name, and a macro
-        # otherwise. A word between `class` and the name, as in `class EXPORT Name {…}`, makes the class look like a
-        # function.
-        query="""
-        (function_definition declarator: (_) @declarator body: (_) @body) @function
-        (template_declaration (function_definition declarator: (_) @declarator body: (_) @body)) @function
-        (template_declaration (template_declaration
-            (function_definition declarator: (_) @declarator body: (_) @body))) @function
-        (function_definition
-            !type declarator: (function_declarator declarator: [(identifier) (field_identifier)]) body: (_) @untyped)
-        [(class_specifier name: (_) @name body: (_)) (struct_specifier name: (_) @name body: (_))
-         (union_specifier name: (_) @name body: (_))] @scope
-        (function_definition type: [(class_specifier) (struct_specifier)] declarator: (identifier) @name) @scope
-        [(enum_specifier name: (_) @name body: (_)) (alias_declaration name: (_) @name)
-         (concept_definition name: (_) @name)] @type
-        (comment) @comment
-        [(raw_string_literal) (string_literal)] @verbatim
-        """,
         frames=((b"class A {\n", b"\n};"),),
         has_macros=True,
         keywords=_C_KEYWORDS,
@@ -296,22 +176,10 @@ _ENTRIES = (
         special_method=r"operator(?:[\W\d].*)?",
     ),
     _TYPESCRIPT,
-    replace(_TYPESCRIPT, name="tsx", suffixes=(".tsx",)),
+    replace(_TYPESCRIPT, name="tsx", query="typescript", suffixes=(".tsx",)),
     Language(
         name="rust",
         suffixes=(".rs",),
-        query="""
-        (function_item name: (_) @name body: (_) @body) @function
-        (function_signature_item name: (_) @name) @type
-        (macro_definition name: (_) @name) @type
-        [(struct_item name: (_) @name) (enum_item name: (_) @name) (union_item name: (_) @name)] @type
-        (type_item name: (_) @name) @type
-        (trait_item name: (_) @name) @scope
-        (mod_item name: (_) @name body: (_)) @scope
-        (impl_item type: (_) @name) @extension
-        [(line_comment) (block_comment)] @comment
-        [(raw_string_literal) (string_literal)] @verbatim
-        """,
         line_comment=r"\s*//[/!]?",
         gap=rb"\s*(?:#\[[^\]]*\]\s*)*",
         dotted_name=lambda name: name.partition("<")[0],
@@ -319,27 +187,12 @@ _ENTRIES = (
     Language(
         name="kotlin",
         suffixes=(".kt", ".kts"),
-        query="""
-        (function_declaration (simple_identifier) @name (function_body) @body) @function
-        (function_declaration (simple_identifier) @name .) @type
-        [(class_declaration (type_identifier) @name) (object_declaration (type_identifier) @name)] @scope
-        (type_alias (type_identifier) @name) @type
-        [(line_comment) (multiline_comment)] @comment
-        """,
         documented_by_blocks=True,
         test_file=_CAMEL_CASE_TEST,
     ),
     Language(
         name="scala",
         suffixes=(".scala", ".sc"),
-        query="""
-        (function_definition name: (_) @name body: (_) @body) @function
-        (function_declaration name: (_) @name) @type
-        [(class_definition name: (_) @name) (object_definition name: (_) @name)
-         (trait_definition name: (_) @name) (enum_definition name: (_) @name)] @scope
-        (type_definition name: (_) @name) @type
-        [(comment) (block_comment)] @comment
-        """,
         documented_by_blocks=True,
         test_file=r".*[a-z0-9](Spec|Suite|Test)",
     ),
@@ -347,16 +200,6 @@ _ENTRIES = (
         name="csharp",
         suffixes=(".cs",),
         display_name="c#",
-        query="""
-        [(method_declaration name: (_) @name body: (_) @body)
-         (constructor_declaration name: (_) @name body: (_) @body)] @function
-        [(method_declaration name: (_) @name !body) (property_declaration name: (_) @name)
-         (delegate_declaration name: (_) @name) (enum_declaration name: (_) @name)] @type
-        [(class_declaration name: (_) @name) (struct_declaration name: (_) @name)
-         (interface_declaration name: (_) @name) (record_declaration name: (_) @name)] @scope
-        (namespace_declaration name: (_) @name) @extension
-        (comment) @comment
-        """,
         line_comment=r"\s*///?",
         test_file=_CAMEL_CASE_TEST,
     ),
@@ -364,16 +207,6 @@ _ENTRIES = (
         name="swift",
         suffixes=(".swift",),
         interpreters=("swift",),
-        query="""
-        (function_declaration name: (_) @name body: (_) @body) @function
-        (init_declaration "init" @name body: (_) @body) @function
-        (protocol_function_declaration name: (_) @name) @type
-        (class_declaration name: (type_identifier) @name) @scope
-        (class_declaration name: (user_type) @name) @extension
-        (protocol_declaration name: (_) @name) @scope
-        (typealias_declaration name: (type_identifier) @name) @type
-        [(comment) (multiline_comment)] @comment
-        """,
         line_comment=r"\s*///?",
         test_file=_CAMEL_CASE_TEST,
     ),
@@ -381,13 +214,6 @@ _ENTRIES = (
         name="lua",
         suffixes=(".lua",),
         interpreters=("lua", "luajit"),
-        query="""
-        (function_declaration name: (_) @name body: (_) @body) @function
-        (assignment_statement
-            (variable_list name: (_) @name) (expression_list value: (function_definition body: (_) @body))) @function
-        (comment) @comment
-        (string) @verbatim
-        """,
         dotted_name=lambda name: name.replace(":", "."),
         line_comment=r"\s*--+",
         test_file=r".*_spec",
@@ -396,11 +222,6 @@ _ENTRIES = (
         name="bash",
         suffixes=(".sh", ".bash"),
         interpreters=("bash", "sh", "dash", "ksh", "zsh"),
-        query="""
-        (function_definition name: (_) @name body: (_) @body) @function
-        (comment) @comment
-        [(string) (raw_string) (heredoc_body)] @verbatim
-        """,
         line_comment=r"\s*#+",
         test_file=r".*_test",
     ),
@@ -408,15 +229,6 @@ _ENTRIES = (
         name="elixir",
         suffixes=(".ex", ".exs"),
         interpreters=("elixir",),
-        query="""
-        (call target: (identifier) @keyword
-            (arguments [
-                (call target: (identifier) @name) (identifier) @name
-                (binary_operator left: (call target: (identifier) @name))])) @function
-        (call target: (identifier) @keyword (arguments (alias) @name)) @scope
-        (comment) @comment
-        (string) @verbatim
-        """,
         definers=_words("def defp defmacro defmacrop defguard defdelegate defmodule defprotocol defimpl"),
         line_comment=r"\s*#+",
         gap=rb"\s*(?:@(?:doc|spec)\b[^\n]*\s*)*",
@@ -425,41 +237,22 @@ _ENTRIES = (
     Language(
         name="zig",
         suffixes=(".zig",),
-        query="""
-        (Decl (FnProto function: (IDENTIFIER) @name) (Block) @body) @function
-        (Decl (VarDecl variable_type_function: (IDENTIFIER) @name
-            (ErrorUnionExpr (SuffixExpr (ContainerDecl))))) @scope
-        [(line_comment) (doc_comment)] @comment
-        """,
         line_comment=r"\s*//[/!]?",
     ),
     Language(
         name="haskell",
         suffixes=(".hs",),
-        query="""
-        [(function name: (_) @name) (bind name: (_) @name)] @function
-        [(data_type name: (_) @name) (newtype name: (_) @name) (type_synomym name: (_) @name)] @type
-        (class name: (_) @name) @scope
-        (instance name: (_) @name) @extension
-        (comment) @comment
-        """,
         line_comment=r"\s*--+ ?[|^]?",
         test_file=r".*Spec",
     ),
     Language(
         name="sql",
         suffixes=(".sql",),
-        query="""
-        (create_function (object_reference) @name) @function
-        [(create_table (object_reference) @name) (create_view (object_reference) @name)] @type
-        [(comment) (marginalia)] @comment
-        """,
         line_comment=r"\s*--+",
     ),
     Language(
         name="markdown",
         suffixes=(".md", ".markdown"),
-        query="(section . (atx_heading heading_content: (_) @name)) @scope",
     ),
 )
 
