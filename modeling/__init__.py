@@ -10,6 +10,7 @@ from transformers import (
 
 from .configuration_modular_star_encoder import ModularStarEncoderConfig
 from .modeling_modular_star_encoder import (
+    ModularStarEncoderForMaskedLM,
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,
@@ -24,13 +25,14 @@ AutoConfig.register(ModularStarEncoderConfig.model_type, ModularStarEncoderConfi
 # Two classes for one configuration: `config.architectures` chooses, and the first is the default.
 AutoModel.register(ModularStarEncoderConfig, (ModularStarEncoderModel, ModularStarEncoderForRetrieval), exist_ok=True)
 AutoModelForPreTraining.register(ModularStarEncoderConfig, ModularStarEncoderForPreTraining, exist_ok=True)
-AutoModelForMaskedLM.register(ModularStarEncoderConfig, ModularStarEncoderForPreTraining, exist_ok=True)
+AutoModelForMaskedLM.register(ModularStarEncoderConfig, ModularStarEncoderForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(
     ModularStarEncoderConfig, ModularStarEncoderForSequenceClassification, exist_ok=True
 )
 
 __all__ = [
     "ModularStarEncoderConfig",
+    "ModularStarEncoderForMaskedLM",
     "ModularStarEncoderForPreTraining",
     "ModularStarEncoderForRetrieval",
     "ModularStarEncoderForSequenceClassification",

@@ -15,11 +15,17 @@
 
 import copy
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import as_validated_field, strict
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.versions import require_version
+
+# Before the imports below, which fail in older versions with messages that do not say why.
+require_version("transformers>=5.17", "This model needs it: pip install -U transformers")
+
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
 
 # Keys of the published configurations (huggingface.co/modularStarEncoder), and one of version 0.1: read, never written.
 PUBLISHED_ALIASES = {
@@ -50,6 +56,11 @@ def size(value: int | None) -> None:
     """Raise ValueError unless `value` is None or at least 1."""
     if value is not None and value < 1:
         raise ValueError(f"Value must be at least 1, got {value}")
+
+
+def as_int(number: Any) -> Any:
+    """Return an integer, for example of numpy, as an `int`; anything else as it is."""
+    return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else number
 
 
 @strict
@@ -138,6 +149,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "exit_embeddings",
         "logit_scale",
         "exit_logits",
+        "icc_logits",
+        "mlm_losses",
+        "mlm_accuracies",
+        "icc_losses",
+        "icc_accuracies",
     ]
     attribute_map: ClassVar[dict[str, str]] = {"learned_logit_scale": "logit_scale_init_value"}
     # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
@@ -231,6 +247,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
                 return value[0]
             return value
 
+        if "exit_layer" in kwargs:
+            kwargs["exit_layer"] = as_int(kwargs["exit_layer"])
         return super().from_dict({key: unwrap(key, value) for key, value in config_dict.items()}, **kwargs)
 
     @property
@@ -278,11 +296,16 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             )
 
     def check_exit(self, exit_layer: int) -> int:
-        """Return `exit_layer` if it is an exit of this model, otherwise raise a `ValueError` that lists the exits."""
-        if exit_layer not in self.exit_layers:
+        """Return `exit_layer` as an `int` if it is an exit of this model, otherwise raise a ValueError with the exits.
+
+        An integer of numpy is one, too; `True`, `2.0` and `"2"` are not.
+        """
+        number = as_int(exit_layer)
+        if type(number) is not int or number not in self.exit_layers:
+            kind = "" if type(number) is int else f" of type {type(number).__name__}"
             exits = ", ".join(map(str, self.exit_layers))
-            raise ValueError(f"exit_layer {exit_layer} is not an exit of this model; its exits are {exits}.")
-        return exit_layer
+            raise ValueError(f"exit_layer {exit_layer!r}{kind} is not an exit of this model; its exits are {exits}.")
+        return number
 
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
         """Return the requested exits, ascending; if none is requested, the deepest, or all with `output_all_exits`.
@@ -297,7 +320,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if exit_layers is None:
             default = self.exit_layers if self.output_all_exits else (self.num_hidden_layers,)
             exit_layers = default if exit_layer is None else (exit_layer,)
-        return tuple(self.check_exit(exit_layer) for exit_layer in sorted(set(exit_layers)))
+        return tuple(sorted({self.check_exit(exit_layer) for exit_layer in exit_layers}))
 
     def exit_index(self, exit_layer: int) -> int:
         """Return this exit's row in the exit embedding: its index in `parent_exit_layers`."""
@@ -316,7 +339,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     def cut(self, exit_layer: int) -> "ModularStarEncoderConfig":
         """Return a copy that describes the first `exit_layer` layers and their exits."""
-        self.check_exit(exit_layer)
+        exit_layer = self.check_exit(exit_layer)
         config = copy.deepcopy(self)
         config.exit_layer = None
         if exit_layer < self.num_hidden_layers:

@@ -29,7 +29,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -47,20 +49,19 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig
+from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig, as_int
 
-# Logits that the masked language modelling loss computes at once: 2**22 float32 are 16 MiB for any vocabulary. A chunk
-# has at least 160 tokens, because it reads and writes a gradient as large as the vocabulary's weights.
+# Logits that the pre-training loss computes at once: 2**22 float32 are 16 MiB for any vocabulary. A chunk has at least
+# 160 tokens, because it reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
-# Rows of that gradient that are summed at once: on a CPU, a sum over two dtypes first copies one of them.
-ROWS_PER_SUM = 4096
 
 # Arguments of `save_pretrained` that only `push_to_hub` reads.
 PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
@@ -227,6 +228,9 @@ class DocumentGroup:
     real: torch.Tensor | None
     mask: Any = None
 
+    def to(self, device: torch.device) -> "DocumentGroup":
+        return DocumentGroup(*(None if one is None else one.to(device) for one in (self.tokens, self.real, self.mask)))
+
     def without_padding(self, states: torch.Tensor) -> torch.Tensor:
         """Return the real tokens (N, …) of padded states (G, L, …)."""
         return states.flatten(0, 1) if self.real is None else states[self.real]
@@ -256,6 +260,10 @@ class DocumentGroups:
             groups.append(DocumentGroup(tokens.to(device), None if bool(real.all()) else real.to(device)))
         order = torch.cat([group.without_padding(group.tokens) for group in groups]).argsort()
         return cls(groups, order)
+
+    def to(self, device: torch.device) -> "DocumentGroups":
+        """Return the groups on a device; accelerate calls this where layers are on several."""
+        return DocumentGroups([group.to(device) for group in self.groups], self.order.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
         """Apply `attention` within each text: (1, heads, N, head_dim) become (1, N, heads, head_dim)."""
@@ -408,6 +416,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["ModularStarEncoderLayer"]  # type: ignore[misc]
+    # `Trainer` divides our losses, which are means over a batch, by the number of accumulated batches.
+    accepts_loss_kwargs = False
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -431,7 +441,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         # CODEPATH: any checkpoint can be cut at an exit when it is loaded; by default it stays whole.
         kept = config if config.exit_layer is None else config.cut(config.exit_layer)
         super().__init__(kept, *inputs, **kwargs)
-        self._keys_to_ignore_on_load_unexpected = _cut_away(config, kept)
+        foreign = set(type(self)._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = foreign | _cut_away(config, kept)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -455,7 +466,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = copy.deepcopy(kwargs["config"])
-            kwargs["config"].exit_layer = kwargs.pop("exit_layer")
+            kwargs["config"].exit_layer = as_int(kwargs.pop("exit_layer"))
         want_loading_info = kwargs.pop("output_loading_info", False)
         check = not want_loading_info and kwargs.get("state_dict") is None
         model_class = cls
@@ -538,6 +549,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
             super().save_pretrained(staging, **kwargs)
             for module in (Path(__file__), Path(__file__).with_name("configuration_modular_star_encoder.py")):
                 shutil.copyfile(module, Path(staging) / module.name)
+            for weights in Path(staging).glob("*.safetensors"):  # safetensors writes files that only their owner reads
+                shutil.copymode(Path(staging, Path(__file__).name), weights)
             _move_checkpoint(Path(staging), target)
         if push_to_hub:
             hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
@@ -577,7 +590,7 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
         "AutoConfig": "configuration_modular_star_encoder.ModularStarEncoderConfig",
         "AutoModel": f"{module}.{'ModularStarEncoderForRetrieval' if retrieval else 'ModularStarEncoderModel'}",
         "AutoModelForPreTraining": f"{module}.ModularStarEncoderForPreTraining",
-        "AutoModelForMaskedLM": f"{module}.ModularStarEncoderForPreTraining",
+        "AutoModelForMaskedLM": f"{module}.ModularStarEncoderForMaskedLM",
         "AutoModelForSequenceClassification": f"{module}.ModularStarEncoderForSequenceClassification",
     }
 
@@ -696,6 +709,9 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         hidden_states = inputs_embeds
         if start_layer == 0:
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
+            if self.training and self.token_weights is not None and input_ids is not None:
+                # Only the retrieval model reads these weights; a zero gradient keeps them from being unused in DDP.
+                hidden_states = hidden_states + self.token_weights(input_ids[:, :0]).sum().to(hidden_states)
 
         residual_states, exit_states = [], []
         for executed in range(start_layer, exits[-1] + 1):
@@ -821,7 +837,7 @@ def _unpad(
 
     def restore(flat: torch.Tensor) -> torch.Tensor:
         padded = flat.new_zeros(shape[0] * shape[1], flat.shape[-1])
-        return padded.index_copy(0, places, flat[0]).view(*shape[:2], -1)
+        return padded.index_copy(0, places.to(flat.device), flat[0]).view(*shape[:2], -1)
 
     return states.flatten(0, 1)[places].unsqueeze(0), bounds, restore
 
@@ -837,14 +853,15 @@ def _rows(
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
     mask = offsets < lengths[:, None]
-    return states.flatten(0, 1)[bounds[:-1, None] + offsets * mask], mask.long()
+    return states.flatten(0, 1)[(bounds[:-1, None] + offsets * mask).to(states.device)], mask.long()
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
     """Return, per row (B, H), the mean of its real tokens, or one token: the last real, first real or `legacy` one."""
     batch, length = states.shape[:2]
     if attention_mask is None:
-        attention_mask = torch.ones(batch, length, dtype=torch.long, device=states.device)
+        attention_mask = torch.ones(batch, length, dtype=torch.long)
+    attention_mask = attention_mask.to(states.device)
     # CODEPATH: models trained here pool the mean; the published ones do not state theirs, so it is an option.
     if pooling == "mean":  # in the operations of sentence-transformers' `Pooling`
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
@@ -890,64 +907,11 @@ class ModularStarEncoderExitConditionedPooler(nn.Module):
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, exit_vector: torch.Tensor
     ) -> torch.Tensor:
         pooled = torch.tanh(self.dense(_pool(states, attention_mask, self.position)))
-        return torch.cat((pooled, exit_vector.expand(pooled.shape[0], -1)), dim=-1)
+        return torch.cat((pooled, exit_vector.to(pooled.device).expand(pooled.shape[0], -1)), dim=-1)
 
 
-class MaskedLanguageModelingLoss(torch.autograd.Function):
-    """Mean cross-entropy of each exit, with logits for one chunk of tokens at a time.
-
-    forward: features (E, N, F), weight (V, F), bias (V,), labels (N,) → losses (E,) and accuracies (E,), float32. The
-    backward pass computes each chunk's logits again and turns them into their own gradient, softmax minus one-hot, with
-    the log-sum-exp kept from the forward pass: memory does not grow with E × N × V.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        exits, tokens = features.shape[:2]
-        flat, targets = features.flatten(0, 1), labels.repeat(exits)
-        weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
-        losses, hits, log_sums = [], [], []
-        for part, part_targets in _chunks(len(weight), flat, targets):
-            logits = torch.addmm(bias_cast, part, weight_cast.T).float()
-            own = logits.gather(1, part_targets[:, None]).squeeze(1)
-            hits.append(logits.amax(dim=1) == own)
-            log_sums.append(logits.logsumexp(dim=1))
-            losses.append(log_sums[-1] - own)
-        ctx.save_for_backward(features, weight, bias, labels, torch.cat(log_sums))
-        accuracies = torch.cat(hits).view(exits, tokens).float().mean(dim=1)
-        ctx.mark_non_differentiable(accuracies)
-        return torch.cat(losses).view(exits, tokens).mean(dim=1), accuracies
-
-    @staticmethod
-    def backward(ctx: Any, loss_gradients: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        features, weight, bias, labels, log_sums = ctx.saved_tensors
-        exits, tokens = features.shape[:2]
-        flat, targets = features.flatten(0, 1), labels.repeat(exits)
-        weight_cast, bias_cast = weight.to(flat.dtype), bias.to(flat.dtype)
-        scales = (loss_gradients / tokens).repeat_interleave(tokens)
-        feature_gradients = []
-        weight_gradient, bias_gradient = (torch.zeros_like(one, dtype=torch.float32) for one in (weight, bias))
-        for part, part_targets, part_sums, part_scales in _chunks(len(weight), flat, targets, log_sums, scales):
-            gradient = torch.addmm(bias_cast, part, weight_cast.T).float().sub_(part_sums[:, None]).exp_()
-            gradient.scatter_add_(1, part_targets[:, None], -torch.ones_like(part_sums)[:, None])
-            gradient = gradient.mul_(part_scales[:, None]).to(flat.dtype)
-            feature_gradients.append(gradient @ weight_cast)
-            for rows, own in zip(weight_gradient.split(ROWS_PER_SUM), gradient.split(ROWS_PER_SUM, dim=1), strict=True):
-                rows += own.T @ part
-            bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
-        feature_gradient = torch.cat(feature_gradients).view_as(features)
-        return feature_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), None
-
-
-def _chunks(vocab_size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    tokens = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocab_size)
-    return zip(*(tensor.split(tokens) for tensor in tensors), strict=True)
-
-
-class ModularStarEncoderPreTrainingHeads(nn.Module):
-    """Heads for masked language modelling and in-context classification; both also take the exit's learned vector."""
+class ModularStarEncoderMaskedLMHeads(nn.Module):
+    """Head for masked language modelling; it also takes the exit's learned vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -957,23 +921,44 @@ class ModularStarEncoderPreTrainingHeads(nn.Module):
         self.act = ACT2FN[config.hidden_act]
         self.layer_norm = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.decoder = nn.Linear(width, config.vocab_size)
-        self.pooler = ModularStarEncoderExitConditionedPooler(config)
-        self.icc_classifier = nn.Linear(width, 2)
 
     def token_features(self, states: torch.Tensor, exit_index: int) -> torch.Tensor:
         """Return the features (…, H + exit embedding) that the decoder turns into logits."""
         vector = self.exit_embedding(exit_index).expand(*states.shape[:-1], -1)
-        return self.layer_norm(self.act(self.transform(torch.cat((states, vector), dim=-1))))
+        return self.layer_norm(self.act(self.transform(torch.cat((states.to(vector.device), vector), dim=-1))))
+
+
+class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
+    """Heads for masked language modelling and in-context classification; both also take the exit's learned vector."""
+
+    def __init__(self, config: ModularStarEncoderConfig) -> None:
+        super().__init__(config)
+        self.pooler = ModularStarEncoderExitConditionedPooler(config)
+        self.icc_classifier = nn.Linear(config.hidden_size + config.exit_embedding_size, 2)
 
     def masked_lm(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean cross-entropy and accuracy (E,) from features (E, N, H + exit embedding) and labels (N,)."""
-        if len(labels) == 0:
-            nothing = features.sum(dim=(1, 2), dtype=torch.float32)
-            return nothing, nothing.detach()
+        """Return mean cross-entropy and accuracy (E,), from features (E, N, H + exit embedding) and labels (N,).
+
+        Both are 0 if N is 0. Logits exist for one chunk of tokens at a time, and the backward pass computes them again,
+        so that memory does not grow with E × N × V.
+        """
+        exits, tokens = features.shape[:2]
+        chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // self.decoder.out_features)
+        parts = zip(features.flatten(0, 1).split(chunk), labels.repeat(exits).split(chunk), strict=True)
+        of_parts = [checkpoint(self._losses_and_hits, *part, use_reentrant=False) for part in parts]
+        losses, hits = (torch.cat(values).view(exits, tokens) for values in zip(*of_parts, strict=True))
+        return losses.sum(dim=1) / max(1, tokens), hits.sum(dim=1) / max(1, tokens)
+
+    def _losses_and_hits(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device = features.device.type
-        if torch.is_autocast_enabled(device):
-            features = features.to(torch.get_autocast_dtype(device))
-        return MaskedLanguageModelingLoss.apply(features, self.decoder.weight, self.decoder.bias, labels)
+        autocast: Any = nullcontext()
+        # With autocast's cache, the gradients of the chunks would be added up in 16 bits.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            autocast = torch.autocast(device, cache_enabled=False)
+        with autocast:
+            logits = self.decoder(features).float()
+        labels = labels.to(logits.device)
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
 
 class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
@@ -1017,6 +1002,9 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
     ) -> tuple | ModularStarEncoderForPreTrainingOutput:
         r"""Predict masked tokens and whether two snippets share a repository.
 
+        The loss reaches every head, with zero gradients where labels are missing, so that DDP needs no search for
+        unused parameters.
+
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
@@ -1041,24 +1029,92 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
             found["logits"] = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, rows[-1]))
         else:
             masked = (labels.flatten() != -100).nonzero().squeeze(-1)
-            features = [self.heads.token_features(states.flatten(0, 1)[masked], row) for states, row in states_of_rows]
+            features = [
+                self.heads.token_features(states.flatten(0, 1)[masked.to(states.device)], row)
+                for states, row in states_of_rows
+            ]
             of_exits = self.heads.masked_lm(torch.stack(features), labels.flatten()[masked])
             found["mlm_losses"], found["mlm_accuracies"] = of_exits
         if icc_labels is not None:
             classes = icc_logits.float().transpose(1, 2)
-            targets = icc_labels.expand(len(exits), -1)
+            targets = icc_labels.to(classes.device).expand(len(exits), -1)
             found["icc_losses"] = nn.functional.cross_entropy(classes, targets, reduction="none").mean(dim=1)
             found["icc_accuracies"] = (classes.argmax(dim=1) == targets).float().mean(dim=1)
         if supervised:
-            losses = torch.stack([found[name] for name in ("mlm_losses", "icc_losses") if name in found]).sum(dim=0)
+            idle = icc_logits if icc_labels is None else found.get("logits", icc_logits)
+            terms = [found[name] for name in ("mlm_losses", "icc_losses") if name in found]
+            losses = torch.stack([term.to(terms[0].device) for term in terms]).sum(dim=0)
             weights = [self.config.exit_weight(exit_layer) for exit_layer in exits]
-            found["loss"] = (losses * torch.tensor(weights, device=losses.device)).sum()
+            found["loss"] = (losses * torch.tensor(weights, device=losses.device)).sum() + idle[:0].sum().to(losses)
         return ModularStarEncoderForPreTrainingOutput(
             icc_logits=icc_logits,
             exit_hidden_states=outputs.exit_hidden_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **found,
+        )
+
+
+class ModularStarEncoderForMaskedLM(ModularStarEncoderPreTrainedModel):
+    """Model for masked language modelling at one exit, with the loss and logits that every fill-mask script expects.
+
+    It loads pre-training checkpoints, whose heads for in-context classification it leaves out. All tokens' logits are
+    computed; to train all exits together in less memory, use `ModularStarEncoderForPreTraining`.
+
+    Example:
+        >>> config = ModularStarEncoderConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        ...     num_key_value_heads=1, exit_layers=[1, 2],
+        ... )
+        >>> ids, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, 9, -100]])  # the second token was 9
+        >>> output = ModularStarEncoderForMaskedLM(config)(ids, labels=labels, exit_layer=1)
+        >>> output.loss.shape, output.logits.shape
+        (torch.Size([]), torch.Size([1, 3, 100]))
+    """
+
+    accepts_loss_kwargs = True
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^heads\.(pooler|icc_classifier)\."]  # type: ignore[misc]
+
+    def __init__(self, config: ModularStarEncoderConfig) -> None:
+        super().__init__(config)
+        self.model = ModularStarEncoderModel(self.config)
+        self.heads = ModularStarEncoderMaskedLMHeads(self.config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.heads.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.heads.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        exit_layer: int | None = None,
+        **kwargs: Any,
+    ) -> tuple | MaskedLMOutput:
+        r"""Predict masked tokens at one exit.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
+            labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
+                cross-entropy over masked tokens, or their sum divided by `num_items_in_batch`.
+            exit_layer: by default the deepest.
+        """
+        exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, **kwargs)
+        row = self.config.exit_index(exit_layer)
+        logits = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, row))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
@@ -1136,6 +1192,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         self.projection_heads = nn.ModuleDict(
             {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
         )
+        self._returns_hidden_states = self.config.output_hidden_states
         # CODEPATH: the paper's scale is fixed; a learned one is saved with the model.
         self.logit_scale = None if self.config.logit_scale_init_value is None else ModularStarEncoderLogitScale()
         self.post_init()
@@ -1188,14 +1245,24 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk. With
                 token weights (`config.token_weights`), `input_ids` only.
+
+        Raises:
+            RuntimeError: in training, `config.output_hidden_states` was set after the model was made, as
+                sentence-transformers' AdaptiveLayerLoss and Matryoshka2dLoss do, which do not train shallower exits.
         """
+        if self.training and self.config.output_hidden_states and not self._returns_hidden_states:
+            raise RuntimeError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss train raw hidden states, and no head of a shallower exit; use "
+                "MultiExitContrastiveLoss of modular_star_encoder instead. If it is not such a loss that needs the "
+                "hidden states, pass output_hidden_states=True to the call or to from_pretrained."
+            )
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         scales = self._token_scales(input_ids, attention_mask, bounds)
 
         def scaled(states: torch.Tensor) -> torch.Tensor:
-            return states if scales is None else states * scales
+            return states if scales is None else states * scales.to(states.device)
 
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
@@ -1209,14 +1276,14 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
                 pooled = head(pooled.to(states.dtype))
                 if scales is not None:
                     # The embedding of an empty text is zeros, not the head's bias.
-                    pooled = pooled * _rows(scales, attention_mask, bounds)[0].any(dim=1)
+                    pooled = pooled * _rows(scales, attention_mask, bounds)[0].any(dim=1).to(pooled.device)
             embeddings.append(self._normalize(pooled))
         if tokens is None:
             tokens = head(states)
         return ModularStarEncoderForRetrievalOutput(
             last_hidden_state=scaled(tokens).to(tokens.dtype),
             sentence_embedding=embeddings[-1],
-            exit_embeddings=torch.stack(embeddings),
+            exit_embeddings=torch.stack([one.to(embeddings[-1].device) for one in embeddings]),
             logit_scale=None if self.logit_scale is None else self.logit_scale(),
             exit_hidden_states=outputs.exit_hidden_states,
             residual_states=outputs.residual_states,
@@ -1245,7 +1312,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         self.model = ModularStarEncoderModel(config)
         self.exit_embedding = ModularStarEncoderExitEmbedding(config)
         self.pooler = ModularStarEncoderExitConditionedPooler(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier_dropout = config.classifier_dropout
         self.classifier = nn.Linear(config.hidden_size + config.exit_embedding_size, config.num_labels)
         self.post_init()
 
@@ -1275,7 +1342,8 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
             vector = self.exit_embedding(self.config.exit_index(exit_layer))
             features = self.pooler(*_rows(states, attention_mask, bounds), vector)
-            logits.append(self.classifier(self.dropout(features)))
+            features = nn.functional.dropout(features, p=self.classifier_dropout, training=self.training)
+            logits.append(self.classifier(features))
         exit_logits = torch.stack(logits)
         loss = None
         if labels is not None:
@@ -1294,6 +1362,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
 
 
 __all__ = [
+    "ModularStarEncoderForMaskedLM",
     "ModularStarEncoderForPreTraining",
     "ModularStarEncoderForRetrieval",
     "ModularStarEncoderForSequenceClassification",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modular_star_encoder.inference.static_export import export_static
     from modular_star_encoder.modeling import (
         ModularStarEncoderConfig,
+        ModularStarEncoderForMaskedLM,
         ModularStarEncoderForPreTraining,
         ModularStarEncoderForRetrieval,
         ModularStarEncoderForSequenceClassification,
@@ -45,6 +46,7 @@ _MODULE_OF = {
     "DistillationObjective": "objectives.distillation",
     "DistillationSettings": "objectives.distillation",
     "ModularStarEncoderConfig": "modeling",
+    "ModularStarEncoderForMaskedLM": "modeling",
     "ModularStarEncoderForPreTraining": "modeling",
     "ModularStarEncoderForRetrieval": "modeling",
     "ModularStarEncoderForSequenceClassification": "modeling",
@@ -70,6 +72,7 @@ __all__ = [
     "DistillationObjective",
     "DistillationSettings",
     "ModularStarEncoderConfig",
+    "ModularStarEncoderForMaskedLM",
     "ModularStarEncoderForPreTraining",
     "ModularStarEncoderForRetrieval",
     "ModularStarEncoderForSequenceClassification",

@@ -9,6 +9,7 @@ from transformers.testing_utils import torch_device
 
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
+    ModularStarEncoderForMaskedLM,
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,
@@ -26,7 +27,7 @@ common = import_suite("test_modeling_common")
 NAMES = {
     "MODEL_MAPPING_NAMES": ("ModularStarEncoderModel", "ModularStarEncoderForRetrieval"),
     "MODEL_FOR_PRETRAINING_MAPPING_NAMES": "ModularStarEncoderForPreTraining",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "ModularStarEncoderForPreTraining",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "ModularStarEncoderForMaskedLM",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ModularStarEncoderForSequenceClassification",
 }
 
@@ -69,6 +70,7 @@ def _names_known_to_the_suite():
 class TestModularStarEncoder(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (
         ModularStarEncoderModel,
+        ModularStarEncoderForMaskedLM,
         ModularStarEncoderForPreTraining,
         ModularStarEncoderForRetrieval,
         ModularStarEncoderForSequenceClassification,

@@ -1,10 +1,13 @@
 """Exits: what runs, what comes out, and that a cut model is the beginning of the full one. Exit 0 and token weights."""
 
 import json
+import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel
@@ -158,6 +161,26 @@ def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, ar
         model(**tiny_batch() | arguments)
     with pytest.raises(ValueError, match=r"exit_layer 3 .* 1, 2, 4\."):
         model.slice(3)
+
+
+@pytest.mark.parametrize("wrong", [2.0, True, "2", torch.tensor(2), None])
+def test_an_exit_is_an_integer_also_of_numpy(model, tmp_path, wrong):
+    model.save_pretrained(tmp_path)
+    calls = [model.slice, model.config.cut, model.config.exit_weight]
+    calls += [lambda exit_layer: run(model, **tiny_batch(), exit_layers=(1, exit_layer))]
+    if wrong is not None:
+        calls += [lambda exit_layer: run(model, **tiny_batch(), exit_layer=exit_layer)]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"exit_layer {re.escape(repr(wrong))} of type .* 1, 2, 4\."):
+            call(wrong)
+        call(np.int64(2))
+    for load in (AutoModel.from_pretrained, ModularStarEncoderForRetrieval.from_pretrained):
+        cut = load(tmp_path, exit_layer=np.int64(2))
+        assert type(cut.config.num_hidden_layers) is int
+        cut.save_pretrained(tmp_path / "cut")
+        if wrong is not None:
+            with pytest.raises((ValueError, StrictDataclassError), match="exit_layer"):
+                load(tmp_path, exit_layer=wrong)
 
 
 def test_embeddings_are_linear_heads_of_means_weighted_by_token():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSequenceClassification
 
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,
@@ -102,9 +102,12 @@ def test_a_slice_with_one_head_equals_its_exit_of_the_full_model(write, depth, c
 def test_a_pre_trained_checkpoint_loads_in_every_spelling(write, options):
     folder = write("pretrained", **options)
     loaded, trunk = AutoModelForPreTraining.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    masked_lm, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
     assert (type(loaded), type(trunk)) == (ModularStarEncoderForPreTraining, ModularStarEncoderModel)
     output = run(loaded, **tiny_batch())
     assert output.prediction_logits is output.logits
+    equal(run(masked_lm, **tiny_batch()).logits, output.logits)
     equal(output.seq_relationship_logits, output.icc_logits[-1])
     equal(run(trunk, **tiny_batch()).last_hidden_state, output.exit_hidden_states[-1])
 

@@ -1,18 +1,32 @@
 """Checkpoints: complete, self-contained, and safe to overwrite."""
 
 import json
+import os
+import re
+import runpy
+from importlib import metadata, resources
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
 from transformers.utils import PushToHubMixin
 
 from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
+    ModularStarEncoderForMaskedLM,
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,
     ModularStarEncoderModel,
 )
+from modular_star_encoder.utils.files import staged_folder
 from tests.tiny import run, tiny_batch, tiny_model
 
 CODE_FILES = {"configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py"}
@@ -32,7 +46,8 @@ def contents(folder):
     [
         (ModularStarEncoderModel, AutoModel, "ModularStarEncoderModel"),
         (ModularStarEncoderForRetrieval, AutoModel, "ModularStarEncoderForRetrieval"),
-        (ModularStarEncoderForPreTraining, AutoModelForMaskedLM, "ModularStarEncoderModel"),
+        (ModularStarEncoderForPreTraining, AutoModelForPreTraining, "ModularStarEncoderModel"),
+        (ModularStarEncoderForMaskedLM, AutoModelForMaskedLM, "ModularStarEncoderModel"),
         (ModularStarEncoderForSequenceClassification, AutoModelForSequenceClassification, "ModularStarEncoderModel"),
         (UserModel, None, "ModularStarEncoderForRetrieval"),
     ],
@@ -43,11 +58,35 @@ def test_a_checkpoint_carries_weights_code_and_the_full_auto_map(tmp_path, model
     assert set(contents(tmp_path)) == CHECKPOINT_FILES
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == f"modeling_modular_star_encoder.{auto_model}"
-    assert {"AutoConfig", "AutoModelForMaskedLM", "AutoModelForPreTraining"} <= set(auto_map)
+    assert {"AutoConfig", "AutoModelForPreTraining"} <= set(auto_map)
+    assert auto_map["AutoModelForMaskedLM"].endswith(".ModularStarEncoderForMaskedLM")
     if auto_class:
         again = auto_class.from_pretrained(tmp_path)
         assert type(again) is model_class
         assert torch.equal(run(model, **tiny_batch())[0], run(again, **tiny_batch())[0])
+
+
+def test_others_may_read_every_file_as_far_as_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
+        with staged_folder(tmp_path / "staged") as staging:
+            save_file({"a": torch.ones(1)}, staging / "a.safetensors")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert (tmp_path / "staged" / "a.safetensors") in files
+
+
+def test_an_older_transformers_is_refused_by_the_version_that_is_needed(monkeypatch):
+    (needed,) = re.findall(r"\ntransformers.*>=([\d.]+)", "\n".join(metadata.requires("modular-star-encoder")))
+    found = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "5.2.0" if name == "transformers" else found(name))
+    with pytest.raises(ImportError, match=rf"transformers>={needed}.*==5\.2\.0"):
+        runpy.run_module(ModularStarEncoderConfig.__module__)
+    card = resources.files("modular_star_encoder.model_cards").joinpath("model.md.jinja").read_text()
+    assert f"`transformers` {needed} or newer" in card
 
 
 def test_saving_over_the_files_it_was_loaded_from_is_safe(tmp_path):

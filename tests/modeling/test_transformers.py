@@ -6,10 +6,17 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.models.starcoder2 import Starcoder2Config
 
 from modular_star_encoder.modeling import (
+    ModularStarEncoderForMaskedLM,
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderForSequenceClassification,
@@ -175,3 +182,72 @@ def test_text_classification_gives_every_label_its_probability_for_a_pair(serve)
     expected = direct(TEXT, "x = 1").logits[0].softmax(-1)
     scores = {answer["label"]: answer["score"] for answer in answers}
     assert scores == pytest.approx({name: expected[index].item() for index, name in names.items()})
+
+
+def stock_trainer(model, folder, rows, collator=None, **settings):
+    options = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    arguments = TrainingArguments(str(folder), **options | settings)
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+
+
+def unequal_rows(kind):
+    """Eight rows, in which 1 to 8 tokens are masked."""
+    ids = torch.randint(4, 300, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    masked = [[token if place <= row else -100 for place, token in enumerate(ids[row])] for row in range(8)]
+    labels = {"labels": masked} if kind != "classes" else {"labels": [row % 2 for row in range(8)]}
+    labels |= {"icc_labels": [row % 2 for row in range(8)]} if kind == "both" else {}
+    return [{"input_ids": ids[row]} | {name: values[row] for name, values in labels.items()} for row in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "kind", "exact"),
+    [
+        (ModularStarEncoderForMaskedLM, "tokens", True),
+        (ModularStarEncoderForPreTraining, "both", False),
+        (ModularStarEncoderForSequenceClassification, "classes", True),
+    ],
+)
+def test_accumulated_batches_train_the_stock_trainer_like_one(tmp_path, model_class, kind, exact):
+    def step(batch, accumulated):
+        dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout", "classifier_dropout"), 0)
+        model = tiny_model(model_class, **dropout)
+        start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "max_steps": 1}
+        step = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        trainer = stock_trainer(model, tmp_path, unequal_rows(kind), **size, **step)
+        trainer.train()
+        return nn.utils.parameters_to_vector(model.parameters()) - start, trainer.state.log_history[0]["loss"]
+
+    (one, one_loss), (four, four_loss) = step(8, 1), step(2, 4)
+    # Pre-training losses are means of each batch, in which the rows here have different numbers of masked tokens.
+    torch.testing.assert_close(four, one, **{"rtol": 1e-4, "atol": 1e-6} if exact else {"rtol": 0, "atol": 1.0})
+    assert four_loss == pytest.approx(one_loss, rel=1e-3 if exact else 0.3)
+
+
+def test_scripts_for_masked_lm_evaluate_predict_and_keep_the_best_model(tmp_path, tokenizer):
+    tiny_model(ModularStarEncoderForPreTraining).save_pretrained(tmp_path / "start")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "start")
+    rows = [dict(tokenizer(f"def f{i}(first):\n    return first + {i}")) for i in range(6)]
+    options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "per_device_eval_batch_size": 4}
+    trainer = stock_trainer(model, tmp_path / "run", rows, DataCollatorForLanguageModeling(tokenizer), **options)
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(
+        min(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+    )
+    assert trainer.predict(rows).predictions.shape[::2] == (6, 300)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "shapes"),
+    [
+        (ModularStarEncoderForPreTraining, [(6, 12, 300)]),
+        (ModularStarEncoderForSequenceClassification, [(6, 2)]),
+        (ModularStarEncoderForRetrieval, [(6, 12, PROJECTION_SIZE), (6, PROJECTION_SIZE)]),
+    ],
+)
+def test_predictions_have_one_row_for_each_text(tmp_path, model_class, shapes):
+    model = tiny_model(model_class, **{"logit_scale_init_value": 20.0, "output_all_exits": True})
+    rows = [{"input_ids": row["input_ids"]} for row in unequal_rows("tokens")[:6]]
+    predictions = stock_trainer(model, tmp_path, rows, per_device_eval_batch_size=4).predict(rows).predictions
+    assert [one.shape for one in (predictions if isinstance(predictions, tuple) else (predictions,))] == shapes

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
@@ -126,6 +127,9 @@ def test_what_does_not_fit_is_refused(model, checkpoint, tmp_path):
         MultiExitContrastiveLoss(model, exit_layers=[3])
     with raises("contrastive.dimensions", 16):
         MultiExitContrastiveLoss(model, ContrastiveSettings(dimensions=[32]))
+    with pytest.raises(RuntimeError, match="MultiExitContrastiveLoss"):
+        AdaptiveLayerLoss(model, MultipleNegativesRankingLoss(model))(columns()[:2], None)
+    model[0].auto_model(**every_side()["query"], output_hidden_states=True)
     tiny_model(ModularStarEncoderModel).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     trunk = Transformer(str(tmp_path))

@@ -147,7 +147,7 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
     # Projection heads are named one by one, because peft takes no `ModuleDict`.
     heads = [f"projection_heads.{exit_layer}" for exit_layer in getattr(model, "projection_heads", ())]
-    heads += [name for name, _ in model.named_children() if name not in ("model", "projection_heads", "dropout")]
+    heads += [name for name, _ in model.named_children() if name not in ("model", "projection_heads")]
     defaults = {"modules_to_save": heads, "r": 16, "lora_alpha": 32, "target_modules": linear}
     try:
         config = LoraConfig(**{**defaults, **settings})

@@ -87,7 +87,14 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     _remove(temporary)
     _sweep(target)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
+        # safetensors writes files that only their owner reads; give them the mode of other new files.
+        for path in (temporary, *temporary.rglob("*.safetensors")):
+            if path.is_file():
+                path.chmod(mode)
         if resumable:
             for path in filter(Path.is_file, (temporary, *temporary.rglob("*"))):
                 with path.open("rb") as written:
