@@ -1,9 +1,21 @@
 import json
 import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
 
 import pytest
 
-from modular_star_encoder.utils.files import check_writable, staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import (
+    check_types,
+    check_writable,
+    read_json,
+    scratch_folder,
+    staged_file,
+    staged_folder,
+    write_json,
+)
 from tests.errors import raises
 
 
@@ -52,3 +64,39 @@ def test_a_file_that_could_not_be_written_is_reported_beforehand(tmp_path):
         check_writable(tmp_path / "no" / "results.json")
     with raises("files.not_writable", "is a folder"):
         check_writable(tmp_path)
+
+
+def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_running_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("out", "mose-card"):
+        for process in (ended.pid, os.getppid()):
+            (tmp_path / f".{name}.{process}.tmp").mkdir()
+    with staged_folder(tmp_path / "out"), scratch_folder("card"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [f".mose-card.{os.getppid()}.tmp", f".out.{os.getppid()}.tmp", "out"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "NaN", "9" * 30, "{", "\ud800"])
+def test_json_beyond_the_limits_is_a_value_error(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(ValueError):  # noqa: PT011 (the library's sentences differ)
+        read_json(tmp_path / "a.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a file"):
+        read_json(tmp_path / "pipe")
+
+
+@dataclass
+class Record:
+    count: int
+    names: tuple[str, ...] = ()
+    share: float | None = None
+
+
+def test_a_field_of_another_type_is_a_type_error():
+    check_types(Record(1, ("a",), 1))
+    for wrong in (Record(True), Record(1.0), Record(1, ["a"]), Record(1, (2,)), Record(1, (), float("nan"))):
+        with pytest.raises(TypeError):
+            check_types(wrong)

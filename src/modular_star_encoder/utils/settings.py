@@ -159,6 +159,8 @@ class _BoundedLoader(yaml.SafeLoader):
             self._sizes[id(found)] = float("inf") if is_alias else 1 + sum(self._sizes[id(node)] for node in nodes)
         if self._composed > MAX_YAML_NODES or (found is not None and self._sizes[id(found)] > MAX_YAML_NODES):
             raise yaml.YAMLError(f"it has more than {MAX_YAML_NODES:,} values")
+        if isinstance(found, yaml.ScalarNode) and "\0" in found.value:
+            raise yaml.YAMLError("it has a text with a null character")
         is_number = isinstance(found, yaml.ScalarNode) and not found.tag.endswith(":str")
         if is_number and len(found.value) > MAX_YAML_NUMBER:  # type: ignore[union-attr]
             raise yaml.YAMLError(f"it has a number or date of more than {MAX_YAML_NUMBER} characters")
