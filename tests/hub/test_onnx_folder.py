@@ -24,7 +24,7 @@ from modular_star_encoder.hub import onnx_folder
 from modular_star_encoder.hub.onnx_folder import OnnxEncoder, compare_rankings, compare_tops, export_onnx_folder
 from modular_star_encoder.inference import onnx_export
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
-from modular_star_encoder.inference.encoders import ExitEncoder
+from modular_star_encoder.inference.encoders import ExitEncoder, Text, load_encoder
 from modular_star_encoder.inference.onnx_export import (
     ONNX_FILE,
     QUANTIZED_FILE,
@@ -34,6 +34,7 @@ from modular_star_encoder.inference.onnx_export import (
     quantize_onnx,
     save_graph,
 )
+from modular_star_encoder.search.embedder import Embedder
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
@@ -102,6 +103,28 @@ def test_a_file_takes_any_batch_and_length_and_either_padding(folders, model, ex
         real = batch["attention_mask"].bool().numpy()
         np.testing.assert_allclose(tokens[real], expected.last_hidden_state.numpy()[real], rtol=0, atol=2e-5)
         np.testing.assert_allclose(embedding, expected.sentence_embedding.numpy(), rtol=0, atol=2e-6)
+
+
+@torch.inference_mode()
+def test_every_door_gives_the_same_embedding_with_one_length_and_one_prompt(checkpoint, folders, model):
+    texts = ["add the file", "show the tree " * 300]  # the second is longer than the model's longest input
+    sentence_transformer = SentenceTransformer(str(checkpoint), device="cpu")
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (checkpoint, folders[2])]
+    assert {one.model_max_length for one in tokenizers} == {sentence_transformer.max_seq_length} == {128}
+    prompt, encoder, index = sentence_transformer.prompts["query"], load_encoder(str(checkpoint)), Embedder(checkpoint)
+    batches = [
+        dict(tokenizer([prompt + text for text in texts], padding=True, truncation=True, return_tensors="pt"))
+        for tokenizer in tokenizers
+    ]
+    found = {
+        "AutoModel": model(**batches[0]).sentence_embedding.numpy(),
+        "ONNX": run_onnx(folders[2], {name: batches[1][name] for name in ("input_ids", "attention_mask")})[1],
+        "SentenceTransformer": sentence_transformer.encode_query(texts),
+        "mose evaluate": encoder.encode([(encoder.prompt(Text(text)), text) for text in texts], [2], progress=False)[2],
+        "index": index.questions(texts, (2,), index.check_dimension(None))[2],
+    }
+    for embeddings in found.values():
+        np.testing.assert_allclose(embeddings, found["AutoModel"], rtol=0, atol=2e-6)
 
 
 def test_inputs_and_outputs_have_the_names_and_axes_that_servers_need(folders):

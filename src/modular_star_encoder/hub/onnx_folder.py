@@ -33,6 +33,7 @@ from modular_star_encoder.inference.checkpoints import (
     MODULES,
     check_servable,
     load_checkpoint,
+    save_tokenizer,
     stored_prompts,
     write_sentence_transformer_files,
 )
@@ -182,10 +183,9 @@ def _write_serving_files(
         "torch_dtype": "float32",
     }
     write_json(folder / "config.json", settings)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, config, folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings["model_max_length"] = min(settings["model_max_length"], config.max_position_embeddings)
     write_json(path, {name: value for name, value in settings.items() if name != "backend"})
     # An ONNX file has one exit, so the module takes no `exit_layer`.
     modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]

@@ -5,6 +5,7 @@ A checkpoint is a local folder or a repository on the Hub. Errors of transformer
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
@@ -227,7 +228,7 @@ def write_checkpoint(
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
     model.save_pretrained(out)
-    own_tokenizer.save_pretrained(out)
+    save_tokenizer(own_tokenizer, model.config, out)
     for name in SENTENCE_TRANSFORMER_FILES:
         if (source := checkpoint_file(path, name)) is not None:
             (out / name).parent.mkdir(exist_ok=True)
@@ -261,10 +262,17 @@ def save_retrieval_checkpoint(
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, model.config, staging)
         prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
         write_sentence_transformer_files(staging, model.config, prompts)
     return Path(out)
+
+
+def save_tokenizer(tokenizer: Any, config: PreTrainedConfig, folder: Path) -> None:
+    """Save a tokenizer that cuts texts to the longest input of the model, as SentenceTransformer and `mose` do."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.save_pretrained(folder)
 
 
 def write_sentence_transformer_files(

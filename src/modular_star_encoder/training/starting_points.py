@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
-from modular_star_encoder.inference.checkpoints import keep_only_exit
+from modular_star_encoder.inference.checkpoints import keep_only_exit, save_tokenizer
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
 from modular_star_encoder.training import hub_config_folder
 from modular_star_encoder.training.recipes import StartingRecipe
@@ -174,5 +174,5 @@ def save_trained(trainer: MultiExitTrainer, out: Path, recipe: StartingRecipe) -
             merged = PeftModel.from_pretrained(start, os.fspath(out / ADAPTER)).merge_and_unload()
             merged.config.unpad_inputs = trained.config.unpad_inputs
             merged.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            save_tokenizer(tokenizer, merged.config, staging)
             write_serving_files(merged, staging)
