@@ -266,3 +266,10 @@ def test_related_code_needs_no_index_and_no_working_folder(code, mose, monkeypat
         (code / ".git").rename(code / "gone") if (code / ".git").exists() else None
     assert mose("search", "push", code)[0] == 0
     assert len(list((tmp_path / "cache").glob("*/*/*/index.json"))) == 1
+
+
+def test_the_skill_file_shows_the_schema_of_json(code, mose):
+    skill = Path("examples/search/SKILL.md").read_text()
+    (answer,) = json.loads(mose("search", "push", code, "--json")[1])
+    shown = json.loads(skill[skill.index('    {"question"') : skill.index("Hits are sorted")])
+    assert (list(shown), list(shown["hits"][0])) == (list(answer), list(answer["hits"][0]))

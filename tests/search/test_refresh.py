@@ -2,13 +2,15 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from filelock import FileLock
 
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.data.sources.repositories import FileReader
-from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search import index as index_module
+from modular_star_encoder.search.index import CodeIndex, cached_index
 from tests.search.conftest import FILES, build, write_code
 
 LONG_AGO = 1_600_000_000
@@ -120,3 +122,26 @@ def test_mose_search_refreshes_first_unless_asked_not_to(old_code, tmp_path, mon
         assert main(search) == 0
         assert "jam.py" in capsys.readouterr().out
         (old_code / "jam.py").unlink()
+
+
+def test_threads_share_an_index_while_its_files_change(code, tmp_path, checkpoint):
+    index = build(code, tmp_path / "index", checkpoint)
+
+    def ask(number):
+        write_code(code, {f"new{number}.py": f"def brand_new_{number}():\n    return {number}\n"})
+        index.refresh()
+        index.embedder.forget()
+        return index.search([f"brand_new_{number}"], top_k=1)[0].hits[0].name, len(index.related("stack.py", 3))
+
+    with ThreadPoolExecutor(8) as pool:
+        names, alike = zip(*pool.map(ask, range(24)), strict=True)
+    assert names == tuple(f"brand_new_{number}" for number in range(24))
+    assert min(alike) >= 4
+
+
+def test_a_second_search_of_an_unindexed_folder_waits_for_the_first(code, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_module, "_SECONDS_FOR_THE_LOCK", 0)
+    with ThreadPoolExecutor(4) as pool:
+        indexes = list(pool.map(lambda _: cached_index(str(code), checkpoint=str(checkpoint), exit_layer=1), range(4)))
+    assert [index.store.count() for index in indexes] == [5] * 4

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -34,15 +36,33 @@ from modular_star_encoder.search.vector_store import (
 from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_LOCK = 3
+_SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
 _MOST_PIECES = 10_000
 """Most pieces of one file that `related` reads to find the code at a line."""
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """Let only one thread at a time run this or another such method of an index."""
+
+    @wraps(method)
+    def run(self: CodeIndex, *arguments: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **options)
+
+    return cast(_Method, run)
+
+
 class CodeIndex:
     """The functions, classes and other lines of a code folder with their embeddings, and the search over them.
 
-    `build` makes or updates an index, `open` reads one.
+    `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
+    Of several processes, one writes an index in a folder at a time; a second one waits for 3 s, then raises UserError,
+    but `refresh` leaves the index as it is, and `cached_index` waits until the first build ends. A search in another
+    process finds each file as it was before the change or after it, never a part of it.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -61,6 +81,7 @@ class CodeIndex:
         self.report = UpdateReport()
         self._embedder = embedder
         self._device: str | None = None
+        self._lock = threading.RLock()
 
     @classmethod
     def build(
@@ -184,6 +205,7 @@ class CodeIndex:
             self._embedder = self._checked(self.settings.checkpoint)
         return self._embedder
 
+    @_one_at_a_time
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
         """Embed the files that changed and remove the rows of deleted ones; see `build`.
 
@@ -198,6 +220,7 @@ class CodeIndex:
             )
         return self.report
 
+    @_one_at_a_time
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
         """Update the index before a search; stop reading files after about `seconds` (never if None).
 
@@ -221,6 +244,7 @@ class CodeIndex:
                 raise
         return self.report
 
+    @_one_at_a_time
     def search(
         self,
         questions: Sequence[str],
@@ -266,6 +290,7 @@ class CodeIndex:
             answers.append(Answer(question, self._hits(ranked.found), ranked.margin, ranked.reranked, method))
         return answers
 
+    @_one_at_a_time
     def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
         """Find the code that resembles the code at a line.
 
@@ -413,12 +438,17 @@ def cached_index(
     (exit_layer,) = Embedder(checkpoint).exits(exit_layer, None)
     location = _cached_location(folder, checkpoint, exit_layer, languages)
     options: dict[str, Any] = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": languages}
+    store = open_store(location)
+    if not store.stamps():  # no build has ended here; another process may be at it
+        with _locked(store, _SECONDS_FOR_THE_FIRST_BUILD):
+            pass
     try:
-        store = open_store(location)
         if store.settings() is None:
             return CodeIndex.build(folder, store, **options)
         return CodeIndex.open(store, checkpoint=checkpoint)
     except UserError as error:
+        if error.key == "search.index.locked":  # another process was the first to begin
+            return cached_index(folder, checkpoint=checkpoint, exit_layer=exit_layer, languages=languages)
         if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
             raise
         return CodeIndex.build(folder, location, **options, rebuild=True)
@@ -449,7 +479,7 @@ def _cached_location(folder: str, *options: Any) -> str:
 
 
 @contextmanager
-def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Iterator[None]:
+def _locked(store: VectorStore, seconds: float | None = None) -> Iterator[None]:
     """Hold the write lock of an index in a folder; when a process is killed, its lock is released, too."""
     folder = getattr(store, "folder", None)
     if folder is None:
@@ -459,7 +489,7 @@ def _locked(store: VectorStore, seconds: float = _SECONDS_FOR_THE_LOCK) -> Itera
 
     folder.mkdir(parents=True, exist_ok=True)
     # The worker processes of a killed process hold its lock for a moment longer.
-    lock = FileLock(folder / ".lock", timeout=seconds)
+    lock = FileLock(folder / ".lock", timeout=_SECONDS_FOR_THE_LOCK if seconds is None else seconds)
     try:
         lock.acquire()
     except Timeout as error:
