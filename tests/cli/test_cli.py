@@ -129,6 +129,7 @@ def test_a_slice_that_cannot_be_made_leaves_nothing_behind(mose, checkpoint, tmp
         (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),
         (("finetune", "missing.yaml", "--out", "run"), "small/finetune"),
         (("ablate", "missing.yaml", "--out", "run"), "mini/ablation"),
+        (("recipes", "show", "x" * 5000), "xxx"),
         (("finetune", "mose-code", "data.pairs=README.csv", "--out", "run"), "similar: README.md"),
         (("publish", "./no-such-folder", "--repository", "me/model"), "./no-such-folder does not exist"),
         (("publish", "MANIFEST", "--repository", "me/model"), "is a manifest"),
@@ -141,6 +142,7 @@ def test_mistakes_are_one_line_on_stderr_and_status_2(mose, checkpoint, code, ar
     line = err.splitlines()[-1]
     assert line.startswith("mose: error: ")
     assert message in line
+    assert len(line) < 2000
     assert "Traceback" not in err
 
 

@@ -251,9 +251,14 @@ def test_a_split_shares_no_repository_and_loses_no_text(tmp_path, tokenizer):
         assert pairs.token_counts().tolist() == expected.tolist()
 
 
-def test_a_split_leaves_and_holds_out_one_at_least(tokenizer):
+@pytest.mark.parametrize(("repositories", "least"), [(2, 1), (4, 2), (9, 2)])
+def test_a_split_leaves_and_holds_out_two_repositories_if_it_can(tokenizer, repositories, least):
+    corpus = corpus_of_files(source_files(repositories=repositories), tokenizer, progress=False)
+    assert len(corpus.split(0.01, seed=0)[1].repositories) == least
+    assert len(corpus.split(0.99, seed=0)[0].repositories) == least
+
+
+def test_one_repository_is_not_split(tokenizer):
     corpus = corpus_of_files(source_files(repositories=2), tokenizer, progress=False)
-    assert len(corpus.split(0.01, seed=0)[1].repositories) == 1
-    assert len(corpus.split(0.99, seed=0)[0].repositories) == 1
     with raises("data.split.too_few_repositories", 1):
         corpus.split(0.01, seed=0)[1].split(0.5, seed=0)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def test_faults_that_other_rooms_find_stop_before_anything_is_written(recipe_fil
     with pytest.raises(ValueError, match=message):
         run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
+
+
+def test_five_repositories_are_enough_whatever_share_is_held_out(recipe_file, corpus, tmp_path):
+    for number in range(5):
+        shutil.copytree(corpus / f"repository{2 * (number % 3)}", tmp_path / "five" / f"repository{number}")
+    for share in (0.01, 0.9):
+        overrides = (f"corpus.folder={tmp_path / 'five'}", "max_steps=1", f"eval_fraction={share}")
+        log, _ = run(recipe_file, tmp_path / str(share), *overrides)
+        assert len(log["held_out_repositories"]) == (2 if share < 0.5 else 3)
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):

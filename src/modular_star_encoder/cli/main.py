@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:
             raise
-        print(f"mose: error: {' '.join(str(shown).split())}", file=sys.stderr)
+        sentence = " ".join(str(shown).split())
+        if len(sentence) > 2000:  # a long value
+            sentence = f"{sentence[:1500]} … {sentence[-400:]}"
+        print(f"mose: error: {sentence}", file=sys.stderr)
         return 2
     return 0
 

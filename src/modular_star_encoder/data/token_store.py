@@ -57,8 +57,8 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """Return (corpus to train on, held-out corpus): two views of this corpus that share no repository.
 
-        `eval_fraction` is the share of the repositories to hold out; only `seed` and names decide which ones. Neither
-        corpus is empty.
+        `eval_fraction` is the share of the repositories to hold out; only `seed` and names decide which ones. Each
+        corpus gets at least two, as pairs from different repositories need, or one if there are fewer than four.
         """
         names = self.repositories
         if len(names) < 2:
@@ -66,7 +66,8 @@ class TokenCorpus:
                 "data.split.too_few_repositories",
                 f"A split into two corpora needs at least two repositories, not {len(names)}.",
             )
-        count = min(max(round(eval_fraction * len(names)), 1), len(names) - 1)
+        least = 2 if len(names) >= 4 else 1
+        count = min(max(round(eval_fraction * len(names)), least), len(names) - least)
         drawn = set(hashed_order(names, seed)[:count])
         is_drawn = np.array([name in drawn for name in self.repository_names])
         held_out = is_drawn[self.repository_of[self.row_numbers]]
