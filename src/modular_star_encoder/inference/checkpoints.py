@@ -46,7 +46,8 @@ MODULES = (
 )
 
 # What transformers raises for files whose values have other types or sizes than it expects.
-_DAMAGED = (SafetensorError, StrictDataclassError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_OF_VALUES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError)
+_DAMAGED = (SafetensorError, StrictDataclassError, *_OF_VALUES)
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
 
