@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from modular_star_encoder.hub.model_card import check_card, write_card
 from modular_star_encoder.hub.staging import stage_repositories, without_paths
+from modular_star_encoder.inference.checkpoints import slice_checkpoint
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
@@ -120,6 +121,14 @@ def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_
     entries[2]["exit_layer"] = 4
     with raises("hub.staging.exit_layer", "tiny-1", "4", "tiny-2", "1, 2"):
         stage_repositories(manifest(entries), tmp_path / "again")
+
+
+def test_a_folder_that_mose_slice_wrote_names_its_parent_and_exit_in_its_card(checkpoints, tmp_path):
+    sliced = slice_checkpoint(checkpoints[1], 2, tmp_path / "slice")
+    (one,) = stage_repositories(manifest([{"name": "tiny-2", "checkpoint": str(sliced)}]), tmp_path / "staged")
+    assert "Cut from model at exit 2 of 1, 2, 4: " in card(one)
+    (whole,) = stage_repositories(manifest([finetuned_entry(checkpoints[1])]), tmp_path / "whole")
+    assert "Cut from" not in card(whole)
 
 
 def test_snippets_hold_the_prompts_of_the_checkpoint(checkpoints, tmp_path):

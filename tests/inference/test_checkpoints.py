@@ -70,7 +70,9 @@ def test_the_configuration_of_a_slice_describes_it(checkpoint, tmp_path):
     config = json.loads((slice_checkpoint(checkpoint, 2, tmp_path / "slice") / "config.json").read_text())
     assert (config["num_hidden_layers"], config["exit_layers"], config["exit_norm"]) == (2, [1, 2], "none")
     assert (config["parent_num_hidden_layers"], config["parent_exit_layers"]) == (4, [1, 2, 4])
-    assert config["exit_layer"] is None
+    assert (config["exit_layer"], config["parent_model"]) == (None, "model")
+    twice = json.loads((slice_checkpoint(tmp_path / "slice", 1, tmp_path / "twice") / "config.json").read_text())
+    assert (twice["parent_model"], twice["auto_map"]) == ("model", config["auto_map"])
 
 
 def test_a_model_fine_tuned_without_instructions_says_so(tmp_path):

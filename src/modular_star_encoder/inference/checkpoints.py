@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedToke
 import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.inference import check_checkpoint, resolve_checkpoint
+from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
@@ -172,7 +172,7 @@ def slice_checkpoint(
     """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own, and return its folder.
 
     The new checkpoint holds the same tensors in the configuration's dtype, so at its exits it gives bit for bit the
-    outputs of the full model. Its configuration also says how many layers and which exits the full model has.
+    outputs of the full model. Its configuration also names the full model (`parent_model`), its depth and its exits.
 
     Args:
         checkpoint: a folder or Hub id.
@@ -193,6 +193,11 @@ def slice_checkpoint(
     out = Path(out).expanduser()
     with staged_folder(out) as staging:
         write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
+        config = ModularStarEncoderConfig.from_pretrained(staging)
+        if config.num_hidden_layers < config.parent_num_hidden_layers and not hasattr(config, "parent_model"):
+            folder = local_folder(checkpoint)  # a slice of a slice keeps the name of the full model
+            config.parent_model = os.fspath(checkpoint) if folder is None else folder.resolve().name
+            config.save_pretrained(staging)
     return out
 
 
