@@ -176,9 +176,3 @@ def test_other_models_and_embeddings_are_an_error(sentence_transformer, model):
     embeddings = np.full((len(ROWS), 4), np.nan, dtype=np.float32)
     with raises("evaluation.scores.nan"):
         evaluator._score(embeddings, embeddings)
-
-
-def test_the_old_name_of_the_number_of_candidates_is_read():
-    with pytest.warns(FutureWarning, match="candidates=8"):
-        evaluator = MultiExitEvaluator.from_pairs(ROWS, distractors=7)
-    assert {len(pool.documents) for pool in evaluator.task.pools} == {8}

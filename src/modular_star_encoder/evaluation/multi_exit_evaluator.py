@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -88,7 +87,6 @@ class MultiExitEvaluator(BaseEvaluator):
         *,
         candidates: int | None = None,
         seed: int = 0,
-        distractors: int | None = None,
         **options: Any,
     ) -> MultiExitEvaluator:
         """Build an evaluator from (description, code, language) rows.
@@ -98,12 +96,8 @@ class MultiExitEvaluator(BaseEvaluator):
             candidates: number of documents that a query is ranked against, at least two, the relevant one included
                 (1000 in the CodeSearchNet protocol), in random batches; all documents if None.
             seed: random seed of the batches.
-            distractors: deprecated: pass `candidates=distractors + 1`.
             options: arguments of the class.
         """
-        if distractors is not None:
-            candidates = distractors + 1
-            warnings.warn(f"Pass candidates={candidates}, not distractors={distractors}.", FutureWarning, stacklevel=2)
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
     @classmethod
