@@ -107,6 +107,7 @@ def test_a_line_that_is_no_package_is_refused(tmp_path, line):
 def test_functions_of_every_archive_become_pairs_or_texts_once(tmp_path):
     stats = build(write_packages(tmp_path), tmp_path / "out")
     train, valid, texts = (lines_of(tmp_path / "out" / f"{one}.jsonl.gz") for one in ("pairs", "pairs_valid", "texts"))
+    assert (tmp_path / "out" / "pairs.jsonl.gz").read_bytes()[3:8] == bytes(5)  # no name and time
     pairs = {row["name"]: row for row in train + valid}
     assert sorted(pairs) == ["Sum", "green", "join", "red", "round", "same_0", "same_1", "same_2", "walk"]
     assert pairs["red"]["package"] == "pypi:py"  # of equal functions, the first; and so of near ones

@@ -207,6 +207,11 @@ def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_pa
     (tmp_path / "broken.parquet").write_bytes(b"PAR1, but no more")
     with raises("synthconl.shards.unreadable", "broken.parquet"):
         drop(tmp_path, tmp_path / "out")
+    whole = write_shards(tmp_path / "damaged", [{"id": n, "code": f"x = {n}" * 50} for n in range(300)]) / "part-0"
+    content = (whole / "0.parquet").read_bytes()
+    (whole / "0.parquet").write_bytes(content[:8] + bytes(300) + content[308:])
+    with raises("synthconl.shards.unreadable", "0.parquet"):
+        prepare_job(tmp_path / "damaged", tmp_path / "o", columns=["code"]).run(progress=False)
     for out in (tmp_path, source, source / "out"):
         with raises("synthconl.near_duplicates.out", out):
             drop(source, out)

@@ -89,9 +89,10 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return the rows of a parquet file, with all columns if `columns` is None."""
     opened = _opened(file)
-    if missing := set(columns or ()) - set(opened.schema_arrow.names):
-        raise UserError("synthconl.shards.column_missing", f"{file} has no column {', '.join(sorted(missing))}.")
-    return opened.read(list(columns) if columns else None).to_pylist()
+    if missing := [name for name in columns or () if name not in opened.schema_arrow.names]:
+        raise UserError("synthconl.shards.column_missing", f"{file} has no column {missing[0]!r}.")
+    with _unreadable(file):
+        return opened.read(list(columns) if columns else None).to_pylist()
 
 
 def count_rows(folder: Path) -> int:
@@ -140,9 +141,10 @@ def read_texts(
     shard: Shard, columns: Sequence[str], advance: Callable[[int], object]
 ) -> Iterator[list[list[str | None]]]:
     """Yield, for some rows at a time, the texts of each column; then call `advance` with the number of these rows."""
-    for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
-        yield [batch.column(name).to_pylist() for name in columns]
-        advance(len(batch))
+    with _unreadable(shard.path):
+        for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
+            yield [batch.column(name).to_pylist() for name in columns]
+            advance(len(batch))
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
@@ -150,7 +152,10 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string())
-    columns = [pq.read_table(one.path, columns=[id_column], partitioning=None)[id_column] for one in shards]
+    columns = []
+    for one in shards:
+        with _unreadable(one.path):
+            columns.append(_opened(one.path).read([id_column])[id_column])
     kind = pa.large_string()
     if all(pa.types.is_integer(one.type) for one in columns):
         kind = pa.uint64() if any(pa.types.is_uint64(one.type) for one in columns) else pa.int64()
@@ -177,19 +182,26 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[
 
     def tables() -> Iterator[pa.Table]:
         start = 0
-        for batch in file.iter_batches(_ROWS_AT_A_TIME * 8):
-            yield pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
-            start += len(batch)
-            advance(len(batch))
+        with _unreadable(shard.path):
+            for batch in file.iter_batches(_ROWS_AT_A_TIME * 8):
+                yield pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
+                start += len(batch)
+                advance(len(batch))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(target, tables(), file.schema_arrow)
 
 
 def _opened(path: Path) -> pq.ParquetFile:
-    try:
+    with _unreadable(path):
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+
+
+@contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
         raise UserError("synthconl.shards.unreadable", f"{path} can't be read as a parquet file ({error}).") from error
 
 

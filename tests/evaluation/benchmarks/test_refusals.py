@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from modular_star_encoder.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from modular_star_encoder.evaluation.benchmarks import BENCHMARKS, load_benchmark, rows
 from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.evaluation.benchmarks.published import WRITERS
@@ -156,3 +156,12 @@ def test_lists_of_candidates_that_do_not_fit_are_an_error(tmp_path, content, mes
     (lists / "go.json").write_text(content)
     with raises("benchmark.file.unexpected", message, "go.json"):
         load_benchmark("codesearchnet-999", tmp_path, candidates=lists)
+
+
+@pytest.mark.parametrize("content", [b"x" * 3000, b"{}\n" * 2000, b"[" * 900])
+def test_lines_without_end_and_files_that_unpack_to_more_than_their_share_are_not_read(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(content))
+    with raises("benchmark.file.unexpected", path):
+        rows.read_jsonl(path, {})
