@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from modular_star_encoder.training import find_recipe
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -15,7 +17,7 @@ def run(name, monkeypatch, raised=None):
     line = next(line for line in path.read_text().splitlines() if line.startswith("    python examples/"))
     _, script, recipe, *others = shlex.split(line)
     assert script == f"examples/{name}.py"
-    assert (path.parent.parent / recipe).is_file()
+    assert find_recipe(recipe, name).is_file()
     main = runpy.run_path(str(path))["main"]
     if raised is not None:
 
