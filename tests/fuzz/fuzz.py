@@ -263,22 +263,24 @@ def run(cases: Iterable[Case], root: Path) -> Iterator[Case]:
         if (child := os.fork()) == 0:
             work(batch, root, theirs)
         theirs.close()
-        for case in batch:
-            try:
-                result = ours.recv() if ours.poll(SECONDS) else {"outcome": "time", "seconds": float(SECONDS)}
-            except EOFError:
-                result = {"outcome": "crash", "seconds": 0.0}
-            is_bad = "error" not in result
-            if is_bad and case is not suspect:
-                suspect = case
-                break
-            waiting.popleft()
-            yield case | {"error": (root / "stack").read_text() if is_bad else ""} | result
-            if is_bad:
-                break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        try:
+            for case in batch:
+                try:
+                    result = ours.recv() if ours.poll(SECONDS) else {"outcome": "time", "seconds": float(SECONDS)}
+                except EOFError:
+                    result = {"outcome": "crash", "seconds": 0.0}
+                is_bad = "error" not in result
+                if is_bad and case is not suspect:
+                    suspect = case
+                    break
+                waiting.popleft()
+                yield case | {"error": (root / "stack").read_text() if is_bad else ""} | result
+                if is_bad:
+                    break
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         for left in (*(root / "cases").iterdir(), *(root / "tmp").iterdir()):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -288,19 +290,20 @@ def fuzz(names: Sequence[str], count: int, seed: int, out: Path | None = None) -
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     libraries = Counter[tuple[str, str]]()
     cases = [{"reader": names[n % len(names)], "number": n // len(names), "seed": seed} for n in range(count)]
-    cases.sort(key=lambda case: case["reader"])
+    cases.sort(key=lambda case: (case["number"] // 50, case["reader"]))
     with tempfile.TemporaryDirectory(prefix="mose-fuzz-") as temporary:
         root = Path(temporary)
         make_world(root, names)
         for case in run([{"reader": name, "number": None, "seed": 0} for name in names], root):
             if case["outcome"] != "ok":
                 raise RuntimeError(f"{case['reader']} cannot read its own files: {case['error']}")
-        for case in run(cases, root):
-            counts[case["reader"]][case["outcome"]] += 1
-            if case["outcome"] not in GOOD and out is not None:
-                keep(case, root, out)
-            if case["outcome"] == "library":
-                libraries[case["reader"], case["error"].strip().rpartition("\n")[2].partition(":")[0]] += 1
+        with contextlib.suppress(KeyboardInterrupt):  # the counts so far
+            for case in run(cases, root):
+                counts[case["reader"]][case["outcome"]] += 1
+                if case["outcome"] not in GOOD and out is not None:
+                    keep(case, root, out)
+                if case["outcome"] == "library":
+                    libraries[case["reader"], case["error"].strip().rpartition("\n")[2].partition(":")[0]] += 1
     print(f"{'reader':26}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES))
     for name, found in [*counts.items(), ("all", sum(counts.values(), Counter[str]()))]:
         print(f"{name:26}" + "".join(f"{found[outcome]:>10,}" for outcome in OUTCOMES), flush=True)
@@ -330,6 +333,7 @@ def main() -> int:
     parser.add_argument("--replay", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = tuple(arguments.readers.split(",")) if arguments.readers else ("",)
     if arguments.replay:
         case = {name: value for name, value in json.loads(arguments.replay.read_text()).items() if name != "error"}
