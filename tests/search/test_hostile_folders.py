@@ -7,8 +7,9 @@ from qdrant_client.models import Distance, PointStruct, VectorParams
 
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.qdrant_store import QdrantStore
+from modular_star_encoder.search.vector_store import file_id
 from tests.errors import raises
-from tests.search.conftest import build, stored_rows
+from tests.search.conftest import FILES, build, stored_rows
 
 ODD_NAMES = [
     b"caf\xe9.py",
@@ -140,6 +141,13 @@ def test_files_next_to_an_index_do_not_harm_it(tmp_path, code, checkpoint):
     (tmp_path / "index" / "index.json").unlink()
     with raises("search.index.foreign"):
         CodeIndex.open(tmp_path / "index")
+
+
+@pytest.mark.parametrize("stamp", [None, 7, [], "abc", [1]])
+def test_a_damaged_stamp_makes_its_file_be_read_again(tmp_path, code, checkpoint, stamp):
+    index = build(code, tmp_path / "index", checkpoint)
+    index.store.keep_stamps({file_id("stack.py"): stamp})
+    assert index.update(processes=1, progress=False).files == len(FILES)
 
 
 @pytest.mark.parametrize("rebuild", [False, True])

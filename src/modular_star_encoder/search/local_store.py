@@ -115,9 +115,10 @@ class LocalStore:
 
     def stamps(self) -> Stamps:
         try:
-            return dict(read_json(self.folder / _STAMPS)) if self.folder is not None else self._stamps
+            stamps = dict(read_json(self.folder / _STAMPS)) if self.folder is not None else self._stamps
         except (OSError, ValueError, TypeError):
             return {}
+        return {file: one for file, one in stamps.items() if isinstance(one, list) and len(one) == 3}
 
     def keep_stamps(self, stamps: Stamps) -> None:
         self._stamps = stamps
