@@ -24,8 +24,8 @@ from transformers.utils.versions import require_version
 # Before the imports below, which fail in older versions with messages that do not say why.
 require_version("transformers>=5.17", "This model needs it: pip install -U transformers")
 
-from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
-from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
 
 # Keys of the published configurations (huggingface.co/modularStarEncoder), and one of version 0.1: read, never written.
 PUBLISHED_ALIASES = {

@@ -51,6 +51,12 @@ def test_encode_at_an_exit_equals_encode_of_the_slice_bit_for_bit(checkpoint, tm
         assert not np.allclose(expected, load(checkpoint).encode(TEXTS, prompt_name="query"), atol=1e-2)
 
 
+def test_token_embeddings_of_short_texts_hold_no_padding(checkpoint):
+    model = load(checkpoint)
+    lengths = [len(model.tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert [len(one) for one in model.encode(TEXTS, output_value="token_embeddings")] == lengths
+
+
 def test_a_slice_has_its_shallower_exits_and_a_slice_of_it_is_the_slice(checkpoint, tmp_path):
     sliced, direct = (slice_checkpoint(checkpoint, k, tmp_path / str(k)) for k in (2, 1))
     assert np.array_equal(load(sliced).encode(TEXTS, exit_layer=1), load(checkpoint).encode(TEXTS, exit_layer=1))

@@ -150,7 +150,9 @@ def test_a_classifier_is_trained_at_one_exit_with_lora_and_its_head_is_kept(reci
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.num_hidden_layers == 2
     assert not model.config.unpad_inputs
-    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    adapter_file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    adapter = load_file(adapter_file)
+    assert adapter_file.stat().st_mode == (tmp_path / "run" / "model" / "config.json").stat().st_mode
     (name,) = [name for name in adapter if name.endswith("classifier.weight")]
     assert torch.equal(model.classifier.weight, adapter[name])
     assert json.loads((tmp_path / "run" / "model" / "training_log.json").read_text())["steps"] == 6

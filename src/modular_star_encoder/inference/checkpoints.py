@@ -308,7 +308,12 @@ def write_sentence_transformer_files(
     modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
     contents: tuple[Any, ...] = (
         list(modules),
-        {"max_seq_length": config.max_position_embeddings, "do_lower_case": False},
+        # `encode(output_value="token_embeddings")` cuts off only padding on the right.
+        {
+            "max_seq_length": config.max_position_embeddings,
+            "do_lower_case": False,
+            "processor_kwargs": {"padding_side": "right"},
+        },
         {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
         {"word_embedding_dimension": dimension or config.projection_size, **modes},
         {},

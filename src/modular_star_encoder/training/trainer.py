@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,6 +139,8 @@ class MultiExitTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self._folder)
+            for weights in folder.glob("*.safetensors"):  # peft's adapters: only their owner can read them
+                shutil.copymode(folder / TRAINING_ARGS_NAME, weights)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
