@@ -109,3 +109,12 @@ def test_errors_are_sentences_hostile_code_runs_nothing_and_links_open_the_file(
     assert "<script>window.attacked = 2</script>" in source.inner_text(".hll >> nth=1")
     assert source.evaluate("window.attacked") is None
     assert source.evaluate("window.opener") is None
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_exits_are_one_below_the_other(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    ask(page, "push an item")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    first, second = (page.locator(f"#results-{side}").bounding_box() for side in (1, 2))
+    assert second["y"] > first["y"] + first["height"]
+    assert min(first["width"], second["width"]) > 300
