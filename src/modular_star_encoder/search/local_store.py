@@ -255,6 +255,8 @@ class LocalStore:
 
             path = self.folder / f"{name}.safetensors"
             save_file(arrays, path.with_suffix(".tmp"), metadata={"files": json.dumps(files)})
+            # safetensors writes files that only their owner reads; the folder says who may read the index.
+            path.with_suffix(".tmp").chmod(self.folder.stat().st_mode & 0o666)
             os.replace(path.with_suffix(".tmp"), path)
         return name
 
