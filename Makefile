@@ -6,6 +6,7 @@
 # make lint          ruff, who may import whom, types
 # make format        let ruff mend what it can
 # make test-common   transformers' own common tests on our models (fetched from PyPI once)
+# make docs          the documentation site, in build/docs
 # make lint-modeling transformers' linter of model files
 # make bench         every benchmark, and the table in benchmarks/README.md (hours; MOSE_DATA=folder for real rows)
 # make bench-quick   ratios that guard against regressions (under three minutes on two cores)
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: tests are too small for more threads, and OMP's would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-fast test-common fuzz faults bench bench-quick lint format lint-modeling clean
+.PHONY: docs quickstart test test-fast test-common fuzz faults bench bench-quick lint format lint-modeling clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -45,6 +46,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/docs $(ARGS)
 
 lint-modeling: $(INSTALLED)
 	$(BIN)/python -m tests.common.structure

@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modular_star_encoder.cli.dataset import add_dataset_commands
+from modular_star_encoder.cli.doctor import add_doctor_command
 from modular_star_encoder.cli.evaluate import add_evaluate_commands
 from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
@@ -21,6 +22,40 @@ from modular_star_encoder.cli.train import add_train_commands
 from modular_star_encoder.utils.errors import missing_extra
 
 EXPECTED_ERRORS = (ValueError, OSError)
+
+EXAMPLES = {
+    "mose index": 'mose index ~/code/requests\nmose search "merge two headers" --index ~/code/requests/.mose',
+    "mose search": 'mose search "merge two headers" ~/code/requests',
+    "mose related": "mose related src/app.py:120",
+    "mose mcp": "mose mcp ~/code/requests",
+    "mose demo": "mose demo --index ~/code/requests/.mose",
+    "mose evaluate": "mose evaluate mose-code --data ~/code --baselines bm25\n"
+    "mose evaluate mose-code --benchmark codesearchnet-999 --data hub --out runs/evaluation",
+    "mose profile": "mose profile mose-code --out exit_profile.json",
+    "mose slice": "mose slice mose-code --exit-layer 2 my-slice",
+    "mose grow": "mose grow runs/exit-0/model runs/grown --exit-layers 0 1 2 4 6",
+    "mose card": "mose card my-slice --repository me/my-slice --license apache-2.0",
+    "mose publish": "mose publish my-slice --repository me/my-slice --license apache-2.0\n"
+    "mose publish hub_configs/small/publish.yaml namespace=me --upload",
+    "mose export": "mose export mose-code --exit-layer 2 --out my-onnx\n"
+    "mose export mose-code --format static --out my-table",
+    "mose pretrain": "mose pretrain small --out runs/small corpus.folder=~/code",
+    "mose finetune": "mose finetune mose-code --out runs/mine data.pairs=pairs.csv",
+    "mose ablate": "mose ablate small --out runs/ablation",
+    "mose recipes list": "mose recipes list",
+    "mose recipes show": "mose recipes show small",
+    "mose recipes copy": "mose recipes copy small my.yaml",
+    "mose dataset build": "mose dataset build examples/dataset/recipe.yaml --out build corpus.folder=~/code",
+    "mose dataset dedup": "mose dataset dedup data --out deduplicated --columns query,code",
+    "mose dataset stats": "mose dataset stats build",
+    "mose dataset push": "mose dataset push build me/my-dataset",
+    "mose dataset corpus fetch": "mose dataset corpus fetch hub_configs/mose-code/corpus.yaml --out packages",
+    "mose dataset corpus build": "mose dataset corpus build hub_configs/mose-code/corpus.yaml --packages packages"
+    " --out pairs",
+    "mose dataset corpus check": "mose dataset corpus check pairs/pairs.jsonl.gz --against test.jsonl --drop clean",
+    "mose doctor": "mose doctor",
+}
+"""Command → command lines to show in its help. A test parses them all."""
 
 
 class _Version(argparse.Action):
@@ -100,6 +135,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parser of every command that does something, in the order of the help."""
+    groups = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield parser
+    for below in groups:
+        for one in below.values():
+            yield from all_commands(one)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their options."""
     parser = _Parser(prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search.")
@@ -110,6 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_publish_commands(commands)
     add_train_commands(commands)
     add_dataset_commands(commands)
+    add_doctor_command(commands)
+    for command in all_commands(parser):
+        if example := EXAMPLES.get(command.prog):
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
+            command.epilog = "example:\n  " + example.replace("\n", "\n  ")
     return parser
 
 

@@ -1,0 +1,106 @@
+"""The command `mose doctor`: the versions, devices, folders and extras that this installation finds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTION = "modular-star-encoder"
+CORE = (DISTRIBUTION, "torch", "transformers", "sentence-transformers", "huggingface_hub", "numpy")
+
+
+def add_doctor_command(commands: Any) -> None:
+    """Add `mose doctor` to the subparsers of `mose`."""
+    doctor = commands.add_parser("doctor", help="print versions, devices, folders of caches, and what is missing")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.utils.reports import library_versions
+
+    versions = library_versions(CORE)
+    sections = {
+        "Versions": {name: version or "not installed" for name, version in versions.items()},
+        "Devices": devices() if versions["torch"] else {"torch": "not installed"},
+        "Folders": folders(),
+        "Extras": {extra: extra_state(missing, extra) for extra, missing in missing_packages().items()},
+    }
+    width = max(len(name) for section in sections.values() for name in section)
+    for title, section in sections.items():
+        print(title, *(f"  {name:{width}}  {text}" for name, text in section.items()), "", sep="\n")
+
+
+def devices() -> dict[str, str]:
+    """Return what torch can compute on: the processor, and each GPU with its memory."""
+    import torch
+
+    from modular_star_encoder.utils.reports import machine_kind
+
+    cpu = machine_kind()
+    found = {"cpu": f"{cpu['processor']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_gb']} GB"}
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        found[f"cuda:{number}"] = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    return found if len(found) > 1 else found | {"gpu": "none found"}
+
+
+def folders() -> dict[str, str]:
+    """Return the folder of the shipped model, and the folders of caches with their sizes."""
+    from huggingface_hub import constants
+
+    from modular_star_encoder.inference import shipped_model
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / DISTRIBUTION
+    return {
+        "mose-code": shipped_model(),
+        "indexes of mose search": folder_size(cache),
+        "models of the Hub": folder_size(Path(constants.HF_HUB_CACHE)),
+        "connection to the Hub": "off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "on",
+    }
+
+
+def folder_size(folder: Path) -> str:
+    """Return the path of a folder and its size in MB, or that the folder does not exist yet."""
+    if not folder.is_dir():
+        return f"{folder} (not there yet)"
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    return f"{folder} ({size / 1e6:,.0f} MB)"
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """Return, for each extra of the package, the requirements that are missing or have a version that does not fit."""
+    from packaging.requirements import Requirement
+
+    missing: dict[str, list[str]] = {}
+    own = distribution(DISTRIBUTION)
+    requirements = [Requirement(line) for line in own.requires or ()]
+    for extra in sorted(own.metadata.get_all("Provides-Extra") or ()):
+        missing[extra] = []
+        for one in requirements:
+            if one.marker is None or not one.marker.evaluate({"extra": extra}) or one.name == DISTRIBUTION:
+                continue
+            try:
+                version = distribution(one.name).version
+            except PackageNotFoundError:
+                missing[extra].append(one.name)
+                continue
+            if not one.specifier.contains(version, prereleases=True):
+                missing[extra].append(f"{one.name}{one.specifier} (is {version})")
+    # `search` includes `languages`, and so on: an extra lacks what an extra in it lacks.
+    for one in reversed(requirements):
+        for extra in missing if one.name == DISTRIBUTION else ():
+            if one.marker is not None and one.marker.evaluate({"extra": extra}):
+                missing[extra] += [name for inner in one.extras for name in missing[inner] if inner != extra]
+    return {extra: sorted(set(names)) for extra, names in missing.items()}
+
+
+def extra_state(missing: list[str], extra: str) -> str:
+    """Return "ready", or the missing packages of an extra with the command that installs them."""
+    if not missing:
+        return "ready"
+    return f"lacks {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'"

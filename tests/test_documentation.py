@@ -1,0 +1,79 @@
+"""What the README and the documentation tell people to type works: Python runs, command lines are accepted."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+import modular_star_encoder.cli.main as cli
+from modular_star_encoder.training import find_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
+NEEDS_THE_HUB = "published_checkpoints.md"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def accept_every_input(monkeypatch):
+    """Let options name checkpoints, files and folders that do not exist here."""
+    monkeypatch.setattr("modular_star_encoder.cli.check_checkpoint", Mock())
+    monkeypatch.setattr("modular_star_encoder.cli.is_repository", Mock(return_value=False))
+    monkeypatch.setattr("os.path.exists", Mock(return_value=True))
+
+
+def python_of(page):
+    return "\n".join(code for kind, code in FENCE.findall(page.read_text(encoding="utf-8")) if kind == "python")
+
+
+def command_lines(page):
+    text = page.read_text(encoding="utf-8")
+    indented = "\n".join(re.findall(r"^ {4,}(\S.*)$", FENCE.sub("", text), re.MULTILINE))
+    shell = indented + "\n".join(code for kind, code in FENCE.findall(text) if kind == "bash")
+    return re.findall(r"^(?:mose|make|python) .*$", shell, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [one for one in PAGES if python_of(one) and one.name != NEEDS_THE_HUB], ids=str)
+def test_the_python_of_a_page_runs(page, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", python_of(page)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [one for one in PAGES if command_lines(one)], ids=str)
+def test_the_command_lines_of_a_page_are_accepted_and_name_files_and_recipes_that_exist(page, monkeypatch):
+    accept_every_input(monkeypatch)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in command_lines(page):
+        program, *words = shlex.split(line, comments=True)
+        for path in re.findall(r"(?:hub_configs|examples|benchmarks)/[\w./-]+\.\w+", line):
+            assert (ROOT / path).is_file(), line
+        if program == "make":
+            assert words[0] in targets, line
+        elif program == "mose":
+            arguments = cli.parse(words)
+            if hasattr(arguments, "recipe") and words[0] != "dataset":
+                assert find_recipe(arguments.recipe, words[0]).is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_links_of_a_page_lead_to_files_that_exist(page):
+    for target in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_command_has_an_example_which_it_accepts(monkeypatch):
+    accept_every_input(monkeypatch)
+    assert {command.prog for command in cli.all_commands(cli.build_parser())} == cli.EXAMPLES.keys()
+    for example in "\n".join(cli.EXAMPLES.values()).splitlines():
+        cli.parse(shlex.split(example)[1:])
