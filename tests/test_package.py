@@ -5,6 +5,7 @@ import inspect
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -34,24 +35,34 @@ def test_every_folder_of_the_package_is_listed_in_pyproject():
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_model_code_configurations_and_types(tmp_path):
+def test_wheel_and_source_distribution_hold_model_code_weights_recipes_cards_and_types(tmp_path):
     # A copy, because building leaves a `build` folder, from which a later wheel would take stale files.
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "runs"))
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", tmp_path, source], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    sdist = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", sdist, tmp_path], cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
     for expected in (
         "modeling/modeling_modular_star_encoder.py",
         "modeling/configuration_modular_star_encoder.py",
         "hub_configs/small/config.json",
+        "hub_configs/small/recipe.yaml",
         "hub_configs/mose-code/finetune.yaml",
+        "hub_configs/mose-code/model.safetensors",
+        "hub_configs/mose-code/tokenizer.json",
+        "hub_configs/mose-code/modules.json",
+        "model_cards/model.md.jinja",
         "data/languages/queries/python.scm",
         "demo/page.css",
         "hub/subprocess_check.py",
         "py.typed",
     ):
         assert f"modular_star_encoder/{expected}" in names
+        assert {expected, f"src/modular_star_encoder/{expected}"} & sources, expected
 
 
 @pytest.mark.slow

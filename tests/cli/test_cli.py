@@ -4,12 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 import modular_star_encoder.cli.main as cli
+from modular_star_encoder.cli import doctor
 from modular_star_encoder.cli.evaluate import BENCHMARK_NAMES
 from modular_star_encoder.evaluation.benchmarks import ALL, BENCHMARKS
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
@@ -41,6 +43,24 @@ def test_help_and_version_do_not_import_torch():
         )
         assert output.stdout.splitlines()[-1] == "[]"
         assert "mose" in output.stdout
+
+
+def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_extra(mose, monkeypatch):
+    def distribution(name):
+        if name == "gradio":
+            raise doctor.PackageNotFoundError(name)
+        return metadata.distribution(name)
+
+    monkeypatch.setattr(doctor, "distribution", distribution)
+    status, out, _ = mose("doctor")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert status == 0
+    assert "core" in lines["cpu"]
+    assert lines["torch"].split()[1] == metadata.version("torch")
+    assert "hub_configs/mose-code" in lines["mose-code"]
+    assert all("gradio" in lines[extra] for extra in ("demo", "all"))
+    assert "[demo]" in lines["demo"]
+    assert "gradio" not in lines["search"]
 
 
 def test_search_prints_path_line_score_name_and_exit(mose, checkpoint, code):

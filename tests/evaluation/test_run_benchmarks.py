@@ -135,8 +135,6 @@ def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--benchmark", "humaneval", "--out", "OUT"), "'humaneval'"),
-        (("--benchmark", ",", "--out", "OUT"), "Available: codesearchnet-999, "),
         (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "`all` needs a local folder"),
         (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "Not a directory"),
         (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
@@ -156,6 +154,16 @@ def test_mistakes_are_reported_before_anything_is_embedded_or_written(
     assert (status, shown) == (2, "")
     assert message in errors.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["humaneval", ","])
+def test_an_unknown_benchmark_is_wrong_usage(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        mose(capsys, "evaluate", "mose-code", "--data", ".", "--benchmark", name)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert repr(name) in errors
+    assert "codesearchnet-999" in errors
 
 
 def test_two_retrievers_of_one_name_are_an_error(checkpoint, data, tmp_path):

@@ -191,7 +191,8 @@ def embeddings(source, tokenizer):
 
 def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sources, capsys, monkeypatch):
     monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
-    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: [])
+    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: {})
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     report = str(sources["finetuned"].parent / "report.json")
     folder = [str(sources["finetuned"]), "--repository", "me/new", "--evaluation", report]
     assert cli.main(["publish", *folder]) == 0

@@ -158,12 +158,10 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
         profile.with_quality("csn", {5: 0.1})
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"), [('{"exits": {"4": {"mrr": NaN}}}', "no_metric"), ('{"exits": {}}', "unreadable")]
-)
-def test_values_that_are_not_numbers_are_an_error(tmp_path, content, fault):
+@pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
+def test_values_that_are_not_numbers_are_an_error(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with raises(f"evaluation.report.{fault}", "results.json"):
+    with raises("evaluation.report.unreadable", "results.json"):
         read_quality(tmp_path / "results.json")
 
 
