@@ -1248,7 +1248,8 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
         Raises:
             RuntimeError: in training, `config.output_hidden_states` was set after the model was made, as
-                sentence-transformers' AdaptiveLayerLoss and Matryoshka2dLoss do, which do not train shallower exits.
+                sentence-transformers' AdaptiveLayerLoss and Matryoshka2dLoss do. With this model, these two losses
+                would train no shallower exit.
         """
         if self.training and self.config.output_hidden_states and not self._returns_hidden_states:
             raise RuntimeError(

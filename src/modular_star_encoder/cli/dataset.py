@@ -78,7 +78,7 @@ def add_dataset_commands(commands: Any) -> None:
     )
     against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
     check.add_argument("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
-    check.add_argument("--drop", metavar="FOLDER", help="write the other rows to files of the same names in FOLDER")
+    check.add_argument("--drop", metavar="FOLDER", help="write the files again to FOLDER, without the rows found")
     check.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
     check.set_defaults(run=run_corpus_check)
 

@@ -69,7 +69,7 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """Says how far the rankings of an ONNX file agree with the rankings of the exported model on one task."""
+    """Says how far the rankings of an ONNX file, on one task, agree with those of its PyTorch model."""
 
     benchmark: str
     task: str
@@ -280,8 +280,9 @@ def _comparison(
 def compare_tops(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compare the ten best columns of each row in two score matrices (Q, N); of equal scores, the first is the best.
 
-    Returns three arrays (Q,): whether both have the same columns in the same order; whether the columns of each rank
-    differ by less than `TIE` in their `expected` scores; the fraction of columns that both have, in any order.
+    Returns three arrays (Q,): whether both have the same columns in the same order; whether, at every rank, the column
+    of `expected` and the column of `found` differ by less than `TIE` in their scores in `expected`, so that another
+    order is only a tie; the fraction of columns that both have, in any order.
     """
     first, second = (np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (expected, found))
     in_order, as_found = (np.take_along_axis(expected, order, axis=1) for order in (first, second))

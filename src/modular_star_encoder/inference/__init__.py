@@ -21,7 +21,7 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def shipped_model(name: str = "mose-code") -> str:
-    """Return the folder of a model that comes with this package, for libraries that know no such names.
+    """Return the folder of a model that comes with this package, for libraries that do not know the model's name.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer

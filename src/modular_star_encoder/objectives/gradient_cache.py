@@ -24,7 +24,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of one side of a batch, without the padding that they share."""
+    """Some rows of a batch's queries or of its documents, without the columns that are padding in all of these rows."""
 
     side: str
     rows: torch.Tensor  # (R,) places in the batch

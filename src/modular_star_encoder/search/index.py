@@ -455,7 +455,7 @@ def cached_index(
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
-    """Return the folder to search for code like that of a file that no index in a `.mose` folder holds.
+    """Return the folder in which to search for code like the code of `file`, if no `.mose` index contains this file.
 
     It is the nearest folder above the file that is a git repository or has a cached index; else the working folder if
     the file is inside it; else the file's own folder.

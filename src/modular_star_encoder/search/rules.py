@@ -181,7 +181,7 @@ def place(
     Args:
         question: the question.
         candidates: the paths (N) of the pieces.
-        definers: name in the question → numbers of the candidates that define it.
+        definers: name in the question → indices of the candidates that define it.
         similarities: (N,) cosine similarities to the question; None to rank without a model.
         words: (N,) BM25 scores; 0 for a piece without a word of the question.
         limit: number of candidates to return.

@@ -73,7 +73,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return the relative path of the package's folder of archives; its file of rows has `.jsonl.gz` added."""
+        """Return the path, in the corpus folder, of the package's archives; its rows are in the file PATH.jsonl.gz."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 

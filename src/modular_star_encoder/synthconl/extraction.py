@@ -205,9 +205,10 @@ def clean_translation(
     if the answer is itself a function that parses, it is the answer without the sentences before and after the code.
     Reasoning (`<think>…</think>`) and the indentation that all lines share are removed. The code is accepted if it
     contains a function and parses as the target language, or if at most `max_error_share` of it fails to parse and it
-    does not parse as the source language; 1 skips these checks. Grammars are tolerant: of 200 functions of one
-    language, up to 72 % parse as another with few errors (JavaScript as C++). This rule accepts up to 23 % as another
-    (Java as C++), and all as their own language. An answer of more than `MAX_ANSWER_CHARACTERS` is rejected unread.
+    does not parse as the source language. `max_error_share=1` skips these checks. Grammars are tolerant: of 200
+    functions of one language, up to 72 % parse as another language with few errors (JavaScript as C++). This rule
+    accepts at most 23 % of them as another language (Java as C++), and every function as its own language. An answer of
+    more than `MAX_ANSWER_CHARACTERS` is rejected unread.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

@@ -71,9 +71,10 @@ class DuplicateSettings:
 
     Args:
         threshold: smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.
-        recall: `"default"` is the banding with the smallest error, 25 bands of 10 at a threshold of 0.7: it compares
-            94 % of the pairs of similarity 0.8 and half of the pairs at the threshold. `"high"` weighs a miss nineteen
-            times as much (36 bands of 7): it compares 95 % at the threshold, and many more pairs below it.
+        recall: `"default"` weighs a missed pair as much as a needless comparison: 25 bands of 10 hashes at a threshold
+            of 0.7, which compare 94 % of the pairs of similarity 0.8 and half of the pairs at the threshold. `"high"`
+            weighs a missed pair nineteen times as much: 36 bands of 7 hashes, which compare 95 % of the pairs at the
+            threshold, and many more pairs below it.
         match: rows with several columns are near-duplicates if one column is near (`"either"`), or all are (`"both"`).
         bucket_limit: a row is compared with at most this many rows that share a band with it, smallest ids first. So
             the work is linear in the number of rows: at worst bands × `bucket_limit` pairs of eight bytes for each row.

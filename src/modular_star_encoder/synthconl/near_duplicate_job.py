@@ -356,8 +356,8 @@ def _datatrove_step(job: DuplicateJob, task: str, compare_tasks: int, _: Any, ra
 def datatrove_steps(job: DuplicateJob, compare_tasks: int = 16) -> list[tuple[str, Callable[..., None], int]]:
     """Return a job's tasks for datatrove's executors (local, Slurm, Ray), which can spread them over many machines.
 
-    Datatrove's own MinHash blocks shingle words and drop rows that share a band without comparing their texts; these
-    steps do neither. The machines share a file system.
+    Datatrove also has MinHash steps of its own. They make shingles of words, and drop rows that share a band without
+    comparing the texts; the steps here do neither. The machines share a file system.
 
     The result lists (name, step, number of tasks); each step must run after the step before it. The comparison is
     split into `compare_tasks` tasks; do not change this number when a job is continued.

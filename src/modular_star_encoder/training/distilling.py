@@ -229,11 +229,12 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     """Return a model that adds new layers to `model`, which has only exit 0; every exit starts as good as exit 0.
 
     The output projections of the new layers are zero, so that they write nothing at first, and all heads equal the head
-    of exit 0. Token embeddings are scaled to a standard deviation of 1, or the first steps of the layers drown them.
+    of exit 0. Token embeddings are scaled to a standard deviation of 1; otherwise, after the first training steps, the
+    output of the new layers would outweigh them.
 
     Args:
         model: has exit 0 alone, and no exit norm.
-        exit_layers: the exits, from 0 to the number of layers.
+        exit_layers: the exits of the new model, ascending: the first is 0, the last is the number of layers.
 
     Raises:
         UserError: the model or the exits do not fit (`training.grow`).

@@ -231,10 +231,10 @@ class FinetuningRecipe(StartingRecipe):
         max_train_samples: rows to train on, drawn at random; all if None.
         max_text_tokens, max_code_tokens: longest description and code, prompt and special tokens included.
         identifier_rename_prob: share of the code snippets whose frequent words become random strings.
-        objective: settings of the loss; see `ContrastiveSettings`. The data decides its `pairs`.
+        objective: settings of the loss; see `ContrastiveSettings`. Its `pairs` can't be set: they follow from the data.
         distillation: a teacher whose vectors every exit learns, and what it teaches; see `TeacherSettings`.
         eval_fraction: share of each source's rows, at most a fifth, kept for evaluation, by whole repositories.
-        eval_pairs: held-out pairs of one evaluation.
+        eval_pairs: number of held-out pairs in each evaluation.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = StartingRecipe.DEFAULTS | {"lr_scheduler_type": "constant_with_warmup"}

@@ -119,7 +119,7 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 
 
 class DatasetReader(SourceReader):
-    """Base class of the readers of data sets; `skip` and `shard` count the rows that `open_rows` reads."""
+    """Base class of the readers of data sets; the unit of `skip` and `shard` is one row, as `open_rows` reads them."""
 
     def __init__(
         self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None

@@ -145,7 +145,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise UserError if `source` is no URL, no folder or readable file, and no Hub id `owner/name`.
+    """Raise UserError unless `source` is a URL, a folder, a readable file or a Hub id `owner/name`.
 
     A name is taken for a path, and never looked up on the Hub, if it ends as a file of rows does (`SUFFIXES`), or if a
     local folder has the owner's name.
