@@ -74,7 +74,7 @@ def checkpoint(text: str) -> str:
             from huggingface_hub import constants, try_to_load_from_cache
 
             if not isinstance(try_to_load_from_cache(text, "config.json"), str):
-                raise OSError(f"{text} is no folder here and not in the Hub's cache, and {error}") from None
+                raise OSError(f"{text} is neither a local folder nor in the Hub's cache, and {error}") from None
             constants.HF_HUB_OFFLINE = True
             os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
     return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint
@@ -21,7 +20,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.set_defaults(run=run_slice)
 
     grow = commands.add_parser("grow", help="write a checkpoint of exit 0 with new layers, which change no output yet")
-    grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="such a folder or repository")
+    grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a model with exit 0 alone")
     grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help="such as 0 1 2 4 6")
     grow.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     grow.set_defaults(run=run_grow)
@@ -90,12 +89,8 @@ def run_card(arguments: argparse.Namespace) -> None:
 def run_publish(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.utils.http import check_hub
 
-    try:
+    if arguments.upload:  # now, because staging and verifying take longer; a dry run needs no Hub
         check_hub()
-    except OSError as error:
-        if arguments.upload:
-            raise
-        print(f"mose: note: {error} The files are only verified.", file=sys.stderr)
     from modular_star_encoder.hub.manifest import load_manifest
 
     source, overrides = arguments.source, arguments.overrides

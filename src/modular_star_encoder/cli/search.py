@@ -213,7 +213,7 @@ def _take_folder(arguments: argparse.Namespace) -> None:
         near = get_close_matches(last, [one.name for one in os.scandir() if one.is_dir()], 1, 0.8)
     if is_path or near:
         advice = f"Did you mean {near[0]!r}? " if near else ""
-        message = f'{last!r} is no folder with a question before it. {advice}Write: mose search "QUESTION" FOLDER'
+        message = f'{last!r} is not a folder that follows a question. {advice}Write: mose search "QUESTION" FOLDER'
         raise UserError("cli.search.folder", message)
 
 

@@ -75,5 +75,5 @@ def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]
     check_checkpoint(checkpoint)
     folder = local_folder(checkpoint)
     if folder is None:
-        raise UserError("profile.out.missing", f"{checkpoint} is no folder of yours: name the file to write (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder. Name the file to write (--out).")
     return folder / PROFILE_NAME

@@ -214,7 +214,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 def check_url(url: str) -> str:
     """Raise UserError unless `url` is an http or https address; return it without slashes at its end."""
-    with contextlib.suppress(ValueError):  # such as a port that is no number
+    with contextlib.suppress(ValueError):  # such as a port that is not a number
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url.rstrip("/")

@@ -121,7 +121,7 @@ class _DatasetRows:
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
     """Open a dataset as an iterable of rows, which can be read again and again in the same order.
 
-    It yields (place of the row, such as `data.jsonl, line 3`; row), with a `BadLine` for a line that is no row.
+    It yields (place of the row, such as `data.jsonl, line 3`; row); a line that can't be read gives a `BadLine`.
 
     Args:
         source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
