@@ -1,7 +1,7 @@
-"""Settings: conversions, checks, messages, old keys and the reference."""
+"""Settings: conversions, checks, messages and the reference."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 
@@ -77,8 +77,6 @@ class Outer:
         inner: more settings.
     """
 
-    OLD_KEYS: ClassVar = {"title": "name"}
-
     name: str
     inner: Inner = field(default_factory=Inner)
     sizes: tuple[Count, ...] = ()
@@ -100,11 +98,6 @@ class Outer:
 def test_a_fault_is_named_with_its_place_its_rule_and_its_value(content, key, value):
     with raises(key, value):
         build_settings(Outer, content, "recipe")
-
-
-def test_an_old_key_is_read_with_a_warning_and_the_later_value_counts():
-    with pytest.warns(FutureWarning, match="title is now called name"):
-        assert build_settings(Outer, {"name": "x", "title": "y"}, "recipe").name == "y"
 
 
 def test_the_reference_lists_keys_with_type_default_and_meaning():

@@ -131,7 +131,7 @@ class Manifest:
 
 def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Manifest:
     """Read a manifest from a YAML file; see `load_settings` for arguments and errors."""
-    return load_settings(Manifest, path, overrides, example="hub_configs/small/publish.yaml")
+    return load_settings(Manifest, path, overrides)
 
 
 def folder_manifest(

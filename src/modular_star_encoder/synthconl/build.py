@@ -48,7 +48,6 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
 from modular_star_encoder.utils.settings import Count, Float, Int, Probability, load_settings, settings_class
 
-EXAMPLE = "examples/dataset/recipe.yaml"
 SPLITS = ("train", "validation")
 LOG = "build.json"
 
@@ -155,7 +154,7 @@ class DatasetRecipe:
 
 def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DatasetRecipe:
     """Read a recipe from a YAML file; see `load_settings` for arguments and errors."""
-    return load_settings(DatasetRecipe, path, overrides, example=EXAMPLE)
+    return load_settings(DatasetRecipe, path, overrides)
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:

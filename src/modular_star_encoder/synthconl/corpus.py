@@ -83,7 +83,7 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
     Raises:
         UserError: `settings.unknown` for another registry, `corpus.package` for a line that is not a package.
     """
-    content = read_mapping(path, example="hub_configs/mose-code/corpus.yaml")
+    content = read_mapping(path)
     check_names(list(content), _CLIENTS, str(path))
     packages = []
     for registry, line in ((registry, line) for registry, lines in content.items() for line in str(lines).splitlines()):

@@ -125,8 +125,7 @@ class AblationRecipe:
         if self.benchmarks and self.benchmark_data is None:
             raise UserError("ablation.benchmark_data", "`benchmarks` needs `benchmark_data`, the folder of its files.")
         for changes in self.variants.values():
-            parts = {key: key.partition(".")[0] for key in changes}
-            if fixed := [key for key, part in parts.items() if FinetuningRecipe.OLD_KEYS.get(part, part) in _FIXED]:
+            if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
                 message = f"`variants` must not change {', '.join(sorted(fixed))}: all models share these settings."
                 raise UserError("ablation.variants", message)
 

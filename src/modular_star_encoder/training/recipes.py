@@ -5,7 +5,6 @@ Every key of `MultiExitTrainingArguments`, and so of `transformers.TrainingArgum
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
@@ -72,16 +71,6 @@ class TrainingSettings:
         "fractions": (),
     }
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
-    OLD_KEYS: ClassVar[Mapping[str, str]] = {
-        "steps": "max_steps",
-        "dataloader_workers": "dataloader_num_workers",
-        "schedule": "lr_scheduler_type",
-        "samples": "max_train_samples",
-        "eval_samples": "max_eval_samples",
-        "renamed_share": "identifier_rename_prob",
-        "held_out_share": "eval_fraction",
-        "mask_probability": "mlm_probability",
-    }
 
     max_steps: Count
     learning_rate: Positive
@@ -90,24 +79,6 @@ class TrainingSettings:
     eval_steps: Positive = 500
     save_steps: Positive = 500
     training: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Convert a recipe of an older version: move keys of `trainer` to the top, replace old names in `config`."""
-        upgraded: dict[Any, Any] = {}
-        for name, value in content.items():
-            if name == "schedule" and value == "constant":
-                value = "constant_with_warmup"
-            if name == "config" and isinstance(value, Mapping):
-                value = {ModularStarEncoderConfig.attribute_map.get(key, key): one for key, one in value.items()}
-            if name == "trainer" and isinstance(value, Mapping):
-                if value:
-                    keys = ", ".join(map(str, value))
-                    warnings.warn(f"Move {keys} from `trainer` to the recipe's top level.", FutureWarning, stacklevel=5)
-                upgraded |= value
-            else:
-                upgraded[name] = value
-        return upgraded
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
@@ -250,16 +221,9 @@ class FinetuningRecipe(StartingRecipe):
     eval_fraction: Annotated[Share, Constraint(le=0.2)] = 0.05
     eval_pairs: Count = 1000
 
-    @classmethod
-    def upgrade(cls, content: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Convert old keys, and name the columns of `data.pairs`: whether there are negatives decides the loss."""
-        upgraded = super().upgrade(content)
-        if isinstance(upgraded.get("data"), Mapping):
-            upgraded["data"] = resolve_pairs(upgraded["data"])
-        return upgraded
-
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "data", resolve_pairs(self.data))
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
         if self.objective.pairs not in (default, pairs):

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,8 +149,7 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
     written, settings = out / "recipe.json", _plain(recipe)
     if written.is_file():
         before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
-        # Older versions wrote other names and fewer keys.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning), contextlib.suppress(UserError):
+        with contextlib.suppress(UserError):  # adds the defaults of settings that are newer than the run
             before = _plain(build_settings(type(recipe), before, str(written)))
         trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
         begun = any(path != written for path in out.iterdir())

@@ -1,8 +1,7 @@
 """Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
 A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
-It may define `OLD_KEYS` (old name → name), which are read with a FutureWarning, and `OPEN_KEYS` (field, dataclass): a
-mapping field that collects the keys of that other dataclass.
+It may define `OPEN_KEYS` (field, dataclass): a mapping field that collects the keys of that other dataclass.
 
 YAML is read by the safe loader, within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`, `MAX_YAML_DEPTH` and
 `MAX_YAML_NUMBER`. Nodes are counted after aliases are expanded, so that no file becomes larger than it looks.
@@ -11,7 +10,6 @@ YAML is read by the safe loader, within the limits `MAX_YAML_BYTES`, `MAX_YAML_N
 import os
 import re
 import reprlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
@@ -105,24 +103,19 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
     return made
 
 
-def load_settings(
-    kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = ""
-) -> Settings:
-    """Read a YAML file into a settings class; if `path` does not exist, the error names `example`, an existing recipe.
+def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file into a settings class.
 
     `overrides` are `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
     """
-    return build_settings(kind, read_mapping(path, overrides, example=example), str(path))
+    return build_settings(kind, read_mapping(path, overrides), str(path))
 
 
-def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, example: str = "") -> dict[str, Any]:
+def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe and apply its overrides, without checking keys; arguments and errors as for `load_settings`."""
     file = Path(path)
     if not file.is_file():
-        fault = "is not a file." if file.exists() else "not found."
-        raise UserError(
-            "settings.file", f"Recipe {path} {fault}{f' Available: {example} and others.' if example else ''}"
-        )
+        raise UserError("settings.file", f"Recipe {path} {'is not a file' if file.exists() else 'not found'}.")
     with file.open("rb") as opened:
         content = read_yaml(opened.read(MAX_YAML_BYTES + 1), f"Recipe {path}")
     if not isinstance(content, dict):
@@ -193,14 +186,14 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 
 
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
-    """Make an instance of a settings class from a mapping; old keys are renamed, with a FutureWarning.
+    """Make an instance of a settings class from a mapping.
 
     A wrong name or value raises a UserError that begins with `where`; it keeps the key of the UserError that caused it.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
     made: Any = kind
-    values, known = rename_old_keys(kind, content), {one.name: one for one in _keys(kind)}
+    values, known = dict(content), {one.name: one for one in _keys(kind)}
     check_names([str(name) for name in values], known, where)
     try:
         for name, value in values.items():
@@ -232,18 +225,6 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
             nearest = get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {nearest[0]}?" if nearest else f"available: {', '.join(sorted(known))}."
             raise UserError("settings.unknown", f"{where}: unknown setting {name}; {hint}")
-
-
-def rename_old_keys(kind: type, content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Replace old keys of `content` by current ones, with a FutureWarning; of two values for a key, the later wins."""
-    old_keys: Mapping[str, str] = getattr(kind, "OLD_KEYS", {})
-    content = kind.upgrade(content) if hasattr(kind, "upgrade") else content
-    renamed: dict[Any, Any] = {}
-    for name, value in content.items():
-        if name in old_keys:
-            warnings.warn(f"The setting {name} is now called {old_keys[name]}.", FutureWarning, stacklevel=4)
-        renamed[old_keys.get(name, name)] = value
-    return renamed
 
 
 def _keys(kind: Any) -> list[Field[Any]]:
