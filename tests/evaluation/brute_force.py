@@ -75,3 +75,14 @@ def cosine(first, second):
 
 def cosines(queries, documents):
     return [[cosine(query, document) for document in documents.tolist()] for query in queries.tolist()]
+
+
+METRICS = {
+    "mrr": reciprocal_rank,
+    "mrr@3": lambda scores, gains: reciprocal_rank(scores, gains, 3),
+    "recall@1": lambda scores, gains: recall(scores, gains, 1),
+    "recall@5": lambda scores, gains: recall(scores, gains, 5),
+    "ndcg": lambda scores, gains: ndcg(scores, gains, None),
+    "ndcg@10": lambda scores, gains: ndcg(scores, gains, 10),
+    "map@r": map_at_r,
+}

@@ -5,9 +5,26 @@ from dataclasses import replace
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache, EmbeddingRetriever
+from modular_star_encoder.evaluation.retrievers import Block, CosineScores, EmbeddingCache, EmbeddingRetriever
 from modular_star_encoder.evaluation.tasks import Judgements, PairTask, candidate_batches, ranking_task
 from modular_star_encoder.inference.encoders import Text
+
+
+class GivenScores:
+    """Scores (Q, D) in one block."""
+
+    def __init__(self, scores):
+        self.scores = np.array(scores, dtype=np.float32)
+        self.shape = self.scores.shape
+
+    def blocks(self):
+        yield Block(0, 0, self.scores)
+
+
+def rank_matrix(scores, gains):
+    """Rank D documents for each of Q queries by scores (Q, D); every document is judged, with gains (Q, D)."""
+    query, document = np.indices(np.shape(gains)).reshape(2, -1)
+    return rank_judged(GivenScores(scores), Judgements(query, document, np.ravel(gains).astype(float)))
 
 
 class GivenEncoder:

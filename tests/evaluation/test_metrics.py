@@ -1,14 +1,10 @@
-"""Metrics against their definitions, also through `evaluate`; intervals and tests against resampling by hand."""
+"""Metrics against their definitions; intervals and tests against resampling by hand."""
 
 import itertools
-import socket
 
-import evaluate
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation import evaluate_metric
-from modular_star_encoder.evaluation.evaluate_metric import RetrievalMetric
 from modular_star_encoder.evaluation.metrics import (
     best_f1_threshold,
     bootstrap_f1_interval,
@@ -18,22 +14,13 @@ from modular_star_encoder.evaluation.metrics import (
     outcomes,
     permutation_test,
     query_values,
-    rank_scores,
     shares,
     spread,
 )
 from tests.errors import raises
 from tests.evaluation import brute_force
-
-METRICS = {
-    "mrr": brute_force.reciprocal_rank,
-    "mrr@3": lambda scores, gains: brute_force.reciprocal_rank(scores, gains, 3),
-    "recall@1": lambda scores, gains: brute_force.recall(scores, gains, 1),
-    "recall@5": lambda scores, gains: brute_force.recall(scores, gains, 5),
-    "ndcg": lambda scores, gains: brute_force.ndcg(scores, gains, None),
-    "ndcg@10": lambda scores, gains: brute_force.ndcg(scores, gains, 10),
-    "map@r": brute_force.map_at_r,
-}
+from tests.evaluation.brute_force import METRICS
+from tests.evaluation.samples import rank_matrix
 
 
 def cases(kind, queries=60, candidates=35, seed=0):
@@ -54,7 +41,7 @@ def cases(kind, queries=60, candidates=35, seed=0):
 def test_every_metric_is_what_its_definition_says(metric, kind):
     scores, gains = cases(kind)
     expected = [METRICS[metric](*query) for query in zip(scores, gains, strict=True)]
-    assert query_values(rank_scores(scores, gains), metric) == pytest.approx(expected, abs=1e-9)
+    assert query_values(rank_matrix(scores, gains), metric) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["random", "tied"])
@@ -62,7 +49,7 @@ def test_every_metric_is_what_its_definition_says(metric, kind):
 def test_both_ndcgs_of_the_human_judgements_are_those_of_the_authors_script(metric, within, kind):
     scores, gains = cases(kind, candidates=40)
     judged = [np.random.default_rng(7).random(len(row)) < 0.5 for row in scores]
-    ranking = rank_scores(scores, gains)
+    ranking = rank_matrix(scores, gains)
     keep = np.concatenate([mask | (row > 0) for mask, row in zip(judged, gains, strict=True)])
     part = type(ranking)(ranking.queries, ranking.query[keep], ranking.gain[keep], ranking.rank[keep])
     expected = []
@@ -76,37 +63,23 @@ def test_both_ndcgs_of_the_human_judgements_are_those_of_the_authors_script(metr
 
 
 def test_ties_count_against_the_retriever():
-    ranking = rank_scores([np.zeros(4)], [np.array([0, 1, 0, 0])])
+    ranking = rank_matrix([np.zeros(4)], [np.array([0, 1, 0, 0])])
     assert query_values(ranking, "mrr") == [1 / 4]
-    assert query_values(rank_scores([np.zeros(4)], [np.array([3, 1, 2, 0])]), "ndcg@1") == [0]
+    assert query_values(rank_matrix([np.zeros(4)], [np.array([3, 1, 2, 0])]), "ndcg@1") == [0]
 
 
 def test_a_query_without_relevant_documents_is_an_error_and_has_no_ndcg():
-    ranking = rank_scores([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
+    ranking = rank_matrix([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
     for metric in ("mrr", "recall@1", "map@r"):
         with raises("evaluation.query.no_relevant", "Query 1"):
             query_values(ranking, metric)
     assert np.isnan(query_values(ranking, "ndcg@10")).tolist() == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("scores", "gains", "fault"),
-    [
-        ([], [], "shape"),
-        ([[0.5, np.nan]], [[1, 0]], "nan"),
-        ([[0.5, 0.1]], [[1]], "shape"),
-        ([[0.5, 0.1]], [[1, -1]], "gain"),
-    ],
-)
-def test_scores_that_cannot_be_ranked_are_an_error(scores, gains, fault):
-    with raises(f"evaluation.scores.{fault}"):
-        rank_scores(scores, gains)
-
-
 @pytest.mark.parametrize("metric", ["mrr@0", "recall", "recall@0", "map", "ndcg@x", "mrr@", "f1"])
 def test_unknown_metrics_are_an_error(metric):
     with raises("evaluation.metric.unknown", repr(metric)):
-        query_values(rank_scores([[1.0]], [[1]]), metric)
+        query_values(rank_matrix([[1.0]], [[1]]), metric)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -125,9 +98,6 @@ def test_f1_and_its_best_threshold_are_those_of_trying_all(ties):
 
 def test_f1_without_positives_is_zero():
     assert f1([5, 0, 0, 0]) == 0
-    for decisions in ([0, 2], [0], [[0, 1]]):
-        with raises("evaluation.labels.value"):
-            outcomes(decisions, [0, 1])
 
 
 def test_bootstrap_interval_is_reproducible_and_has_the_width_of_the_normal_approximation():
@@ -198,43 +168,3 @@ def test_shares_of_a_difference_add_up_to_the_mean_difference_over_tasks():
     tasks = [{"a": 0.2, "b": -0.1}, {"a": 0.4, "c": 0.0, "d": 0.2}]
     assert shares(tasks).sum() == pytest.approx((0.05 + 0.2) / 2)
     assert len(shares(tasks)) == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "key"),
-    [("mrr", {}, "mrr"), ("recall", {"k": 5}, "recall@5"), ("ndcg", {}, "ndcg@10"), ("map_at_r", {}, "map@r")],
-)
-def test_a_metric_of_evaluate_is_its_definition_however_it_is_fed(name, options, key, tmp_path):
-    scores, gains = cases("tied", queries=12)
-    scores = [row.astype(np.float32) for row in scores]
-    scores[3], gains[3] = scores[3][:9], np.eye(9)[2]  # lists of different lengths
-    expected = np.mean([METRICS[key](s.tolist(), g.tolist()) for s, g in zip(scores, gains, strict=True)])
-    metric = RetrievalMetric(name, cache_dir=str(tmp_path))
-    assert metric.compute(predictions=scores, references=gains, **options)[key] == pytest.approx(expected, abs=1e-9)
-    for start in range(0, 12, 5):
-        metric.add_batch(predictions=scores[start : start + 5], references=gains[start : start + 5])
-    assert metric.compute(**options)[key] == pytest.approx(expected, abs=1e-9)
-
-
-def test_f1_is_that_of_the_positive_class(tmp_path):
-    metric = RetrievalMetric("f1", cache_dir=str(tmp_path))
-    decisions, labels = [1, 0, 1, 1, 0], [1, 1, 0, 1, 0]
-    assert metric.compute(predictions=decisions, references=labels) == {"f1": brute_force.f1(decisions, labels)}
-
-
-def test_there_are_no_others(tmp_path):
-    with raises("evaluation.metric.unknown", "'default'", "mrr, recall, ndcg, map_at_r, f1"):
-        RetrievalMetric(cache_dir=str(tmp_path))
-
-
-def test_evaluate_loads_it_by_path_without_network(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a connection was attempted")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(evaluate.loading, "init_hf_modules", lambda _: str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    metric = evaluate.load(evaluate_metric.__file__, "ndcg", cache_dir=str(tmp_path / "cache"))
-    assert metric.compute(predictions=[[0.9, 0.3], [0.1, 0.1]], references=[[1, 0], [1, 0]], k=1) == {"ndcg@1": 0.5}
-    assert type(metric) is not RetrievalMetric  # it is the copy that was loaded

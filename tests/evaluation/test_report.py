@@ -135,29 +135,19 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, tables, monkeypatch):
         plot_quality_by_depth(tables, tmp_path / "depth.png")
 
 
-def test_files_of_older_versions_are_read(tmp_path, report):
-    path = tmp_path / "results.json"
-    scores = {"mrr": 0.5, "recall_at_1": 0.4, "interval": [0.4, 0.6], "queries": 20, "distractors": 9}
-    results = {"exits": {"2": scores, "1": scores}, "bm25": scores, "untrained": {}}
-    path.write_text(json.dumps(results))
-    (found,) = read_tables(path)
-    assert [(one.retriever, one.exit_layer) for one in found.rows] == [("model", 1), ("model", 2), ("BM25", None)]
-    assert found.size == "20 queries, 10 candidates each"
-    path.write_text(json.dumps({"retrieval": results}))
-    assert "held out" in read_tables(path)[0].benchmark
-    content = report.to_dict()
-    for row in content["tables"][0]["rows"]:
-        row["system"] = row.pop("retriever")
-    content["checkpoint_fingerprint"] = "0123"
-    del content["checkpoint_checksum"]
-    path.write_text(json.dumps(content))
-    assert read_tables(path, "0123")[0].rows == report.tables[0].rows
-    assert read_quality(path) == report.quality()
+def test_a_results_file_is_read_unless_it_is_of_other_weights_or_no_results_file(tmp_path, report):
+    path, content = tmp_path / "results.json", report.to_dict() | {"checkpoint_checksum": "0123"}
+    for text, name in ((content, "toy"), ({"retrieval": content}, "Functions of repositories that were held out")):
+        path.write_text(json.dumps(text))
+        found = read_tables(path, "0123")[0]
+        assert (found.rows, found.benchmark) == (report.tables[0].rows, name)
+        assert read_quality(path) == report.quality()
     with raises("evaluation.report.other_weights", "0123", "4567"):
         read_tables(path, "4567")
-    path.write_text("{}")
-    with raises("evaluation.report.unreadable", path):
-        read_tables(path)
+    for text in ("{}", json.dumps(content | {"tables": []}), json.dumps(content).replace('"mean": {', '"other": {', 1)):
+        path.write_text(text)
+        with raises("evaluation.report.unreadable", path):
+            read_tables(path)
 
 
 def test_of_a_model_at_several_sizes_the_whole_embeddings_are_read(tmp_path, report):

@@ -7,12 +7,13 @@ import torch
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation import run as run_module
+from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import ExitVariant
-from modular_star_encoder.evaluation.run import evaluate_exits, evaluate_task, evaluate_tasks
-from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, ExitVariant
+from modular_star_encoder.evaluation.run import evaluate_task, evaluate_tasks
+from modular_star_encoder.evaluation.tasks import Judgements, Pool, pairs_task
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.encoders import Text
+from modular_star_encoder.inference.encoders import ExitEncoder, Text
 from tests.errors import raises
 from tests.evaluation import brute_force
 from tests.evaluation.samples import code_rows, given_retriever, pair_task, reciprocal_ranks, retrieval_task
@@ -102,16 +103,6 @@ def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path, content):
         run([task], [given_retriever(exit_layers=(3,))], tmp_path)
 
 
-def test_results_of_older_versions_are_read(tmp_path):
-    task = retrieval_task()
-    first = run([task], [given_retriever(exit_layers=(3,))], tmp_path)
-    (path,) = tmp_path.glob("cells/*.json")
-    old = json.loads(path.read_text())
-    old["system"], old["figures"] = old.pop("retriever"), old.pop("estimates")
-    path.write_text(json.dumps(old))
-    assert run([task], [given_retriever(exit_layers=(3,))], tmp_path) == first
-
-
 def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
     task = pair_task(60)
     (result,) = run([task], [given_retriever(exit_layers=(3,))])
@@ -150,46 +141,39 @@ LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "ru
 ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 
 
-@pytest.fixture
-def report(model, tokenizer):
-    return evaluate_exits(model, tokenizer, ROWS, size=8, untrained=True, progress=False)
+def exit_results(model, tokenizer, exit_layers=None):
+    """Results of a model, of the same with random weights, and of BM25: {retriever: {exit: result}}."""
+    encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers)
+    retrievers = [EmbeddingRetriever(encoder), EmbeddingRetriever(encoder.untrained(0)), BM25()]
+    found = {}
+    for result in run([pairs_task("pairs", "all", ROWS, size=8)], retrievers):
+        found.setdefault(result.retriever, {})[result.exit_layer] = result
+    return found
 
 
-def by_exit(report, retriever):
-    return {one.exit_layer: one.estimates for one in report.results if one.retriever == retriever}
-
-
-def test_each_exit_is_scored_with_the_published_prompts(model, tokenizer, report):
+def test_each_exit_is_scored_with_the_published_prompts(model, tokenizer):
     queries = encode_exits(model, tokenizer, [text_prompt() + row[0] for row in ROWS], progress=False)
     codes = encode_exits(model, tokenizer, [code_prompt(row[2]) + row[1] for row in ROWS], progress=False)
-    found = by_exit(report, "model")
-    assert list(found) == [1, 2, 4]
-    for exit_layer, estimates in found.items():
+    found = exit_results(model, tokenizer)
+    assert list(found["model"]) == [1, 2, 4]
+    for exit_layer, result in found["model"].items():
         expected = reciprocal_ranks(queries[exit_layer], codes[exit_layer], size=8)
-        mrr = estimates["mrr"]
+        mrr = result.estimates["mrr"]
         assert mrr.value == pytest.approx(expected.mean(), abs=1e-9)
-        assert estimates["recall@1"].value == np.mean(expected == 1)
+        assert result.estimates["recall@1"].value == np.mean(expected == 1)
         assert mrr.low <= mrr.value <= mrr.high
-    assert {(len(one.values), one.candidates) for one in report.results} == {(16, 8)}
-    assert by_exit(report, "BM25")[None]["mrr"].value == 1  # a description shares two words with its own code only
+        assert (len(result.values), result.candidates) == (16, 8)
+    assert found["BM25"][None].estimates["mrr"].value == 1  # a description shares two words with its own code only
 
 
-def test_the_untrained_model_follows_the_seed_and_neither_the_weights_nor_the_callers_random_state(
-    model, tokenizer, report
-):
-    assert list(by_exit(report, "model, untrained")) == [1, 2, 4]
+def test_the_untrained_model_follows_the_seed_and_neither_the_weights_nor_the_callers_random_state(model, tokenizer):
+    first = exit_results(model, tokenizer, (2, 4))
+    assert list(first["model, untrained"]) == [2, 4]
     for parameter in model.parameters():
         parameter.data.zero_()
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    after = evaluate_exits(model, tokenizer, ROWS, size=8, untrained=True, progress=False)
+    after = exit_results(model, tokenizer, (2, 4))
     assert torch.equal(before, torch.get_rng_state())
-    assert by_exit(after, "model, untrained") == by_exit(report, "model, untrained")
-    assert after.quality()[4] == pytest.approx(1 / 8)  # everything ties
-
-
-def test_only_the_requested_exits_are_evaluated(model, tokenizer):
-    report = evaluate_exits(model, tokenizer, ROWS, exit_layers=(2,), progress=False)
-    assert [(one.retriever, one.exit_layer) for one in report.results] == [("model", 2), ("BM25", None)]
-    with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        evaluate_exits(model, tokenizer, ROWS, exit_layers=(3,), progress=False)
+    assert after["model, untrained"] == first["model, untrained"]
+    assert after["model"][4].estimates["mrr"].value == pytest.approx(1 / 8)  # everything ties

@@ -136,41 +136,39 @@ def test_a_file_that_is_no_profile_is_an_error(tmp_path, damage):
         ExitProfile.load(path)
 
 
+def results_file(path, checksum, *tables):
+    """Write the results of exits 4 and 9: one table for each (benchmark, metric, value)."""
+    row = {"retriever": "m", "dimensions": None, "columns": {}, "others": {"recall@1": 0.4}, "difference": None}
+    found = []
+    for name, metric, value in tables:
+        rows = [row | {"exit_layer": k, "mean": dict.fromkeys(("value", "low", "high"), value)} for k in (4, 9)]
+        texts = {"benchmark": name, "metric": metric, "reference": "", "size": "", "notes": []}
+        found.append(texts | {"rows": rows})
+    path.write_text(json.dumps({"checkpoint_checksum": checksum, "tables": found}))
+
+
 def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     file = tmp_path / "results.json"
-    scores = {"4": {"mrr": 0.5, "recall_at_1": 0.4}, "9": {"mrr": 0.6, "recall_at_1": 0.5}}
-    file.write_text(json.dumps({"exits": scores}))
-    assert read_quality(file) == {4: 0.5, 9: 0.6}
-    assert read_quality(file, "recall_at_1") == {4: 0.4, 9: 0.5}
-    row = {"retriever": "m", "exit_layer": 4, "dimensions": None, "columns": {}, "others": {}, "difference": None}
-    common = {"reference": "", "size": "", "notes": []}
-    tables = []
-    for name, metric, value in (("a", "map", 0.1), ("b", "f1", 0.2)):
-        mean = dict.fromkeys(("value", "low", "high"), value)
-        tables.append(common | {"benchmark": name, "metric": metric, "rows": [row | {"mean": mean}]})
-    (tmp_path / "tables.json").write_text(json.dumps({"tables": tables}))
-    assert [read_quality(tmp_path / "tables.json", benchmark=one) for one in ("b", "c")] == [{4: 0.2}, {4: 0.1}]
+    results_file(file, None, ("a", "mrr", 0.5), ("b", "f1", 0.2))
+    assert [read_quality(file, benchmark=one) for one in ("a", "b", "c")] == [{4: x, 9: x} for x in (0.5, 0.2, 0.5)]
+    assert read_quality(file, "recall@1") == {4: 0.4, 9: 0.4}
     profile = made_up_profile().with_quality("csn", read_quality(file))
-    assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.6}, {}]
+    assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.5}, {}]
     with raises("evaluation.report.no_metric", file, "ndcg"):
         read_quality(file, "ndcg")
     with raises("profile.quality.other_exits", "csn", "exits 5,", "4, 9, 18"):
         profile.with_quality("csn", {5: 0.1})
-
-
-@pytest.mark.parametrize("content", ['{"exits": {"4": {"mrr": NaN}}}', '{"exits": {}}'])
-def test_values_that_are_not_numbers_are_an_error(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
+    results_file(file, None, ("a", "mrr", float("nan")))
     with raises("evaluation.report.unreadable", "results.json"):
-        read_quality(tmp_path / "results.json")
+        read_quality(file)
 
 
 def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
     made_up_profile().save(tmp_path / "profile.json")
     file = tmp_path / "results.json"
     command = ["profile", "mose-code", "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]
-    for fingerprint, status, benchmarks in (("4567", 2, ()), ("0123", 0, ("csn",))):
-        file.write_text(json.dumps({"checkpoint_fingerprint": fingerprint, "exits": {"4": {"mrr": 0.5}}}))
+    for checksum, status, benchmarks in (("4567", 2, ()), ("0123", 0, ("csn",))):
+        results_file(file, checksum, ("csn", "mrr", 0.5))
         assert cli.main(command) == status
         assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
     assert "4567, not 0123" in capsys.readouterr().err

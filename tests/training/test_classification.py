@@ -1,6 +1,7 @@
 """Clone detection: its data, its rows, its scores, and a classifier trained at every exit."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 from modular_star_encoder.data.collators import ClassificationCollator
 from modular_star_encoder.data.finetuning_rows import ClassificationRows
 from modular_star_encoder.data.pairs import read_labelled_pairs
-from modular_star_encoder.evaluation.metrics import binary_scores
 from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.training.finetuning import finetune_classifier, load_finetuning
 from modular_star_encoder.training.recipes import ClassificationRecipe, hub_config_folder
@@ -122,9 +122,19 @@ def test_other_sources_of_pairs_are_refused():
 
 
 def test_f1_is_that_of_the_positive_class():
-    scores = binary_scores(np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0]))
-    assert scores == {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
-    assert binary_scores(np.zeros(3), np.zeros(3))["f1"] == 0.0
+    class Given(torch.nn.Linear):
+        """Decides as its input says at exit 1, and always for 0 at exit 2."""
+
+        config = SimpleNamespace(exit_layers=(1, 2))
+
+        def forward(self, input_ids, exit_layers):
+            logits = torch.stack([torch.tensor([0.5, 0.0]).expand(len(input_ids), 2), torch.eye(2)[input_ids]])
+            return SimpleNamespace(exit_logits=logits.flip(0))
+
+    batch = {"input_ids": torch.tensor([1, 1, 1, 0, 0]), "labels": torch.tensor([1, 1, 0, 1, 0])}
+    scores = classification_scores(Given(1, 1), [batch], progress=False)
+    assert scores[1] == {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert scores[2] == {"accuracy": 2 / 5, "precision": 0, "recall": 0, "f1": 0}
 
 
 @pytest.mark.slow

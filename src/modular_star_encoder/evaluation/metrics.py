@@ -42,23 +42,6 @@ def worst_order(scores: np.ndarray, gains: np.ndarray, query: np.ndarray | None 
     return np.lexsort((gains, -scores) if query is None else (gains, -scores, query))
 
 
-def rank_scores(scores: Sequence[np.ndarray], gains: Sequence[np.ndarray]) -> Ranking:
-    """Rank the C candidates of each query by float32 scores (C,); the gain of an irrelevant candidate is 0."""
-    rows, row_gains = ([np.asarray(row, dtype=kind) for row in part] for part, kind in ((scores, "f4"), (gains, "f8")))
-    shapes, gain_shapes = ([row.shape for row in part] for part in (rows, row_gains))
-    if not rows or shapes != gain_shapes or any(len(shape) != 1 for shape in shapes):
-        message = f"Each query needs as many gains as scores, but their shapes are {gain_shapes} and {shapes}."
-        raise UserError("evaluation.scores.shape", message)
-    gain, query = np.concatenate(row_gains), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    if not np.all(gain >= 0):
-        raise UserError("evaluation.scores.gain", f"Gains must be 0 or more, not {gain[~(gain >= 0)][0]}.")
-    flat = np.concatenate(rows)
-    check_scores(flat)
-    rank = np.empty(len(flat))
-    rank[worst_order(flat, gain, query)] = _places(query)
-    return Ranking(len(rows), query, gain, rank)
-
-
 def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
@@ -218,12 +201,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compare N decisions with N labels; return (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, …"""
-    decisions, labels = np.asarray(decisions), np.asarray(labels)
-    known = np.isin(decisions, (0, 1)).all() and np.isin(labels, (0, 1)).all()
-    if decisions.shape != labels.shape or decisions.ndim != 1 or not len(labels) or not known:
-        message = "Decisions and labels must be two lists of the same length, with 0 or 1 for each pair."
-        raise UserError("evaluation.labels.value", message)
+    """Compare N decisions with N labels, all 0 or 1; return (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, …"""
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
@@ -233,19 +211,6 @@ def f1(counts: np.ndarray) -> np.ndarray:
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
     return np.divide(twice, total, out=np.zeros_like(total), where=total > 0)
-
-
-def binary_scores(decisions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the accuracy of N decisions of 0 or 1; also precision, recall and F1 of class 1 (0 where undefined)."""
-    counts = np.bincount(outcomes(decisions, labels), minlength=4)
-    correct = counts[TRUE_POSITIVE]
-    found, positive = counts[FALSE_POSITIVE] + correct, counts[FALSE_NEGATIVE] + correct
-    return {
-        "accuracy": float((counts[TRUE_NEGATIVE] + correct) / len(labels)),
-        "precision": float(correct / found) if found else 0.0,
-        "recall": float(correct / positive) if positive else 0.0,
-        "f1": float(f1(counts)),
-    }
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Write the results of an evaluation as tables in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
 
-There is one table per benchmark. `read_tables` reads `report.json`, and the files that older versions wrote.
+There is one table per benchmark. `read_tables` reads them back from `report.json`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field as Constraint
+from pydantic import TypeAdapter
 
 from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.utils.errors import UserError, naming_extra
-from modular_star_encoder.utils.files import check_types, read_json, staged_file, write_json, write_text
+from modular_star_encoder.utils.files import read_json, staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
@@ -76,6 +78,9 @@ class Table:
     def title(self) -> str:
         """Return the heading of the table, which names the benchmark."""
         return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
+
+
+_TABLES = TypeAdapter(Annotated[list[Table], Constraint(min_length=1)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,23 +246,22 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     """Read the tables in a results file, but only the rows of the evaluated model and of retrievers without exits.
 
     Args:
-        path: report.json, or a file that `mose evaluate --json` or the quickstart wrote, in this or an older version.
+        path: report.json, or a file that `mose evaluate --json` or the quickstart wrote.
         checkpoint: checksum that the evaluated weights must have, unless the file has none; empty for any weights.
     """
     try:
         content = read_json(path)
         name = "Functions of repositories that were held out" if "retrieval" in content else ""
         content = content.get("retrieval", content)
-        measured = content.get("checkpoint_checksum", content.get("checkpoint_fingerprint"))
-        tables = [_read_table(table, name) for table in content.get("tables", ())]
-        tables = tables or [_read_scores_by_exit(content, name or "folder")]
+        measured = content["checkpoint_checksum"]
+        tables = [_evaluated_model(table) for table in _TABLES.validate_python(content["tables"])]
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        message = f"{path} is not a results file of `mose evaluate`: {error!r}."
+        message = f"{path} is not a results file of `mose evaluate`, or of another version of it."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
         message = f"{path} holds results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
         raise UserError("evaluation.report.other_weights", message)
-    return tables
+    return [replace(table, benchmark=name or table.benchmark) for table in tables]
 
 
 def read_quality(
@@ -278,18 +282,10 @@ def read_quality(
     return values
 
 
-def _read_table(stored: Mapping[str, Any], name: str) -> Table:
-    rows = []
-    for row in stored["rows"]:
-        row = {"retriever" if key == "system" else key: value for key, value in row.items()}
-        changed = row["difference"] and Difference(**row["difference"])
-        columns = {column: Estimate(**estimate) for column, estimate in row["columns"].items()}
-        rows.append(Row(**row | {"columns": columns, "mean": Estimate(**row["mean"]), "difference": changed}))
-    fields = {key: value for key, value in stored.items() if key != "title"} | {"rows": rows}
-    table = Table(**fields | {"benchmark": name or stored["benchmark"]})
-    check_types(table)
+def _evaluated_model(table: Table) -> Table:
+    """Leave out the rows of other models that have exits, and those of truncated embeddings."""
     own = _own_exits(table)
-    return replace(table, rows=[row for row in rows if row.exit_layer is None or row is own.get(row.exit_layer)])
+    return replace(table, rows=[row for row in table.rows if row.exit_layer is None or row is own.get(row.exit_layer)])
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
@@ -297,20 +293,6 @@ def _own_exits(table: Table) -> dict[int, Row]:
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
-
-
-def _read_scores_by_exit(content: Mapping[str, Any], name: str) -> Table:
-    """Return the table in a results file of an older version, with the metrics of each exit and of BM25."""
-    exits = sorted((int(exit_layer), scores) for exit_layer, scores in content["exits"].items())
-    scores_of = [*(("model", *one) for one in exits), *([("BM25", None, content["bm25"])] if "bm25" in content else [])]
-    rows = []
-    for retriever, exit_layer, scores in scores_of:
-        mean = Estimate(scores["mrr"], *scores.get("interval", (scores["mrr"],) * 2))
-        others = {metric: value for metric, value in scores.items() if metric.startswith("recall")}
-        rows.append(Row(retriever, exit_layer, None, {}, mean, others, None))
-    first = content.get("bm25", exits[0][1])
-    size = f"{first['queries']:,} queries, {first['distractors'] + 1:,} candidates each" if "queries" in first else ""
-    return Table(name, "mrr", rows, "", size, ())
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
+from sklearn.metrics import precision_recall_fscore_support
 from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation import metrics
@@ -26,13 +28,13 @@ from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candi
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
-from modular_star_encoder.evaluation.tasks import POOL, Estimate, PairTask, RetrievalTask, Task, TaskResult, pairs_task
+from modular_star_encoder.evaluation.tasks import Estimate, PairTask, RetrievalTask, Task, TaskResult
 from modular_star_encoder.inference import PROFILE_NAME, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
-from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
+from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, read_json, write_json
+from modular_star_encoder.utils.files import read_json, write_json
 
 PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
@@ -99,37 +101,6 @@ def run_benchmarks(
         except (ImportError, ValueError) as error:  # the reports are already written, so a missing plot is only a note
             print(f"mose: note: a plot is missing: {error}", file=sys.stderr)
     return report
-
-
-def evaluate_exits(
-    model: ModularStarEncoderForRetrieval,
-    tokenizer: Any,
-    rows: Sequence[tuple[str, str, str | None]],
-    *,
-    exit_layers: Sequence[int] | None = None,
-    untrained: bool = False,
-    size: int = POOL,
-    seed: int = 0,
-    progress: bool = True,
-    **encode_options: Any,
-) -> Report:
-    """Evaluate text → code retrieval among `size` candidates, at each exit of a loaded model and by BM25.
-
-    Args:
-        rows: (description, code, language). With several languages, candidates in other languages are easy to reject.
-        untrained: also evaluate the same architecture with random weights, which doubles time and memory.
-        size: number of candidates of each query, in the batches of `tasks.candidate_batches`.
-        seed: random seed of batches, intervals and untrained weights.
-        encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
-
-    Returns a report with one table: MRR, Recall@1, Recall@10 and NDCG@10. `report.quality()` is {exit_layer: MRR}.
-    """
-    task = pairs_task("folder", "all", rows, size=size, seed=seed)
-    encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers, **encode_options)
-    encoders = [encoder, encoder.untrained(seed)] if untrained else [encoder]
-    retrievers = [*map(EmbeddingRetriever, encoders), BM25()]
-    results = evaluate_tasks([task], retrievers, seed=seed, progress=progress)
-    return make_report([task], results, seed=seed)
 
 
 def evaluate_tasks(
@@ -213,17 +184,11 @@ def _evaluate_pairs(
 
 
 def read_result(path: Path) -> TaskResult:
-    """Read a stored result; older versions wrote `system` for `retriever` and `figures` for `estimates`."""
+    """Read a stored result; UserError if it is damaged."""
     try:
-        data = read_json(path)
-        names = {"system": "retriever", "figures": "estimates"}
-        data = {names.get(key, key): value for key, value in data.items()}
-        estimates = {name: Estimate(**estimate) for name, estimate in data.pop("estimates").items()}
-        result = TaskResult(estimates=estimates, **data)
-        check_types(result)
-        return result
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("evaluation.result.damaged", f"{path} is damaged ({error}): remove it and run again.") from None
+        return TypeAdapter(TaskResult).validate_python(read_json(path))
+    except ValueError:
+        raise UserError("evaluation.result.damaged", f"{path} is damaged: remove it and run again.") from None
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant, seed: int) -> Path | None:
@@ -295,4 +260,9 @@ def classification_scores(
         decisions.append(model(**inputs, exit_layers=exits).exit_logits.argmax(dim=-1).cpu().numpy())
         labels.append(batch["labels"].numpy())
     found, truth = np.concatenate(decisions, axis=1), np.concatenate(labels)
-    return {k: metrics.binary_scores(of_exit, truth) for k, of_exit in zip(exits, found, strict=True)}
+    scores = {}
+    for k, of_exit in zip(exits, found, strict=True):
+        precision, recall, f1, _ = precision_recall_fscore_support(truth, of_exit, average="binary", zero_division=0)
+        values = {"accuracy": np.mean(of_exit == truth), "precision": precision, "recall": recall, "f1": f1}
+        scores[k] = {name: float(value) for name, value in values.items()}
+    return scores
