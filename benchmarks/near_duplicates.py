@@ -77,7 +77,7 @@ def measure_recall(rows: list[str], planted: list[Planted], recall: str) -> dict
 
     settings = DuplicateSettings(recall=recall)
     result = find_near_duplicates({"code": rows}, settings=settings)
-    keys = fingerprint(rows, settings.banding).keys
+    keys = fingerprint(rows, settings.banding).field("keys").flatten().to_numpy().reshape(len(rows), -1)
     found = set(map(tuple, result.pairs.tolist()))
     false = sum(
         jaccard(shingles(rows[first]), shingles(rows[second])) < settings.threshold
@@ -208,7 +208,7 @@ def run_stage(source: str, out: str) -> dict:
     import rensa  # noqa: F401  (loaded before the memory is looked at)
     import scipy.sparse.csgraph  # noqa: F401
 
-    from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
+    from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 
     before, peak, done = memory(), {"RssAnon": 0, "VmRSS": 0}, threading.Event()
 
@@ -221,7 +221,7 @@ def run_stage(source: str, out: str) -> dict:
     sampler = threading.Thread(target=sample)
     sampler.start()
     start = time.process_time()
-    report = prepare_job(source, out, columns=COLUMNS, id_column="id").run()
+    report = drop_near_duplicates(source, out, columns=COLUMNS, id_column="id")
     seconds = time.process_time() - start
     done.set()
     sampler.join()

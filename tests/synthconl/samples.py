@@ -14,7 +14,7 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
-from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
+from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES, TranslationSettings
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_CSN", "func1_CSN")])
@@ -151,7 +151,7 @@ def build_and_die(corpus, base_url, out, renames, rows_per_file=1000, **changes)
 
 def drop_and_die(source, out, against, renames):
     die_before_renaming(renames)
-    prepare_job(source, out, columns=["code", "translation"], id_column="id", against=against).run(progress=False)
+    drop_near_duplicates(source, out, columns=["code", "translation"], id_column="id", against=against, progress=False)
 
 
 CODE_WORDS = [

@@ -16,10 +16,10 @@ from filelock import FileLock
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
-from modular_star_encoder.synthconl import build, row_files
+from modular_star_encoder.synthconl import build, near_duplicate_job, row_files
 from modular_star_encoder.synthconl.build import EXAMPLE, SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
 from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
-from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
+from modular_star_encoder.synthconl.near_duplicate_job import WORK, drop_near_duplicates
 from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_rows, write_split
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
@@ -215,12 +215,16 @@ def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(c
     with raises("synthconl.build.out", tmp_path / "mine"):
         build_quietly(recipe, tmp_path / "mine")
     folder = write_shards(tmp_path / "in", [{"id": n, "code": f"x = {n}"} for n in range(4)])
-    job = prepare_job(folder, tmp_path / "dedup", columns=["code"])
+    dedup = partial(drop_near_duplicates, folder, tmp_path / "dedup", columns=["code"], progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_duplicate_job, "search", None)
+        with pytest.raises(TypeError):
+            dedup()  # interrupted
     (tmp_path / "corpus").mkdir()
     corpus_at = partial(build_corpus, read_packages(write_packages(tmp_path / "corpus")))
     for folder, second in (
         (tmp_path / "out", lambda: build_quietly(recipe, tmp_path / "out")),
-        (job.work, lambda: job.run(progress=False)),
+        (tmp_path / "dedup" / WORK, dedup),
         (tmp_path / "pairs", lambda: corpus_at(tmp_path / "corpus" / "raw", tmp_path / "pairs", processes=0)),
     ):
         folder.mkdir(exist_ok=True)

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl import near_duplicate_job, row_files
 from modular_star_encoder.synthconl.minhash import DuplicateSettings
-from modular_star_encoder.synthconl.near_duplicate_job import DuplicateJob, datatrove_steps, prepare_job
+from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from tests.errors import raises
 from tests.synthconl import samples
@@ -57,8 +57,8 @@ def content(out):
 
 
 def drop(source, out, **options):
-    options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST, **options}
-    return prepare_job(source, out, **options).run(progress=False)
+    options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST, "progress": False, **options}
+    return drop_near_duplicates(source, out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,7 @@ def test_giant_clusters_are_reported_by_id(tmp_path):
 def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
     report, out = finished
     before = content(out)
-    for task in ("fingerprint", "propose", "compare", "decide", "write"):
-        monkeypatch.setattr(DuplicateJob, task, None)
+    monkeypatch.setattr(near_duplicate_job, "search", None)
     assert drop(source, out) == report
     assert content(out) == before
 
@@ -211,7 +210,7 @@ def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_pa
     content = (whole / "0.parquet").read_bytes()
     (whole / "0.parquet").write_bytes(content[:8] + bytes(300) + content[308:])
     with raises("synthconl.shards.unreadable", "0.parquet"):
-        prepare_job(tmp_path / "damaged", tmp_path / "o", columns=["code"]).run(progress=False)
+        drop(tmp_path / "damaged", tmp_path / "o", columns=["code"])
     for out in (tmp_path, source, source / "out"):
         with raises("synthconl.near_duplicates.out", out):
             drop(source, out)
@@ -223,18 +222,3 @@ def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_pa
             drop(source, finished[1], **options)
     with raises("synthconl.near_duplicates.other_job", finished[1], "files"):
         drop(write_shards(tmp_path / "in", rows[::-1]), finished[1])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_datatroves_executors_do_the_same_job(source, finished, tmp_path):
-    local = pytest.importorskip("datatrove.executor.local")
-
-    out = tmp_path / "out"
-    job = prepare_job(source, out, columns=["code", "translation"], id_column="id", against=AGAINST)
-    executor = None
-    for name, step, tasks in datatrove_steps(job, compare_tasks=3):
-        options = {"tasks": min(tasks, 2), "workers": 1, "depends": executor, "logging_dir": str(tmp_path / name)}
-        executor = local.LocalPipelineExecutor([step], **options)
-    executor.run()
-    assert content(out) == content(finished[1])
-    assert drop(source, out) == finished[0]

@@ -92,9 +92,9 @@ def run_dataset_build(arguments: argparse.Namespace) -> None:
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.data.sources.dataset_rows import open_texts
     from modular_star_encoder.synthconl.minhash import DuplicateSettings
-    from modular_star_encoder.synthconl.near_duplicate_job import prepare_job
+    from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 
-    job = prepare_job(
+    report = drop_near_duplicates(
         arguments.source,
         arguments.out,
         columns=arguments.columns.split(","),
@@ -102,7 +102,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         against={f"{source}:{column}": open_texts(source, column) for source, column in arguments.against},
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
-    for reason, count in job.run().counts.items():
+    for reason, count in report.counts.items():
         print(f"{count:>12,}  {reason}")
 
 

@@ -31,8 +31,8 @@ from modular_star_encoder.synthconl.extraction import (
     function_rows,
     open_source,
 )
-from modular_star_encoder.synthconl.minhash import DuplicateSettings, minhash_class
-from modular_star_encoder.synthconl.near_duplicate_job import REPORT, prepare_job
+from modular_star_encoder.synthconl.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.near_duplicate_job import REPORT, drop_near_duplicates
 from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.row_files import (
     LOCK,
@@ -278,9 +278,15 @@ def triplets(build: Build, out: Path) -> None:
 def near_duplicates(build: Build, out: Path) -> None:
     """Write the triplets to `out`, leaving out near-duplicates; continue an interrupted call."""
     settings = build.recipe.near_duplicates
-    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
-    options: Any = {"columns": settings.columns, "id_column": "id", "against": against, "settings": settings}
-    prepare_job(build.out / "triplets", out, **options).run(build.progress)
+    drop_near_duplicates(
+        build.out / "triplets",
+        out,
+        columns=settings.columns,
+        id_column="id",
+        against={name: open_texts(**one) for name, one in build.recipe.against.items()},
+        settings=settings,
+        progress=build.progress,
+    )
 
 
 def split(build: Build, out: Path) -> None:
@@ -357,7 +363,6 @@ def _listed(counts: Mapping[str, int]) -> str:
 def _check_inputs(build: Build) -> None:
     """Open what the remaining stages need, so that a mistake is reported before hours of translation."""
     recipe = build.recipe
-    minhash_class()
     if not build.is_done("translations"):
         recipe.translation.open()
     if not build.is_done("functions"):

@@ -1,18 +1,17 @@
-"""Settings that define near-duplicates, and MinHash fingerprints of texts, in memory and on disk."""
+"""Settings that define near-duplicates, and MinHash fingerprints of texts."""
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from hashlib import blake2b
+from typing import Annotated, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field as Constraint
+from rensa import RMinHash
 
-from modular_star_encoder.utils.errors import naming_extra
 from modular_star_encoder.utils.settings import Count, Float, settings_class
 
 SHINGLE_CHARACTERS = 5
@@ -28,7 +27,6 @@ _MULTIPLIERS = tuple(
 )
 _MIX, _HALF, _SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(32), np.uint64(29)
 _FILLER = "\U0010ffff"  # Unicode never assigns it
-_FILES = ("text", "bounds", "digests", "keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,27 +157,35 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
         yield batch
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprints:
-    """The MinHash fingerprints of n texts, in the order of the texts."""
+def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
+    """Return the texts with their fingerprints, in the order of the texts; None is treated as a blank text.
 
-    digests: np.ndarray  # uint64 (n, 2): equal for equal texts, and zero for blank ones
-    lengths: np.ndarray  # int64 (n,): characters; an upper bound where the text is stored as UTF-8
-    keys: np.ndarray  # uint64 (n, bands): texts that share a key are compared; meaningless for blank texts
+    Each element has the fields
+
+    - `text`, in UTF-8 that may contain lone surrogates;
+    - `digest`, two uint64: equal for equal texts, and zero for blank ones;
+    - `keys`, a uint64 for each band: texts that share a key are compared; meaningless for blank texts.
+    """
+    contents: list[bytes] = []
+    digests = bytearray()
+    keys = [np.empty((0, banding.bands), np.uint64)]
+    for batch in _batches(texts):
+        for text in batch:
+            contents.append(text.encode("utf-8", "surrogatepass"))
+            digests += blake2b(contents[-1], digest_size=16).digest() if text.strip() else bytes(16)
+        keys.append(_band_keys(batch, banding))
+    fields = {
+        "text": pa.array(contents, pa.large_binary()),
+        "digest": pa.FixedSizeListArray.from_arrays(np.frombuffer(digests, np.uint64), 2),
+        "keys": pa.FixedSizeListArray.from_arrays(np.concatenate(keys).ravel(), banding.bands),
+    }
+    return pa.StructArray.from_arrays(list(fields.values()), list(fields))
 
 
-def fingerprint(texts: Iterable[str | None], banding: Banding) -> Fingerprints:
-    """Return the fingerprints of `texts`; None is treated as a blank text."""
-    empty = np.empty((0, 2), np.uint64), np.empty(0, np.int64), np.empty((0, banding.bands), np.uint64)
-    parts = [empty, *(_fingerprint(batch, banding) for batch in _batches(texts))]
-    return Fingerprints(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    contents = [text.encode("utf-8", "surrogatepass") if text.strip() else b"" for text in batch]
-    digests = b"".join(hashlib.blake2b(one, digest_size=16).digest() if one else bytes(16) for one in contents)
+def _band_keys(batch: list[str], banding: Banding) -> np.ndarray:
+    """Return the hashes of the bands of each text, uint64 (texts, bands)."""
     hashes, bounds = hash_shingles(batch)
-    matrix = minhash_class().digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, _SEED)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, _SEED)
     # `array` reads a list of integers in half the time that numpy takes.
     rows = b"".join(array("I", row).tobytes() for row in matrix.to_rows())
     signatures = np.frombuffer(rows, np.uint32).reshape(len(batch), PERMUTATIONS)
@@ -188,59 +194,4 @@ def _fingerprint(batch: list[str], banding: Banding) -> tuple[np.ndarray, np.nda
     for row in range(banding.rows):
         keys = (keys ^ values[:, :, row]) * _MIX
         keys ^= keys >> _SHIFT
-    return np.frombuffer(digests, "<u8").reshape(-1, 2), np.array([len(text) for text in batch], np.int64), keys
-
-
-def minhash_class() -> Any:
-    """Return rensa's class `RMinHash`; if rensa is missing, an ImportError names the extra to install."""
-    with naming_extra():
-        from rensa import RMinHash
-    return RMinHash
-
-
-def store_fingerprints(
-    folder: Path, batches: Iterable[Sequence[Sequence[str | None]]], columns: int, banding: Banding
-) -> None:
-    """Write texts and their fingerprints to a folder, as flat little-endian arrays; `StoredColumn` reads them.
-
-    `batches` gives, for some rows at a time, the texts of each column.
-    """
-    folder.mkdir(exist_ok=True)
-    with ExitStack() as stack:
-        outputs = [
-            {name: stack.enter_context((folder / f"{column}.{name}").open("wb")) for name in _FILES}
-            for column in range(columns)
-        ]
-        ends = np.zeros(columns, "<i8")
-        for files in outputs:
-            files["bounds"].write(bytes(8))
-        for batch in batches:
-            for column, (files, texts) in enumerate(zip(outputs, batch, strict=True)):
-                prints = fingerprint(texts, banding)
-                content = [(text or "").encode("utf-8", "surrogatepass") for text in texts]
-                bounds = ends[column] + np.cumsum([len(one) for one in content], dtype="<i8")
-                ends[column] = bounds[-1] if len(bounds) else ends[column]
-                files["text"].writelines(content)
-                for name, values in (("bounds", bounds), ("digests", prints.digests), ("keys", prints.keys)):
-                    files[name].write(values.astype(values.dtype.newbyteorder("<")).tobytes())
-
-
-class StoredColumn:
-    """One memory-mapped column that `store_fingerprints` wrote: `self[row]` is a text, `prints` the fingerprints."""
-
-    def __init__(self, folder: Path, column: int, banding: Banding) -> None:
-        def mapped(name: str, dtype: str) -> np.ndarray:
-            path = folder / f"{column}.{name}"
-            # An empty file can't be mapped. Slices of a plain view cost less than slices of `np.memmap`.
-            return np.memmap(path, dtype, mode="r").view(np.ndarray) if path.stat().st_size else np.empty(0, dtype)
-
-        self._text, self._bounds = mapped("text", "u1"), mapped("bounds", "<i8")
-        digests, keys = mapped("digests", "<u8").reshape(-1, 2), mapped("keys", "<u8").reshape(-1, banding.bands)
-        self.prints = Fingerprints(digests, np.diff(self._bounds), keys)
-
-    def __len__(self) -> int:
-        return len(self.prints.digests)
-
-    def __getitem__(self, row: int) -> str:
-        start, stop = self._bounds[row : row + 2]
-        return self._text[start:stop].tobytes().decode("utf-8", "surrogatepass")
+    return keys

@@ -2,30 +2,28 @@
 
 A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
 the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
-`near_duplicate_job` does the same with files, in bounded memory.
+`near_duplicate_job` does the same with files.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
 
-from modular_star_encoder.synthconl.minhash import (
-    DuplicateSettings,
-    Fingerprints,
-    StoredColumn,
-    fingerprint,
-    jaccard,
-    shingle_sets,
-)
+from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint, jaccard, shingle_sets
 from modular_star_encoder.utils.errors import UserError
 
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
 _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
 _SHIFT, _LOW = np.uint64(32), np.uint64(2**32 - 1)
 _BANDS_AT_A_TIME = 8  # one cache line of keys
-_PAIRS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 8192, 1 << 23  # of eight bytes each, once hashed
+_BYTES_AT_A_TIME, _BYTES_OF_PAIR = 1 << 23, 1 << 10  # a byte of text becomes up to eight bytes of hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,94 +83,70 @@ def find_near_duplicates(
     if len(set(ids)) < len(ids):
         raise UserError("synthconl.near_duplicates.ids", "`ids` must differ for all rows.")
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
-    texts = [[text or "" for text in column] for column in columns.values()]
-    prints = [fingerprint(column, settings.banding) for column in texts]
-    rows = distinct_rows(np.stack([one.digests for one in prints], axis=1), order)
-    other_sets = {name: [text or "" for text in others] for name, others in (against or {}).items()}
-    others = [text for one in other_sets.values() for text in one]
-    search = Search(
-        [Column([column], [one], rows.rows) for column, one in zip(texts, prints, strict=True)],
-        Column([others], [fingerprint(others, settings.banding)], np.arange(len(others))),
-        settings,
-    )
-    tasks, counts = search.candidates()
-    within, between = (
-        NearPairs.merged([search.compare(kind, *task) for task in enumerate(found)]) for kind, found in tasks.items()
-    )
-    return decide(rows, within, between, {name: len(one) for name, one in other_sets.items()}, settings, **counts)
+    other_sets = {name: list(texts) for name, texts in (against or {}).items()}
+    return search([[fingerprint(one, settings.banding)] for one in columns.values()], order, other_sets, settings)
 
 
-@dataclass(frozen=True, slots=True)
-class DistinctRows:
-    """The m distinct rows among n rows, of which some may be equal."""
+def search(
+    columns: Sequence[Sequence[pa.StructArray]],
+    order: np.ndarray,
+    against: Mapping[str, Sequence[str | None]],
+    settings: DuplicateSettings,
+    progress: bool = False,
+) -> NearDuplicates:
+    """Find the near-duplicates among n rows, given the fingerprints of their texts; see `find_near_duplicates`.
 
-    rows: np.ndarray  # int64 (m,): the row of smallest id among equal rows
-    numbers: np.ndarray  # int64 (n,): for each row, the number of the distinct row that it equals
-
-
-def distinct_rows(digests: np.ndarray, order: np.ndarray) -> DistinctRows:
-    """Find the distinct rows by digests of their texts; rows that are blank in every column are never equal.
-
-    `digests`, uint64 (n, columns, 2), has `Fingerprints.digests` of each column; `order`, int64 (n,), lists rows by id.
+    Args:
+        columns: The parts of each column, one after the other, from `fingerprint`.
+        order: The rows in the order of their ids, int64 (n,).
     """
-    count = len(order)
-    by_id = digests.reshape(count, 2 * digests.shape[1])[order]
-    sorting = np.lexsort(by_id.T)  # stable: equal rows stay in the order of their ids
-    in_order = by_id[sorting]
-    starts = ~in_order.any(axis=1)
-    starts[:1] = True
-    starts[1:] |= (in_order[1:] != in_order[:-1]).any(axis=1)
-    first = sorting[starts]
-    number_of_group = np.empty(len(first), np.int64)
-    number_of_group[np.argsort(first)] = np.arange(len(first))
-    numbers = np.empty(count, np.int64)
-    numbers[order[sorting]] = number_of_group[np.cumsum(starts) - 1]
-    return DistinctRows(order[np.sort(first)], numbers)
+    digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
+    distinct, numbers = _distinct_rows(np.concatenate(digests, axis=1), order)
+    own = [_Column(parts, distinct) for parts in columns]
+    other_texts = fingerprint(chain.from_iterable(against.values()), settings.banding)
+    others = _Column([other_texts], np.arange(len(other_texts)))
+    compare = partial(_near_pairs, threshold=settings.threshold, progress=progress)
+
+    found = [_candidates(one, one, settings.bucket_limit) for one in own]
+    candidates = [pairs for pairs, _, _ in found]
+    if settings.match == "both":
+        candidates = [np.unique(np.concatenate(candidates))]
+        near = [compare(candidates[0], own, own)]
+    else:
+        near = [compare(pairs, [one], [one]) for pairs, one in zip(candidates, own, strict=True)]
+    between = [_candidates(one, others, settings.bucket_limit)[0] for one in own]
+    near_others = [compare(pairs, [one], [others]) for pairs, one in zip(between, own, strict=True)]
+    return _decide(
+        distinct,
+        numbers,
+        _merged(near),
+        _merged(near_others),
+        {name: len(texts) for name, texts in against.items()},
+        settings,
+        compared=sum(map(len, candidates)),
+        largest_bucket=max(largest for _, largest, _ in found),
+        rows_over_limit=max(over for _, _, over in found),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class NearPairs:
-    """Pairs of rows whose similarity reaches the threshold of near-duplicates, and their similarities."""
-
-    pairs: np.ndarray  # uint64 (pairs,), ascending
-    similarities: np.ndarray  # float64 (pairs,): true Jaccard similarities
-
-    @classmethod
-    def merged(cls, parts: list["NearPairs"]) -> "NearPairs":
-        """Return the pairs of all `parts` without repetition; a repeated pair gets its largest similarity."""
-        pairs = np.concatenate([part.pairs for part in parts])
-        values = np.concatenate([part.similarities for part in parts])
-        sorting = np.lexsort((-values, pairs))
-        pairs, first = np.unique(pairs[sorting], return_index=True)
-        return cls(pairs, values[sorting][first])
+def _matrix(part: pa.StructArray, name: str) -> np.ndarray:
+    """Return the numbers in a field of fingerprints, uint64 (texts, numbers per text)."""
+    numbers = part.field(name)
+    return numbers.flatten().to_numpy().reshape(len(part), numbers.type.list_size)
 
 
-def pair_ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unpack pairs of row numbers from uint64 into two int64 arrays: their first rows, and their second rows."""
-    return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
+class _Column:
+    """One column's texts and fingerprints in the distinct `rows`, int64 (m,)."""
 
-
-def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return (first.astype(np.uint64) << _SHIFT) | second.astype(np.uint64)
-
-
-class Column:
-    """One column's texts and fingerprints in the distinct `rows`, int64 (m,), from one or more lists or files."""
-
-    def __init__(
-        self, texts: Sequence[list[str] | StoredColumn], prints: Sequence[Fingerprints], rows: np.ndarray
-    ) -> None:
-        self._texts, self._rows = texts, rows
-        self._keys = [one.keys for one in prints]
-        self._starts = np.cumsum([0, *(len(one.digests) for one in prints)])
-        self.digests = np.concatenate([one.digests for one in prints])[rows]
-        self.lengths = np.concatenate([one.lengths for one in prints])[rows]
+    def __init__(self, parts: Sequence[pa.StructArray], rows: np.ndarray) -> None:
+        self._rows = rows
+        self._texts = pa.chunked_array([part.field("text") for part in parts], pa.large_binary())
+        self._keys = [_matrix(part, "keys") for part in parts]
+        self.digests = np.concatenate([_matrix(part, "digest") for part in parts])[rows]
+        self.bytes = pc.binary_length(self._texts).to_numpy()[rows]
 
     def texts(self, numbers: np.ndarray) -> list[str]:
-        rows = self._rows[numbers]
-        parts = np.searchsorted(self._starts, rows, side="right") - 1
-        places = rows - self._starts[parts]
-        return [self._texts[part][place] for part, place in zip(parts.tolist(), places.tolist(), strict=True)]
+        return [self._texts[row].as_py().decode("utf-8", "surrogatepass") for row in self._rows[numbers].tolist()]
 
     def not_blank(self) -> np.ndarray:
         """Return the numbers of the distinct rows whose text in this column is not blank."""
@@ -186,7 +160,29 @@ class Column:
                 yield np.ascontiguousarray(block[:, band])
 
 
-def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray, int, int]:
+def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the m distinct rows among n rows by the digests of their texts; rows without any text are never equal.
+
+    Args:
+        digests: uint64 (n, two for each column).
+        order: The rows in the order of their ids, int64 (n,).
+
+    Returns:
+        The distinct rows, int64 (m,), in the order of their ids: of equal rows, the one with the smallest id; and for
+        each row the number of the distinct row that it equals, int64 (n,).
+    """
+    by_id = digests[order]
+    blank = np.flatnonzero(~by_id.any(axis=1))
+    by_id[blank, 0] = blank + 1  # so that they differ
+    row_type = pa.binary(by_id.itemsize * by_id.shape[1])
+    rows = pa.FixedSizeBinaryArray.from_buffers(row_type, len(by_id), [None, pa.py_buffer(by_id)])
+    codes = rows.dictionary_encode().indices.to_numpy()  # numbers in the order in which rows first occur
+    numbers = np.empty(len(order), np.int64)
+    numbers[order] = codes
+    return order[np.unique(codes, return_index=True)[1]], numbers
+
+
+def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return pairs (row, other row) with an equal band key: each row with the first `limit` other rows of its bucket.
 
     If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
@@ -213,80 +209,68 @@ def _candidates(column: Column, others: Column, limit: int) -> tuple[np.ndarray,
     return pairs, largest, most_over
 
 
-def _similarities(pairs: np.ndarray, first: Column, second: Column) -> np.ndarray:
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (first.astype(np.uint64) << _SHIFT) | second.astype(np.uint64)
+
+
+def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first rows and the second rows of pairs, int64."""
+    return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
+
+
+def _near_pairs(
+    pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `pairs` that reach the threshold in all columns, and their smallest similarities."""
+    smallest = np.ones(len(pairs))
+    for first, second in zip(firsts, seconds, strict=True):
+        smallest = np.minimum(smallest, _similarities(pairs, first, second, progress))
+        near = smallest >= threshold
+        pairs, smallest = pairs[near], smallest[near]
+    return pairs, smallest
+
+
+def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: bool) -> np.ndarray:
     """Return each pair's Jaccard similarity, float64 (pairs,); 1 for equal texts, also for two blank texts."""
-    left, right = pair_ends(pairs)
+    left, right = _ends(pairs)
     result = (first.digests[left] == second.digests[right]).all(axis=1).astype(np.float64)
     unequal = np.flatnonzero(result == 0)
-    left, right = left[unequal], right[unequal]
-    total = np.cumsum(first.lengths[left] + second.lengths[right])
-    start = 0
-    while start < len(total):
-        before = total[start - 1] if start else 0
-        stop = int(np.searchsorted(total, before + _CHARACTERS_AT_A_TIME, side="right"))
-        chunk = slice(start, start := max(start + 1, min(stop, start + _PAIRS_AT_A_TIME)))
+    size = np.cumsum(first.bytes[left[unequal]] + second.bytes[right[unequal]] + _BYTES_OF_PAIR)
+    chunks = np.split(unequal, np.flatnonzero(np.diff(size // _BYTES_AT_A_TIME)) + 1)
+    for chunk in tqdm(chunks, desc="Comparing", disable=not progress):
+        lefts, rights = left[chunk], right[chunk]
         if first is second:
-            left_sets = right_sets = _shingle_sets(np.concatenate((left[chunk], right[chunk])), first)
+            left_sets = right_sets = _shingle_sets(np.concatenate((lefts, rights)), first)
         else:
-            left_sets, right_sets = _shingle_sets(left[chunk], first), _shingle_sets(right[chunk], second)
-        result[unequal[chunk]] = [
-            jaccard(left_sets[one], right_sets[other])
-            for one, other in zip(left[chunk].tolist(), right[chunk].tolist(), strict=True)
-        ]
+            left_sets, right_sets = _shingle_sets(lefts, first), _shingle_sets(rights, second)
+        numbers = zip(lefts.tolist(), rights.tolist(), strict=True)
+        result[chunk] = [jaccard(left_sets[one], right_sets[other]) for one, other in numbers]
     return result
 
 
-def _shingle_sets(numbers: np.ndarray, column: Column) -> dict[int, np.ndarray]:
+def _shingle_sets(numbers: np.ndarray, column: _Column) -> dict[int, np.ndarray]:
     wanted = np.unique(numbers)
     return dict(zip(wanted.tolist(), shingle_sets(column.texts(wanted)), strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
-    """Searches for near pairs among rows ("within") and between rows and texts of other sets ("between").
-
-    A task is the list of pairs to compare in one column; if `match` is "both", all columns "within" are one task.
-    """
-
-    columns: Sequence[Column]
-    others: Column
-    settings: DuplicateSettings
-
-    def candidates(self) -> tuple[dict[str, list[np.ndarray]], dict[str, int]]:
-        """Return pairs to compare, uint64, as {"within" or "between": an array per task}, and counts of the search."""
-        limit = self.settings.bucket_limit
-        found = [_candidates(one, one, limit) for one in self.columns]
-        within = [pairs for pairs, _, _ in found]
-        if self.settings.match == "both":
-            within = [np.unique(np.concatenate(within))]
-        between = [_candidates(one, self.others, limit)[0] for one in self.columns]
-        return {"within": within, "between": between}, {
-            "compared": sum(map(len, within)),
-            "largest_bucket": max(largest for _, largest, _ in found),
-            "rows_over_limit": max(over for _, _, over in found),
-        }
-
-    def compare(self, kind: str, task: int, pairs: np.ndarray) -> NearPairs:
-        """Return the `pairs` of a task that reach the threshold; `kind` is "within" or "between", `task` its number."""
-        every = kind == "within" and self.settings.match == "both"
-        smallest = np.ones(len(pairs))
-        for column in self.columns if every else self.columns[task : task + 1]:
-            other = self.others if kind == "between" else column
-            smallest = np.minimum(smallest, _similarities(pairs, column, other))
-            near = smallest >= self.settings.threshold
-            pairs, smallest = pairs[near], smallest[near]
-        return NearPairs(pairs, smallest)
+def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs of several columns, ascending and without repetition, each with its largest similarity."""
+    pairs, values = map(np.concatenate, zip(*parts, strict=True))
+    sorting = np.lexsort((-values, pairs))
+    pairs, first = np.unique(pairs[sorting], return_index=True)
+    return pairs, values[sorting][first]
 
 
-def decide(
-    rows: DistinctRows,
-    near: NearPairs,
-    near_others: NearPairs,
+def _decide(
+    distinct: np.ndarray,
+    numbers: np.ndarray,
+    near: tuple[np.ndarray, np.ndarray],
+    near_others: tuple[np.ndarray, np.ndarray],
     other_sets: dict[str, int],
     settings: DuplicateSettings,
     **counts: int,
 ) -> NearDuplicates:
-    """Decide which rows are kept, given the near pairs of distinct rows.
+    """Decide which rows are kept, given the near pairs of distinct rows and their similarities.
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
     2. Clusters are the connected components of the remaining rows, over near pairs and equality.
@@ -294,6 +278,7 @@ def decide(
        only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
+        distinct, numbers: See `_distinct_rows`.
         near, near_others: Pairs of distinct rows; pairs (distinct row, text), with texts numbered through all sets.
         other_sets: The number of texts of each other set, in order.
         counts: Counts of the search, passed on to the result.
@@ -301,18 +286,18 @@ def decide(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    count = len(rows.rows)
+    count = len(distinct)
     reason = np.full(count, _KEPT)
-    found, texts = pair_ends(near_others.pairs)
-    nearest, similarity = _most_similar(count, found, texts, near_others.similarities)
+    found, texts = _ends(near_others[0])
+    nearest, similarity = _most_similar(count, found, texts, near_others[1])
     starts = np.cumsum([0, *other_sets.values()])
     set_of = np.searchsorted(starts, nearest[found], side="right") - 1
     reason[found] = _FIRST_SET + set_of
     nearest[found] -= starts[set_of]
 
-    first, second = pair_ends(near.pairs)
+    first, second = _ends(near[0])
     clean = (reason[first] == _KEPT) & (reason[second] == _KEPT)
-    first, second, values = first[clean], second[clean], near.similarities[clean]
+    first, second, values = first[clean], second[clean], near[1][clean]
     graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
     labels = connected_components(graph, directed=False)[1]
     clusters = np.unique(labels, return_index=True)[1][labels]  # of each row, the smallest row of its component
@@ -328,19 +313,18 @@ def decide(
     both_ways = np.concatenate((first, second)), np.concatenate((second, first)), np.concatenate((values, values))
     most_similar, its_similarity = _most_similar(count, *both_ways)
     reason[dropped] = _NEAR
-    nearest[dropped], similarity[dropped] = rows.rows[most_similar[dropped]], its_similarity[dropped]
+    nearest[dropped], similarity[dropped] = distinct[most_similar[dropped]], its_similarity[dropped]
 
     # From the distinct rows to all rows: the copies of a row are equal to it, unless it is near another set.
-    number = rows.numbers
-    copies = np.ones(len(number), bool)
-    copies[rows.rows] = False
-    copies &= reason[number] < _FIRST_SET
-    reasons = np.where(copies, _EQUAL, reason[number])
-    row_clusters = rows.rows[clusters][number]
+    copies = np.ones(len(numbers), bool)
+    copies[distinct] = False
+    copies &= reason[numbers] < _FIRST_SET
+    reasons = np.where(copies, _EQUAL, reason[numbers])
+    row_clusters = distinct[clusters][numbers]
     alone = np.flatnonzero(reasons >= _FIRST_SET)
     row_clusters[alone] = alone
     giants = []
-    for row in rows.rows[sizes > settings.giant_cluster].tolist():
+    for row in distinct[sizes > settings.giant_cluster].tolist():
         members = reasons[row_clusters == row]
         giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
@@ -352,9 +336,9 @@ def decide(
         reasons=(KEPT, EQUAL, NEAR, *(f"near a text of {name}" for name in other_sets)),
         reason=reasons,
         clusters=row_clusters,
-        nearest=np.where(copies, rows.rows[number], nearest[number]),
-        similarity=np.where(copies, 1.0, similarity[number]),
-        pairs=np.stack((rows.rows[first], rows.rows[second]), axis=1),
+        nearest=np.where(copies, distinct[numbers], nearest[numbers]),
+        similarity=np.where(copies, 1.0, similarity[numbers]),
+        pairs=np.stack((distinct[first], distinct[second]), axis=1),
         pair_similarities=values,
         giant_clusters=tuple(giants),
         **counts,

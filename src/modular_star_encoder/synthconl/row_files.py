@@ -1,6 +1,6 @@
 """Read and write rows in parquet files. A dataset's build numbers its files; a file from a user is called a shard."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -137,21 +137,21 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
                 raise UserError("synthconl.shards.column_type", message)
 
 
-def read_texts(
-    shard: Shard, columns: Sequence[str], advance: Callable[[int], object]
-) -> Iterator[list[list[str | None]]]:
-    """Yield, for some rows at a time, the texts of each column; then call `advance` with the number of these rows."""
+def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
+    """Yield, for some rows at a time, the texts of each column."""
     with _unreadable(shard.path):
         for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
             yield [batch.column(name).to_pylist() for name in columns]
-            advance(len(batch))
 
 
-def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
-    """Return the ids of all rows; if `id_column` is None, an id is "FILE:NUMBER", with NUMBER from 0."""
+def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Return the ids of all rows, and the numbers of the rows, int64 (rows,), in the order of their ids.
+
+    If `id_column` is None, an id is "FILE:NUMBER", with NUMBER from 0, and the order is that of the rows.
+    """
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
-        return pa.chunked_array(parts, pa.large_string())
+        return pa.chunked_array(parts, pa.large_string()), np.arange(sum(one.rows for one in shards))
     columns = []
     for one in shards:
         with _unreadable(one.path):
@@ -159,24 +159,17 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> pa.ChunkedArray:
     kind = pa.large_string()
     if all(pa.types.is_integer(one.type) for one in columns):
         kind = pa.uint64() if any(pa.types.is_uint64(one.type) for one in columns) else pa.int64()
-    return pa.chunked_array([chunk for one in columns for chunk in one.cast(kind).chunks], kind)
-
-
-def id_order(shards: Sequence[Shard], id_column: str | None) -> np.ndarray:
-    """Return the row numbers, counted through all shards, by ascending id; if `id_column` is None, in file order."""
-    if id_column is None:
-        return np.arange(sum(one.rows for one in shards))
-    ids = read_ids(shards, id_column)
+    ids = pa.chunked_array([chunk for one in columns for chunk in one.cast(kind).chunks], kind)
     order = pc.sort_indices(ids)
     in_order = ids.take(order)
     repeated = in_order.slice(1).filter(pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0))))
     if ids.null_count or len(repeated):
         fault = f"missing: {ids.null_count}" if ids.null_count else f"repeated: {repeated[0]}"
         raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
-    return order.to_numpy().astype(np.int64)
+    return ids, order.to_numpy().astype(np.int64)
 
 
-def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[int], object]) -> None:
+def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
     """Write to `target`, with all columns, the rows of a shard for which `kept`, bool (rows,), is true."""
     file = _opened(shard.path)
 
@@ -186,7 +179,6 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray, advance: Callable[[
             for batch in file.iter_batches(_ROWS_AT_A_TIME * 8):
                 yield pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
                 start += len(batch)
-                advance(len(batch))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(target, tables(), file.schema_arrow)
