@@ -5,12 +5,14 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt, text_prompt
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
+from modular_star_encoder.inference import encoders
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.inference.encoders import ExitEncoder
 from tests.errors import raises
 from tests.evaluation.samples import code_rows, reciprocal_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -22,14 +24,7 @@ from mteb.results import TaskResult  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
 from modular_star_encoder.evaluation import mteb_exits  # noqa: E402
-from modular_star_encoder.evaluation.mteb_exits import (  # noqa: E402
-    MtebExitEncoder,
-    SharedExits,
-    exit_model_metas,
-    local_task,
-    register_exits,
-    run_mteb,
-)
+from modular_star_encoder.evaluation.mteb_exits import MtebExitEncoder, local_task, run_mteb  # noqa: E402
 
 ROWS = code_rows(("add", "cut", "see"), dict.fromkeys(("file", "name", "user"), "python"))
 
@@ -43,7 +38,7 @@ def passes(monkeypatch):
         exits.append(options["exit_layers"])
         return encode_exits(*arguments, **options)
 
-    monkeypatch.setattr(mteb_exits, "encode_exits", counted)
+    monkeypatch.setattr(encoders, "encode_exits", counted)
     return exits
 
 
@@ -75,56 +70,55 @@ def test_mteb_runs_its_retrieval_task_at_two_exits_and_reads_the_results_back(ch
         assert result.get_score() == pytest.approx(scores[exit_layer]["LocalTask"], abs=1e-6)  # files hold six digits
         meta = json.loads((folder / "model_meta.json").read_text())
         assert (meta["name"], meta["embed_dim"]) == (f"local/model-exit-{exit_layer}", 16)
+        assert meta["n_parameters"] == tiny_model(exit_layer=exit_layer).num_parameters()
         assert checkpoint not in (folder / "model_meta.json").read_text()
-    metas = exit_model_metas(checkpoint, (1, 4))
-    loaded = mteb.ResultCache(tmp_path).load_results(tasks=[local], models=metas)
+    loaded = mteb.ResultCache(tmp_path).load_results(tasks=[local])
     assert [[result.task_name for result in one.task_results] for one in loaded.model_results] == [["LocalTask"]] * 2
 
 
 def test_results_of_the_same_weights_and_data_are_kept(checkpoint, tmp_path, passes, monkeypatch):
     def run(rows, exit_layers, **options):
+        """Return the scores, how often mteb evaluated, and the exits of each pass over texts."""
         passes.clear()
-        local, loads = task(rows), []
-        load_data = type(local).load_data
-        monkeypatch.setattr(type(local), "load_data", lambda self, **_: loads.append(1) or load_data(self))
+        local, evaluated = task(rows), []
+        evaluate = type(local).evaluate
+        monkeypatch.setattr(type(local), "evaluate", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
         scores = run_mteb(checkpoint, local, exit_layers, tmp_path, progress=False, **options)
-        assert not local.data_loaded
-        return scores, len(loads), list(passes)
+        return scores, len(evaluated), list(passes)
 
     first, *effort = run(ROWS, (1, 4))
-    assert effort == [1, [(1, 4)] * 2]
+    assert effort == [2, [(1, 4)] * 2]
     again, *effort = run(ROWS, (1, 4))
     assert effort == [0, []]
     assert again == {k: {"LocalTask": pytest.approx(first[k]["LocalTask"], abs=1e-6)} for k in (1, 4)}
-    assert run(ROWS, (2,))[1:] == (1, [(2,)] * 2)
-    assert run(ROWS, (1, 2, 4))[1:] == (0, [])
-    assert run(ROWS, (1, 4), overwrite=True)[1:] == (1, [(1, 4)] * 2)
-    assert run(ROWS[1:], (1, 4))[1:] == (1, [(1, 4)] * 2)
+    assert run(ROWS, (2, 4))[1:] == (1, [(2,)] * 2)
+    assert run(ROWS, (1, 2, 4), overwrite=True)[1:] == (3, [])  # texts have their embeddings
+    assert run(ROWS[1:], (1, 4))[1:] == (2, [])
 
 
-def test_mteb_loads_a_registered_exit_by_its_name(checkpoint):
-    names = register_exits(checkpoint, (2, 4), "me/my-encoder")
-    assert names == ["me/my-encoder-exit-2", "me/my-encoder-exit-4"]
-    encoder = mteb.get_model(names[0])
-    assert isinstance(encoder, mteb.models.EncoderProtocol)
-    assert encoder.mteb_model_meta.name == names[0]
-    assert encoder.shared.model.config.num_hidden_layers == 2
-    assert encoder.mteb_model_meta.n_parameters == encoder.shared.model.num_parameters()
-    result = mteb.evaluate(encoder, task(), cache=None, show_progress_bar=False)
-    assert result.task_results[0].get_score() == expected_mrr(2)
+def test_the_data_of_a_task_are_loaded_once_for_all_exits_and_then_dropped(checkpoint, tmp_path):
+    class Loaded(type(task())):
+        loads = 0
+
+        def load_data(self, **_):
+            self.loads += 1
+            self.dataset, self.data_loaded = task().dataset, True
+
+    local = Loaded()
+    run_mteb(checkpoint, local, (1, 4), tmp_path, progress=False)
+    assert (local.loads, local.data_loaded) == (1, False)
 
 
 def test_rows_that_would_be_wrong_answers_to_each_other_are_dropped():
     local = task([*ROWS, (ROWS[0][0], "other code", "python"), ("other text", ROWS[1][1], "python")])
-    local.load_data()
     data = local.dataset["default"]["test"]
     assert (data["queries"]["text"], data["corpus"]["text"]) == ([row[0] for row in ROWS], [row[1] for row in ROWS])
     with raises("evaluation.candidates.too_few", 1):
         task([ROWS[0], ROWS[0]])
 
 
-def encoder_of(model, tokenizer, prompts=None, **options):
-    return MtebExitEncoder(SharedExits(model, tokenizer, (1, 4), **options), 4, None, prompts)
+def encoder_of(model, tokenizer, prompts=None):
+    return MtebExitEncoder(EmbeddingRetriever(ExitEncoder(model, tokenizer, "m")), 4, (1, 4), None, prompts)
 
 
 @pytest.mark.parametrize(
@@ -156,20 +150,6 @@ def test_a_model_without_instructions_gets_none(tokenizer):
     assert ANY_CODE_INSTRUCTION not in encoder._prompt(task().metadata, "default", PromptType.query)
 
 
-def test_exits_that_would_take_too_much_memory_are_computed_one_by_one(model, tokenizer, passes):
-    texts = ["one", "two"]
-    roomy, cramped = (SharedExits(model, tokenizer, (1, 2, 4), memory) for memory in (1, 1e-9))
-    for exit_layer in (1, 2, 4):
-        assert np.array_equal(roomy.encode(texts, exit_layer, ""), cramped.encode(texts, exit_layer, ""))
-    assert passes == [(1, 2, 4), (1,), (2,), (4,)]
-    passes.clear()
-    roomy.encode(texts, 2, "another prompt")
-    roomy.expect((4,))
-    roomy.encode(texts, 2, "another prompt")
-    roomy.encode(texts, 4, "another prompt")
-    assert passes == [(2, 4), (2, 4)]
-
-
 @pytest.mark.slow
 def test_mistakes_are_reported_before_anything_is_run(checkpoint, tmp_path):
     with raises("mteb.task.unknown", "'CosQB'", "Did you mean: 'CosQA'"):
@@ -179,7 +159,7 @@ def test_mistakes_are_reported_before_anything_is_run(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
         run_mteb(checkpoint, task(), (3,), tmp_path / "out")
     with raises("mteb.model_name", "mine"):
-        exit_model_metas(checkpoint, model_name="mine")
+        run_mteb(checkpoint, task(), model_name="mine", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -87,10 +87,14 @@ class EmbeddingRetriever(Retriever):
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Embed all texts that are not in the cache yet, longest first, and add them to it."""
-        prompted = dict.fromkeys((self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts))
-        exits = dict.fromkeys(variant.exit_layer for variant in variants)
-        absent = {k: missing for k in exits if (missing := self.cache.missing(self._space(k), prompted))}
+        """Embed all texts that are not in the cache yet, and add them to it."""
+        prompted = [(self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts)]
+        self.embed(prompted, [variant.exit_layer for variant in variants], progress=progress)
+
+    def embed(self, texts: Iterable[Prompted], exit_layers: Iterable[int | None], *, progress: bool = True) -> None:
+        """Embed the (prompt, text) pairs that are not in the cache yet, longest first, at several exits in one pass."""
+        texts = list(dict.fromkeys(texts))
+        absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self._space(k), texts))}
         # A text that is missing at one exit is embedded at all: the pass to the deepest exit computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
@@ -100,11 +104,15 @@ class EmbeddingRetriever(Retriever):
             for exit_layer in absent:
                 self.cache.add(self._space(exit_layer), chunk, embeddings[exit_layer])
 
+    def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
+        """Return the embeddings (N, F) of N (prompt, text) pairs, all of which `embed` has seen, at one exit."""
+        return self.cache.rows(self._space(exit_layer), texts)
+
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
         """Return the cosine similarities of queries and documents, all of which `prepare` has seen."""
-        space, prompt = self._space(variant.exit_layer), self.encoder.prompt
-        asked, answers = ([(prompt(one), one.text) for one in texts] for texts in (queries, documents))
-        return CosineScores(self.cache.rows(space, asked), self.cache.rows(space, answers), variant.dimensions)
+        asked, answers = ([(self.encoder.prompt(one), one.text) for one in texts] for texts in (queries, documents))
+        rows = self.rows(asked, variant.exit_layer), self.rows(answers, variant.exit_layer)
+        return CosineScores(*rows, dimensions=variant.dimensions)
 
     def _space(self, exit_layer: int | None) -> str:
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
