@@ -56,6 +56,7 @@ def test_wheel_and_source_distribution_hold_model_code_weights_recipes_cards_and
         "hub_configs/mose-code/tokenizer.json",
         "hub_configs/mose-code/modules.json",
         "model_cards/model.md.jinja",
+        "data/languages/languages.toml",
         "data/languages/queries/python.scm",
         "demo/page.css",
         "hub/subprocess_check.py",

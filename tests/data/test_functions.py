@@ -254,9 +254,6 @@ def test_each_outermost_function_is_a_text_of_a_corpus_of_functions(tmp_path):
     assert found == {("a", "one.py#L6", "python"): OUTER, ("b", "two.go#L4", "go"): ADD}
     assert corpus.skipped["does not parse"] == 1
     assert corpus.repositories == ("a", "b")
-    assert [file.repository for file in corpus.skip(1)] == ["b"]
-    assert [file.repository for file in corpus.shard(0, 2)] == ["a"]
-    assert list(corpus.skip(1).shard(1, 2)) == []
 
 
 HUB = {

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
 from operator import length_hint
-from typing import Any, Self
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -177,33 +177,21 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
     return [], Counter({"files": 1, "files that crash the parser": 1})
 
 
-class FunctionFiles(SourceReader):
-    """Turns every function in another reader's files, documented or not, into a file whose path ends in `#L{line}`.
+def outer_functions(files: SourceReader) -> SourceReader:
+    """Return a reader of the functions in another reader's files, documented or not: files with paths in `#L{line}`.
 
-    A nested function stays in the function around it. `skip` and `shard` count the other reader's units.
+    A nested function stays in the function around it.
     """
 
-    def __init__(self, files: SourceReader) -> None:
-        super().__init__()
-        self._files = files
-
-    @property
-    def repositories(self) -> tuple[str, ...] | None:
-        return self._files.repositories
-
-    def skip(self, units: int) -> Self:
-        return type(self)(self._files.skip(units))
-
-    def shard(self, index: int, count: int) -> Self:
-        return type(self)(self._files.shard(index, count))
-
-    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+    def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
-        for functions, counts in extract(self._files):
+        for functions, counts in extract(files):
             for reason in _REASONS.keys() & counts.keys():
                 skipped[_REASONS[reason]] += counts[reason]
             yield from functions
-        skipped.update(self._files.skipped)
+        skipped.update(files.skipped)
+
+    return SourceReader(read, files.repositories)
 
 
 _REASONS = {
@@ -242,7 +230,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
 
     Args:
         settings: exactly one source, its options, and optionally `languages`, a list, and `snippets`: `files` (whole,
-            the default) or `functions` (each by itself, see `FunctionFiles`):
+            the default) or `functions` (each by itself, see `outer_functions`):
 
             - `folder: PATH`, with `depth` (levels from PATH down to the repositories);
             - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
@@ -269,7 +257,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
         fault = str(error).rpartition("() ")[2]  # without the name of our function
         raise UserError("data.corpus.options", f"The options of corpus.{kind} do not fit: {fault}.") from error
     files.unicode_names = True
-    return FunctionFiles(files) if snippets == "functions" else files
+    return outer_functions(files) if snippets == "functions" else files
 
 
 # Names of the columns on the Hub (`code_search_net`) and in the authors' JSON lines (github.com/github/CodeSearchNet).

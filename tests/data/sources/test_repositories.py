@@ -1,7 +1,5 @@
 import os
-from collections import Counter
 from importlib import metadata
-from operator import length_hint
 
 import pytest
 
@@ -174,27 +172,6 @@ def test_repositories_may_be_deeper(tmp_path):
         folder_repositories(tmp_path, depth=-1)
 
 
-def test_shards_share_out_every_repository_and_every_count_once(tmp_path):
-    write(tmp_path, {f"{name}/{file}.py": "x" for name in "abcde" for file in "xy"})
-    write(tmp_path, {"a/test_x.py": "x", "b/latin.py": b"\xe9", "only_tests/test_x.py": "x"})
-    whole = folder_repositories(tmp_path)
-    everything, counts = names(whole), whole.skipped
-    for count in (1, 2, 3, 7):
-        shards = [whole.shard(index, count) for index in range(count)]
-        assert sorted(row for shard in shards for row in names(shard)) == everything
-        assert sum((shard.skipped for shard in shards), Counter()) == counts
-        assert sum(map(length_hint, shards)) == length_hint(whole)
-    assert whole.shard(1, 2).repositories == ("b", "d")
-    assert whole.shard(0, 2).shard(1, 2).repositories == ("c",)
-    assert whole.shard(1, 2).skip(1).repositories == whole.skip(2).shard(1, 2).repositories == ("d",)
-    assert names(whole.skip(9)) == []
-    with raises("data.reader.skip", -1):
-        whole.skip(-1)
-    for index, count in ((2, 2), (-1, 2), (0, 0)):
-        with raises("data.reader.shard", index):
-            whole.shard(index, count)
-
-
 def test_an_iteration_that_was_abandoned_does_not_add_to_the_counts_of_the_next(tmp_path):
     write(tmp_path, {"a/a.py": "x", "a/b.py": b"\xe9", "a/c.py": "x"})
     reader = folder_repositories(tmp_path)
@@ -214,9 +191,8 @@ def test_names_outside_unicode_are_escaped_in_a_corpus_of_a_recipe(tmp_path, sni
     (raw,) = names(folder_repositories(tmp_path))
     assert raw == ("r\udcffepository", "caf\udce9.py")
     reader = open_corpus({"folder": str(tmp_path), "snippets": snippets})
-    for one in (reader, reader.skip(0), reader.shard(0, 1)):
-        ((repository, path),) = names(one)
-        assert (repository, path.partition("#")[0]) == (r"r\udcffepository", r"caf\udce9.py")
+    ((repository, path),) = names(reader)
+    assert (repository, path.partition("#")[0]) == (r"r\udcffepository", r"caf\udce9.py")
 
 
 @pytest.mark.parametrize(

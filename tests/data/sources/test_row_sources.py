@@ -74,35 +74,6 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_names_again_and_again(n
     expected = [f"{number}.py" for number in range(90)]
     assert read_paths(reader) == expected
     assert read_paths(reader) == expected
-    assert set(next(iter(reader._rows))) == {"repo", "file", "code", "lang", "terms"}  # no other column is read
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 100])
-def test_shards_share_out_every_row_once(numbered, count):
-    reader = row_repositories(numbered, COLUMNS)
-    shards = [read_paths(reader.shard(index, count)) for index in range(count)]
-    assert sorted(path for shard in shards for path in shard) == sorted(f"{number}.py" for number in range(90))
-
-
-def test_shards_of_many_pieces_read_their_own_only(tmp_path):
-    for number in range(4):
-        write_parquet(tmp_path / f"{number}.parquet", [row(number), row(number)])
-    reader = row_repositories(tmp_path, COLUMNS).shard(1, 2)
-    for number in (0, 2):
-        (tmp_path / f"{number}.parquet").unlink()
-    assert read_paths(reader) == ["1.py", "1.py", "3.py", "3.py"]
-
-
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_a_reader_or_shard_can_start_at_any_row(numbered, count):
-    reader = row_repositories(numbered, COLUMNS)
-    for index in range(count):
-        shard = reader.shard(index, count)
-        rows = read_paths(shard)
-        for units in (0, 6, 7, 13, 20, 64, 65, 90, 200) if count == 1 else (13,):
-            assert read_paths(shard.skip(units)) == rows[units:]
-        assert read_paths(shard.skip(5).skip(8)) == rows[13:]
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
 
 def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
     """Yield the comments before `start` without a blank line between them, the last first."""
-    may_follow = language.gap
+    may_follow = language.gap.encode()
     for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
         first, last = spans[index]
         gap = source.bytes[last:start]

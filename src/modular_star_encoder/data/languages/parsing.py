@@ -215,10 +215,11 @@ def best_parse(code: str, language: str) -> tuple[float, bool]:
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
     best = (1.0, False)
-    opening = grammar.language.opening
+    opening = grammar.language.opening.encode()
     frames = [(b"", b"")]
     if not (opening and body.lstrip().startswith(opening[:2])):
-        frames = [(opening + before, after) for before, after in (*frames, *grammar.language.frames)]
+        own = [(before.encode(), after.encode()) for before, after in grammar.language.frames]
+        frames = [(opening + before, after) for before, after in (*frames, *own)]
     for before, after in frames if body.strip() else ():
         try:
             tree = parse(before + body + after, grammar)

@@ -1,13 +1,14 @@
-"""List the programming languages: one entry for each, with everything that the package knows about it.
+"""Everything that the package knows about each programming language, read from `languages.toml`.
 
-A new language is one more entry of `_ENTRIES` and a query in `queries/NAME.scm`; `queries/README.md` lists the captures
-of a query. Its tree-sitter grammar is a dependency of this package, or is in tree-sitter-language-pack.
+A new language is one more table there and a query in `queries/NAME.scm`; `queries/README.md` lists the captures of a
+query. Its tree-sitter grammar is a dependency of this package, or is in tree-sitter-language-pack.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import PurePath
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 from modular_star_encoder.utils.errors import UserError
@@ -18,35 +19,42 @@ class Language:
     """What the package knows about one language."""
 
     name: str  # ours, in `SEARCH_LANGUAGES`, rows and settings
-    suffixes: tuple[str, ...]  # of its files, with the dot
-    interpreters: tuple[str, ...] = ()  # programs that `#!` names in the first line of a script, without a version
+    suffixes: Sequence[str]  # of its files, with the dot
+    interpreters: Sequence[str] = ()  # programs that `#!` names in the first line of a script, without a version
     query: str = ""  # name of its file in `queries`, without suffix; empty if it is named like the language
     grammar: str = ""  # module of its tree-sitter grammar; empty for the language pack's grammar of this name
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
-    opening: bytes = b""  # what a file must begin with, such as PHP's `<?php`
-    frames: tuple[tuple[bytes, bytes], ...] = ()  # text around a snippet that makes it a file: a method needs a class
+    opening: str = ""  # what a file must begin with, such as PHP's `<?php`
+    frames: Sequence[Sequence[str]] = ()  # text around a snippet that makes it a file: a method needs a class
     has_macros: bool = False  # whether words of the preprocessor may break the syntax
-    keywords: frozenset[str] = frozenset()  # words that error recovery may take for the name of a function
-    definers: frozenset[str] = frozenset()  # words allowed as `@keyword` (trees are parsed without text,
+    keywords: Sequence[str] = ()  # words that error recovery may take for the name of a function
+    definers: Sequence[str] = ()  # words allowed as `@keyword` (trees are parsed without text,
     # so that queries can't hold predicates)
-    dotted_name: Callable[[str], str] = str  # turns a function's name in the tree into its dotted name
+    separator: str = "."  # between the parts of a qualified name
+    has_type_arguments: bool = False  # whether a name may end with them: `Stack<T>`
+    has_member_names: bool = False  # whether a function may be assigned to a member: `Stack.prototype.push`
     has_docstrings: bool = False  # whether documentation is a string inside the function
     line_comment: str = r"\s*//+[!<]*"  # pattern of its marker
     directive: str = r"(?!)"  # pattern that begins a comment for tools, besides the patterns of all languages
     documented_by_blocks: bool = False  # whether only `/** */` documents
-    gap: bytes = rb"\s*"  # pattern of the text allowed between a comment and its function
-    markup: frozenset[str] = frozenset({"html"})  # in comments: `html`, `doxygen`, `rdoc`
-    constructors: frozenset[str] = frozenset()  # names of functions that construct or destroy objects
+    gap: str = r"\s*"  # pattern of the text allowed between a comment and its function
+    markup: Sequence[str] = ("html",)  # in comments: `html`, `doxygen`, `rdoc`
+    constructors: Sequence[str] = ()  # names of functions that construct or destroy objects
     constructors_named_like_class: bool = False
-    special_methods: frozenset[str] = frozenset()  # names to which the language gives a meaning
+    special_methods: Sequence[str] = ()  # names to which the language gives a meaning
     special_method: str = r"(?!)"  # pattern of further such names
     test_folder: str = r"(?!)"  # pattern of folders with tests, besides the patterns of all languages
     test_file: str = r"(?!)"  # pattern of test files, without suffix
 
+    def dotted_name(self, name: str) -> str:
+        """Return a function's or scope's name in the tree with dots between its parts."""
+        if self.has_member_names:
+            return _member_name(name)
+        return (name.partition("<")[0] if self.has_type_arguments else name).replace(self.separator, ".")
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+
+_NO_SCOPE = ("exports", "module", "prototype", "this")
 
 
 def _member_name(text: str) -> str:
@@ -57,205 +65,11 @@ def _member_name(text: str) -> str:
     if not re.fullmatch(r"[\w$#]+(?:\.[\w$#]+)*", text):  # `get("stack").push`
         return text.rpartition(".")[2]
     parts = text.split(".")
-    return ".".join([part for part in parts if part not in _words("exports module prototype this")] or parts[-1:])
+    return ".".join([part for part in parts if part not in _NO_SCOPE] or parts[-1:])
 
 
-_SCRIPT_TEST_FOLDER, _SCRIPT_TEST_FILE = r"__(tests?|mocks|fixtures)__|spec", r".*[.-](test|spec)"
-_CLASS_FRAME = (b"class A {\n", b"\n}")
-_INTERFACE_FRAME = (b"interface A {\n", b"\n}")
-_CAMEL_CASE_TEST = r"Test[A-Z0-9].*|.*[a-z0-9](Tests?|TestCase)"
-_C_KEYWORDS = _words("if else for while switch return do catch sizeof defined")
-_C_GAP = rb'\s*(?:extern\s+"C"\s*)?'
-
-_TYPESCRIPT = Language(
-    name="typescript",
-    suffixes=(".ts", ".mts", ".cts"),
-    documented_by_blocks=True,
-    test_folder=_SCRIPT_TEST_FOLDER,
-    test_file=_SCRIPT_TEST_FILE,
-)
-
-_ENTRIES = (
-    Language(
-        name="python",
-        suffixes=(".py",),
-        interpreters=("python", "pypy"),
-        grammar="tree_sitter_python",
-        frames=((b"if 1:\n", b"\n"),),
-        has_docstrings=True,
-        constructors=_words("__init__ __new__ __del__"),
-        special_method=r"(?=__).*(?<=__)",
-    ),
-    Language(
-        name="javascript",
-        suffixes=(".js", ".mjs", ".cjs", ".jsx"),
-        interpreters=("node",),
-        grammar="tree_sitter_javascript",
-        frames=(_CLASS_FRAME, (b"({\n", b"\n})"), (b"(\n", b"\n)")),
-        dotted_name=_member_name,
-        documented_by_blocks=True,
-        gap=rb"\s*(?:export\s+(?:default\s+)?)?(?:(?:var|let|const)\s+)?",
-        constructors=_words("constructor"),
-        special_methods=_words("toString toLocaleString valueOf"),
-        test_folder=_SCRIPT_TEST_FOLDER,
-        test_file=_SCRIPT_TEST_FILE,
-    ),
-    Language(
-        name="go",
-        suffixes=(".go",),
-        grammar="tree_sitter_go",
-        directive=r"//(?:[a-z0-9]+:[a-z0-9]|export |extern |line |nolint)",
-        markup=frozenset(),
-        special_methods=_words("String GoString Error init main"),
-        test_folder=r"testdata",
-    ),
-    Language(
-        name="java",
-        suffixes=(".java",),
-        grammar="tree_sitter_java",
-        frames=(_CLASS_FRAME, _INTERFACE_FRAME, (b"enum A { B;\n", b"\n}")),
-        documented_by_blocks=True,
-        constructors_named_like_class=True,
-        special_methods=_words("toString hashCode equals clone finalize notify notifyAll"),
-        test_file=_CAMEL_CASE_TEST,
-    ),
-    Language(
-        name="php",
-        suffixes=(".php",),
-        interpreters=("php",),
-        grammar="tree_sitter_php",
-        grammar_function="language_php",
-        opening=b"<?php\n",
-        frames=(_CLASS_FRAME, _INTERFACE_FRAME),
-        documented_by_blocks=True,
-        constructors=_words("__construct __destruct"),
-        special_methods=_words(
-            "__call __callStatic __get __set __isset __unset __sleep __wakeup __serialize __unserialize __toString "
-            "__invoke __set_state __clone __debugInfo"
-        ),
-        test_file=_CAMEL_CASE_TEST,
-    ),
-    Language(
-        name="ruby",
-        suffixes=(".rb",),
-        interpreters=("ruby",),
-        grammar="tree_sitter_ruby",
-        dotted_name=lambda name: name.replace("::", "."),
-        line_comment=r"\s*#+",
-        gap=rb"\s*(?:[a-z]\w*[ \t(]+)?",
-        markup=frozenset({"html", "rdoc"}),
-        constructors=_words("initialize initialize_copy"),
-        special_methods=_words("to_s to_str to_text inspect display dup clone hash eql? equal? between?"),
-        special_method=r"[\W_]*",
-        test_folder=r"spec",
-        test_file=r".*_spec",
-    ),
-    Language(
-        name="c",
-        suffixes=(".c", ".h"),  # C++ uses .h too; see `language_of_text`
-        grammar="tree_sitter_c",
-        has_macros=True,
-        keywords=_C_KEYWORDS,
-        gap=_C_GAP,
-        markup=frozenset({"html", "doxygen"}),
-        special_methods=_words("main"),
-    ),
-    Language(
-        name="cpp",
-        suffixes=(".cc", ".cpp", ".cxx", ".hpp", ".hh", ".hxx"),
-        grammar="tree_sitter_cpp",
-        display_name="c++",
-        frames=((b"class A {\n", b"\n};"),),
-        has_macros=True,
-        keywords=_C_KEYWORDS,
-        dotted_name=lambda name: name.partition("<")[0],
-        gap=_C_GAP,
-        markup=frozenset({"html", "doxygen"}),
-        constructors_named_like_class=True,
-        special_methods=_words("main"),
-        special_method=r"operator(?:[\W\d].*)?",
-    ),
-    _TYPESCRIPT,
-    replace(_TYPESCRIPT, name="tsx", query="typescript", suffixes=(".tsx",)),
-    Language(
-        name="rust",
-        suffixes=(".rs",),
-        line_comment=r"\s*//[/!]?",
-        gap=rb"\s*(?:#\[[^\]]*\]\s*)*",
-        dotted_name=lambda name: name.partition("<")[0],
-    ),
-    Language(
-        name="kotlin",
-        suffixes=(".kt", ".kts"),
-        documented_by_blocks=True,
-        test_file=_CAMEL_CASE_TEST,
-    ),
-    Language(
-        name="scala",
-        suffixes=(".scala", ".sc"),
-        documented_by_blocks=True,
-        test_file=r".*[a-z0-9](Spec|Suite|Test)",
-    ),
-    Language(
-        name="csharp",
-        suffixes=(".cs",),
-        display_name="c#",
-        line_comment=r"\s*///?",
-        test_file=_CAMEL_CASE_TEST,
-    ),
-    Language(
-        name="swift",
-        suffixes=(".swift",),
-        interpreters=("swift",),
-        line_comment=r"\s*///?",
-        test_file=_CAMEL_CASE_TEST,
-    ),
-    Language(
-        name="lua",
-        suffixes=(".lua",),
-        interpreters=("lua", "luajit"),
-        dotted_name=lambda name: name.replace(":", "."),
-        line_comment=r"\s*--+",
-        test_file=r".*_spec",
-    ),
-    Language(
-        name="bash",
-        suffixes=(".sh", ".bash"),
-        interpreters=("bash", "sh", "dash", "ksh", "zsh"),
-        line_comment=r"\s*#+",
-        test_file=r".*_test",
-    ),
-    Language(
-        name="elixir",
-        suffixes=(".ex", ".exs"),
-        interpreters=("elixir",),
-        definers=_words("def defp defmacro defmacrop defguard defdelegate defmodule defprotocol defimpl"),
-        line_comment=r"\s*#+",
-        gap=rb"\s*(?:@(?:doc|spec)\b[^\n]*\s*)*",
-        test_file=r".*_test",
-    ),
-    Language(
-        name="zig",
-        suffixes=(".zig",),
-        line_comment=r"\s*//[/!]?",
-    ),
-    Language(
-        name="haskell",
-        suffixes=(".hs",),
-        line_comment=r"\s*--+ ?[|^]?",
-        test_file=r".*Spec",
-    ),
-    Language(
-        name="sql",
-        suffixes=(".sql",),
-        line_comment=r"\s*--+",
-    ),
-    Language(
-        name="markdown",
-        suffixes=(".md", ".markdown"),
-    ),
-)
-
+_TABLES = tomllib.loads((Path(__file__).parent / "languages.toml").read_text(encoding="utf-8"))
+_ENTRIES = tuple(Language(name=name, **table) for name, table in _TABLES.items())
 _LANGUAGE = {one.name: one for one in _ENTRIES}
 ALL_LANGUAGES = tuple(_LANGUAGE)
 """Our names of all languages."""

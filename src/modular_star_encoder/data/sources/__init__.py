@@ -1,21 +1,17 @@
-"""Readers of source code: `SourceFile`, the one protocol of all readers, and the filters by path and by text.
+"""Readers of source code: `SourceFile`, `SourceReader`, and the filters by path and by text.
 
 The readers are in `repositories` (folders, installed packages, archives) and `dataset_files` (data sets, The Stack v2).
 """
 
 import re
 import string
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from copy import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, Self
 
 from modular_star_encoder.data.languages.registry import language_entry
 from modular_star_encoder.data.sources.decoding import decode_source
-from modular_star_encoder.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,65 +25,33 @@ class SourceFile:
     license: str | None = None  # as the source of the file reports it
 
 
-class SourceReader(ABC):
+class SourceReader:
     """Iterates over the `SourceFile`s of a corpus, in a fixed order, without holding the corpus in memory.
 
-    `skipped` counts the files left out of the last iteration by reason. A corpus is a sequence of *units*: of
-    repositories, or of the rows of a data set. `skip` and `shard` return readers of some of them, so that
-    `reader.shard(index, count).skip(units)` resumes a shard. By default, all languages are read, with `FileFilters()`.
+    `skipped` counts the files left out of the last iteration by reason. `repositories` names the repositories in the
+    order of reading, or is None if they are known only after reading.
     """
 
     unicode_names = False  # whether characters such as `\udcff` in names are escaped, so that every file can hold them
 
-    def __init__(self, units: Iterable[tuple[str, Any]] | None = None) -> None:
-        """`units`: pairs (repository, what to read of it), in order; None if they are known only after reading."""
-        self._units = None if units is None else tuple(units)
-        self._start, self._step = 0, 1
-        self.skipped = self._left_out()
-
-    @property
-    def repositories(self) -> tuple[str, ...] | None:
-        """The repositories' names in the order of reading, or None if they are known only after reading."""
-        return None if self._units is None else tuple(name for name, _ in self._chosen())
+    def __init__(
+        self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
+    ) -> None:
+        """`read` yields the files of one iteration, and adds those that it leaves out to the counter that it gets."""
+        self._read, self.repositories = read, repositories
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[SourceFile]:
         # Each iteration has a counter of its own; an abandoned iteration cannot add to the next one's.
-        self.skipped = skipped = self._left_out()
+        skipped: Counter[str] = Counter()
+        self.skipped = skipped
         for file in self._read(skipped):
             if self.unicode_names:
-                names = {"repository": file.repository, "path": file.path}
-                names = {name: value.encode(errors="backslashreplace").decode() for name, value in names.items()}
-                file = replace(file, **names)
+                repository, path = (
+                    name.encode(errors="backslashreplace").decode() for name in (file.repository, file.path)
+                )
+                file = replace(file, repository=repository, path=path)
             yield file
-
-    @abstractmethod
-    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        """Yield the files of the units `_start`, `_start + _step`, …"""
-
-    def skip(self, units: int) -> Self:
-        """Return a reader without the first `units` repositories or rows; UserError `data.reader.skip` if negative."""
-        if units < 0:
-            raise UserError("data.reader.skip", f"`units` must be 0 or more, not {units}.")
-        return self._window(self._start + units * self._step, self._step)
-
-    def shard(self, index: int, count: int) -> Self:
-        """Return a reader of repositories or rows `index`, `index + count`, …: `count` such readers read all once."""
-        if not 0 <= index < count:
-            raise UserError("data.reader.shard", f"`index` must be from 0 to {count - 1} (`count` - 1), not {index}.")
-        return self._window(self._start + index * self._step, self._step * count)
-
-    def _window(self, start: int, step: int) -> Self:
-        reader = copy(self)
-        reader._start, reader._step = start, step
-        reader.skipped = reader._left_out()
-        return reader
-
-    def _chosen(self) -> tuple[tuple[str, Any], ...]:
-        return (self._units or ())[self._start :: self._step]
-
-    def _left_out(self) -> Counter[str]:
-        """Count, by reason, the files of the chosen repositories that are left out before reading."""
-        return Counter()
 
 
 INSTALL_FOLDERS = {"site-packages", "dist-packages"}
@@ -238,12 +202,8 @@ class FileFilters:
         """Return (text without a byte-order mark, None), or ("", why a file with these bytes is left out)."""
         if len(content) > self.max_bytes:
             return "", "too large"
-        if self.any_encoding:
-            text = decode_source(content)[0]
-            reason = self.reason_by_text(text)
-            return ("", reason) if reason else (text, None)
         try:
-            text = content.decode(encoding).removeprefix("\ufeff")
+            text = decode_source(content)[0] if self.any_encoding else content.decode(encoding).removeprefix("\ufeff")
         except UnicodeDecodeError:
             return "", "not UTF-8" if encoding == "utf-8-sig" else "not in its declared encoding"
         except LookupError:

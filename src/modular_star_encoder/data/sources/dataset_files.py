@@ -13,10 +13,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import PurePath
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import datasets
@@ -30,7 +30,6 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
 _ROWS_PER_BATCH = 16
-_MANY_PIECES = 10  # a shard is then at most a tenth larger than another
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
 _HTTP = ("http", "https")  # for which fsspec would need aiohttp
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -118,68 +117,19 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
     return unpacked
 
 
-class DatasetReader(SourceReader):
-    """Base class of the readers of data sets; the unit of `skip` and `shard` is one row, as `open_rows` reads them."""
-
-    def __init__(
-        self, rows: datasets.IterableDataset, languages: Iterable[str] | None, filters: FileFilters | None
-    ) -> None:
-        super().__init__()
-        self._rows = rows
-        self._languages = check_languages(languages)
-        self._filters = filters or FileFilters()
-
-    def shard(self, index: int, count: int) -> Self:
-        # A shard reads only its own pieces (row groups, files) if they divide evenly, and otherwise all.
-        reader = super().shard(index, count)
-        pieces = self._rows.num_shards
-        even = pieces % count == 0 or pieces >= _MANY_PIECES * count
-        if (self._start, self._step) == (0, 1) and even:
-            reader._rows = self._rows.shard(count, index, contiguous=False)
-            reader._start, reader._step = 0, 1
-        return reader
-
-    def _chosen_rows(self) -> Iterator[dict[str, Any]]:
-        # Whole tables are skipped undecoded. `iter`, unlike `__iter__`, does not divide rows among DataLoader workers.
-        rows = self._rows.skip(self._start).with_format("arrow")
-        next_row = 0
-        for table in rows.iter(batch_size=_ROWS_PER_BATCH):
-            while next_row < len(table):
-                yield table.slice(next_row, 1).to_pylist()[0]
-                next_row += self._step
-            next_row -= len(table)
-
-    def _reason(self, path: PurePath, language: str | None) -> str | None:
-        """Return why the file at `path` of a repository is left out before its text is read, or None."""
-        if language not in self._languages:
-            return "another language"
-        return "hidden or closed folder" if is_closed(path) else self._filters.reason_by_path(path, language or "")
+def _rows_of(rows: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    # `iter`, unlike `__iter__`, does not divide rows among the workers of a DataLoader.
+    for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
+        yield from table.to_pylist()
 
 
-class RowReader(DatasetReader):
-    """Reads a data set with one file per row."""
-
-    def __init__(self, columns: RowColumns, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._columns = columns
-
-    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        columns = self._columns
-        for row in self._chosen_rows():
-            path = PurePath((row[columns.path] or "").lstrip("/"))
-            language = language_named(row[columns.language]) if columns.language else language_of(path)
-            text = (row[columns.text] or "").removeprefix("\ufeff")
-            reason = self._reason(path, language) or self._filters.reason_by_text(text)
-            if reason:
-                skipped[reason] += 1
-                continue
-            license_name = joined_licenses(row[columns.license]) if columns.license else None
-            yield SourceFile(row[columns.repository] or "", path.as_posix(), language or "", text, license_name)
-
-
-def joined_licenses(value: str | Sequence[str] | None) -> str | None:
-    """Join the names of one or several licences into one string; None if there is none."""
-    return value or None if isinstance(value, str) else ", ".join(value or ()) or None
+def _reason_by_path(
+    path: PurePath, language: str | None, languages: tuple[str, ...], filters: FileFilters
+) -> str | None:
+    """Return why the file at `path` of a repository is left out before its text is read, or None."""
+    if language not in languages:
+        return "another language"
+    return "hidden or closed folder" if is_closed(path) else filters.reason_by_path(path, language or "")
 
 
 def row_repositories(
@@ -189,76 +139,38 @@ def row_repositories(
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
     **options: Any,
-) -> RowReader:
-    """Return a reader of a data set with one file per row; its `skip` and `shard` count rows.
+) -> SourceReader:
+    """Return a reader of a data set with one file per row.
 
     `columns` names the data set's columns, by default those of The Stack; `source` and `options`: see `open_rows`.
     """
     columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
-    return RowReader(columns, rows, languages, filters)
+    return SourceReader(partial(_read_rows, rows, columns, check_languages(languages), filters or FileFilters()))
 
 
-class TheStackReader(DatasetReader):
-    """Reads The Stack v2, whose rows list a repository's files, and fetches them; `skip` and `shard` count rows."""
+def _read_rows(
+    rows: datasets.IterableDataset,
+    columns: RowColumns,
+    languages: tuple[str, ...],
+    filters: FileFilters,
+    skipped: Counter[str],
+) -> Iterator[SourceFile]:
+    for row in _rows_of(rows):
+        path = PurePath((row[columns.path] or "").lstrip("/"))
+        language = language_named(row[columns.language]) if columns.language else language_of(path)
+        text = (row[columns.text] or "").removeprefix("\ufeff")
+        reason = _reason_by_path(path, language, languages, filters) or filters.reason_by_text(text)
+        if reason:
+            skipped[reason] += 1
+        else:
+            terms = _joined_licenses(row[columns.license]) if columns.license else None
+            yield SourceFile(row[columns.repository] or "", path.as_posix(), language or "", text, terms)
 
-    def __init__(self, content_url: str, http: Mapping[str, Any], progress: bool, *arguments: Any) -> None:
-        """`content_url` is never shown, as it may hold a signature; `http` are options of `HTTPClient`."""
-        super().__init__(*arguments)
-        self._content_url, self._http, self._progress = content_url, http, progress
 
-    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        fetched = 0
-        files = (file for row in self._chosen_rows() for file in self._wanted(row, skipped))
-        with tqdm(desc="Fetching contents", unit=" files", disable=not self._progress) as bar:
-            for file, encoding, future in self._fetched(files):
-                content, reason, last = _received(future)
-                fetched += not reason
-                text = ""
-                if not reason:
-                    try:
-                        text, reason = self._filters.decode(unpack(content, self._filters.max_bytes), encoding)
-                    except zlib.error:
-                        reason = "damaged content"
-                bar.update()
-                if reason:
-                    skipped[reason] += 1
-                else:
-                    yield SourceFile(file.repository, file.path, file.language, text, file.license)
-                # A wrong URL or missing access should show now, not after a week of skipping.
-                if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched ({last}); check "
-                    raise UserError("data.contents.no_access", f"{message}`content_url` and your access to it.")
-
-    def _wanted(self, row: dict[str, Any], skipped: Counter[str]) -> Iterator[tuple[SourceFile, str, str]]:
-        """Yield (file without its text, blob id, encoding) for each file of a row that is to be fetched."""
-        for record in row["files"] or ():
-            path = PurePath((record["path"] or "").lstrip("/"))
-            language = language_named(record["language"])
-            faults = {
-                "vendored code": record.get("is_vendor") and not self._filters.vendored,
-                "generated code": record.get("is_generated") and not self._filters.generated,
-                "too large": (record.get("length_bytes") or 0) > self._filters.max_bytes,
-                "no valid blob_id": not _BLOB_ID.fullmatch(record["blob_id"] or ""),
-            }
-            reason = self._reason(path, language) or next((fault for fault, found in faults.items() if found), None)
-            if reason:
-                skipped[reason] += 1
-                continue
-            terms = joined_licenses(record.get("detected_licenses")) or record.get("license_type")
-            file = SourceFile(row["repo_name"] or "", path.as_posix(), language or "", "", terms)
-            yield file, record["blob_id"], record.get("src_encoding") or "UTF-8"
-
-    def _fetched(self, files: Iterable[tuple[SourceFile, str, str]]) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
-        """Yield (file, encoding, future of its content) in order; only a few are fetched ahead."""
-        waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
-        with _fetcher(self._content_url, self._http, self._filters.max_bytes + _GZIP_OVERHEAD) as fetch:
-            for file, blob_id, encoding in files:
-                waiting.append((file, encoding, fetch(blob_id)))
-                if len(waiting) > _AHEAD_PER_THREAD * self._http["concurrency"]:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
+def _joined_licenses(value: str | Sequence[str] | None) -> str | None:
+    """Join the names of one or several licences into one string; None if there is none."""
+    return value or None if isinstance(value, str) else ", ".join(value or ()) or None
 
 
 def the_stack_repositories(
@@ -270,7 +182,7 @@ def the_stack_repositories(
     filters: FileFilters | None = None,
     progress: bool = True,
     **options: Any,
-) -> TheStackReader:
+) -> SourceReader:
     """Return a reader of The Stack v2, repository by repository, in the order of its rows.
 
     Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
@@ -279,10 +191,72 @@ def the_stack_repositories(
     Args:
         source, options: see `open_rows`; a source is `"bigcode/the-stack-v2-train-smol-ids"`.
         content_url: an http address or a URL of fsspec, such as `s3://softwareheritage/content/{blob_id}`, which needs
-            `s3fs` and credentials where `s3fs` looks for them.
+            `s3fs` and credentials where `s3fs` looks for them. It is never shown, because it may hold a signature.
         http: `concurrency` for every protocol; also `attempts`, `pause` and `timeout` for http (see `HTTPClient`).
     """
     http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
     _check_contents(content_url, http)
     rows = open_rows(source, columns=("repo_name", "files"), **options)
-    return TheStackReader(content_url, http, progress, rows, languages, filters)
+    chosen, filters = check_languages(languages), filters or FileFilters()
+
+    def read(skipped: Counter[str]) -> Iterator[SourceFile]:
+        fetched = 0
+        wanted = (one for row in _rows_of(rows) for one in _wanted_files(row, chosen, filters, skipped))
+        fetching = _fetched(wanted, content_url, http, filters.max_bytes + _GZIP_OVERHEAD)
+        with tqdm(desc="Fetching contents", unit=" files", disable=not progress) as bar:
+            for file, encoding, future in fetching:
+                content, reason, last = _received(future)
+                fetched += not reason
+                text = ""
+                if not reason:
+                    try:
+                        text, reason = filters.decode(unpack(content, filters.max_bytes), encoding)
+                    except zlib.error:
+                        reason = "damaged content"
+                bar.update()
+                if reason:
+                    skipped[reason] += 1
+                else:
+                    yield replace(file, text=text)
+                # A wrong URL or missing access should show now, not after a week of skipping.
+                if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
+                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched ({last}); check "
+                    raise UserError("data.contents.no_access", f"{message}`content_url` and your access to it.")
+
+    return SourceReader(read)
+
+
+def _wanted_files(
+    row: dict[str, Any], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
+) -> Iterator[tuple[SourceFile, str, str]]:
+    """Yield (file without its text, blob id, encoding) for each file of a row that is to be fetched."""
+    for record in row["files"] or ():
+        path = PurePath((record["path"] or "").lstrip("/"))
+        language = language_named(record["language"])
+        faults = {
+            "vendored code": record.get("is_vendor") and not filters.vendored,
+            "generated code": record.get("is_generated") and not filters.generated,
+            "too large": (record.get("length_bytes") or 0) > filters.max_bytes,
+            "no valid blob_id": not _BLOB_ID.fullmatch(record["blob_id"] or ""),
+        }
+        reason = _reason_by_path(path, language, languages, filters)
+        reason = reason or next((fault for fault, found in faults.items() if found), None)
+        if reason:
+            skipped[reason] += 1
+            continue
+        terms = _joined_licenses(record.get("detected_licenses")) or record.get("license_type")
+        file = SourceFile(row["repo_name"] or "", path.as_posix(), language or "", "", terms)
+        yield file, record["blob_id"], record.get("src_encoding") or "UTF-8"
+
+
+def _fetched(
+    files: Iterable[tuple[SourceFile, str, str]], url: str, http: Mapping[str, Any], max_bytes: int
+) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
+    """Yield (file, encoding, future of its content) in order; only a few are fetched ahead."""
+    waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
+    with _fetcher(url, http, max_bytes) as fetch:
+        for file, blob_id, encoding in files:
+            waiting.append((file, encoding, fetch(blob_id)))
+            if len(waiting) > _AHEAD_PER_THREAD * http["concurrency"]:
+                yield waiting.popleft()
+        yield from waiting

@@ -16,9 +16,8 @@ import sysconfig
 import tarfile
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
@@ -40,91 +39,59 @@ OWN_DISTRIBUTION = "modular-star-encoder"
 CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__.py")
 
 
-@dataclass(slots=True)
-class _Repository:
-    """The files to read of one repository, and (path, reason) for each file that is left out before reading."""
-
-    files: list["_File"] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, file: "_File", filters: FileFilters, inside: str = "", reason: str | None = None) -> None:
-        """Add a file to `files`, or to `left_out` with the reason; `inside` is the repository's folder."""
-        path = PurePath(file.path)
-        # A path that climbs out of site-packages is a script or a data file; `__editable__` files are import hooks.
-        if ".." in path.parts or path.name.startswith("__editable__"):
-            return
-        file = file._replace(path=path.relative_to(inside).as_posix())
-        if reason := reason or filters.reason_by_path(path, file.language):
-            self.left_out.append((file.path, reason))
-        else:
-            self.files.append(file)
-
-
 class _File(NamedTuple):
-    """A file to read; `path` is relative to the searched folder at first, and then to the repository's folder."""
+    """A file to read; `path` is relative to the folder of the repository."""
 
+    repository: str
     path: str
     location: Path
     language: str
 
 
+_Found = Iterable[tuple[_File, str | None]]
+"""Files, each with the reason why it is left out before reading, or None."""
+
+
 class FileReader(SourceReader):
-    """Reads files of this machine; `skip` and `shard` count the repositories with a file to read, sorted by name.
+    """Reads files of this machine in the order of repository and path.
 
     `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
     last iteration read as Latin-1, because they are not UTF-8.
     Files whose path and location `is_known` accepts are left out without being read or counted.
     """
 
-    def __init__(self, repositories: dict[str, _Repository], filters: FileFilters) -> None:
+    def __init__(self, found: _Found, filters: FileFilters) -> None:
         self._filters = filters
-        self.skipped_files: list[tuple[str, str]] = []
-        self.guessed_files: list[str] = []
-        units = [(name, one) for name, one in sorted(repositories.items()) if one.files]
-        units = units or sorted(repositories.items())[:1]
-        for one in repositories.values():  # the counts of all shards add up to the counts of the whole
-            if not one.files and one is not units[0][1]:
-                units[0][1].left_out += one.left_out
-        for _, one in units:
-            one.files.sort()
-        super().__init__(units)
+        self._files: list[_File] = []
+        self._left_out: list[tuple[str, str]] = []
+        for file, reason in found:
+            if reason:
+                self._left_out.append((file.path, reason))
+            else:
+                self._files.append(file)
+        self._files.sort()
+        self.skipped_files, self.guessed_files = list(self._left_out), list[str]()
         self.is_known: Callable[[str, Path], bool] | None = None
+        super().__init__(self._read_files, tuple(dict.fromkeys(file.repository for file in self._files)))
 
-    def _left_out(self) -> Counter[str]:
-        return Counter(reason for _, one in self._chosen() for _, reason in one.left_out)
-
-    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        self.skipped_files = files = [left_out for _, one in self._chosen() for left_out in one.left_out]
-        self.guessed_files = guessed = []
-        for repository, one in self._chosen():
-            for path, location, language in one.files:
-                if self.is_known is not None and self.is_known(path, location):
-                    continue
-                content, reason = self._content(location)
-                text, reason = ("", reason) if reason else self._filters.decode(content)
-                if reason:
-                    skipped[reason] += 1
-                    files.append((path, reason))
-                    continue
-                if self._filters.any_encoding and not content.isascii() and decode_source(content)[1] is None:
-                    guessed.append(path)
-                yield SourceFile(repository, path, language, text)
-
-    def _content(self, location: Path) -> tuple[bytes, str | None]:
-        """Return (bytes, None), or (b"", why the file is not read)."""
-        try:
-            status = location.stat()
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be read for ever
-                return b"", "unreadable"
-            if status.st_size > self._filters.max_bytes:
-                return b"", "too large"
-            with location.open("rb") as file:
-                return file.read(self._filters.max_bytes + 1), None  # it may have grown since
-        except OSError:
-            return b"", "unreadable"
+    def _read_files(self, skipped: Counter[str]) -> Iterator[SourceFile]:
+        skipped.update(reason for _, reason in self._left_out)
+        self.skipped_files, self.guessed_files = files, guessed = list(self._left_out), list[str]()
+        for repository, path, location, language in self._files:
+            if self.is_known is not None and self.is_known(path, location):
+                continue
+            content = _beginning(location, self._filters.max_bytes + 1)
+            text, reason = ("", "unreadable") if content is None else self._filters.decode(content)
+            if reason:
+                skipped[reason] += 1
+                files.append((path, reason))
+                continue
+            if content and self._filters.any_encoding and not content.isascii() and decode_source(content)[1] is None:
+                guessed.append(path)
+            yield SourceFile(repository, path, language, text)
 
     def __length_hint__(self) -> int:
-        return sum(len(one.files) for _, one in self._chosen())
+        return len(self._files)
 
 
 def installed_repositories(
@@ -142,20 +109,21 @@ def installed_repositories(
     excluded = [exclude] if isinstance(exclude, str) else exclude
     seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
-    repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
+    found: list[_File] = []
     for distribution in metadata.distributions():
         name = _normalised_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
         if name and name not in seen:
             seen.add(name)
             for file in distribution.files or []:
-                if (language := language_of(file)) in chosen:
-                    found = _File(file.as_posix(), Path(str(distribution.locate_file(file))), str(language))
-                    repositories[name].add(found, filters)
+                # A path that climbs out of site-packages is a script or a data file; `__editable__` is an import hook.
+                is_inside = ".." not in file.parts and not file.name.startswith("__editable__")
+                if is_inside and (language := language_of(file)) in chosen:
+                    found.append(_File(name, file.as_posix(), Path(str(distribution.locate_file(file))), str(language)))
     if STANDARD_LIBRARY not in seen:
-        for found, _ in _source_files(Path(sysconfig.get_path("stdlib")), chosen):
-            repositories[STANDARD_LIBRARY].add(found, filters)
-    return FileReader(repositories, filters)
+        library = _source_files(Path(sysconfig.get_path("stdlib")), chosen)
+        found += [file._replace(repository=STANDARD_LIBRARY) for file, _ in library]
+    return FileReader(((file, filters.reason_by_path(PurePath(file.path), file.language)) for file in found), filters)
 
 
 def folder_repositories(
@@ -184,18 +152,24 @@ def folder_repositories(
     elif depth < 0:
         raise UserError("data.folder.depth", f"`depth` must be 0 or more, not {depth}.")
     chosen, filters = check_languages(languages), filters or FileFilters()
-    repositories: defaultdict[str, _Repository] = defaultdict(_Repository)
-    for file, reason in _source_files(root, set(chosen), obey_ignore_files):
-        name = "/".join(PurePath(file.path).parts[:-1][:depth]) if depth else root.name
-        # Filters see the whole path, so that a folder `tests` next to the sources is not a repository.
-        repositories[name or "."].add(file, filters, inside=name if depth else "", reason=reason)
-    if not may_be_empty and not any(one.files for one in repositories.values()):
-        left_out = Counter(reason for one in repositories.values() for _, reason in one.left_out)
+
+    def found() -> _Found:
+        for file, reason in _source_files(root, set(chosen), obey_ignore_files):
+            path = PurePath(file.path)
+            name = "/".join(path.parts[:-1][:depth]) if depth else root.name
+            own_path = path.relative_to(name).as_posix() if depth else file.path
+            # Filters see the whole path, so that a folder `tests` next to the sources is not a repository.
+            reason = reason or filters.reason_by_path(path, file.language)
+            yield file._replace(repository=name or ".", path=own_path), reason
+
+    reader = FileReader(found(), filters)
+    if not may_be_empty and not reader.repositories:
+        left_out = Counter(reason for _, reason in reader.skipped_files)
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
         what = chosen[0].capitalize() if len(chosen) == 1 else "source"
         message = f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}."
         raise UserError("data.source.no_files", message)
-    return FileReader(repositories, filters)
+    return reader
 
 
 def _normalised_name(name: str) -> str:
@@ -228,22 +202,29 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
             is_link = os.path.islink(location)
             if obey or not is_link:
                 path = location.relative_to(root).as_posix()
-                yield _File(path, location, str(language)), "symbolic link" if is_link else None
+                yield _File("", path, location, str(language)), "symbolic link" if is_link else None
     for error in closed if obey else ():
-        yield _File(Path(error.filename).relative_to(root).as_posix(), Path(error.filename), ""), "unreadable folder"
+        location = Path(error.filename)
+        yield _File("", location.relative_to(root).as_posix(), location, ""), "unreadable folder"
 
 
 def _language_of_script(location: Path) -> str | None:
     """Return the language that the first line of a file without a suffix names, or None."""
-    if location.suffix or location.name.startswith("."):
+    if location.suffix or location.name.startswith(".") or os.path.islink(location):
         return None
+    beginning = _beginning(location, _SHEBANG_BYTES)
+    return language_of_script(beginning) if beginning else None
+
+
+def _beginning(location: Path, size: int) -> bytes | None:
+    """Return the first `size` bytes of a file; None if it can't be read or is a pipe, which would be read for ever."""
     try:
-        if not stat.S_ISREG(location.lstat().st_mode):
-            return None
-        with location.open("rb") as file:
-            return language_of_script(file.read(_SHEBANG_BYTES))
+        if stat.S_ISREG(location.stat().st_mode):
+            with location.open("rb") as file:
+                return file.read(size)
     except OSError:
-        return None
+        pass
+    return None
 
 
 _SHEBANG_BYTES = 128
@@ -268,12 +249,9 @@ BROKEN_ARCHIVE = (*_PLAIN_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZ
 _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArchiveLimits:
-    """Limits how much of one archive is read."""
-
-    max_members: int = 200_000  # later members are not read
-    max_bytes: int = 8_000_000_000  # unpacked; in a zip, only of the members that are read
+# How much of one archive is read.
+MAX_ARCHIVE_MEMBERS = 200_000
+MAX_ARCHIVE_BYTES = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 
 
 class ArchiveLimitError(Exception):
@@ -302,14 +280,14 @@ class Member(NamedTuple):
     read: Callable[[int], bytes]
 
 
-def archive_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
+def archive_members(location: Path) -> Iterator[Member]:
     """Yield the members of an archive in their order; each can be read until the next is requested.
 
     Raises ArchiveLimitError beyond a limit, and an error of BROKEN_ARCHIVE if the archive is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
-    budget = _Budget(limits.max_members, _TOO_MANY)
-    for member in members(location, limits):
+    budget = _Budget(MAX_ARCHIVE_MEMBERS, _TOO_MANY)
+    for member in members(location):
         budget.spend(1)
         yield member
 
@@ -333,8 +311,8 @@ class _LimitedFile:
         return getattr(self._file, name)
 
 
-def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
-    unpacked = _Budget(limits.max_bytes, _TOO_LARGE)
+def _zip_members(location: Path) -> Iterator[Member]:
+    unpacked = _Budget(MAX_ARCHIVE_BYTES, _TOO_LARGE)
 
     def read(info: zipfile.ZipInfo, size: int) -> bytes:
         with archive.open(info) as file:
@@ -344,7 +322,7 @@ def _zip_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
 
     with location.open("rb") as file:
         # zipfile reads the whole directory at once.
-        raw: Any = _LimitedFile(file, _Budget(limits.max_members * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY))
+        raw: Any = _LimitedFile(file, _Budget(MAX_ARCHIVE_MEMBERS * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY))
         with zipfile.ZipFile(raw) as archive:
             raw.budget = None
             for info in archive.infolist():
@@ -364,10 +342,10 @@ class _TarInfo(tarfile.TarInfo):
         return info
 
 
-def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
+def _tar_members(location: Path) -> Iterator[Member]:
     opener = TAR_OPENERS[_archive_suffix(location)]
     with location.open("rb") as raw, opener(raw) as unpacked:
-        file: Any = _LimitedFile(unpacked, _Budget(limits.max_bytes, _TOO_LARGE))
+        file: Any = _LimitedFile(unpacked, _Budget(MAX_ARCHIVE_BYTES, _TOO_LARGE))
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
@@ -376,66 +354,12 @@ def _tar_members(location: Path, limits: ArchiveLimits) -> Iterator[Member]:
                 yield Member(info.name, kind, info.size, content.read if content else bytes)
 
 
-class ArchiveReader(SourceReader):
-    """Reads archives; each is one repository; `skip` and `shard` count them, sorted by name."""
-
-    def __init__(
-        self,
-        archives: Iterable[tuple[str, Path]],
-        languages: tuple[str, ...],
-        filters: FileFilters,
-        limits: ArchiveLimits,
-    ) -> None:
-        super().__init__(sorted(archives))
-        self._languages, self._filters, self._limits = languages, filters, limits
-
-    def _read(self, skipped: Counter[str]) -> Iterator[SourceFile]:
-        for repository, location in self._chosen():
-            try:
-                for member in archive_members(location, self._limits):
-                    path = PurePath(member.name)
-                    text, reason = self._text(member, path)
-                    if reason:
-                        skipped[reason] += 1
-                    elif text:
-                        yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
-            except ArchiveLimitError as reason:
-                skipped[str(reason)] += 1
-            except BROKEN_ARCHIVE:
-                skipped["rest of a damaged archive"] += 1
-
-    def _text(self, member: Member, path: PurePath) -> tuple[str, str | None]:
-        """Return (text, None) or ("", why a member is left out), or ("", None) if it is not a source file."""
-        if member.kind == "folder":
-            return "", None
-        if member.kind == "other":
-            return "", "link or device"
-        # The path is absolute or climbs out of the archive, on this system or on Windows.
-        windows = PureWindowsPath(member.name)
-        if windows.anchor or ".." in windows.parts or "\0" in member.name:
-            return "", "unsafe path"
-        language = language_of(path)
-        if language not in self._languages or is_closed(path):
-            return "", None
-        if reason := self._filters.reason_by_path(path, language):
-            return "", reason
-        if member.size > self._filters.max_bytes:
-            return "", "too large"
-        try:
-            # One byte more than allowed: the size that an archive declares may be wrong.
-            content = member.read(self._filters.max_bytes + 1)
-        except BROKEN_ARCHIVE:  # an encrypted or damaged member; the next may be readable
-            return "", "unreadable"
-        return self._filters.decode(content)
-
-
 def archive_repositories(
     source: str | os.PathLike[str],
     *,
     languages: Iterable[str] | None = None,
     filters: FileFilters | None = None,
-    limits: ArchiveLimits | None = None,
-) -> ArchiveReader:
+) -> SourceReader:
     """Return a reader of one archive, or of all archives (files with one of `ARCHIVE_SUFFIXES`) under a folder.
 
     Each archive is a repository, named by its path in the folder, without the suffix. Symbolic links are not followed.
@@ -451,5 +375,51 @@ def archive_repositories(
         raise UserError("data.source.no_files", f"{message}the suffixes {', '.join(ARCHIVE_SUFFIXES)}.")
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())
-    archives = [(name if counts[short[name]] > 1 else short[name], path) for name, path in found.items()]
-    return ArchiveReader(archives, check_languages(languages), filters or FileFilters(), limits or ArchiveLimits())
+    archives = sorted((name if counts[short[name]] > 1 else short[name], path) for name, path in found.items())
+    read = partial(_read_archives, archives, check_languages(languages), filters or FileFilters())
+    return SourceReader(read, tuple(name for name, _ in archives))
+
+
+def _read_archives(
+    archives: list[tuple[str, Path]], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
+) -> Iterator[SourceFile]:
+    for repository, location in archives:
+        try:
+            for member in archive_members(location):
+                path = PurePath(member.name)
+                text, reason = _member_text(member, path, languages, filters)
+                if reason:
+                    skipped[reason] += 1
+                elif text:
+                    yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
+        except ArchiveLimitError as reason:
+            skipped[str(reason)] += 1
+        except BROKEN_ARCHIVE:
+            skipped["rest of a damaged archive"] += 1
+
+
+def _member_text(
+    member: Member, path: PurePath, languages: tuple[str, ...], filters: FileFilters
+) -> tuple[str, str | None]:
+    """Return (text, None) or ("", why a member is left out), or ("", None) if it is not a source file."""
+    if member.kind == "folder":
+        return "", None
+    if member.kind == "other":
+        return "", "link or device"
+    # The path is absolute or climbs out of the archive, on this system or on Windows.
+    windows = PureWindowsPath(member.name)
+    if windows.anchor or ".." in windows.parts or "\0" in member.name:
+        return "", "unsafe path"
+    language = language_of(path)
+    if language not in languages or is_closed(path):
+        return "", None
+    if reason := filters.reason_by_path(path, language):
+        return "", reason
+    if member.size > filters.max_bytes:
+        return "", "too large"
+    try:
+        # One byte more than allowed: the size that an archive declares may be wrong.
+        content = member.read(filters.max_bytes + 1)
+    except BROKEN_ARCHIVE:  # an encrypted or damaged member; the next may be readable
+        return "", "unreadable"
+    return filters.decode(content)
