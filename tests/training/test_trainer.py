@@ -62,7 +62,7 @@ def total(log, name="clip_loss", prefix=""):
 
 
 def test_rotation_trains_the_deepest_exit_and_each_other_in_its_turn(tmp_path):
-    trainer, seen = make_trainer(tmp_path, logging_steps=4, rotate_shallow_exits=True), []
+    trainer, seen = make_trainer(tmp_path, logging_steps=4, exit_schedule="rotate"), []
     objective = trainer.objective
     trainer.objective = lambda model, batch, exits: seen.append(exits) or objective(model, batch, exits)
     trainer.train()
@@ -70,6 +70,78 @@ def test_rotation_trains_the_deepest_exit_and_each_other_in_its_turn(tmp_path):
     log = trainer.state.log_history[0]
     shallow = (total(log) - log["clip_loss_exit_4"]) / 2
     assert log["loss"] == pytest.approx(shallow + log["clip_loss_exit_4"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trained"),
+    [("alternate", [(4,), EXIT_LAYERS, (4,), EXIT_LAYERS]), ("deepest_first", [(4,), (4,), EXIT_LAYERS, EXIT_LAYERS])],
+)
+def test_schedules_train_the_deepest_exit_alone_in_some_steps(tmp_path, schedule, trained):
+    trainer, seen = make_trainer(tmp_path, exit_schedule=schedule), []
+    objective = trainer.objective
+    trainer.objective = lambda model, batch, exits: seen.append(exits) or objective(model, batch, exits)
+    trainer.train()
+    assert seen == trained
+
+
+def trained_weights(folder, **changes):
+    trainer = make_trainer(folder, with_dropout(0.0), max_steps=2, learning_rate=1e-2, **changes)
+    trainer.train()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_detached_exits_train_their_heads_and_leave_the_trunk_to_the_deepest(tmp_path):
+    plain = {"exit_weights": "uniform", "max_grad_norm": 0.0}
+    alone = trained_weights(tmp_path, **{**plain, "exit_weights": [0, 0, 1]})
+    detached, joint = (trained_weights(tmp_path, detach_shallow_exits=value, **plain) for value in (True, False))
+    trunk = [name for name in alone if not name.startswith("projection_heads")]
+    for name in trunk:
+        torch.testing.assert_close(detached[name], alone[name])
+    assert not all(torch.allclose(joint[name], alone[name]) for name in trunk)
+    start = with_dropout(0.0).state_dict()
+    assert not torch.allclose(detached["projection_heads.1.dense.weight"], start["projection_heads.1.dense.weight"])
+
+
+def test_shared_heads_stay_equal(tmp_path):
+    found = trained_weights(tmp_path, share_heads=True)
+    own = trained_weights(tmp_path)
+    for name in ("dense.weight", "out_proj.bias"):
+        shared = [found[f"projection_heads.{exit_layer}.{name}"] for exit_layer in EXIT_LAYERS]
+        assert all(torch.equal(one, shared[0]) for one in shared)
+        assert not torch.allclose(own[f"projection_heads.1.{name}"], own[f"projection_heads.4.{name}"])
+    assert not torch.allclose(found["projection_heads.4.dense.weight"], own["projection_heads.4.dense.weight"])
+
+
+def test_geometric_weights_train_the_logarithm_of_each_loss(tmp_path):
+    trainer = make_trainer(tmp_path, with_dropout(0.0), max_steps=1, logging_steps=1, exit_weights="geometric")
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model.train(), batch)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    trainer.objective(trainer.model, batch, EXIT_LAYERS).losses.log().sum().backward()
+    assert loss.item() == pytest.approx(len(EXIT_LAYERS), rel=1e-5)
+    for name, p in trainer.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad)
+
+
+def test_cosines_between_the_exits_gradients_are_logged_by_layer(tmp_path):
+    settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "log_gradient_norms": True}
+    trainer = make_trainer(tmp_path, with_dropout(0.0), **settings)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # Layers 3 and 4 belong to the deepest exit alone.
+    assert {name for name in log if "cosine_layer" in name} == {f"gradient_cosine_layer_{layer}" for layer in (0, 1, 2)}
+    batch = next(iter(trainer.get_train_dataloader()))
+    gradients = []
+    for exit_layer in (2, 4):
+        trainer.model.zero_grad()
+        trainer.objective(trainer.model, batch, (exit_layer,)).losses.sum().backward()
+        layer = trainer.model.model.layers[1]
+        gradients.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
+    expected = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    assert log["gradient_cosine_layer_2"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -214,8 +286,9 @@ def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "own", "key"),
     [
+        ({}, {"exit_schedule": "sometimes"}, "training.exit_schedule"),
         ({"mini_batch_tokens": 8}, {"log_gradient_norms": True}, "training.log_gradient_norms.cached"),
-        ({"teacher": "next_deeper", "distillation_weight": 1}, {"rotate_shallow_exits": True}, "contrastive.rotation"),
+        ({"teacher": "next_deeper", "distillation_weight": 1}, {"exit_schedule": "rotate"}, "contrastive.rotation"),
     ],
 )
 def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_path, settings, own, key):
@@ -225,7 +298,7 @@ def test_settings_that_do_not_fit_the_trainer_are_refused_before_training(tmp_pa
 
 def test_exits_with_sizes_of_their_own_may_be_trained_in_turn(tmp_path):
     settings = {"dimensions": {1: [4], 4: [8, 16]}, "mini_batch_tokens": 16}
-    trainer = trainer_of(tiny_model(), tmp_path, settings, rotate_shallow_exits=True)
+    trainer = trainer_of(tiny_model(), tmp_path, settings, exit_schedule="rotate")
     trainer.train()
     assert "clip_loss_exit_1" in trainer.state.log_history[0]
     assert "clip_loss_exit_2" in trainer.state.log_history[1]

@@ -108,7 +108,7 @@ class ContrastiveSettings:
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
             if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                message = f"{name}={getattr(self, name)!r} does not work with rotate_shallow_exits; set it to deepest."
+                message = f"{name}={getattr(self, name)!r} does not work with exit_schedule; set it to deepest."
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:

@@ -49,7 +49,9 @@ def exit_weights(
     Args:
         weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
             i/36), and 1 at exit 0, which the paper does not have; `"uniform"`: 1 for every exit; `"linear"`: j/E for
-            the j-th of E exits, whatever their depths; or one non-negative number per exit.
+            the j-th of E exits, whatever their depths; `"geometric"`: 1, and the trainer divides each loss by its
+            current value, so that exits weigh equally however large their losses are (the gradient of the logarithm of
+            their geometric mean, times E: arXiv 1904.08492); or one non-negative number per exit.
         exit_layers: the exits, shallowest first.
         depth: layers of the full model (for a slice: of its parent); 0 counts as 1.
         normalize: divide by the sum, so that the total has the size of one loss.
@@ -59,7 +61,7 @@ def exit_weights(
     """
     if weighting == "paper":
         weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])
-    elif weighting == "uniform":
+    elif weighting in ("uniform", "geometric"):
         weights = torch.ones(len(exit_layers))
     elif weighting == "linear":
         weights = torch.arange(1, len(exit_layers) + 1) / len(exit_layers)
@@ -71,8 +73,8 @@ def exit_weights(
         if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
             raise UserError(
                 "exit_weights",
-                f"exit_weights={weighting!r} must be paper, uniform, linear, or {len(exit_layers)} non-negative "
-                f"numbers (not all 0), one for each of the exits {', '.join(map(str, exit_layers))}.",
+                f"exit_weights={weighting!r} must be paper, uniform, linear, geometric, or {len(exit_layers)} "
+                f"non-negative numbers (not all 0), one for each of the exits {', '.join(map(str, exit_layers))}.",
             )
     return weights / weights.sum() if normalize else weights
 

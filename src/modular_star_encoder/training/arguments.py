@@ -10,37 +10,50 @@ from transformers import TrainingArguments
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import Int, NonNegative
 
+EXIT_SCHEDULES = ("all", "rotate", "alternate", "deepest_first")
+
 
 @dataclass
 class MultiExitTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
-        exit_weights: weights of the exits' losses: `"paper"` (i/depth), `"uniform"`, `"linear"`, or a list of one
-            number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
+        exit_weights: weights of the exits' losses: `"paper"` (i/depth), `"uniform"`, `"linear"`, `"geometric"`, or a
+            list of one number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the weights by their sum.
-        rotate_shallow_exits: train the deepest exit and, in turn, one of the others in each step, instead of all.
+        exit_schedule: which exits a step trains: `"all"`; `"rotate"`, the deepest and, in turn, one of the others;
+            `"alternate"`, the deepest alone and all in turn (BERxiT, Xin et al., EACL 2021); `"deepest_first"`, the
+            deepest alone in the first half of all steps, then all (the mixed regime of arXiv 2407.14320).
+        detach_shallow_exits: the losses of all exits but the deepest train their heads alone, not the trunk (the second
+            stage of DeeBERT, arXiv 2004.12993, at the same time as the first). Models with projection heads only.
+        share_heads: all exits have the deepest exit's projection head: equal weights at the start, trained by the sum
+            of the exits' gradients.
         ema_decay: decay of an exponential moving average of the weights, which the saved model has in place of the last
             step's weights; 0 for none. Not under FSDP.
         log_gradient_norms: add `gradient_norm_exit_{layer}` to every log line: the norm of the trunk's gradient from
-            this exit's weighted loss. A logged step runs one more backward pass per exit. Not under FSDP.
+            this exit's weighted loss; and `gradient_cosine_layer_{number}`, the mean cosine of any two exits' gradients
+            on that layer (0: token embeddings): below 0 they conflict. A logged step runs one more backward pass per
+            exit. Not under FSDP.
         milestones: steps at which the learning rate falls to the next of `fractions`, in place of `lr_scheduler_type`;
             see `rate_fraction`.
         fractions: fractions of the peak learning rate, one per milestone.
 
     Raises:
-        UserError: `milestones` and `fractions` do not fit each other (`training.schedule`).
+        UserError: `milestones` and `fractions` do not fit each other (`training.schedule`), or `exit_schedule` is
+            unknown (`training.exit_schedule`).
         ValueError: as `transformers.TrainingArguments`.
 
     Example:
         >>> arguments = MultiExitTrainingArguments("runs/example", exit_weights="uniform", use_cpu=True)
-        >>> arguments.exit_weights, arguments.rotate_shallow_exits
-        ('uniform', False)
+        >>> arguments.exit_weights, arguments.exit_schedule
+        ('uniform', 'all')
     """
 
     exit_weights: str | list[float] = field(default="paper", metadata={"help": "weights of the exits' losses"})
     normalize_exit_weights: bool = field(default=False, metadata={"help": "divide exit_weights by their sum"})
-    rotate_shallow_exits: bool = field(default=False, metadata={"help": "train one shallow exit per step, in turn"})
+    exit_schedule: str = field(default="all", metadata={"help": "which exits a step trains"})
+    detach_shallow_exits: bool = field(default=False, metadata={"help": "shallow exits do not train the trunk"})
+    share_heads: bool = field(default=False, metadata={"help": "one projection head for all exits"})
     ema_decay: float = field(default=0.0, metadata={"help": "decay of the average of the weights"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log each exit's gradient norm on the trunk"})
     milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the rate falls"})
@@ -63,6 +76,9 @@ class MultiExitTrainingArguments(TrainingArguments):
         if not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
             message = f"ema_decay={self.ema_decay} must be at least 0 and below 1, and with fsdp it must be 0."
             raise UserError("training.ema_decay", message)
+        if self.exit_schedule not in EXIT_SCHEDULES:
+            message = f"exit_schedule={self.exit_schedule!r} must be one of {', '.join(EXIT_SCHEDULES)}."
+            raise UserError("training.exit_schedule", message)
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:

@@ -150,7 +150,7 @@ def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> runs.Preflight:
     """Estimate the size of a run (see `preflight`); heads run once per trained exit, at masked tokens only."""
-    exits = 2 if recipe.training["rotate_shallow_exits"] else len(model.config.exit_layers)
+    exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return runs.preflight(
         model,

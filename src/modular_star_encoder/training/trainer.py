@@ -53,7 +53,7 @@ class MultiExitTrainer(Trainer):
 
     Raises:
         UserError: the model does not have these exits, the weights do not fit them, or the objective does not fit the
-            model, `rotate_shallow_exits` or `log_gradient_norms`.
+            model, `exit_schedule`, `detach_shallow_exits` or `log_gradient_norms`.
 
     Example:
         >>> import tempfile
@@ -84,18 +84,28 @@ class MultiExitTrainer(Trainer):
         self.evaluator = evaluator
         if evaluator is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # `Trainer` would not evaluate without one
-        self.rotate_shallow_exits = _option(args, "rotate_shallow_exits")
+        self.exit_schedule = _option(args, "exit_schedule")
         self.log_gradient_norms = _option(args, "log_gradient_norms")
         self.objective: Objective = objective
         config: Any = model.config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.exit_weights = check_objective(objective, args, config, self.exit_layers)
         self._gathered: dict[str, list[torch.Tensor]] = {}
-        if self.rotate_shallow_exits and args.ddp_find_unused_parameters is None:
+        if self.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
         # Losses are means over the batch already: Trainer must divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        if _option(args, "detach_shallow_exits") or _option(args, "share_heads"):
+            heads = getattr(_bare(model), "projection_heads", None)
+            if heads is None:
+                message = "detach_shallow_exits and share_heads need a model with projection heads."
+                raise UserError("training.heads", message)
+            own = [heads[str(exit_layer)] for exit_layer in self.exit_layers]
+            if _option(args, "share_heads"):
+                self.add_callback(SharedHeads(own))
+            for head in own[:-1] if _option(args, "detach_shallow_exits") else ():
+                head.register_forward_pre_hook(lambda _, inputs: tuple(states.detach() for states in inputs))
         self._average = AveragedWeights(decay) if (decay := _option(args, "ema_decay")) else None
         if self._average is not None:
             self.add_callback(self._average)
@@ -109,10 +119,15 @@ class MultiExitTrainer(Trainer):
         for name, values in output.metrics.items():
             self._add(name, exits, values)
         weighted = output.losses * weights.to(output.losses.device)
+        if model.training and _option(self.args, "exit_weights") == "geometric":
+            weighted = weighted / output.losses.detach().clamp(min=1e-6)
         step = self.state.global_step + 1
         logged = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
         if self.log_gradient_norms and model.training and logged:
-            self._add("gradient_norm", exits, self._gradient_norms(weighted))
+            norms, cosines = self._compare_gradients(weighted)
+            self._add("gradient_norm", exits, norms)
+            for layer, cosine in cosines.items():
+                self._add(f"gradient_cosine_layer_{layer}", exits, cosine)
         loss = weighted.sum()
         if model.training and not torch.isfinite(loss):
             self._stop(inputs, dict(zip(exits, output.losses.tolist(), strict=True)))
@@ -151,11 +166,14 @@ class MultiExitTrainer(Trainer):
             self._average.save(output_dir)
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
-        shallow = self.exit_layers[:-1]
-        if not self.rotate_shallow_exits or not model.training or not shallow:
+        shallow, step = self.exit_layers[:-1], self.state.global_step
+        if self.exit_schedule == "all" or not model.training or not shallow:
             return self.exit_layers, self.exit_weights
-        turn = self.state.global_step % len(shallow)
-        return (shallow[turn], self.exit_layers[-1]), self.exit_weights[[turn, -1]]
+        if self.exit_schedule == "rotate":
+            turn = step % len(shallow)
+            return (shallow[turn], self.exit_layers[-1]), self.exit_weights[[turn, -1]]
+        deepest = step % 2 == 0 if self.exit_schedule == "alternate" else 2 * step < self.state.max_steps
+        return (self.exit_layers[-1:], self.exit_weights[-1:]) if deepest else (self.exit_layers, self.exit_weights)
 
     def _stop(self, batch: Mapping[str, Any], losses: Mapping[int, float]) -> NoReturn:
         """Write a batch whose loss is not finite to a `.safetensors` and a `.json` file, and raise UserError."""
@@ -175,17 +193,27 @@ class MultiExitTrainer(Trainer):
         message = f"The loss of step {step} is not finite ({by_exit}); its batch was written to {path}."
         raise UserError("training.loss.not_finite", message)
 
-    def _gradient_norms(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return for each exit's loss the norm (E,) of its gradient with respect to the trunk's parameters."""
-        model = self.accelerator.unwrap_model(self.model)
-        bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a model with adapters
-        parameters = [parameter for parameter in bare.model.parameters() if parameter.requires_grad]
-        norms = []
+    def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Return the norm (E,) of each exit's gradient on the trunk, and by layer the mean cosine of two exits' ()."""
+        trunk = _bare(self.accelerator.unwrap_model(self.model)).model
+        names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
+        found = []
         for loss in losses:
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            found = [gradient.float() for gradient in gradients if gradient is not None]
-            norms.append(torch.nn.utils.get_total_norm(found))
-        return torch.stack(norms)
+            pairs = zip(gradients, parameters, strict=True)
+            found.append([torch.zeros_like(own) if one is None else one for one, own in pairs])
+        norms = torch.stack([torch.nn.utils.get_total_norm([one.float() for one in own]) for own in found])
+        # layers.0.… is layer 1; what comes before (or after) all layers counts as layer 0.
+        layers = [int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0 for name in names]
+        cosines = {}
+        for layer in sorted(set(layers)):
+            places = [place for place, at in enumerate(layers) if at == layer]
+            flat = [torch.cat([own[place].float().flatten() for place in places]) for own in found]
+            rows = torch.stack([one for one in flat if one.any()] or flat[:1])
+            if len(rows) > 1:
+                units = nn.functional.normalize(rows, dim=1)
+                cosines[layer] = (units @ units.T)[*torch.triu_indices(len(rows), len(rows), 1)].mean()
+        return norms, cosines
 
     def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
         """Add a batch's values of a metric, one per exit or a single one for all, to its mean in the next log line."""
@@ -248,7 +276,7 @@ def check_objective(
 ) -> torch.Tensor:
     """Return the weights (E,) of the exits' losses; UserError if objective, arguments and configuration do not fit."""
     if hasattr(objective, "check"):
-        objective.check(exit_layers, config.projection_size, rotates=_option(args, "rotate_shallow_exits"))
+        objective.check(exit_layers, config.projection_size, rotates=_option(args, "exit_schedule") != "all")
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
@@ -261,6 +289,11 @@ def check_objective(
 def _option(args: TrainingArguments, name: str) -> Any:
     """Return an argument of `MultiExitTrainingArguments`, or its default if `args` is a plain `TrainingArguments`."""
     return getattr(args, name, getattr(MultiExitTrainingArguments, name))
+
+
+def _bare(model: nn.Module) -> Any:
+    """Return the model itself of a model with adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -279,6 +312,25 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
     if saved and is_servable(config):
         prompts = sentence_transformer_prompts(instructions=config.instruction_prompts)
         write_sentence_transformer_files(folder, config, prompts)
+
+
+class SharedHeads(TrainerCallback):
+    """Keep several heads equal: the weights of the last one at the start, the sum of all gradients in every step."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        for several in self.parameters:
+            for one in several[:-1]:
+                one.copy_(several[-1])
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        for several in self.parameters:
+            total = torch.stack([one.grad for one in several if one.grad is not None]).sum(dim=0)
+            for one in several:
+                one.grad = total.clone()
 
 
 class AveragedWeights(TrainerCallback):

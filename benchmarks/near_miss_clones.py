@@ -1,0 +1,92 @@
+"""Data, tokenizer and configuration of the ablation in docs/joint_training.md: python near_miss_clones.py OUT
+
+A row is a pair of clones made from one function of an installed Python package. Identifiers get random one-letter names,
+strings become "s", long numbers 9, and each side loses every line after the first with probability 1/2: near-miss clones
+by mutation, as in Roy and Cordy, "A Mutation/Injection-Based Automatic Framework for Evaluating Code Clone Detection
+Tools", 2009. Words tell nothing here, so a model must read structure: depth pays even after seconds of training.
+"""
+
+import argparse
+import json
+import keyword
+import random
+import re
+import string
+import sys
+from pathlib import Path
+
+from modular_star_encoder import ModularStarEncoderConfig
+from modular_star_encoder.data.pairs import read_retrieval_examples
+from modular_star_encoder.data.tokenizer import train_tokenizer
+
+TOKEN = re.compile(r"[^\W\d]\w*|\d+|\"[^\"\n]*\"|'[^'\n]*'|[-+*/%&|^=<>!@~]+|\S")
+KEPT = {*keyword.kwlist, "self"}
+LOST, CHARACTERS, PAIRS_OF_A_PACKAGE = 0.5, 160, 3000
+CONFIG = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "exit_layers": [0, 1, 2, 3],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "exit_norm": "none",
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "instruction_prompts": False,
+    "projection_head": "linear",
+    "projection_size": 64,
+    "token_weights": True,
+}
+
+
+def mutate(code: str, generator: random.Random) -> str:
+    """Return a near-miss clone of a function."""
+    first, *others = (line for line in code.splitlines() if line.strip() and not line.strip().startswith("#"))
+    letters, names, lines = generator.sample(string.ascii_letters, 24), {}, []
+    for line in (first, *(line for line in others if generator.random() >= LOST)):
+        tokens = []
+        for token in TOKEN.findall(line):
+            written = token
+            if token[0] in "\"'":
+                written = "s"
+            elif token[0].isdigit() and len(token) > 1:
+                written = "9"
+            elif (token[0].isalpha() or token[0] == "_") and token not in KEPT:
+                written = names.setdefault(token, letters[len(names) % len(letters)])
+            tokens.append(written)
+        lines.append(" ".join(tokens))
+    return "\n".join(lines)[:CHARACTERS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--pairs", type=int, default=32_000)
+    arguments = parser.parse_args()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    functions = read_retrieval_examples({"functions": {"installed": True}})["functions"].texts
+    generator, rows, taken = random.Random(0), [], {}
+    generator.shuffle(functions)
+    for one in functions:
+        # No package may be most of the data.
+        taken[one.repository] = taken.get(one.repository, 0) + 1
+        if taken[one.repository] <= PAIRS_OF_A_PACKAGE and len(rows) < arguments.pairs:
+            query, positive = (mutate(one.snippets[0].code, generator) for _ in range(2))
+            rows.append({"query": query, "positive": positive, "repository": one.repository})
+    with (out / "clones.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    tokenizer = train_tokenizer([row["query"] for row in rows], CONFIG["vocab_size"], max_length=64, progress=False)
+    ModularStarEncoderConfig(**CONFIG).save_pretrained(out / "random")
+    tokenizer.save_pretrained(out / "random")
+    print(f"{len(rows):,} pairs of {len(taken)} packages; {len(tokenizer)} tokens", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
