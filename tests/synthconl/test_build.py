@@ -217,7 +217,7 @@ def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(c
     folder = write_shards(tmp_path / "in", [{"id": n, "code": f"x = {n}"} for n in range(4)])
     dedup = partial(drop_near_duplicates, folder, tmp_path / "dedup", columns=["code"], progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(near_duplicate_job, "search", None)
+        patch.setattr(near_duplicate_job, "find_near_duplicates", None)
         with pytest.raises(TypeError):
             dedup()  # interrupted
     (tmp_path / "corpus").mkdir()
