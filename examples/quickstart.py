@@ -1,4 +1,4 @@
-"""The whole way in a few minutes: measure the shipped model, fine-tune it on your code, measure again, slice, search.
+"""The whole way in a few minutes: fine-tune the shipped model on your code, compare it with before, slice, search.
 
     python examples/quickstart.py                      # on the packages installed beside this one
     python examples/quickstart.py --data ~/checkouts   # on a folder of your own repositories
@@ -10,7 +10,6 @@ Packages that the shipped model was trained on (hub_configs/mose-code/corpus.yam
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -27,18 +26,12 @@ import transformers
 
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.functions import open_corpus
-from modular_star_encoder.data.splits import RetrievalData
-from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.report import Report, make_report
-from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
-from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.evaluation.tasks import held_out_tasks
+from modular_star_encoder.evaluation.report import TABLES, Report
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
-from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
-from modular_star_encoder.inference.encoders import ExitEncoder
+from modular_star_encoder.inference.checkpoints import slice_checkpoint
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.local_store import LocalStore
-from modular_star_encoder.training.finetuning import finetune, prepare_data
+from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from modular_star_encoder.utils.files import write_json
 
@@ -77,7 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--slice-exit-layer", metavar="K", type=int, help="exit to slice at (default: the middle one)")
     add("--search-folder", metavar="FOLDER", help="code to search (default: a package kept out of training)")
     add("--question", metavar="TEXT", action="append", help="question to answer; may be repeated")
-    add("--restart", action="store_true", help="remove what an earlier run left in the output folder")
     return parser
 
 
@@ -92,36 +84,23 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(FinetuningRecipe, path, [f"data.functions={json.dumps(source)}", *arguments.overrides])
     config = load_config(recipe.model)
     slice_exit = config.check_exit(arguments.slice_exit_layer or config.exit_layers[len(config.exit_layers) // 2])
-    out = open_output(arguments, recipe)
 
-    announce("1/5  Collect documented functions; whole repositories are held out")
-    data = prepare_data(recipe.rows(), out / "data", progress=True)
-    announce("2/5  Measure the shipped model on the held-out functions")
-    shipped = encoder(recipe.model, "shipped", recipe)
-    print(evaluate(data, [shipped], recipe, out).to_markdown())
-    announce("3/5  Fine-tune every exit on the other functions")
-    log = finetune(recipe, out / "finetuned", data=data, before=False)
-    announce("4/5  Measure again")
-    model = out / "finetuned" / "model"
-    results = evaluate(data, [encoder(model, "fine-tuned", recipe), shipped], recipe, out)
-    print(results.to_markdown())
-    print(summary(results))
-    announce(f"5/5  Slice at exit {slice_exit}, load it back where this package does not exist, and search")
-    slice_report = slice_and_reload(model, data, slice_exit, out)
+    announce("1/3  Fine-tune every exit on documented functions; whole repositories are held out")
+    out = Path(arguments.out)
+    log = finetune(recipe, out)
+    model = out / "model"
+    report = Report(TABLES.validate_python(log["retrieval"]["tables"]), ())
+    print(report.to_markdown())
+    print(summary(report))
+    announce(f"2/3  Slice at exit {slice_exit}, and load it where this package does not exist")
+    slice_report = slice_and_reload(model, slice_exit, out)
+    announce("3/3  Search")
     hits = search(arguments, model)
 
     seconds = round(time.perf_counter() - start, 1)
-    report = {
-        "data": arguments.data or "installed packages",
-        "functions": {"train": data.report["train"], "test": data.report["held_out"]},
-        "retrieval": results.to_dict(),
-        "slice": slice_report,
-        "search": hits,
-        "finetuning": log,
-        "seconds": seconds,
-        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
-    }
-    write_json(out / "results.json", report)
+    versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers")}
+    results = {"finetuning": log, "slice": slice_report, "search": hits, "seconds": seconds, "versions": versions}
+    write_json(out / "results.json", results)
     print(f"\n{seconds:.0f} s · checkpoint {model} · {out / 'results.json'}")
 
 
@@ -130,57 +109,22 @@ def announce(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def open_output(arguments: argparse.Namespace, recipe: FinetuningRecipe) -> Path:
-    """The output folder, new or left by an interrupted run with the same settings.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, or something that no quickstart wrote.
-    """
-    out = Path(arguments.out)
-    settings = json.loads(json.dumps(recipe.to_dict()))  # tuples become lists, as in the file
-    written = out / "settings.json"
-    if arguments.restart and written.is_file():
-        shutil.rmtree(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not written.is_file():
-            raise ValueError(f"{out} is not empty and holds no quickstart run; name another folder with --out.")
-        if json.loads(written.read_text(encoding="utf-8")) != settings:
-            raise ValueError(
-                f"{out} holds a run with other settings; use --restart, or name another folder with --out."
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(written, settings)
-    return out
-
-
-def encoder(checkpoint: str | Path, name: str, recipe: FinetuningRecipe) -> ExitEncoder:
-    """A checkpoint at every exit, with the text lengths of training."""
-    model, tokenizer = load_checkpoint(checkpoint)
-    return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
-
-
-def evaluate(data: RetrievalData, encoders: list[ExitEncoder], recipe: FinetuningRecipe, out: Path) -> Report:
-    """MRR among the held-out functions at every exit of some encoders, beside BM25; results are stored in `out`."""
-    tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-    return make_report(tasks, evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], out=out))
-
-
-def summary(results: Report) -> str:
+def summary(report: Report) -> str:
     """What fine-tuning gained at each exit, and whether the deepest beats BM25."""
-    mrr = {(row.retriever, row.exit_layer): 100 * row.mean.value for row in results.tables[0].rows}
-    exits = [exit_layer for name, exit_layer in mrr if name == "shipped"]
-    lines = [f"exit {one}: {mrr['shipped', one]:.1f} → {mrr['fine-tuned', one]:.1f}" for one in exits]
-    deepest, bm25 = mrr["fine-tuned", exits[-1]], mrr["BM25", None]
+    mrr = {(row.retriever, row.exit_layer): 100 * row.mean.value for row in report.tables[0].rows}
+    exits = [exit_layer for name, exit_layer in mrr if name == "trained"]
+    lines = [f"exit {one}: {mrr['before training', one]:.1f} → {mrr['trained', one]:.1f}" for one in exits]
+    deepest, bm25 = mrr["trained", exits[-1]], mrr["BM25", None]
     verdict = "beats" if deepest > bm25 else "does not beat"
     return "\n".join([*lines, f"Exit {exits[-1]} {verdict} BM25: {deepest:.1f} against {bm25:.1f} (MRR × 100)."])
 
 
-def slice_and_reload(model: Path, data: RetrievalData, exit_layer: int, out: Path) -> dict[str, Any]:
+def slice_and_reload(model: Path, exit_layer: int, out: Path) -> dict[str, Any]:
     """Cut the checkpoint; compare both checkpoints' embeddings at this exit in a process without our package."""
     folder = out / f"slice-{exit_layer}"
     if not folder.exists():
         slice_checkpoint(model, exit_layer, folder)
-    texts = [example.description for example in data.held_out[:16] if example.description]
+    texts = list(QUESTIONS)
     requests = [ReloadRequest(str(model), texts, exit_layers=[exit_layer]), ReloadRequest(str(folder), texts)]
     full, cut = verify_reload(requests)
     identical = bool(np.array_equal(full.exits[exit_layer], cut.sentence_transformer))

@@ -7,89 +7,70 @@ registers ModularStarEncoder with `AutoConfig`, `AutoModel`, `AutoModelForPreTra
 
 import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-if TYPE_CHECKING:
-    from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
-    from modular_star_encoder.hub.publishing import publish
-    from modular_star_encoder.inference import shipped_model
-    from modular_star_encoder.inference.checkpoints import slice_checkpoint
-    from modular_star_encoder.inference.encode import encode_exits
-    from modular_star_encoder.inference.exit_profile import load_at_budget, select_exit
-    from modular_star_encoder.inference.onnx_export import export_onnx
-    from modular_star_encoder.inference.static_export import export_static
+if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot read a computed `__all__`
+    from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator as MultiExitEvaluator
+    from modular_star_encoder.hub.publishing import publish as publish
+    from modular_star_encoder.inference import shipped_model as shipped_model
+    from modular_star_encoder.inference.checkpoints import slice_checkpoint as slice_checkpoint
+    from modular_star_encoder.inference.encode import encode_exits as encode_exits
+    from modular_star_encoder.inference.exit_profile import load_at_budget as load_at_budget
+    from modular_star_encoder.inference.exit_profile import select_exit as select_exit
+    from modular_star_encoder.inference.onnx_export import export_onnx as export_onnx
+    from modular_star_encoder.inference.static_export import export_static as export_static
+    from modular_star_encoder.modeling import ModularStarEncoderConfig as ModularStarEncoderConfig
+    from modular_star_encoder.modeling import ModularStarEncoderForMaskedLM as ModularStarEncoderForMaskedLM
+    from modular_star_encoder.modeling import ModularStarEncoderForPreTraining as ModularStarEncoderForPreTraining
+    from modular_star_encoder.modeling import ModularStarEncoderForRetrieval as ModularStarEncoderForRetrieval
     from modular_star_encoder.modeling import (
-        ModularStarEncoderConfig,
-        ModularStarEncoderForMaskedLM,
-        ModularStarEncoderForPreTraining,
-        ModularStarEncoderForRetrieval,
-        ModularStarEncoderForSequenceClassification,
-        ModularStarEncoderModel,
+        ModularStarEncoderForSequenceClassification as ModularStarEncoderForSequenceClassification,
     )
-    from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-    from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-    from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
-    from modular_star_encoder.objectives.sentence_transformer_loss import MultiExitContrastiveLoss
-    from modular_star_encoder.search.index import CodeIndex
-    from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-    from modular_star_encoder.training.trainer import MultiExitTrainer
+    from modular_star_encoder.modeling import ModularStarEncoderModel as ModularStarEncoderModel
+    from modular_star_encoder.objectives.contrastive import ContrastiveObjective as ContrastiveObjective
+    from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings as ContrastiveSettings
+    from modular_star_encoder.objectives.distillation import DistillationObjective as DistillationObjective
+    from modular_star_encoder.objectives.distillation import DistillationSettings as DistillationSettings
+    from modular_star_encoder.objectives.sentence_transformer_loss import (
+        MultiExitContrastiveLoss as MultiExitContrastiveLoss,
+    )
+    from modular_star_encoder.search.index import CodeIndex as CodeIndex
+    from modular_star_encoder.training.arguments import MultiExitTrainingArguments as MultiExitTrainingArguments
+    from modular_star_encoder.training.trainer import MultiExitTrainer as MultiExitTrainer
 
-_MODULE_OF = {
-    "CodeIndex": "search.index",
-    "ContrastiveObjective": "objectives.contrastive",
-    "ContrastiveSettings": "objectives.contrastive_settings",
-    "DistillationObjective": "objectives.distillation",
-    "DistillationSettings": "objectives.distillation",
-    "ModularStarEncoderConfig": "modeling",
-    "ModularStarEncoderForMaskedLM": "modeling",
-    "ModularStarEncoderForPreTraining": "modeling",
-    "ModularStarEncoderForRetrieval": "modeling",
-    "ModularStarEncoderForSequenceClassification": "modeling",
-    "ModularStarEncoderModel": "modeling",
-    "MultiExitContrastiveLoss": "objectives.sentence_transformer_loss",
-    "MultiExitEvaluator": "evaluation.multi_exit_evaluator",
-    "MultiExitTrainer": "training.trainer",
-    "MultiExitTrainingArguments": "training.arguments",
-    "encode_exits": "inference.encode",
-    "export_onnx": "inference.onnx_export",
-    "export_static": "inference.static_export",
-    "load_at_budget": "inference.exit_profile",
-    "publish": "hub.publishing",
-    "select_exit": "inference.exit_profile",
-    "shipped_model": "inference",
-    "slice_checkpoint": "inference.checkpoints",
+_NAMES_OF = {
+    "evaluation.multi_exit_evaluator": ["MultiExitEvaluator"],
+    "hub.publishing": ["publish"],
+    "inference": ["shipped_model"],
+    "inference.checkpoints": ["slice_checkpoint"],
+    "inference.encode": ["encode_exits"],
+    "inference.exit_profile": ["load_at_budget", "select_exit"],
+    "inference.onnx_export": ["export_onnx"],
+    "inference.static_export": ["export_static"],
+    "modeling": [
+        "ModularStarEncoderConfig",
+        "ModularStarEncoderForMaskedLM",
+        "ModularStarEncoderForPreTraining",
+        "ModularStarEncoderForRetrieval",
+        "ModularStarEncoderForSequenceClassification",
+        "ModularStarEncoderModel",
+    ],
+    "objectives.contrastive": ["ContrastiveObjective"],
+    "objectives.contrastive_settings": ["ContrastiveSettings"],
+    "objectives.distillation": ["DistillationObjective", "DistillationSettings"],
+    "objectives.sentence_transformer_loss": ["MultiExitContrastiveLoss"],
+    "search.index": ["CodeIndex"],
+    "training.arguments": ["MultiExitTrainingArguments"],
+    "training.trainer": ["MultiExitTrainer"],
 }
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-__all__ = [
-    "CodeIndex",
-    "ContrastiveObjective",
-    "ContrastiveSettings",
-    "DistillationObjective",
-    "DistillationSettings",
-    "ModularStarEncoderConfig",
-    "ModularStarEncoderForMaskedLM",
-    "ModularStarEncoderForPreTraining",
-    "ModularStarEncoderForRetrieval",
-    "ModularStarEncoderForSequenceClassification",
-    "ModularStarEncoderModel",
-    "MultiExitContrastiveLoss",
-    "MultiExitEvaluator",
-    "MultiExitTrainer",
-    "MultiExitTrainingArguments",
-    "encode_exits",
-    "export_onnx",
-    "export_static",
-    "load_at_budget",
-    "publish",
-    "select_exit",
-    "shipped_model",
-    "slice_checkpoint",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -130,7 +111,7 @@ class _RegisteredWhenUsed(dict):
             import_module(f"{__name__}.modeling")
 
 
-class _RegisterWithAutoConfig(MetaPathFinder, Loader):
+class _RegisterWithAutoConfig(MetaPathFinder):
     """Adds our model type to `AutoConfig` right after transformers defines it, without importing a model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -138,19 +119,16 @@ class _RegisterWithAutoConfig(MetaPathFinder, Loader):
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            loader.exec_module = exec_module
         return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        _register(module)
 
 
 def _register(module: ModuleType) -> None:

@@ -257,3 +257,12 @@ def test_what_is_no_setting_is_refused_after_options_too(extra, capsys):
     with pytest.raises(SystemExit):
         cli.parse(["pretrain", "recipe.yaml", "--out", "run", *extra])
     assert extra[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"), [("serch x", "search"), ("dataset dedpu", "dedup"), ("recipes list --hlep", "--help")]
+)
+def test_a_misspelt_command_or_option_names_the_nearest(words, nearest, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(words.split())
+    assert f"did you mean {nearest}?" in capsys.readouterr().err

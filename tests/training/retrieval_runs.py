@@ -103,18 +103,25 @@ def saved_figures(monkeypatch):
     return figures
 
 
-def end_by_signals(command, recipe, folder, signals):
-    """Run a command through, and again, ended by each signal at a random moment after a new checkpoint.
+def end_by_signals(command, recipe, folder):
+    """Run a command through, and again, killed when it has begun, then killed and terminated at a later checkpoint.
 
-    The weights must be equal. A signal that can be caught gives status 130.
+    The weights must be equal, and SIGTERM must give status 130.
     """
     words = [sys.executable, "-m", "modular_star_encoder.cli.main", command, str(recipe), "--out"]
     subprocess.run([*words, str(folder / "straight")], check=True, capture_output=True)
     out, generator = folder / "ended", random.Random(command)
-    for number in signals:
-        before = last_checkpoint(out / "checkpoints")
+
+    def begun():
+        return (out / "recipe.json").exists()
+
+    def newest():
+        return last_checkpoint(out / "checkpoints")
+
+    for number, progress in ((signal.SIGKILL, begun), (signal.SIGKILL, newest), (signal.SIGTERM, newest)):
+        before = progress()
         process = subprocess.Popen([*words, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while last_checkpoint(out / "checkpoints") == before and process.poll() is None:
+        while progress() == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.2))
         process.send_signal(number)

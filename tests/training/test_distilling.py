@@ -1,7 +1,6 @@
 """A small model from a teacher: its first weights, layers that grow from exit 0, averaged weights, whole recipes."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from modular_star_encoder.data.splits import BatchPlan, PairGroups
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.distilling import TaughtBatches, grow, grow_checkpoint, start_from_teacher
-from modular_star_encoder.training.finetuning import distil, finetune
+from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
@@ -173,7 +172,7 @@ def test_a_run_that_signals_end_at_random_moments_is_continued_to_the_same_weigh
     if kind == "distillation":
         settings["distillation"] = {"teacher": str(teacher), "cache": str(tmp_path / "cache")}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
-    end_by_signals("finetune", recipe, tmp_path, (signal.SIGKILL, signal.SIGTERM))
+    end_by_signals("finetune", recipe, tmp_path)
 
 
 @pytest.mark.slow
@@ -187,10 +186,8 @@ def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(tmp_p
     tiny_config(projection_size=8).save_pretrained(tmp_path / "narrow")
     recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
     with raises("distillation.size", "16", "8"):
-        distil(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
+        finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
     assert not (tmp_path / "run").exists()
-    with raises("training.distillation.alone"):
-        finetune(recipe, tmp_path / "run", progress=False)
 
 
 def test_the_two_recipes_of_mose_code_fit_each_other_and_read_pairs_with_one_snippet(tmp_path):

@@ -11,9 +11,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.evaluation.report import TABLES
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.finetuning import finetune, finetuning_preflight, format_retrieval, load_finetuning
+from modular_star_encoder.training.finetuning import finetune, finetuning_preflight, load_finetuning
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from tests.errors import raises
 from tests.processes import run_processes
@@ -59,22 +60,16 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     for exit_layer in EXIT_LAYERS:
         assert f"clip_accuracy_exit_{exit_layer}" in training[0]
         assert 0 <= log["evaluation"][f"eval_clip_accuracy_exit_{exit_layer}"] <= 1
-        for benchmark in ("held-out, text → code", "held-out, code → code"):
-            assert 0 < log["retrieval"][benchmark][f"exit {exit_layer}"]["mrr"]["value"] <= 1
     first, last = (sum(entry["clip_loss_exit_4"] for entry in part) / 5 for part in (training[:5], training[-5:]))
     assert last < 0.9 * first
     assert log["data"]["held_out"] == 15
-    assert log["retrieval"]["held-out, text → code"]["queries"] == 8
-    assert log["retrieval"]["held-out, text → code"]["BM25"]["mrr"]["value"] > 0.9
-    table = format_retrieval(log["retrieval"]).splitlines()
-    before, after = (
-        found["exit 4"]["mrr"]["value"]
-        for found in (log["retrieval"]["held-out, text → code"]["before"], log["retrieval"]["held-out, text → code"])
-    )
-    assert before < after
-    assert "held-out, text → code: 8 queries" in table[0]
-    (exit_4,) = [line for line in table[:8] if "exit 4" in line]
-    assert exit_4.index(f"{100 * before:.1f} (") < exit_4.index(f"{100 * after:.1f} (")
+    text_to_code, code_to_code = TABLES.validate_python(log["retrieval"]["tables"])
+    assert (text_to_code.title, code_to_code.title) == ("held-out, text → code", "held-out, code → code")
+    assert text_to_code.size.startswith("8 queries")
+    mrr = {(row.retriever, row.exit_layer): row.mean.value for row in text_to_code.rows}
+    assert list(mrr) == [*((name, k) for name in ("trained", "before training") for k in EXIT_LAYERS), ("BM25", None)]
+    assert mrr["before training", 4] < mrr["trained", 4]
+    assert mrr["BM25", None] > 0.9
     assert not model.config.unpad_inputs
     encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
     checkpoint_20 = tmp_path / "run" / "checkpoints" / "checkpoint-20"
@@ -91,7 +86,7 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
 def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_for_transformers(recipe_file, tmp_path):
     log, _ = run(recipe_file, tmp_path / "run", "config.projection_order=pool_then_project")
     assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.projection_order == "pool_then_project"
-    assert log["retrieval"]["held-out, text → code"]["exit 4"]["mrr"]["value"] > 0
+    assert log["retrieval"]["tables"][0]["rows"][0]["mean"]["value"] > 0
     assert not (tmp_path / "run" / "model" / "modules.json").exists()
 
 
@@ -108,7 +103,7 @@ def test_a_column_of_hard_negatives_gives_every_pair_one_more_candidate(recipe_f
     first, plain_first = (log["log_history"][0]["clip_loss_exit_4"] for log in (with_negatives, plain))
     assert first - plain_first == pytest.approx(math.log(2) / 2, abs=0.15)
     assert with_negatives["evaluation"]["eval_clip_loss_exit_4"] > plain["evaluation"]["eval_clip_loss_exit_4"]
-    assert list(with_negatives["retrieval"]) == ["held-out, text → code", "held-out, code → code"]
+    assert len(with_negatives["retrieval"]["tables"]) == 2
 
 
 def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resumed_with=()):

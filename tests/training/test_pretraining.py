@@ -1,27 +1,21 @@
 """Pre-training from a recipe: what it makes, draws and refuses, and that nothing that happens to it is lost."""
 
-import json
-import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
-from modular_star_encoder.training.pretraining import model_config, plot_curves, pretrain
+from modular_star_encoder.training.pretraining import model_config, pretrain
 from modular_star_encoder.training.recipes import PretrainingRecipe, hub_config_folder, load_recipe
 from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
 from tests.errors import raises
 from tests.tiny import VOCAB_SIZE, tiny_config, tiny_tokenizer
-from tests.training.retrieval_runs import saved_figures, write_recipe
+from tests.training.retrieval_runs import end_by_signals, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -186,30 +180,10 @@ def test_the_papers_recipe_is_the_papers():
     assert model_config(recipe).num_hidden_layers == 36
 
 
-def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
-    out, generator, kills = tmp_path / "killed", random.Random(0), 0
-    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "pretrain", str(recipe_file), "max_steps=40"]
-    subprocess.run([*command, "--out", str(tmp_path / "straight")], check=True, capture_output=True)
-    for _ in range(12):
-        process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        if kills < 3:  # wait for the run itself, then for a random moment of it
-            while not (out / "recipe.json").exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            time.sleep(generator.uniform(0.0, 2.5))
-        else:
-            process.wait(timeout=120)
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills >= 2
-    assert process.returncode == 0
-    expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "straight", out))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    log = json.loads((out / "model" / "training_log.json").read_text())
-    assert log["steps"] == 40
+def test_ended_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
+    settings = yaml.safe_load(recipe_file.read_text()) | {"max_steps": 40, "save_steps": 8}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
+    end_by_signals("pretrain", recipe, tmp_path)
 
 
 def test_starting_from_unigrams_predicts_the_tokens_frequencies():
@@ -241,22 +215,3 @@ def test_every_token_has_a_spelling_that_ignores_case_spaces_and_underscores():
     assert spellings["Return"] == spellings[" return"] == spellings["_RETURN"] == "return"
     assert spellings["("] != spellings[")"]
     assert spellings["<sep>"] != spellings["<cls>"]
-
-
-def test_every_exit_has_its_held_out_curve_in_both_panels(tmp_path, monkeypatch):
-    history = [
-        {"step": step, f"{prefix}mlm_loss_exit_{e}": 7.0 - step, f"{prefix}icc_accuracy_exit_{e}": 0.5}
-        for step in (1, 2, 3)
-        for prefix in ("", "eval_")
-        for e in (1, 2)
-    ]
-    figures = saved_figures(monkeypatch)
-    log = {"log_history": history, "unigram_entropy": 7.0, "identifier_overlap": {"accuracy": 0.6}}
-    plot_curves(log, tmp_path / "curves.png")
-    losses, accuracies = (
-        {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
-        for axes in figures[0].axes
-    )
-    assert losses == {"exit 1": [6, 5, 4], "exit 2": [6, 5, 4]}
-    assert set(accuracies) == {"exit 1", "exit 2"}
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

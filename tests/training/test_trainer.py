@@ -325,8 +325,6 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_its_batch(tmp_path)
     written = load_file(path)
     assert set(written) == {f"{side}.{name}" for side in collate([0]) for name in ("input_ids", "attention_mask")}
     assert torch.equal(written["query.input_ids"], batches[1]["query"]["input_ids"])
-    report = json.loads(path.with_suffix(".json").read_text())
-    assert (report["step"], report["losses"]["2"], type(report["losses"]["1"])) == (2, "nan", float)
     assert trainer.state.global_step == 1
 
 

@@ -1,6 +1,5 @@
 import asyncio
 import gzip
-import pickle
 import time
 from email.utils import formatdate
 
@@ -68,7 +67,6 @@ def test_a_refusal_stops_at_once_and_never_shows_the_token(status, message):
     for shown in (str(caught.value), caught.value.text, caught.value.reason):
         assert TOKEN[:9] not in shown
         assert "\n" not in shown
-    assert pickle.loads(pickle.dumps(caught.value)).status == status
 
 
 @pytest.mark.parametrize("retry_after", ["0.2", lambda: formatdate(time.time() + 1.3, usegmt=True)])

@@ -109,17 +109,12 @@ def test_the_reference_lists_keys_with_type_default_and_meaning():
     ]
 
 
-LAUGHS = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 9))
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         ("a: " + "[" * 40 + "]" * 40, 32),
         ("a: " + "[" * 100_000, 32),
-        ("x0: &x0 1\n" + LAUGHS, "20,000"),
-        ("a: &a [*a]", "20,000"),
-        ("x0: &x0 {k: 1}\n" + LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "20,000"),
+        ("a: &x [1]\nb: *x", "alias *x"),
         ("a: [" + "1," * 20_000 + "]", "20,000"),
         ("a: " + "9" * 5_000, 100),
         ("a: " + "1:" * 10_000 + "1", 100),

@@ -76,27 +76,26 @@ def missing_packages() -> dict[str, list[str]]:
     """Return, for each extra of the package, the requirements that are missing or have a version that does not fit."""
     from packaging.requirements import Requirement
 
-    missing: dict[str, list[str]] = {}
     own = distribution(DISTRIBUTION)
     requirements = [Requirement(line) for line in own.requires or ()]
-    for extra in sorted(own.metadata.get_all("Provides-Extra") or ()):
-        missing[extra] = []
+
+    def missing(extra: str) -> set[str]:
+        found: set[str] = set()
         for one in requirements:
-            if one.marker is None or not one.marker.evaluate({"extra": extra}) or one.name == DISTRIBUTION:
+            if one.marker is None or not one.marker.evaluate({"extra": extra}):
+                continue
+            if one.name == DISTRIBUTION:  # an extra in this one, such as `languages` in `search`
+                found.update(*map(missing, one.extras - {extra}))
                 continue
             try:
                 version = distribution(one.name).version
+                if not one.specifier.contains(version, prereleases=True):
+                    found.add(f"{one.name}{one.specifier} (is {version})")
             except PackageNotFoundError:
-                missing[extra].append(one.name)
-                continue
-            if not one.specifier.contains(version, prereleases=True):
-                missing[extra].append(f"{one.name}{one.specifier} (is {version})")
-    # `search` includes `languages`, and so on: an extra lacks what an extra in it lacks.
-    for one in reversed(requirements):
-        for extra in missing if one.name == DISTRIBUTION else ():
-            if one.marker is not None and one.marker.evaluate({"extra": extra}):
-                missing[extra] += [name for inner in one.extras for name in missing[inner] if inner != extra]
-    return {extra: sorted(set(names)) for extra, names in missing.items()}
+                found.add(one.name)
+        return found
+
+    return {extra: sorted(missing(extra)) for extra in sorted(own.metadata.get_all("Provides-Extra") or ())}
 
 
 def extra_state(missing: list[str], extra: str) -> str:

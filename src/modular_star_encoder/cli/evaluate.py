@@ -12,13 +12,7 @@ from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, existing, exit
 
 # As in `evaluation.benchmarks`, whose imports take seconds; a test compares the two.
 BENCHMARK_NAMES = (
-    *(
-        "codesearchnet-999",
-        "codesearchnet-999-leaky",
-        "codesearchnet-mteb",
-        "codesearchnet-full",
-        "codesearchnet-human",
-    ),
+    *(f"codesearchnet-{part}" for part in ("999", "999-leaky", "mteb", "full", "human")),
     *("translation", "translation-masked", "poj104", "bigclonebench", "advtest", "cosqa"),
     *("exercism-text", "exercism-text-masked", "exercism-code", "exercism-code-masked", "folder", "all"),
 )

@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from modular_star_encoder import __version__
 from modular_star_encoder.cli.dataset import add_dataset_commands
 from modular_star_encoder.cli.doctor import add_doctor_command
 from modular_star_encoder.cli.evaluate import add_evaluate_commands
@@ -58,16 +59,6 @@ EXAMPLES = {
 """Command → command lines to show in its help. A test parses them all."""
 
 
-class _Version(argparse.Action):
-    """Prints the version, and reads it only when asked: reading takes half as long as a search."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"mose {version('modular-star-encoder')}")
-        parser.exit()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 after an error that the user can fix, or 130 after Ctrl-C or SIGTERM.
 
@@ -111,16 +102,27 @@ def keep_few_compiled_operations() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error names the option that a misspelt one resembles."""
+    """A parser whose error names the command or option that a misspelt one resembles."""
 
     def parse_known_args(self, *words: Any, **options: Any) -> Any:
         arguments, rest = super().parse_known_args(*words, **options)
         for unknown in (text for text in rest if text.startswith("-")):
-            from difflib import get_close_matches
-
-            near = get_close_matches(unknown.partition("=")[0], self._option_string_actions, 1)
-            self.error(f"unrecognized argument: {unknown}" + (f" (did you mean {near[0]}?)" if near else ""))
+            nearest = _did_you_mean(unknown.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized argument: {unknown}{nearest}")
         return arguments, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        nearest = _did_you_mean(value, action.choices or ())
+        if nearest and value not in (action.choices or ()):
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{nearest}")
+        super()._check_value(action, value)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -148,7 +150,7 @@ def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their options."""
     parser = _Parser(prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"mose {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_search_commands(commands)
     add_evaluate_commands(commands)

@@ -87,10 +87,6 @@ def run_card(arguments: argparse.Namespace) -> None:
 
 
 def run_publish(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.utils.http import check_hub
-
-    if arguments.upload:  # now, because staging and verifying take longer; a dry run needs no Hub
-        check_hub()
     from modular_star_encoder.hub.manifest import load_manifest
 
     source, overrides = arguments.source, arguments.overrides

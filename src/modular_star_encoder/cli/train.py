@@ -103,14 +103,14 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "finetune")
-    from modular_star_encoder.training.finetuning import format_retrieval, load_finetuning
+    from modular_star_encoder.evaluation.report import TABLES, Report
+    from modular_star_encoder.training.finetuning import load_finetuning
 
-    out = arguments.out
     recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
-    log = finetune(recipe, out)
+    log = finetune(recipe, arguments.out)
     if log.get("retrieval"):
-        print(f"\n{format_retrieval(log['retrieval'])}\n")
-    print(f"{log['steps']} steps; result in {os.path.join(out, 'model')}")
+        print(f"\n{Report(TABLES.validate_python(log['retrieval']['tables']), ()).to_markdown()}")
+    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:

@@ -80,7 +80,7 @@ class Table:
         return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
 
 
-_TABLES = TypeAdapter(Annotated[list[Table], Constraint(min_length=1)])
+TABLES = TypeAdapter(Annotated[list[Table], Constraint(min_length=1)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,22 +246,21 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     """Read the tables in a results file, but only the rows of the evaluated model and of retrievers without exits.
 
     Args:
-        path: report.json, or a file that `mose evaluate --json` or the quickstart wrote.
+        path: report.json, a file that `mose evaluate --json` wrote, or training_log.json of `mose finetune`.
         checkpoint: checksum that the evaluated weights must have, unless the file has none; empty for any weights.
     """
     try:
         content = read_json(path)
-        name = "Functions of repositories that were held out" if "retrieval" in content else ""
         content = content.get("retrieval", content)
         measured = content["checkpoint_checksum"]
-        tables = [_evaluated_model(table) for table in _TABLES.validate_python(content["tables"])]
+        tables = [_evaluated_model(table) for table in TABLES.validate_python(content["tables"])]
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         message = f"{path} is not a results file of `mose evaluate`, or of another version of it."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
         message = f"{path} holds results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
         raise UserError("evaluation.report.other_weights", message)
-    return [replace(table, benchmark=name or table.benchmark) for table in tables]
+    return tables
 
 
 def read_quality(

@@ -25,8 +25,8 @@ class RepositorySettings:
         branch: branch of the repository.
         trained_from: key of an earlier entry: the model from which the training of this one started.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
-        evaluation: results of `mose evaluate` (report.json, or --json) or of the quickstart (results.json); a slice
-            uses the results of its parent for its exits.
+        evaluation: results of `mose evaluate` (report.json, or --json) or of `mose finetune` (training_log.json); a
+            slice uses the results of its parent for its exits.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
         training_log: file from `mose pretrain` or `mose finetune`; by default the one in the checkpoint's folder or its
             parent folder, if it exists.

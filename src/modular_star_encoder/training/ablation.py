@@ -32,9 +32,9 @@ from modular_star_encoder.evaluation.report import versions
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
-from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint
 from modular_star_encoder.training import runs
-from modular_star_encoder.training.finetuning import check_recipe, checkpoint_encoder, finetune, prepare_data
+from modular_star_encoder.training.finetuning import check_recipe, exit_encoder, finetune, prepare_data
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
 from modular_star_encoder.training.starting_points import has_weights, starting_source
 from modular_star_encoder.utils.errors import UserError
@@ -293,7 +293,7 @@ def _run_cell(
         finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None, before=False)
         if state.is_main_process:
             checksums = {(task.benchmark, task.name): checksum for checksum, task in by_checksum.items()}
-            encoder = checkpoint_encoder(run / runs.MODEL, cell.recipe.lengths())
+            encoder = exit_encoder(cell.recipe, *load_checkpoint(run / runs.MODEL), cell.name)
             results = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
             # Embeddings that can be cut have one result per size; the full size comes last and replaces the others.
             for result in sorted(results, key=lambda result: result.dimensions or 0):

@@ -17,7 +17,7 @@ from modular_star_encoder.data.tokenizer import special_token_ids
 from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.inference.encoders import Encoder, load_encoder
 from modular_star_encoder.inference.teacher_vectors import TeacherTargets, compute_teacher_vectors
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.distillation import DistillationSettings
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import Count, Switch, settings_class
@@ -97,9 +97,8 @@ def teach(
     tokenizer: PreTrainedTokenizerFast,
     train: RetrievalBatches,
     held_out: RetrievalBatches,
-    progress: bool = True,
-    *,
     max_tokens: int,
+    progress: bool = True,
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
     """Add the teacher's vectors to the batches; if `settings.start_from_teacher`, also initialise the model's exit 0.
 
@@ -111,12 +110,10 @@ def teach(
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
     learned, others = (_texts_by_kind(batches.rows.texts) for batches in (train, held_out))
     others["document"] += unpaired
-    vectors = {
-        kind: compute_teacher_vectors(
-            teacher, [*learned[kind], *others[kind]], settings.cache, prompt=prompt, **options
-        )
-        for kind, prompt in (("query", settings.query_prompt), ("document", settings.document_prompt))
-    }
+    vectors = {}
+    for kind, prompt in (("query", settings.query_prompt), ("document", settings.document_prompt)):
+        texts = [*learned[kind], *others[kind]]
+        vectors[kind] = compute_teacher_vectors(teacher, texts, settings.cache, prompt=prompt, **options)
     means = {kind: vectors[kind].mean(texts) for kind, texts in learned.items() if texts and settings.centre_by_kind}
     if settings.start_from_teacher:
         texts = token_texts(tokenizer)
@@ -199,31 +196,6 @@ def start_from_teacher(
     head.weight[:, :width] = basis
 
 
-def grown_config(config: ModularStarEncoderConfig, exit_layers: Sequence[int]) -> ModularStarEncoderConfig:
-    """Return the configuration of a model that has only exit 0, with layers added up to the last of `exit_layers`.
-
-    Raises:
-        UserError: the model or the exits do not fit (`training.grow`).
-    """
-    exits = list(exit_layers)
-    for name, needed in (("exit_layers", [0]), ("exit_norm", "none"), ("projection_head", "linear")):
-        found = getattr(config, name)
-        if (list(found) if needed == [0] else found) != needed:
-            message = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
-            how = " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
-            raise UserError("training.grow", message + how)
-    if exits != sorted({0, *exits}) or len(exits) < 2:
-        raise UserError("training.grow", f"The new exits must be 0 and at least one more, ascending, not {exits}.")
-    changes = {
-        "num_hidden_layers": exits[-1],
-        "parent_num_hidden_layers": exits[-1],
-        "exit_layers": exits,
-        "parent_exit_layers": exits,
-        "exit_embedding_rows": len(exits),
-    }
-    return type(config).from_dict({**config.to_dict(), **changes})
-
-
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
     """Return a model that adds new layers to `model`, which has only exit 0; every exit starts as good as exit 0.
@@ -239,7 +211,19 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     Raises:
         UserError: the model or the exits do not fit (`training.grow`).
     """
-    grown = type(model)(grown_config(model.config, exit_layers))
+    config, exits = model.config, list(exit_layers)
+    for name, needed in (("exit_layers", [0]), ("exit_norm", "none"), ("projection_head", "linear")):
+        found = getattr(config, name)
+        if (list(found) if needed == [0] else found) != needed:
+            message = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
+            how = " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
+            raise UserError("training.grow", message + how)
+    if exits != sorted({0, *exits}) or len(exits) < 2:
+        raise UserError("training.grow", f"The new exits must be 0 and at least one more, ascending, not {exits}.")
+    changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
+    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
+    config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
+    grown = type(model)(config)
     grown.load_state_dict(model.state_dict(), strict=False)
     for layer in grown.model.layers:
         for projection in (layer.self_attn.o_proj, layer.mlp.c_proj):

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from modular_star_encoder.data.splits import (
     store_retrieval_data,
 )
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, Retriever
+from modular_star_encoder.evaluation.report import make_report
+from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import classification_scores, evaluate_tasks
-from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
-from modular_star_encoder.inference.checkpoints import is_servable, load_checkpoint
+from modular_star_encoder.evaluation.tasks import held_out_tasks
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, is_servable, load_checkpoint
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
@@ -36,7 +36,7 @@ from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.objectives.exit_losses import ClassificationObjective
 from modular_star_encoder.training import find_recipe, runs
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.distilling import TaughtBatches, load_teacher, teach
+from modular_star_encoder.training.distilling import load_teacher, teach
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, StartingRecipe, check_length
 from modular_star_encoder.training.starting_points import (
     add_adapters,
@@ -46,13 +46,9 @@ from modular_star_encoder.training.starting_points import (
 )
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.reports import markdown_table, percent
 from modular_star_encoder.utils.settings import build_settings, read_mapping
 
 logger = logging.get_logger(__name__)
-
-# (model, tokenizer, training batches, evaluation batches, whether to show progress) → both batches, entries of the log
-Teaching = Callable[..., tuple[TaughtBatches, TaughtBatches, dict[str, Any]]]
 
 
 def load_finetuning(
@@ -66,8 +62,7 @@ def load_finetuning(
     content = read_mapping(path, overrides)
     task = content.get("task", "retrieval")
     if task == "retrieval":
-        recipe = build_settings(FinetuningRecipe, content, str(path))
-        return recipe, finetune if recipe.distillation is None else distil
+        return build_settings(FinetuningRecipe, content, str(path)), finetune
     if task == "classification":
         return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
     raise UserError("training.task", f"`task` must be retrieval or classification, not {task!r}.")
@@ -80,12 +75,11 @@ def finetune(
     data: RetrievalData | None = None,
     progress: bool = True,
     announce: Callable[[runs.Preflight], None] = print,
-    objective: ContrastiveObjective | None = None,
-    prepare_batches: Teaching | None = None,
     before: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval; continue from the files that an earlier call with this recipe left in `out`.
 
+    With the recipe's `distillation`, every exit also learns the vectors of a teacher.
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
     for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
     with `lora` also `adapter/`, and `model/` has the merged weights. If `out` holds a log, the run is finished and the
@@ -98,30 +92,29 @@ def finetune(
         data: prepared rows; they replace the recipe's `data`.
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
-        objective: the loss; by default the contrastive loss with the recipe's `objective`.
-        prepare_batches: replaces the training and evaluation batches and returns entries for the log; see `distil`.
         before: whether to evaluate the starting model, too.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
-        `retrieval` (see `measure_exits`), `recipe`, `preflight` and `data` (numbers of rows read, skipped and held
-        out).
+        `retrieval` (the report on held-out rows, see `Report.to_dict`: the exits of the trained model and of the model
+        before training, and BM25), `recipe`, `preflight`, `data` (numbers of rows read, skipped and held out) and, if
+        a teacher's vectors are centred, `teacher_means` (see `teach`).
     """
     out, state = Path(out), runs.processes_of_run()
-    if recipe.distillation is not None and prepare_batches is None:
-        raise UserError("training.distillation.alone", "This recipe names a teacher: run it with `distil`.")
-    settings, rows, lengths, eval_pairs = recipe.objective, recipe.rows(), recipe.lengths(), recipe.eval_pairs
-    processes, stored = state.num_processes, data is None
-    blueprint, arguments = check_recipe(recipe, out, processes, progress, objective)
+    rows, processes, stored = recipe.rows(), state.num_processes, data is None
+    shown = progress and state.is_main_process
+    blueprint, arguments = check_recipe(recipe, out, processes, progress)
     if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
         return log
-    start = partial(starting_model, ModularStarEncoderForRetrieval, recipe)
-    model, tokenizer = start()
+    teaching = recipe.distillation
+    teacher = None if teaching is None else load_teacher(teaching, blueprint.config.projection_size)
+    model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
-    prompts = model.config.instruction_prompts
+    train: Any
+    held_out: Any
     with state.main_process_first():
-        data = data or prepare_data(rows, out / "data", progress and state.is_main_process, store=False)
-        train, held_out, groups, tokens = _batches(recipe, data, prompts, tokenizer, processes)
+        data = data or prepare_data(rows, out / "data", shown, store=False)
+        train, held_out, groups, tokens = _batches(recipe, data, model, tokenizer, processes)
         estimate = finetuning_preflight(model, recipe, processes, groups, tokens)
         if state.is_main_process:
             runs.begin_run(out, recipe)
@@ -129,58 +122,45 @@ def finetune(
             if stored:
                 store_retrieval_data(data, out / "data")
     arguments.per_device_eval_batch_size = held_out.batch_size // processes
-    batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
-    if prepare_batches is not None:
+    means: dict[str, Any] = {}
+    if teaching and teacher:
         with state.main_process_first():
-            batches = prepare_batches(model, tokenizer, train, held_out, progress and state.is_main_process)
+            limit = max(recipe.lengths().values())
+            train, held_out, means = teach(teaching, teacher, model, tokenizer, train, held_out, limit, shown)
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        objective or ContrastiveObjective(settings),
-        train_dataset=batches[0],
-        eval_dataset=batches[1],
+        _objective(recipe),
+        train_dataset=train,
+        eval_dataset=held_out,
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | batches[2]
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | means
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, out, recipe)
     if state.is_main_process:
-        encoders = {"after": partial(load_checkpoint, out / runs.MODEL)} | ({"before": start} if before else {})
-        tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=rows["seed"])
-        log |= {"data": data.report, "retrieval": measure_exits(tasks, encoders, lengths, progress)}
+        encoders = [exit_encoder(recipe, *load_checkpoint(out / runs.MODEL), "trained")]
+        if before:
+            start = starting_model(ModularStarEncoderForRetrieval, recipe)
+            encoders.append(exit_encoder(recipe, *start, "before training"))
+        tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
+        results = evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], progress=progress)
+        report = make_report(tasks, results, checksum=checkpoint_checksum(out / runs.MODEL))
+        log |= {"data": data.report, "retrieval": report.to_dict()}
         runs.write_log(out, log)
     state.wait_for_everyone()
     return log
 
 
-def distil(recipe: FinetuningRecipe, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """Fine-tune a model while every exit also learns the vectors of the teacher that `recipe.distillation` names.
-
-    Takes the arguments of `finetune`, writes the same files and returns the same log. If vectors are centred by kind,
-    the log also has `teacher_means`: kind (`query`, `document`) → the mean vector that was subtracted.
-
-    Raises:
-        UserError: the recipe has no `distillation` (`training.distillation.missing`), or as `finetune`.
-    """
-    settings, limit = recipe.distillation, max(recipe.lengths().values())
-    if settings is None:
-        raise UserError("training.distillation.missing", "The recipe needs `distillation` with a `teacher`.")
-    # A finished run needs no teacher.
-    finished = (Path(out) / runs.LOG).is_file()
-    teacher: Any = None if finished else load_teacher(settings, starting_config(recipe).projection_size)
-    teaching = partial(teach, settings, teacher, max_tokens=limit)
-    return finetune(
-        recipe, out, objective=DistillationObjective(settings, recipe.objective), prepare_batches=teaching, **options
-    )
+def _objective(recipe: FinetuningRecipe) -> ContrastiveObjective:
+    if recipe.distillation is None:
+        return ContrastiveObjective(recipe.objective)
+    return DistillationObjective(recipe.distillation, recipe.objective)
 
 
 def check_recipe(
-    recipe: FinetuningRecipe,
-    out: Path,
-    processes: int,
-    progress: bool,
-    objective: ContrastiveObjective | None = None,
+    recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
     """Check that recipe and model fit together; return the model, with no weights loaded, and the trainer's arguments.
 
@@ -195,7 +175,7 @@ def check_recipe(
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
-    check_objective(objective or ContrastiveObjective(recipe.objective), arguments, config, config.exit_layers)
+    check_objective(_objective(recipe), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
             "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
@@ -204,46 +184,10 @@ def check_recipe(
     return model, arguments
 
 
-def measure_exits(
-    tasks: Sequence[RetrievalTask],
-    models: Mapping[str, Callable[[], tuple[Any, Any]]],
-    lengths: Mapping[str, int],
-    progress: bool,
-) -> dict[str, Any]:
-    """Evaluate BM25 and every exit of some models, `before` and `after` training; `models` load a model and tokenizer.
-
-    Returns:
-        {benchmark: {"queries": number, "BM25": estimates, "exit 4": estimates, …, "before": {"exit 4": estimates, …}}}.
-    """
-    retrieval: dict[str, Any] = {task.benchmark: {"queries": len(task.queries)} for task in tasks}
-    retrievers: list[Retriever] = [BM25()]
-    for name, load in models.items() if tasks else ():
-        model, tokenizer = load()
-        model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        retrievers.append(EmbeddingRetriever(ExitEncoder(model, tokenizer, name, max_length=max(lengths.values()))))
-    for result in evaluate_tasks(tasks, retrievers, progress=progress):
-        found = retrieval[result.benchmark]
-        if result.retriever == "before":
-            found = found.setdefault("before", {})
-        name = result.retriever if result.exit_layer is None else f"exit {result.exit_layer}"
-        found[name] = {metric: asdict(estimate) for metric, estimate in result.estimates.items()}
-    return retrieval
-
-
-def format_retrieval(retrieval: Mapping[str, Any]) -> str:
-    """Format the result of `measure_exits` as tables: the MRR of every exit before and after training, and BM25."""
-    parts = []
-    for benchmark, found in retrieval.items():
-        before, rows = found.get("before", {}), [["", "before", "after"]]
-        for name in (name for name in found if name not in ("queries", "before")):
-            rows.append([name, *(_estimate(one.get(name, {}).get("mrr")) for one in (before, found))])
-        title = f"{benchmark}: {found['queries']:,} queries; MRR × 100 with 95 % interval"
-        parts.append("\n".join([title, "", *markdown_table(rows)]))
-    return "\n\n".join(parts)
-
-
-def _estimate(found: Mapping[str, float] | None) -> str:
-    return f"{percent(found['value'])} ({percent(found['low'])}–{percent(found['high'])})" if found else ""
+def exit_encoder(recipe: FinetuningRecipe, model: Any, tokenizer: Any, name: str) -> ExitEncoder:
+    """Return an encoder that embeds at every exit of a model and cuts texts to the lengths of the recipe."""
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool, *, store: bool = True) -> RetrievalData:
@@ -266,12 +210,16 @@ def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool, *, store
     return data
 
 
-def _plans(
-    recipe: FinetuningRecipe, data: RetrievalData, processes: int
-) -> tuple[PairGroups, BatchPlan, BatchPlan, int]:
-    """Return the groups of the training rows, the plans of training and evaluation batches, and the latter's number."""
-    groups, held_out, step = PairGroups(data.train), PairGroups(data.held_out), 2 * processes
-    most, most_held_out = (one.largest_batch // step * step for one in (groups, held_out))
+def _batches(
+    recipe: FinetuningRecipe,
+    data: RetrievalData,
+    model: ModularStarEncoderForRetrieval,
+    tokenizer: PreTrainedTokenizerFast,
+    processes: int,
+) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
+    """Return training and evaluation batches, numbers of groups (see `Preflight`), and mean tokens of text and code."""
+    groups, held_out_groups, step = PairGroups(data.train), PairGroups(data.held_out), 2 * processes
+    most, most_held_out = (one.largest_batch // step * step for one in (groups, held_out_groups))
     if recipe.batch_size > most:
         listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
         advice = f"set batch_size={most}, or less" if most else "add rows"
@@ -284,23 +232,13 @@ def _plans(
         raise UserError("training.held_out.too_few", f"{message}, or raise `eval_fraction` (at most 0.2).")
     # Evaluation batches are as large as training batches if there are enough rows, and no pair is evaluated twice.
     size = min(recipe.batch_size, most_held_out)
-    there = min(held_out.counts.values()) * len(held_out.counts)
-    plan, eval_plan = BatchPlan(groups, recipe.batch_size, recipe.seed), BatchPlan(held_out, size, recipe.seed + 1)
-    return groups, plan, eval_plan, max(1, min(recipe.eval_pairs, there) // size)
-
-
-def _batches(
-    recipe: FinetuningRecipe, data: RetrievalData, prompts: bool, tokenizer: PreTrainedTokenizerFast, processes: int
-) -> tuple[RetrievalBatches, RetrievalBatches, Mapping[str, int], tuple[float, float]]:
-    """Return training and evaluation batches, numbers of groups (see `Preflight`), and mean tokens of text and code."""
-    groups, plan, eval_plan, eval_steps = _plans(recipe, data, processes)
-    train, held_out = (
-        RetrievalTexts(texts, tokenizer, prompts=prompts, progress=False, **recipe.lengths())
-        for texts in (data.train, data.held_out)
-    )
-    renaming = {"identifier_rename_prob": recipe.identifier_rename_prob}
-    batches = RetrievalBatches(train, plan, recipe.max_steps, **renaming)
-    eval_batches = RetrievalBatches(held_out, eval_plan, eval_steps)
+    there = min(held_out_groups.counts.values()) * len(held_out_groups.counts)
+    eval_steps = max(1, min(recipe.eval_pairs, there) // size)
+    options: dict[str, Any] = {"prompts": model.config.instruction_prompts, "progress": False, **recipe.lengths()}
+    train, held_out = (RetrievalTexts(texts, tokenizer, **options) for texts in (data.train, data.held_out))
+    plan = BatchPlan(groups, recipe.batch_size, recipe.seed)
+    batches = RetrievalBatches(train, plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob)
+    eval_batches = RetrievalBatches(held_out, BatchPlan(held_out_groups, size, recipe.seed + 1), eval_steps)
     return batches, eval_batches, groups.counts, train.mean_tokens()
 
 
@@ -329,12 +267,6 @@ def finetuning_preflight(
         other_bytes=2 * 4 * embeddings,
         groups={kind: groups.get(kind, 0) for kind in kinds},
     )
-
-
-def checkpoint_encoder(checkpoint: Path, lengths: Mapping[str, int]) -> ExitEncoder:
-    """Return one encoder that embeds at every exit of a trained checkpoint and cuts texts to `lengths`."""
-    model, tokenizer = load_checkpoint(checkpoint)
-    return ExitEncoder(model, tokenizer, checkpoint.parent.name, max_length=max(lengths.values()))
 
 
 def finetune_classifier(

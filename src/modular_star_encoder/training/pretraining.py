@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from modular_star_encoder.training.starting_points import (
 )
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, staged_folder
+from modular_star_encoder.utils.files import staged_folder
 
 # Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
 TOKENIZER_CHARACTERS = 100_000_000
@@ -43,9 +42,9 @@ def pretrain(
     """Pre-train a model; continue from the files that an earlier call with this recipe left in `out`.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
-    with `training_log.json` and, where matplotlib is installed, `curves.png`. If `out` holds a log, the run is
-    finished and the log is returned. With several processes (`accelerate launch`, `torchrun`), each process calls it.
-    UserError if the recipe contradicts itself, the model or the machine, or `out` holds a run with another recipe.
+    with `training_log.json`. If `out` holds a log, the run is finished and the log is returned. With several processes
+    (`accelerate launch`, `torchrun`), each process calls it. UserError if the recipe contradicts itself, the model or
+    the machine, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -135,8 +134,6 @@ def pretrain(
     }
     trainer.save_model(os.fspath(out / runs.MODEL))
     if state.is_main_process:
-        if find_spec("matplotlib"):
-            plot_curves(log, out / runs.MODEL / "curves.png")
         runs.write_log(out, log)
     return log
 
@@ -180,36 +177,3 @@ def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig
             tokenizer = train_tokenizer(texts(), config.vocab_size, max_length=longest, progress=progress)
             tokenizer.save_pretrained(staging)
     return folder
-
-
-def plot_curves(log: Mapping[str, Any], path: Path) -> None:
-    """Draw masked-token loss and in-context accuracy of every exit over the steps, from the log of `pretrain`.
-
-    Thin lines show training rows, dots show held-out repositories. Dashed lines are baselines without a model: the
-    unigram entropy, and the accuracy of identifier overlap on held-out rows.
-    """
-    from matplotlib.figure import Figure
-
-    history, prefix = log["log_history"], "mlm_loss_exit_"
-    exits = sorted({int(key.removeprefix(prefix)) for line in history for key in line if key.startswith(prefix)})
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = [
-        ("mlm_loss", "masked-token loss (nats)", log["unigram_entropy"]),
-        ("icc_accuracy", "in-context classification accuracy", log["identifier_overlap"]["accuracy"]),
-    ]
-    for axes, (metric, label, baseline) in zip(figure.subplots(1, 2), panels, strict=True):
-        for number, exit_layer in enumerate(exits):
-            training, held_out = (_series(history, f"{part}{metric}_exit_{exit_layer}") for part in ("", "eval_"))
-            axes.plot(*training, color=f"C{number}", linewidth=0.7, alpha=0.5)
-            axes.plot(*held_out, color=f"C{number}", marker="o", markersize=3, label=f"exit {exit_layer}")
-        axes.axhline(baseline, color="grey", linestyle="--", linewidth=0.8)
-        axes.set(xlabel="step", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    with staged_file(path) as staging:
-        figure.savefig(staging, format="png", dpi=120)
-
-
-def _series(history: list[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = {line["step"]: line[key] for line in history if line.get(key) is not None}
-    return list(points), list(points.values())

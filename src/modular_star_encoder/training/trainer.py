@@ -1,6 +1,5 @@
 """`MultiExitTrainer`, the one subclass of `Trainer`: any objective, one loss per exit, each of them logged."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.exit_losses import Objective, exit_weights
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, write_json
+from modular_star_encoder.utils.files import staged_file
 
 logger = logging.get_logger(__name__)
 
@@ -176,20 +175,14 @@ class MultiExitTrainer(Trainer):
         return (self.exit_layers[-1:], self.exit_weights[-1:]) if deepest else (self.exit_layers, self.exit_weights)
 
     def _stop(self, batch: Mapping[str, Any], losses: Mapping[int, float]) -> NoReturn:
-        """Write a batch whose loss is not finite to a `.safetensors` and a `.json` file, and raise UserError."""
+        """Write the tensors of a batch whose loss is not finite to a `.safetensors` file, and raise UserError."""
         step, rank = self.state.global_step + 1, self.args.process_index
-        leaves = dict(_leaves(batch))
-        tensors = {name: value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: one.detach().cpu().clone().contiguous() for name, one in _tensors(batch)}
+        by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
         path = Path(self._folder, f"non_finite_loss_step_{step}_rank_{rank}.safetensors").absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
-            save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, staging)
-        # JSON has neither infinities nor NaN.
-        finite = {str(exit): loss if math.isfinite(loss) else str(loss) for exit, loss in losses.items()}
-        others = {name: str(value) for name, value in leaves.items() if name not in tensors}
-        report = {"step": step, "rank": rank, "losses": finite, "other_values": others}
-        write_json(path.with_suffix(".json"), report)
-        by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
+            save_file(tensors, staging, metadata={"losses": by_exit})
         message = f"The loss of step {step} is not finite ({by_exit}); its batch was written to {path}."
         raise UserError("training.loss.not_finite", message)
 
@@ -291,18 +284,18 @@ def _option(args: TrainingArguments, name: str) -> Any:
     return getattr(args, name, getattr(MultiExitTrainingArguments, name))
 
 
-def _bare(model: nn.Module) -> Any:
+def _bare(model: Any) -> Any:
     """Return the model itself of a model with adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name (`query.input_ids`) and value of each leaf of nested mappings and lists."""
-    if not isinstance(value, Mapping | list | tuple):
-        yield name, value
-        return
-    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _leaves(part, f"{name}.{key}" if name else str(key))
+def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the dotted name (`query.input_ids`) and value of each tensor in nested mappings."""
+    for key, value in batch.items():
+        if isinstance(value, Mapping):
+            yield from _tensors(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import socket
-import sys
 import threading
 import time
 import urllib.request
@@ -32,7 +31,6 @@ _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _ENCODINGS = "gzip, deflate"
 _DECODED = frozenset({"", "identity", "gzip", "deflate"})
 _LONGEST_PAUSE = 60.0
-_LONGEST_REASON = 300
 
 
 class HTTPRequestError(UserError):
@@ -46,9 +44,6 @@ class HTTPRequestError(UserError):
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
         super().__init__(key, message)
         self.status, self.reason, self.text = status, reason, text
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, str(self)), vars(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +183,7 @@ class HTTPClient:
         content = response.json()
         error = content.get("error", content) if isinstance(content, dict) else None
         message = error.get("message", "") if isinstance(error, dict) else error or ""
-        message = hide_secrets(" ".join(str(message).split()), self._token)[:_LONGEST_REASON].rstrip(".")
+        message = hide_secrets(" ".join(str(message).split()), self._token)[:300].rstrip(".")
         reason = f"status {response.status}" + (f", {message}" if message else "")
         return {"reason": reason, "status": response.status, "text": text[:4096]}
 
@@ -251,9 +246,6 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-CONFLICT = 412  # status of a commit that the Hub refuses because its parent is no longer the newest
-
-
 def check_repository_id(repository: str) -> None:
     """Raise UserError (`hub.repository_id`) unless `repository` has the form owner/name."""
     from huggingface_hub.errors import HFValidationError
@@ -301,20 +293,16 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # The Hub's client uses httpx, or httpx2 in newer versions.
-    loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in loaded if module)
-    expected: tuple[type[Exception], ...] = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, *network_errors)
     try:
         yield
-    except expected as error:
+    except (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, httpx.TransportError) as error:
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, LocalTokenNotFoundError):
             message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
-        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == CONFLICT:
+        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # the parent is not the newest
             message = f"{repository} was changed by someone else; nothing was uploaded. Look at the change and repeat."
-        elif isinstance(cause, network_errors):
+        elif isinstance(cause, httpx.TransportError):
             message = f"The Hub can't be reached ({type(cause).__name__}); repeat the upload later."
         else:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")

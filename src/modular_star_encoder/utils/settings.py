@@ -3,8 +3,8 @@
 A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
 It may define `OPEN_KEYS` (field, dataclass): a mapping field that collects the keys of that other dataclass.
 
-YAML is read by the safe loader, within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`, `MAX_YAML_DEPTH` and
-`MAX_YAML_NUMBER`. Nodes are counted after aliases are expanded, so that no file becomes larger than it looks.
+YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
+`MAX_YAML_DEPTH` and `MAX_YAML_NUMBER`.
 """
 
 import os
@@ -130,45 +130,34 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     return content
 
 
-class _BoundedLoader(yaml.SafeLoader):
-    """Loads YAML as `yaml.SafeLoader` does; a document beyond the limits of this module raises yaml.YAMLError."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = self._composed = 0
-        self._sizes: dict[int, float] = {}  # id of a node → nodes in it, aliases expanded
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self._depth += 1
-        self._composed += 1
-        if self._depth > MAX_YAML_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} deep")
-        is_alias = self.check_event(yaml.AliasEvent)
-        found = super().compose_node(parent, index)
-        if found is not None and id(found) not in self._sizes:
-            inside = found.value if isinstance(found, yaml.CollectionNode) else []
-            nodes = [node for pair in inside for node in (pair if isinstance(pair, tuple) else (pair,))]
-            # An alias to a node without a size is inside of that node.
-            self._sizes[id(found)] = float("inf") if is_alias else 1 + sum(self._sizes[id(node)] for node in nodes)
-        if self._composed > MAX_YAML_NODES or (found is not None and self._sizes[id(found)] > MAX_YAML_NODES):
-            raise yaml.YAMLError(f"it has more than {MAX_YAML_NODES:,} values")
-        if isinstance(found, yaml.ScalarNode) and "\0" in found.value:
-            raise yaml.YAMLError("it has a text with a null character")
-        is_number = isinstance(found, yaml.ScalarNode) and not found.tag.endswith(":str")
-        if is_number and len(found.value) > MAX_YAML_NUMBER:  # type: ignore[union-attr]
-            raise yaml.YAMLError(f"it has a number or date of more than {MAX_YAML_NUMBER} characters")
-        self._depth -= 1
-        return found
-
-
 def read_yaml(data: bytes, where: str) -> Any:
     """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or beyond a limit."""
     try:
         if len(data) > MAX_YAML_BYTES:
             raise yaml.YAMLError(f"it is larger than {MAX_YAML_BYTES:,} bytes")
-        return _BoundedLoader(data.decode("utf-8-sig")).get_single_data()
+        text = data.decode("utf-8-sig")
+        _check_events(text)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
         raise UserError("settings.file", f"{where} is not a YAML file: {' '.join(str(error).split())}") from error
+
+
+def _check_events(text: str) -> None:
+    """Raise YAMLError if a document is beyond the limits of this module, before anything of it is constructed."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} deep")
+        if count > MAX_YAML_NODES:
+            raise yaml.YAMLError(f"it has more than {MAX_YAML_NODES:,} values")
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has the alias *{event.anchor}; write the value again instead")
+        if isinstance(event, yaml.ScalarEvent):
+            if "\0" in event.value:
+                raise yaml.YAMLError("it has a text with a null character")
+            if event.style is None and re.fullmatch(rf"[-+.\d][-+.:\w]{{{MAX_YAML_NUMBER},}}", event.value):
+                raise yaml.YAMLError(f"it has a number or date of more than {MAX_YAML_NUMBER} characters")
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
