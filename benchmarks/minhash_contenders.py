@@ -81,9 +81,10 @@ def _rensa_deduplicator(texts: Sequence[str]) -> Any:
 
 
 def _ours(texts: Sequence[str]) -> Any:
+    from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 
-    return find_near_duplicates({"code": texts})
+    return find_near_duplicates([[_ours_signatures(texts)]], DuplicateSettings())
 
 
 def _rensa_strings(texts: Sequence[str]) -> Any:

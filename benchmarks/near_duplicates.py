@@ -76,8 +76,9 @@ def measure_recall(rows: list[str], planted: list[Planted], recall: str) -> dict
     from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 
     settings = DuplicateSettings(recall=recall)
-    result = find_near_duplicates({"code": rows}, settings=settings)
-    keys = fingerprint(rows, settings.banding).field("keys").flatten().to_numpy().reshape(len(rows), -1)
+    prints = fingerprint(rows, settings.banding)
+    result = find_near_duplicates([[prints]], settings)
+    keys = prints.field("keys").flatten().to_numpy().reshape(len(rows), -1)
     found = set(map(tuple, result.pairs.tolist()))
     false = sum(
         jaccard(shingles(rows[first]), shingles(rows[second])) < settings.threshold
@@ -117,7 +118,7 @@ def compare_with_brute_force(rows: list[str], planted: list[Planted], count: int
     """All pairs of a sample, by a product of sparse matrices, against what is found, in both modes."""
     from scipy.sparse import csr_array
 
-    from modular_star_encoder.synthconl.minhash import DuplicateSettings
+    from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
     from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 
     rng = random.Random(0)
@@ -140,7 +141,8 @@ def compare_with_brute_force(rows: list[str], planted: list[Planted], count: int
     }
     figures = {"rows": count, "pairs_compared": count * (count - 1) // 2, "true_pairs": len(true)}
     for recall in ("default", "high"):
-        result = find_near_duplicates({"code": sample}, settings=DuplicateSettings(recall=recall))
+        settings = DuplicateSettings(recall=recall)
+        result = find_near_duplicates([[fingerprint(sample, settings.banding)]], settings)
         found = dict(zip(map(tuple, result.pairs.tolist()), result.pair_similarities.tolist(), strict=True))
         figures[recall] = {
             "found": len(found),
@@ -229,11 +231,11 @@ def run_stage(source: str, out: str) -> dict:
         "processor_seconds": seconds,
         "peak_anonymous_bytes": peak["RssAnon"] - before["RssAnon"],
         "peak_resident_bytes": peak["VmRSS"] - before["VmRSS"],
-        "kept": report.kept,
-        "clusters": report.clusters,
-        "pairs_compared": report.pairs_compared,
-        "near_pairs": report.near_pairs,
-        "largest_bucket": report.largest_bucket,
+        "kept": report["counts"]["kept"],
+        "clusters": report["clusters"],
+        "pairs_compared": report["pairs_compared"],
+        "near_pairs": report["near_pairs"],
+        "largest_bucket": report["largest_bucket"],
     }
 
 

@@ -79,7 +79,7 @@ def commands_page() -> str:
     """Return a page with the help of every command."""
     from modular_star_encoder.cli.main import all_commands, build_parser
 
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "92"
     lines = [
         "# Commands",
         "",

@@ -3,15 +3,11 @@
 Retries, limits and hidden tokens of `utils.http` have tests of their own.
 """
 
-import sys
 import threading
 import time
-from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +22,7 @@ from tests.synthconl.openai_server import OpenAIServer
 MAX_TOKENS = 6
 POSITIONS = 160
 TOO_LONG = "x " * POSITIONS
-BACKENDS = ("openai", "transformers", "vllm")
+BACKENDS = ("openai", "transformers")
 KEY = "sk-a-very-secret-key"
 TEMPLATE = "{% for message in messages %}<user>{{ message['content'] }}<end>{% endfor %}<assistant>"
 CODE = "def add(first, second):\n    return first + second\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n"
@@ -72,16 +68,13 @@ class Oracle:
         self._model = LlamaForCausalLM.from_pretrained(folder).eval()
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self._max_tokens = max_tokens
-        self.answer_tokens = cache(self._answer_tokens)
-
-    def answer(self, prompt: str) -> tuple[str, str, int, int]:
-        """Text, finish reason, tokens of the prompt, tokens written."""
-        # The chat template, written out.
-        prompt = f"<user>{prompt}<end><assistant>"
-        return self.answer_tokens(tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+        self.answer = cache(self._answer)
 
     @torch.inference_mode()
-    def _answer_tokens(self, prompt: tuple[int, ...]) -> tuple[str, str, int, int]:
+    def _answer(self, prompt: str) -> tuple[str, str, int, int]:
+        """Text, finish reason, tokens of the prompt, tokens written."""
+        # The chat template, written out.
+        prompt = self._tokenizer(f"<user>{prompt}<end><assistant>", add_special_tokens=False)["input_ids"]
         written: list[int] = []
         ends = self._model.generation_config.eos_token_id
         while len(written) < self._max_tokens and not (written and written[-1] in ends):
@@ -89,37 +82,6 @@ class Oracle:
         stopped = written[-1] in ends
         text = self._tokenizer.decode(written[:-1] if stopped else written, skip_special_tokens=True)
         return text, "stop" if stopped else "length", len(prompt), len(written)
-
-
-@dataclass
-class SamplingParams:
-    temperature: float
-    max_tokens: int
-
-
-class LLM:
-    def __init__(self, model: str, *, max_model_len: int, **options: Any) -> None:
-        known = {"revision", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching"}
-        assert options.keys() <= known
-        if not Path(model, "config.json").is_file():
-            raise ValueError(f"No model config found in {model!r}.\nMore lines follow.")
-        self._model, self._longest = model, max_model_len
-
-    def get_tokenizer(self) -> Any:
-        return PreTrainedTokenizerFast.from_pretrained(self._model)
-
-    def generate(self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, *, use_tqdm: bool) -> list[Any]:
-        assert sampling_params.temperature == 0
-        oracle = Oracle(self._model, sampling_params.max_tokens)
-        outputs = []
-        for prompt in prompts:
-            ids = prompt["prompt_token_ids"]
-            if len(ids) >= self._longest:
-                raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than the maximum model length.")
-            text, reason, _, written = oracle.answer_tokens(tuple(ids))
-            answer = SimpleNamespace(index=0, text=text, token_ids=[0] * written, finish_reason=reason)
-            outputs.append(SimpleNamespace(request_id="0", prompt_token_ids=ids, outputs=[answer], finished=True))
-        return outputs
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +105,11 @@ def server(oracle):
         yield server
 
 
-@pytest.fixture(autouse=True)
-def vllm(monkeypatch):
-    """vLLM's offline API: `generate` returns one output per prompt, in order, and refuses prompts that are too long."""
-    api = SimpleNamespace(__version__="0.33.0", LLM=LLM, SamplingParams=SamplingParams)
-    monkeypatch.setitem(sys.modules, "vllm", api)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request, model, server):
     options = {
         "openai": {"base_url": server.base_url, "concurrency": 5},
         "transformers": {"batch_size": 3},
-        "vllm": {"batch_size": 5, "max_model_len": POSITIONS},
     }
     return open_backend(request.param, str(model), MAX_TOKENS, options[request.param])
 
@@ -207,17 +161,12 @@ def test_requests_are_taken_as_they_are_needed(backend):
     completions.close()
 
 
-@pytest.mark.parametrize("name", ["transformers", "vllm"])
-def test_a_folder_without_a_model_is_one_sentence(name, tmp_path):
+def test_a_folder_without_a_model_and_a_model_without_room_for_an_answer_are_one_sentence(model, tmp_path):
     with raises("synthconl.backend.model", tmp_path) as error:
-        list(open_backend(name, str(tmp_path), 4, {}).complete(requests(1)))
+        list(open_backend("transformers", str(tmp_path), 4, {}).complete(requests(1)))
     assert "\n" not in str(error.value)
-
-
-def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"modular-star-encoder\[vllm\]"):
-        open_backend("vllm", "model", 4, {})
+    with raises("synthconl.backend.max_tokens", POSITIONS):
+        list(open_backend("transformers", str(model), POSITIONS, {}).complete(requests(1)))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +181,6 @@ def test_vllm_that_is_not_installed_names_its_extra(monkeypatch):
         ("openai", {"base_url": "http://h/v1", "api_key_variable": "NO_KEY"}, "http.token.missing", ["NO_KEY"]),
         ("transformers", {"batch": 3}, "synthconl.backend.options", ["batch"]),
         ("transformers", {"batch_size": 0}, "synthconl.backend.options", ["batch_size", "0"]),
-        ("vllm", {"max_model_len": 4}, "synthconl.backend.max_tokens", ["4"]),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(name, options, key, values):

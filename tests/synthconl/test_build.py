@@ -17,7 +17,7 @@ from filelock import FileLock
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import build, near_duplicate_job, row_files
-from modular_star_encoder.synthconl.build import EXAMPLE, SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
+from modular_star_encoder.synthconl.build import SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
 from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
 from modular_star_encoder.synthconl.near_duplicate_job import WORK, drop_near_duplicates
 from modular_star_encoder.synthconl.publishing import MEANINGS
@@ -217,7 +217,7 @@ def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(c
     folder = write_shards(tmp_path / "in", [{"id": n, "code": f"x = {n}"} for n in range(4)])
     dedup = partial(drop_near_duplicates, folder, tmp_path / "dedup", columns=["code"], progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(near_duplicate_job, "search", None)
+        patch.setattr(near_duplicate_job, "find_near_duplicates", None)
         with pytest.raises(TypeError):
             dedup()  # interrupted
     (tmp_path / "corpus").mkdir()
@@ -277,9 +277,8 @@ SETTINGS = {"corpus": {"folder": "code"}, "translation": TRANSLATION}
 
 
 def test_the_example_is_a_recipe_of_the_papers_settings():
-    recipe = load_dataset_recipe(
-        Path(__file__).parents[2] / EXAMPLE, ["corpus.folder=/code", "translation.options.concurrency=3"]
-    )
+    example = Path(__file__).parents[2] / "examples" / "dataset" / "recipe.yaml"
+    recipe = load_dataset_recipe(example, ["corpus.folder=/code", "translation.options.concurrency=3"])
     assert recipe.corpus == ({"folder": "/code"},)
     assert recipe.translation.model == "Qwen/Qwen2.5-Coder-7B-Instruct"
     assert recipe.translation.options["concurrency"] == 3
@@ -313,7 +312,7 @@ def test_a_wrong_recipe_is_one_sentence_that_names_the_setting(tmp_path, changes
     sentence = str(error.value)
     assert all(value in sentence for value in [str(tmp_path / "recipe.yaml"), *values]), sentence
     assert "\n" not in sentence
-    with raises("settings.file", EXAMPLE):
+    with raises("settings.file", "missing.yaml"):
         load_dataset_recipe(tmp_path / "missing.yaml")
 
 

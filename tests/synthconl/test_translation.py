@@ -236,7 +236,7 @@ def test_errors_are_recorded_once_others_are_answered_and_every_text_fits_into_a
 )
 def test_wrong_settings_are_refused(changes, key, value):
     with raises(key, value):
-        TranslationSettings(**{"backend": "vllm", "model": "model", **changes})
+        TranslationSettings(**{"backend": "openai", "model": "model", **changes})
 
 
 def test_how_a_back_end_is_run_does_not_change_what_it_is():

@@ -102,7 +102,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         against={f"{source}:{column}": open_texts(source, column) for source, column in arguments.against},
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
-    for reason, count in report.counts.items():
+    for reason, count in report["counts"].items():
         print(f"{count:>12,}  {reason}")
 
 

@@ -1,4 +1,4 @@
-"""Back ends that complete prompts: any endpoint of OpenAI's protocol, transformers in this process, and vLLM.
+"""Back ends that complete prompts: any endpoint of OpenAI's protocol, and transformers in this process.
 
 A request carries the id of its row, and its completion returns with that id: completions are never matched by their
 text or their position. Nothing here imports torch before the first request.
@@ -6,10 +6,8 @@ text or their position. Nothing here imports torch before the first request.
 
 import operator
 import re
-from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -19,7 +17,7 @@ from pydantic import Field as Constraint
 from pydantic import ValidationError, validate_call
 
 from modular_star_encoder.synthconl.row_files import batches
-from modular_star_encoder.utils.errors import UserError, naming_extra
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import (
     HTTPClient,
     HTTPRequestError,
@@ -28,10 +26,11 @@ from modular_star_encoder.utils.http import (
     token_from_environment,
     url_host,
 )
-from modular_star_encoder.utils.settings import Count, NonNegative, Positive, Probability
+from modular_star_encoder.utils.settings import Count, NonNegative, Positive
 
 ERROR, TOO_LONG = "error", "too_long"
 _LARGEST_ANSWER = 2**24  # bytes
+_BATCHES_SORTED_TOGETHER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,61 +169,7 @@ def _is_an_error(response: Response) -> bool:  # with status 200, as some gatewa
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
 
-class _LocalBackend(CompletionBackend):
-    """A model in this process; it sorts the prompts of `batches_together` batches at a time by length."""
-
-    _tokenizer: Any
-    _longest_prompt: int
-
-    def __init__(self, model: str, max_tokens: int, batch_size: int, batches_together: int) -> None:
-        self._name, self._max_tokens, self._batch_size = model, max_tokens, batch_size
-        self.in_flight = batch_size * batches_together
-
-    def _room(self, positions: int) -> int:
-        """Return how many tokens a prompt may have if `positions` tokens must hold the prompt and its answer."""
-        if positions <= self._max_tokens:
-            message = f"max_tokens={self._max_tokens} must be below {positions}, the context length of {self._name!r}."
-            raise UserError("synthconl.backend.max_tokens", message)
-        return positions - self._max_tokens
-
-    @abstractmethod
-    def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]: ...
-
-    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """See `CompletionBackend`."""
-        for window in batches(requests, self.in_flight):
-            rows = []
-            for request in window:
-                ids = self._token_ids(request.prompt)
-                if len(ids) <= self._longest_prompt:
-                    rows.append((request, ids))
-                else:
-                    message = f"The prompt has {len(ids)} tokens; at most {self._longest_prompt} are possible."
-                    yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=message)
-            # The longest come first: a batch that does not fit into memory fails at once.
-            rows.sort(key=lambda row: len(row[1]), reverse=True)
-            for batch in batches(rows, self._batch_size):
-                yield from self._generate(batch)
-
-    def _token_ids(self, prompt: str) -> list[int]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            return list(self._tokenizer(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # The template has written the special tokens.
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    @contextmanager
-    def _loading(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, TypeError) as error:
-            first_line = str(error).strip().partition("\n")[0].rstrip(".")
-            message = f"The model {self._name!r} can't be loaded: {first_line}."
-            raise UserError("synthconl.backend.model", message) from error
-
-
-class TransformersBackend(_LocalBackend):
+class TransformersBackend(CompletionBackend):
     """Complete prompts with transformers in this process: slow, but it runs everywhere.
 
     The prompts of 16 batches at a time are sorted by length; batches are padded on the left.
@@ -249,38 +194,66 @@ class TransformersBackend(_LocalBackend):
         device: str | None = None,
         attn_implementation: str | None = None,
     ) -> None:
-        super().__init__(model, max_tokens, batch_size, batches_together=16)
+        self._name, self._max_tokens, self._batch_size, self._device = model, max_tokens, batch_size, device
         self._options = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
-        self._device = device
+        self.in_flight = batch_size * _BATCHES_SORTED_TOGETHER
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
+        """See `CompletionBackend`."""
+        for window in batches(requests, self.in_flight):
+            model, tokenizer = self._loaded
+            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+            longest = positions - self._max_tokens
+            if longest <= 0:
+                fault = (
+                    f"max_tokens={self._max_tokens} must be below {positions}, the context length of {self._name!r}."
+                )
+                raise UserError("synthconl.backend.max_tokens", fault)
+            rows = []
+            for request in window:
+                messages = [{"role": "user", "content": request.prompt}]
+                if tokenizer.chat_template:
+                    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+                else:
+                    tokens = tokenizer(request.prompt)
+                rows.append((request, tokens["input_ids"]))
+            # The longest come first: a batch that does not fit into memory fails at once.
+            rows.sort(key=lambda row: len(row[1]), reverse=True)
+            while rows and len(rows[0][1]) > longest:
+                request, ids = rows.pop(0)
+                fault = f"The prompt has {len(ids)} tokens; at most {longest} are possible."
+                yield Completion(request.id, "", TOO_LONG, prompt_tokens=len(ids), error=fault)
+            for batch in batches(rows, self._batch_size):
+                yield from self._generate(batch)
 
     def describe(self) -> dict[str, Any]:
         """See `CompletionBackend`."""
+        model, _ = self._loaded
         return {
             "backend": "transformers",
             "model": self._name,
-            "revision": getattr(self._model.config, "_commit_hash", None) or self._options["revision"],
-            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "revision": getattr(model.config, "_commit_hash", None) or self._options["revision"],
+            "dtype": str(model.dtype).removeprefix("torch."),
             "transformers": version("transformers"),
             "torch": version("torch"),
         }
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        with self._loading():
-            return AutoTokenizer.from_pretrained(self._name, revision=self._options["revision"])
-
-    @cached_property
-    def _model(self) -> Any:
+    def _loaded(self) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        with self._loading():
-            options = {name: value for name, value in self._options.items() if value is not None}
+        options = {name: value for name, value in self._options.items() if value is not None}
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self._name, revision=self._options["revision"])
             model: Any = AutoModelForCausalLM.from_pretrained(self._name, **options)
+        except (OSError, ValueError, TypeError) as error:
+            first_line = str(error).strip().partition("\n")[0].rstrip(".")
+            message = f"The model {self._name!r} can't be loaded: {first_line}."
+            raise UserError("synthconl.backend.model", message) from error
         model = model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        ends, tokenizer = model.generation_config.eos_token_id, self._tokenizer
+        ends = model.generation_config.eos_token_id
         # Replace the model's own settings: their penalties and temperatures are not greedy.
         model.generation_config = GenerationConfig(
             do_sample=False,
@@ -289,102 +262,29 @@ class TransformersBackend(_LocalBackend):
             eos_token_id=tokenizer.eos_token_id if ends is None else ends,
             pad_token_id=tokenizer.pad_token_id or 0,  # attention leaves padding out, so any token will do
         )
-        return model
-
-    @cached_property
-    def _longest_prompt(self) -> int:  # type: ignore[override]
-        return self._room(getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        return model, tokenizer
 
     def _generate(self, batch: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
         import torch
 
         from modular_star_encoder.data.collators import pad_inputs
 
-        settings = self._model.generation_config
+        model, tokenizer = self._loaded
+        settings = model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         inputs = pad_inputs([torch.tensor(ids) for _, ids in batch], settings.pad_token_id, "left")
         width = inputs["input_ids"].shape[1]
         with torch.inference_mode():
-            written = self._model.generate(**{name: rows.to(self._model.device) for name, rows in inputs.items()})
+            written = model.generate(**{name: rows.to(model.device) for name, rows in inputs.items()})
         for (request, ids), row in zip(batch, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
-            text = str(self._tokenizer.decode(row[:end], skip_special_tokens=True))
+            text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
             reason, count = ("length", len(row)) if end is None else ("stop", end + 1)
             yield Completion(request.id, text, reason, len(ids), count)
 
 
-class VLLMBackend(_LocalBackend):
-    """Complete prompts with vLLM in this process; the engine schedules its batches itself.
-
-    Args:
-        model, max_tokens: See `open_backend`.
-        batch_size: Number of prompts given to the engine at once: few make it slow; a kill loses all their answers.
-        max_model_len: Largest number of tokens of a prompt together with its answer.
-        revision, dtype, tensor_parallel_size, gpu_memory_utilization: See `vllm.LLM`.
-        engine: Further arguments of `vllm.LLM`, such as `quantization`.
-    """
-
-    run_options = frozenset({"batch_size", "tensor_parallel_size", "gpu_memory_utilization"})
-
-    @validate_call
-    def __init__(
-        self,
-        model: str,
-        max_tokens: int,
-        *,
-        revision: str | None = None,
-        dtype: str = "auto",
-        batch_size: Count = 1024,
-        max_model_len: Count = 8192,
-        tensor_parallel_size: Count = 1,
-        gpu_memory_utilization: Probability = 0.9,
-        engine: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(model, max_tokens, batch_size, batches_together=1)
-        self._longest_prompt = self._room(max_model_len)
-        self._options = {
-            "seed": 0,
-            "enable_prefix_caching": True,  # every prompt begins with the instruction
-            "revision": revision,
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "tensor_parallel_size": tensor_parallel_size,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            **(engine or {}),
-        }
-        with naming_extra():
-            import vllm
-        self._vllm = vllm
-
-    def describe(self) -> dict[str, Any]:
-        """See `CompletionBackend`."""
-        given = {name: self._options[name] for name in ("revision", "dtype")}
-        return {"backend": "vllm", "model": self._name, **given, "vllm": getattr(self._vllm, "__version__", "unknown")}
-
-    @cached_property
-    def _engine(self) -> Any:
-        with self._loading():
-            return self._vllm.LLM(model=self._name, **self._options)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return self._engine.get_tokenizer()
-
-    def _generate(self, rows: list[tuple[CompletionRequest, list[int]]]) -> Iterator[Completion]:
-        greedy = self._vllm.SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
-        prompts = [{"prompt_token_ids": ids} for _, ids in rows]
-        # `generate` returns the outputs in the order of the prompts.
-        outputs = self._engine.generate(prompts, greedy, use_tqdm=False)
-        for (request, ids), output in zip(rows, outputs, strict=True):
-            if list(output.prompt_token_ids) != ids:
-                raise RuntimeError("vLLM returned the answer to another prompt.")
-            answer = output.outputs[0]
-            yield Completion(request.id, answer.text, answer.finish_reason, len(ids), len(answer.token_ids))
-
-
-BackendName = Literal["vllm", "openai", "transformers"]
-BACKENDS: Mapping[BackendName, type[VLLMBackend | OpenAIBackend | TransformersBackend]] = {
-    "vllm": VLLMBackend,
+BackendName = Literal["openai", "transformers"]
+BACKENDS: Mapping[BackendName, type[OpenAIBackend | TransformersBackend]] = {
     "openai": OpenAIBackend,
     "transformers": TransformersBackend,
 }

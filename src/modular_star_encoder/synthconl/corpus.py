@@ -32,7 +32,7 @@ from modular_star_encoder.data.sources.repositories import archive_repositories
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import check_rows, read_json, read_jsonl
-from modular_star_encoder.synthconl.minhash import DuplicateSettings
+from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from modular_star_encoder.synthconl.row_files import locked
 from modular_star_encoder.utils.crash_safe import crash_safe_map
@@ -251,8 +251,9 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     pairs = keep(pairs, "code: equal to another", lambda row: repetition(codes, row["code"]) == 1)
     few = "code: description of other pairs"
     pairs = keep(pairs, few, lambda row: repetition(descriptions, row["description"]) <= MAX_SAME_DESCRIPTION)
-    columns, settings = {"code": [row["code"] for row in pairs]}, DuplicateSettings(threshold=NEAR_DUPLICATE)
-    kept = iter(find_near_duplicates(columns, settings=settings).kept.tolist())
+    settings = DuplicateSettings(threshold=NEAR_DUPLICATE)
+    prints = fingerprint((row["code"] for row in pairs), settings.banding)
+    kept = iter(find_near_duplicates([[prints]], settings).kept.tolist())
     pairs = keep(pairs, "code: near another", lambda _: next(kept))
     sizes = Counter(row["package"] for row in pairs)
     share = min(0.2, VALIDATION_PAIRS / max(1, len(pairs))) / 10

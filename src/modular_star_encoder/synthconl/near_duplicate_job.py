@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
-from modular_star_encoder.synthconl.near_duplicates import EQUAL, KEPT, NEAR, NearDuplicates, search
+from modular_star_encoder.synthconl.near_duplicates import EQUAL, NEAR, NearDuplicates, find_near_duplicates
 from modular_star_encoder.synthconl.row_files import (
     Shard,
     check_columns,
@@ -34,26 +34,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json, staged_file, staged_folder, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
-_LARGEST_CLUSTERS, _LINES_AT_A_TIME = 20, 8192
-
-
-@dataclass(frozen=True, slots=True)
-class DuplicateReport:
-    """The numbers of rows, clusters and compared pairs of a finished job."""
-
-    rows: int
-    counts: dict[str, int]  # the kept rows, and the dropped rows by reason
-    clusters: int  # clusters of at least two rows
-    largest_clusters: list[int]  # the sizes of the largest clusters, at most twenty
-    giant_clusters: list[dict[str, Any]]  # `NearDuplicates.giant_clusters`, with ids
-    pairs_compared: int  # candidate pairs whose true similarity was computed
-    near_pairs: int  # pairs at or above the threshold
-    largest_bucket: int  # the most distinct rows that share a band
-    rows_over_limit: int  # the most rows in one band that were compared with only a part of their bucket
-
-    @property
-    def kept(self) -> int:
-        return self.counts[KEPT]
+_LARGEST_CLUSTERS = 20
 
 
 def drop_near_duplicates(
@@ -65,13 +46,13 @@ def drop_near_duplicates(
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
     progress: bool = True,
-) -> DuplicateReport:
+) -> dict[str, Any]:
     """Copy parquet files to files of the same names, leaving out near-duplicate rows.
 
-    `out` also gets `report.json` (the report, and a description of input and settings) and `dropped.jsonl`, with a line
-    for each dropped row: `id`, `reason`, `cluster` (the smallest id in it), `nearest` (the id of the most similar row,
-    or the 0-based number of the near text in another set) and `similarity`. This takes a few hundred bytes of memory
-    for each row and column, and disk space for a copy of the texts until the end.
+    `out` also gets `report.json` and `dropped.jsonl`, with a line for each dropped row: `id`, `reason`, `cluster` (the
+    smallest id in it), `nearest` (the id of the most similar row, or the 0-based number of the near text in another
+    set) and `similarity`. This takes a few hundred bytes of memory for each row and column, and disk space for a copy
+    of the texts until the end.
 
     Args:
         source, out: The folder of parquet files; the folder to write, which is new, empty, or begun by the same call.
@@ -79,6 +60,12 @@ def drop_near_duplicates(
         id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
             Without this column, the first row is kept, in the order of the file names.
         against: See `find_near_duplicates`.
+
+    Returns:
+        The content of `report.json`: `rows`; `counts`, the kept rows and the dropped rows by reason; `clusters` (of at
+        least two rows) and the sizes of the twenty `largest_clusters`; `giant_clusters`, `largest_bucket` and
+        `rows_over_limit` of `NearDuplicates`; `pairs_compared`, the candidates, and `near_pairs`, those that reach the
+        threshold; and `job`, a description of input and settings.
 
     Raises:
         UserError: files, columns or ids can't be used; `out` has other files or was begun with other input or settings;
@@ -99,17 +86,8 @@ def drop_near_duplicates(
         "settings": {one.name: getattr(settings, one.name) for one in fields(DuplicateSettings)},
         "versions": {"rensa": version("rensa")},
     }
-    work, finished = out / WORK, (out / REPORT).exists()
-    begun = finished or work.exists()
-    used = out.is_file() or (out.is_dir() and any(one.name != f".{WORK}.tmp" for one in out.iterdir()))
-    if (used and not begun) or out == source or out in source.parents or source in out.parents:
-        message = f"{out}, the folder to write, must be empty or not exist; it must not lie in {source} or contain it."
-        raise UserError("synthconl.near_duplicates.out", message)
-    if begun:
-        before = _read_json(out / REPORT).get("job", {}) if finished else _read_json(work / "job.json")
-        if changed := [name for name in job if before.get(name) != job[name]]:
-            changes = f"other {', '.join(changed)}; name another folder, or remove this one and start again"
-            raise UserError("synthconl.near_duplicates.other_job", f"{out} was begun with {changes}.")
+    work, begun = out / WORK, _is_begun(source, out, job)
+    finished = (out / REPORT).exists()
     if not finished:
         ids, order = read_ids(shards, id_column)
         if not begun:
@@ -118,14 +96,29 @@ def drop_near_duplicates(
         with locked(work):
             if not (out / REPORT).exists():  # else another process has finished meanwhile
                 parts = _fingerprinted(shards, columns, work, settings, progress)
-                result = search(parts, order, other_sets, settings, progress)
+                result = find_near_duplicates(parts, settings, order=order, against=other_sets, progress=progress)
                 _write_kept(shards, out, result.kept, progress)
                 with staged_file(out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
                     output.writelines(_dropped_lines(result, ids))
-                write_json(out / REPORT, {**asdict(_report(result, ids)), "job": job}, resumable=True)
+                write_json(out / REPORT, _report(result, ids) | {"job": job}, resumable=True)
     shutil.rmtree(work, ignore_errors=True)
-    report = _read_json(out / REPORT)
-    return DuplicateReport(**{one.name: report[one.name] for one in fields(DuplicateReport)})
+    return _read_json(out / REPORT)
+
+
+def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
+    """Return whether an earlier call began this job in `out`; raise UserError if `out` holds anything else."""
+    begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
+    used = out.is_file() or (out.is_dir() and any(one.name != f".{WORK}.tmp" for one in out.iterdir()))
+    if (used and not begun) or out == source or out in source.parents or source in out.parents:
+        message = f"{out}, the folder to write, must be empty or not exist; it must not lie in {source} or contain it."
+        raise UserError("synthconl.near_duplicates.out", message)
+    if begun:
+        content = _read_json(begun[0])
+        before = content.get("job", {}) if begun[0].name == REPORT else content
+        if changed := [name for name in job if before.get(name) != job[name]]:
+            changes = f"other {', '.join(changed)}; name another folder, or remove this one and start again"
+            raise UserError("synthconl.near_duplicates.other_job", f"{out} was begun with {changes}.")
+    return bool(begun)
 
 
 def _digest(texts: Iterable[str | None]) -> str:
@@ -145,7 +138,8 @@ def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
     """Write the fingerprints of each shard to a file, unless it exists; return them by column, mapped into memory."""
-    schema = pa.schema([(name, fingerprint([], settings.banding).type) for name in columns])
+    empty = fingerprint([], settings.banding)
+    schema = pa.schema([(name, empty.type) for name in columns])
     tables = []
     with tqdm(desc="Fingerprinting", total=sum(one.rows for one in shards), unit=" rows", disable=not progress) as bar:
         for number, shard in enumerate(shards):
@@ -161,7 +155,7 @@ def _fingerprinted(
                         writer.write_batch(pa.record_batch(prints, schema))
             bar.update(shard.rows)
             tables.append(pa.ipc.open_file(pa.memory_map(str(target))).read_all())
-    return [pa.concat_tables(tables)[name].chunks for name in columns]
+    return [[empty, *pa.concat_tables(tables)[name].chunks] for name in columns]
 
 
 def _write_kept(shards: Sequence[Shard], out: Path, kept: np.ndarray, progress: bool) -> None:
@@ -172,31 +166,31 @@ def _write_kept(shards: Sequence[Shard], out: Path, kept: np.ndarray, progress: 
         start += shard.rows
 
 
-def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> DuplicateReport:
+def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
     sizes = result.cluster_sizes
-    return DuplicateReport(
-        rows=len(result.kept),
-        counts=result.counts,
-        clusters=len(sizes),
-        largest_clusters=sizes[:_LARGEST_CLUSTERS].tolist(),
-        giant_clusters=[one | {"cluster": ids[one["cluster"]].as_py()} for one in result.giant_clusters],
-        pairs_compared=result.compared,
-        near_pairs=len(result.pairs),
-        largest_bucket=result.largest_bucket,
-        rows_over_limit=result.rows_over_limit,
-    )
+    return {
+        "rows": len(result.kept),
+        "counts": result.counts,
+        "clusters": len(sizes),
+        "largest_clusters": sizes[:_LARGEST_CLUSTERS].tolist(),
+        "giant_clusters": [one | {"cluster": ids[one["cluster"]].as_py()} for one in result.giant_clusters],
+        "pairs_compared": result.compared,
+        "near_pairs": len(result.pairs),
+        "largest_bucket": result.largest_bucket,
+        "rows_over_limit": result.rows_over_limit,
+    }
 
 
 def _dropped_lines(result: NearDuplicates, ids: pa.ChunkedArray) -> Iterator[bytes]:
     """Yield the lines of `dropped.jsonl` in the order of the rows; see `drop_near_duplicates`."""
-    dropped = np.flatnonzero(~result.kept)
-    for start in range(0, len(dropped), _LINES_AT_A_TIME):
-        rows = dropped[start : start + _LINES_AT_A_TIME]
-        reason, nearest = result.reason[rows], result.nearest[rows]
-        is_row = np.isin(np.array(result.reasons)[reason], (EQUAL, NEAR))
-        named = {"id": rows, "cluster": result.clusters[rows], "nearest": np.where(is_row, nearest, 0)}
-        table = pa.table({name: ids.take(pa.array(one)) for name, one in named.items()})
-        for i, line in enumerate(table.to_pylist()):
-            line |= {"reason": result.reasons[reason[i]], "similarity": float(result.similarity[rows[i]])}
-            line |= {} if is_row[i] else {"nearest": int(nearest[i])}
-            yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    names = ids.to_pylist()
+    for row in np.flatnonzero(~result.kept).tolist():
+        reason, nearest = result.reasons[result.reason[row]], int(result.nearest[row])
+        line = {
+            "id": names[row],
+            "cluster": names[result.clusters[row]],
+            "nearest": names[nearest] if reason in (EQUAL, NEAR) else nearest,
+            "reason": reason,
+            "similarity": float(result.similarity[row]),
+        }
+        yield json.dumps(line, ensure_ascii=False).encode() + b"\n"

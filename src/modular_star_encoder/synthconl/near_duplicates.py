@@ -2,11 +2,10 @@
 
 A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
 the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
-`near_duplicate_job` does the same with files.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,7 +16,6 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint, jaccard, shingle_sets
-from modular_star_encoder.utils.errors import UserError
 
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
 _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
@@ -40,10 +38,10 @@ class NearDuplicates:
     pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, the smaller id first
     pair_similarities: np.ndarray  # float64 (pairs,)
     # For each cluster too large for one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
-    giant_clusters: tuple[dict[str, int], ...] = ()
-    compared: int = 0  # number of pairs compared
-    largest_bucket: int = 0  # the most distinct rows that share a band
-    rows_over_limit: int = 0  # the most rows in one band that were compared with only a part of their bucket
+    giant_clusters: tuple[dict[str, int], ...]
+    compared: int  # number of pairs compared
+    largest_bucket: int  # the most distinct rows that share a band
+    rows_over_limit: int  # the most rows in one band that were compared with only a part of their bucket
 
     @property
     def counts(self) -> dict[str, int]:
@@ -58,49 +56,27 @@ class NearDuplicates:
 
 
 def find_near_duplicates(
-    columns: Mapping[str, Sequence[str | None]],
+    columns: Sequence[Sequence[pa.StructArray]],
+    settings: DuplicateSettings,
     *,
-    ids: Sequence[str] | Sequence[int] | None = None,
-    against: Mapping[str, Iterable[str | None]] | None = None,
-    settings: DuplicateSettings | None = None,
+    order: np.ndarray | None = None,
+    against: Mapping[str, Sequence[str | None]] | None = None,
+    progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among rows with a text in each of `columns`; None and blank texts are near no text.
+    """Find the near-duplicates among n rows with one or more columns of text; blank texts are near no text.
 
     Which rows are kept depends on their texts and ids alone, not on their order.
 
     Args:
-        columns, ids: Both have one entry per row. Of near-duplicates, the row with the smallest id is kept; the ids
-            are by default the positions of the rows.
+        columns: The texts of each column, from `fingerprint` with `settings.banding`, in one part or several.
+        order: The rows in the order of their ids, int64 (n,); by default as they are. Of near-duplicates, the row with
+            the smallest id is kept.
         against: Texts of other sets, by the name of the set. A row that is near one of these texts in any column is
             dropped. Whole texts are compared: a long text that contains a short one is not near it.
     """
-    settings = settings or DuplicateSettings()
-    ids = range(max(map(len, columns.values()), default=0)) if ids is None else ids
-    lengths = {len(one) for one in (*columns.values(), ids)}
-    if not columns or len(lengths) > 1:
-        message = f"`columns` must not be empty; all columns and `ids` must be equally long, not {sorted(lengths)}."
-        raise UserError("synthconl.near_duplicates.columns", message)
-    if len(set(ids)) < len(ids):
-        raise UserError("synthconl.near_duplicates.ids", "`ids` must differ for all rows.")
-    order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
-    other_sets = {name: list(texts) for name, texts in (against or {}).items()}
-    return search([[fingerprint(one, settings.banding)] for one in columns.values()], order, other_sets, settings)
-
-
-def search(
-    columns: Sequence[Sequence[pa.StructArray]],
-    order: np.ndarray,
-    against: Mapping[str, Sequence[str | None]],
-    settings: DuplicateSettings,
-    progress: bool = False,
-) -> NearDuplicates:
-    """Find the near-duplicates among n rows, given the fingerprints of their texts; see `find_near_duplicates`.
-
-    Args:
-        columns: The parts of each column, one after the other, from `fingerprint`.
-        order: The rows in the order of their ids, int64 (n,).
-    """
+    against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
+    order = np.arange(len(digests[0])) if order is None else order
     distinct, numbers = _distinct_rows(np.concatenate(digests, axis=1), order)
     own = [_Column(parts, distinct) for parts in columns]
     other_texts = fingerprint(chain.from_iterable(against.values()), settings.banding)

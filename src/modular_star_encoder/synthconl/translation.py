@@ -53,7 +53,7 @@ MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
 _TOKENS = ("prompt_tokens", "completion_tokens")
 SCHEMA = pa.schema([(one.name, pa.int64() if one.name in _TOKENS else pa.string()) for one in fields(Completion)])
-_SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_SYNCS = 30.0, 1.0
+_SECONDS_BETWEEN_NOTES = 30.0
 
 Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
@@ -96,12 +96,12 @@ class TranslationSettings:
     """Settings that say which model translates functions, and how.
 
     Args:
-        backend: `vllm`, `openai` (any endpoint of that protocol) or `transformers`.
+        backend: `openai` (any endpoint of that protocol, such as vLLM's) or `transformers`, in this process.
         model: name of the model at the server, or its folder or Hub id.
         max_tokens: largest number of tokens of an answer; longer answers are cut and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each row is translated to one other than its own.
-        options: further arguments of the back end; see `VLLMBackend`, `OpenAIBackend` and `TransformersBackend`.
+        options: further arguments of the back end; see `OpenAIBackend` and `TransformersBackend`.
         prompt_price, completion_price: price of a million tokens of prompts or answers, for the report.
     """
 
@@ -159,10 +159,30 @@ def translate(
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)
+
+    def requests() -> Iterator[CompletionRequest]:
+        """Yield a request for each row without a completion, whose file is then in `files`."""
+        for path in row_files(functions):
+            target = out / path.name
+            if target.is_file():
+                _journal(target).unlink(missing_ok=True)  # left by a kill
+                bar.update(pq.read_metadata(path).num_rows)
+                continue
+            rows = read_file(path, ("id", "language1_CSN", "func1_CSN"))
+            file = _CompletionFile(target, [row["id"] for row in rows])
+            journals.callback(file.journal.close)
+            files.update(dict.fromkeys(file.missing, file))
+            bar.update(len(rows) - len(file.missing))
+            for row in rows:
+                if row["id"] in file.missing:
+                    source = row["language1_CSN"]
+                    language = target_language(row["id"], source, seed=seed, targets=settings.targets)
+                    yield translation_request(row["id"], row["func1_CSN"], source, language, settings.prompt)
+
     with (
         ExitStack() as journals,
         tqdm(desc="Translating", total=total, unit=" functions", disable=not progress) as bar,
-        closing(backend.complete(_requests(functions, out, files, journals, settings, seed, bar))) as completions,
+        closing(backend.complete(requests())) as completions,
     ):
         journals.callback(session.write)
         for trusted in _trusted(completions, begun):
@@ -176,33 +196,6 @@ def translate(
                 {"tokens/s": f"{tokens / seconds:.0f}"} | ({"cost": f"{cost:.2f}"} if cost else {}), refresh=False
             )
     return _report(out, settings)
-
-
-def _requests(
-    functions: Path,
-    out: Path,
-    files: dict[str, "_CompletionFile"],
-    journals: ExitStack,
-    settings: TranslationSettings,
-    seed: int,
-    bar: tqdm,
-) -> Iterator[CompletionRequest]:
-    """Yield a request for each row without a completion; first, note in `files` which file waits for the answer."""
-    for path in row_files(functions):
-        if (target := out / path.name).is_file():
-            _journal_path(target).unlink(missing_ok=True)  # left by a kill
-            bar.update(pq.read_metadata(path).num_rows)
-            continue
-        rows = read_file(path, ("id", "language1_CSN", "func1_CSN"))
-        file = _CompletionFile(target, [row["id"] for row in rows])
-        journals.callback(file.journal.close)
-        files.update(dict.fromkeys(file.missing, file))
-        bar.update(len(rows) - len(file.missing))
-        for row in rows:
-            if row["id"] in file.missing:
-                source = row["language1_CSN"]
-                language = target_language(row["id"], source, seed=seed, targets=settings.targets)
-                yield translation_request(row["id"], row["func1_CSN"], source, language, settings.prompt)
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
@@ -287,23 +280,20 @@ class _CompletionFile:
     """Collects the completions of one file of rows: in a journal until every row has one, then in a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
-        self._target, self._ids, self._path = target, ids, _journal_path(target)
-        self._answered = _read_journal(self._path, set(ids))
+        self._target, self._ids = target, ids
+        self._answered = _read_journal(_journal(target), set(ids))
         self.missing = set(ids) - self._answered.keys()
-        self.journal, self._synced = self._path.open("ab"), time.monotonic()
+        self.journal = _journal(target).open("ab")
         self._finish()
 
     def add(self, completion: Completion) -> None:
-        """Append a completion to the journal: the operating system gets it at once, the disk within about a second."""
+        """Append a completion to the journal, which a kill of this process does not harm."""
         # Question marks replace lone surrogates, which JSON can escape and parquet can't hold.
         texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
         texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
         self._answered[completion.id] = completion = replace(completion, **texts)
         self.journal.write(json.dumps(asdict(completion)).encode() + b"\n")
         self.journal.flush()
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            os.fsync(self.journal.fileno())
-            self._synced = time.monotonic()
         self._finish()
 
     def _finish(self) -> None:
@@ -311,10 +301,10 @@ class _CompletionFile:
             rows = [asdict(self._answered[row_id]) for row_id in self._ids]
             write_parquet(self._target, [pa.Table.from_pylist(rows, SCHEMA)], SCHEMA)
             self.journal.close()
-            self._path.unlink()
+            _journal(self._target).unlink()
 
 
-def _journal_path(target: Path) -> Path:
+def _journal(target: Path) -> Path:
     return target.with_name(f"{target.name}.journal")
 
 

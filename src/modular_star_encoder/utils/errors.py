@@ -32,7 +32,6 @@ _MODULES = {
     "mteb": "mteb",
     "peft": "peft",
     "qdrant": "qdrant_client",
-    "vllm": "vllm",
 }
 _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in modules.split()}
 
