@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 from modular_star_encoder.cli.main import keep_few_compiled_operations
 from modular_star_encoder.data.collators import pad_inputs
 from modular_star_encoder.data.finetuning_rows import RetrievalTexts
-from modular_star_encoder.data.functions import collect_functions, drop_near_identical_descriptions
+from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.pairs import described
 from modular_star_encoder.data.sources.repositories import installed_repositories
 from modular_star_encoder.data.tokenizer import train_tokenizer
@@ -117,7 +117,7 @@ def device() -> str:
 
 def save_pairs(arguments: argparse.Namespace) -> None:
     """Tokenized pairs of both kinds, each side as one row of ids and its texts' lengths."""
-    functions = drop_near_identical_descriptions(collect_functions(installed_repositories()).functions)
+    functions, _ = collect_functions(installed_repositories())
     count = min(len(functions), max(arguments.batch_sizes) * (arguments.repeats + 1))
     functions = random.Random(0).sample(functions, count)
     texts = [text for function in functions for text in (function.description, function.code)]

@@ -46,7 +46,7 @@ def real_functions(count: int, seed: int = 0) -> tuple[list[str], dict[str, int]
     from modular_star_encoder.data.functions import collect_functions
     from modular_star_encoder.data.sources.repositories import installed_repositories
 
-    collected = collect_functions(installed_repositories(exclude=()), processes=1).functions
+    collected, _ = collect_functions(installed_repositories(exclude=()), processes=1)
     found = [(function.language, function.code) for function in collected]
     if "MOSE_DATA" in os.environ:
         for path in sorted(Path(os.environ["MOSE_DATA"], "codesearchnet").glob("*.jsonl.gz")):

@@ -32,7 +32,7 @@ def main() -> int:
 
         tasks = arguments.tasks
         if arguments.data:
-            functions = collect_functions(folder_repositories(arguments.data)).functions
+            functions, _ = collect_functions(folder_repositories(arguments.data))
             rows = [(function.description, function.code, function.language) for function in functions]
             tasks = [local_task(rows, "FunctionsOfAFolder")]
         scores = run_mteb(arguments.checkpoint, tasks, arguments.exit_layers, arguments.out)

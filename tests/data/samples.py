@@ -1,8 +1,11 @@
 """Small source texts and functions that the tests of this folder share."""
 
+import numpy as np
+
 from modular_star_encoder.data.functions import DocumentedFunction, extract_functions
 from modular_star_encoder.data.sources import SourceFile
-from modular_star_encoder.data.tokenizer import train_tokenizer
+from modular_star_encoder.data.token_store import TokenCorpus
+from modular_star_encoder.data.tokenizer import ContentEncoder, encode_content, train_tokenizer
 
 WORDS = ["load", "save", "parse", "build", "merge", "split", "index", "count", "table", "column", "buffer", "stream"]
 
@@ -36,3 +39,19 @@ def repository_texts(repositories=6, texts=5, lines=12):
 def small_tokenizer(max_length=128):
     texts = [text for texts in repository_texts().values() for text in texts]
     return train_tokenizer(texts, 400, max_length=max_length, progress=False)
+
+
+def corpus_of(texts, tokenizer):
+    """A tokenized corpus in memory: `texts` is repository → texts, all of one language, or a list of source files."""
+    if isinstance(texts, dict):
+        texts = [SourceFile(name, "", "", text) for name in sorted(texts) for text in texts[name]]
+    rows = encode_content(tokenizer, [file.text for file in texts], progress=False)
+    repositories, languages = (
+        np.unique([getattr(file, name) for file in texts], return_inverse=True) for name in ("repository", "language")
+    )
+    numbered = [
+        part
+        for names, numbers in (repositories, languages)
+        for part in (tuple(names.tolist()), numbers.astype(np.int32))
+    ]
+    return TokenCorpus(rows, np.arange(len(texts)), *numbered, ContentEncoder(tokenizer).checksum)

@@ -11,7 +11,7 @@ from modular_star_encoder.data.collators import (
 )
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from tests.data.samples import WORDS
+from tests.data.samples import WORDS, corpus_of
 from tests.errors import raises
 from tests.tiny import tiny_model
 
@@ -23,7 +23,7 @@ def pairs_of_many_lengths(tokenizer, length=8):
         f"repo{r}": [" ".join(WORDS[(r + i + j) % len(WORDS)] for j in range(6 + 4 * i)) for i in range(8)]
         for r in range(4)
     }
-    return InContextPairs(texts, tokenizer, length=length, max_tokens=100, seed=0, progress=False)
+    return InContextPairs(corpus_of(texts, tokenizer), tokenizer, length=length, max_tokens=100, seed=0)
 
 
 @pytest.fixture(scope="module")

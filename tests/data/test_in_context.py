@@ -6,13 +6,13 @@ from transformers import AddedToken
 
 from modular_star_encoder.data.collators import PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
-from tests.data.samples import repository_texts, small_tokenizer
+from tests.data.samples import corpus_of, repository_texts, small_tokenizer
 from tests.errors import raises
 
 
 def make(tokenizer, texts=None, **changes):
-    arguments = {"length": 2000, "max_tokens": 96, "seed": 0, "progress": False} | changes
-    return InContextPairs(texts or repository_texts(), tokenizer, **arguments)
+    arguments = {"length": 2000, "max_tokens": 96, "seed": 0} | changes
+    return InContextPairs(corpus_of(texts or repository_texts(), tokenizer), tokenizer, **arguments)
 
 
 @pytest.fixture(scope="module")

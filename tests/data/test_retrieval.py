@@ -128,7 +128,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
     changed = 0
     for i in range(240):
         ids = plain[i]["negative_ids"].tolist()
-        number = plan.negatives(i // 4)[i % 4]
+        number = plan.batch(i // 4)[i % 4].negative
         assert ids[: len(frame)] == frame
         assert f"table{(number + 1) % 12}(" in tokenizer.decode(ids)
         changed += ids != renamed[i]["negative_ids"].tolist()
@@ -136,7 +136,7 @@ def test_hard_negatives_are_a_third_side_framed_and_renamed_as_code_is(tokenizer
     batch = RetrievalCollator(tokenizer)([plain[i] for i in range(4)])
     assert list(batch) == ["query", "document", "negative"]
     with pytest.raises(IndexError):
-        tokenized(tokenizer, parallel_texts()).negative(3)
+        tokenized(tokenizer, parallel_texts()).tokens(3, -1)
 
 
 def test_a_row_is_a_function_of_seed_and_place_in_any_order_of_access(tokenizer):
@@ -158,10 +158,10 @@ def test_there_is_no_row_beyond_the_last_batch(tokenizer):
 def test_mean_tokens_count_what_the_encoder_reads(tokenizer):
     rows = parallel_texts(4)
     texts = tokenized(tokenizer, rows, max_code_tokens=40, prompts=False)
-    lengths = [[len(texts.snippet(row, number)) for number in range(2)] for row in range(4)]
+    lengths = [[len(texts.tokens(row, number)) for number in range(2)] for row in range(4)]
     assert max(map(max, lengths)) <= 40
     assert texts.mean_tokens()[1] == sum(map(sum, lengths)) / 8
-    assert texts.mean_tokens()[0] == sum(len(texts.description(row)) for row in range(4)) / 4
+    assert texts.mean_tokens()[0] == sum(len(texts.tokens(row, None)) for row in range(4)) / 4
 
 
 CODE = "def total(values, start):\n    # values, values\n    x = start\n    for value in values:\n        x += value"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from modular_star_encoder.data.functions import code_key, description_key, drop_near_identical_descriptions
+from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.splits import (
     CODE_TO_CODE,
@@ -17,17 +17,7 @@ from modular_star_encoder.data.splits import (
     prepare_retrieval_data,
     same_content_groups,
 )
-from tests.data.samples import function
 from tests.errors import raises
-
-
-def test_near_identical_descriptions_and_codes_are_kept_once():
-    first = function()
-    same_words = replace(first, description="run ALL the steps", code="def other(): ...")
-    same_code = replace(first, description="Something else.", code=first.code.replace("    ", "\t"))
-    different = replace(first, description="Something else.", code="def other(): ...")
-    assert drop_near_identical_descriptions([first, same_words, same_code, different]) == [first, different]
-
 
 SIZES = {f"r{i}": 10 for i in range(50)} | {"huge": 300, "large": 200}
 
@@ -204,7 +194,7 @@ def plan_of(texts, batch_size, seed=0):
 def texts_of_batch(texts, plan, step):
     """The texts of a batch and how often each occurs."""
     found = Counter()
-    for row, _ in plan.batch(step):
+    for row, *_ in plan.batch(step):
         found.update({description_key(texts[row].description)} - {""})
         found.update({code_key(snippet.code) for snippet in texts[row].snippets})
     return found
@@ -242,7 +232,7 @@ def test_every_row_has_its_turn_also_those_of_large_groups():
     plan = plan_of(texts, 4, seed=0)
     seen = {kind: set() for kind in (TEXT_TO_CODE, CODE_TO_CODE)}
     for step in range(3 * 4):
-        for row, kind in plan.batch(step):
+        for row, kind, _ in plan.batch(step):
             seen[kind].add(row)
     assert PairGroups(texts).counts == {TEXT_TO_CODE: 8, CODE_TO_CODE: 8}
     assert len(seen[TEXT_TO_CODE]) == 24
@@ -267,16 +257,16 @@ def test_no_hard_negative_says_what_a_row_of_the_batch_says(monkeypatch):
 
     def collisions(plan, step):
         said = texts_of_batch(texts, plan, step)
-        return [row for row in plan.negatives(step) if code_key(texts[row].negative.code) in said]
+        return [one for one in plan.batch(step) if code_key(texts[one.negative].negative.code) in said]
 
     for step in range(40):
-        assert len(plan.negatives(step)) == 8
         assert not collisions(plan, step)
-        own = [row == draw.row for row, draw in zip(plan.negatives(step), plan.batch(step), strict=True)]
-        assert any(own)
-    assert plan.negatives(5) == plan_of(texts, 8, seed=2).negatives(5)
+        assert any(draw.negative == draw.row for draw in plan.batch(step))
+    assert plan.batch(5) == plan_of(texts, 8, seed=2).batch(5)
     # Chance alone would bring them together.
-    monkeypatch.setattr(plan, "_draw_negatives", lambda step, _: [draw.row for draw in plan.batch(step)])
+    monkeypatch.setattr(
+        BatchPlan, "_with_negatives", lambda _, draws, *__: [one._replace(negative=one.row) for one in draws]
+    )
     assert any(collisions(plan, step) for step in range(40))
 
 
@@ -291,7 +281,7 @@ def test_a_batch_leaves_a_negative_outside():
         plan_of([described(i) for i in range(10)], 40)
     assert PairGroups([replace(text, negative=pool[0].snippets[0]) for text in few]).largest_batch == 10
     assert PairGroups([*few, described(20)]).negatives is None
-    assert plan_of([*few, described(20)], 4).negatives(0) is None
+    assert {draw.negative for draw in plan_of([*few, described(20)], 4).batch(0)} == {None}
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():

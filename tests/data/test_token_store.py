@@ -15,9 +15,9 @@ import torch
 from modular_star_encoder.data import token_store
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.data.sources import SourceFile
-from modular_star_encoder.data.token_store import TokenStore, build_token_store, corpus_of_files
+from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer
-from tests.data.samples import repository_texts, small_tokenizer
+from tests.data.samples import corpus_of, repository_texts, small_tokenizer
 from tests.errors import raises
 
 
@@ -221,7 +221,7 @@ def equal_rows(one, other):
 
 def test_pairs_from_disk_are_those_from_memory(tmp_path, tokenizer):
     files = sorted(source_files(), key=lambda file: (file.repository, file.language, file.path))
-    store, memory = build(tmp_path, tokenizer, files), corpus_of_files(files, tokenizer, progress=False)
+    store, memory = build(tmp_path, tokenizer, files), corpus_of(files, tokenizer)
     pairs = [InContextPairs(one, tokenizer, length=50, max_tokens=96, seed=0) for one in (store, memory)]
     assert pairs[0].repositories == pairs[1].repositories == tuple(f"repo{i}" for i in range(6))
     assert torch.equal(pairs[0].token_counts(), pairs[1].token_counts())
@@ -253,12 +253,12 @@ def test_a_split_shares_no_repository_and_loses_no_text(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("repositories", "least"), [(2, 1), (4, 2), (9, 2)])
 def test_a_split_leaves_and_holds_out_two_repositories_if_it_can(tokenizer, repositories, least):
-    corpus = corpus_of_files(source_files(repositories=repositories), tokenizer, progress=False)
+    corpus = corpus_of(source_files(repositories=repositories), tokenizer)
     assert len(corpus.split(0.01, seed=0)[1].repositories) == least
     assert len(corpus.split(0.99, seed=0)[0].repositories) == least
 
 
 def test_one_repository_is_not_split(tokenizer):
-    corpus = corpus_of_files(source_files(repositories=2), tokenizer, progress=False)
+    corpus = corpus_of(source_files(repositories=2), tokenizer)
     with raises("data.split.too_few_repositories", 1):
         corpus.split(0.01, seed=0)[1].split(0.5, seed=0)

@@ -13,6 +13,7 @@ from modular_star_encoder.evaluation.lexical import (
 )
 from modular_star_encoder.evaluation.retrievers import ExitVariant
 from modular_star_encoder.inference.encoders import Text
+from tests.data.samples import corpus_of
 
 
 def bm25_scores(queries, documents):
@@ -69,7 +70,7 @@ def pairs(tokenizer, same_words, seed):
         ]
         for r in range(4)
     }
-    return InContextPairs(texts, tokenizer, length=200, max_tokens=128, seed=seed, progress=False)
+    return InContextPairs(corpus_of(texts, tokenizer), tokenizer, length=200, max_tokens=128, seed=seed)
 
 
 def test_repositories_with_words_of_their_own_are_distinguished_and_others_are_not(tokenizer):

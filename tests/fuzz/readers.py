@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from modular_star_encoder.cli.main import parse
 from modular_star_encoder.data.functions import extract_functions, open_corpus
-from modular_star_encoder.data.languages.parsing import syntax_error_share
+from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_of
 from modular_star_encoder.data.pairs import read_labelled_pairs, read_retrieval_examples
 from modular_star_encoder.data.sources import SourceFile
@@ -208,7 +208,7 @@ def read_sources(folder: Path) -> None:
         if path.is_file() and not path.is_symlink() and (language := language_of(path)) in LANGUAGES:
             text, _ = decode_source(path.read_bytes())
             extract_functions(SourceFile("r", path.name, language, text), Counter(), documented_only=False)
-            syntax_error_share(text, language)
+            check_syntax(text, language)
 
 
 def seed_index(folder: Path) -> None:

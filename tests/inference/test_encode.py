@@ -156,7 +156,7 @@ def test_a_special_token_spelled_in_a_text_is_text_in_training_search_and_evalua
         prompts=instructions,
         progress=False,
     )
-    trained = [rows.description(0).tolist(), rows.snippet(0).tolist()]
+    trained = [rows.tokens(0, None).tolist(), rows.tokens(0, 0).tolist()]
     prompts = text_prompt(instructions=instructions), code_prompt("python", instructions=instructions)
     for prompt, text, ids in zip(prompts, ("About <sep>", code), trained, strict=True):
         assert tokenize(tokenizer, [prompt + text], 128, False) == [ids]  # as evaluation, search and ONNX do

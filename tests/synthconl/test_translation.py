@@ -11,7 +11,7 @@ from textwrap import indent
 
 import pytest
 
-from modular_star_encoder.data.languages.parsing import syntax_error_share
+from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.backends import Completion
@@ -361,15 +361,15 @@ def test_an_answer_without_a_translation_is_rejected_with_its_reason(text, finis
 
 def test_a_few_errors_are_accepted():
     few = GO.replace("b\n", "b @\n")
-    share = syntax_error_share(few, "go")
-    assert 0 < share < syntax_error_share(few, "python")
+    share = check_syntax(few, "go")[0]
+    assert 0 < share < check_syntax(few, "python")[0]
     assert clean(few, max_error_share=share).code == few
     assert clean(few, max_error_share=0.9 * share).rejected == "unparsable"
 
 
 def test_few_errors_are_too_many_where_the_source_language_has_none():
     java = "int run(List<Name> a) {\n    boolean done = a instanceof Set;\n    use(a, done);\n    return 1;\n}"
-    assert 0 < syntax_error_share(java, "c") < 0.2
+    assert 0 < check_syntax(java, "c")[0] < 0.2
     options = {"target": "c", "max_error_share": 0.2}
     assert clean(java, **options).rejected == ""
     assert clean(java, **options, source_language="java").rejected == "not the target language"

@@ -17,6 +17,7 @@ from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.runs import last_checkpoint, train_to_the_end
 from modular_star_encoder.training.starting_points import add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer
+from tests.data.samples import corpus_of
 from tests.errors import raises
 from tests.objectives.contrastive_batches import texts, with_dropout
 from tests.tiny import EXIT_LAYERS, tiny_model
@@ -186,7 +187,7 @@ def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):
 def pretraining(model, folder, tokenizer, length, **changes):
     """A trainer of in-context rows."""
     files = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
-    rows = InContextPairs(files, tokenizer, length=length, max_tokens=48, seed=0, progress=False)
+    rows = InContextPairs(corpus_of(files, tokenizer), tokenizer, length=length, max_tokens=48, seed=0)
     options = {"train_dataset": rows, "data_collator": PaddingCollator(tokenizer)}
     return MultiExitTrainer(model, arguments(folder, **changes), InContextObjective(), **options)
 

@@ -85,22 +85,22 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = range(len(self))[index]  # IndexError beyond the last row
-        return {"query_ids": self.description(index), "document_ids": self.snippet(index)}
-
-    def description(self, row: int) -> torch.Tensor:
-        """Return the token ids of a row's description, with its prompt, int64 (T,)."""
-        return _framed(self._descriptions[row], self._text_frame, self._limits[0])
-
-    def snippet(self, row: int, number: int = 0, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return a row's snippet `number` as token ids, int64 (T,); `renaming` draws new names for frequent words."""
-        content = self._codes[int(self._first_code[row]) + number]
-        return self._code(self.texts[row].snippets[number], content, renaming)
+        return {"query_ids": self.tokens(index, None), "document_ids": self.tokens(index, 0)}
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids, int64 (T,), of a row's description (`number` None), hard negative (-1) or snippet."""
+        """Return the token ids, int64 (T,), of a row's description (`number` None), hard negative (-1) or snippet.
+
+        `renaming` draws new names for the frequent words of code.
+        """
         if number is None:
-            return self.description(row)
-        return self.negative(row, renaming) if number < 0 else self.snippet(row, number, renaming)
+            return _framed(self._descriptions[row], self._text_frame, self._limits[0])
+        if number < 0:
+            snippet, content = self._negative_snippets[row], self._negatives[row]
+        else:
+            snippet, content = self.texts[row].snippets[number], self._codes[int(self._first_code[row]) + number]
+        if renaming is not None:
+            (content,) = self._encoder([rename_frequent_words(snippet.code, renaming)])
+        return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def text(self, row: int, number: int | None) -> str:
         """Return the uncut text, without its prompt, whose token ids `tokens(row, number)` returns."""
@@ -112,15 +112,6 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Return how often each token occurs in the descriptions and snippets, without prompts, int64 (vocab_size,)."""
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
-
-    def negative(self, row: int, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of a row's hard negative, which must exist, int64 (T,); `renaming` as in `snippet`."""
-        return self._code(self._negative_snippets[row], self._negatives[row], renaming)
-
-    def _code(self, snippet: Snippet, content: np.ndarray, renaming: np.random.Generator | None) -> torch.Tensor:
-        if renaming is not None:
-            (content,) = self._encoder([rename_frequent_words(snippet.code, renaming)])
-        return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def mean_tokens(self) -> tuple[float, float]:
         """Return the mean token counts of descriptions and snippets, with the longest prompt and cut to the limits."""
@@ -168,14 +159,13 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
         """Return {"query", "document", …: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
         step, place = divmod(index, self.batch_size)
-        row, kind = self._plan.batch(step)[place]
+        row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}
         if kind != TEXT_TO_CODE:
             drawing = np.random.default_rng((self._plan.seed, _SNIPPETS, index))
             first, second = drawing.choice(len(self.rows.texts[row].snippets), size=2, replace=False).tolist()
             places = {"query": (row, first), "document": (row, second)}
-        negatives = self._plan.negatives(step)
-        return places if negatives is None else places | {"negative": (negatives[place], -1)}
+        return places if negative is None else places | {"negative": (negative, -1)}
 
     def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
         """Decide at random whether to rename a snippet's identifiers: return the generator if so, else None."""

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from operator import length_hint
@@ -85,18 +85,6 @@ def drop_reason(function: DocumentedFunction) -> str | None:
     return "name contains test" if "test" in name.lower() else None
 
 
-def drop_near_identical_descriptions(functions: Iterable[DocumentedFunction]) -> list[DocumentedFunction]:
-    """Drop functions that repeat the description or code of an earlier, kept one (`description_key`, `code_key`)."""
-    seen: set[tuple[str, str]] = set()
-    kept = []
-    for function in functions:
-        keys = {("description", description_key(function.description)), ("code", code_key(function.code))}
-        if keys.isdisjoint(seen):
-            seen |= keys
-            kept.append(function)
-    return kept
-
-
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
@@ -115,18 +103,13 @@ def extract_functions(
     return [origin(license=file.license, **asdict(one)) for one in found]
 
 
-@dataclass(frozen=True, slots=True)
-class FunctionCollection:
-    """Functions that pass every filter, with counts of files and of documented, kept and dropped functions."""
-
-    functions: list[DocumentedFunction]
-    counts: Counter[str] = field(default_factory=Counter)
-
-
-def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress: bool = True) -> FunctionCollection:
+def collect_functions(
+    files: Iterable[SourceFile], processes: int = 2, progress: bool = True
+) -> tuple[list[DocumentedFunction], Counter[str]]:
     """Collect the documented functions that `drop_reason` keeps, in order; of those with equal code, only the first.
 
-    The result does not depend on `processes`; with 0 or 1, no other process is started.
+    Returns them with counts of files and of documented, kept and dropped functions. The result does not depend on
+    `processes`; with 0 or 1, no other process is started.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -141,7 +124,7 @@ def collect_functions(files: Iterable[SourceFile], processes: int = 2, progress:
     if found > len(kept):
         counts["dropped: same code as an earlier function"] = found - len(kept)
     counts["functions kept"] = len(kept)
-    return FunctionCollection(list(kept.values()), counts)
+    return list(kept.values()), counts
 
 
 def filtered_functions(
@@ -274,20 +257,15 @@ _CODESEARCHNET_COLUMNS = {
 _REQUIRED = ("language", "code", "documentation")
 
 
-class LeakingDocstringError(ValueError):
-    """The code of a row cannot be separated from its docstring."""
-
-
 def documentation_summary(documentation: str) -> str:
     """Return a documentation string's first paragraph, up to the first `@` tag: the query in CodeSearchNet."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
-def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
+def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     """Read the function in a published CodeSearchNet row, with the column names of the Hub or of the JSON Lines files.
 
-    The docstring is removed from Python code, since BM25 reaches an MRR of 97 % with it; if that is impossible,
-    LeakingDocstringError is raised.
+    The docstring is removed from Python code, because BM25 reaches an MRR of 97 % with it; None if that is impossible.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
@@ -299,6 +277,9 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
     language = language_entry(language_named(texts["language"]) or texts["language"]).name
     line = re.search(r"#L(\d+)", texts["url"])
     code = texts["code"].replace("\r\n", "\n").replace("\r", "\n")
+    stripped = _without_docstring(code) if language == "python" else code
+    if stripped is None:
+        return None
     return DocumentedFunction(
         repository=texts["repository"],
         path=texts["path"],
@@ -306,17 +287,16 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction:
         language=language,
         name=texts["name"],
         description=" ".join(documentation_summary(texts["documentation"]).split()),
-        code=_without_docstring(code) if language == "python" else code,
+        code=stripped,
         source=texts["source"] or texts["code"],
     )
 
 
-def _without_docstring(code: str) -> str:
-    """Return Python `code`, which may be indented like a method, without its docstring."""
+def _without_docstring(code: str) -> str | None:
+    """Return Python `code`, which may be indented like a method, without its docstring; None if it does not parse."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:
-        found = []
-    if found and found[0].line == 1 + code[: len(code) - len(code.lstrip())].count("\n"):
-        return found[0].code
-    raise LeakingDocstringError("This row's Python code does not parse, or is only a docstring.")
+        return None
+    begins_at = 1 + code[: len(code) - len(code.lstrip())].count("\n")
+    return found[0].code if found and found[0].line == begins_at else None

@@ -29,7 +29,6 @@ The shorter of two texts decides the length. From texts of 630 tokens on average
 rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full (in the paper 1,300, one in five).
 """
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +37,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.collators import IGNORED_LABEL
-from modular_star_encoder.data.sources import SourceFile
-from modular_star_encoder.data.token_store import TokenCorpus, corpus_of_files
+from modular_star_encoder.data.token_store import TokenCorpus
 from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, special_token_ids
 from modular_star_encoder.utils.errors import UserError
 
@@ -63,26 +61,20 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        texts: TokenCorpus | Mapping[str, Sequence[str]],
+        corpus: TokenCorpus,
         tokenizer: PreTrainedTokenizerFast,
         *,
         length: int,
         max_tokens: int,
         mlm_probability: float = 0.15,
         seed: int,
-        progress: bool = True,
     ) -> None:
-        """`texts`: a corpus that `tokenizer` has tokenized, or repository → texts, all of one language."""
+        """`corpus` must have been tokenized by `tokenizer`."""
         if max_tokens < MIN_ROW_TOKENS:
             raise UserError(
                 "data.in_context.arguments", f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
             )
         check_special_tokens(tokenizer)
-        if isinstance(texts, TokenCorpus):
-            corpus = texts
-        else:
-            files = [SourceFile(name, "", "", text) for name in sorted(texts) for text in texts[name]]
-            corpus = corpus_of_files(files, tokenizer, progress=progress)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
             raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed

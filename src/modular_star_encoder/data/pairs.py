@@ -7,9 +7,9 @@ alone).
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
 from modular_star_encoder.data.sources.dataset_rows import (
     BadLine,
-    Row,
+    Rows,
     Source,
     check_source,
     column_names,
@@ -72,23 +72,52 @@ class RetrievalExample:
     negative: Snippet | None = None  # similar code with another meaning (a hard negative)
 
 
-@dataclass(slots=True)
-class SourceExamples:
+class SourceExamples(NamedTuple):
     """The rows that were read from one source."""
 
-    texts: list[RetrievalExample] = field(default_factory=list)  # in the order of the source
-    skipped: Counter[str] = field(default_factory=Counter)  # rows, or parts of rows, left out by reason
-    examples: dict[str, list[str]] = field(default_factory=dict)  # by reason, the first three: place and beginning
+    texts: list[RetrievalExample]  # in the order of the source
+    skipped: Counter[str]  # rows, or parts of rows, left out by reason
+    examples: dict[str, list[str]]  # by reason, the first three: place and beginning
 
-    def skip(self, reason: str, place: str, row: Any, strict: bool) -> None:
-        """Count a row, or a part of a row, as left out for `reason`; if `strict`, raise UserError `data.row`."""
-        shown = row.text if isinstance(row, BadLine) else json.dumps(row, ensure_ascii=False, default=str)
-        example = f"{place}: {shown[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
-        if strict:
-            raise UserError("data.row", f"A row can't be used ({reason}): {example}")
-        self.skipped[reason] += 1
-        if len(shown_before := self.examples.setdefault(reason, [])) < _EXAMPLES:
-            shown_before.append(example)
+
+_Found = RetrievalExample | str | tuple[str, Any]
+"""What a row holds: an example, the reason why the row is left out, or (reason, the part of it that is left out)."""
+
+
+class ExampleReader:
+    """Iterates over the examples in the rows of a dataset, in order.
+
+    `skipped` counts, by reason, the rows and parts of rows that the last iteration left out, and `examples` holds the
+    first three of each reason: place and beginning.
+    """
+
+    def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
+        """`make` turns a row into examples; if `strict`, the first row left out raises UserError `data.row`."""
+        self._rows, self._make, self._strict = rows, make, strict
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def __iter__(self) -> Iterator[RetrievalExample]:
+        # Each iteration has counters of its own; an abandoned iteration cannot add to the next one's.
+        skipped, examples = Counter[str](), defaultdict[str, list[str]](list)
+        self.skipped, self.examples = skipped, examples
+        for place, row in self._rows:
+            for found in [row.reason] if isinstance(row, BadLine) else self._make(row):
+                if isinstance(found, RetrievalExample):
+                    yield found
+                    continue
+                reason, part = (found, row) if isinstance(found, str) else found
+                text = part.text if isinstance(part, BadLine) else json.dumps(part, ensure_ascii=False, default=str)
+                shown = f"{place}: {text[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
+                if self._strict:
+                    raise UserError("data.row", f"A row can't be used ({reason}): {shown}")
+                skipped[reason] += 1
+                examples[reason] += [shown] if len(examples[reason]) < _EXAMPLES else []
+
+    def read(self, what: str, progress: bool) -> SourceExamples:
+        """Read all examples; the progress bar names `what` is read."""
+        texts = list(tqdm(self, desc=f"Reading {what}", unit=" rows", disable=not progress))
+        return SourceExamples(texts, self.skipped, self.examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,30 +150,6 @@ class TripletColumns:
         return [name for field, name in asdict(self).items() if name is not None and field != unused]
 
 
-@dataclass
-class TripletReader:
-    """Iterates over the triplets of a dataset; `skipped` counts, by reason, what the last iteration left out."""
-
-    rows: Iterable[tuple[str, Row]]
-    columns: TripletColumns
-    strict: bool
-    fault: Callable[[RetrievalExample], str | None]
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[RetrievalExample]:
-        # Each iteration has counters of its own; an abandoned iteration cannot add to the next one's.
-        left_out = SourceExamples()
-        self.skipped, self.examples = left_out.skipped, left_out.examples
-        for place, row in self.rows:
-            triplet = row.reason if isinstance(row, BadLine) else _triplet(row, self.columns)
-            reason = triplet if isinstance(triplet, str) else self.fault(triplet)
-            if reason is None and isinstance(triplet, RetrievalExample):
-                yield triplet
-            else:
-                left_out.skip(reason or "", place, row, self.strict)
-
-
 def open_triplets(
     source: Source,
     *,
@@ -153,7 +158,7 @@ def open_triplets(
     strict: bool = False,
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
-) -> TripletReader:
+) -> ExampleReader:
     """Return a reader of a dataset whose rows are triplets: a description and two snippets.
 
     A row is a triplet if its description and codes are not blank, its languages are in `LANGUAGES` in any spelling
@@ -161,11 +166,14 @@ def open_triplets(
     with `strict` they raise UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
+
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
-    return TripletReader(rows, columns, strict, fault)
+    return ExampleReader(rows, lambda row: [_triplet(row, columns, fault)], strict)
 
 
-def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExample | str:
+def _triplet(
+    row: Mapping[str, Any], columns: TripletColumns, fault: Callable[[RetrievalExample], str | None]
+) -> RetrievalExample | str:
     """Return the triplet in `row`, or the reason why `row` must be skipped."""
     if missing := [name for name in columns.names() if name not in row]:
         return f"no column {', '.join(missing)}; `columns` names the columns to read"
@@ -188,7 +196,8 @@ def _triplet(row: Mapping[str, Any], columns: TripletColumns) -> RetrievalExampl
     if not isinstance(repository, str):
         return f"{columns.repository} is not a text"
     texts, negative = tuple(snippets[:own]), next(iter(snippets[own:]), None)
-    return not_unicode(repository) or RetrievalExample(row[columns.description], texts, repository, negative)
+    triplet = RetrievalExample(row[columns.description], texts, repository, negative)
+    return not_unicode(repository) or fault(triplet) or triplet
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
@@ -303,16 +312,10 @@ def _pairs(
     strict: bool = False,
     **options: Any,
 ) -> SourceExamples:
-    found = SourceExamples()
     rows = open_dataset_rows(source, [name for name in columns.values() if name is not None], **options)
-    for place, row in tqdm(rows, desc="Reading pairs", unit=" rows", disable=not progress):
-        pair = row.reason if isinstance(row, BadLine) else _pair(row, columns, min_score)
-        if isinstance(pair, str):
-            found.skip(pair, place, row, strict)
-        else:
-            found.texts.append(pair)
-    if len({pair.repository for pair in found.texts}) == 1:  # no other repository to hold out: rows are held out singly
-        found.texts = [replace(pair, repository="") for pair in found.texts]
+    found = ExampleReader(rows, lambda row: [_pair(row, columns, min_score)], strict).read("pairs", progress)
+    if len({text.repository for text in found.texts}) == 1:  # no other repository to hold out: rows are held out singly
+        found = found._replace(texts=[replace(text, repository="") for text in found.texts])
     return found
 
 
@@ -329,8 +332,8 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, Any], min_score: float) 
             return f"empty {name}"
         if not isinstance(text, str):
             return f"{name} is not a text"
-        if reason := f"{name} has more than {MAX_CHARACTERS:,} characters" if len(text) > MAX_CHARACTERS else None:
-            return reason
+        if len(text) > MAX_CHARACTERS:
+            return f"{name} has more than {MAX_CHARACTERS:,} characters"
         if reason := not_unicode(text):
             return reason
     if columns["score"] is not None:
@@ -347,9 +350,7 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, Any], min_score: float) 
 
 
 def _triplets(progress: bool, **options: Any) -> SourceExamples:
-    reader = open_triplets(fault=_code_fault, **options)
-    texts = list(tqdm(reader, desc="Reading triplets", unit=" rows", disable=not progress))
-    return SourceExamples(texts, reader.skipped, reader.examples)
+    return open_triplets(fault=_code_fault, **options).read("triplets", progress)
 
 
 def _code_fault(row: RetrievalExample) -> str | None:
@@ -362,38 +363,37 @@ def _code_fault(row: RetrievalExample) -> str | None:
 
 def _functions(progress: bool, **settings: Any) -> SourceExamples:
     reader = open_corpus(settings)
-    collection = collect_functions(reader, progress=progress)
-    dropped = Counter({reason: count for reason, count in collection.counts.items() if reason.startswith("dropped")})
-    return SourceExamples(described(collection.functions), dropped + reader.skipped)
+    functions, counts = collect_functions(reader, progress=progress)
+    dropped = Counter({reason: count for reason, count in counts.items() if reason.startswith("dropped")})
+    return SourceExamples(described(functions), dropped + reader.skipped, {})
 
 
 def _parallel(
     progress: bool, *, source: Source, strict: bool = False, name: str = "slug", code: str = "code", **options: Any
 ) -> SourceExamples:
-    found = SourceExamples()
-    rows = open_dataset_rows(source, [name, code], **options)
-    for place, row in tqdm(rows, desc="Reading parallel solutions", unit=" rows", disable=not progress):
-        slug, solutions = (row.get(name), row.get(code)) if isinstance(row, dict) else (None, None)
+    def exercise(row: dict[str, Any]) -> Iterator[_Found]:
+        slug, solutions = row.get(name), row.get(code)
         if not isinstance(solutions, Mapping) or not isinstance(slug, str):
-            fault = row.reason if isinstance(row, BadLine) else f"no {name}, or no mapping {code}"
-            found.skip(fault, place, row, strict)
-            continue
+            yield f"no {name}, or no mapping {code}"
+            return
         snippets: list[Snippet] = []
         for language, solution in solutions.items():
             if solution is None:  # parquet has every language in every row
                 continue
             known = language_named(language)
             if reason := _not_code(solution) if known in LANGUAGES else f"language {language}, none of ours":
-                found.skip(reason, place, solution, strict)
+                yield reason, solution
             else:
                 snippets.append(Snippet(known or "", solution))
         if reason := not_unicode(slug):
-            found.skip(reason, place, row, strict)
+            yield reason
         elif len(snippets) > 1:
-            found.texts.append(RetrievalExample("", tuple(snippets), slug))
+            yield RetrievalExample("", tuple(snippets), slug)
         else:
-            found.skip("fewer than two solutions", place, slug, strict)
-    return found
+            yield "fewer than two solutions", slug
+
+    rows = open_dataset_rows(source, [name, code], **options)
+    return ExampleReader(rows, exercise, strict).read("parallel solutions", progress)
 
 
 _SOURCES: dict[str, Callable[..., SourceExamples]] = {

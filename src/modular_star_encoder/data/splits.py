@@ -28,7 +28,6 @@ MAX_TEST_SHARE = 0.2
 REPORT = "report.json"
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
-_EARLIER_NAMES = {"held_out_share": "eval_fraction", "samples": "max_train_samples"}
 # Random streams besides the two streams for the kinds of pairs.
 _REPLACEMENTS, _NEGATIVES = 2, 3
 
@@ -108,9 +107,8 @@ def prepare_retrieval_data(
             return data
         store_retrieval_data(data, folder)
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    stored = {_EARLIER_NAMES.get(name, name): value for name, value in report["settings"].items()}
-    if stored != requested:
-        other = ", ".join(name for name in requested if stored.get(name) != requested[name])
+    if report["settings"] != requested:
+        other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
         raise UserError("data.split.other_settings", f"{folder} was made with another {other}; name another folder.")
     return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
 
@@ -183,17 +181,17 @@ def _rows(path: Path) -> list[RetrievalExample]:
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
         for row in batch.to_pylist():
             snippets = tuple(map(Snippet, row["languages"], row["codes"]))
-            # Earlier versions wrote no such columns.
-            negative = Snippet(row["negative_language"], row["negative_code"]) if row.get("negative_code") else None
+            negative = Snippet(row["negative_language"], row["negative_code"]) if row["negative_code"] else None
             rows.append(RetrievalExample(row["description"], snippets, row["repository"], negative))
     return rows
 
 
 class Draw(NamedTuple):
-    """A pair in a batch: the row of the data that it is made from, and its kind (text → code or code → code)."""
+    """A pair in a batch."""
 
-    row: int
-    kind: str
+    row: int  # of the data, from which it is made
+    kind: str  # text → code or code → code
+    negative: int | None = None  # the row whose hard negative the batch has too; None if a row of the data has none
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
@@ -299,33 +297,25 @@ class BatchPlan:
             message += f" The data has {listed or 'no pairs'}, and a batch takes one pair of a group{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])
-        self._latest_negatives: tuple[int, list[int]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def batch(self, step: int) -> list[Draw]:
-        """Return the rows of batch number `step`, counted from 0, in order, each with its kind of pair."""
+        """Return the pairs of batch number `step`, counted from 0, in order."""
         if self._latest[0] != step:
             self._latest = step, self._make_batch(step)
         return self._latest[1]
 
-    def negatives(self, step: int) -> list[int] | None:
-        """Return, in order, the rows whose hard negatives are in batch `step`; None if a row of the data has none."""
-        if self._groups.negatives is None:
-            return None
-        if self._latest_negatives[0] != step:
-            self._latest_negatives = step, self._draw_negatives(step, self._groups.negatives)
-        return self._latest_negatives[1]
-
-    def _draw_negatives(self, step: int, groups: np.ndarray) -> list[int]:
-        rows = np.array([draw.row for draw in self.batch(step)])
-        used = set(self._groups.of_rows[rows].tolist())
+    def _with_negatives(self, draws: list[Draw], step: int, groups: np.ndarray) -> list[Draw]:
+        used = set(self._groups.of_rows[[draw.row for draw in draws]].tolist())
         generator = np.random.default_rng((self.seed, _NEGATIVES, step))
-        for place, row in enumerate(rows):
+        found = []
+        for draw in draws:
+            row = draw.row
             # `PairGroups.largest_batch` guarantees that there is one.
             while int(groups[row]) in used:
-                row = generator.integers(len(groups))
-            rows[place] = row
-        return rows.tolist()
+                row = int(generator.integers(len(groups)))
+            found.append(draw._replace(negative=row))
+        return found
 
     def _make_batch(self, step: int) -> list[Draw]:
         share = self.batch_size // len(self._kinds)
@@ -337,11 +327,13 @@ class BatchPlan:
             places, epoch = chosen[CODE_TO_CODE]
             taken = self._groups.numbers[TEXT_TO_CODE][chosen[TEXT_TO_CODE][0]]
             chosen[CODE_TO_CODE] = self._replace_taken(places, taken, step), epoch
-        draws = []
+        by_kind = []
         for kind, (places, epoch) in chosen.items():
             groups = [self._groups.rows[kind][place] for place in places]
-            draws.append([Draw(rows[epoch % len(rows)], kind) for rows in groups])
-        return [draw for together in zip(*draws, strict=True) for draw in together]
+            by_kind.append([Draw(rows[epoch % len(rows)], kind) for rows in groups])
+        draws = [draw for together in zip(*by_kind, strict=True) for draw in together]
+        negatives = self._groups.negatives
+        return draws if negatives is None else self._with_negatives(draws, step, negatives)
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
         """Return the indices of the groups of `kind`, in the random order of `epoch`."""

@@ -29,14 +29,14 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.splits import hashed_order
-from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows, encode_content
+from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Tokenized texts in memory (`corpus_of_files`) or on disk (`TokenStore`), or a part of such texts (`split`)."""
+    """Tokenized texts: a store on disk (`TokenStore`), or a part of one (`split`)."""
 
     rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
@@ -74,22 +74,6 @@ class TokenCorpus:
         whole = {one.name: getattr(self, one.name) for one in fields(TokenCorpus)}
         parts = [TokenCorpus(**whole | {"row_numbers": self.row_numbers[part]}) for part in (~held_out, held_out)]
         return parts[0], parts[1]
-
-
-def corpus_of_files(
-    files: Iterable[SourceFile], tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
-) -> TokenCorpus:
-    """Tokenize source files, one row each, into memory; use `build_token_store` for files that do not fit."""
-    kept = list(files)
-    rows = encode_content(tokenizer, [file.text for file in kept], progress=progress)
-    repositories = _numbered([file.repository for file in kept])
-    languages = _numbered([file.language for file in kept])
-    return TokenCorpus(rows, np.arange(len(kept)), *repositories, *languages, ContentEncoder(tokenizer).checksum)
-
-
-def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    different, numbers = np.unique(np.array(names, dtype=object), return_inverse=True)
-    return tuple(different.tolist()), numbers.astype(np.int32)
 
 
 _STATE, _NAMES = "state.json", "repositories.jsonl"

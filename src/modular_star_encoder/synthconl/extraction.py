@@ -15,14 +15,13 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.functions import (
     DocumentedFunction,
-    LeakingDocstringError,
     code_key,
     codesearchnet_function,
     filtered_functions,
     function_id,
     open_corpus,
 )
-from modular_star_encoder.data.languages.parsing import holds_function, syntax_error_share
+from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named, language_of
 from modular_star_encoder.data.sources import SourceReader
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
@@ -110,9 +109,9 @@ def _codesearchnet_rows(
         if language_named(row.get("language")) not in languages:
             counts["dropped: another language"] += 1
             continue
-        try:
-            yield _row(codesearchnet_function(row), row.get("func_code_url"))
-        except LeakingDocstringError:
+        if function := codesearchnet_function(row):
+            yield _row(function, row.get("func_code_url"))
+        else:
             counts["dropped: its docstring can't be taken out"] += 1
 
 
@@ -269,8 +268,8 @@ def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
     """Return why code is rejected as code of the language `target`; "" if it is accepted."""
     if max_error_share >= 1:
         return ""
-    share = syntax_error_share(code, target)
-    if share == 0 or (share <= max_error_share and syntax_error_share(code, source) > 0):
-        return "" if holds_function(code, target) else "no function"
+    share, has_function = check_syntax(code, target)
+    if share == 0 or (share <= max_error_share and check_syntax(code, source)[0] > 0):
+        return "" if has_function else "no function"
     others = (language for language in LANGUAGES if language != target)
-    return "not the target language" if any(syntax_error_share(code, other) == 0 for other in others) else "unparsable"
+    return "not the target language" if any(check_syntax(code, other)[0] == 0 for other in others) else "unparsable"

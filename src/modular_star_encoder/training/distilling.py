@@ -74,7 +74,7 @@ class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
         if self._unpaired is not None and index % PAIRS_PER_TEXT == 0:
             drawing = np.random.default_rng((self._batches.seed, _UNPAIRED, index))
             row = int(drawing.integers(len(self._unpaired)))
-            found["text_ids"] = self._unpaired.description(row)
+            found["text_ids"] = self._unpaired.tokens(row, None)
             found["text_teacher"] = torch.from_numpy(self._targets.of(self._unpaired.text(row, None)))
         return found
 

@@ -108,7 +108,7 @@ def pretrain(
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
     rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows
     pairs, unseen, fitted = (
-        InContextPairs(part, tokenizer, length=length, seed=recipe.seed + number, progress=False, **options)
+        InContextPairs(part, tokenizer, length=length, seed=recipe.seed + number, **options)
         for number, (part, length) in enumerate([(train, rows), (held_out, eval_rows), (train, eval_rows)])
     )
     counts = pairs.token_counts()

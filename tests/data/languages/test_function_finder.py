@@ -1,5 +1,7 @@
 import contextlib
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -119,6 +121,21 @@ def test_a_parse_that_takes_too_long_is_given_up_and_the_next_is_not_disturbed(m
         with pytest.raises(UnparsableSourceError, match="takes longer"):
             find_functions(text, "c")
     assert [one.name for one in find_functions("int g() { return 1; }", "c")] == ["g"]
+
+
+def test_threads_may_parse_at_the_same_time():
+    texts = {"c": "int f() { return 1; }\n" * 2000, "python": "def f(x):\n    return x\n" * 1000}
+    expected = {language: find_functions(text, language) for language, text in texts.items()}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(
+                threads.map(lambda language: (language, find_functions(texts[language], language)), [*texts] * 8)
+            )
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(functions == expected[language] for language, functions in found)
 
 
 @pytest.mark.parametrize("before", ["x = ", "def f():\n    y = "])

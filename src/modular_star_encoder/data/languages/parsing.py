@@ -18,11 +18,6 @@ from modular_star_encoder.data.languages.registry import Language, language_entr
 MAX_PARSE_SECONDS = 5.0  # of processor time; a file of 1 MB takes about half a second on one core
 MAX_LINE_BYTES = 10_000  # longer lines are data or minified code, nested deeply enough to exhaust the memory
 
-# tree-sitter 0.26 never releases what a read callback returns, so every text passes through one buffer, in views of few
-# sizes: powers of two, and any below 16, since the first character of a view must be whole.
-_BUFFER = bytearray(1 << 16)
-_VIEWS = {size: memoryview(_BUFFER)[:size] for size in (*range(16), *(1 << power for power in range(4, 17)))}
-
 
 class UnparsableSourceError(ValueError):
     """Raised if a text can't be parsed as source code, because it is not text or parsing takes too long."""
@@ -72,8 +67,37 @@ class SourceText:
         return first, last, self._original[first:last].decode()
 
 
+class _Parser:
+    """A tree-sitter parser with a buffer. Two threads in one parser, or in one buffer, crash the process."""
+
+    def __init__(self, grammar: TreeSitterLanguage) -> None:
+        self._parser = Parser(grammar)
+        # tree-sitter 0.26 never releases what a read callback returns, so every text passes through one buffer, in
+        # views of few sizes: powers of two, and any below 16, since the first character of a view must be whole.
+        self._buffer = bytearray(1 << 16)
+        sizes = (*range(16), *(1 << power for power in range(4, 17)))
+        self._views = {size: memoryview(self._buffer)[:size] for size in sizes}
+
+    def parse(self, source: bytes) -> Tree | None:
+        """Return the syntax tree, or None if parsing takes longer than `MAX_PARSE_SECONDS`."""
+        deadline = time.thread_time() + MAX_PARSE_SECONDS
+
+        def read(offset: int, _: Point) -> memoryview:
+            size = max(0, len(source) - offset)
+            if size >= 16:
+                size = min(len(self._buffer), 1 << (size.bit_length() - 1))
+            self._buffer[:size] = source[offset : offset + size]
+            return self._views[size]
+
+        try:
+            return self._parser.parse(read, progress_callback=lambda *_: time.thread_time() > deadline)
+        except ValueError:
+            self._parser.reset()  # or the next parse would continue this one
+            return None
+
+
 class Grammar:
-    """A language's parser, and its queries, which are read from `queries` and compiled when they are first used."""
+    """A language's parsers, and its queries, which are read from `queries` and compiled when they are first used."""
 
     def __init__(self, language: Language) -> None:
         """Load the grammar of a language."""
@@ -82,7 +106,17 @@ class Grammar:
             self._grammar = TreeSitterLanguage(getattr(import_module(language.grammar), language.grammar_function)())
         else:
             self._grammar = import_module("tree_sitter_language_pack").get_language(language.name)
-        self.parser = Parser(self._grammar)
+        self._idle_parsers: list[_Parser] = []
+
+    def parse(self, source: bytes) -> Tree | None:
+        """Return the syntax tree of `source`, or None if parsing takes too long; several threads may call."""
+        try:
+            parser = self._idle_parsers.pop()
+        except IndexError:
+            parser = _Parser(self._grammar)
+        tree = parser.parse(source)
+        self._idle_parsers.append(parser)  # not after an exception such as KeyboardInterrupt, which leaves it half-way
+        return tree
 
     @cached_property
     def query(self) -> Query:
@@ -108,7 +142,7 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """Return the grammar of one of `ALL_LANGUAGES`, made once per process; it is not thread-safe."""
+    """Return the grammar of one of `ALL_LANGUAGES`, made once per process."""
     return Grammar(language_entry(language))
 
 
@@ -139,20 +173,10 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
     """
     if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
         raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
-    deadline = time.thread_time() + MAX_PARSE_SECONDS
-
-    def read(offset: int, _: Point) -> memoryview:
-        size = max(0, len(source) - offset)
-        if size >= 16:
-            size = min(len(_BUFFER), 1 << (size.bit_length() - 1))
-        _BUFFER[:size] = source[offset : offset + size]
-        return _VIEWS[size]
-
-    try:
-        return grammar.parser.parse(read, progress_callback=lambda *_: time.thread_time() > deadline)
-    except ValueError:
-        grammar.parser.reset()  # or the next parse would continue this one
-        raise UnparsableSourceError(f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s.") from None
+    tree = grammar.parse(source)
+    if tree is None:
+        raise UnparsableSourceError(f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s.")
+    return tree
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
@@ -205,12 +229,12 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
     return bytes(text)
 
 
-def best_parse(code: str, language: str) -> tuple[float, bool]:
+def check_syntax(code: str, language: str) -> tuple[float, bool]:
     """Parse `code` alone or, say, in a class, as fits best; return (share of syntax errors, whether it has a function).
 
-    The share counts the bytes under ERROR nodes of the tree-sitter grammar, and one byte for each missing token. It is
-    1.0 for blank text and text that can't be parsed. Grammars tolerate much, Ruby's most of all: plain prose may parse,
-    but has no function (a name and a body). PHP may lack its `<?php`.
+    The share, from 0.0 to 1.0, counts the bytes under ERROR nodes of the tree-sitter grammar, and one byte for each
+    missing token. It is 1.0 for blank text and text that can't be parsed. Grammars tolerate much, Ruby's most of all:
+    plain prose may parse, but has no function (a name and a body). PHP may lack its `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
@@ -235,13 +259,3 @@ def best_parse(code: str, language: str) -> tuple[float, bool]:
         if best == (0.0, True):
             break
     return best
-
-
-def syntax_error_share(code: str, language: str) -> float:
-    """Return the share of the bytes of `code` that are not valid `language`, from 0.0 to 1.0; see `best_parse`."""
-    return best_parse(code, language)[0]
-
-
-def holds_function(code: str, language: str) -> bool:
-    """Return whether `code` defines a function with a name and a body; see `best_parse`."""
-    return best_parse(code, language)[1]

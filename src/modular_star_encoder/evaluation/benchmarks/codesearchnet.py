@@ -309,7 +309,7 @@ def _read_mteb(
 
 def load_code_folder(folder: Path) -> list[RetrievalTask]:
     """Build a task from the documented functions in a folder of code; each query has up to 1000 random candidates."""
-    functions = collect_functions(folder_repositories(folder)).functions
+    functions, _ = collect_functions(folder_repositories(folder))
     if len(functions) < 2:
         message = f"{folder} holds {len(functions)} documented functions that pass the filters; a task needs 2 or more."
         raise UserError("benchmark.folder.too_few", message)
