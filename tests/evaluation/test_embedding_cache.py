@@ -36,23 +36,16 @@ def test_another_process_finds_them_mapped_and_not_read_and_another_space_does_n
     assert all(isinstance(shard, np.memmap) for shard in rows.shards)
 
 
-def test_a_shard_without_its_keys_does_not_count(tmp_path):
-    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
-    next(tmp_path.glob("m/*.keys.npy")).unlink()  # as a process that was killed between the two leaves it
-    cache = EmbeddingCache(tmp_path)
-    assert cache.missing("m", TEXTS) == TEXTS
-    cache.add("m", TEXTS, embeddings(TEXTS))
-    assert EmbeddingCache(tmp_path).missing("m", TEXTS) == []
-
-
 def test_damaged_shards_and_pickles_are_an_error_by_name(tmp_path):
     EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(TEXTS))
-    keys = next(tmp_path.glob("m/*.keys.npy"))
-    damages = [b"", keys.read_bytes()[:100], b"\x80\x04N."]
-    np.save(keys, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    for damage in (keys.read_bytes(), *damages):
-        keys.write_bytes(damage)
-        with raises("evaluation.cache.damaged", keys):
+    (path,) = tmp_path.glob("m/*.npy")
+    damages = [b"", path.read_bytes()[:100], path.read_bytes()[:-1], b"\x80\x04N."]
+    for other in (np.array([{"a": 1}], dtype=object), np.ones((4, 8), dtype=np.float32)):
+        np.save(path, other, allow_pickle=True)
+        damages.append(path.read_bytes())
+    for damage in damages:
+        path.write_bytes(damage)
+        with raises("evaluation.cache.damaged", path):
             EmbeddingCache(tmp_path).missing("m", TEXTS)
 
 

@@ -10,8 +10,7 @@ from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.report import (
     make_report,
     median_latencies,
-    plot_quality_by_depth,
-    plot_quality_by_latency,
+    plot_quality,
     read_quality,
     read_tables,
     to_csv,
@@ -118,21 +117,22 @@ def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeyp
 
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: drawn.append((x, y)) or plot(self, x, y, **k))
-    assert plot_quality_by_depth(tables, tmp_path / "depth.png").stat().st_size > 5000
+    plot_quality(tables, tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").stat().st_size > 5000
     means = [100 * row.mean.value for row in tables[0].rows if row.exit_layer is not None]
     assert drawn[0] == ([1, 2, 3], means)
-    plot_quality_by_latency(tables, {"given": {1: 5.0, 3: 20.0}}, tmp_path / "latency.png")
+    plot_quality(tables, tmp_path / "latency.png", {"given": {1: 5.0, 3: 20.0}})
     assert drawn[-2] == ([5.0, 20.0], [means[0], means[2]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.png", "latency.png"]
     assert median_latencies(made_up_profile()) == {4: 10.0, 9: 22.5, 18: 45.0}
-    with raises("evaluation.plots.no_latency", "none.png"):
-        plot_quality_by_latency(tables, {"BM25": {1: 1.0}}, tmp_path / "none.png")
+    with raises("evaluation.plots.empty", "none.png"):
+        plot_quality(tables, tmp_path / "none.png", {"BM25": {1: 1.0}})
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, tables, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"modular-star-encoder\[plots\]"):
-        plot_quality_by_depth(tables, tmp_path / "depth.png")
+        plot_quality(tables, tmp_path / "depth.png")
 
 
 def test_a_results_file_is_read_unless_it_is_of_other_weights_or_no_results_file(tmp_path, report):
@@ -140,7 +140,7 @@ def test_a_results_file_is_read_unless_it_is_of_other_weights_or_no_results_file
     for text in (content, {"retrieval": content}):  # `mose evaluate` and `mose finetune`
         path.write_text(json.dumps(text))
         assert read_tables(path, "0123")[0] == report.tables[0]
-        assert read_quality(path) == report.quality()
+        assert read_quality(path) == {row.exit_layer: row.mean.value for row in report.tables[0].rows[:3]}
     with raises("evaluation.report.other_weights", "0123", "4567"):
         read_tables(path, "4567")
     for text in ("{}", json.dumps(content | {"tables": []}), json.dumps(content).replace('"mean": {', '"other": {', 1)):
@@ -156,4 +156,4 @@ def test_of_a_model_at_several_sizes_the_whole_embeddings_are_read(tmp_path, rep
     table["rows"].insert(0, {**small, "mean": {"value": 0.1, "low": 0.0, "high": 0.2}})
     path.write_text(json.dumps(content))
     assert read_tables(path)[0].rows == report.tables[0].rows
-    assert read_quality(path) == report.quality()
+    assert read_quality(path) == {row.exit_layer: row.mean.value for row in report.tables[0].rows[:3]}

@@ -54,9 +54,7 @@ def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselin
         exits = [(name, k) for name in ("model", "model, untrained") for k in (1, 4)]
         assert rows == [*exits, ("BM25", None), ("TF-IDF", None)]
     names = {path.name for path in out.iterdir()}
-    assert {"report.csv", "report.tex", "quality_by_depth.png", "candidates", "cells", "embeddings"} <= names
-    lists = sorted(path.name for path in (out / "candidates" / "codesearchnet-999").iterdir())
-    assert lists == ["go.json", "python.json", "ruby.json"]
+    assert {"report.csv", "report.tex", "quality_by_depth.png", "cells", "embeddings"} <= names
 
 
 def test_without_out_the_same_report_goes_to_the_terminal_and_to_a_json_file(capsys, checkpoint, data, tmp_path):
@@ -115,15 +113,6 @@ def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp
     run(names[0], data, tmp_path / "out", baselines=names[1:])
     assert (tmp_path / "out" / "quality_by_latency.png").is_file() == drawn
     assert ("a/model and b/model differ" in capsys.readouterr().err) != drawn
-
-
-def test_lists_of_an_earlier_run_are_used_with_other_benchmarks(checkpoint, data, tmp_path):
-    names, lists = ["codesearchnet-999", "cosqa"], tmp_path / "a" / "candidates" / "codesearchnet-999"
-    first = run(checkpoint, data, tmp_path / "a", *names)
-    again = run(checkpoint, data, tmp_path / "b", *names, candidates=lists)
-    assert [row.mean for row in again.tables[0].rows] == [row.mean for row in first.tables[0].rows]
-    with raises("evaluation.candidates.not_used", "codesearchnet-999"):
-        run(checkpoint, data, tmp_path / "c", candidates=lists)
 
 
 def test_the_places_of_this_machine_are_not_in_the_report(checkpoint, data, tmp_path, monkeypatch):

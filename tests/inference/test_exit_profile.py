@@ -138,7 +138,7 @@ def test_a_file_that_is_no_profile_is_an_error(tmp_path, damage):
 
 def results_file(path, checksum, *tables):
     """Write the results of exits 4 and 9: one table for each (benchmark, metric, value)."""
-    row = {"retriever": "m", "dimensions": None, "columns": {}, "others": {"recall@1": 0.4}, "difference": None}
+    row = {"retriever": "m", "dimensions": None, "columns": {}, "others": {}, "difference": None}
     found = []
     for name, metric, value in tables:
         rows = [row | {"exit_layer": k, "mean": dict.fromkeys(("value", "low", "high"), value)} for k in (4, 9)]
@@ -151,11 +151,8 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     file = tmp_path / "results.json"
     results_file(file, None, ("a", "mrr", 0.5), ("b", "f1", 0.2))
     assert [read_quality(file, benchmark=one) for one in ("a", "b", "c")] == [{4: x, 9: x} for x in (0.5, 0.2, 0.5)]
-    assert read_quality(file, "recall@1") == {4: 0.4, 9: 0.4}
     profile = made_up_profile().with_quality("csn", read_quality(file))
     assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.5}, {}]
-    with raises("evaluation.report.no_metric", file, "ndcg"):
-        read_quality(file, "ndcg")
     with raises("profile.quality.other_exits", "csn", "exits 5,", "4, 9, 18"):
         profile.with_quality("csn", {5: 0.1})
     results_file(file, None, ("a", "mrr", float("nan")))

@@ -12,7 +12,7 @@ from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, existing, exit
 
 # As in `evaluation.benchmarks`, whose imports take seconds; a test compares the two.
 BENCHMARK_NAMES = (
-    *(f"codesearchnet-{part}" for part in ("999", "999-leaky", "mteb", "full", "human")),
+    *(f"codesearchnet-{part}" for part in ("999", "999-leaky", "full", "human")),
     *("translation", "translation-masked", "poj104", "bigclonebench", "advtest", "cosqa"),
     *("exercism-text", "exercism-text-masked", "exercism-code", "exercism-code-masked", "folder", "all"),
 )
@@ -45,7 +45,6 @@ def add_evaluate_commands(commands: Any) -> None:
         "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
     )
     evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and report it")
-    evaluate.add_argument("--candidates", metavar="FOLDER", help="candidate lists from an earlier run")
     evaluate.add_argument("--cache", metavar="FOLDER", help="where to keep embeddings (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)
 
@@ -92,7 +91,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         baselines=arguments.baselines,
         untrained=arguments.untrained,
         allow_subset=arguments.allow_subset,
-        candidates=arguments.candidates,
         cache=arguments.cache,
         command=shlex.join(["mose", *sys.argv[1:]]),
     )

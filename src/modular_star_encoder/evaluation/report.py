@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,10 +90,6 @@ class Report:
     results: Sequence[TaskResult]  # one per retriever, exit and task, with the value of each query
     command: str = ""  # the command that ran the evaluation
     checksum: str | None = None  # checksum of the evaluated checkpoint (see `checkpoint_checksum`)
-
-    def quality(self) -> dict[int, float]:
-        """Return {exit_layer: mean of the main metric} of the evaluated model on the first benchmark."""
-        return {exit_layer: row.mean.value for exit_layer, row in _own_exits(self.tables[0]).items()}
 
     def write(self, folder: Path) -> None:
         """Write report.md, report.csv, report.tex and report.json to a folder, each atomically."""
@@ -263,22 +258,17 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     return tables
 
 
-def read_quality(
-    path: str | os.PathLike[str], metric: str | None = None, checkpoint: str = "", benchmark: str = ""
-) -> dict[int, float]:
-    """Read the quality of each exit, {exit_layer: mean of `metric`}, from a table of a results file.
+def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
+    """Read the quality of each exit, {exit_layer: mean of the main metric}, from a table of a results file.
 
-    The table is the one of `benchmark`, or the first; `metric` is by default the table's main metric. An exit profile
-    can store the result. See `read_tables` for the other arguments and the errors.
+    The table is the one of `benchmark`, or the first. An exit profile can store the result. See `read_tables` for the
+    other arguments and the errors.
     """
     tables = read_tables(path, checkpoint)
-    table = next((one for one in tables if one.benchmark == benchmark), tables[0])
-    metric = metric or table.metric
-    own, is_main = _own_exits(table), metric == table.metric
-    values = {k: row.mean.value if is_main else row.others.get(metric, math.nan) for k, row in own.items()}
-    if not values or not all(map(math.isfinite, values.values())):
-        raise UserError("evaluation.report.no_metric", f"{path} lacks the metric {metric} at one or more exits.")
-    return values
+    own = _own_exits(next((one for one in tables if one.benchmark == benchmark), tables[0]))
+    if not own:
+        raise UserError("evaluation.report.no_exits", f"{path} has results of no exit.")
+    return {exit_layer: row.mean.value for exit_layer, row in own.items()}
 
 
 def _evaluated_model(table: Table) -> Table:
@@ -304,14 +294,14 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
         path.unlink(missing_ok=True)
     if not any(_exits_by_name(table) for table in tables):
         return
-    plot_quality_by_depth(tables, by_depth)
+    plot_quality(tables, by_depth)
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
         message = "Repeat `mose profile` with one machine, device, number of threads and set of batches."
         raise UserError("evaluation.plots.other_machines", f"Exit profiles of {' and '.join(found)} differ. {message}")
     if found:
-        plot_quality_by_latency(tables, {name: median_latencies(one) for name, one in found.items()}, by_latency)
+        plot_quality(tables, by_latency, {name: median_latencies(one) for name, one in found.items()})
 
 
 def median_latencies(profile: ExitProfile) -> dict[int, float]:
@@ -319,26 +309,49 @@ def median_latencies(profile: ExitProfile) -> dict[int, float]:
     return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
 
 
-def plot_quality_by_depth(tables: Sequence[Table], path: Path) -> Path:
+def plot_quality(
+    tables: Sequence[Table], path: Path, latencies: Mapping[str, Mapping[int, float]] | None = None
+) -> None:
     """Plot the main metric of each exit, with intervals, by its depth (the paper's Figure 4), one panel per table.
 
-    Dashed horizontal lines show retrievers without exits. Returns `path`.
+    Dashed horizontal lines show retrievers without exits. With `latencies`, {retriever: {exit_layer: milliseconds}}
+    measured on one machine (see `median_latencies`), exits are plotted by latency; those without one are left out.
+    UserError if nothing is left to plot.
     """
-    return _plot(tables, [_exits_by_name(table) for table in tables], path, by_latency=False)
-
-
-def plot_quality_by_latency(tables: Sequence[Table], latencies: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """Plot the main metric of each exit by its latency, one panel per table; return `path`.
-
-    `latencies` is {retriever: {exit_layer: milliseconds}}, all measured on one machine (see `median_latencies`).
-    """
-    lines: list[dict[str, dict[float, Row]]] = [{} for _ in tables]
-    for line, table in zip(lines, tables, strict=True):
+    with naming_extra():
+        from matplotlib.figure import Figure
+    height, width, drawn = -(-len(tables) // 3), min(3, len(tables)), False
+    figure = Figure(figsize=(4.2 * width, 3.2 * height), layout="constrained")
+    for number, table in enumerate(tables, start=1):
+        axes = figure.add_subplot(height, width, number)
         for name, exits in _exits_by_name(table).items():
-            times = latencies.get(next(iter(exits.values())).retriever, {})
-            if timed := {times[k]: row for k, row in exits.items() if k in times}:
-                line[name] = timed
-    return _plot(tables, lines, path, by_latency=True)
+            retriever = next(iter(exits.values())).retriever
+            times = {k: float(k) for k in exits} if latencies is None else latencies.get(retriever, {})
+            placed = {times[k]: row for k, row in exits.items() if k in times}
+            if not placed:
+                continue
+            drawn = True
+            estimates = [row.mean for row in placed.values()]
+            value, low, high = ([100 * getattr(one, bound) for one in estimates] for bound in ("value", "low", "high"))
+            (line,) = axes.plot(list(placed), value, marker="o", markersize=4, label=name)
+            axes.fill_between(list(placed), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+            for place, row in placed.items() if latencies is not None else ():
+                axes.annotate(str(row.exit_layer), (place, 100 * row.mean.value), fontsize="small")
+        if latencies is not None:
+            axes.set(xlabel="median latency, ms", xscale="log")
+        else:
+            for place, row in enumerate(row for row in table.rows if row.exit_layer is None):
+                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + place}", label=row.label)
+            ticks = sorted({row.exit_layer for row in table.rows if row.exit_layer is not None})
+            axes.set(xlabel="layers executed", xticks=ticks)
+        axes.set_title(table.title, fontsize="medium")
+        axes.set_ylabel(f"{metric_label(table.metric)} × 100")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    if not drawn:
+        raise UserError("evaluation.plots.empty", f"Nothing to plot in {path.name}: no exit has what the plot shows.")
+    with staged_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
@@ -348,38 +361,3 @@ def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
         if row.exit_layer is not None:
             found.setdefault(replace(row, exit_layer=None).label, {})[row.exit_layer] = row
     return found
-
-
-def _plot(
-    tables: Sequence[Table], lines: Sequence[Mapping[str, Mapping[Any, Row]]], path: Path, by_latency: bool
-) -> Path:
-    """Draw a panel for each table, three side by side; `lines` has {name: {x coordinate: row}} for each table."""
-    if not any(lines):
-        fault, what = ("no_latency", "exit with a latency") if by_latency else ("no_exits", "retriever with exits")
-        raise UserError(f"evaluation.plots.{fault}", f"Nothing to plot in {path.name}: there is no {what}.")
-    with naming_extra():
-        from matplotlib.figure import Figure
-    height, width = -(-len(tables) // 3), min(3, len(tables))
-    figure = Figure(figsize=(4.2 * width, 3.2 * height), layout="constrained")
-    for number, (table, by_name) in enumerate(zip(tables, lines, strict=True), start=1):
-        axes = figure.add_subplot(height, width, number)
-        for name, rows in by_name.items():
-            estimates = [row.mean for row in rows.values()]
-            value, low, high = ([100 * getattr(one, bound) for one in estimates] for bound in ("value", "low", "high"))
-            (line,) = axes.plot(list(rows), value, marker="o", markersize=4, label=name)
-            axes.fill_between(list(rows), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-            for place, row in rows.items() if by_latency else ():
-                axes.annotate(str(row.exit_layer), (place, 100 * row.mean.value), fontsize="small")
-        if by_latency:
-            axes.set(xlabel="median latency, ms", xscale="log")
-        else:
-            for place, row in enumerate(row for row in table.rows if row.exit_layer is None):
-                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + place}", label=row.label)
-            axes.set(xlabel="layers executed", xticks=sorted({k for rows in by_name.values() for k in rows}))
-        axes.set_title(table.title, fontsize="medium")
-        axes.set_ylabel(f"{metric_label(table.metric)} × 100")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    with staged_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    return path

@@ -184,9 +184,9 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 class EmbeddingCache:
     """Stores embeddings by model, exit, prompt and text, so that benchmarks with the same texts embed them once.
 
-    A *space* (one model and exit) is a folder of shards: `NAME.npy` has embeddings, `NAME.keys.npy` the hashes of their
-    texts. Shards never change, and their keys are written last, atomically, so several processes may write while others
-    read. Embeddings are memory-mapped from the folder; without a folder they are kept in memory.
+    A *space* (one model and exit) is a folder of shards, `.npy` files with the hash of a text and its embedding in each
+    row. Shards are written atomically and never change, so several processes may write while others read. They are
+    memory-mapped; without a folder they are kept in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -208,15 +208,15 @@ class EmbeddingCache:
             raise UserError("evaluation.embeddings.shape", message)
         if not np.isfinite(embeddings).all():
             raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite: check the model.")
-        keys = [_key(text) for text in texts]
+        shard = np.empty(len(texts), dtype=[("key", "V32"), ("embedding", "f4", (size,))])
+        shard["key"], shard["embedding"] = [np.void(_key(text)) for text in texts], embeddings
         if self.folder is not None:
-            joined = b"".join(keys)
-            target = self.folder / space / f"{hashlib.sha256(joined).hexdigest()[:32]}.npy"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, embeddings)
-            _write(target.with_suffix(".keys.npy"), np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32))
-            embeddings = np.load(target, mmap_mode="r", allow_pickle=False)
-        self._space(space).append(keys, embeddings)
+            path = self.folder / space / f"{hashlib.sha256(shard['key'].tobytes()).hexdigest()[:32]}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with staged_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, shard, allow_pickle=False)
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
         """Return the cached embeddings of N texts as an array (N, F) that reads rows only when they are used."""
@@ -226,29 +226,25 @@ class EmbeddingCache:
     def _space(self, name: str) -> _Space:
         if name not in self._spaces:
             space = self._spaces[name] = _Space()
-            for path in sorted((self.folder / name).glob("*.keys.npy")) if self.folder is not None else ():
+            for path in sorted((self.folder / name).glob("*.npy")) if self.folder is not None else ():
                 try:
-                    keys = np.load(path, allow_pickle=False)
-                    shard = np.load(path.with_name(path.name.replace(".keys.", ".")), "r", allow_pickle=False)
-                    if keys.dtype != np.uint8 or keys.shape != (len(shard), 32) or shard.dtype != np.float32:
-                        raise ValueError("the keys do not match the embeddings")
-                except (ValueError, OSError, EOFError) as error:
+                    space.append(np.load(path, mmap_mode="r", allow_pickle=False))
+                except (ValueError, OSError, EOFError, IndexError) as error:
                     raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
-                space.append([row.tobytes() for row in keys], shard)
         return self._spaces[name]
 
 
 @dataclass(slots=True)
 class _Space:
-    """Embeddings of one model and exit in arrays (shards); `places` is {hash of a text: (number of its shard, row)}."""
+    """Embeddings of one model and exit, in shards; `places` is {hash of a text: (number of its shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
-    def append(self, keys: list[bytes], embeddings: np.ndarray) -> None:
-        for row, key in enumerate(keys):
-            self.places.setdefault(key, (len(self.shards), row))
-        self.shards.append(embeddings)
+    def append(self, shard: np.ndarray) -> None:
+        for row, key in enumerate(shard["key"]):
+            self.places.setdefault(key.tobytes(), (len(self.shards), row))
+        self.shards.append(shard["embedding"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +270,3 @@ def _key(text: Prompted) -> bytes:
     prompt, content = text
     # The length of the prompt keeps ("a", "bc") and ("ab", "c") apart.
     return hashlib.sha256(f"{len(prompt)}:{prompt}{content}".encode(errors="surrogatepass")).digest()
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    with staged_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())

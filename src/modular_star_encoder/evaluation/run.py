@@ -23,12 +23,11 @@ from sklearn.metrics import precision_recall_fscore_support
 from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation import metrics
-from modular_star_encoder.evaluation.benchmarks import WITH_CANDIDATES, choose_benchmarks, load_benchmark
-from modular_star_encoder.evaluation.benchmarks.codesearchnet import write_candidates
+from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
-from modular_star_encoder.evaluation.tasks import Estimate, PairTask, RetrievalTask, Task, TaskResult
+from modular_star_encoder.evaluation.tasks import Estimate, PairTask, Task, TaskResult
 from modular_star_encoder.inference import PROFILE_NAME, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
@@ -50,7 +49,6 @@ def run_benchmarks(
     baselines: Sequence[str] | None = None,
     untrained: bool = False,
     allow_subset: bool = False,
-    candidates: str | Path | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     command: str = "",
@@ -62,23 +60,18 @@ def run_benchmarks(
         model: name for `open_retriever`; in the tables, all rows are compared with its deepest exit.
         benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
         data: folder of the benchmarks (see `load_benchmark`).
-        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`), embeddings and lists of
-            candidates; nothing is written if None.
+        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`) and embeddings; nothing is
+            written if None.
         baselines: names of other retrievers for `open_retriever`; if None, BM25 if `out` is None too, else none.
         untrained: also evaluate the model with random weights.
         allow_subset: accept files with fewer rows than published, and say so below the tables.
-        candidates: folder with the lists of candidates from an earlier run (CodeSearchNet with 999 distractors).
         cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
-        seed: random seed of intervals, permutations and untrained weights; the protocol fixes the seed of candidates.
+        seed: random seed of intervals, permutations and untrained weights; the protocol fixes the candidates.
         command: the command line that the report shows.
     """
     folder = None if out is None else Path(out).expanduser()
     chosen = choose_benchmarks(benchmarks, data)
-    if candidates is not None and not set(chosen) & set(WITH_CANDIDATES):
-        message = f"`candidates` is only for benchmarks with random candidates: {' or '.join(WITH_CANDIDATES)}."
-        raise UserError("evaluation.candidates.not_used", message)
-    loaded = [load_benchmark(name, data, allow_subset=allow_subset, candidates=candidates) for name in chosen]
-    tasks = [task for of_benchmark in loaded for task in of_benchmark]
+    tasks = [task for name in chosen for task in load_benchmark(name, data, allow_subset=allow_subset)]
     cache = cache or (None if folder is None else folder / "embeddings")
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
@@ -86,9 +79,6 @@ def run_benchmarks(
     retrievers = _open_all(model, baselines, store, exit_layers, seed if untrained else None)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fails before the evaluation, not after it
-        for task in tasks:
-            if isinstance(task, RetrievalTask) and task.benchmark in WITH_CANDIDATES:
-                write_candidates(task, folder / "candidates" / task.benchmark)
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
     is_ours = isinstance(getattr(retrievers[model], "encoder", None), ExitEncoder)
     checksum = checkpoint_checksum(model) if is_ours or Path(model).expanduser().is_dir() else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,10 +107,7 @@ class RetrievalTask:
 
     def checksum(self) -> str:
         """Return a hash of everything in the task that scores depend on."""
-        pools = [array for pool in self.pools for array in pool]
-        arrays = [self.judgements.query, self.judgements.document, self.judgements.gain, *pools]
-        header = {"metrics": self.metrics, "exclude_self": self.exclude_self, "ids": list(self.query_ids)}
-        return _checksum(header, self.queries, self.documents, arrays=arrays)
+        return _checksum(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,8 +130,7 @@ class PairTask:
 
     def checksum(self) -> str:
         """Return a hash of everything in the task that scores depend on."""
-        arrays = [self.valid_pairs, self.valid_labels, self.pairs, self.labels]
-        return _checksum({"metrics": "f1"}, self.documents, arrays=arrays)
+        return _checksum(self)
 
 
 Task = RetrievalTask | PairTask
@@ -148,14 +144,17 @@ class RetrievalRow(NamedTuple):
     language: str | None
 
 
-def _checksum(header: object, *texts: Iterable[Text], arrays: Iterable[np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(header).encode())
-    for part in texts:
-        digest.update(json.dumps(list(part)).encode())
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def _checksum(task: Task) -> str:
+    shown = ("benchmark", "name", "column", "notes")
+    values = {field.name: getattr(task, field.name) for field in fields(task) if field.name not in shown}
+    return hashlib.sha256(json.dumps(values, default=_arrays).encode()).hexdigest()
+
+
+def _arrays(value: Any) -> Any:
+    """Return what stands for an array, or for judgements, in the text that is hashed."""
+    if isinstance(value, Judgements):
+        return [value.query, value.document, value.gain]
+    return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
 
 
 def ranking_task(

@@ -10,13 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modular_star_encoder.evaluation.report import (
-    Table,
-    interval,
-    median_latencies,
-    plot_quality_by_depth,
-    plot_quality_by_latency,
-)
+from modular_star_encoder.evaluation.report import Table, interval, median_latencies, plot_quality
 from modular_star_encoder.hub.manifest import MAIN, Manifest, RepositorySettings
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig
@@ -123,10 +117,12 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
-        return plot_quality_by_depth(measurements.tables, folder / DEPTH_FIGURE).name
+        plot_quality(measurements.tables, folder / DEPTH_FIGURE)
+        return DEPTH_FIGURE
     times = median_latencies(measurements.profile)
-    names = {row.retriever for table in measurements.tables for row in table.rows if row.exit_layer is not None}
-    return plot_quality_by_latency(measurements.tables, dict.fromkeys(names, times), folder / LATENCY_FIGURE).name
+    names = {row.retriever for table in measurements.tables for row in table.rows}
+    plot_quality(measurements.tables, folder / LATENCY_FIGURE, dict.fromkeys(names, times))
+    return LATENCY_FIGURE
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:

@@ -24,20 +24,18 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of a batch's queries or of its documents, without the columns that are padding in all of these rows."""
+    """Some rows of one side of a batch, without the columns after the last real token of all of these rows."""
 
     side: str
     rows: torch.Tensor  # (R,) places in the batch
-    starts: torch.Tensor  # (R,) first column of each row
     width: int  # columns
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's inputs for these R rows: (B, T, …) tensors become (R, width, …), (B, …) become (R, …)."""
         shape, parts = inputs["input_ids"].shape[:2], dict(inputs)
-        columns = self.starts[:, None] + torch.arange(self.width, device=self.starts.device)
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.shape[:1] == shape[:1]:
-                parts[name] = value[self.rows[:, None], columns] if value.shape[:2] == shape else value[self.rows]
+                parts[name] = value[self.rows, : self.width] if value.shape[:2] == shape else value[self.rows]
         return parts
 
 
@@ -45,20 +43,22 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
     """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included; a longer text is one alone.
 
     Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
-    the memory fails at once.
+    the memory fails at once. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
-        firsts, lengths = _spans(side, inputs)
+        if "cu_seq_lens_q" in inputs:
+            message = f"{side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
+            raise UserError("contrastive.mini_batches.packed", message)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        lengths = mask.shape[1] - mask.flip(1).long().argmax(dim=1)
         order = lengths.argsort(descending=True, stable=True)
         sorted_lengths = lengths[order].tolist()
         begin = 0
         while begin < len(order):
             width = sorted_lengths[begin]
             rows = order[begin : begin + max(1, tokens // width)]
-            # A window that begins at the first token must end within the row.
-            starts = firsts[rows].clamp(max=inputs["input_ids"].shape[1] - width)
-            mini_batches.append(MiniBatch(side, rows, starts, width))
+            mini_batches.append(MiniBatch(side, rows, width))
             begin += len(rows)
     return mini_batches
 
@@ -70,26 +70,9 @@ def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
         largest = mini_batches[place]
         middle = len(largest.rows) // 2
-        mini_batches[place : place + 1] = [
-            replace(largest, rows=largest.rows[part], starts=largest.starts[part])
-            for part in (slice(middle), slice(middle, None))
-        ]
+        halves = [replace(largest, rows=rows) for rows in (largest.rows[:middle], largest.rows[middle:])]
+        mini_batches[place : place + 1] = halves
     return mini_batches
-
-
-def _spans(side: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's column (B,) of the first real token, and number (B,) of columns up to the last real token."""
-    if "cu_seq_lens_q" in inputs:
-        message = f"{side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
-        raise UserError("contrastive.mini_batches.packed", message)
-    input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    if real.shape != input_ids.shape:
-        message = f"The attention_mask of {side!r} has shape {tuple(real.shape)}; give it the shape of input_ids."
-        raise UserError("contrastive.mini_batches.mask", message)
-    firsts = real.long().argmax(dim=1)
-    lasts = real.shape[1] - 1 - real.flip(1).long().argmax(dim=1)
-    return firsts, torch.where(real.any(dim=1), lasts - firsts + 1, 1)
 
 
 # One side's inputs → embeddings (E, B, D), and the model's learned logit scale (1,) if it has one.

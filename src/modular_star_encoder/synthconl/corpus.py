@@ -31,7 +31,7 @@ from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.data.sources.repositories import archive_repositories
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functions
-from modular_star_encoder.evaluation.benchmarks.rows import check_rows, read_json, read_jsonl
+from modular_star_encoder.evaluation.benchmarks.rows import read_json, read_jsonl
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
 from modular_star_encoder.synthconl.row_files import locked
@@ -334,8 +334,8 @@ def _grams(text: str, kind: str) -> set[int]:
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (kind, text) for each code sample, description and query in a file; prose is also yielded by paragraph."""
-    rows = check_rows(path, read_json(path), {}) if path.suffix == ".json" else read_jsonl(path, {})
-    if {"func_documentation_string", "docstring"} & rows[0].keys():
+    rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
+    if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
     for row in rows:
         code = row.get("code")

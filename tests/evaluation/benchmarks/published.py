@@ -67,17 +67,6 @@ def codesearchnet_full(folder):
     write_rows(folder / "ruby" / "codebase.jsonl", rows[::-1])
 
 
-def codesearchnet_mteb(folder):
-    for language, ending in (("go", "parquet"), ("ruby", "jsonl")):
-        name = f"test-00000-of-00001.{ending}"
-        rows = hub_rows(language)
-        corpus = [{"_id": row["func_code_url"], "text": row["func_code_string"], "title": ""} for row in rows]
-        queries = [{"_id": str(i), "text": row["func_documentation_string"]} for i, row in enumerate(rows)]
-        judged = [{"query-id": str(i), "corpus-id": row["func_code_url"], "score": 1} for i, row in enumerate(rows)]
-        for part, content in (("corpus", corpus[::-1]), ("queries", queries), ("qrels", judged)):
-            write_rows(folder / f"{language}-{part}" / name, content)
-
-
 def codesearchnet_human(folder):
     urls = [row["url"] for row in original_rows("go")]
     rows = [
@@ -107,14 +96,6 @@ def poj104(folder):
         code = f"int main() {{ return {label}; }} // é{number}"
         rows.append({"label": str(label), "index": str(40_000 + 3 * label + number), "code": code})
     write_rows(folder / "test.jsonl", rows)
-
-
-def poj104_programs(folder):
-    for label in ("81", "104"):
-        (folder / "ProgramData" / label).mkdir(parents=True)
-        for name in ("0.txt", "1.txt"):
-            code = f"int main() {{ return {label}; }} // é"
-            (folder / "ProgramData" / label / name).write_text(code, encoding="latin-1")
 
 
 def bigclonebench(folder):
@@ -164,7 +145,6 @@ def code_folder(folder):
 WRITERS = {
     "codesearchnet-999": codesearchnet,
     "codesearchnet-999-leaky": codesearchnet,
-    "codesearchnet-mteb": codesearchnet_mteb,
     "codesearchnet-full": codesearchnet_full,
     "codesearchnet-human": codesearchnet_human,
     "translation": translation,

@@ -83,16 +83,10 @@ def test_the_query_ends_at_the_first_blank_line_or_tag_unless_it_begins_with_one
     assert query_of(documentation) == query
 
 
-def test_candidates_are_written_and_read_back_whatever_the_order_of_the_rows(tmp_path, monkeypatch):
+def test_candidates_are_those_of_the_authors_shuffle(tmp_path, monkeypatch):
     monkeypatch.setattr(codesearchnet_999, "POOL", 2)
-    task = load("codesearchnet-999", tmp_path / "data")["go"]
+    task = load("codesearchnet-999", tmp_path)["go"]
     assert [pool.queries.tolist() for pool in task.pools] == [[2, 3], [1, 0]]  # np.random.seed(0)
-    codesearchnet_999.write_candidates(task, tmp_path / "lists")
-    published.write_rows(tmp_path / "other" / "go_test.jsonl.gz", published.hub_rows("go")[::-1])
-    (again,) = load_benchmark("codesearchnet-999", tmp_path / "other", candidates=tmp_path / "lists")
-    assert [[again.query_ids[row] for row in pool.queries] for pool in again.pools] == [
-        [task.query_ids[row] for row in pool.queries] for pool in task.pools
-    ]
 
 
 @pytest.mark.parametrize(
@@ -103,12 +97,6 @@ def test_candidates_are_written_and_read_back_whatever_the_order_of_the_rows(tmp
             ["ruby"],
             {f"{n.title()} a file .": {f"func {n} ( )": 1} for n in NAMES[:2]},
             "mrr@1000",
-        ),
-        (
-            "codesearchnet-mteb",
-            ["go", "ruby"],
-            {f"{n.title()} a file.\n\nSlowly.": {f"func {n.title()}() {{}}": 1} for n in NAMES},
-            "ndcg@10",
         ),
         (
             "codesearchnet-human",  # grades are averaged, and those of zero kept
@@ -149,10 +137,8 @@ def test_translation_goes_both_ways_line_by_line(tmp_path):
     assert {text.text for text in masked.queries} == {"public void name1(name2 name3) { }"}
 
 
-@pytest.mark.parametrize("write", [published.poj104, published.poj104_programs])
-def test_poj_asks_for_the_other_solutions_of_a_problem(tmp_path, write):
-    write(tmp_path)
-    (task,) = load_benchmark("poj104", tmp_path, allow_subset=True)
+def test_poj_asks_for_the_other_solutions_of_a_problem(tmp_path):
+    task = load("poj104", tmp_path)["test"]
     size = len(task.queries) // len({text.text[:25] for text in task.queries})
     assert task.exclude_self
     assert task.metrics[0] == "map@r"
@@ -202,12 +188,12 @@ def test_all_means_the_benchmarks_whose_folders_exist(tmp_path, monkeypatch):
 
 
 def test_a_benchmark_on_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
-    published.codesearchnet_mteb(tmp_path)
+    published.codesearchnet(tmp_path)
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
-    assert len(load_benchmark("codesearchnet-mteb", "hub", allow_subset=True)) == 2
-    assert len(load_benchmark("codesearchnet-mteb", "hub:me/mine", allow_subset=True)) == 2
-    assert asked == [BENCHMARKS["codesearchnet-mteb"].hub, "me/mine"]
+    for data in ("hub", "hub:me/mine"):
+        assert len(load_benchmark("codesearchnet-999", data, allow_subset=True)) == 3
+    assert asked == [BENCHMARKS["codesearchnet-999"].hub, "me/mine"]
     with raises("benchmark.not_on_hub", "poj104"):
         load_benchmark("poj104", "hub")
 

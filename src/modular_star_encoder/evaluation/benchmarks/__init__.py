@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 
@@ -26,15 +25,13 @@ class Benchmark:
     load: Callable[..., Sequence[Task]]
     hub: str = ""  # the dataset repository on the Hub with the same files
     sized: bool = True  # whether `load` has the argument `allow_subset`
-    with_candidates: bool = False  # whether candidates are random: `load` has the argument `candidates`
     in_all: bool = True  # whether "all" includes it
 
 
-_DRAWN: dict[str, Any] = {"hub": "code-search-net/code_search_net", "with_candidates": True}
+_HUB = "code-search-net/code_search_net"
 _load_drawn, _load_translation = codesearchnet.load_with_candidates, codexglue.load_translation
 _load_leaky, _load_masked = partial(_load_drawn, leaky=True), partial(_load_translation, masked=True)
 _LEAKY = "CodeSearchNet, 999 distractors, docstrings in Python code"
-_MTEB: dict[str, Any] = {"title": "CodeSearchNet, MTEB's 1000 × 1000", "hub": "mteb/CodeSearchNetRetrieval"}
 _FULL, _HUMAN = "CodeSearchNet, filtered, full pool", "CodeSearchNet, human judgements"
 _MASKED = "Code translation as retrieval, names masked"
 
@@ -47,9 +44,8 @@ def _exercism(query: str, masked: bool) -> Benchmark:
 
 
 _BENCHMARKS = [
-    Benchmark("codesearchnet-999", "CodeSearchNet, 999 distractors", "codesearchnet", _load_drawn, **_DRAWN),
-    Benchmark("codesearchnet-999-leaky", _LEAKY, "codesearchnet", _load_leaky, **_DRAWN, in_all=False),
-    Benchmark("codesearchnet-mteb", folder="codesearchnet-mteb", load=codesearchnet.load_mteb, **_MTEB),
+    Benchmark("codesearchnet-999", "CodeSearchNet, 999 distractors", "codesearchnet", _load_drawn, _HUB),
+    Benchmark("codesearchnet-999-leaky", _LEAKY, "codesearchnet", _load_leaky, _HUB, in_all=False),
     Benchmark("codesearchnet-full", _FULL, "codesearchnet-full", codesearchnet.load_full_pool),
     Benchmark("codesearchnet-human", _HUMAN, "codesearchnet-human", codesearchnet.load_human),
     Benchmark("translation", "Code translation as retrieval", "code-to-code-trans", _load_translation),
@@ -65,7 +61,6 @@ _BENCHMARKS = [
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _BENCHMARKS}
 
 ALL = "all"
-WITH_CANDIDATES = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.with_candidates)
 
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
@@ -85,16 +80,13 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
 
-def load_benchmark(
-    name: str, data: str | Path, *, allow_subset: bool = False, candidates: str | Path | None = None
-) -> list[Task]:
+def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -> list[Task]:
     """Load the tasks of the benchmark `name`.
 
     Args:
         data: the folder of the benchmark, or the folder in which that lies; or "hub" to download it from its authors'
             Hub repository, or "hub:OWNER/NAME" from another repository with the same files.
         allow_subset: accept files with fewer rows than published, and say so in the notes of the tasks.
-        candidates: folder with the lists of candidates from an earlier run, for benchmarks with random candidates.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
@@ -106,10 +98,7 @@ def load_benchmark(
     else:
         inside = Path(data).expanduser() / benchmark.folder
         folder = inside if inside.is_dir() else Path(data).expanduser()
-    options: dict[str, object] = {"allow_subset": allow_subset} if benchmark.sized else {}
-    if candidates is not None and benchmark.with_candidates:
-        options["candidates"] = Path(candidates)
-    return list(benchmark.load(folder, **options))
+    return list(benchmark.load(folder, allow_subset=allow_subset) if benchmark.sized else benchmark.load(folder))
 
 
 def _is_on_hub(data: str | Path) -> bool:

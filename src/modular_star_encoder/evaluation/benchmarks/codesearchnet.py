@@ -1,6 +1,6 @@
-"""Load CodeSearchNet (Husain et al. 2019) as tasks, by four protocols; the first also serves for a folder of code.
+"""Load CodeSearchNet (Husain et al. 2019) as tasks, by three protocols; the first also serves for a folder of code.
 
-Files of the authors, the Hub, CodeXGLUE and MTEB are read. The data has two known flaws. First, Python's `code` holds
+Files of the authors, the Hub and CodeXGLUE are read. The data has two known flaws. First, Python's `code` holds
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
 Python often include it; this module strips docstrings unless `leaky`. Second, documentation is not a search query:
 developers write it next to the code, and it shares words with the code.
@@ -12,11 +12,11 @@ import csv
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+from pydantic import AliasChoices
+from pydantic import Field as Constraint
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Punctuation, String
 from pygments.token import Text as TextToken
@@ -26,13 +26,13 @@ from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.languages.parsing import UnparsableSourceError
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.evaluation.benchmarks.rows import (
-    Fields,
-    check_rows,
+    FileRow,
+    Filled,
+    Tokens,
     check_size,
     check_unique,
+    checked,
     find_files,
-    joined_tokens,
-    read_json,
     read_jsonl,
     read_lines,
     read_table,
@@ -42,7 +42,6 @@ from modular_star_encoder.evaluation.benchmarks.rows import (
 from modular_star_encoder.evaluation.tasks import (
     POOL,
     Judgements,
-    Pool,
     RetrievalRow,
     RetrievalTask,
     pairs_task,
@@ -50,7 +49,6 @@ from modular_star_encoder.evaluation.tasks import (
 )
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
@@ -58,10 +56,38 @@ LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
 QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
 CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
-MTEB_SIZE = 1000  # number of queries, and of documents, of each language
 ANNOTATIONS, ANNOTATION_ROWS = "annotationStore.csv", 4_006
 
 Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: relevance grades of the annotators}}
+
+
+class _Function(FileRow):
+    language: str
+    code: Filled = Constraint(validation_alias=AliasChoices("func_code_string", "code"))
+    documentation: Filled = Constraint(validation_alias=AliasChoices("func_documentation_string", "docstring"))
+    url: str = Constraint(validation_alias=AliasChoices("func_code_url", "url"))
+
+
+class _Query(FileRow):
+    url: str
+    docstring_tokens: Tokens
+
+
+class _Candidate(FileRow):
+    url: str
+    code_tokens: Tokens
+
+
+class _Code(FileRow):
+    url: str = Constraint(validation_alias=AliasChoices("url", "func_code_url"))
+    code: Filled = Constraint(validation_alias=AliasChoices("function", "code", "func_code_string"))
+
+
+class _Annotation(FileRow):
+    language: Filled = Constraint(validation_alias="Language")
+    query: Filled = Constraint(validation_alias="Query")
+    url: Filled = Constraint(validation_alias="GitHubUrl")
+    grade: Literal["0", "1", "2", "3"] = Constraint(validation_alias="Relevance")
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
@@ -71,28 +97,21 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
 
 
-def load_with_candidates(
-    folder: Path, *, leaky: bool = False, candidates: Path | None = None, allow_subset: bool = False
-) -> list[RetrievalTask]:
+def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load a CodeSearchNet task for each language with a test file; each query has 1000 random candidates.
 
     Args:
         folder: contains `{language}_test.jsonl.gz`, or a folder per language from the Hub or the authors' archives.
         leaky: load only Python, with the docstrings in the code, to compare with published values.
-        candidates: folder that `write_candidates` wrote: reuse its candidates, and leave out rows without any.
         allow_subset: accept files with fewer rows than the official split.
     """
     name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = find_files(folder, language_patterns("test", language))
         rows = read_functions(paths, language, leaky=leaky)
-        notes: tuple[str, ...] = ("docstrings are in the code",) if leaky else ()
-        if candidates is None:
-            notes += check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
-        task = pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, notes=notes)
-        if candidates is not None:
-            task = replace(task, pools=_read_candidates(candidates / f"{language}.json", list(rows)))
-        tasks.append(task)
+        notes = check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
+        notes += ("docstrings are in the code",) if leaky else ()
+        tasks.append(pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, notes=notes))
     return tasks
 
 
@@ -114,21 +133,13 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
-        rows = read_table(path, {"language": str})
-        fields = ("func_code_string", "func_documentation_string", "func_code_url")
-        if "func_code_string" not in rows[0]:
-            fields = ("code", "docstring", "url")
-        for number, row in enumerate(check_rows(path, rows, dict.fromkeys(fields, str)), start=1):
-            code, documentation, url = (row[name] for name in fields)
-            if row["language"] != language:
-                refuse(path, number, f"a row of {language}", row["language"])
-            if not code.strip() or not documentation.strip():
-                refuse(path, number, "code and documentation", "an empty field")
-            if url in functions:
-                refuse(path, number, "a url that no earlier row has", url)
-            if language == "python" and not leaky:
-                code = strip_docstring(code)
-            functions[url] = RetrievalRow(query_of(documentation), code, language)
+        for number, row in enumerate(read_table(path, _Function), start=1):
+            if row.language != language:
+                refuse(path, number, f"a row of {language}", row.language)
+            if row.url in functions:
+                refuse(path, number, "a url that no earlier row has", row.url)
+            code = strip_docstring(row.code) if language == "python" and not leaky else row.code
+            functions[row.url] = RetrievalRow(query_of(row.documentation), code, language)
     return functions
 
 
@@ -158,44 +169,21 @@ def strip_docstring(code: str) -> str:
     return "".join(pieces)
 
 
-def write_candidates(task: RetrievalTask, folder: Path) -> None:
-    """Write lists of query ids to `{task name}.json`, one per pool: the queries in a list share their candidates."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pools = [[task.query_ids[row] for row in pool.queries] for pool in task.pools]
-    write_json(folder / f"{task.name}.json", {"benchmark": task.benchmark, "task": task.name, "pools": pools})
-
-
-def _read_candidates(path: Path, urls: Sequence[str]) -> tuple[Pool, ...]:
-    """Read the pools of candidates in a file that `write_candidates` wrote, as row numbers in `urls`."""
-    (data,) = check_rows(path, [read_json(path)], {"pools": list})
-    places = {url: place for place, url in enumerate(urls)}
-    pools = []
-    for number, pool in enumerate(data["pools"], start=1):
-        if not isinstance(pool, list) or len(pool) < 2 or len(set(pool)) < len(pool):
-            refuse(path, None, f"two or more urls, all different, in pool {number}")
-        if missing := [url for url in pool if url not in places]:
-            refuse(path, None, f"only urls of loaded functions in pool {number}", missing[0])
-        rows = np.array([places[url] for url in pool])
-        pools.append(Pool(rows, rows))
-    return tuple(pools) or refuse(path, None, "at least one pool")
-
-
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load CodeXGLUE's filtered CodeSearchNet: one task per language; candidates are all functions of the language."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
-        queries = read_jsonl(test, {"url": str, "docstring_tokens": list})
-        candidates = read_jsonl(codebase, {"url": str, "code_tokens": list})
+        queries, candidates = read_jsonl(test, _Query), read_jsonl(codebase, _Candidate)
         notes = check_size(test, len(queries), QUERIES[language], "queries", allow_subset=allow_subset)
         notes += check_size(codebase, len(candidates), CANDIDATES[language], "candidates", allow_subset=allow_subset)
-        urls = list(check_unique(test, [row["url"] for row in queries], "url"))
-        places = check_unique(codebase, [row["url"] for row in candidates], "url")
+        urls = list(check_unique(test, [row.url for row in queries], "url"))
+        places = check_unique(codebase, [row.url for row in candidates], "url")
         for number, url in enumerate(urls, start=1):
             if url not in places:
                 refuse(test, number, f"a url that is in {codebase.name}", url)
-        texts = [Text(text) for text in joined_tokens(test, queries, "docstring_tokens")]
-        codes = [Text(text, language) for text in joined_tokens(codebase, candidates, "code_tokens")]
+        texts = [Text(" ".join(row.docstring_tokens)) for row in queries]
+        codes = [Text(" ".join(row.code_tokens), language) for row in candidates]
         judgements = Judgements.one_each([places[url] for url in urls])
         options: dict[str, Any] = {"metrics": ("mrr@1000", "recall@1", "recall@10", "ndcg@10"), "notes": notes}
         tasks.append(ranking_task("codesearchnet-full", language, texts, codes, urls, judgements, **options))
@@ -239,72 +227,19 @@ def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
     """Read and count human judgements; return ({language: grades}, count), with languages and queries in lower case."""
     grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
-    columns = ("Language", "Query", "GitHubUrl", "Relevance")
-    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-        refuse(path, 1, f"the columns {', '.join(columns)}", f"no {missing[0]}")
-    count = 0
-    for row in reader:
-        count += 1
-        grade, url = row["Relevance"] or "", row["GitHubUrl"] or ""
-        if grade not in {"0", "1", "2", "3"} or not url or not row["Query"] or not row["Language"]:
-            refuse(path, reader.line_num, "a language, a query, a url and a relevance from 0 to 3", repr(grade))
-        grades[row["Language"].lower()][row["Query"].lower()][url].append(float(grade))
-    return grades, count
+    rows = [checked(path, reader.line_num, _Annotation.model_validate, values) for values in reader]
+    for row in rows:
+        grades[row.language.lower()][row.query.lower()][row.url].append(float(row.grade))
+    return grades, len(rows)
 
 
 def _read_code(paths: list[Path]) -> dict[str, str]:
     """Read the functions of JSON lines files: {url: code}; of rows with the same url, the first is kept."""
     functions: dict[str, str] = {}
     for path in paths:
-        for number, row in enumerate(read_jsonl(path, {}), start=1):
-            url = row.get("url", row.get("func_code_url"))
-            code = next((row[name] for name in ("function", "code", "func_code_string") if name in row), None)
-            if not isinstance(url, str) or not isinstance(code, str) or not code.strip():
-                refuse(path, number, "a url and the code of a function in the field 'function' or 'code'")
-            functions.setdefault(url, code)
+        for row in read_jsonl(path, _Code):
+            functions.setdefault(row.url, row.code)
     return functions
-
-
-def load_mteb(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load MTEB's samples of CodeSearchNet: for each language in the folder, a task of 1000 queries and documents."""
-    tasks = []
-    for language in _languages(folder, _mteb_patterns("{0}", "corpus")):
-        documents, document_ids, notes = _read_mteb(folder, language, "corpus", "documents", allow_subset)
-        queries, query_ids, more_notes = _read_mteb(folder, language, "queries", "queries", allow_subset)
-        paths = require_files(folder, _mteb_patterns(language, "qrels"))
-        fields: Fields = {"query-id": str, "corpus-id": str, "score": (int, float)}
-        gains: list[dict[int, float]] = [{} for _ in queries]
-        for number, row in enumerate((row for path in paths for row in read_table(path, fields)), start=1):
-            query, document = row["query-id"], row["corpus-id"]
-            if query not in query_ids or document not in document_ids:
-                refuse(paths[0], number, "ids of known texts", f"{query} and {document}")
-            gains[query_ids[query]][document_ids[document]] = float(row["score"])
-        for query, place in query_ids.items():
-            if not any(gain > 0 for gain in gains[place].values()):
-                refuse(paths[0], None, f"a relevant document for the query {query}")
-        asked, codes = [Text(text) for text in queries], [Text(text, language) for text in documents]
-        options: dict[str, Any] = {"metrics": ("ndcg@10", "mrr", "recall@1", "recall@10"), "notes": notes + more_notes}
-        ids, judgements = list(query_ids), Judgements.of(gains)
-        tasks.append(ranking_task("codesearchnet-mteb", language, asked, codes, ids, judgements, **options))
-    return tasks
-
-
-def _mteb_patterns(language: str, part: str) -> tuple[str, ...]:
-    return (f"{language}-{part}/test-*.parquet", f"{language}-{part}/*.jsonl", f"{language}-{part}/*.jsonl.gz")
-
-
-def _read_mteb(
-    folder: Path, language: str, part: str, what: str, allow_subset: bool
-) -> tuple[list[str], dict[str, int], tuple[str, ...]]:
-    """Read queries or documents: return the texts, {id: index of its text}, and a note if some are missing."""
-    paths = require_files(folder, _mteb_patterns(language, part))
-    rows = [row for path in paths for row in read_table(path, {"text": str})]
-    ids = [row.get("_id", row.get("id")) for row in rows]
-    for number, name in enumerate(ids, start=1):
-        if not isinstance(name, str):
-            refuse(paths[0], number, "a string as 'id' or '_id'")
-    notes = check_size(paths[0], len(rows), MTEB_SIZE, what, allow_subset=allow_subset)
-    return [row["text"] for row in rows], check_unique(paths[0], ids, "id"), notes
 
 
 def load_code_folder(folder: Path) -> list[RetrievalTask]:

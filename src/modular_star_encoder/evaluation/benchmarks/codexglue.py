@@ -16,18 +16,21 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AliasChoices
+from pydantic import Field as Constraint
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
 from pygments.token import Comment, Name, String
 
 from modular_star_encoder.evaluation.benchmarks.rows import (
-    check_rows,
+    FileRow,
+    Filled,
+    Tokens,
     check_size,
     check_unique,
-    joined_tokens,
     read_json,
     read_jsonl,
     read_lines,
@@ -41,7 +44,7 @@ from modular_star_encoder.utils.errors import UserError
 ADVTEST_ROWS = 19_210
 COSQA_QUERIES, COSQA_CODES = 500, 6_267
 TRANSLATION_LINES = 1_000
-POJ_PROBLEMS, POJ_PROGRAMS_EACH = range(81, 105), 500
+POJ_PROGRAMS = 24 * 500
 BIGCLONEBENCH_PAIRS = 415_416
 
 PROMPT_NAMES = {"cpp": "c++", "csharp": "c#"}  # {Exercism's name of a language: its name in prompts}, if they differ
@@ -56,34 +59,60 @@ _DIRECTIVES = re.compile(
 _OWN_OBJECT = ("this", "self")  # PHP's lexer does not distinguish $this from other variables
 
 
+class _AdvTestRow(FileRow):
+    idx: int | str
+    docstring_tokens: Tokens
+    function_tokens: Tokens = Constraint(validation_alias=AliasChoices("function_tokens", "code_tokens"))
+
+
+class _WebQuery(FileRow):
+    idx: str
+    doc: str
+    retrieval_idx: int
+
+
+class _Program(FileRow):
+    label: str = Constraint(pattern=r"^(8[1-9]|9\d|10[0-4])$")  # the problem: 81 to 104 in the test split
+    index: str
+    code: str
+
+
+class _JavaFunction(FileRow):
+    func: str
+    idx: str | int
+
+
+class _Exercise(FileRow):
+    slug: str
+    description: str
+    code: dict[str, Filled]
+
+
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load AdvTest, one task to find code by its documentation; `test.jsonl` is made by the authors' preprocess.py."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
-    rows = read_jsonl(path, {"idx": (int, str), "url": str, "docstring_tokens": list})
-    ids = check_unique(path, [row["idx"] for row in rows], "idx")
+    rows = read_jsonl(path, _AdvTestRow)
+    ids = check_unique(path, [row.idx for row in rows], "idx")
     notes = check_size(path, len(rows), ADVTEST_ROWS, "rows", allow_subset=allow_subset)
-    codes = joined_tokens(path, rows, "function_tokens", "code_tokens")
-    queries = [Text(text) for text in joined_tokens(path, rows, "docstring_tokens")]
-    documents = [Text(code, "python") for code in codes]
+    queries = [Text(" ".join(row.docstring_tokens)) for row in rows]
+    documents = [Text(" ".join(row.function_tokens), "python") for row in rows]
     return [ranking_task("advtest", "test", queries, documents, [str(name) for name in ids], notes=notes)]
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load CoSQA: one task whose queries are web queries and whose documents are Python functions."""
     base, test = (require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json"))
-    codes = read_json(base)
-    if not isinstance(codes, dict) or not codes or not all(isinstance(number, int) for number in codes.values()):
-        refuse(base, 1, "a JSON object {code: whole number}")
+    codes = read_json(base, Annotated[dict[str, int], Constraint(min_length=1)])
     places = check_unique(base, list(codes.values()), "index")
-    rows = check_rows(test, read_json(test), {"idx": str, "doc": str, "retrieval_idx": int})
+    rows = read_json(test, Annotated[list[_WebQuery], Constraint(min_length=1)])
     notes = check_size(base, len(codes), COSQA_CODES, "codes", allow_subset=allow_subset)
     notes += check_size(test, len(rows), COSQA_QUERIES, "queries", allow_subset=allow_subset)
     for number, row in enumerate(rows, start=1):
-        if row["retrieval_idx"] not in places:
-            refuse(test, number, f"a retrieval_idx that is in {base.name}", str(row["retrieval_idx"]))
-    queries, documents = [Text(row["doc"]) for row in rows], [Text(code, "python") for code in codes]
-    judgements = Judgements.one_each([places[row["retrieval_idx"]] for row in rows])
-    return [ranking_task("cosqa", "test", queries, documents, [row["idx"] for row in rows], judgements, notes=notes)]
+        if row.retrieval_idx not in places:
+            refuse(test, number, f"a retrieval_idx that is in {base.name}", str(row.retrieval_idx))
+    queries, documents = [Text(row.doc) for row in rows], [Text(code, "python") for code in codes]
+    judgements = Judgements.one_each([places[row.retrieval_idx] for row in rows])
+    return [ranking_task("cosqa", "test", queries, documents, [row.idx for row in rows], judgements, notes=notes)]
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
@@ -112,25 +141,11 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load POJ-104: one task to find the other programs that solve the same problem as a given program."""
-    (path, *_) = require_files(folder, ("test.jsonl", f"ProgramData/{POJ_PROBLEMS[0]}/*.txt"))
-    if path.name == "test.jsonl":
-        rows = read_jsonl(path, {"label": str, "index": str, "code": str})
-        labels, names, codes = ([row[field] for row in rows] for field in ("label", "index", "code"))
-        check_unique(path, names, "index")
-    else:
-        path = folder / "ProgramData"
-        files = [(str(problem), file) for problem in POJ_PROBLEMS for file in sorted(path.glob(f"{problem}/*.txt"))]
-        labels, names = [label for label, _ in files], [f"{label}/{file.name}" for label, file in files]
-        codes = ["\n".join(line for _, line in read_lines(file, encoding="latin-1")) for _, file in files]
-        for (_, file), code in zip(files, codes, strict=True):
-            if not code.strip():
-                refuse(file, 1, "a program", "an empty file")
+    (path,) = require_files(folder, ("test.jsonl",))
+    rows = read_jsonl(path, _Program)
+    names, labels = list(check_unique(path, [row.index for row in rows], "index")), [row.label for row in rows]
     sizes = {label: labels.count(label) for label in dict.fromkeys(labels)}
-    if unknown := [label for label in sizes if label not in map(str, POJ_PROBLEMS)]:
-        expected = f"a label from {POJ_PROBLEMS[0]} to {POJ_PROBLEMS[-1]}"
-        refuse(path, labels.index(unknown[0]) + 1, expected, repr(unknown[0]))
-    expected_size = len(POJ_PROBLEMS) * POJ_PROGRAMS_EACH
-    notes = check_size(path, len(labels), expected_size, "programs", allow_subset=allow_subset)
+    notes = check_size(path, len(labels), POJ_PROGRAMS, "programs", allow_subset=allow_subset)
     if len(set(sizes.values())) > 1 or min(sizes.values()) < 2 or len(sizes) < 2:
         refuse(path, None, "the same number of programs, at least two, for each of two or more labels", f"{sizes}")
     # Every other text with the same label is relevant.
@@ -139,7 +154,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     documents = [members[number][members[number] != row] for row, number in enumerate(numbers)]
     query = np.repeat(np.arange(len(labels)), [len(found) for found in documents])
     judgements = Judgements(query, np.concatenate(documents), np.ones(len(query)))
-    texts = [Text(code, "c++") for code in codes]
+    texts = [Text(row.code, "c++") for row in rows]
     options: dict[str, Any] = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
     return [ranking_task("poj104", "test", texts, texts, names, judgements, **options)]
 
@@ -147,11 +162,11 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
     """Load BigCloneBench: one task to decide which pairs of Java functions are clones."""
     functions, valid, test = (require_files(folder, [name])[0] for name in ("data.jsonl", "valid.txt", "test.txt"))
-    rows = read_jsonl(functions, {"func": str, "idx": (str, int)})
-    places = check_unique(functions, [str(row["idx"]) for row in rows], "idx")
+    rows = read_jsonl(functions, _JavaFunction)
+    places = check_unique(functions, [str(row.idx) for row in rows], "idx")
     valid_pairs, valid_labels, notes = _read_bigclonebench(valid, places, allow_subset)
     pairs, labels, more_notes = _read_bigclonebench(test, places, allow_subset)
-    texts = [Text(row["func"], "java") for row in rows]
+    texts = [Text(row.func, "java") for row in rows]
     notes = ("threshold chosen on the validation pairs", *notes, *more_notes)
     return [PairTask("bigclonebench", "test", texts, valid_pairs, valid_labels, pairs, labels, notes=notes)]
 
@@ -201,17 +216,15 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
     """Read {slug of an exercise: {language or `DESCRIPTION`: text}}; `masked` replaces the names in code."""
-    rows = read_jsonl(path, {"slug": str, "description": str, "code": dict})
-    check_unique(path, [row["slug"] for row in rows], "slug")
+    rows = read_jsonl(path, _Exercise)
+    check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
-    for number, row in enumerate(rows, start=1):
-        texts = {DESCRIPTION: Text(row["description"])}
-        for language, code in row["code"].items():
-            if not isinstance(code, str) or not code.strip():
-                refuse(path, number, f"a solution in {language}", "none")
+    for row in rows:
+        texts = {DESCRIPTION: Text(row.description)}
+        for language, code in row.code.items():
             name = PROMPT_NAMES.get(language, language)
             texts[language] = Text(mask_names(code, name) if masked else code, name)
-        exercises[row["slug"]] = texts
+        exercises[row.slug] = texts
     return exercises
 
 

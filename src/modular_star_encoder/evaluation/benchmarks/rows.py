@@ -1,21 +1,31 @@
-"""Read and check the files of benchmarks; errors name the file, the line, and what was expected there."""
+"""Read and check the files of benchmarks; errors name the file, the line, and what is wrong there."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from modular_star_encoder.data.sources.dataset_rows import not_unicode
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Constraint
+
 from modular_star_encoder.utils.errors import UserError
 
-Fields = Mapping[str, type | tuple[type, ...]]  # {name of a required field of a row: type or types of its value}
 MAX_LINE_BYTES, MAX_RATIO = 2**27, 100  # a gzip file may unpack to `MAX_LINE_BYTES` and `MAX_RATIO` times its size
-_NAMES = {str: "a string", list: "a list", int: "a whole number", dict: "an object", float: "a number"}
+
+Filled = Annotated[str, Constraint(pattern=r"\S")]  # a text with more than white space
+Tokens = Annotated[list[str], Constraint(min_length=1)]
+
+Value = TypeVar("Value")
+
+
+class FileRow(BaseModel):
+    """A row of a benchmark's file, which has the declared fields, and may have others."""
+
+    model_config = ConfigDict(strict=True)
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
@@ -40,7 +50,7 @@ def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without line break) of a text file, plain or compressed with gzip."""
     number = total = 0
     try:
@@ -50,50 +60,43 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
                 total += len(line)
                 if len(line) > MAX_LINE_BYTES or total > most:
                     refuse(path, number, f"a line of at most {MAX_LINE_BYTES:,} bytes in a file of at most {most:,}")
-                yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode(encoding)
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode()
     except UnicodeDecodeError:
-        refuse(path, number, f"text in {encoding}")
+        refuse(path, number, "text in utf-8")
     except (EOFError, zlib.error):
         refuse(path, number + 1, "more lines", "the end of a truncated file")
     except gzip.BadGzipFile:
         refuse(path, number + 1, "a gzip file")
 
 
-def read_jsonl(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """Read a file with one JSON object per line, and check that each object has `fields` of the given types."""
-    rows, expected = [], f"a JSON object with {_listed(fields)}"
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            refuse(path, number, expected, repr(line[:40]))
-        _check_unicode(path, number, line, row)
-        rows.append(_checked(path, number, row, fields))
-    return rows or refuse(path, 1, expected, "an empty file")
-
-
-def read_json(path: Path) -> Any:
-    """Read a file that holds one JSON value."""
-    text = "\n".join(line for _, line in read_lines(path))
+def checked(path: Path, line: int | None, check: Callable[[Any], Value], data: Any) -> Value:
+    """Return `check(data)`, pydantic's; raise a UserError that names the file, the line and the first wrong field."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-        refuse(path, getattr(error, "lineno", None), "one JSON value", getattr(error, "msg", str(error)))
-    _check_unicode(path, None, text, value)
-    return value
+        return check(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, field = "" if line is None else f", line {line}", ".".join(map(str, first["loc"]))
+        message = f"{path}{place}: {field and field + ': '}{first['msg']}."
+        raise UserError("benchmark.file.unexpected", message) from None
 
 
-def check_rows(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
-    """Check that `rows` is a list of objects with `fields`, and return it; the error names the first wrong row."""
-    if not isinstance(rows, list) or not rows:
-        refuse(path, 1, f"a list of objects with {_listed(fields)}", "an empty list" if rows == [] else _kind(rows))
-    return [_checked(path, number, row, fields) for number, row in enumerate(rows, start=1)]
+def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
+    """Read a file with one JSON value per line, each of the type `kind`, such as a subclass of `FileRow`."""
+    check = partial(TypeAdapter(kind).validate_json, strict=True)
+    rows = [checked(path, number, check, line) for number, line in read_lines(path)]
+    return rows or refuse(path, 1, "a JSON object", "an empty file")
 
 
-def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Read a file that holds one JSON value of the type `kind`."""
+    text = "\n".join(line for _, line in read_lines(path))
+    return checked(path, None, partial(TypeAdapter(kind).validate_json, strict=True), text)
+
+
+def read_table(path: Path, kind: type[Value]) -> list[Value]:
     """Read the rows of a Parquet file, or of a file with JSON lines if the suffix is not `.parquet`."""
     if path.suffix != ".parquet":
-        return read_jsonl(path, fields)
+        return read_jsonl(path, kind)
     import pyarrow
     from pyarrow import parquet
 
@@ -101,21 +104,7 @@ def read_table(path: Path, fields: Fields) -> list[dict[str, Any]]:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         refuse(path, None, "a Parquet file", " ".join(str(error).split())[:120])
-    return check_rows(path, rows, fields)
-
-
-def joined_tokens(path: Path, rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """Join the tokens of each row with spaces; the tokens are in the first of the fields `names` that the row has."""
-    texts = []
-    for number, row in enumerate(rows, start=1):
-        name = next((name for name in names if name in row), None)
-        if name is None:
-            refuse(path, number, f"the field {' or '.join(map(repr, names))}")
-        tokens = row[name]
-        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-            refuse(path, number, f"a list of strings as {name!r}")
-        texts.append(" ".join(tokens))
-    return texts
+    return [checked(path, number, TypeAdapter(kind).validate_python, row) for number, row in enumerate(rows, start=1)]
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
@@ -136,29 +125,3 @@ def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]
             refuse(path, number + 1, f"another {what} than in line {places[value] + 1}", repr(value))
         places[value] = number
     return places
-
-
-def _check_unicode(path: Path, line: int | None, text: str, value: Any) -> None:
-    """Raise UserError if a value read from JSON holds half of a surrogate pair, which no tokenizer accepts."""
-    if "\\ud" in text.lower() and (found := not_unicode(json.dumps(value, ensure_ascii=False))):
-        refuse(path, line, "valid Unicode text", found)
-
-
-def _checked(path: Path, number: int, row: Any, fields: Fields) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        refuse(path, number, f"an object with {_listed(fields)}", _kind(row))
-    for name, kinds in fields.items():
-        if name not in row:
-            refuse(path, number, f"the field {name!r}", _listed(row))
-        if not isinstance(row[name], kinds) or isinstance(row[name], bool):
-            expected = " or ".join(_NAMES[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            refuse(path, number, f"{expected} as {name!r}", _kind(row[name]))
-    return row
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name in names) or "no field"
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else _NAMES.get(type(value), type(value).__name__)
