@@ -87,8 +87,7 @@ def test_two_exits_answer_the_slider_moves_and_nothing_but_loopback_is_asked(pag
 
 def test_errors_are_sentences_hostile_code_runs_nothing_and_links_open_the_file(page):
     page.click("#search")
-    page.wait_for_selector("#results-1 .mose-error")
-    assert page.inner_text("#results-1").startswith("Type what the code should do")
+    assert "press Enter" in page.inner_text("#results-1")
     pattern = page.locator("input[placeholder^='all, or'], textarea[placeholder^='all, or']")
     pattern.fill("*.nothing")
     page.fill(QUESTION, "anything")

@@ -3,8 +3,7 @@ import shutil
 
 import pytest
 
-from modular_star_encoder.demo.page import ExitCosts, SearchPage
-from modular_star_encoder.demo.session import LONGEST_QUESTION, TOP_K, SearchSession
+from modular_star_encoder.demo.page import LONGEST_QUESTION, TOP_K, SearchPage
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.index import CodeIndex
@@ -13,7 +12,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def page_of(index, checkpoint=None):
-    return SearchPage(SearchSession(index, checkpoint), ExitCosts(None, "no profile"), lambda path, hit: None)
+    return SearchPage(index, lambda path, hit: None, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def shown(html):
 def test_each_side_shows_what_the_index_finds_at_its_exit(page):
     left, right = page.answer("push an item", [], "", 0, 0, 1)
     for html, exit_layer in ((left, 1), (right, 4)):
-        (answer,) = page.session.index.search(["push an item"], top_k=TOP_K, exit_layer=exit_layer)
+        (answer,) = page.index.search(["push an item"], top_k=TOP_K, exit_layer=exit_layer)
         assert len(shown(html)) == len(answer.hits) == TOP_K
         assert [place.rsplit(":", 1)[1] for place in shown(html)] == [str(hit.line) for hit in answer.hits]
         assert f"<b>exit {exit_layer}</b>" in html
@@ -60,7 +59,7 @@ def test_the_time_of_a_side_is_not_that_of_what_the_other_left_it(index, monkeyp
 
 @pytest.mark.parametrize(
     ("question", "path", "named"),
-    [(" ", "", "2,000"), ("x" * (LONGEST_QUESTION + 1), "", "2,000"), ("add", "[", "[")],
+    [("x" * (LONGEST_QUESTION + 1), "", "2,000"), ("add", "[", "[")],
 )
 def test_what_a_user_can_mend_is_one_sentence(page, question, path, named):
     left, right = page.answer(question, [], path, 0, 0, 1)
@@ -69,10 +68,11 @@ def test_what_a_user_can_mend_is_one_sentence(page, question, path, named):
     assert right == ""
 
 
-def test_moving_a_slider_before_asking_is_no_error(page):
-    left, _ = page.moved("", [], "", 0, 1, 1)
+def test_without_a_question_the_page_says_what_to_do(page):
+    left, right = page.answer(" ", [], "", 0, 1, 1)
+    assert "press Enter" in left
     assert "mose-error" not in left
-    assert page.moved("add", [], "", 0, 1, 1)[0].startswith('<p class="mose-asked"><b>exit 4</b>')
+    assert right == ""
 
 
 @pytest.mark.parametrize("position", [-5, 99, None, 0.4])
@@ -86,7 +86,7 @@ def test_an_index_of_another_checkpoint_is_refused_on_the_page(index, tmp_path):
     for html in (page.header(), page.answer("add", [], "", 0, 0, 1)[0]):
         assert "built with another checkpoint" in html
         assert "Traceback" not in html
-    assert page.session.rerank_exit_layers == ()
+    assert page.rerank_exit_layers == ()
 
 
 def test_a_checkpoint_that_is_gone_is_named_and_can_be_found_elsewhere(index, checkpoint, tmp_path):
@@ -94,8 +94,8 @@ def test_a_checkpoint_that_is_gone_is_named_and_can_be_found_elsewhere(index, ch
     code = write_code(tmp_path / "code")
     build(code, tmp_path / "index", moved, exit_layer=4)
     shutil.rmtree(moved)
-    assert page_of(CodeIndex.open(tmp_path / "index")).session.problem
-    assert page_of(CodeIndex.open(tmp_path / "index"), str(checkpoint)).session.problem is None
+    assert page_of(CodeIndex.open(tmp_path / "index")).problem
+    assert page_of(CodeIndex.open(tmp_path / "index"), str(checkpoint)).problem == ""
 
 
 def test_an_index_of_one_exit_has_one_side_and_says_how_to_get_more(checkpoint, tmp_path):
@@ -105,7 +105,7 @@ def test_an_index_of_one_exit_has_one_side_and_says_how_to_get_more(checkpoint, 
     assert page.sides == 1
     assert "mose-badge" not in only
     assert "--exit-layers all" in page.footer()
-    assert page.session.rerank_exit_layers == (2, 4)
+    assert page.rerank_exit_layers == (2, 4)
 
 
 def test_the_header_counts_rows_and_shows_no_folders_of_the_machine(page, index):

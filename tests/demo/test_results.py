@@ -2,13 +2,12 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 
-import pytest
-
-from modular_star_encoder.demo.session import FIRST_LINES, MOST_LINES, Reply, SearchSession, code_html, results_html
+from modular_star_encoder.demo.results import FIRST_LINES, MOST_LINES, Reply, code_html, results_html
 from modular_star_encoder.search.hits import Answer, Hit
 from tests.demo.conftest import HOSTILE_CODE, HOSTILE_NAME
 
 OUR_TAGS = {"p", "b", "article", "header", "span", "i", "div", "pre", "a", "details", "summary"}
+FOLDER = "/srv/code"
 
 
 class Tags(HTMLParser):
@@ -25,30 +24,25 @@ class Tags(HTMLParser):
         self.text += data
 
 
-@pytest.fixture(scope="module")
-def session(index):
-    return SearchSession(index)
-
-
-def hit(session, path="a.py", text="return 1", **changes):
+def hit(path="a.py", text="return 1", **changes):
     values = {"line": 3, "name": "f", "score": 0.5, "exit_layer": 1, "last_line": 9, "language": "python"}
-    return Hit(path=f"{session.index.folder}/{path}", text=text, **(values | changes))
+    return Hit(path=f"{FOLDER}/{path}", text=text, **(values | changes))
 
 
-def html_of(session, *hits, other=None, link_to=lambda path, hit: None, **answer):
-    return results_html(session, Reply(Answer("q", list(hits), **answer), 1, 12.3), other, link_to)
+def html_of(*hits, other=None, link_to=lambda path, hit: None, **answer):
+    return results_html(Reply(Answer("q", list(hits), **answer), 1, 12.3), other, FOLDER, link_to)
 
 
-def test_code_paths_and_names_that_are_html_stay_text(session):
-    one = hit(session, HOSTILE_NAME, HOSTILE_CODE, name="<script>alert(1)</script>", language="<b>")
-    shown = Tags(html_of(session, one, link_to=lambda path, hit: f"source?path={path}\"onclick='x'"))
+def test_code_paths_and_names_that_are_html_stay_text():
+    one = hit(HOSTILE_NAME, HOSTILE_CODE, name="<script>alert(1)</script>", language="<b>")
+    shown = Tags(html_of(one, link_to=lambda path, hit: f"source?path={path}\"onclick='x'"))
     assert shown.found <= OUR_TAGS
     assert shown.attributes <= {"class", "style", "title", "href", "target", "rel", "role"}
     assert "<script>window.attacked = 2</script>" in shown.text
     assert f"{HOSTILE_NAME}:3" in shown.text
 
 
-def test_highlighted_code_is_the_code(session):
+def test_highlighted_code_is_the_code():
     code = "def f(a):\n\n    return a < 1  # größe 🐍"
     assert unescape(re.sub("<[^>]*>", "", code_html(code, "python"))) == code
     assert '<span class="k">def</span>' in code_html(code, "python")
@@ -57,10 +51,10 @@ def test_highlighted_code_is_the_code(session):
     assert code_html("\x1b[31m\u202e", "") == "�[31m�"  # what would reorder or hide code
 
 
-def test_long_functions_are_folded_and_very_long_ones_cut(session):
+def test_long_functions_are_folded_and_very_long_ones_cut():
     lines = [f"line_{number} = {number}" for number in range(MOST_LINES + 50)]
-    short = html_of(session, hit(session, text="\n".join(lines[:FIRST_LINES])))
-    long = Tags(html_of(session, hit(session, text="\n".join(lines))))
+    short = html_of(hit(text="\n".join(lines[:FIRST_LINES])))
+    long = Tags(html_of(hit(text="\n".join(lines))))
     assert "<details>" not in short
     assert "details" in long.found
     assert f"line_{MOST_LINES - 1} " in long.text
@@ -68,10 +62,10 @@ def test_long_functions_are_folded_and_very_long_ones_cut(session):
     assert "50 more lines in the file" in long.text
 
 
-def test_each_hit_says_where_the_other_exit_ranks_it(session):
-    first, second, third = (hit(session, line=line, name=f"f{line}") for line in (1, 2, 3))
+def test_each_hit_says_where_the_other_exit_ranks_it():
+    first, second, third = (hit(line=line, name=f"f{line}") for line in (1, 2, 3))
     other = Reply(Answer("q", [second, first]), 4, 1.0)
-    badges = re.findall('mose-badge (.*?)">(.*?)<', html_of(session, first, second, third, other=other))
+    badges = re.findall('mose-badge (.*?)">(.*?)<', html_of(first, second, third, other=other))
     assert badges == [
         ("mose-moved", "#2 at exit 4"),
         ("mose-moved", "#1 at exit 4"),
@@ -79,16 +73,16 @@ def test_each_hit_says_where_the_other_exit_ranks_it(session):
     ]
 
 
-def test_no_hit_is_one_sentence_and_re_ranking_is_named(session):
-    assert "Nothing was found" in html_of(session)
-    assert "re-ranked by exit 4" in html_of(session, hit(session, exit_layer=4), reranked=True)
-    assert "re-ranked" not in html_of(session, hit(session))
+def test_no_hit_is_one_sentence_and_re_ranking_is_named():
+    assert "Nothing was found" in html_of()
+    assert "re-ranked by exit 4" in html_of(hit(exit_layer=4), reranked=True)
+    assert "re-ranked" not in html_of(hit())
 
 
-def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one(session):
-    plain = html_of(session, hit(session, "src/a.py"))
+def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one():
+    plain = html_of(hit("src/a.py"))
     assert "src/a.py:3" in plain
-    assert str(session.index.folder) not in plain
+    assert FOLDER not in plain
     assert "<a " not in plain
-    linked = html_of(session, hit(session, "src/a.py"), link_to=lambda path, hit: f"https://x/{path}")
+    linked = html_of(hit("src/a.py"), link_to=lambda path, hit: f"https://x/{path}")
     assert 'href="https://x/src/a.py"' in linked

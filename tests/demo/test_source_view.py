@@ -4,7 +4,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from modular_star_encoder.demo.serving import LARGEST_FILE, LocalFiles, RepositoryLinks
+from modular_star_encoder.demo.serving import LARGEST_FILE, LocalFiles, repository_links
 from modular_star_encoder.search.hits import Hit
 from modular_star_encoder.search.vector_store import file_id
 from tests.demo.conftest import HOSTILE_NAME
@@ -80,7 +80,7 @@ def test_links_lead_to_the_page_of_the_file_and_are_absent_where_it_is_gone(fold
 
 
 def test_repository_links_name_revision_and_lines_and_stay_on_their_host():
-    link_to = RepositoryLinks("https://github.com/o/n/blob/abc/src/")
+    link_to = repository_links("https://github.com/o/n/blob/abc/src/")
     assert link_to("sub/a b#?.py", HIT) == "https://github.com/o/n/blob/abc/src/sub/a%20b%23%3F.py#L2-L4"
     one_line = Hit(path="", line=7, name="", score=0.0, exit_layer=1, last_line=7)
     assert link_to("//evil.example/x", one_line) == "https://github.com/o/n/blob/abc/src///evil.example/x#L7"
@@ -91,4 +91,4 @@ def test_repository_links_name_revision_and_lines_and_stay_on_their_host():
 )
 def test_what_is_no_address_of_a_repository_is_refused(address):
     with raises("demo.source"):
-        RepositoryLinks(address)
+        repository_links(address)

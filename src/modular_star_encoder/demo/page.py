@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.demo.session import (
-    EXPECTED_ERRORS,
-    LONGEST_QUESTION,
-    LinkTo,
-    SearchSession,
-    message_html,
-    one_sentence,
-    results_html,
-)
+from modular_star_encoder.demo.results import LinkTo, Reply, message_html, results_html
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, checkpoint_profile
-from modular_star_encoder.utils.errors import naming_extra
+from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.ranking import Cascade
+from modular_star_encoder.search.vector_store import readable_path
+from modular_star_encoder.utils.errors import UserError, naming_extra
+
+TOP_K = 5
+LONGEST_QUESTION = 2000
+_CANDIDATES = 50
+# Errors that a user can fix: the page shows one sentence instead of a traceback.
+_EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +123,49 @@ _ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --re
 
 
 class SearchPage:
-    """The functions that the components of the demo page call; they return HTML and do not need Gradio."""
+    """The functions that the components of the demo page call; they return HTML and do not need Gradio.
 
-    def __init__(self, session: SearchSession, costs: ExitCosts, link_to: LinkTo) -> None:
-        self.session, self.costs, self.link_to = session, costs, link_to
+    Attributes:
+        exit_layers: exits of the index, ascending.
+        rerank_exit_layers: exits of the checkpoint deeper than the index's shallowest exit; empty if the checkpoint
+            can't be used.
+        problem: one sentence that says why the checkpoint can't be used; empty if it can be used.
+        sides: how many exits the page shows side by side: two, or one if the index has only one.
 
-    @property
-    def sides(self) -> int:
-        """Return how many exits the page shows side by side: two, or one if the index has only one."""
-        return min(len(self.session.exit_layers), 2)
+    Args:
+        index: an index from `CodeIndex.open`; its checkpoint is opened here.
+        link_to: gives the address of a hit's file.
+        checkpoint: folder or Hub id of the index's checkpoint, if it was moved.
+    """
+
+    def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
+        self.index, self.link_to = index, link_to
+        self.checkpoint = checkpoint or index.settings.checkpoint
+        self.costs = ExitCosts.of(self.checkpoint, index.settings.checksum)
+        self.exit_layers = index.settings.exit_layers
+        self.sides = min(len(self.exit_layers), 2)
+        self.rerank_exit_layers: tuple[int, ...] = ()
+        self.problem = ""
+        try:
+            if checkpoint is not None:
+                self.index = CodeIndex.open(index.store, checkpoint=checkpoint)
+            exits = self.index.embedder.config.exit_layers
+            # Load the layers of the deepest exit now, so that no question's time includes loading.
+            self.index.search(["warm up"], top_k=1, exit_layer=self.exit_layers[-1])
+            self.rerank_exit_layers = tuple(one for one in exits if one > self.exit_layers[0])
+        except _EXPECTED_ERRORS as error:
+            self.problem = _one_sentence(error)
 
     def header(self) -> str:
         """Return HTML with the searched folder, its number of snippets, the exits and the checkpoint."""
-        folder = os.path.basename(self.session.index.folder)
-        exits = ", ".join(map(str, self.session.exit_layers))
+        folder = os.path.basename(self.index.folder)
         facts = (
-            f"{self.session.index.store.count():,} pieces of code",
-            f"exit{'s' if len(self.session.exit_layers) > 1 else ''} {exits}",
-            f"checkpoint {short_name(self.session.checkpoint)}",
+            f"{self.index.store.count():,} pieces of code",
+            f"exit{'s' if self.sides > 1 else ''} {', '.join(map(str, self.exit_layers))}",
+            f"checkpoint {short_name(self.checkpoint)}",
         )
         head = f"<h1>Search <em>{escape(folder)}</em></h1><p>{' · '.join(map(escape, facts))}</p>"
-        problem = message_html(self.session.problem, error=True) if self.session.problem else ""
+        problem = message_html(self.problem, error=True) if self.problem else ""
         return f'<div class="mose-header">{head}</div>{problem}'
 
     def costs_at(self, position: Any) -> str:
@@ -151,50 +175,54 @@ class SearchPage:
 
     def footer(self) -> str:
         """Return HTML that says how the costs were measured, and how to add exits to an index with only one."""
-        one_exit = message_html(_ONE_EXIT) if self.sides == 1 else ""
-        return circumstances(self.costs) + one_exit
+        return circumstances(self.costs) + (message_html(_ONE_EXIT) if self.sides == 1 else "")
 
     def answer(
-        self, question: str, languages: Sequence[str] | None, path: str, rerank_exit_layer: Any, *positions: Any
+        self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each slider position; return HTML for each; after an error, the first is one sentence.
+        """Search at the exit of each slider position; return HTML for each.
 
-        `languages` and `path` select files, all if empty; `rerank_exit_layer` 0 means no re-ranking.
+        Without a question the first is an instruction, and after an error one sentence. `languages` and `path` select
+        files, all if empty; `rerank` is an exit that ranks the best hits again, or 0.
         """
-        try:
-            exits = [self._exit_at(position) for position in positions]
-            replies = [
-                self.session.ask(
-                    question or "",
-                    exit_layer,
-                    languages=tuple(languages or ()),
-                    path=path or "",
-                    rerank_exit_layer=int(rerank_exit_layer or 0) or None,
-                )
-                for exit_layer in exits
-            ]
-        except EXPECTED_ERRORS as error:
-            return [message_html(one_sentence(error), error=True), *[""] * (len(positions) - 1)]
-        others = [*reversed(replies)] if len(replies) > 1 else [None]
-        pairs = zip(replies, others, strict=True)
-        return [results_html(self.session, reply, other, self.link_to) for reply, other in pairs]
-
-    def moved(self, question: str, *arguments: Any) -> list[str]:
-        """Return what `answer` returns, or instructions if there is no question yet; called when a control changes."""
         if not (question or "").strip():
-            return [message_html(_ASK), *[""] * (self.sides - 1)]
-        return self.answer(question, *arguments)
+            return [message_html(_ASK), *[""] * (len(positions) - 1)]
+        try:
+            where = {"languages": languages or None, "path": path if (path or "").strip() else None}
+            exits = [self._exit_at(position) for position in positions]
+            replies = [self._ask(question, one, int(rerank or 0), where) for one in exits]
+        except _EXPECTED_ERRORS as error:
+            return [message_html(_one_sentence(error), error=True), *[""] * (len(positions) - 1)]
+        others = [*reversed(replies)] if len(replies) > 1 else [None]
+        folder = readable_path(self.index.folder)
+        pairs = zip(replies, others, strict=True)
+        return [results_html(reply, other, folder, self.link_to) for reply, other in pairs]
+
+    def _ask(self, question: str, exit_layer: int, rerank: int, where: dict[str, Any]) -> Reply:
+        if len(question) > LONGEST_QUESTION:
+            message = f"Type what the code should do, in at most {LONGEST_QUESTION:,} characters."
+            raise UserError("demo.question", message)
+        if self.problem:
+            raise UserError("demo.checkpoint", self.problem)
+        cascade = Cascade(rerank, _CANDIDATES) if rerank > exit_layer else None
+        self.index.embedder.forget()  # else a repeated question would re-rank in no time
+        start = time.perf_counter()
+        (answer,) = self.index.search([question], top_k=TOP_K, exit_layer=exit_layer, cascade=cascade, **where)
+        return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))
 
     def _exit_at(self, position: Any) -> int:
         """Return the exit at a slider position, or at the nearest valid position."""
-        exits = self.session.exit_layers
-        return exits[min(max(int(position or 0), 0), len(exits) - 1)]
+        return self.exit_layers[min(max(int(position or 0), 0), len(self.exit_layers) - 1)]
+
+
+def _one_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build_blocks(page: SearchPage) -> Any:
     """Lay out a page as `gradio.Blocks`; raise ImportError if Gradio is not installed."""
     gradio = import_gradio()
-    last = len(page.session.exit_layers) - 1
+    last = len(page.exit_layers) - 1
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
         gradio.HTML(page.header())
         with gradio.Row(elem_classes="mose-ask"):
@@ -202,10 +230,10 @@ def build_blocks(page: SearchPage) -> Any:
             question = gradio.Textbox(scale=6, elem_id="question", **options)
             button = gradio.Button("Search", variant="primary", scale=0, min_width=120, elem_id="search")
         with gradio.Row():
-            known = list(page.session.index.settings.languages)
+            known = list(page.index.settings.languages)
             languages = gradio.Dropdown(known, multiselect=True, label="Languages (all if none is chosen)")
             path = gradio.Textbox(label="Files", placeholder="all, or a pattern: *.py or src/**", max_lines=1)
-            deeper = page.session.rerank_exit_layers
+            deeper = page.rerank_exit_layers
             choices = [("no", 0), *((f"by exit {one}", one) for one in deeper)]
             rerank = gradio.Dropdown(choices, value=0, label="Re-rank the best", visible=bool(deeper))
         sliders, results = [], []
@@ -221,13 +249,13 @@ def build_blocks(page: SearchPage) -> Any:
         options |= {"api_visibility": "private", "show_progress": "minimal"}
         gradio.on([button.click, question.submit], page.answer, **options)
         changes = [languages.change, path.submit, rerank.change, *(slider.change for slider in sliders)]
-        gradio.on(changes, page.moved, trigger_mode="always_last", **options)
+        gradio.on(changes, page.answer, trigger_mode="always_last", **options)
     return blocks
 
 
 def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any, Any]:
     """Add a column with slider, costs and hits of one exit to the page; return the slider and the hits."""
-    exits = page.session.exit_layers
+    exits = page.exit_layers
     with gradio.Column(min_width=420, elem_classes="mose-side"):
         with gradio.Column(elem_classes="mose-exit", elem_id=f"exit-{side + 1}"):
             slider = gradio.Slider(

@@ -23,8 +23,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
-from modular_star_encoder.demo.page import ExitCosts, SearchPage, build_blocks, import_gradio
-from modular_star_encoder.demo.session import SearchSession, code_styles
+from modular_star_encoder.demo.page import SearchPage, build_blocks, import_gradio
+from modular_star_encoder.demo.results import LinkTo, code_styles
 from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import file_id
@@ -47,15 +47,6 @@ _Call = Callable[..., Awaitable[None]]
 ROUTE = "/source"
 LARGEST_FILE = 2_000_000
 _LONGEST_LINE = 2000
-_STYLE = """
-body { margin: 0; font: 14px/1.5 system-ui, sans-serif; color: #1f2430; }
-h1 { font-size: 15px; margin: 0; padding: 12px 20px; border-bottom: 1px solid #e3e6ec; position: sticky; top: 0;
-  background: #fff; }
-pre { margin: 0; padding: 12px 20px; font: 13px/1.55 ui-monospace, Menlo, Consolas, monospace; }
-[id^="L-"] { scroll-margin-top: 30vh; }
-body .code, body .code pre { background: #fff; }
-body .code .hll { background: #fff6d6; display: block; }
-"""
 
 
 def serve(index: CodeIndex, **options: Any) -> None:
@@ -92,11 +83,9 @@ def served(
         raise UserError("demo.port", f"port={port} must be a number from 1 to 65535.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     _check_host(host)
-    links = RepositoryLinks(source) if source else LocalFiles(index)
+    links = repository_links(source) if source else LocalFiles(index)
     gradio = import_gradio()
-    session = SearchSession(index, checkpoint)
-    costs = ExitCosts.of(session.checkpoint, index.settings.checksum)
-    blocks = build_blocks(SearchPage(session, costs, links))
+    blocks = build_blocks(SearchPage(index, links, checkpoint))
     try:
         _, address, _ = blocks.launch(
             server_name=host,
@@ -112,7 +101,7 @@ def served(
             max_file_size=0,
             app_kwargs=_app_options(host, links),
             theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACED),
-            css=code_styles() + files("modular_star_encoder.demo").joinpath("page.css").read_text(encoding="utf-8"),
+            css=code_styles() + _css("page.css"),
         )
     except OSError as error:
         blocks.close()
@@ -134,7 +123,7 @@ def _check_host(host: str) -> None:
             raise UserError("demo.host", message) from error
 
 
-def _app_options(host: str, links: RepositoryLinks | LocalFiles) -> dict[str, Any]:
+def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
     """Return options for Gradio's web application: allowed host names, security headers, pages of source files."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -181,20 +170,18 @@ class _PolicyMiddleware:
         await self._app(scope, receive, send_with_policy)
 
 
-class RepositoryLinks:
-    """Links search results to a repository, given the web address of the indexed folder at one of its revisions."""
+def repository_links(address: str) -> LinkTo:
+    """Return a function that links search results to a repository; `address` is that of the folder at a revision."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        example = "https://github.com/OWNER/NAME/blob/REVISION/src"
+        raise UserError("demo.source", f"{address!r} is not the web address of a folder, such as {example}.")
 
-    def __init__(self, address: str) -> None:
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
-            example = "https://github.com/OWNER/NAME/blob/REVISION/src"
-            raise UserError("demo.source", f"{address!r} is not the web address of a folder, such as {example}.")
-        self._address = address.rstrip("/")
-
-    def __call__(self, path: str, hit: Hit) -> str:
-        """Return the web address of a hit's lines in its file; `path` is relative to the indexed folder."""
+    def link_to(path: str, hit: Hit) -> str:
         lines = f"L{hit.line}" + (f"-L{hit.last_line}" if hit.last_line > hit.line else "")
-        return f"{self._address}/{quote(path)}#{lines}"
+        return f"{address.rstrip('/')}/{quote(path)}#{lines}"
+
+    return link_to
 
 
 class LocalFiles:
@@ -257,6 +244,10 @@ def _source_page(path: str, text: str, first: int, last: int) -> str:
     formatter = HtmlFormatter(linenos="inline", linespans="L", hl_lines=marked, cssclass="code", style="friendly")
     title = escape(printable(path))
     code = highlight("\n".join(lines), lexer, formatter)
-    style = f"<style>{_STYLE}\n{formatter.get_style_defs('.code')}</style>"
+    style = f"<style>{_css('source.css')}\n{formatter.get_style_defs('.code')}</style>"
     head = f'<head><meta charset="utf-8"><title>{title}</title>{style}</head>'
     return f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>{code}</body></html>'
+
+
+def _css(name: str) -> str:
+    return files("modular_star_encoder.demo").joinpath(name).read_text(encoding="utf-8")

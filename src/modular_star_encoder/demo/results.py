@@ -1,10 +1,9 @@
-"""Search an index for the demo page, with the time that it takes, and format the hits as HTML."""
+"""The hits of a search as HTML for the demo page."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
@@ -15,16 +14,13 @@ from pygments.lexers import PhpLexer, TextLexer, get_lexer_by_name
 from pygments.util import ClassNotFound
 
 from modular_star_encoder.search.hits import Answer, Hit, printable
-from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.search.ranking import Cascade
-from modular_star_encoder.search.vector_store import readable_path
-from modular_star_encoder.utils.errors import UserError
 
-TOP_K = 5
-CANDIDATES = 50
-LONGEST_QUESTION = 2000
-EXPECTED_ERRORS = (ValueError, OSError, ImportError)
-"""Errors that a user can fix: the page shows one sentence instead of a traceback."""
+FIRST_LINES = 9
+MOST_LINES = 200
+_LONGEST_LINE = 1000
+
+LinkTo = Callable[[str, Hit], str | None]
+"""Takes a hit and its path in the indexed folder; returns the web address of its file, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,101 +38,11 @@ class Reply:
     milliseconds: float
 
 
-class SearchSession:
-    """Answers questions from an open index, and lists the exits that can search it and re-rank the hits.
+def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
+    """Return HTML with the hits of a reply; if there is an `other` reply, each hit also shows its rank in that one.
 
-    Attributes:
-        index: the index to search.
-        checkpoint: folder or Hub id of the index's checkpoint.
-        exit_layers: exits of the index, ascending.
-        rerank_exit_layers: exits of the checkpoint deeper than the index's shallowest exit; empty if the checkpoint
-            can't be used.
-        problem: one sentence that says why the checkpoint can't be used; None if it can be used.
-
-    Args:
-        index: an index from `CodeIndex.open`; its checkpoint is opened here.
-        checkpoint: folder or Hub id of the index's checkpoint, if it was moved.
+    Paths are shown relative to `folder`, the indexed one.
     """
-
-    def __init__(self, index: CodeIndex, checkpoint: str | None = None) -> None:
-        self.index = index
-        self.checkpoint = checkpoint or index.settings.checkpoint
-        self.exit_layers = index.settings.exit_layers
-        self.rerank_exit_layers: tuple[int, ...] = ()
-        self.problem: str | None = None
-        try:
-            if checkpoint is not None:
-                self.index = CodeIndex.open(index.store, checkpoint=checkpoint)
-            exits = self.index.embedder.config.exit_layers
-            # Load the layers of the deepest exit now, so that no question's time includes loading.
-            self.index.search(["warm up"], top_k=1, exit_layer=self.exit_layers[-1])
-        except EXPECTED_ERRORS as error:
-            self.problem = one_sentence(error)
-        else:
-            self.rerank_exit_layers = tuple(one for one in exits if one > self.exit_layers[0])
-
-    def ask(
-        self,
-        question: str,
-        exit_layer: int,
-        *,
-        languages: Sequence[str] = (),
-        path: str = "",
-        rerank_exit_layer: int | None = None,
-    ) -> Reply:
-        """Search the index for a question at one exit.
-
-        Args:
-            question: a question in prose, at most 2000 characters.
-            exit_layer: one of `exit_layers`.
-            languages: search only these languages; all if empty.
-            path: search only files that match this pattern; all if blank.
-            rerank_exit_layer: a deeper exit that ranks the best hits again; ignored if it is not deeper.
-
-        Raises:
-            UserError: an argument is invalid, or the checkpoint can't be used.
-            OSError, ImportError: as in `CodeIndex.search`.
-        """
-        if not question.strip() or len(question) > LONGEST_QUESTION:
-            message = f"Type what the code should do, in at most {LONGEST_QUESTION:,} characters."
-            raise UserError("demo.question", message)
-        if self.problem:
-            raise UserError("demo.checkpoint", self.problem)
-        cascade = None
-        if rerank_exit_layer is not None and rerank_exit_layer > exit_layer:
-            cascade = Cascade(rerank_exit_layer, CANDIDATES)
-        self.index.embedder.forget()  # else a repeated question would re-rank in no time
-        start = time.perf_counter()
-        (answer,) = self.index.search(
-            [question],
-            top_k=TOP_K,
-            exit_layer=exit_layer,
-            cascade=cascade,
-            languages=languages or None,
-            path=path if path.strip() else None,
-        )
-        return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))
-
-    def path_of(self, hit: Hit) -> str:
-        """Return a hit's path relative to the indexed folder, with forward slashes."""
-        return os.path.relpath(hit.path, readable_path(self.index.folder)).replace(os.sep, "/")
-
-
-def one_sentence(error: BaseException) -> str:
-    """Return the message of an error as one line, or the name of its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-FIRST_LINES = 9
-MOST_LINES = 200
-_LONGEST_LINE = 1000
-
-LinkTo = Callable[[str, Hit], str | None]
-"""Takes a hit's path and the hit; returns the web address of its file, or None."""
-
-
-def results_html(session: SearchSession, reply: Reply, other: Reply | None, link_to: LinkTo) -> str:
-    """Return HTML with the hits of a reply; if there is an `other` reply, each hit also shows its rank in that one."""
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"
@@ -147,7 +53,7 @@ def results_html(session: SearchSession, reply: Reply, other: Reply | None, link
     hits = []
     for rank, hit in enumerate(reply.answer.hits, 1):
         badge = "" if other is None else _badge(rank, ranks.get(_place(hit)), other)
-        path = session.path_of(hit)
+        path = os.path.relpath(hit.path, folder).replace(os.sep, "/")
         hits.append(_hit_html(rank, hit, path, link_to(path, hit), badge))
     return head + "".join(hits)
 
