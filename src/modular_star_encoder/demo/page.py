@@ -27,17 +27,10 @@ _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """The exit profile of a checkpoint, or the reason why it can't be shown.
+    """The exit profile of a checkpoint, or the reason why it can't be shown."""
 
-    Attributes:
-        profile: the profile, if it was measured with these weights; else None.
-        reason: a sentence that says why `profile` is None and how to measure one, else empty.
-        note: a warning if the profile was measured on another machine, else empty.
-    """
-
-    profile: ExitProfile | None
-    reason: str = ""
-    note: str = ""
+    profile: ExitProfile | None  # None if there is none that was measured with these weights
+    note: str = ""  # why `profile` is None and how to measure one; or a warning that another machine was measured
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
@@ -55,7 +48,7 @@ class ExitCosts:
         if profile.checkpoint != checksum:
             return cls(None, f"The exit profile of {name} was measured with other weights: {advice}")
         moved = any("another machine" in str(one.message) for one in caught)
-        return cls(profile, note="Measured on another machine: its times may not hold here." if moved else "")
+        return cls(profile, "Measured on another machine: its times may not hold here." if moved else "")
 
 
 def short_name(checkpoint: str) -> str:
@@ -67,7 +60,7 @@ def short_name(checkpoint: str) -> str:
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
     """Return HTML with the latency, memory, size and quality of one exit, as bars relative to the largest value."""
     if costs.profile is None:
-        return f'<p class="mose-note">{escape(costs.reason)}</p>'
+        return f'<p class="mose-note">{escape(costs.note)}</p>'
     profile = costs.profile
     if exit_layer not in profile.exits:
         return f'<p class="mose-note">The exit profile has no measurements of exit {exit_layer}.</p>'
@@ -185,7 +178,7 @@ class SearchPage:
         Without a question the first is an instruction, and after an error one sentence. `languages` and `path` select
         files, all if empty; `rerank` is an exit that ranks the best hits again, or 0.
         """
-        if not (question or "").strip():
+        if not question or not question.strip():
             return [message_html(_ASK), *[""] * (len(positions) - 1)]
         try:
             where = {"languages": languages or None, "path": path if (path or "").strip() else None}

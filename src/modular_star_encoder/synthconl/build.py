@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -50,6 +51,8 @@ from modular_star_encoder.utils.settings import Count, Float, Int, Probability, 
 
 SPLITS = ("train", "validation")
 LOG = "build.json"
+
+Report = dict[str, Any]
 
 
 @settings_class
@@ -206,7 +209,7 @@ class Build:
         return (self.out / stage / REPORT).is_file()
 
 
-def functions(build: Build, out: Path) -> None:
+def functions(build: Build, out: Path) -> Report:
     """Extract the documented functions of the recipe's corpora to `out`."""
     recipe, counts = build.recipe, Counter[str]()
     rows = function_rows(
@@ -217,26 +220,23 @@ def functions(build: Build, out: Path) -> None:
         processes=recipe.processes,
         progress=build.progress,
     )
-    with staged_folder(out) as staging:
-        if not write_rows(staging, rows, FUNCTION_SCHEMA):
-            message = f"The corpus has no documented function to translate ({_listed(counts)})."
-            raise UserError("synthconl.build.empty", message)
-        repositories = {row["repository_name"] for row in read_rows(staging, ["repository_name"])}
-        if len(repositories) < 2:  # checked before the translation is paid for
-            message = f"All functions are in repository {repositories.pop()!r}; the validation split needs another."
-            raise UserError("synthconl.build.one_repository", message)
-        write_json(staging / REPORT, {"counts": dict(sorted(counts.items(), key=_place))})
+    if not write_rows(out, rows, FUNCTION_SCHEMA):
+        message = f"The corpus has no documented function to translate ({_listed(counts)})."
+        raise UserError("synthconl.build.empty", message)
+    repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
+    if len(repositories) < 2:  # checked before the translation is paid for
+        message = f"All functions are in repository {repositories.pop()!r}; the validation split needs another."
+        raise UserError("synthconl.build.one_repository", message)
+    return {"counts": dict(sorted(counts.items(), key=_place))}
 
 
-def translations(build: Build, out: Path) -> None:
+def translations(build: Build, out: Path) -> Report:
     """Ask the model to translate every extracted function, and write its answers to `out`."""
-    out.mkdir(exist_ok=True)
     settings, seed = build.recipe.translation, build.recipe.seed
-    report = translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
-    write_json(out / REPORT, report)
+    return translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
 
 
-def triplets(build: Build, out: Path) -> None:
+def triplets(build: Build, out: Path) -> Report:
     """Take the code out of the model's answers, and write each accepted translation together with its function."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
@@ -262,23 +262,21 @@ def triplets(build: Build, out: Path) -> None:
                 source, target = ("c++" if name == "cpp" else name for name in (source, target))
                 yield {**function, "language1_CSN": source, "language2": target, "func2": translation.code}
 
-    with staged_folder(out) as staging:
-        if not (count := write_rows(staging, accepted(), DATASET_SCHEMA)):
-            message = f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}."
-            raise UserError("synthconl.build.empty", message)
-        report = {
-            "accepted": count,
-            "rejected": {reason: rejected[reason] for reason in REASONS if rejected[reason]},
-            "examples": examples,
-            "pairs": {pair: {"accepted": counts["accepted"], **counts} for pair, counts in sorted(pairs.items())},
-        }
-        write_json(staging / REPORT, report)
+    if not (count := write_rows(out, accepted(), DATASET_SCHEMA)):
+        message = f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}."
+        raise UserError("synthconl.build.empty", message)
+    return {
+        "accepted": count,
+        "rejected": {reason: rejected[reason] for reason in REASONS if rejected[reason]},
+        "examples": examples,
+        "pairs": {pair: {"accepted": counts["accepted"], **counts} for pair, counts in sorted(pairs.items())},
+    }
 
 
-def near_duplicates(build: Build, out: Path) -> None:
-    """Write the triplets to `out`, leaving out near-duplicates; continue an interrupted call."""
+def near_duplicates(build: Build, out: Path) -> Report:
+    """Write the triplets to `out`, leaving out near-duplicates."""
     settings = build.recipe.near_duplicates
-    drop_near_duplicates(
+    return drop_near_duplicates(
         build.out / "triplets",
         out,
         columns=settings.columns,
@@ -289,19 +287,18 @@ def near_duplicates(build: Build, out: Path) -> None:
     )
 
 
-def split(build: Build, out: Path) -> None:
-    """Draw the repositories of the validation split at random, and write their names."""
+def split(build: Build, out: Path) -> Report:
+    """Draw the repositories of the validation split at random, and report their names."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share
     held_out = draw_repositories(sizes, seed=recipe.seed, min_test=recipe.validation_rows, max_repository_share=share)
     splits = zip(SPLITS, (set(sizes) - held_out, held_out), strict=True)
     counts = {name: {"rows": sum(map(sizes.__getitem__, names)), "repositories": len(names)} for name, names in splits}
-    with staged_folder(out) as staging:
-        write_json(staging / REPORT, {"splits": counts, "validation": sorted(held_out)})
+    return {"splits": counts, "validation": sorted(held_out)}
 
 
-def dataset(build: Build, out: Path) -> None:
+def dataset(build: Build, out: Path) -> Report:
     """Write the finished dataset: its splits, statistics and card."""
     report = build.report("split")
     held_out, licenses = set(report["validation"]), Counter[str]()
@@ -312,30 +309,29 @@ def dataset(build: Build, out: Path) -> None:
                 licenses[row["license"] or "unknown"] += 1
                 yield row
 
-    with staged_folder(out) as staging:
-        (staging / "data").mkdir()
-        for name in SPLITS:
-            write_split(staging / "data", name, rows(name), DATASET_SCHEMA)
-        # Read the rows as a user does; a row that is not a triplet is a bug in this package.
-        triplets_of = (open_triplets(staging, split=name, strict=True) for name in SPLITS)
-        statistics = dataset_statistics(chain.from_iterable(triplets_of))
-        packages = ("modular-star-encoder", "rensa", "tree-sitter")
-        card = dataset_card(
-            settings=build.recipe.stage_settings(),
-            reports={name: build.report(name) for name in ("functions", "translations", "triplets", "near_duplicates")},
-            splits=report["splits"],
-            statistics=statistics,
-            licenses=dict(licenses.most_common()),
-            versions={"Python": platform.python_version()} | {name: version(name) for name in packages},
-        )
-        (staging / CARD).write_text(card, encoding="utf-8")
-        write_json(staging / STATISTICS, asdict(statistics))
-        write_json(staging / REPORT, {"rows": statistics.rows, "splits": report["splits"]})
+    (out / "data").mkdir()
+    for name in SPLITS:
+        write_split(out / "data", name, rows(name), DATASET_SCHEMA)
+    # Read the rows as a user does; a row that is not a triplet is a bug in this package.
+    statistics = dataset_statistics(chain.from_iterable(open_triplets(out, split=name, strict=True) for name in SPLITS))
+    packages = ("modular-star-encoder", "rensa", "tree-sitter")
+    card = dataset_card(
+        settings=build.recipe.stage_settings(),
+        reports={name: build.report(name) for name in ("functions", "translations", "triplets", "near_duplicates")},
+        splits=report["splits"],
+        statistics=statistics,
+        licenses=dict(licenses.most_common()),
+        versions={"Python": platform.python_version()} | {name: version(name) for name in packages},
+    )
+    (out / CARD).write_text(card, encoding="utf-8")
+    write_json(out / STATISTICS, asdict(statistics))
+    return {"rows": statistics.rows, "splits": report["splits"]}
 
 
-Stage = Callable[[Build, Path], None]
+Stage = Callable[[Build, Path], Report]
 STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates, split, dataset)
-"""All stages in order; each has the name of its folder."""
+"""All stages in order; each writes to a folder of its name, and returns the content of its `report.json`."""
+_CONTINUED = (translations, near_duplicates)  # they continue what they find in their folders; others write them at once
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -378,7 +374,10 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     seconds = log.get(name, {}).get("seconds", 0.0)
     log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
     write_json(build.out / LOG, log)
-    stage(build, build.out / name)
+    out = build.out / name
+    with nullcontext(out) if stage in _CONTINUED else staged_folder(out) as folder:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / REPORT, stage(build, folder))
     log[name]["seconds"] = round(seconds + time.monotonic() - start, 3)
     write_json(build.out / LOG, log)
 
