@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderModel
@@ -64,6 +64,22 @@ def test_it_is_the_objective_of_our_trainer_in_parts_that_add_up(model, tokens):
     sum(parts.values()).backward()
     assert "logit_scale.log_scale" in expected
     assert_same_gradients(gradients(model[0].auto_model), expected, relative=1e-5)
+
+
+def test_it_trains_a_model_that_pools_before_its_heads_as_mose_code_does(tmp_path):
+    shape = {"projection_order": "pool_then_project", "projection_head": "linear", "token_weights": True}
+    folder = save_retrieval_checkpoint(with_dropout(0.0, **shape), tiny_tokenizer(), tmp_path / "model")
+    model = SentenceTransformer(str(folder), device="cpu").train()
+    sides = {side: every_side()[side] for side in ("query", "document")}
+    expected = ContrastiveObjective()(model[0].auto_model, sides, EXIT_LAYERS).losses
+    parts = MultiExitContrastiveLoss(model, weights="uniform")(columns()[:2])
+    torch.testing.assert_close(torch.stack(list(parts.values())), expected)
+
+
+def test_a_module_that_changes_the_embeddings_is_refused(model):
+    model.append(Dense(16, 16))
+    with raises("contrastive.modules", "Dense"):
+        MultiExitContrastiveLoss(model)
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -21,8 +21,8 @@ class MultiExitContrastiveLoss(nn.Module):
     """Train every exit of a SentenceTransformer with the symmetric CLIP loss on its own projection head.
 
     The columns of the dataset are anchor, positive, and any number of hard negatives. One pass through the layers
-    embeds a column at all exits: each exit's projected tokens go through the modules that follow the transformer, as in
-    `encode(..., exit_layer=k)`. With `mini_batch_tokens`, batches of any size fit into the memory of a mini-batch.
+    embeds a column at all exits, as `encode(..., exit_layer=k)` does. With `mini_batch_tokens`, batches of any size fit
+    into the memory of a mini-batch.
 
     Args:
         model: a SentenceTransformer whose first module is a `ModularStarEncoderForRetrieval`.
@@ -31,7 +31,8 @@ class MultiExitContrastiveLoss(nn.Module):
         exit_layers: exits to train; all of the model by default.
 
     Raises:
-        UserError: the model has another class or lacks these exits, or the settings do not fit it.
+        UserError: the model has another class, lacks these exits or has modules besides pooling and normalization, or
+            the settings do not fit it.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -56,10 +57,15 @@ class MultiExitContrastiveLoss(nn.Module):
         if self.settings.pairs != ContrastiveSettings().pairs:
             message = "Leave out `pairs`: the dataset's columns are anchor, positive and negatives."
             raise UserError("contrastive.pairs", message)
+        others = [
+            one for one in list(self._sentence_transformer())[1:] if type(one).__name__ not in ("Pooling", "Normalize")
+        ]
+        if others:
+            message = (
+                f"The loss trains exits as encode() returns them; the module {type(others[0]).__name__} changes them."
+            )
+            raise UserError("contrastive.modules", message)
         config = self._encoder().config
-        if config.projection_order != "project_then_pool":
-            message = f"projection_order={config.projection_order!r} does not project tokens; use project_then_pool."
-            raise UserError("contrastive.projection_order", message)
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)
         depth = config.parent_num_hidden_layers
@@ -92,39 +98,33 @@ class MultiExitContrastiveLoss(nn.Module):
         """Return the embeddings (E, B, D) of one column, and the learned logit scale."""
         with self._exits_in_features():
             features = self.model({**inputs, "exit_layers": self.exit_layers})
-        embeddings = []
-        for tokens in features["exit_token_embeddings"]:
-            of_exit = {**features, "token_embeddings": tokens}
-            for module in list(self._sentence_transformer())[1:]:
-                of_exit = module(of_exit)
-            embeddings.append(of_exit["sentence_embedding"])
-        return torch.stack(embeddings), features["exit_logit_scale"]
+        return features["exit_embeddings"], features["exit_logit_scale"]
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """In a `with` block, make the transformer's features include the tokens projected by each exit's head.
+        """In a `with` block, the transformer's features include the embeddings of every exit.
 
-        The tokens must leave the wrapped model through its output, where DDP looks for used parameters.
+        They must leave the wrapped model through its output, where DDP looks for used parameters.
         """
-        encoder, found = self._encoder(), {}
+        encoder, outputs = self._encoder(), []
+        forward = encoder.forward
 
-        def keep(name: str) -> Any:
-            return lambda module, arguments, output: found.update({name: output})
+        def keep(*arguments: Any, **options: Any) -> Any:
+            outputs.append(forward(*arguments, **options))
+            return outputs[-1]
 
         def hand_over(module: nn.Module, arguments: Any, features: dict[str, Any]) -> dict[str, Any]:
-            tokens = [found[str(exit_layer)] for exit_layer in self.exit_layers]
-            return {**features, "exit_token_embeddings": tokens, "exit_logit_scale": found.get("logit_scale")}
+            found = outputs.pop()
+            return {**features, "exit_embeddings": found.exit_embeddings, "exit_logit_scale": found.logit_scale}
 
-        parts = {str(exit_layer): encoder.projection_heads[str(exit_layer)] for exit_layer in self.exit_layers}
-        if encoder.logit_scale is not None:
-            parts["logit_scale"] = encoder.logit_scale
-        handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
-        handles.append(self._sentence_transformer()[0].register_forward_hook(hand_over))
+        # Not a hook: sentence-transformers calls `forward` itself.
+        encoder.forward = keep
+        handle = self._sentence_transformer()[0].register_forward_hook(hand_over)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+            del encoder.forward
 
     def _sentence_transformer(self) -> nn.Sequential:
         """The model inside the wrappers of DDP and `torch.compile`."""
