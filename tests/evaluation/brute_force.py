@@ -48,20 +48,6 @@ def map_at_r(scores, gains):
     return map_at_r_of_answers(relevant, order[: len(relevant)])
 
 
-def relevance_eval(ranking, grades, within_annotated, cutoff=300):
-    """CodeSearchNet's NDCG of one query: `ranking` names functions, best first; `grades` of the annotated ones."""
-    place, dcg = 1, 0.0
-    for name in ranking[:cutoff]:
-        if name in grades:
-            dcg += (2 ** grades[name] - 1) / math.log2(place + 1)
-        if name in grades or not within_annotated:
-            place += 1
-    ideal = sum(
-        (2**grade - 1) / math.log2(place + 1) for place, grade in enumerate(sorted(grades.values(), reverse=True), 1)
-    )
-    return dcg / ideal
-
-
 def f1(decisions, labels):
     pairs = list(zip(decisions, labels, strict=True))
     both, said, true = pairs.count((1, 1)), sum(decisions), sum(labels)

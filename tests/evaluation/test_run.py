@@ -121,16 +121,6 @@ def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
     assert result.estimates["recall"].value == pytest.approx(said[task.labels == 1].mean())
 
 
-def test_queries_without_relevant_documents_are_left_out_of_ndcg():
-    judged = Judgements.of([{0: 3.0, 1: 0.0}, {1: 0.0}, {2: 1.0}])
-    options = {"metrics": ("ndcg-judged@300", "ndcg-full@300"), "pools": (Pool(np.arange(3), np.arange(20)),)}
-    task = retrieval_task(judgements=judged, **options)
-    (result,) = run([task], [given_retriever(exit_layers=(3,))])
-    assert result.ids == ["q0", "q2"]
-    assert result.estimates["ndcg-judged@300"].value == np.mean(result.values)
-    assert result.estimates["ndcg-full@300"].value <= result.estimates["ndcg-judged@300"].value
-
-
 def test_a_task_without_a_judgement_is_an_error_by_name():
     task = retrieval_task(judgements=Judgements.of([{}] * 20), metrics=("ndcg@10",))
     with raises("evaluation.task.no_relevant", "toy, one"):

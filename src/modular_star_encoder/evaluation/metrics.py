@@ -178,11 +178,7 @@ def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
 
 
 def query_values(ranking: Ranking, metric: str) -> np.ndarray:
-    """Return the values (Q,) of a metric: mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r, ndcg-judged@K or ndcg-full@K.
-
-    The last two are CodeSearchNet's, of the annotated documents among the first K: `ndcg-judged@K` ranks only these,
-    `ndcg-full@K` keeps their ranks among all documents. Neither cuts the ideal ranking.
-    """
+    """Return the values (Q,) of a metric: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r."""
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() and int(cut) else None
     if metric == "map@r":
@@ -193,9 +189,6 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
         return found / np.bincount(relevant.query, minlength=ranking.queries)
     if name in ("mrr", "ndcg") and (k is not None or not at):
         return {"mrr": reciprocal_ranks, "ndcg": ndcgs}[name](ranking, k)
-    if name in ("ndcg-judged", "ndcg-full") and k is not None:
-        rank = _ranks_within(ranking.query, ranking.rank) if name == "ndcg-judged" else ranking.rank
-        return ndcgs(replace(ranking, rank=np.where(ranking.rank <= k, rank, np.inf)))
     available = "mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r, with K at least 1"
     raise UserError("evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: {available}.")
 

@@ -1,8 +1,6 @@
 """Tiny files in the format of each benchmark's authors."""
 
-import csv
 import gzip
-import io
 import itertools
 import json
 
@@ -65,22 +63,6 @@ def codesearchnet_full(folder):
     rows = original_rows("ruby")
     write_rows(folder / "ruby" / "test.jsonl", rows[:2])
     write_rows(folder / "ruby" / "codebase.jsonl", rows[::-1])
-
-
-def codesearchnet_human(folder):
-    urls = [row["url"] for row in original_rows("go")]
-    rows = [
-        ("Go", "Open File", urls[0], 3, ""),
-        ("Go", "open file", urls[0], 2, "a second annotator"),
-        ("Go", "open file", urls[1], 0, ""),
-        ("Go", "write file", urls[3], 1, "with, a comma"),
-        ("Python", "open file", "https://github.com/elsewhere", 1, ""),
-    ]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("Language", "Query", "GitHubUrl", "Relevance", "Notes"), *rows])
-    write_lines(folder / "resources" / "annotationStore.csv", text.getvalue().splitlines())
-    write_rows(folder / "go" / "final" / "jsonl" / "test" / "go_test_0.jsonl.gz", original_rows("go")[:3])
-    write_rows(folder / "go" / "undocumented.jsonl", [{"url": urls[3], "function": "func Write() {}"}])
 
 
 def translation(folder):
@@ -146,7 +128,6 @@ WRITERS = {
     "codesearchnet-999": codesearchnet,
     "codesearchnet-999-leaky": codesearchnet,
     "codesearchnet-full": codesearchnet_full,
-    "codesearchnet-human": codesearchnet_human,
     "translation": translation,
     "translation-masked": translation,
     "poj104": poj104,

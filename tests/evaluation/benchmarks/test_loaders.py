@@ -98,12 +98,6 @@ def test_candidates_are_those_of_the_authors_shuffle(tmp_path, monkeypatch):
             {f"{n.title()} a file .": {f"func {n} ( )": 1} for n in NAMES[:2]},
             "mrr@1000",
         ),
-        (
-            "codesearchnet-human",  # grades are averaged, and those of zero kept
-            ["go"],
-            {"open file": {"func Open() {}": 2.5, "func Close() {}": 0}, "write file": {"func Write() {}": 1}},
-            "ndcg-judged@300",
-        ),
         ("advtest", ["test"], {f"{n.title()} a file .": {f"def Func ( {n} )": 1} for n in NAMES}, "mrr"),
         ("cosqa", ["test"], {f"python {n} file": {published.python_code(n): 1} for n in NAMES}, "mrr"),
     ],
@@ -115,15 +109,6 @@ def test_queries_documents_and_grades_are_those_of_the_files(tmp_path, name, tas
         assert answers(task) == expected
         assert task.metrics[0] == metric
         assert len(task.documents) == 4
-
-
-def test_missing_annotated_functions_are_left_out_only_if_a_subset_is_allowed(tmp_path):
-    published.codesearchnet_human(tmp_path)
-    (tmp_path / "go" / "undocumented.jsonl").unlink()
-    (task,) = load_benchmark("codesearchnet-human", tmp_path, allow_subset=True)
-    assert task.notes == ("1 of 3 annotated functions are missing",)
-    with raises("benchmark.file.unexpected", "annotationStore.csv", "4,006 annotations", "found 5"):
-        load_benchmark("codesearchnet-human", tmp_path)
 
 
 def test_translation_goes_both_ways_line_by_line(tmp_path):

@@ -53,12 +53,11 @@ def line(name, file, number, text, message):
 
 
 GO, RUBY = "go_test.jsonl.gz", "ruby/final/jsonl/test/ruby_test_1.jsonl.gz"
-HUMAN = "resources/annotationStore.csv"
 JAVA, CS = "test.java-cs.txt.java", "test.java-cs.txt.cs"
 COSQA = "cosqa-retrieval-test-500.json"
 EXERCISES = "exercises.jsonl.gz"
 
-CSN, FULL, JUDGED = (f"codesearchnet-{kind}" for kind in ("999", "full", "human"))
+CSN, FULL = "codesearchnet-999", "codesearchnet-full"
 URL = published.hub_rows("go")[0]["func_code_url"]
 OTHER_URL = published.original_rows("ruby")[3]["url"]
 
@@ -77,9 +76,6 @@ WRONG = [
     row(FULL, "ruby/test.jsonl", 2, "line 2: expected a url that is in codebase.jsonl", url="elsewhere"),
     row(FULL, "ruby/codebase.jsonl", 1, "line 1: code_tokens.0: ", code_tokens=[1]),
     row(FULL, "ruby/codebase.jsonl", 4, "line 4: expected another url than in line 1", url=OTHER_URL),
-    line(JUDGED, HUMAN, 1, "Language,Query,Url,Relevance,Notes", "line 2: GitHubUrl: Field required"),
-    line(JUDGED, HUMAN, 3, "Go,open file,https://x,4,", "line 3: Relevance: "),
-    row(JUDGED, "go/undocumented.jsonl", 1, "line 1: function: ", function=" "),
     line("translation", JAVA, 2, " ", "line 2: expected a function, found an empty line"),
     damage("translation", CS, lambda path: path.write_text("one\n"), "expected 4 lines, as in test.java-cs.txt.java"),
     damage("translation", CS, lambda path: path.write_bytes(b"a\nb\xff\nc\nd\n"), "line 2: expected text in utf-8"),
@@ -113,8 +109,7 @@ def test_a_part_of_a_benchmark_is_an_error_unless_it_is_allowed_and_then_noted(t
     WRITERS[name](tmp_path)
     with raises("benchmark.file.unexpected", "found"):
         load_benchmark(name, tmp_path)
-    if name != "codesearchnet-human":  # whole, but for the annotations of another language
-        assert any(" of " in note for task in load_benchmark(name, tmp_path, allow_subset=True) for note in task.notes)
+    assert any(" of " in note for task in load_benchmark(name, tmp_path, allow_subset=True) for note in task.notes)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "folder"])

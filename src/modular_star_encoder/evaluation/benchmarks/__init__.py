@@ -32,7 +32,7 @@ _HUB = "code-search-net/code_search_net"
 _load_drawn, _load_translation = codesearchnet.load_with_candidates, codexglue.load_translation
 _load_leaky, _load_masked = partial(_load_drawn, leaky=True), partial(_load_translation, masked=True)
 _LEAKY = "CodeSearchNet, 999 distractors, docstrings in Python code"
-_FULL, _HUMAN = "CodeSearchNet, filtered, full pool", "CodeSearchNet, human judgements"
+_FULL = "CodeSearchNet, filtered, full pool"
 _MASKED = "Code translation as retrieval, names masked"
 
 
@@ -47,7 +47,6 @@ _BENCHMARKS = [
     Benchmark("codesearchnet-999", "CodeSearchNet, 999 distractors", "codesearchnet", _load_drawn, _HUB),
     Benchmark("codesearchnet-999-leaky", _LEAKY, "codesearchnet", _load_leaky, _HUB, in_all=False),
     Benchmark("codesearchnet-full", _FULL, "codesearchnet-full", codesearchnet.load_full_pool),
-    Benchmark("codesearchnet-human", _HUMAN, "codesearchnet-human", codesearchnet.load_human),
     Benchmark("translation", "Code translation as retrieval", "code-to-code-trans", _load_translation),
     Benchmark("translation-masked", _MASKED, "code-to-code-trans", _load_masked),
     Benchmark("poj104", "POJ-104", "poj104", codexglue.load_poj104),

@@ -1,4 +1,4 @@
-"""Load CodeSearchNet (Husain et al. 2019) as tasks, by three protocols; the first also serves for a folder of code.
+"""Load CodeSearchNet (Husain et al. 2019) as tasks, by two protocols; the first also serves for a folder of code.
 
 Files of the authors, the Hub and CodeXGLUE are read. The data has two known flaws. First, Python's `code` holds
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
@@ -8,12 +8,10 @@ developers write it next to the code, and it shares words with the code.
 
 from __future__ import annotations
 
-import csv
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import AliasChoices
 from pydantic import Field as Constraint
@@ -31,10 +29,8 @@ from modular_star_encoder.evaluation.benchmarks.rows import (
     Tokens,
     check_size,
     check_unique,
-    checked,
     find_files,
     read_jsonl,
-    read_lines,
     read_table,
     refuse,
     require_files,
@@ -56,9 +52,6 @@ LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
 QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
 CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
-ANNOTATIONS, ANNOTATION_ROWS = "annotationStore.csv", 4_006
-
-Grades = dict[str, dict[str, list[float]]]  # {query: {url of a function: relevance grades of the annotators}}
 
 
 class _Function(FileRow):
@@ -76,18 +69,6 @@ class _Query(FileRow):
 class _Candidate(FileRow):
     url: str
     code_tokens: Tokens
-
-
-class _Code(FileRow):
-    url: str = Constraint(validation_alias=AliasChoices("url", "func_code_url"))
-    code: Filled = Constraint(validation_alias=AliasChoices("function", "code", "func_code_string"))
-
-
-class _Annotation(FileRow):
-    language: Filled = Constraint(validation_alias="Language")
-    query: Filled = Constraint(validation_alias="Query")
-    url: Filled = Constraint(validation_alias="GitHubUrl")
-    grade: Literal["0", "1", "2", "3"] = Constraint(validation_alias="Relevance")
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
@@ -188,58 +169,6 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
         options: dict[str, Any] = {"metrics": ("mrr@1000", "recall@1", "recall@10", "ndcg@10"), "notes": notes}
         tasks.append(ranking_task("codesearchnet-full", language, texts, codes, urls, judgements, **options))
     return tasks
-
-
-def load_human(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeSearchNet's queries with human judgements: one task for each language with functions in the folder.
-
-    The folder holds `annotationStore.csv` (or has it in `resources/`), and for each language a folder of JSON lines.
-    """
-    (annotations, *_) = require_files(folder, (ANNOTATIONS, f"resources/{ANNOTATIONS}"))
-    grades, count = _read_grades(annotations)
-    if count != ANNOTATION_ROWS and not allow_subset:
-        refuse(annotations, None, f"{ANNOTATION_ROWS:,} annotations", f"{count:,}")
-    tasks = []
-    for language in _languages(folder, ["{0}/**/*.jsonl*"]):
-        if language not in grades:
-            refuse(annotations, None, f"annotations of {language} code")
-        functions = _read_code(sorted(folder.glob(f"{language}/**/*.jsonl*")))
-        places = {url: place for place, url in enumerate(functions)}
-        annotated = {url for judged in grades[language].values() for url in judged}
-        missing = sorted(annotated - set(functions))
-        if missing and not allow_subset:
-            expected = f"the annotated functions of {language}"
-            refuse(annotations, None, expected, f"{len(missing)} missing, such as {missing[0]}")
-        gains = [
-            {places[url]: sum(given) / len(given) for url, given in judged.items() if url in places}
-            for judged in grades[language].values()
-        ]
-        queries = [Text(query) for query in grades[language]]
-        codes = [Text(code, language) for code in functions.values()]
-        notes = (f"{len(missing)} of {len(annotated)} annotated functions are missing",) if missing else ()
-        options: dict[str, Any] = {"metrics": ("ndcg-judged@300", "ndcg-full@300"), "notes": notes}
-        ids, judgements = list(grades[language]), Judgements.of(gains)
-        tasks.append(ranking_task("codesearchnet-human", language, queries, codes, ids, judgements, **options))
-    return tasks
-
-
-def _read_grades(path: Path) -> tuple[dict[str, Grades], int]:
-    """Read and count human judgements; return ({language: grades}, count), with languages and queries in lower case."""
-    grades: dict[str, Grades] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    reader = csv.DictReader(line + "\n" for _, line in read_lines(path))
-    rows = [checked(path, reader.line_num, _Annotation.model_validate, values) for values in reader]
-    for row in rows:
-        grades[row.language.lower()][row.query.lower()][row.url].append(float(row.grade))
-    return grades, len(rows)
-
-
-def _read_code(paths: list[Path]) -> dict[str, str]:
-    """Read the functions of JSON lines files: {url: code}; of rows with the same url, the first is kept."""
-    functions: dict[str, str] = {}
-    for path in paths:
-        for row in read_jsonl(path, _Code):
-            functions.setdefault(row.url, row.code)
-    return functions
 
 
 def load_code_folder(folder: Path) -> list[RetrievalTask]:
