@@ -112,8 +112,8 @@ class _Parser(argparse.ArgumentParser):
         return arguments, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        nearest = _did_you_mean(value, action.choices or ())
-        if nearest and value not in (action.choices or ()):
+        nearest = _did_you_mean(value, action.choices) if action.choices and isinstance(value, str) else ""
+        if nearest and value not in action.choices:
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{nearest}")
         super()._check_value(action, value)
 
