@@ -46,9 +46,9 @@ def test_filters_and_re_ranking_reach_the_index(page):
 
 def test_the_time_of_a_side_is_not_that_of_what_the_other_left_it(index, monkeypatch):
     page = page_of(index)
-    encoded, original = [], Embedder._encode
+    encoded, original = [], Embedder.encoder
     monkeypatch.setattr(
-        Embedder, "_encode", lambda self, texts, exits: encoded.append(len(texts)) or original(self, texts, exits)
+        Embedder, "encoder", lambda self, exits, texts: encoded.append(texts) or original(self, exits, texts)
     )
     page.answer("add", [], "*.py", 2, 0, 0)
     assert len(encoded) == 4

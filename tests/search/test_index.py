@@ -102,7 +102,7 @@ def test_an_update_is_what_building_anew_gives(code, tmp_path, checkpoint):
 
 
 def test_words_find_identifiers_without_a_model(shared_index, monkeypatch):
-    monkeypatch.setattr(Embedder, "prepare", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(Embedder, "encoder", lambda *_: pytest.fail("the model is loaded"))
     (words,) = shared_index.search(["header of a file, to parse"], method="lexical")
     assert words.hits[0].name == "parseHeader"
     assert {hit.exit_layer for hit in words.hits} == {None}
@@ -272,7 +272,6 @@ def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):
     from filelock import FileLock
 
     index = build(code, tmp_path / "index", checkpoint)
-    monkeypatch.setattr("modular_star_encoder.search.index._SECONDS_FOR_THE_LOCK", 0)
     with FileLock(tmp_path / "index" / ".lock"), raises("search.index.locked", tmp_path / "index"):
         index.update(progress=False)
     assert index.update(processes=1, progress=False).embedded_files == 0
@@ -347,10 +346,13 @@ def test_only_the_deepest_exit_is_indexed_unless_others_are_named_though_the_mod
 
 def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(building, "_ROWS_PER_BATCH", 1)  # copies are known across batches too
-    encoded, original = [], Embedder._encode
-    monkeypatch.setattr(
-        Embedder, "_encode", lambda self, texts, *rest: encoded.extend(texts) or original(self, texts, *rest)
-    )
+    encoded, original = [], Embedder.encoder
+
+    def recording(self, *given):
+        encode = original(self, *given)
+        return lambda texts: encoded.extend(texts) or encode(texts)
+
+    monkeypatch.setattr(Embedder, "encoder", recording)
     same = "def same():\n    return 1\n"
     write_code(tmp_path / "code", {"x/lib/a.py": same, "lib/b.py": "def other():\n    return 2\n", "y/lib/a.py": same})
     build(tmp_path / "code", tmp_path / "index", checkpoint, exit_layers=(1, 4))

@@ -104,8 +104,8 @@ def indexed(folder):
     """(report, store) of an index of a folder."""
     store = LocalStore()
     settings = IndexSettings("model", "sum", (0,), 4, {}, str(folder), SEARCH_LANGUAGES)
-    store.create(settings.to_dict())
-    return update_store(str(folder), store, settings, Ones(), processes=1, progress=False), store
+    store.create(settings.to_dict(store.location))
+    return update_store(store, settings, Ones(), processes=1, progress=False), store
 
 
 def outcome(folder, path):

@@ -9,8 +9,7 @@ from filelock import FileLock
 
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.data.sources.repositories import FileReader
-from modular_star_encoder.search import index as index_module
-from modular_star_encoder.search.index import CodeIndex, cached_index
+from modular_star_encoder.search.index import CodeIndex, open_for_search
 from tests.search.conftest import FILES, build, write_code
 
 LONG_AGO = 1_600_000_000
@@ -141,7 +140,6 @@ def test_threads_share_an_index_while_its_files_change(code, tmp_path, checkpoin
 
 def test_a_second_search_of_an_unindexed_folder_waits_for_the_first(code, tmp_path, checkpoint, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index_module, "_SECONDS_FOR_THE_LOCK", 0)
     with ThreadPoolExecutor(4) as pool:
-        indexes = list(pool.map(lambda _: cached_index(str(code), checkpoint=str(checkpoint), exit_layer=1), range(4)))
-    assert [index.store.count() for index in indexes] == [5] * 4
+        opened = list(pool.map(lambda _: open_for_search(code, checkpoint=checkpoint, exit_layer=1), range(4)))
+    assert [index.store.count() for index, _ in opened] == [5] * 4

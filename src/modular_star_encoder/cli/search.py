@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +110,6 @@ def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
@@ -138,7 +136,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         f"in {report.seconds:.1f} s"
     )
     for line in report.lines(arguments.show_skipped):
-        print(printable(line), file=sys.stdout if arguments.show_skipped else sys.stderr)
+        print(line, file=sys.stdout if arguments.show_skipped else sys.stderr)
     _refuse_empty(index)
 
 
@@ -155,19 +153,29 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
-    checkpoint = arguments.model or DEFAULT_CHECKPOINT
+    checkpoint, budget = arguments.model or DEFAULT_CHECKPOINT, _budget(arguments)
     if arguments.docs:
         arguments.languages = (*(arguments.languages or SEARCH_LANGUAGES), "markdown")
-    if arguments.exit_layers is None:
-        arguments.exit_layers = Embedder(checkpoint).trained_exits
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
-    options |= {"exit_layer": _exit_by_budget(arguments, checkpoint), "exit_layers": arguments.exit_layers or None}
-    return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, **options)
+    embedder = Embedder(checkpoint)
+    every = embedder.trained_exits if arguments.exit_layers is None else arguments.exit_layers
+    exits = embedder.exits(arguments.exit_layer, every, budget)
+    return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, exit_layers=exits, **options)
+
+
+def _budget(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the limits by which to choose the exit, if any; UserError if an exit is named, too."""
+    limits = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb")}
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
+    if budget and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
+        message = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
+        raise UserError("cli.search.budget", message)
+    return budget
 
 
 def run_search(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.hits import format_answer
-    from modular_star_encoder.search.index import check_search
+    from modular_star_encoder.search.index import SECONDS_TO_REFRESH, check_search, open_for_search
     from modular_star_encoder.search.ranking import Cascade
 
     if arguments.hybrid:
@@ -179,10 +187,22 @@ def run_search(arguments: argparse.Namespace) -> None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     _take_folder(arguments)
+    budget = _budget(arguments)
     options = {name: getattr(arguments, name) for name in ("top_k", "method", "languages", "path")}
     check_search(arguments.questions, **options)  # now, because the first search of a folder indexes it
-    index, exit_layer = _opened(arguments)
-    _refresh(index, arguments.refresh, arguments.show_skipped)
+    index, exit_layer = open_for_search(
+        arguments.folder,
+        arguments.index,
+        checkpoint=arguments.model,
+        exit_layer=arguments.exit_layer,
+        budget=budget,
+        cascade=cascade,
+        languages=arguments.languages,
+        refresh=arguments.refresh,
+        seconds=None if arguments.show_skipped else SECONDS_TO_REFRESH,
+    )
+    for line in index.report.news(arguments.show_skipped):
+        print(line, file=sys.stderr)
     answers = index.search(arguments.questions, exit_layer=exit_layer, cascade=cascade, **options)
     if arguments.json:
         shown = [answer.to_dict(explain=arguments.explain) for answer in answers]
@@ -217,57 +237,17 @@ def _take_folder(arguments: argparse.Namespace) -> None:
         raise UserError("cli.search.folder", message)
 
 
-def _opened(arguments: argparse.Namespace) -> tuple[CodeIndex, int | None]:
-    """Open the index to search, and return it with the exit layer to search at.
-
-    It is the named index; else the one in the named folder; else, if no folder is named, the one in the working folder
-    or above; else a cached one.
-    """
-    from modular_star_encoder.search.embedder import Embedder
-    from modular_star_encoder.search.index import CodeIndex, cached_index, find_index, own_index
-    from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
-
-    index, location = None, arguments.index
-    if location is None and arguments.folder is not None:
-        index = own_index(arguments.folder, arguments.model)
-    elif location := location or find_index():
-        index = CodeIndex.open(location, checkpoint=arguments.model)
-    if index is not None:
-        checkpoint = arguments.model or index.settings.checkpoint
-        return index, _exit_by_budget(arguments, checkpoint, index.settings.exit_layers)
-    checkpoint = arguments.model or DEFAULT_CHECKPOINT
-    exit_layer = _exit_by_budget(arguments, checkpoint)
-    if arguments.rerank_exit_layer is not None:
-        embedder = Embedder(checkpoint)
-        embedder.check_exit(arguments.rerank_exit_layer)
-        exit_layer = embedder.trained_exits[0] if exit_layer is None else exit_layer
-    options = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": arguments.languages}
-    return cached_index(arguments.folder or ".", **options), exit_layer
-
-
-def _refresh(index: CodeIndex, may_update: bool = True, show_skipped: bool = False) -> None:
-    """Bring an opened index up to date and print notes on files that are left out; UserError if it holds no code."""
-    from modular_star_encoder.search.hits import printable
-    from modular_star_encoder.search.index import SECONDS_TO_REFRESH
-
-    if may_update and not index.report.files:
-        index.refresh(None if show_skipped else SECONDS_TO_REFRESH)
-    if show_skipped or index.report.embedded_files or index.report.postponed_files:
-        for line in index.report.lines(show_skipped):
-            print(printable(line), file=sys.stderr)
-    _refuse_empty(index)
-
-
 def run_related(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.hits import Answer, format_answer
-    from modular_star_encoder.search.index import CodeIndex, cached_index, find_index, folder_of
+    from modular_star_encoder.search.index import find_index, folder_of, open_for_search
 
     path, line = arguments.place
     if not os.path.isfile(path):
         raise UserError("cli.related.file", f"{path!r} is not a file. Name a file of the code folder, and a line.")
     location = arguments.index or find_index(os.path.dirname(os.path.realpath(path)))
-    index = CodeIndex.open(location) if location else cached_index(folder_of(path))
-    _refresh(index)
+    index, _ = open_for_search(folder_of(path), location)
+    for note in index.report.news():
+        print(note, file=sys.stderr)
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
     answer = Answer(f"{path}:{line}", index.related(inside, int(line), top_k=arguments.top_k), method="vector")
     if arguments.json:
@@ -300,24 +280,3 @@ def _found_index(location: str | None) -> CodeIndex:
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
     return CodeIndex.open(location or find_index() or INDEX_FOLDER)
-
-
-def _exit_by_budget(
-    arguments: argparse.Namespace, checkpoint: str, exit_layers: Sequence[int] | None = None
-) -> int | None:
-    """Return --exit-layer or, with a budget, the best exit (of `exit_layers`) within --latency-ms and --memory-mb."""
-    if arguments.latency_ms is None and arguments.memory_mb is None:
-        return arguments.exit_layer
-    if arguments.exit_layer is not None or getattr(arguments, "exit_layers", None):
-        message = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
-        raise UserError("cli.search.budget", message)
-    from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
-
-    profile = checkpoint_profile(checkpoint)
-    if exit_layers is not None:
-        exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
-        if not exits:
-            message = f"The exit profile of {checkpoint} lacks the index's exits {exit_layers}. Run `mose profile`."
-            raise UserError("search.profile.exits", message)
-        profile = replace(profile, exits=exits)
-    return select_exit(profile, latency_ms=arguments.latency_ms, memory_mb=arguments.memory_mb)

@@ -21,6 +21,7 @@ from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import FileFilters, SourceFile
 from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
 from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.hits import printable
 from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate, snippet_words
 from modular_star_encoder.search.vector_store import (
     IndexSettings,
@@ -94,10 +95,15 @@ class UpdateReport:
         late = f"{_files(self.postponed_files)} not read for lack of time; run `mose index`"
         summary = f"{self.summary()}; --show-skipped lists them" if self.summary() else ""
         if show_skipped:
-            listed = [f"{path}: {reason}" for path, reason in self.notes()]
+            listed = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
             listed = [f"mose: note: {summary}"] if summary else []
         return [*listed, f"mose: note: {late}"] if self.postponed_files else listed
+
+    def news(self, show_skipped: bool = False) -> list[str]:
+        """Return the same lines for a search: without `show_skipped`, none unless the update changed something."""
+        has_news = show_skipped or self.embedded_files or self.postponed_files
+        return self.lines(show_skipped) if has_news else []
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as JSON values, without the lists `skipped_files` and `guessed_files`."""
@@ -117,7 +123,6 @@ SEARCH_FILTERS = FileFilters(
 
 
 def update_store(
-    folder: str,
     store: VectorStore,
     settings: IndexSettings,
     embedder: Embedder,
@@ -126,12 +131,11 @@ def update_store(
     progress: bool = True,
     seconds: float | None = None,
 ) -> UpdateReport:
-    """Bring a store up to date with a folder of source code.
+    """Bring a store up to date with the folder of source code in its settings.
 
     A file is not read again if its size and time of change are the same as when it was last read.
 
     Args:
-        folder: the folder to index.
         store: a store created with `settings`.
         settings: what to read and how to embed it.
         embedder: an `Embedder` of the checkpoint in `settings`.
@@ -145,7 +149,7 @@ def update_store(
     """
     start = time.perf_counter()
     reader = folder_repositories(
-        folder,
+        settings.folder,
         languages=settings.languages,
         depth=0,
         filters=replace(
@@ -161,11 +165,7 @@ def update_store(
             for file, pieces in chunk:
                 writer.add(file, pieces)
                 advance()
-        writer.remove_vanished()
-        writer.write()
-    if seconds is None:  # a hurried update leaves merging to a later one
-        store.finish()
-    writer.keep_stamps()
+        writer.finish()
     report = writer.report
     report.rows, report.seconds = store.count(), time.perf_counter() - start
     for path, reason in reader.skipped_files:
@@ -246,11 +246,6 @@ class _Writer:
     def _is_late(self) -> bool:
         return self._end is not None and time.monotonic() > self._end
 
-    def keep_stamps(self) -> None:
-        """Store each file's size and time of change, by which the next update tells whether it changed."""
-        if self._stamps != self._stamps_before:
-            self._store.keep_stamps(self._stamps)
-
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
         """Yield the files of a reader that are new to the store or have changed."""
         for file in reader:
@@ -303,12 +298,17 @@ class _Writer:
                 number += 1
         self._files, self._pieces = [], 0
 
-    def remove_vanished(self) -> None:
-        """Remove from the store every file that the reader did not find; call it after the reader's last file."""
+    def finish(self) -> None:
+        """Remove the files that the reader did not find, write what is left, and store what the next update needs."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
         self.report.removed_files = len(gone)
+        self.write()
+        if self._end is None:  # a hurried update leaves merging to a later one
+            self._store.finish()
+        if self._stamps != self._stamps_before:
+            self._store.keep_stamps(self._stamps)
 
 
 def _pieces(files: list[SourceFile]) -> list[_Changed]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,50 +26,33 @@ _FEW_TEXTS = 64
 """So many texts are embedded by numpy at the deeper exits, too, because importing torch would take longer."""
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
+_Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → exit_layer → embeddings (N, D) float32
 
 
 class Embedder:
-    """Embeds questions and code with one checkpoint, of which it loads only the layers up to the deepest exit in use.
+    """Embeds questions and code with one checkpoint; whatever it needs of the checkpoint is read at the first use.
+
+    It loads only the layers up to the deepest exit in use, and imports torch only for what numpy can't do.
 
     Attributes:
         checkpoint: absolute path of a folder, or the name of a Hub repository or of a model inside this package.
-        trained_exits: the exits of the checkpoint, ascending.
-        has_exit_zero: whether numpy can compute exit 0; if so, torch is imported only to embed many texts deeper.
 
     Args:
         checkpoint: a folder, the name of a model inside this package, or a repository of the Hub.
         device: torch device of the model; None for a GPU if there is one.
 
     Raises:
-        ValueError, OSError: there is no such checkpoint, or it is not a ModularStarEncoder for retrieval.
+        ValueError, OSError: (by all methods) there is no such checkpoint, or it is damaged or not a ModularStarEncoder
+            for retrieval.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
         folder = local_folder(checkpoint)
         self.checkpoint = os.fspath(checkpoint) if folder is None else str(folder.resolve())
-        self._folder = resolve_checkpoint(checkpoint)
-        facts = read_config(self._folder)
-        self.has_exit_zero = has_exit_zero(facts)
-        if not self.has_exit_zero:
-            facts = self.config.to_dict()
-        self._instructions = facts["instruction_prompts"]
-        self._sizes = sorted({*(facts.get("nested_dimensions") or ()), facts["projection_size"]})
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
-        self._has_layers = has_layers(facts) and device in (None, "cpu")
-        self.trained_exits: tuple[int, ...] = tuple(sorted(facts["exit_layers"]))
-        self._numpy: NumpyEncoder | None = None
         self._known: OrderedDict[_Key, np.ndarray] = OrderedDict()
-
-    @cached_property
-    def checksum(self) -> str:
-        """Checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`)."""
-        if self.has_exit_zero:
-            return folder_checksum(self._folder)
-        from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-
-        return checkpoint_checksum(self.checkpoint)
 
     @cached_property
     def config(self) -> ModularStarEncoderConfig:
@@ -77,16 +61,59 @@ class Embedder:
 
         return load_config(self.checkpoint)
 
-    def exits(self, exit_layer: int | None, exit_layers: Sequence[int] | None) -> tuple[int, ...]:
-        """Return the exits given; by default, exit 0 where numpy can compute it, otherwise the deepest exit."""
-        if self.has_exit_zero and exit_layers is None and exit_layer in (None, 0):
-            # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
-            return (0,)
-        for one in exit_layers or (() if exit_layer is None else (exit_layer,)):
+    @cached_property
+    def checksum(self) -> str:
+        """Checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`)."""
+        if has_exit_zero(self._facts):
+            return folder_checksum(self._folder)
+        from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+
+        return checkpoint_checksum(self.checkpoint)
+
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """The exits of the checkpoint, ascending."""
+        return tuple(sorted(self._facts["exit_layers"]))
+
+    @cached_property
+    def _folder(self) -> str:
+        return resolve_checkpoint(self.checkpoint)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """The configuration as a dictionary; read without torch if numpy can compute exit 0."""
+        facts = read_config(self._folder)
+        return facts if has_exit_zero(facts) else self.config.to_dict()
+
+    @property
+    def _instructions(self) -> bool:
+        return self._facts["instruction_prompts"]
+
+    def exits(
+        self,
+        exit_layer: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        budget: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """Return the exits to index, ascending: those given; else exit 0 if numpy can compute it, else the deepest.
+
+        With a `budget`, limits such as `latency_ms`, it is the best exit (of `exit_layers`) by the exit profile.
+
+        Raises:
+            UserError: the checkpoint has no such exit; or no exit keeps to the budget, or the profile lacks the exits.
+            FileNotFoundError: there is a budget, and the checkpoint has no exit profile.
+        """
+        if exit_layers and exit_layer is not None:
+            raise UserError("search.exit_layer", "Give `exit_layer` or `exit_layers`, not both.")
+        named = exit_layers or (() if exit_layer is None else (exit_layer,))
+        for one in named:
             self.check_exit(one)
-        if exit_layer is None and exit_layers is None:
-            exit_layer = self.config.num_hidden_layers  # also if a forward pass returns all exits by default
-        return tuple(self.config.resolve_exits(exit_layer, exit_layers))
+        if budget:
+            return (self._exit_within(budget, named or self.trained_exits),)
+        if named:
+            return tuple(sorted(set(named)))
+        # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
+        return (0,) if has_exit_zero(self._facts) else (self.trained_exits[-1],)
 
     def check_exit(self, exit_layer: int) -> int:
         """Return `exit_layer`, or raise UserError if the checkpoint has no such exit; the message lists its exits."""
@@ -95,6 +122,16 @@ class Embedder:
             message = f"exit_layer {exit_layer} is not an exit of {self.checkpoint}; its exits are {exits}."
             raise UserError("search.exit_layer", message)
         return exit_layer
+
+    def _exit_within(self, budget: Mapping[str, Any], exit_layers: Sequence[int]) -> int:
+        from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
+
+        profile = checkpoint_profile(self._folder)
+        exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
+        if not exits:
+            message = f"The exit profile of {self.checkpoint} lacks the exits {exit_layers}. Run `mose profile`."
+            raise UserError("search.profile.exits", message)
+        return select_exit(replace(profile, exits=exits), **budget)
 
     def prompts(self) -> dict[str, str]:
         """Return the prompts put before questions (`query`) and code (`document`, with a placeholder `{language}`)."""
@@ -107,16 +144,16 @@ class Embedder:
         Raises:
             UserError: the model was not trained with embeddings of this size.
         """
-        if dimension is not None and dimension not in self._sizes:
-            sizes = " or ".join(map(str, self._sizes))
-            message = f"`dimension` must be {sizes} for {self.checkpoint}, not {dimension}."
-            raise UserError("search.dimension", message)
-        return dimension or self._sizes[-1]
+        sizes = sorted({*(self._facts.get("nested_dimensions") or ()), self._facts["projection_size"]})
+        if dimension is not None and dimension not in sizes:
+            named = " or ".join(map(str, sizes))
+            raise UserError("search.dimension", f"`dimension` must be {named} for {self.checkpoint}, not {dimension}.")
+        return dimension or sizes[-1]
 
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
         """Embed Q questions in one forward pass; return exit_layer → (Q, dimension) float32, scaled to length 1."""
         prompt = text_prompt(instructions=self._instructions)
-        embeddings = self._encode([prompt + text for text in texts], exit_layers)
+        embeddings = self.encoder(exit_layers, len(texts))([prompt + text for text in texts])
         return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
 
     def snippets(
@@ -131,7 +168,7 @@ class Embedder:
         keys = [(exits, dimension, text) for text in texts]
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
         if new:
-            embeddings = self._encode([text for *_, text in new], exits)
+            embeddings = self.encoder(exits, len(new))([text for *_, text in new])
             values = np.stack([cut(embeddings[exit_layer], dimension) for exit_layer in exits], axis=1)
             self._known.update(zip(new, values, strict=True))
         result = np.stack([self._known[key] for key in keys])
@@ -145,34 +182,31 @@ class Embedder:
         """Clear the cache of embeddings."""
         self._known.clear()
 
-    def prepare(self, exit_layers: Sequence[int], texts: int | None = None) -> None:
-        """Load what embeds `texts` texts (None: many) at these exits: numpy arrays if that suffices, else a model.
+    def encoder(self, exit_layers: Sequence[int], texts: int | None = None) -> _Encoder:
+        """Return the function that embeds `texts` texts (None: many) at these exits, with the weights that it needs.
+
+        It is numpy's for exit 0 and, at deeper exits, for few texts as long as torch is not imported; else torch's.
 
         Raises:
-            UserError: the checkpoint has no such exit.
             OSError: the weights can't be read.
         """
-        if self._suits_numpy(exit_layers, texts):
-            self._numpy = self._numpy or NumpyEncoder(self._folder)
-        elif self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
-            from modular_star_encoder.inference.checkpoints import load_checkpoint
-
-            _hide_loading_bars()
-            self._model, self._tokenizer = load_checkpoint(self.checkpoint, max(exit_layers), self._device)
-
-    def _suits_numpy(self, exit_layers: Sequence[int], texts: int | None) -> bool:
-        is_small = self._model is None and texts is not None and texts <= _FEW_TEXTS
-        return self.has_exit_zero and (tuple(exit_layers) == (0,) or (self._has_layers and is_small))
-
-    def _encode(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        self.prepare(exit_layers, len(texts))
-        if self._numpy is not None and self._suits_numpy(exit_layers, len(texts)):
-            if tuple(exit_layers) == (0,):
-                return {0: self._numpy.encode(texts)}
-            return self._numpy.encode_exits(texts, exit_layers)
+        is_short = texts is not None and texts <= _FEW_TEXTS and self._model is None and self._device in (None, "cpu")
+        if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
+            encode = self._numpy.encode
+            return lambda texts: {0: encode(texts)}
+        if is_short and has_layers(self._facts):
+            return partial(self._numpy.encode_exits, exit_layers=exit_layers)
+        from modular_star_encoder.inference.checkpoints import load_checkpoint
         from modular_star_encoder.inference.encode import encode_exits
 
-        return encode_exits(self._model, self._tokenizer, texts, exit_layers=exit_layers, progress=False)
+        if self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
+            _hide_loading_bars()
+            self._model, self._tokenizer = load_checkpoint(self._folder, max(exit_layers), self._device)
+        return partial(encode_exits, self._model, self._tokenizer, exit_layers=exit_layers, progress=False)
+
+    @cached_property
+    def _numpy(self) -> NumpyEncoder:
+        return NumpyEncoder(self._folder)
 
 
 def _hide_loading_bars() -> None:

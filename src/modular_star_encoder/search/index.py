@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -35,7 +34,6 @@ from modular_star_encoder.search.vector_store import (
 )
 from modular_star_encoder.utils.errors import UserError
 
-_SECONDS_FOR_THE_LOCK = 3
 _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
 _MOST_PIECES = 10_000
@@ -61,8 +59,8 @@ class CodeIndex:
 
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
     Of several processes, one writes an index in a folder at a time; a second one waits for 3 s, then raises UserError,
-    but `refresh` leaves the index as it is, and `cached_index` waits until the first build ends. A search in another
-    process finds each file as it was before the change or after it, never a part of it.
+    but `refresh` leaves the index as it is, and `open_for_search` waits until the first build has ended. A search in
+    another process finds each file as it was before the change or after it, never a part of it.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -133,28 +131,27 @@ class CodeIndex:
             raise UserError("search.folder.missing", f"{folder!r} is not a folder. Name a folder with source code.")
         store = open_store(os.path.join(folder, INDEX_FOLDER) if location is None else location)
         embedder = Embedder(checkpoint, device)
-        exits = embedder.exits(exit_layer, exit_layers)
         settings = IndexSettings(
             checkpoint=embedder.checkpoint,
             checksum=embedder.checksum,
-            exit_layers=exits,
+            exit_layers=embedder.exits(exit_layer, exit_layers),
             dimension=embedder.check_dimension(dimension),
             prompts=embedder.prompts(),
-            folder=_relative_if_inside(os.path.realpath(folder), store.location),
+            folder=os.path.realpath(folder),
             languages=check_languages(languages, SEARCH_LANGUAGES),
             tests=tests,
             vendored=vendored,
         )
-        with _locked(store):
+        with store.locked():
             stored = None if rebuild else store.settings()
             if stored is None:
-                embedder.prepare(exits)  # before `create`, so unreadable weights destroy no index
-                store.create(settings.to_dict())
+                embedder.encoder(settings.exit_layers)  # before `create`, so unreadable weights destroy no index
+                store.create(settings.to_dict(store.location))
             else:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)
                 settings.refuse_others(asked, store.location)
             index = cls(store, settings, embedder)
-            index.report = update_store(index.folder, store, settings, embedder, processes=processes, progress=progress)
+            index._update(processes=processes, progress=progress)
         return index
 
     @classmethod
@@ -191,7 +188,7 @@ class CodeIndex:
     @property
     def folder(self) -> str:
         """The absolute path of the folder that is indexed."""
-        return self.settings.root(self.store.location)
+        return self.settings.folder
 
     @property
     def embedder(self) -> Embedder:
@@ -213,12 +210,8 @@ class CodeIndex:
             UserError: the index was rebuilt since it was opened, or a reason that `build` lists.
             OSError: see `build`.
         """
-        with _locked(self.store):
-            self._check_unchanged()
-            self.report = update_store(
-                self.folder, self.store, self.settings, self.embedder, processes=processes, progress=progress
-            )
-        return self.report
+        with self.store.locked():
+            return self._update(processes=processes, progress=progress)
 
     @_one_at_a_time
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
@@ -230,18 +223,20 @@ class CodeIndex:
         Raises:
             UserError, OSError: see `update`.
         """
-        folder = getattr(self.store, "folder", None)
+        folder = self.store.folder
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
             return self.report
         try:
-            with _locked(self.store, 0):
-                self._check_unchanged()
-                self.report = update_store(
-                    self.folder, self.store, self.settings, self.embedder, progress=False, seconds=seconds
-                )
+            with self.store.locked(0):
+                return self._update(progress=False, seconds=seconds)
         except UserError as error:
             if error.key != "search.index.locked":
                 raise
+        return self.report
+
+    def _update(self, **options: Any) -> UpdateReport:
+        self._check_unchanged()
+        self.report = update_store(self.store, self.settings, self.embedder, **options)
         return self.report
 
     @_one_at_a_time
@@ -410,48 +405,79 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def own_index(folder: str | os.PathLike[str], checkpoint: str | None = None) -> CodeIndex | None:
-    """Open the index that `mose index FOLDER` wrote into a folder; None if there is none, or it is of another folder.
+def open_for_search(
+    folder: str | None = None,
+    location: str | None = None,
+    *,
+    checkpoint: str | None = None,
+    exit_layer: int | None = None,
+    budget: Mapping[str, Any] | None = None,
+    cascade: Cascade | None = None,
+    languages: Sequence[str] | None = None,
+    refresh: bool = True,
+    seconds: float | None = SECONDS_TO_REFRESH,
+) -> tuple[CodeIndex, int | None]:
+    """Return an index that is up to date, and the exit to search it at (None: the default of `CodeIndex.search`).
+
+    It is the index at `location`; else the one in `folder`, or without a folder the one in the working folder or above;
+    else one that is kept in the user's cache and is made now if it is missing.
+
+    Args:
+        folder: the folder to search; the working folder if None.
+        location: as for `CodeIndex.build`.
+        checkpoint: where the index's checkpoint is now, or the checkpoint for a new index (`mose-code` if None).
+        exit_layer: the exit to search at.
+        budget: limits for `select_exit`, such as `latency_ms`, that choose the exit instead.
+        cascade: the cascade of the search; its exit must be one of the checkpoint's.
+        languages: languages to read for a new index.
+        refresh: whether to update an existing index, see `CodeIndex.refresh` for `seconds`.
 
     Raises:
-        UserError, OSError: see `CodeIndex.open`.
+        UserError: an exit does not exist (before anything is indexed), the folder holds no source code, or a reason
+            that `CodeIndex` lists.
+        OSError: see `CodeIndex.open`.
     """
+    location = location or (find_index() if folder is None else _own_index(folder))
+    if location is not None:
+        index = CodeIndex.open(location, checkpoint=checkpoint)
+        if budget:
+            (exit_layer,) = index.embedder.exits(None, index.settings.exit_layers, budget)
+    else:
+        embedder = Embedder(checkpoint or DEFAULT_CHECKPOINT)
+        if cascade is not None:
+            embedder.check_exit(cascade.exit_layer)
+            exit_layer = embedder.trained_exits[0] if exit_layer is None and not budget else exit_layer
+        (exit_layer,) = embedder.exits(exit_layer, budget=budget)
+        index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages)
+    if refresh and not index.report.files:
+        index.refresh(seconds)
+    if not index.store.count():
+        raise UserError("search.folder.empty", f"{index.folder} holds no source code. Name another folder.")
+    return index, exit_layer
+
+
+def _own_index(folder: str) -> str | None:
+    """Return the path of the index in a folder; None if there is none, or if it is of another folder."""
     location = os.path.join(os.path.expanduser(folder), INDEX_FOLDER)
-    if not os.path.isdir(location) or open_store(location).settings() is None:
+    if not os.path.isdir(location) or (stored := open_store(location).settings()) is None:
         return None
-    index = CodeIndex.open(location, checkpoint=checkpoint)
-    return index if os.path.realpath(index.folder) == os.path.realpath(os.path.expanduser(folder)) else None
+    is_own = IndexSettings.from_dict(stored, location).folder == os.path.realpath(os.path.expanduser(folder))
+    return location if is_own else None
 
 
-def cached_index(
-    folder: str,
-    *,
-    checkpoint: str = DEFAULT_CHECKPOINT,
-    exit_layer: int | None = None,
-    languages: Sequence[str] | None = None,
-) -> CodeIndex:
-    """Open or build an index of `folder`, kept in the user's cache, or in memory if the cache is read-only.
-
-    The options are those of `CodeIndex.build`. An index that can't be used any more, such as after an upgrade, is
-    replaced.
-    """
-    (exit_layer,) = Embedder(checkpoint).exits(exit_layer, None)
+def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None) -> CodeIndex:
+    """Open the index of `folder` in the user's cache; if it is missing, unfinished or of an older version, build it."""
     location = _cached_location(folder, checkpoint, exit_layer, languages)
-    options: dict[str, Any] = {"checkpoint": checkpoint, "exit_layer": exit_layer, "languages": languages}
-    store = open_store(location)
-    if not store.stamps():  # no build has ended here; another process may be at it
-        with _locked(store, _SECONDS_FOR_THE_FIRST_BUILD):
-            pass
+    rebuild = False
     try:
-        if store.settings() is None:
-            return CodeIndex.build(folder, store, **options)
-        return CodeIndex.open(store, checkpoint=checkpoint)
+        index = CodeIndex.open(location, checkpoint=checkpoint)
+        if index.store.stamps():  # a build has ended here
+            return index
     except UserError as error:
-        if error.key == "search.index.locked":  # another process was the first to begin
-            return cached_index(folder, checkpoint=checkpoint, exit_layer=exit_layer, languages=languages)
-        if error.key not in ("search.index.other_model", "search.index.format", "search.index.unreadable"):
-            raise
-        return CodeIndex.build(folder, location, **options, rebuild=True)
+        rebuild = error.key != "search.index.missing"
+    with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be at it
+        options: dict[str, Any] = {"exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
+        return CodeIndex.build(folder, location, checkpoint=checkpoint, **options)
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
@@ -476,37 +502,6 @@ def _cached_location(folder: str, *options: Any) -> str:
     except OSError:
         return MEMORY
     return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else MEMORY
-
-
-@contextmanager
-def _locked(store: VectorStore, seconds: float | None = None) -> Iterator[None]:
-    """Hold the write lock of an index in a folder; when a process is killed, its lock is released, too."""
-    folder = getattr(store, "folder", None)
-    if folder is None:
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    # The worker processes of a killed process hold its lock for a moment longer.
-    lock = FileLock(folder / ".lock", timeout=_SECONDS_FOR_THE_LOCK if seconds is None else seconds)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        message = f"Another process writes the index {store.location}. Wait until it ends."
-        raise UserError("search.index.locked", message) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _relative_if_inside(folder: str, location: str) -> str:
-    """Return `folder` relative to an index at a `location` inside it, so that both can be moved; else as it is."""
-    if "://" in location or location.startswith("qdrant:"):
-        return folder
-    index = os.path.realpath(os.path.expanduser(location))
-    return os.path.relpath(folder, index) if os.path.commonpath([folder, index]) == folder else folder
 
 
 def _shown_folder(folder: str) -> str:

@@ -93,6 +93,25 @@ class LocalStore:
             message = f"{location} is not an index; it is a file or holds other things. Name another folder."
             raise UserError("search.index.foreign", message)
 
+    @contextmanager
+    def locked(self, seconds: float = 3.0) -> Iterator[None]:
+        if self.folder is None:
+            yield
+            return
+        from filelock import FileLock, Timeout
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", is_singleton=True)  # whoever holds it may take it again
+        try:  # the worker processes of a killed process hold its lock for a moment longer
+            lock.acquire(timeout=seconds)
+        except Timeout as error:
+            message = f"Another process writes the index {self.location}. Wait until it ends."
+            raise UserError("search.index.locked", message) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def settings(self) -> dict[str, Any] | None:
         return self._read()["settings"]
 

@@ -14,9 +14,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial, wraps
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -74,10 +76,16 @@ class QdrantStore:
         location: the location that errors show; `qdrant:NAME` if it is empty.
     """
 
+    folder: Path | None = None
+
     def __init__(self, client: Any, name: str, location: str = "") -> None:
         self.location = location or f"{QDRANT}{name}"
         self._client, self._name = client, name
         self._models = _import_client().models
+
+    def locked(self, seconds: float = 0) -> AbstractContextManager[None]:
+        """Lock nothing: see the module's first lines on what happens if two processes write."""
+        return nullcontext()
 
     @_wrap_errors
     def settings(self) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -90,6 +92,14 @@ class VectorStore(Protocol):
     """The rows of one index, wherever they are stored. `replace_files` is the only way to change them."""
 
     location: str
+    folder: Path | None  # the folder that holds the index; None in memory and on a server
+
+    def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
+        """Let no other process write the index meanwhile; if one writes it, wait so long for its end.
+
+        Raises:
+            UserError: another process still writes the index.
+        """
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that `create` stored; None if there is no index yet.
@@ -233,7 +243,7 @@ class IndexSettings:
         exit_layers: exits of which the index has embeddings, ascending.
         dimension: number of components of an embedding.
         prompts: `query` and `document`, the prompts put before questions and code.
-        folder: the indexed folder: an absolute path, or relative to the index if the index is inside it.
+        folder: absolute path of the indexed folder; stored relative to an index inside it, so that both can be moved.
         languages: languages that are read, in the order of `ALL_LANGUAGES`.
         tests, vendored: whether test code (`tests`) and copied or generated code (`vendored`) are read.
         format: version of the form in which the index is stored.
@@ -254,9 +264,13 @@ class IndexSettings:
         languages = tuple(name for name in ALL_LANGUAGES if name in self.languages)
         object.__setattr__(self, "languages", languages)  # frozen
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values, for a store."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+    def to_dict(self, location: str) -> dict[str, Any]:
+        """Return the settings as JSON values, for a store at `location`."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        index = _real_path(location)
+        if index is not None and os.path.commonpath([self.folder, index]) == self.folder:
+            values["folder"] = os.path.relpath(self.folder, index)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
@@ -272,16 +286,11 @@ class IndexSettings:
         try:
             settings = cls(**options)
             check_types(settings)
+            folder = os.path.normpath(os.path.join(_real_path(location) or "", settings.folder))
         except TypeError as error:
             message = f"The settings of the index {location} are damaged ({error}): rebuild it (--rebuild)."
             raise UserError("search.index.unreadable", message) from error
-        return settings
-
-    def root(self, location: str) -> str:
-        """Return the absolute path of the indexed folder, for an index at `location`."""
-        if os.path.isabs(self.folder):
-            return self.folder
-        return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(location)), self.folder))
+        return replace(settings, folder=folder)
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
         """Raise UserError if the settings `asked` of an update differ from the index's; the message names both."""
@@ -291,8 +300,6 @@ class IndexSettings:
             for name, label in _LABELS.items()
             if getattr(self, name) != getattr(asked, name)
         ]
-        if self.root(location) != asked.root(location):
-            differences.insert(0, f"the folder {self.root(location)}, not {asked.root(location)}")
         if differences:
             message = f"The index {location} was built with {'; '.join(differences)}."
             raise UserError("search.index.other_settings", f"{message} Name another index or rebuild this (--rebuild).")
@@ -318,6 +325,7 @@ class IndexSettings:
 
 
 _LABELS = {
+    "folder": "the folder",
     "exit_layers": "exit",
     "dimension": "dimension",
     "prompts": "prompts",
@@ -325,6 +333,13 @@ _LABELS = {
     "tests": "tests read:",
     "vendored": "vendored code read:",
 }
+
+
+def _real_path(location: str) -> str | None:
+    """Return the absolute path of an index without links; None if it is not in a folder."""
+    if "://" in location or location.startswith(QDRANT):
+        return None
+    return os.path.realpath(os.path.expanduser(location))
 
 
 def _shown(value: Any) -> str:
