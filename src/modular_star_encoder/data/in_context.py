@@ -71,9 +71,8 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """`corpus` must have been tokenized by `tokenizer`."""
         if max_tokens < MIN_ROW_TOKENS:
-            raise UserError(
-                "data.in_context.arguments", f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
-            )
+            message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
+            raise UserError("data.in_context.arguments", message)
         check_special_tokens(tokenizer)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
             raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")

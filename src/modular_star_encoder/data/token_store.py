@@ -31,7 +31,7 @@ from modular_star_encoder.data.sources import SourceFile
 from modular_star_encoder.data.splits import hashed_order
 from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file
+from modular_star_encoder.utils.files import write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +62,8 @@ class TokenCorpus:
         """
         names = self.repositories
         if len(names) < 2:
-            raise UserError(
-                "data.split.too_few_repositories",
-                f"A split into two corpora needs at least two repositories, not {len(names)}.",
-            )
+            message = f"A split into two corpora needs at least two repositories, not {len(names)}."
+            raise UserError("data.split.too_few_repositories", message)
         least = 2 if len(names) >= 4 else 1
         count = min(max(round(eval_fraction * len(names)), least), len(names) - least)
         drawn = set(hashed_order(names, seed)[:count])
@@ -227,7 +225,7 @@ class _Writer:
         for output in self._outputs.values():
             output.flush()
             os.fsync(output.fileno())
-        _write_state(self._folder, self._state)
+        write_json(self._folder / _STATE, asdict(self._state), resumable=True)
 
     def close(self) -> None:
         for output in self._outputs.values():
@@ -241,13 +239,13 @@ def _digest(before: str, file: SourceFile) -> str:
 
 
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
-    leftovers = {f".{_STATE}.tmp", f"{_STATE}.new", *_State("", "<u2").sizes()}
+    leftovers = {f".{_STATE}.tmp", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
         raise UserError("data.token_store.other_content", f"{folder} has files of another kind; name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
-    _write_state(folder, state)
+    write_json(folder / _STATE, asdict(state), resumable=True)
     return state
 
 
@@ -264,11 +262,6 @@ def _read_state(folder: Path) -> _State | None:
         message = f"{fault} of the token store {folder} is missing, cut short or of another version."
         raise UserError("data.token_store.damaged", f"{message} Remove the folder and build the store again.")
     return state
-
-
-def _write_state(folder: Path, state: _State) -> None:
-    with staged_file(folder / _STATE, resumable=True) as temporary:
-        temporary.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
 
 
 def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

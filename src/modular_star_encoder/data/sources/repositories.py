@@ -258,19 +258,6 @@ class ArchiveLimitError(Exception):
     """Raised if an archive exceeds a limit; its message is the reason that `skipped` counts."""
 
 
-class _Budget:
-    """Counts down how much may still be read of an archive."""
-
-    def __init__(self, left: int, reason: str) -> None:
-        self._left, self._reason = left, reason
-
-    def spend(self, amount: int) -> None:
-        """Subtract `amount`; raise ArchiveLimitError with the budget's reason if it is more than what is left."""
-        self._left -= amount
-        if self._left < 0:
-            raise ArchiveLimitError(self._reason)
-
-
 class Member(NamedTuple):
     """A member of an archive."""
 
@@ -286,9 +273,9 @@ def archive_members(location: Path) -> Iterator[Member]:
     Raises ArchiveLimitError beyond a limit, and an error of BROKEN_ARCHIVE if the archive is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
-    budget = _Budget(MAX_ARCHIVE_MEMBERS, _TOO_MANY)
-    for member in members(location):
-        budget.spend(1)
+    for number, member in enumerate(members(location)):
+        if number == MAX_ARCHIVE_MEMBERS:
+            raise ArchiveLimitError(_TOO_MANY)
         yield member
 
 
@@ -297,14 +284,15 @@ def _archive_suffix(path: Path) -> str:
 
 
 class _LimitedFile:
-    """Wraps the file that tarfile or zipfile reads, so that they read no more bytes than a budget has left."""
+    """Wraps the file that tarfile or zipfile reads; raises ArchiveLimitError if they read more than `left` bytes."""
 
-    def __init__(self, file: IO[bytes], budget: _Budget | None) -> None:
-        self._file, self.budget = file, budget
+    def __init__(self, file: IO[bytes], left: float, reason: str) -> None:
+        self._file, self.left, self._reason = file, left, reason
 
     def read(self, size: int = -1) -> bytes:
-        if self.budget is not None:
-            self.budget.spend(max(size, 0))
+        self.left -= max(size, 0)
+        if self.left < 0:
+            raise ArchiveLimitError(self._reason)
         return self._file.read(size)
 
     def __getattr__(self, name: str) -> Any:
@@ -312,19 +300,22 @@ class _LimitedFile:
 
 
 def _zip_members(location: Path) -> Iterator[Member]:
-    unpacked = _Budget(MAX_ARCHIVE_BYTES, _TOO_LARGE)
+    left = MAX_ARCHIVE_BYTES
 
     def read(info: zipfile.ZipInfo, size: int) -> bytes:
+        nonlocal left
         with archive.open(info) as file:
             content = file.read(size)
-        unpacked.spend(len(content))
+        left -= len(content)
+        if left < 0:
+            raise ArchiveLimitError(_TOO_LARGE)
         return content
 
     with location.open("rb") as file:
         # zipfile reads the whole directory at once.
-        raw: Any = _LimitedFile(file, _Budget(MAX_ARCHIVE_MEMBERS * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY))
+        raw: Any = _LimitedFile(file, MAX_ARCHIVE_MEMBERS * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY)
         with zipfile.ZipFile(raw) as archive:
-            raw.budget = None
+            raw.left = float("inf")
             for info in archive.infolist():
                 is_file = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
                 kind = "folder" if info.is_dir() else "file" if is_file else "other"
@@ -345,7 +336,7 @@ class _TarInfo(tarfile.TarInfo):
 def _tar_members(location: Path) -> Iterator[Member]:
     opener = TAR_OPENERS[_archive_suffix(location)]
     with location.open("rb") as raw, opener(raw) as unpacked:
-        file: Any = _LimitedFile(unpacked, _Budget(MAX_ARCHIVE_BYTES, _TOO_LARGE))
+        file: Any = _LimitedFile(unpacked, MAX_ARCHIVE_BYTES, _TOO_LARGE)
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
