@@ -33,7 +33,8 @@ def corpus(lengths, repositories, languages, tokens=None, fingerprint=""):
     )
 
 
-def telling_corpus(tokenizer):
+@pytest.fixture(scope="module")
+def telling(tokenizer):
     """Repositories of very different sizes, each with a main language and a usual length: shortcuts everywhere.
 
     The id of every token tells the repository and the language of its text.
@@ -47,11 +48,6 @@ def telling_corpus(tokenizer):
     lengths = np.exp(rng.normal(usual, 0.5)).astype(int) + 10
     tokens = 4 + repository * LANGUAGES + language
     return corpus(lengths, repository, language, tokens, ContentEncoder(tokenizer).checksum)
-
-
-@pytest.fixture(scope="module")
-def telling(tokenizer):
-    return telling_corpus(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +108,9 @@ def test_the_same_classifier_sees_through_pairs_drawn_carelessly(telling):
     assert accuracy_of_logistic_regression(careless(telling, 4000)) > 0.62
 
 
-def test_both_labels_are_equally_likely_and_true(drawn):
+def test_labels_are_true_and_equally_likely_and_languages_mixed_as_within_repositories(drawn):
     assert 0.49 < drawn[:, -1].mean() < 0.51
     assert ((drawn[:, 4] == drawn[:, 5]) == drawn[:, 6]).all()
-
-
-def test_languages_are_mixed_as_within_repositories(drawn):
     same_language = drawn[:, 2] == drawn[:, 3]
     assert 0.55 < same_language.mean() < 0.9
     assert abs(same_language[drawn[:, 6] == 1].mean() - same_language[drawn[:, 6] == 0].mean()) < 0.03

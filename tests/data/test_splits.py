@@ -27,6 +27,8 @@ def test_only_small_repositories_are_held_out_and_no_more_than_needed():
         drawn = draw_repositories(SIZES, seed=seed, min_test=95)
         assert len(drawn) == 10
         assert not {"huge", "large"} & drawn
+    with raises("data.split.too_few_repositories", 1):
+        draw_repositories({"a": 5}, seed=0)
 
 
 def test_the_seed_alone_decides_the_draw():
@@ -48,11 +50,6 @@ def test_the_seed_alone_decides_the_draw():
 )
 def test_few_or_large_repositories_are_split_too(sizes, options, drawn):
     assert draw_repositories(sizes, seed=0, **options) == drawn
-
-
-def test_splits_that_cannot_be_drawn_are_refused():
-    with raises("data.split.too_few_repositories", 1):
-        draw_repositories({"a": 5}, seed=0)
 
 
 def rewrite(path, change):
@@ -113,7 +110,11 @@ def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(t
     data = prepare(settings, tmp_path / "data", eval_fraction=0.2)
     assert not {text.repository for text in data.train} & set(data.report["held_out_repositories"])
     assert {bool(text.description) for text in data.train} == {bool(text.description) for text in data.held_out}
-    assert len(data.train) + len(data.held_out) + data.report["shared_with_held_out"] == 80
+    # Rows of unknown repository are held out one by one.
+    rewrite(tmp_path / "triplets.jsonl", lambda *_: {"repository_name": ""})
+    data = prepare({"triplets": settings["triplets"]}, tmp_path / "unknown")
+    assert data.report["held_out"] == len(data.held_out) == 6
+    assert data.report["held_out_repositories"] == []
 
 
 def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_keep_theirs(tmp_path):
@@ -162,14 +163,6 @@ def test_samples_are_drawn_by_seed_in_the_order_of_the_sources(tmp_path):
     with raises("data.split.max_train_samples", 1000):
         prepare(settings, tmp_path / "many", max_train_samples=1000)
     assert not (tmp_path / "many").exists()
-
-
-def test_rows_of_unknown_repository_are_held_out_one_by_one(tmp_path):
-    write_rows(tmp_path)
-    rewrite(tmp_path / "triplets.jsonl", lambda *_: {"repository_name": ""})
-    data = prepare({"triplets": str(tmp_path / "triplets.jsonl")}, tmp_path / "data")
-    assert data.report["held_out"] == len(data.held_out) == 6
-    assert data.report["held_out_repositories"] == []
 
 
 def triplet(number, description=None, code=None, other=None):

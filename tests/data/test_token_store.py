@@ -86,14 +86,6 @@ def dying(files, after):
         yield file
 
 
-@pytest.mark.parametrize("after", [0, 3, 4, 9, 31])
-def test_an_interrupted_build_resumes_to_the_same_store(tmp_path, tokenizer, whole, after):
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, tokenizer, dying(source_files(), after))
-    build(tmp_path, tokenizer)
-    assert content(tmp_path) == whole
-
-
 def build_and_die(folder, tokenizer, moment, count):
     """Build in a process that kills itself at the `count`-th call of something that building calls."""
     owner, name = moment
@@ -128,9 +120,10 @@ def test_a_killed_build_resumes_to_the_same_store(tmp_path, tokenizer, whole, mo
     assert content(tmp_path) == whole
 
 
-def test_half_written_rows_are_cut_off(tmp_path, tokenizer, whole):
+@pytest.mark.parametrize("after", [0, 3, 4, 9, 31])
+def test_an_interrupted_build_resumes_to_the_same_store_without_half_written_rows(tmp_path, tokenizer, whole, after):
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, tokenizer, dying(source_files(), 9))
+        build(tmp_path, tokenizer, dying(source_files(), after))
     for name in whole[0]:
         with (tmp_path / name).open("ab") as output:
             output.write(b"half a row")
@@ -146,15 +139,7 @@ def test_what_is_stored_is_not_tokenized_again(tmp_path, tokenizer, monkeypatch)
     monkeypatch.setattr(writer, "append", lambda self, files: tokenized.extend(files) or original(self, files))
     build(tmp_path, tokenizer)
     assert tokenized == source_files()[8:]
-
-
-def test_a_finished_store_is_the_same_for_any_size_of_commits_and_opened_without_reading_files(
-    tmp_path, tokenizer, whole, monkeypatch
-):
-    monkeypatch.setattr(token_store, "_FILES_PER_COMMIT", 1000)
-    build(tmp_path, tokenizer)
-    assert content(tmp_path) == whole
-    assert len(build(tmp_path, tokenizer, dying(source_files(), 0))) == len(source_files())
+    assert len(build(tmp_path, tokenizer, dying(source_files(), 0))) == len(source_files())  # no file is read
 
 
 @pytest.mark.parametrize("cut_short_at", [4, None], ids=["begun", "finished"])
@@ -219,15 +204,6 @@ def equal_rows(one, other):
     )
 
 
-def test_pairs_from_disk_are_those_from_memory(tmp_path, tokenizer):
-    files = sorted(source_files(), key=lambda file: (file.repository, file.language, file.path))
-    store, memory = build(tmp_path, tokenizer, files), corpus_of(files, tokenizer)
-    pairs = [InContextPairs(one, tokenizer, length=50, max_tokens=96, seed=0) for one in (store, memory)]
-    assert pairs[0].repositories == pairs[1].repositories == tuple(f"repo{i}" for i in range(6))
-    assert torch.equal(pairs[0].token_counts(), pairs[1].token_counts())
-    assert equal_rows(*pairs)
-
-
 @pytest.mark.slow
 def test_a_dataset_sent_to_another_process_opens_the_store_there(tmp_path, tokenizer):
     big = [dataclasses.replace(file, text=file.text * 200) for file in source_files()]
@@ -256,9 +232,6 @@ def test_a_split_leaves_and_holds_out_two_repositories_if_it_can(tokenizer, repo
     corpus = corpus_of(source_files(repositories=repositories), tokenizer)
     assert len(corpus.split(0.01, seed=0)[1].repositories) == least
     assert len(corpus.split(0.99, seed=0)[0].repositories) == least
-
-
-def test_one_repository_is_not_split(tokenizer):
-    corpus = corpus_of(source_files(repositories=2), tokenizer)
-    with raises("data.split.too_few_repositories", 1):
-        corpus.split(0.01, seed=0)[1].split(0.5, seed=0)
+    if least == 1:
+        with raises("data.split.too_few_repositories", 1):
+            corpus.split(0.01, seed=0)[1].split(0.5, seed=0)

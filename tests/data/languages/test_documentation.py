@@ -75,6 +75,7 @@ def test_a_licence_describes_no_function(notice):
         (":class:`Adder` of\n    :class:`X` adds x.", ":class:`Adder` of :class:`X` adds x."),
         ("Adds x.\n    @decorated is allowed.", "Adds x. @decorated is allowed."),
         ("Title\n=====\n\nMore.", "Title ====="),
+        ("Bad \ud800 escape.", "Bad ? escape."),
     ],
 )
 def test_the_description_of_a_docstring_ends_at_a_blank_line_or_a_field(docstring, description):

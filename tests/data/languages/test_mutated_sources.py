@@ -12,31 +12,19 @@ MUTATIONS = int(os.environ.get("MOSE_MUTATIONS", "400"))  # files
 SNIPPETS = [
     *"(){}[]<>;:,\"'`#@$\\/%\t\n\r",
     *('"""', "'''", "/*", "*/", "/**", "//", "<<~EOS\n", "<<<EOT\n", "?>", "<?php", "=begin\n", "=end\n", "\r\n", "#{"),
-    *("é", "ß", "\u2028", "\x0c", "\ufeff", "\U0001f600", "e\u0301", "\0", "\ud800", "${", "\\\n", "  ", "return "),
-    *("def f():\n", "end\n", "class A {", "if (x) {", "template <", 'R"x(', "#ifdef A\n", "#endif\n", "MACRO(x)\n"),
-    *("=> ", "function ", "func "),
+    *("é", "\u2028", "\x0c", "\ufeff", "\U0001f600", "e\u0301", "\0", "\ud800", "${", "\\\n", "def f():\n", "end\n"),
+    *("class A {", "if (x) {", "template <", 'R"x(', "#ifdef A\n", "#endif\n", "MACRO(x)\n", "=> ", "func "),
 ]  # fmt: skip
 
 
 def mutated(text, other, draw):
+    """Replace parts of `text` by nothing, by a part of the other text, or by a snippet, and change line ends."""
     for _ in range(draw.randint(1, 6)):
-        start = draw.randint(0, len(text))
-        end = min(len(text), start + draw.choice((1, 1, 5, 40, 400)))
-        kind = draw.randrange(8)
-        if kind == 0:
-            text = text[:start] + text[end:]
-        elif kind == 1:
-            text = text[:end] + text[start:]
-        elif kind == 2:
-            text = text[:start]
-        elif kind == 3:
-            text = text.replace("\n", draw.choice(("\r\n", "\r", "\n\n", "\n\t")))
-        elif kind == 4:
-            at = draw.randint(0, len(other))
-            text = text[:start] + other[at : at + end - start] + text[end:]
-        else:
-            text = text[:start] + draw.choice(SNIPPETS) + text[start if kind < 7 else end :]
-    return text
+        start, at = draw.randint(0, len(text)), draw.randint(0, len(other))
+        end = min(len(text), start + draw.choice((0, 0, 1, 5, 40, 400)))
+        new = draw.choice(("", other[at : at + end - start], draw.choice(SNIPPETS), draw.choice(SNIPPETS)))
+        text = text[:start] + new + text[end:]
+    return text.replace("\n", draw.choice(("\n", "\n", "\r\n", "\r", "\n\t")))
 
 
 def check(file, counts):

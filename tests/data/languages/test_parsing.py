@@ -5,12 +5,7 @@ import pytest
 from tree_sitter import Parser
 
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.parsing import (
-    check_syntax,
-    error_bytes,
-    load_grammar,
-    parse_once,
-)
+from modular_star_encoder.data.languages.parsing import check_syntax, error_bytes, load_grammar, parse_once
 from tests.data.polyglot import SOURCES
 
 
@@ -79,15 +74,13 @@ SNIPPETS = [
 @pytest.mark.parametrize(("language", "code"), SNIPPETS)
 def test_a_bare_function_or_method_is_valid(language, code):
     for end in ("\n", "\r\n"):
-        assert check_syntax(code.replace("\n", end), language)[0] == 0
-        assert check_syntax(code.replace("\n", end), language)[1]
+        assert check_syntax(code.replace("\n", end), language) == (0, True)
 
 
 @pytest.mark.parametrize("language", SOURCES)
 def test_every_function_that_is_found_stands_alone(language):
     for found in find_functions(SOURCES[language], language):
-        assert check_syntax(found.code, language)[0] == 0, found.code
-        assert check_syntax(found.code, language)[1], found.code
+        assert check_syntax(found.code, language) == (0, True), found.code
 
 
 @pytest.mark.parametrize(("language", "code"), [row for row in SNIPPETS if row[1].endswith(("}", "end"))])
@@ -98,14 +91,14 @@ def test_a_function_cut_short_is_not_valid(language, code):
 @pytest.mark.parametrize("language", SOURCES)
 def test_prose_holds_no_function(language):
     prose = "I am sorry, but I cannot translate this function, since it has no equivalent."
-    assert not check_syntax(prose, language)[1]
-    assert check_syntax(prose, language)[0] > 0 or language == "ruby"
+    share, has_function = check_syntax(prose, language)
+    assert not has_function
+    assert share > 0 or language == "ruby"
 
 
 @pytest.mark.parametrize("code", ["", " \n\t", "int f() {\0}", "x" * 20_000])
 def test_what_cannot_be_parsed_at_all_is_wrong_from_end_to_end(code):
-    assert check_syntax(code, "c")[0] == 1
-    assert not check_syntax(code, "c")[1]
+    assert check_syntax(code, "c") == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -113,5 +106,6 @@ def test_what_cannot_be_parsed_at_all_is_wrong_from_end_to_end(code):
     [("python", "int f() { return 1; }"), ("java", "def f(x):\n    return x"), ("go", "def f(x)\n  x\nend")],
 )
 def test_another_language_and_code_that_closes_its_class_are_errors(language, code):
-    assert check_syntax(code, language)[0] > 0.2 or not check_syntax(code, language)[1]
+    share, has_function = check_syntax(code, language)
+    assert share > 0.2 or not has_function
     assert check_syntax("int f() { return 1; } }\nclass B { int g() { return 1; }", "java")[0] > 0

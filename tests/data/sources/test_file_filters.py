@@ -88,11 +88,6 @@ def test_line_lengths_leave_out_every_kind_of_line_end(longest, average, reason)
     assert (reason or "None") in str(filters.reason_by_text("aaaa\r\nbb\rc\n\n"))
 
 
-@pytest.mark.parametrize(("text", "share"), [("ab12", 0.5), ("éß 1", 0.5), ("", 0), ("日本", 1)])
-def test_the_share_of_letters_counts_letters_of_any_script(text, share):
-    assert alphabetic_share(text) == share
-
-
 def test_encoded_data_is_found_by_its_length_or_its_share():
     base64 = "QUJD" * 300
     assert holds_encoded_data(CODE * 200 + f'x = "{base64}"\n')
@@ -119,10 +114,11 @@ def test_the_rules_of_starcoder2_give_their_reason_and_the_default_keeps_ordinar
     assert FileFilters().reason_by_text(text) == (reason if reason == "very long lines" else None)
 
 
-def test_size_is_measured_in_bytes():
+def test_size_is_measured_in_bytes_and_letters_are_those_of_any_script():
     assert FileFilters(max_bytes=10).reason_by_text("é" * 6) == "too large"
     assert FileFilters(max_bytes=12).reason_by_text("é" * 6) is None
     assert FileFilters(max_bytes=10).decode(b"x" * 11) == ("", "too large")
+    assert [alphabetic_share(text) for text in ("ab12", "éß 1", "", "日本")] == [0.5, 0.5, 0, 1]
 
 
 def test_the_declared_encoding_decides_and_one_that_nobody_knows_is_a_reason():

@@ -46,13 +46,15 @@ def test_every_installed_distribution_and_the_standard_library_are_repositories(
     reader = installed_repositories()
     assert names(reader) == [("alpha", "alpha.py"), (STANDARD_LIBRARY, "json.py"), ("zeta-tools", "zeta/core.py")]
     assert reader.repositories == ("alpha", STANDARD_LIBRARY, "zeta-tools")
-
     assert reader.skipped == {"vendored code": 1, "test code": 3}
-
-
-def test_excluded_names_may_be_spelled_in_any_way(site_packages):
     assert installed_repositories(exclude=["zeta_TOOLS", STANDARD_LIBRARY]).repositories == ("alpha",)
     assert installed_repositories(exclude="zeta-tools").repositories == ("alpha", STANDARD_LIBRARY)
+    install(site_packages, "mixed", {"mixed/a.py": "x", "mixed/a.js": "x", "mixed/a.h": "x"})
+    assert {file.language for file in installed_repositories()} == {"python"}
+    assert names(installed_repositories(languages=("javascript", "c"))) == [
+        ("mixed", "mixed/a.h"),
+        ("mixed", "mixed/a.js"),
+    ]
 
 
 @pytest.mark.parametrize("parent", ["code", "tests/.hidden/site-packages"])
@@ -77,15 +79,17 @@ def test_hidden_folders_environments_and_links_are_not_entered(tmp_path):
     assert reader.skipped == {"test code": 2}
 
 
-def test_unsuitable_files_are_counted_by_reason(tmp_path):
-    latin, big, minified = "# \xe9".encode("latin-1"), "x = 1\n" * 100, "x" * 60
-    files = {"ok": "x = 1\n", "latin": latin, "big": big, "minified": minified, "blank": " \n", "null": "x = '\0'"}
+def test_unsuitable_files_are_counted_by_reason_in_every_iteration(tmp_path):
+    files = {"ok": b"\xef\xbb\xbfx = 1\r\n", "latin": b"# \xe9", "big": "x = 1\n" * 100, "minified": "x" * 60}
+    files |= {"blank": " \n", "null": "x = '\0'", "gone": "x"}
     write(tmp_path, {f"a/{name}.py": content for name, content in files.items()})
     reader = folder_repositories(tmp_path, filters=FileFilters(max_bytes=300, max_line_length=50))
-    expected = {"not UTF-8": 1, "too large": 1, "very long lines": 1, "empty": 1, "contains null bytes": 1}
-    for _ in range(2):  # a second iteration does not count twice
-        assert names(reader) == [("a", "ok.py")]
-        assert reader.skipped == expected
+    (tmp_path / "a" / "gone.py").unlink()
+    reasons = ("not UTF-8", "too large", "very long lines", "empty", "contains null bytes", "unreadable")
+    for _ in range(2):
+        (file,) = reader
+        assert (file.path, file.language, file.text) == ("ok.py", "python", "x = 1\r\n")
+        assert reader.skipped == dict.fromkeys(reasons, 1)
 
 
 def test_suffixes_count_in_any_letter_case_and_scripts_by_their_first_line_only_for_search(tmp_path):
@@ -117,47 +121,20 @@ def test_files_that_are_left_out_are_listed_once_for_every_iteration(tmp_path):
     assert reader.guessed_files == ["latin.py"]
 
 
-def test_an_unreadable_file_is_counted(tmp_path):
-    write(tmp_path, {"a/ok.py": "1", "a/gone.py": "1"})
-    reader = folder_repositories(tmp_path)
-    (tmp_path / "a" / "gone.py").unlink()
-    assert names(reader) == [("a", "ok.py")]
-    assert reader.skipped == {"unreadable": 1}
-
-
-def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path):
-    write(tmp_path, {"a/x.py": b"\xef\xbb\xbfa = 1\r\nb = 2\r\n"})
-    (file,) = folder_repositories(tmp_path)
-    assert file.text == "a = 1\r\nb = 2\r\n"
-    assert file.language == "python"
-
-
-def test_a_folder_without_python_is_refused_in_one_sentence(tmp_path):
-    write(tmp_path, {"docs/readme.md": "x", "tests/x.py": "1"})
-    with raises("data.source.no_files", "Python", "1 left out as test code"):
-        folder_repositories(tmp_path, languages=["python"])
-    with raises("data.source.missing", "missing"):
-        folder_repositories(tmp_path / "missing")
-    with raises("data.source.missing", "readme.md"):
-        folder_repositories(tmp_path / "docs" / "readme.md")
-
-
-def test_only_the_chosen_languages_are_read_and_counted(tmp_path):
-    write(tmp_path, {"r/a.py": "x", "r/a.go": "x", "r/a_test.go": "x", "r/test_a.py": "x", "s/a.rb": "x"})
-    reader = folder_repositories(tmp_path, languages=["go"])
-    assert names(reader) == [("r", "a.go")]
-    assert reader.skipped == {"test code": 1}
-    assert names(folder_repositories(tmp_path, languages="go")) == [("r", "a.go")]
+def test_only_the_chosen_languages_are_read_and_folders_without_them_are_refused(tmp_path):
+    write(tmp_path, {"docs/readme.md": "x", "r/a.py": "x", "r/a.go": "x", "r/a_test.go": "x", "r/test_a.rb": "x"})
+    for chosen in (["go"], "go"):
+        reader = folder_repositories(tmp_path, languages=chosen)
+        assert names(reader) == [("r", "a.go")]
+        assert reader.skipped == {"test code": 1}
     for wrong in (["cobol"], "cobol", []):
         with raises("data.language.unknown", "python, javascript"):
             folder_repositories(tmp_path, languages=wrong)
-
-
-def test_installed_distributions_are_read_in_python_by_default(site_packages):
-    install(site_packages, "mixed", {"mixed/a.py": "x", "mixed/a.js": "x", "mixed/a.h": "x"})
-    assert {file.language for file in installed_repositories()} == {"python"}
-    reader = installed_repositories(languages=("javascript", "c"))
-    assert names(reader) == [("mixed", "mixed/a.h"), ("mixed", "mixed/a.js")]
+    with raises("data.source.no_files", "Ruby", "1 left out as test code"):
+        folder_repositories(tmp_path, languages=["ruby"])
+    for missing in ("missing", "docs/readme.md"):
+        with raises("data.source.missing", missing):
+            folder_repositories(tmp_path / missing)
 
 
 def test_repositories_may_be_deeper(tmp_path):
