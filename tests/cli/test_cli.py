@@ -69,19 +69,8 @@ def test_search_prints_path_line_score_name_and_exit(mose, checkpoint, code):
     hits = [line for line in out.splitlines() if not line.startswith(" ")]
     assert len(hits) == 3
     assert all(re.fullmatch(rf"{code}/module\.py:\d+  [█▉-▏ ]+ -?\d\.\d\d\d  \w+  \(exit 2\)", line) for line in hits)
-
-
-def test_search_prints_json(mose, checkpoint, code):
-    status, out, _ = mose("search", "add", "find", "--folder", code, "--model", checkpoint, "--json")
-    answers = json.loads(out)
-    assert status == 0
-    assert [answer["question"] for answer in answers] == ["add", "find"]
-    assert list(answers[0]) == ["question", "hits", "margin", "reranked", "method"]
-    keys = ["path", "line", "name", "score", "exit_layer", "last_line", "language", "text"]
-    assert list(answers[0]["hits"][0]) == keys
     _, out, _ = mose("search", "add", "--folder", code, "--model", checkpoint, "--json", "--explain")
-    assert list(json.loads(out)[0]["hits"][0]) == [*keys, "reasons"]
-    assert [hit["exit_layer"] for hit in answers[0]["hits"]] == [4] * 5
+    assert json.loads(out)[0]["hits"][0]["reasons"]
 
 
 def test_evaluate_prints_the_table_and_writes_the_same_figures(mose, checkpoint, code, tmp_path):
@@ -205,19 +194,33 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(mose, mo
         assert (found, out, err.count("\n"), named in err) == (status, "", 1, True)
 
 
-@pytest.mark.parametrize("exits", ["", "4,", "deepest"])
-def test_a_list_of_exits_that_is_none_is_wrong_usage(capsys, exits):
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("serch x", "did you mean search?"),
+        ("dataset dedpu", "did you mean dedup?"),
+        ("recipes list --hlep", "did you mean --help?"),
+        ("evaluate mose-code --data . --exit-layers=", "not a list of numbers"),
+        ("evaluate mose-code --data . --exit-layers 4,", "not a list of numbers"),
+        ("evaluate mose-code --data . --exit-layers deepest", "not a list of numbers"),
+        ("evaluate mose-code --data hub --benchmark cosqa,advtext", "'advtext'"),
+        ("pretrain recipe.yaml --out run --seed=1", "--seed=1"),
+        ("pretrain recipe.yaml --out run seed", "seed"),
+        ("dataset build recipe.yaml --out out --outt x", "did you mean --out?"),
+        ("dataset build recipe.yaml --out out a=b -x", "-x"),
+        ("dataset stats rows.jsonl a=b", "a=b"),
+        ("dataset dedup . --out out --against file", "SOURCE:COLUMN"),
+    ],
+)
+def test_wrong_usage_has_status_2_and_names_what_is_wrong(words, named, capsys):
     with pytest.raises(SystemExit) as error:
-        cli.main(["evaluate", "mose-code", "--data", ".", "--exit-layers", exits])
+        cli.main(words.split())
     assert error.value.code == 2
-    assert "not a list of numbers" in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
-def test_a_misspelt_benchmark_is_wrong_usage_before_anything_is_imported(capsys):
+def test_the_names_of_benchmarks_in_the_help_are_those_that_there_are():
     assert (*BENCHMARKS, ALL) == BENCHMARK_NAMES
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", "mose-code", "--data", "hub", "--benchmark", "cosqa,advtext"])
-    assert "'advtext'" in capsys.readouterr().err
 
 
 def test_settings_may_stand_before_and_after_options():
@@ -250,19 +253,3 @@ def test_help_of_training_lists_the_keys_of_its_recipe(capsys, command, key):
         cli.main([command, "--help"])
     assert stopped.value.code == 0
     assert key in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("extra", [["--seed=1"], ["seed"]])
-def test_what_is_no_setting_is_refused_after_options_too(extra, capsys):
-    with pytest.raises(SystemExit):
-        cli.parse(["pretrain", "recipe.yaml", "--out", "run", *extra])
-    assert extra[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "nearest"), [("serch x", "search"), ("dataset dedpu", "dedup"), ("recipes list --hlep", "--help")]
-)
-def test_a_misspelt_command_or_option_names_the_nearest(words, nearest, capsys):
-    with pytest.raises(SystemExit):
-        cli.parse(words.split())
-    assert f"did you mean {nearest}?" in capsys.readouterr().err

@@ -87,15 +87,6 @@ def test_dedup_writes_the_rows_that_are_kept(mose, built, tmp_path):
     assert counts["kept"] == kept < sum(counts.values())
 
 
-def test_dedup_drops_what_is_near_a_benchmark(mose, built, tmp_path):
-    everything = built[0] / "triplets" / "rows-00000.parquet"
-    status, out, _ = mose(
-        "dataset", "dedup", built[0] / "triplets", "--out", tmp_path / "out", "--against", f"{everything}:func1_CSN"
-    )
-    assert status == 0
-    assert out.splitlines()[0].split() == ["0", "kept"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -115,18 +106,3 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(mose, tmp_path, monkeypa
     assert err.splitlines()[-1].startswith("mose: error: ")
     assert sentence in err
     assert not (tmp_path / "out.parquet").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("build recipe.yaml --out out --outt x", "--outt"),
-        ("build recipe.yaml --out out a=b -x", "-x"),
-        ("stats rows.jsonl a=b", "a=b"),
-        ("dedup . --out out --against file", "SOURCE:COLUMN"),
-    ],
-)
-def test_unknown_options_are_wrong_usage(capsys, words, named):
-    with pytest.raises(SystemExit):
-        cli.main(["dataset", *words.split()])
-    assert named in capsys.readouterr().err

@@ -17,112 +17,74 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 from collections import Counter
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from modular_star_encoder.cli.main import main as mose
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
-from tests.fuzz import readers
-from tests.fuzz.fuzz import make_world
+from tests.fuzz.harness import End, make_world, run, temporary_files
+from tests.fuzz.readers import CHECKPOINT, READERS, Reader, seed_rows
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import translation
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.test_distilling import EXIT_0
 
 FAULTS = ("full", "term", "kill", "read-only")
-CHECKPOINT = readers.CHECKPOINT
 COMMANDS = {  # name → (reader whose files are in the folder of the command, its words)
     "slice": ("rows", f"slice {CHECKPOINT} --exit-layer 2 out"),
-    "grow": ("rows", "grow ../../world/exit-0 out --exit-layers 0 1"),
-    "export": ("rows", "export ../../world/static/0 --format static --out out"),
+    "grow": ("rows", "grow ../../world/grown out --exit-layers 0 1"),
+    "export": ("rows", "export ../../world/static --format static --out out"),
     "index": ("checkout", f"index . --model {CHECKPOINT} --exit-layers 1,4"),
     "profile": ("config", "profile . --exit-layers 2 --rounds 1 --batch-sizes 1 --lengths 16"),
     "card": ("report", "card model --repository me/model --evaluation report.json --out out"),
     "evaluate": ("benchmark-folder", f"evaluate {CHECKPOINT} --data . --exit-layers 2 --out out --json out.json"),
-    "finetune": ("finetune", "finetune recipe.yaml --out out"),
-    "pretrain": ("pretrain", "pretrain recipe.yaml --out out"),
+    "finetune": ("finetune", "finetune finetune.yaml --out out"),
+    "pretrain": ("pretrain", "pretrain pretrain.yaml --out out"),
     "dedup": ("rows", "dataset dedup ../../world/parquet --out out --columns func1_CSN"),
-    "build": ("dataset", "dataset build recipe.yaml --out out translation.options.base_url={url}"),
+    "build": ("dataset", "dataset build dataset.yaml --out out translation.options.base_url={url}"),
     "corpus": ("corpus", "dataset corpus build corpus.yaml --packages raw --out out"),
 }
 
 
-class End(NamedTuple):
-    """How a command ended: exit status, or minus the number of the signal; its stderr; the number of its writes."""
-
-    status: int
-    errors: str
-    writes: int
+def seed_parquet(folder: Path) -> None:
+    seed_rows(folder)
+    for path in set(folder.iterdir()) - {folder / "triplets.parquet"}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def run(words: str, folder: Path, fault: str = "", at: int = 0) -> End:
-    """Run `mose WORDS` in a folder, in a process of its own that has the fault at its write number `at`."""
-    temporary = folder / "tmp"
-    temporary.mkdir(exist_ok=True)
-    counted, counting = os.pipe()
-    shown, showing = os.pipe()  # to a file, the message would not fit on the full disk
-    if (child := os.fork()) == 0:
-        status, count = 1, [0]
-        try:
-            os.setsid()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(showing, 2)
-            os.chdir(folder)
-            tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
-            if fault == "read-only":
-                _make_read_only(folder)
-            count = _count_writes(str(folder), fault, at)
-            status = mose(words.split())
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os.write(counting, str(count[0]).encode())
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(counting)
-    os.close(showing)
-    with os.fdopen(shown, errors="replace") as errors, os.fdopen(counted) as counts:
-        end = errors.read(), int(counts.read() or 0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if fault == "read-only":
-        for path in (folder, *folder.rglob("*")):
-            os.chmod(path, 0o755)
-    return End(status, *end)
-
-
-def _make_read_only(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        os.chmod(path, 0o777 if path.name == "tmp" else 0o555 if path.is_dir() else 0o444)
-    # Without its capabilities, root may write only what its owner may.
-    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-
-
-def _count_writes(folder: str, fault: str, at: int) -> list[int]:
+def begin(folder: Path, fault: str, at: int, writes: RawValue) -> None:
     """Count every opening for writing, new folder, renaming and removal below a folder, and begin the fault at one."""
-    count, me = [0], os.getpid()
+    if fault == "read-only":
+        for path in (*folder.rglob("*"), folder):
+            os.chmod(path, 0o555 if path.is_dir() else 0o444)
+        # Without its capabilities, root may write only what its owner may.
+        ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    me = os.getpid()
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
             is_write = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             is_write = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
-        if not is_write or not os.path.abspath(os.fsdecode(str(arguments[0]))).startswith(folder) or os.getpid() != me:
+        if (
+            not is_write
+            or os.getpid() != me
+            or not os.path.abspath(os.fsdecode(str(arguments[0]))).startswith(f"{folder}")
+        ):
             return
-        count[0] += 1
-        if count[0] == at and fault in ("term", "kill"):
+        writes.value += 1
+        if writes.value == at and fault in ("term", "kill"):
             os.kill(me, signal.SIGTERM if fault == "term" else signal.SIGKILL)
-        if count[0] == at and fault == "full":
+        if writes.value == at and fault == "full":
             _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))  # for libraries in C too
             if event in ("open", "os.mkdir", "os.rename") and at % 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[0])
 
     sys.addaudithook(hook)
-    return count
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -134,63 +96,61 @@ def contents(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def strange(folder: Path, expected: set[str], is_finished: bool) -> list[str]:
+def strange(folder: Path, expected: set[str]) -> list[str]:
     """Return the files that a whole run does not leave and that are hidden, temporary or in the temporary folder."""
     names = set(contents(folder)) - expected
-    names = {name for name in names if name.startswith("tmp/") or "/." in f"/{name}" or name.endswith(".tmp")}
-    return sorted(name for name in names if is_finished or ".near-duplicate-job" not in name)
-
-
-def faults_of(end: End, fault: str) -> str:
-    """Return what was wrong with the end of a command, or an empty text."""
-    allowed = {"full": (0, 2), "read-only": (0, 2), "term": (0, 130, 143), "kill": (-signal.SIGKILL,)}[fault]
-    if "Traceback" in end.errors:
-        return f"traceback: {end.errors.strip().splitlines()[-1]}"
-    return "" if end.status in allowed else f"status {end.status}: {end.errors[-200:]}"
+    names = {name for name in names if "/." in f"/{name}" or name.endswith(".tmp")}
+    return sorted(names | set(os.listdir(temporary_files(folder))))
 
 
 def try_command(name: str, tries: int, root: Path, url: str) -> Counter[str]:
     """Run a command with every fault; print what went wrong, and return the number of each outcome."""
     reader, words = COMMANDS[name][0], COMMANDS[name][1].format(url=url)
-    folder, outcomes = root / "cases" / name, Counter[str]()
+    folder, outcomes, writes = root / "case" / name, Counter[str](), RawValue("l")
 
-    def fresh() -> Path:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(root / "world" / reader / "0", folder)
-        return folder
+    def attempt(fault: str = "", at: int = 0, again: bool = False) -> End:
+        if not again:
+            for old in (folder, temporary_files(folder)):
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(root / "world" / reader, folder)
+        writes.value = 0
+        end = run(folder, (words,), partial(begin, folder, fault, at, writes))
+        if fault == "read-only":
+            for path in (folder, *folder.rglob("*")):
+                os.chmod(path, 0o755)
+        return end
 
-    whole = [(run(words, fresh()), contents(folder)) for _ in range(2)]
-    if whole[0][0].status:
-        raise RuntimeError(f"{name}: {whole[0][0].errors}")
-    writes, expected = whole[0][0].writes, whole[0][1]
-    stable = {path: value for path, value in expected.items() if whole[1][1].get(path) == value}
-    places = sorted({1 + round(place * (writes - 1) / max(1, tries - 1)) for place in range(tries)})
+    def fault_of(fault: str, at: int) -> str:
+        """Return what was wrong with a command that a fault ended or with its repetition, or an empty text."""
+        end = attempt(fault, at)
+        allowed = {"full": (0, 2), "read-only": (0, 2), "term": (0, 130, 143), "kill": (-signal.SIGKILL,)}[fault]
+        if "Traceback" in end.errors or end.status not in allowed:
+            return f"status {end.status}: {end.errors[-300:]}"
+        if fault != "kill" and (left := [one for one in strange(folder, set(whole)) if "near-duplicate" not in one]):
+            return f"left {left}"
+        is_whole = not set(whole) - set(contents(folder))  # then a command may refuse to write it again
+        repeated, found = attempt(again=True), contents(folder)
+        if repeated.status and not (is_whole and repeated.status == 2):
+            return f"repetition: {repeated.errors[-300:]}"
+        if lost := [
+            path for path, value in whole.items() if (found.get(path) != value if value else path not in found)
+        ]:
+            return f"lost or different: {lost}"
+        return f"left after the repetition: {left}" if (left := strange(folder, set(whole))) else ""
+
+    if (end := attempt()).status:
+        raise RuntimeError(f"{name}: {end.errors}")
+    number, whole = writes.value, contents(folder)
+    attempt()
+    other = contents(folder)
+    whole = {path: value if other.get(path) == value else "" for path, value in whole.items()}  # "": differs each time
+    places = sorted({1 + round(place * (number - 1) / max(1, tries - 1)) for place in range(tries)})
     for fault, at in [(fault, at) for fault in FAULTS[:3] for at in places] + [(FAULTS[3], 0)]:
-        wrong = faults_of(run(words, fresh(), fault, at), fault)
-        if not wrong and fault != "kill" and (left := strange(folder, set(expected), False)):
-            wrong = f"left {left}"
-        is_whole = not set(expected) - set(contents(folder))  # then a command may refuse to write it again
-        again = run(words, folder)
-        found = contents(folder)
-        lost = [path for path, value in stable.items() if found.get(path) != value]
-        if not wrong and again.status and not (is_whole and again.status == 2):
-            wrong = f"repetition: {again.errors.strip()[-300:]}"
-        if not wrong and (lost or set(expected) - set(found)):
-            wrong = f"lost or different: {lost or set(expected) - set(found)}"
-        if not wrong and (left := strange(folder, set(expected), True)):
-            wrong = f"left after the repetition: {left}"
+        wrong = fault_of(fault, at)
         outcomes[wrong.partition(":")[0].partition(" ")[0] or "ok"] += 1
         if wrong:
-            print(f"{name}, {fault} at write {at} of {writes}: {wrong}", flush=True)
+            print(f"{name}, {fault} at write {at} of {number}: {wrong}", flush=True)
     return outcomes
-
-
-def serve(pipe: int) -> None:
-    """Answer requests for translations, in this process, which never ends; write the address to `pipe` first."""
-    with OpenAIServer(translation) as server:
-        os.write(pipe, server.base_url.encode())
-        os.close(pipe)
-        signal.pause()
 
 
 def main() -> int:
@@ -200,12 +160,17 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     counts = {}
+    grown = partial(save_retrieval_checkpoint, tiny_model(**EXIT_0), tiny_tokenizer())
+    more = READERS | {"parquet": Reader(seed_parquet, ()), "grown": Reader(grown, ())}
+    names = ["config", "static", "parquet", "grown", *(COMMANDS[name][0] for name in arguments.commands)]
     with tempfile.TemporaryDirectory(prefix="mose-faults-") as temporary:
         root = Path(temporary)
+        make_world(root / "world", [(name, more[name].seed) for name in dict.fromkeys(names)])
         reading, writing = os.pipe()
-        if (server := os.fork()) == 0:
-            serve(writing)
-        make_world(root, ["static", "rows", *(COMMANDS[name][0] for name in arguments.commands)], seed_more)
+        if (server := os.fork()) == 0:  # a process that answers requests for translations, and never ends
+            with OpenAIServer(translation) as answering:
+                os.write(writing, answering.base_url.encode())
+                signal.pause()
         url = os.read(reading, 99).decode()
         try:
             print(f"{'command':12}{'runs':>8}{'ok':>8}  other outcomes")
@@ -216,12 +181,6 @@ def main() -> int:
         finally:
             os.kill(server, signal.SIGKILL)
     return any(outcome != "ok" for found in counts.values() for outcome in found)
-
-
-def seed_more(world: Path) -> None:
-    save_retrieval_checkpoint(tiny_model(**EXIT_0), tiny_tokenizer(), world / "exit-0")
-    (world / "parquet").mkdir()
-    shutil.copy(world / "rows" / "0" / "triplets.parquet", world / "parquet")
 
 
 if __name__ == "__main__":

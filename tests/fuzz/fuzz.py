@@ -1,14 +1,12 @@
 """Reads changed files with every reader, in processes with limits of time and memory, and counts how each read ends.
 
     python -m tests.fuzz.fuzz --count 20000 --readers config,index     (or make fuzz ARGS="…")
-    python -m tests.fuzz.fuzz --replay FILE
+    python -m tests.fuzz.fuzz --count 1 --readers config --first 17     again what ended badly
 
-An input is a function of (--seed, reader, number). Those that end badly are kept in --out, one JSON file each.
+An input is a function of (--seed, reader, number).
 """
 
 import argparse
-import base64
-import contextlib
 import copy
 import faulthandler
 import gzip
@@ -17,34 +15,22 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
-import time
-import traceback
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from modular_star_encoder.utils.errors import UserError
-from tests.fuzz.readers import READERS, TrainingBeginsError, stop_before_training
+from tests.fuzz.harness import End, make_world, run, temporary_files
+from tests.fuzz.readers import READERS, import_everything, stop_before_training
 
-SECONDS, MEMORY = 10, 2 << 30
-INPUTS_PER_PROCESS = 60
-Case = dict[str, Any]  # reader, number, seed; later also outcome, error and seconds
-GOOD = ("ok", "sentence", "library")
+SECONDS, MEMORY = 20, 2 << 30
+GOOD = ("ok", "sentence")
 OUTCOMES = (*GOOD, "traceback", "crash", "time", "memory", "leftover")
-
-
-# Values and bytes to put into files
 
 
 class _Raw(float):
@@ -67,11 +53,8 @@ VALUES += ["a/b", "@", "{}", "cuda", [], {}, [[]], [None], {"": None}, {"a": {"b
 VALUES += [nested(60)]
 CHUNKS = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xff" * 8, b"\x7f\xff\xff\xff", b"{" * 50_000, b"[" * 50_000]
 CHUNKS += [b"1e999", b"NaN", b'"', b"'", b"<" * 9, b"\\ud800", "é\u202e\u2028".encode(), b"\x1b[31m", b"*" * 2000]
-CHUNKS += [b"\n", b"\r", b"(" * 3000, b"a" * 100_000, b"-", b"!!python/object/apply:os.system [id]\n"]
-CHUNKS += [b"&a [*a]\n", b"HTTP/1.1 302 x\r\nLocation: /\r\n", b" " * 50_000]
-ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
+CHUNKS += [b"\n", b"\r", b"(" * 3000, b"a" * 100_000, b"-", b"!!python/object/apply:os.system [id]\n", b"!!set{a:null}"]
+CHUNKS += [b"&a [*a]\n", b"HTTP/1.1 302 x\r\nLocation: /\r\n", b" " * 50_000, b"2001-01-01", b"1:1:1", b"9" * 99]
 
 
 def change_tree(tree: Any, rng: random.Random) -> Any:
@@ -79,10 +62,8 @@ def change_tree(tree: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         box = {"root": tree}
         places = list(_places(box))
-        parent, key = rng.choice(places)
-        value = parent[key]
-        other_parent, other_key = rng.choice(places)
-        kind = rng.randrange(8)
+        (parent, key), (other_parent, other_key) = rng.choice(places), rng.choice(places)
+        value, kind = parent[key], rng.randrange(8)
         if kind < 4:
             parent[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 4 and parent is not box:
@@ -123,8 +104,7 @@ def change_bytes(content: bytes, rng: random.Random) -> bytes:
 
 def change(path: Path, rng: random.Random, by_strangers: bool) -> None:
     """Change a file in place, by its content or as a whole."""
-    content = path.read_bytes()
-    kind = rng.randrange(20)
+    content, kind = path.read_bytes(), rng.randrange(20)
     if kind == 0:
         path.unlink()
         if (what := rng.randrange(5 if by_strangers else 2)) == 1:
@@ -140,8 +120,7 @@ def change(path: Path, rng: random.Random, by_strangers: bool) -> None:
         number = rng.randrange(len(lines))
         try:
             if path.suffix == ".yaml":
-                text = yaml.safe_dump(change_tree(yaml.safe_load(lines[number]), rng), sort_keys=False)
-                lines[number] = rng.choice((text,) * 9 + (ALIASES + text,))
+                lines[number] = yaml.safe_dump(change_tree(yaml.safe_load(lines[number]), rng), sort_keys=False)
             else:
                 lines[number] = json.dumps(change_tree(json.loads(lines[number]), rng), ensure_ascii=rng.random() < 0.9)
         except (ValueError, yaml.YAMLError):
@@ -151,199 +130,67 @@ def change(path: Path, rng: random.Random, by_strangers: bool) -> None:
         path.write_bytes(change_bytes(content, rng))
 
 
-# Inputs and what becomes of them
-
-
-def make_world(root: Path, names: Sequence[str], more: Callable[[Path], object] = id) -> None:
-    """Write the files of the named readers to `root`, in a process of its own, so that this one starts no threads."""
-    for folder in ("cases", "tmp"):
-        (root / folder).mkdir(parents=True)
-    if (child := os.fork()) == 0:
-        try:
-            silence()
-            for name in dict.fromkeys(["config", *names]):  # recipes name the checkpoint of `config`
-                folder = root / "world" / name / "0"
-                folder.mkdir(parents=True)
-                os.chdir(folder.parent)
-                READERS[name].seed(folder)
-            more(root / "world")
-        except BaseException:
-            (root / "error").write_text(traceback.format_exc())
-        os._exit(0)
-    os.waitpid(child, 0)
-    if (root / "error").exists():
-        raise RuntimeError((root / "error").read_text())
-
-
-def silence() -> None:
-    quiet = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(quiet, stream)
-    warnings.simplefilter("ignore")
-
-
-def make_input(case: Case, root: Path) -> tuple[Path, Path]:
-    """Copy the files of a reader to a new folder and change one; return the folder and the changed file."""
-    name, number = case["reader"], case["number"]
-    folder = root / "cases" / f"{name}-{number}-{os.getpid()}"
-    shutil.copytree(root / "world" / name / "0", folder)
-    rng = random.Random(f"{case['seed']}:{name}:{number}")
-    paths = {path for one in READERS[name].changed for path in folder.glob(one) if path.is_file()}
-    path = rng.choice(sorted(paths))
-    if number is None:  # as it was
-        return folder, path
-    if case.get("content") is None:
-        change(path, rng, READERS[name].by_strangers)
-    else:
-        path = folder / case["file"]
-        path.write_bytes(base64.b64decode(case["content"]))
-    return folder, path
-
-
-def read_input(name: str, folder: Path) -> tuple[str, str]:
-    """Read a folder with a reader; return the outcome and what was raised."""
-    before, temporary = set(folder.rglob("*")), set(Path(tempfile.gettempdir()).iterdir())
-    os.chdir(folder)
-    outcome, shown = "ok", ""
-    try:
-        READERS[name].read(folder)
-    except TrainingBeginsError:
-        pass
-    except BaseException as error:
-        outcome, shown = judge(error), "".join(traceback.format_exception(error))[-8000:]
-    os.chdir("/")
-    left = [path for path in set(folder.rglob("*")) - before if path.suffix == ".tmp" or path.name[0] == "."]
-    left = [path for path in left if path.name not in (".lock", ".mose", ".near-duplicate-job", ".gitignore")]
-    left += set(Path(tempfile.gettempdir()).iterdir()) - temporary
-    return ("leftover", f"{left}\n{shown}") if outcome in GOOD and left else (outcome, shown)
-
-
-def judge(error: BaseException) -> str:
-    """Return the outcome for an error: a sentence of ours, a library's own error, too much memory, or a bug."""
-    if isinstance(error, MemoryError) or "allocate" in str(error):
-        return "memory"
-    if isinstance(error, (UserError, OSError)):
-        return "sentence"
-    by_library = "site-packages" in traceback.extract_tb(error.__traceback__)[-1].filename
-    clear = isinstance(error, (ValueError, ImportError)) and not isinstance(error, (UnicodeError, json.JSONDecodeError))
-    return "library" if by_library and clear else "traceback"
-
-
-def work(cases: Sequence[Case], root: Path, results: Connection) -> None:
-    """Read inputs in this process, which then ends; send the outcome, error and seconds of each."""
-    os.setsid()
-    silence()
+def limit() -> None:
+    """Limit time and memory of this process, and end it where training would begin."""
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    tempfile.tempdir = os.environ["TMPDIR"] = str(root / "tmp" / str(os.getpid()))
-    os.mkdir(tempfile.tempdir)
     stop_before_training()
-    with open(root / "stack", "w") as stack:
-        for case in cases:
-            folder, _ = make_input(case, root)
-            faulthandler.dump_traceback_later(SECONDS - 1, file=stack)
-            start = time.monotonic()
-            outcome, error = read_input(case["reader"], folder)
-            faulthandler.cancel_dump_traceback_later()
-            results.send({"outcome": outcome, "error": error, "seconds": time.monotonic() - start})
-            shutil.rmtree(folder, ignore_errors=True)
-    os._exit(0)
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.stderr)
 
 
-def run(cases: Iterable[Case], root: Path) -> Iterator[Case]:
-    """Read inputs in processes, one at a time; yield each input with its outcome, error and seconds.
-
-    A process that dies, or takes more than `SECONDS` for an input, ends the input only if another process does, too.
-    """
-    waiting, suspect = deque(cases), None
-    while waiting:
-        batch = list(islice(waiting, INPUTS_PER_PROCESS))
-        ours, theirs = Pipe(duplex=False)
-        if (child := os.fork()) == 0:
-            work(batch, root, theirs)
-        theirs.close()
-        try:
-            for case in batch:
-                try:
-                    result = ours.recv() if ours.poll(SECONDS) else {"outcome": "time", "seconds": float(SECONDS)}
-                except EOFError:
-                    result = {"outcome": "crash", "seconds": 0.0}
-                is_bad = "error" not in result
-                if is_bad and case is not suspect:
-                    suspect = case
-                    break
-                waiting.popleft()
-                yield case | {"error": (root / "stack").read_text() if is_bad else ""} | result
-                if is_bad:
-                    break
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        for left in (*(root / "cases").iterdir(), *(root / "tmp").iterdir()):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def fuzz(names: Sequence[str], count: int, seed: int, out: Path | None = None) -> dict[str, Counter[str]]:
-    """Read `count` inputs, as many with each reader; print and return the number of each outcome by reader."""
-    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
-    libraries = Counter[tuple[str, str]]()
-    cases = [{"reader": names[n % len(names)], "number": n // len(names), "seed": seed} for n in range(count)]
-    cases.sort(key=lambda case: (case["number"] // 50, case["reader"]))
-    with tempfile.TemporaryDirectory(prefix="mose-fuzz-") as temporary:
-        root = Path(temporary)
-        make_world(root, names)
-        for case in run([{"reader": name, "number": None, "seed": 0} for name in names], root):
-            if case["outcome"] != "ok":
-                raise RuntimeError(f"{case['reader']} cannot read its own files: {case['error']}")
-        with contextlib.suppress(KeyboardInterrupt):  # the counts so far
-            for case in run(cases, root):
-                counts[case["reader"]][case["outcome"]] += 1
-                if case["outcome"] not in GOOD and out is not None:
-                    keep(case, root, out)
-                if case["outcome"] == "library":
-                    libraries[case["reader"], case["error"].strip().rpartition("\n")[2].partition(":")[0]] += 1
-    print(f"{'reader':26}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES))
-    for name, found in [*counts.items(), ("all", sum(counts.values(), Counter[str]()))]:
-        print(f"{name:26}" + "".join(f"{found[outcome]:>10,}" for outcome in OUTCOMES), flush=True)
-    for (name, kind), count in libraries.most_common():
-        print(f"{count:>10,} × {name}: {kind}")
-    return counts
-
-
-def keep(case: Case, root: Path, out: Path) -> None:
-    """Write an input, what it did and the last line of its error, to a file that `--replay` reads."""
-    folder, path = make_input(case, root)
-    content = base64.b64encode(path.read_bytes()).decode() if path.is_file() and not path.is_symlink() else None
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{case['reader']}-{case['seed']}-{case['number']}.json"
-    file.write_text(json.dumps(case | {"file": path.relative_to(folder).as_posix(), "content": content}))
-    last = case["error"].strip().rpartition("\n")[2][:150]
-    print(f"{case['outcome']:10} {file}: {last}", file=sys.stderr)
-    shutil.rmtree(folder)
+def read_changed(root: Path, name: str, number: int | None, seed: int) -> tuple[str, End]:
+    """Copy the files of a reader, change one (none if `number` is None), read them; return the outcome and the end."""
+    folder, reader = root / "case" / name, READERS[name]
+    for old in (folder, temporary_files(folder)):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(root / "world" / name, folder)
+    if number is not None:
+        rng = random.Random(f"{seed}:{name}:{number}")
+        paths = {path for one in reader.changed for path in folder.glob(one) if path.is_file()}
+        change(rng.choice(sorted(paths)), rng, reader.by_strangers)
+    before = set(folder.rglob("*"))
+    end = run(folder, reader.read, limit)
+    new = [path for path in set(folder.rglob("*")) - before if path.name[0] == "." or path.suffix == ".tmp"]
+    left = [path.name for path in new if path.name not in (".lock", ".mose", ".gitignore")]
+    left += os.listdir(temporary_files(folder))
+    if "Timeout (" in end.errors:
+        return "time", end
+    if "MemoryError" in end.errors or "allocate" in end.errors:
+        return "memory", end
+    if end.status not in (0, 2):
+        return ("crash" if end.status < 0 else "traceback"), end
+    return ("leftover" if left else GOOD[end.status // 2]), End(end.status, f"{end.errors}{left}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--readers", help=f"names or their beginnings, with commas: {', '.join(READERS)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
-    parser.add_argument("--replay", type=Path)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input of each reader")
+    parser.add_argument("--readers", default="", help=f"names or their beginnings, with commas: {', '.join(READERS)}")
     arguments = parser.parse_args()
+    names = [name for name in READERS if name.startswith(tuple(arguments.readers.split(",")))]
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    chosen = tuple(arguments.readers.split(",")) if arguments.readers else ("",)
-    if arguments.replay:
-        case = {name: value for name, value in json.loads(arguments.replay.read_text()).items() if name != "error"}
-        with tempfile.TemporaryDirectory(prefix="mose-fuzz-") as temporary:
-            make_world(Path(temporary), [case["reader"]])
-            (case,) = run([case], Path(temporary))
-        print(case["error"], case["outcome"], f"in {case['seconds']:.1f} s")
-        return case["outcome"] not in GOOD
-    names = [name for name in READERS if name.startswith(chosen)]
-    counts = fuzz(names, arguments.count, arguments.seed, arguments.out)
+    import_everything()
+    with tempfile.TemporaryDirectory(prefix="mose-fuzz-") as temporary:
+        root = Path(temporary)
+        # Recipes name the checkpoint of `config`.
+        make_world(root / "world", [(name, READERS[name].seed) for name in dict.fromkeys(["config", *names])])
+        for name in names:
+            outcome, end = read_changed(root, name, None, 0)
+            if (outcome, "error: [begins]" in end.errors) not in (("ok", False), ("sentence", True)):
+                raise RuntimeError(f"{name} cannot read its own files: {end.errors}")
+        for n in range(arguments.count):
+            name, number = names[n % len(names)], arguments.first + n // len(names)
+            outcome, end = read_changed(root, name, number, arguments.seed)
+            counts[name][outcome] += 1
+            if outcome not in GOOD:
+                print(f"{outcome}: --readers {name} --seed {arguments.seed} --first {number}\n{end.errors}", flush=True)
+    print(f"{'reader':26}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES))
+    for name, found in [*counts.items(), ("all", sum(counts.values(), Counter[str]()))]:
+        print(f"{name:26}" + "".join(f"{found[outcome]:>10,}" for outcome in OUTCOMES))
     return any(outcome not in GOOD for found in counts.values() for outcome in found)
 
 

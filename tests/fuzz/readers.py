@@ -1,39 +1,34 @@
 """All readers of data from strangers: a function that writes tiny files of each kind, and what reads them."""
 
 import gzip
+import importlib
 import json
+import pkgutil
 import tarfile
-import threading
 import zipfile
-from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import NamedTuple
 
 import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
-from modular_star_encoder.cli.main import parse
-from modular_star_encoder.data.functions import extract_functions, open_corpus
-from modular_star_encoder.data.languages.parsing import check_syntax
-from modular_star_encoder.data.languages.registry import LANGUAGES, language_of
+import modular_star_encoder
+from modular_star_encoder.cli.main import main as mose
+from modular_star_encoder.data.functions import open_corpus
 from modular_star_encoder.data.pairs import read_labelled_pairs, read_retrieval_examples
-from modular_star_encoder.data.sources import SourceFile
-from modular_star_encoder.data.sources.decoding import decode_source
 from modular_star_encoder.evaluation.benchmarks import load_benchmark
 from modular_star_encoder.inference.encoders import EndpointEncoder
-from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.synthconl import build
 from modular_star_encoder.synthconl.backends import CompletionRequest, OpenAIBackend
 from modular_star_encoder.synthconl.row_files import write_rows
 from modular_star_encoder.synthconl.translation import TranslationSettings, translate
 from modular_star_encoder.training import ablation, runs
-from modular_star_encoder.utils.http import HTTPClient
+from modular_star_encoder.utils.errors import UserError
 from tests.data.polyglot import SOURCES
 from tests.evaluation.benchmarks.published import WRITERS, code_folder
+from tests.fuzz.harness import Lines, Step
 from tests.hub.repositories import write_finetuned
 from tests.search.conftest import FILES, write_code
 from tests.synthconl.openai_server import OpenAIServer
@@ -41,20 +36,22 @@ from tests.synthconl.samples import FUNCTION_SCHEMA, echo, endpoint_settings, fu
 from tests.synthconl.test_corpus import write_packages
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.training.retrieval_runs import finetuning_settings, write_triplets
+from tests.utils.http_server import LocalServer
 
-Step = Callable[[Path], object]
-CHECKPOINT = "../../world/config/0"
+CHECKPOINT = "../../world/config"
 
 
-class TrainingBeginsError(Exception):
-    """Raised in place of training and of asking a language model: everything is read by then."""
+def import_everything() -> None:
+    """Import all modules now, so that no process has to do it again."""
+    for module in pkgutil.walk_packages(modular_star_encoder.__path__, "modular_star_encoder."):
+        importlib.import_module(module.name)
 
 
 def stop_before_training() -> None:
-    """Make this process raise TrainingBeginsError where a model would be trained or a language model asked."""
+    """Let this process raise a UserError where a model would be trained or a language model asked."""
 
     def stop(*_: object, **__: object) -> None:
-        raise TrainingBeginsError
+        raise UserError("fuzz.begins", "[begins]")
 
     def open_only(_: Path, __: Path, settings: TranslationSettings, **___: object) -> None:
         settings.open()
@@ -64,22 +61,16 @@ def stop_before_training() -> None:
     build.translate = open_only
 
 
-def mose(*commands: str) -> Step:
-    """Return a step that runs commands in the current folder and raises their errors."""
-
-    def read(_: Path) -> None:
-        for words in commands:
-            arguments = parse(words.split())
-            arguments.run(arguments)
-
-    return read
-
-
 def write_json_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # Checkpoints
+
+
+def with_code(write: Step, folder: Path) -> None:
+    write(folder)
+    write_code(folder / "code")
 
 
 def seed_shards(folder: Path) -> None:
@@ -93,11 +84,6 @@ def seed_exit_zero(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
     state = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))  # as static exports need it
-
-
-def index_code(folder: Path) -> None:
-    write_code(Path("code"))
-    CodeIndex.build("code", checkpoint=folder, processes=0, progress=False).search(["é <s>"])
 
 
 def seed_finetuned(folder: Path) -> None:
@@ -129,20 +115,21 @@ RECIPES = {
 }
 
 
-def seed_recipe(name: str, folder: Path) -> None:
+def seed_recipes(folder: Path) -> None:
     write_triplets(folder)
     for path in write_corpus(folder / "corpus", 5, 2).glob("*/*.py"):
         path.with_name("more.py").write_text("".join(f"{path.parent.name}_{n} = {n}\n" for n in range(30)))
     pairs = [{"first": f"int f() {{ return {n}; }}", "second": "int g() {}", "label": n % 2} for n in range(8)]
     write_json_lines(folder / "pairs.jsonl", pairs)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPES[name]))
+    for name, recipe in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
 
 
 # Rows
 
 
 def seed_rows(folder: Path) -> None:
-    seed_recipe("finetune", folder)
+    seed_recipes(folder)
     triplets = (folder / "triplets.jsonl").read_bytes()
     parquet.write_table(pa.Table.from_pylist([*map(json.loads, triplets.splitlines())]), folder / "triplets.parquet")
     (folder / "triplets.jsonl.gz").write_bytes(gzip.compress(triplets))
@@ -161,9 +148,12 @@ def read_rows(_: Path) -> None:
     list(open_corpus({"rows": "files.parquet", "columns": columns}))
 
 
+EVALUATE = f"evaluate {CHECKPOINT} --data code --exit-layers 2 --out out"
+
+
 def seed_results(folder: Path) -> None:
     code_folder(folder / "code")
-    mose(f"evaluate {CHECKPOINT} --data {folder}/code --exit-layers 2 --out {folder}/out")(folder)
+    mose(EVALUATE.split())
 
 
 def seed_evaluation_sets(folder: Path) -> None:
@@ -201,24 +191,9 @@ def seed_sources(folder: Path) -> None:
         (folder / f"file.{suffix}").write_text("/** Adds x. */\nfn add(x: int) -> int {\n  return x + 1 # <b>\n}\n" * 3)
 
 
-def read_sources(folder: Path) -> None:
-    index = CodeIndex.build(folder, "memory://", checkpoint=CHECKPOINT, processes=0, progress=False)
-    index.search(["add"], method="lexical")
-    for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink() and (language := language_of(path)) in LANGUAGES:
-            text, _ = decode_source(path.read_bytes())
-            extract_functions(SourceFile("r", path.name, language, text), Counter(), documented_only=False)
-            check_syntax(text, language)
-
-
 def seed_index(folder: Path) -> None:
     write_code(folder / "code")
-    save_tiny_checkpoint(folder.parent / "model")  # an index holds its absolute path
-    mose(f"index {folder}/code --model {folder.parent}/model --exit-layers 1,4")(folder)
-
-
-SEARCHES = ("search parse --index code/.mose --method lexical --path *.js", "search parse --index code/.mose")
-SEARCHES += ("related code/stack.py:2 --index code/.mose",)
+    mose(f"index code --model {CHECKPOINT} --exit-layers 1,4".split())
 
 
 # Servers and jobs
@@ -228,40 +203,18 @@ def seed_answers(folder: Path) -> None:
     choice = {"message": {"role": "assistant", "content": "code"}, "finish_reason": "stop"}
     chat = {"model": "m", "choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
     embeddings = {"data": [{"index": n, "embedding": [0.1, 0.2 * n]} for n in range(2)]}
-    for name, content in (("chat", chat), ("embeddings", embeddings), ("plain", {"error": {"message": "no"}})):
-        body = json.dumps(content)
-        (folder / f"{name}.json").write_text(body)
-        for encoding, data in (("identity", body.encode()), ("gzip", gzip.compress(body.encode()))):
-            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\nContent-Encoding: {encoding}\r\n\r\n"
-            (folder / f"{name}.{encoding}").write_bytes(head.encode() + data)
+    (folder / "chat.json").write_text(json.dumps(chat))
+    (folder / "embeddings.json").write_text(json.dumps(embeddings))
 
 
 def read_answers(folder: Path) -> None:
-    for path in folder.iterdir():
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            content = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-        handler = type("Handler", (StreamRequestHandler,), {"handle": lambda self, data=content: _answer(self, data)})
-        options = {"attempts": 2, "pause": 0.01, "timeout": 1}
-        with ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            url = f"http://127.0.0.1:{server.server_address[1]}"
-            try:
-                if path.stem == "chat":
-                    list(OpenAIBackend("m", 64, base_url=url, **options).complete([CompletionRequest("a", "b")]))
-                elif path.stem == "embeddings":
-                    EndpointEncoder("m", url, **options).encode([("", "a"), ("", "b")], [None], progress=False)
-                else:
-                    with HTTPClient(**options, total_time=4) as client:
-                        client.request("GET", url).json()
-            finally:
-                server.shutdown()
-
-
-def _answer(handler: StreamRequestHandler, data: bytes) -> None:
-    while handler.rfile.readline() not in (b"\r\n", b""):
-        pass
-    handler.wfile.write(data)
+    for name in ("chat", "embeddings"):
+        with LocalServer(lambda _, name=name: (200, (folder / f"{name}.json").read_bytes(), {})) as server:
+            if name == "chat":
+                list(OpenAIBackend("m", 64, base_url=server.url, attempts=1).complete([CompletionRequest("a", "b")]))
+            else:
+                encoder = EndpointEncoder("m", server.url, attempts=1)
+                encoder.encode([("", "a"), ("", "b")], [None], progress=False)
 
 
 def seed_journal(folder: Path) -> None:
@@ -281,49 +234,54 @@ def read_journal(_: Path) -> None:
         translate("functions", "out", endpoint_settings(server), seed=3, progress=False)
 
 
-PROFILE = ("profile model --quality a=report.json", "index . --model model --latency-ms 9")
-CHECK = "dataset corpus check pairs.jsonl --against sets/codesearchnet-full sets/exercism-text --drop out"
-
-
 class Reader(NamedTuple):
     """`seed` writes files to a new folder; `read` reads them in the current folder, a copy in which one has changed."""
 
     seed: Step
-    read: Step
+    read: Lines | Step
     changed: tuple[str, ...] = ("**/*",)  # patterns of the files that change
     by_strangers: bool = False  # whether links, pipes and devices may be among the files: in checkouts and archives
 
 
+EMBED = ("index code --model . --out index", "search 'é <s>' --index index")
+INDEX = (f"index . --model {CHECKPOINT} --exit-layers 1,4", "search add --index .mose --method lexical")
+SEARCH = ("search parse --index code/.mose --method lexical --path *.js", "search parse --index code/.mose")
+FUNCTIONS = f"evaluate {CHECKPOINT} --data . --exit-layers 1"
+CHECK = "dataset corpus check pairs.jsonl --against sets/codesearchnet-full sets/exercism-text --drop out"
+checkpoint, shards, exit_zero = (partial(with_code, one) for one in (save_tiny_checkpoint, seed_shards, seed_exit_zero))
+
 READERS = {
-    "config": Reader(save_tiny_checkpoint, index_code, ("config.json",)),
-    "tokenizer": Reader(save_tiny_checkpoint, index_code, ("token*.json",)),
-    "weights": Reader(save_tiny_checkpoint, index_code, ("*.safetensors",)),
-    "weights-index": Reader(seed_shards, index_code, ("*.index.json",)),
-    "exit-zero": Reader(seed_exit_zero, index_code, ("*.json", "*.safetensors")),
-    "sentence-transformers": Reader(save_tiny_checkpoint, mose("slice . out --exit-layer 2"), ("*m*s.json", "*/*")),
-    "static": Reader(seed_exit_zero, mose("export . --format static --out out"), ("*.json",)),
-    "profile": Reader(seed_finetuned, mose(*PROFILE), ("model/exit_profile.json",)),
-    "report": Reader(seed_finetuned, mose("card model --repository me/a --evaluation report.json"), ("report.json",)),
-    "manifest": Reader(seed_finetuned, mose("card publish.yaml --repository me/a"), ("publish.yaml",)),
+    "config": Reader(checkpoint, EMBED, ("config.json",)),
+    "tokenizer": Reader(checkpoint, EMBED, ("token*.json",)),
+    "weights": Reader(checkpoint, EMBED, ("*.safetensors",)),
+    "weights-index": Reader(shards, EMBED, ("*.index.json",)),
+    "exit-zero": Reader(exit_zero, EMBED, ("*.json", "*.safetensors")),
+    "sentence-transformers": Reader(checkpoint, ("slice . out --exit-layer 2",), ("*m*s.json", "1_*/*")),
+    "static": Reader(exit_zero, ("export . --format static --out out",), ("*.json",)),
+    "profile": Reader(
+        seed_finetuned,
+        ("profile model --quality a=report.json", "index . --model model --latency-ms 9"),
+        ("model/exit_profile.json",),
+    ),
+    "report": Reader(seed_finetuned, ("card model --repository me/a --evaluation report.json",), ("report.json",)),
+    "manifest": Reader(seed_finetuned, ("card publish.yaml --repository me/a",), ("publish.yaml",)),
     **{
-        name: Reader(partial(seed_recipe, name), mose(f"{command} recipe.yaml --out out"), ("recipe.yaml",))
+        name: Reader(seed_recipes, (f"{command} {name}.yaml --out out",), (f"{name}.yaml",))
         for name, command in zip(RECIPES, ("pretrain", "finetune", "finetune", "ablate", "dataset build"), strict=True)
     },
-    "corpus": Reader(write_packages, mose("dataset corpus build corpus.yaml --packages raw --out out --processes 0")),
+    "corpus": Reader(write_packages, ("dataset corpus build corpus.yaml --packages raw --out out --processes 0",)),
     "rows": Reader(seed_rows, read_rows, ("*.jsonl*", "*.parquet")),
     **{
         f"benchmark-{name}": Reader(write, lambda folder, name=name: load_benchmark(name, folder, allow_subset=True))
         for name, write in WRITERS.items()
         if not name.endswith(("masked", "leaky", "m-code"))
     },
-    "results": Reader(
-        seed_results, mose(f"evaluate {CHECKPOINT} --data code --exit-layers 2 --out out"), ("out/**/*.[jn]*",)
-    ),
-    "evaluation-sets": Reader(seed_evaluation_sets, mose(CHECK)),
+    "results": Reader(seed_results, (EVALUATE,), ("out/**/*.[jn]*",)),
+    "evaluation-sets": Reader(seed_evaluation_sets, (CHECK,)),
     "archives": Reader(seed_archives, lambda _: list(open_corpus({"archives": "."})), ("a.*",), True),
-    "checkout": Reader(seed_checkout, read_sources, (".gitignore", ".git/**/*", "*.py"), True),
-    "sources": Reader(seed_sources, read_sources, by_strangers=True),
-    "index": Reader(seed_index, mose(*SEARCHES), ("code/.mose/*", "code/.mose/index.json"), True),
+    "checkout": Reader(seed_checkout, INDEX, (".gitignore", ".git/**/*", "*.py"), True),
+    "sources": Reader(seed_sources, (*INDEX, FUNCTIONS), by_strangers=True),
+    "index": Reader(seed_index, (*SEARCH, "related code/stack.py:2 --index code/.mose"), ("code/.mose/*",), True),
     "answers": Reader(seed_answers, read_answers),
     "journal": Reader(seed_journal, read_journal),
 }

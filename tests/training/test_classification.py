@@ -87,32 +87,24 @@ def test_truncation_leaves_the_short_snippet_whole(tokenizer, tmp_path, first, s
 
 
 @pytest.mark.parametrize(
-    ("change", "key", "value"),
+    ("file", "text", "key", "value"),
     [
-        (("train.txt", "100 101 2"), "data.row", "train.txt, line 1"),
-        (("valid.txt", "100 999 1"), "data.row", "valid.txt, line 1"),
-        (("train.txt", ""), "data.source.empty", "train.txt"),
-        (("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}'), "data.row", "ids of data.jsonl"),
+        ("train.txt", "100 101 2", "data.row", "train.txt, line 1"),
+        ("valid.txt", "100 999 1", "data.row", "valid.txt, line 1"),
+        ("train.txt", "", "data.source.empty", "train.txt"),
+        ("data.jsonl", '{"idx": 3, "func": "int \\ud800;"}', "data.row", "ids of data.jsonl"),
+        ("pairs.jsonl", '{"first": "a", "second": " ", "label": 1}', "data.row", "line 1"),
+        ("pairs.jsonl", '{"first": "a", "second": "b", "label": [1]}', "data.row", "line 1"),
+        ("pairs.jsonl", '{"first": "a", "second": "b"}', "data.row", "line 1"),
+        ("pairs.jsonl", "[1]", "data.row", "line 1"),
     ],
 )
-def test_damaged_files_are_refused_by_line(tmp_path, change, key, value):
+def test_damaged_files_are_refused_by_line(tmp_path, file, text, key, value):
     folder = write_bigclonebench(tmp_path / "data")
-    (folder / change[0]).write_text(change[1])
+    (folder / file).write_text(text)
+    pairs = dict.fromkeys(("train", "valid"), folder / file)
     with raises(key, value):
-        read_labelled_pairs({"bigclonebench": folder})
-
-
-GOOD_PAIR = {"first": "int a;", "second": "int b;", "label": 1}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [GOOD_PAIR | {"second": " "}, GOOD_PAIR | {"label": [1]}, {"first": "int a;", "second": "int b;"}, [1]],
-)
-def test_rows_that_are_not_labelled_pairs_are_refused_by_line(tmp_path, row):
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [GOOD_PAIR, row])))
-    with raises("data.row", "line 2"):
-        read_labelled_pairs(dict.fromkeys(("train", "valid"), tmp_path / "pairs.jsonl"))
+        read_labelled_pairs(pairs if file == "pairs.jsonl" else {"bigclonebench": folder})
 
 
 def test_other_sources_of_pairs_are_refused():

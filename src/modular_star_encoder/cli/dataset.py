@@ -16,9 +16,8 @@ def add_dataset_commands(commands: Any) -> None:
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="extract, translate, near-deduplicate and split, as a recipe says")
-    add_recipe_options(
-        build, "examples/dataset/recipe.yaml", "corpus.folder=~/code", "where the build is; an old one is continued"
-    )
+    folder = "where the build is; an old one is continued"
+    add_recipe_options(build, "examples/dataset/recipe.yaml", "corpus.folder=~/code", folder)
     build.set_defaults(run=run_dataset_build)
 
     dedup = commands.add_parser("dedup", help="drop the near-duplicates of parquet files")
@@ -29,14 +28,10 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest id of a cluster stays")
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
-    dedup.add_argument(
-        "--against",
-        metavar="SOURCE:COLUMN",
-        type=of_form("SOURCE:COLUMN", "(.+):(.+)"),
-        action="append",
-        default=[],
-        help="drop rows near these texts, such as a benchmark's: parquet, JSON Lines or a dataset of the Hub",
-    )
+    near = "drop rows near these texts, such as a benchmark's: parquet, JSON Lines or a dataset of the Hub"
+    form = "SOURCE:COLUMN"
+    pairs = of_form(form, "(.+):(.+)")
+    dedup.add_argument("--against", metavar=form, type=pairs, action="append", default=[], help=near)
     dedup.set_defaults(run=run_dataset_dedup)
 
     stats = commands.add_parser("stats", help="print samples and average lengths by language")
@@ -55,27 +50,22 @@ def add_dataset_commands(commands: Any) -> None:
     corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
     fetch = commands.add_parser("fetch", help="download the packages of a corpus that FOLDER lacks")
-    fetch.add_argument(
-        "corpus", metavar="FILE", type=existing, help="the packages, such as hub_configs/mose-code/corpus.yaml"
-    )
+    packages = "the packages, such as hub_configs/mose-code/corpus.yaml"
+    fetch.add_argument("corpus", metavar="FILE", type=existing, help=packages)
     fetch.add_argument("--out", metavar="FOLDER", required=True, help="where to write: a folder for each package")
     fetch.set_defaults(run=run_corpus_fetch)
 
     pairs = commands.add_parser("build", help="extract functions, drop duplicates and hold out packages")
-    pairs.add_argument(
-        "corpus", metavar="FILE", type=existing, help="the packages, such as hub_configs/mose-code/corpus.yaml"
-    )
-    pairs.add_argument(
-        "--packages", metavar="FOLDER", type=existing, required=True, help="where `fetch` wrote the packages"
-    )
+    pairs.add_argument("corpus", metavar="FILE", type=existing, help=packages)
+    fetched = "where `fetch` wrote the packages"
+    pairs.add_argument("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
     pairs.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old build is continued")
     pairs.add_argument("--processes", metavar="N", type=int, default=2, help="processes that extract functions (2)")
     pairs.set_defaults(run=run_corpus_build)
 
     check = commands.add_parser("check", help="name the texts that equal or nearly equal a text of an evaluation set")
-    check.add_argument(
-        "files", metavar="FILE", type=existing, nargs="+", help="what `build` wrote: pairs.jsonl.gz and others"
-    )
+    written = "what `build` wrote: pairs.jsonl.gz and others"
+    check.add_argument("files", metavar="FILE", type=existing, nargs="+", help=written)
     against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
     check.add_argument("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
     check.add_argument("--drop", metavar="FOLDER", help="write the files again to FOLDER, without the rows found")

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modular_star_encoder import __version__
@@ -107,21 +107,22 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, *words: Any, **options: Any) -> Any:
         arguments, rest = super().parse_known_args(*words, **options)
         for unknown in (text for text in rest if text.startswith("-")):
-            nearest = _did_you_mean(unknown.partition("=")[0], self._option_string_actions)
+            nearest = _did_you_mean(unknown.partition("=")[0], [*self._option_string_actions])
             self.error(f"unrecognized argument: {unknown}{nearest}")
         return arguments, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        nearest = _did_you_mean(value, action.choices) if action.choices and isinstance(value, str) else ""
-        if nearest and value not in action.choices:
+        choices = list(action.choices or ())
+        nearest = _did_you_mean(value, choices) if choices and isinstance(value, str) else ""
+        if nearest and value not in choices:
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{nearest}")
         super()._check_value(action, value)
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), 1)
+    near = get_close_matches(name, known, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

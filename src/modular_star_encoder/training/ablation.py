@@ -156,7 +156,7 @@ class AblationRecipe:
     def _alone(self, exit_layer: int) -> dict[str, Any]:
         """Return the settings in which the single-exit baseline of `exit_layer` differs from the base recipe."""
         objective = self.base().objective
-        changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "rotate_shallow_exits": False}
+        changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "exit_schedule": "all"}
         changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
         if isinstance(objective.dimensions, Mapping):
             changes["objective.dimensions"] = objective.dimensions.get(exit_layer)

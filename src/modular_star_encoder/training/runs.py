@@ -35,28 +35,18 @@ MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 
 @dataclass(frozen=True)
 class Preflight:
-    """Size of a run, estimated before it starts.
+    """Size of a run, estimated before it starts."""
 
-    Attributes:
-        parameters, trained_parameters: numbers of parameters of the model with its heads and adapters.
-        rows_per_step, steps, processes: numbers for the run; in contrastive training a row is a pair.
-        tokens_per_row: mean of all texts of a row together.
-        flops_per_row: floating-point operations of training on one row, forward and backward.
-        memory_bytes: upper estimate per device: float32 weights, gradients and two moments, and activations.
-        groups: kind of pairs → number of groups; rows of different groups have no text in common.
-        epochs: kind of pairs → how often the run uses each group.
-    """
-
-    parameters: int
+    parameters: int  # of the model with its heads and adapters
     trained_parameters: int
-    rows_per_step: int
+    rows_per_step: int  # in contrastive training a row is a pair
     steps: int
     processes: int
-    tokens_per_row: float
-    flops_per_row: float
-    memory_bytes: int
-    groups: Mapping[str, int]
-    epochs: Mapping[str, float]
+    tokens_per_row: float  # mean of all texts of a row together
+    flops_per_row: float  # of training on one row, forward and backward
+    memory_bytes: int  # upper estimate per device: float32 weights, gradients and two moments, and activations
+    groups: Mapping[str, int]  # kind of pairs → number of groups; rows of different groups have no text in common
+    epochs: Mapping[str, float]  # kind of pairs → how often the run uses each group
 
     def __str__(self) -> str:
         rows = self.rows_per_step * self.steps
