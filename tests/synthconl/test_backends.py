@@ -1,117 +1,20 @@
-"""One contract for all back ends, against answers that were computed token by token; and OpenAI's protocol.
+"""OpenAI's protocol: every request answered under its own id, failures in one sentence.
 
 Retries, limits and hidden tokens of `utils.http` have tests of their own.
 """
 
 import threading
 import time
-from functools import cache
 from itertools import islice
-from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modular_star_encoder.synthconl.backends import Completion, CompletionRequest, OpenAIBackend, open_backend
-from modular_star_encoder.synthconl.translation import PROMPT
+from modular_star_encoder.synthconl.backends import Completion, CompletionRequest, OpenAIBackend
+from modular_star_encoder.synthconl.translation import TranslationSettings
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 
-MAX_TOKENS = 6
-POSITIONS = 160
-TOO_LONG = "x " * POSITIONS
-BACKENDS = ("openai", "transformers")
 KEY = "sk-a-very-secret-key"
-TEMPLATE = "{% for message in messages %}<user>{{ message['content'] }}<end>{% endfor %}<assistant>"
-CODE = "def add(first, second):\n    return first + second\n\nfunc Add(a int, b int) int {\n\treturn a + b\n}\n"
-
-
-def save_stand_in(folder: Path, positions: int) -> Path:
-    """Write a checkpoint. A tenth of the tokens end a text, so that some texts end before they are cut."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<user>", "<end>", "<assistant>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator((PROMPT, CODE), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.5,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = [2, *range(100, 100 + len(fast) // 10)]
-    # As Qwen's checkpoints have, and stronger: what a greedy back end must not follow.
-    model.generation_config.update(do_sample=True, temperature=2.0, repetition_penalty=9.0)
-    model.save_pretrained(folder)
-    return folder
-
-
-class Oracle:
-    """What a checkpoint's greedy answer is, token by token and one prompt at a time, without `generate`."""
-
-    def __init__(self, folder: Path, max_tokens: int) -> None:
-        self._model = LlamaForCausalLM.from_pretrained(folder).eval()
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        self._max_tokens = max_tokens
-        self.answer = cache(self._answer)
-
-    @torch.inference_mode()
-    def _answer(self, prompt: str) -> tuple[str, str, int, int]:
-        """Text, finish reason, tokens of the prompt, tokens written."""
-        # The chat template, written out.
-        prompt = self._tokenizer(f"<user>{prompt}<end><assistant>", add_special_tokens=False)["input_ids"]
-        written: list[int] = []
-        ends = self._model.generation_config.eos_token_id
-        while len(written) < self._max_tokens and not (written and written[-1] in ends):
-            written.append(int(self._model(torch.tensor([[*prompt, *written]])).logits[0, -1].argmax()))
-        stopped = written[-1] in ends
-        text = self._tokenizer.decode(written[:-1] if stopped else written, skip_special_tokens=True)
-        return text, "stop" if stopped else "length", len(prompt), len(written)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_stand_in(tmp_path_factory.mktemp("model"), positions=POSITIONS)
-
-
-@pytest.fixture(scope="module")
-def oracle(model):
-    return Oracle(model, MAX_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def server(oracle):
-    def answer(prompt):
-        if prompt == TOO_LONG:
-            return Completion("", "", "too_long", error=f"{POSITIONS - MAX_TOKENS} fit")
-        return Completion("", *oracle.answer(prompt))
-
-    with OpenAIServer(answer) as server:
-        yield server
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, model, server):
-    options = {
-        "openai": {"base_url": server.base_url, "concurrency": 5},
-        "transformers": {"batch_size": 3},
-    }
-    return open_backend(request.param, str(model), MAX_TOKENS, options[request.param])
 
 
 def requests(count):
@@ -120,33 +23,31 @@ def requests(count):
     return [CompletionRequest(f"row {i}", "add " * (7 * n % 23) + str(n)) for i, n in enumerate(numbers)]
 
 
-def test_every_request_is_answered_once_under_its_own_id(backend, model, oracle):
-    asked = requests(17)
-    answered = list(backend.complete(asked))
-    assert len({request.prompt for request in asked}) < len(asked) == len(answered)
-    by_id = {completion.id: completion for completion in answered}
-    expected = {request.id: oracle.answer(request.prompt) for request in asked}
-    for row, one in by_id.items():
-        assert (one.text, one.finish_reason, one.prompt_tokens, one.completion_tokens) == expected[row]
-        assert one.error == ""
-    assert {one.finish_reason for one in answered} == {"stop", "length"}
-    assert len({text for text, *_ in expected.values()}) > 5
-    described = backend.describe()
-    assert described["model"] == str(model)
-    assert described["backend"] == "openai" or described[described["backend"]]  # the version
+def echo(prompt):
+    return Completion("", f"<{prompt}>", "stop", len(prompt), 4)
 
 
-def test_a_prompt_that_is_too_long_is_an_error_of_its_own(backend, oracle):
-    asked = requests(6)
-    asked.insert(2, CompletionRequest("long", TOO_LONG))
-    answered = {completion.id: completion for completion in backend.complete(asked)}
-    assert answered["long"].finish_reason == "too_long"
-    assert str(POSITIONS - MAX_TOKENS) in answered["long"].error
-    assert answered["row 2"].text == oracle.answer(asked[3].prompt)[0]
-    assert len(answered) == 7
+def complete(server, count=1, **options):
+    options = {"pause": 0.01, "attempts": 3} | options
+    return list(OpenAIBackend("model", 5, base_url=server.base_url, **options).complete(requests(count)))
 
 
-def test_requests_are_taken_as_they_are_needed(backend):
+def test_every_request_is_answered_once_under_its_own_id_and_one_that_is_too_long_is_an_error_of_its_own():
+    def answer(prompt):
+        return Completion("", "", "too_long", error="9 tokens fit") if prompt.endswith(" 6") else echo(prompt)
+
+    with OpenAIServer(answer) as server:
+        answered = complete(server, 17, concurrency=5)
+    expected = {one.id: answer(one.prompt) for one in requests(17)}
+    assert len({one.prompt for one in requests(17)}) < len(answered) == len(expected) == 17
+    for one in answered:
+        text, reason, tokens = expected[one.id].text, expected[one.id].finish_reason, expected[one.id].prompt_tokens
+        assert (one.text, one.finish_reason, one.prompt_tokens) == (text, reason, tokens)
+        assert ("9 tokens fit" in one.error) == (reason == "too_long")
+    assert {one.finish_reason for one in answered} == {"stop", "too_long"}
+
+
+def test_requests_are_taken_as_they_are_needed():
     taken = []
 
     def endless():
@@ -154,47 +55,31 @@ def test_requests_are_taken_as_they_are_needed(backend):
             taken.append(CompletionRequest(f"row {len(taken)}", "add"))
             yield taken[-1]
 
-    assert list(backend.complete([])) == []
-    completions = backend.complete(endless())
-    assert len(list(islice(completions, 4))) == 4
-    assert len(taken) <= backend.in_flight + 4
-    completions.close()
-
-
-def test_a_folder_without_a_model_and_a_model_without_room_for_an_answer_are_one_sentence(model, tmp_path):
-    with raises("synthconl.backend.model", tmp_path) as error:
-        list(open_backend("transformers", str(tmp_path), 4, {}).complete(requests(1)))
-    assert "\n" not in str(error.value)
-    with raises("synthconl.backend.max_tokens", POSITIONS):
-        list(open_backend("transformers", str(model), POSITIONS, {}).complete(requests(1)))
+    with OpenAIServer(echo) as server:
+        backend = OpenAIBackend("model", 5, base_url=server.base_url, concurrency=5)
+        assert list(backend.complete([])) == []
+        completions = backend.complete(endless())
+        assert len(list(islice(completions, 4))) == 4
+        assert len(taken) <= 5 + 4
+        completions.close()
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "key", "values"),
+    ("options", "key", "values"),
     [
-        ("openai", {}, "synthconl.backend.options", ["'openai'", "base_url"]),
-        ("openai", {"base_url": "localhost:8000"}, "http.url", ["localhost:8000"]),
-        ("openai", {"base_url": "http://h/v1", "concurrency": 0}, "synthconl.backend.options", ["concurrency", "0"]),
-        ("openai", {"base_url": ["http://h/v1"]}, "synthconl.backend.options", ["base_url"]),
-        ("openai", {"base_url": "http://h/v1", "timeout": float("inf")}, "synthconl.backend.options", ["timeout"]),
-        ("openai", {"base_url": "http://h/v1", "body": {"stream": True}}, "synthconl.backend.body", ["stream"]),
-        ("openai", {"base_url": "http://h/v1", "api_key_variable": "NO_KEY"}, "http.token.missing", ["NO_KEY"]),
-        ("transformers", {"batch": 3}, "synthconl.backend.options", ["batch"]),
-        ("transformers", {"batch_size": 0}, "synthconl.backend.options", ["batch_size", "0"]),
+        ({}, "synthconl.backend.options", ["base_url"]),
+        ({"base_url": "localhost:8000"}, "http.url", ["localhost:8000"]),
+        ({"base_url": "http://h/v1", "concurrency": 0}, "synthconl.backend.options", ["concurrency", "0"]),
+        ({"base_url": ["http://h/v1"]}, "synthconl.backend.options", ["base_url"]),
+        ({"base_url": "http://h/v1", "timeout": float("inf")}, "synthconl.backend.options", ["timeout"]),
+        ({"base_url": "http://h/v1", "batch": 3}, "synthconl.backend.options", ["batch"]),
+        ({"base_url": "http://h/v1", "body": {"stream": True}}, "synthconl.backend.body", ["stream"]),
+        ({"base_url": "http://h/v1", "api_key_variable": "NO_KEY"}, "http.token.missing", ["NO_KEY"]),
     ],
 )
-def test_options_are_checked_before_anything_is_loaded(name, options, key, values):
+def test_options_are_checked_before_anything_is_sent(options, key, values):
     with raises(key, *values):
-        open_backend(name, "model", 4, options)
-
-
-def echo(prompt):
-    return Completion("", f"<{prompt}>", "stop", 3, 4)
-
-
-def complete(server, count=1, **options):
-    options = {"pause": 0.01, "attempts": 3} | options
-    return list(OpenAIBackend("model", 5, base_url=server.base_url, **options).complete(requests(count)))
+        TranslationSettings(backend="openai", model="model", options=options).open()
 
 
 def first_times(number, *reply):

@@ -5,7 +5,7 @@ the distinct rows, numbered in the order of their ids, so that no result depends
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,7 +20,6 @@ from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprin
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
 _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
 _SHIFT, _LOW = np.uint64(32), np.uint64(2**32 - 1)
-_BANDS_AT_A_TIME = 8  # one cache line of keys
 _BYTES_AT_A_TIME, _BYTES_OF_PAIR = 1 << 23, 1 << 10  # a byte of text becomes up to eight bytes of hashes
 
 
@@ -115,25 +114,18 @@ class _Column:
     """One column's texts and fingerprints in the distinct `rows`, int64 (m,)."""
 
     def __init__(self, parts: Sequence[pa.StructArray], rows: np.ndarray) -> None:
-        self._rows = rows
+        self._parts, self._rows = parts, rows
         self._texts = pa.chunked_array([part.field("text") for part in parts], pa.large_binary())
-        self._keys = [_matrix(part, "keys") for part in parts]
-        self.digests = np.concatenate([_matrix(part, "digest") for part in parts])[rows]
         self.bytes = pc.binary_length(self._texts).to_numpy()[rows]
+        self.digests = np.concatenate([_matrix(part, "digest") for part in parts])[rows]
+        self.not_blank = np.flatnonzero(self.digests.any(axis=1))
 
     def texts(self, numbers: np.ndarray) -> list[str]:
         return [self._texts[row].as_py().decode("utf-8", "surrogatepass") for row in self._rows[numbers].tolist()]
 
-    def not_blank(self) -> np.ndarray:
-        """Return the numbers of the distinct rows whose text in this column is not blank."""
-        return np.flatnonzero(self.digests.any(axis=1))
-
-    def bands(self) -> Iterator[np.ndarray]:
-        """Yield for each band the keys of the m distinct rows, uint64 (m,); files are read a few bands at a time."""
-        for start in range(0, self._keys[0].shape[1], _BANDS_AT_A_TIME):
-            block = np.concatenate([part[:, start : start + _BANDS_AT_A_TIME] for part in self._keys])[self._rows]
-            for band in range(block.shape[1]):
-                yield np.ascontiguousarray(block[:, band])
+    def keys(self) -> np.ndarray:
+        """Return the keys of each band, uint64 (bands, m)."""
+        return np.concatenate([_matrix(part, "keys") for part in self._parts])[self._rows].T
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,11 +156,10 @@ def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarra
     If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
     rows of a band, at most, have more than `limit` others in their bucket.
     """
-    rows, other_rows, within = column.not_blank(), others.not_blank(), column is others
+    rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
-    other_bands = None if within else others.bands()
-    for keys in column.bands():
-        other_keys = keys if other_bands is None else next(other_bands)
+    bands = column.keys()
+    for keys, other_keys in zip(bands, bands if within else others.keys(), strict=True):
         in_order = other_rows[np.argsort(other_keys[other_rows], kind="stable")]
         rows = in_order if within else rows
         first = np.searchsorted(other_keys[in_order], keys[rows])  # where the bucket of each row begins

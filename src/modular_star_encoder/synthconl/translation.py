@@ -11,25 +11,23 @@ from dataclasses import asdict, fields, replace
 from math import isfinite
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationError
 from pydantic import Field as Constraint
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
 from modular_star_encoder.synthconl.backends import (
-    BACKENDS,
     ERROR,
+    RUN_OPTIONS,
     TOO_LONG,
-    BackendName,
     Completion,
-    CompletionBackend,
     CompletionRequest,
-    open_backend,
+    OpenAIBackend,
 )
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
@@ -96,16 +94,16 @@ class TranslationSettings:
     """Settings that say which model translates functions, and how.
 
     Args:
-        backend: `openai` (any endpoint of that protocol, such as vLLM's) or `transformers`, in this process.
-        model: name of the model at the server, or its folder or Hub id.
+        backend: `openai`, which is any endpoint of that protocol, such as that of `vllm serve` or `transformers serve`.
+        model: name of the model at the server.
         max_tokens: largest number of tokens of an answer; longer answers are cut and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each row is translated to one other than its own.
-        options: further arguments of the back end; see `OpenAIBackend` and `TransformersBackend`.
+        options: further arguments of the back end; see `OpenAIBackend`.
         prompt_price, completion_price: price of a million tokens of prompts or answers, for the report.
     """
 
-    backend: BackendName
+    backend: Literal["openai"]
     model: str
     max_tokens: Count = 2048
     prompt: Annotated[str, AfterValidator(check_prompt)] = PROMPT
@@ -115,15 +113,19 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide translations, up to rounding: all except prices and `run_options`."""
-        run_options = BACKENDS[self.backend].run_options
+        """Return the settings that decide translations, up to rounding: all except prices and `RUN_OPTIONS`."""
         own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
-        options = {name: value for name, value in self.options.items() if name not in run_options}
+        options = {name: value for name, value in self.options.items() if name not in RUN_OPTIONS}
         return {**own, "targets": sorted(self.targets), "options": options}
 
-    def open(self) -> CompletionBackend:
-        """See `open_backend`."""
-        return open_backend(self.backend, self.model, self.max_tokens, self.options)
+    def open(self) -> OpenAIBackend:
+        """Return the back end; UserError if an option is wrong."""
+        try:
+            return OpenAIBackend(self.model, self.max_tokens, **self.options)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            message = f"`translation.options`: {fault['loc'][-1]}: {fault['msg']}, not {str(fault['input'])[:60]!r}."
+            raise UserError("synthconl.backend.options", message) from error
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Return the price of this many tokens."""
@@ -225,7 +227,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
 class _Session:
     """Counts of one call of `translate`; about every 30 seconds, they are saved together with earlier calls' counts."""
 
-    def __init__(self, path: Path, backend: CompletionBackend) -> None:
+    def __init__(self, path: Path, backend: OpenAIBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
         self.counts: Counter[str] = Counter()
         self._start, self._next_note = time.monotonic(), 0.0
