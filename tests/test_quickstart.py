@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.synthconl.samples import write_corpus
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 pytestmark = pytest.mark.slow
@@ -15,21 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory):
-    """Repositories of small documented functions, each with its own vocabulary."""
-    folder = tmp_path_factory.mktemp("repositories")
-    for repository in range(8):
-        path = folder / f"repository{repository}" / "module.py"
-        path.parent.mkdir(parents=True)
-        path.write_text(
-            "\n\n".join(
-                f"def compute_{repository}_{number}(value, factor):\n"
-                f'    """Multiply the value number {number} of kind {repository} by a factor."""\n'
-                f"    result = value * factor + {number}\n"
-                f"    kind_{repository} = [result, {number}]\n"
-                f"    return kind_{repository}\n"
-                for number in range(30)
-            )
-        )
+    folder = write_corpus(tmp_path_factory.mktemp("repositories"), repositories=8, functions=30)
     (folder / "repository0" / "latin.py").write_bytes("# caf\xe9\n".encode("latin-1"))
     return folder
 
@@ -55,7 +43,7 @@ def test_it_goes_the_whole_way_and_says_what_it_gained(repositories, tmp_path):
     assert "skipped 1: not UTF-8" in result.stdout
     (hit, *_) = report["search"][0]["hits"]
     assert f"{hit['path']}:{hit['line']}" in result.stdout
-    assert Path(hit["path"]).read_text().splitlines()[hit["line"] - 1].startswith("def compute_")
+    assert Path(hit["path"]).read_text().splitlines()[hit["line"] - 1].startswith("def ")
     # Once more: everything is there, nothing is trained again.
     weights = (out / "model" / "model.safetensors").read_bytes()
     assert run(*arguments).returncode == 0

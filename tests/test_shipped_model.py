@@ -125,14 +125,6 @@ def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, stock
         np.testing.assert_allclose(embeddings, own, atol=1e-6)
 
 
-def test_a_saved_slice_equals_its_exit_bit_for_bit(loaded, tmp_path):
-    sliced = load_checkpoint(slice_checkpoint(FOLDER, 2, tmp_path / "slice"), device="cpu")
-    expected = encode(loaded, CODES, [0, 1, 2])
-    for exit_layer, embeddings in encode_exits(*sliced, CODES, progress=False).items():
-        assert np.array_equal(embeddings, expected[exit_layer])
-    assert (tmp_path / "slice" / "modeling_modular_star_encoder.py").is_file()
-
-
 def test_special_tokens_in_a_text_are_text(loaded):
     _, tokenizer = loaded
     ids = tokenizer("a <pad> b <mask> c <unk>")["input_ids"]

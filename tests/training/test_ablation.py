@@ -220,7 +220,7 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
         ("variants={self-distilled: {}}", "settings.value", "'self-distilled'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),
         ("variants={a: {data.triplets: x}}", "ablation.variants", "data.triplets"),
-        ("variants={a: {samples: 3}}", "ablation.variants", "samples"),
+        ("variants={a: {max_train_samples: 3}}", "ablation.variants", "max_train_samples"),
         ("variants={a: {objective.speed: 3}}", "settings.unknown", "a: objective: unknown setting speed"),
         ("variants={a: {max_steps.x: 3}}", "settings.override", "max_steps is not a mapping"),
         ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "contrastive.exit", "a: `teacher` names"),
