@@ -26,7 +26,7 @@ from report import RESULTS, write
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
-from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread, worst_order
+from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
 from modular_star_encoder.evaluation.tasks import RetrievalRow
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits, tokenize
@@ -179,14 +179,14 @@ def shallow_rankings(
     documents = language.documents[exit_layer]
     for number in queries:
         scores = documents @ language.queries[exit_layer][number]
-        order = worst_order(scores, np.arange(len(scores)) == number)
+        order = np.lexsort((np.arange(len(scores)) == number, -scores))  # the right one is the last of its equals
         yield order, int(np.flatnonzero(order == number)[0]) + 1, float(scores[order[0]] - scores[order[1]])
 
 
 def deep_rank(language: Language, exit_layer: int, found: np.ndarray, right: int) -> int:
     """The rank of the right document among the candidates."""
     scores = language.documents[exit_layer][found] @ language.queries[exit_layer][right]
-    return int(np.flatnonzero(found[worst_order(scores, found == right)] == right)[0]) + 1
+    return int(np.flatnonzero(found[np.lexsort((found == right, -scores))] == right)[0]) + 1
 
 
 def summary(

@@ -72,7 +72,7 @@ def rank(folder: Path, size: int, dimensions: int) -> dict[str, float]:
     imports = resident_mb("VmRSS")
     cache = EmbeddingCache(folder)
     scores = CosineScores(*(cache.rows(SPACE, texts(kind, size)) for kind in ("query", "document")))
-    ranking = rank_judged(scores, Judgements.one_each(range(size)), progress=True)
+    ranking = rank_judged(scores, Judgements.one_each(range(size)))
     return {
         "imports_mb": round(imports, 1),
         "peak_mb": round(resident_mb("VmHWM"), 1),

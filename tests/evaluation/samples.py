@@ -22,9 +22,8 @@ class GivenScores:
 
 
 def rank_matrix(scores, gains):
-    """Rank D documents for each of Q queries by scores (Q, D); every document is judged, with gains (Q, D)."""
-    query, document = np.indices(np.shape(gains)).reshape(2, -1)
-    return rank_judged(GivenScores(scores), Judgements(query, document, np.ravel(gains).astype(float)))
+    """Rank D documents for each of Q queries by scores (Q, D); `gains` (Q, D) are 1 for relevant documents, else 0."""
+    return rank_judged(GivenScores(scores), Judgements(*np.nonzero(gains)))
 
 
 class GivenEncoder:

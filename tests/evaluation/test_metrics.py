@@ -24,14 +24,14 @@ from tests.evaluation.samples import rank_matrix
 
 
 def cases(kind, queries=60, candidates=35, seed=0):
-    """Scores and gains of each query, with one relevant document or more."""
+    """Scores and gains (0 or 1) of each query, with one relevant document or more."""
     generator = np.random.default_rng(seed)
     scores = generator.normal(size=(queries, candidates))
     if kind == "tied":
         scores = np.round(scores)
     elif kind == "float32":  # different in float64 only
         scores = np.round(scores, 1) + generator.normal(size=scores.shape) * 1e-10
-    gains = generator.integers(0, 4, size=scores.shape) * (generator.random(scores.shape) < 0.3)
+    gains = generator.random(scores.shape) < 0.2
     gains[np.arange(queries), generator.integers(candidates, size=queries)] = 1
     return list(scores), list(gains.astype(float))
 
@@ -47,15 +47,12 @@ def test_every_metric_is_what_its_definition_says(metric, kind):
 def test_ties_count_against_the_retriever():
     ranking = rank_matrix([np.zeros(4)], [np.array([0, 1, 0, 0])])
     assert query_values(ranking, "mrr") == [1 / 4]
-    assert query_values(rank_matrix([np.zeros(4)], [np.array([3, 1, 2, 0])]), "ndcg@1") == [0]
+    assert query_values(ranking, "ndcg@3") == [0]
 
 
-def test_a_query_without_relevant_documents_is_an_error_and_has_no_ndcg():
-    ranking = rank_matrix([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
-    for metric in ("mrr", "recall@1", "map@r"):
-        with raises("evaluation.query.no_relevant", "Query 1"):
-            query_values(ranking, metric)
-    assert np.isnan(query_values(ranking, "ndcg@10")).tolist() == [False, True]
+def test_a_query_without_relevant_documents_is_an_error():
+    with raises("evaluation.query.no_relevant", "Query 1"):
+        rank_matrix([np.arange(3.0), np.arange(3.0)], [np.eye(3)[0], np.zeros(3)])
 
 
 @pytest.mark.parametrize("metric", ["mrr@0", "recall", "recall@0", "map", "ndcg@x", "mrr@", "f1"])

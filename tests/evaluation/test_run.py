@@ -121,12 +121,6 @@ def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
     assert result.estimates["recall"].value == pytest.approx(said[task.labels == 1].mean())
 
 
-def test_a_task_without_a_judgement_is_an_error_by_name():
-    task = retrieval_task(judgements=Judgements.of([{}] * 20), metrics=("ndcg@10",))
-    with raises("evaluation.task.no_relevant", "toy, one"):
-        run([task], [given_retriever(exit_layers=(3,))])
-
-
 LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "ruby"}
 ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 

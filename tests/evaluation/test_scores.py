@@ -19,13 +19,7 @@ def embeddings(n, size=24, seed=0):
 
 def judgements(queries, documents, per_query=3, seed=0):
     generator = np.random.default_rng(seed)
-    gains = [
-        {int(d): float(generator.integers(0, 4)) for d in generator.choice(documents, per_query, replace=False)}
-        for _ in range(queries)
-    ]
-    for judged in gains:
-        judged[next(iter(judged))] = 1.0
-    return Judgements.of(gains)
+    return Judgements.of([generator.choice(documents, per_query, replace=False).tolist() for _ in range(queries)])
 
 
 def small_blocks(monkeypatch, block, wide):
@@ -42,7 +36,7 @@ def test_ranks_are_those_of_a_brute_force_ranking(metric, tied):
     judged = judgements(30, 80)
     values = query_values(rank_judged(CosineScores(queries, documents), judged), metric)
     gains = np.zeros((30, 80))
-    gains[judged.query, judged.document] = judged.gain
+    gains[judged.query, judged.document] = 1
     rows = zip(brute_force.cosines(queries, documents), gains, strict=True)
     expected = [brute_force.METRICS[metric](*row) for row in rows]
     assert values == pytest.approx(expected, abs=1e-9)
@@ -98,7 +92,7 @@ def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
 def test_a_text_is_not_a_candidate_of_itself():
     vectors = embeddings(40)
     alike = (np.arange(40) % 4 == np.arange(40)[:, None] % 4) & ~np.eye(40, dtype=bool)
-    judged = Judgements.of([dict.fromkeys(np.flatnonzero(row).tolist(), 1.0) for row in alike])
+    judged = Judgements(*np.nonzero(alike))
     values = query_values(rank_judged(CosineScores(vectors, vectors), judged, exclude_self=True), "map@r")
     others = [np.delete(row, i) for i, row in enumerate(brute_force.cosines(vectors, vectors))]
     gains = [np.delete(row, i) for i, row in enumerate(alike)]
@@ -138,11 +132,10 @@ def test_embeddings_that_are_not_finite_are_an_error(value):
 
 
 def test_a_pool_sees_only_its_own_queries_and_documents():
-    judged = Judgements.of([{0: 1.0, 3: 2.0}, {1: 1.0}, {2: 1.0}])
+    judged = Judgements.of([[0, 3], [1], [2]])
     inside = pool_judgements(judged, Pool(np.array([2, 0]), np.array([3, 2, 0])))
     assert inside.query.tolist() == [0, 1, 1]
     assert inside.document.tolist() == [1, 2, 0]
-    assert inside.gain.tolist() == [1, 1, 2]
 
 
 def test_the_matrix_of_all_scores_is_never_in_memory():

@@ -1,7 +1,7 @@
 """Rank documents by scores; compute metrics of rankings and of decisions, with intervals and significance tests.
 
-Scores are compared as float32. Among documents with equal scores, the less relevant one comes first, so a retriever
-that gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
+Scores are compared as float32. Among documents with equal scores, the relevant ones come last, so a retriever that
+gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
 blocks of scores, so that no value depends on the block size.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation.retrievers import Scores
 from modular_star_encoder.evaluation.tasks import Judgements, Pool, RetrievalTask
@@ -20,26 +19,16 @@ from modular_star_encoder.utils.errors import UserError
 # The outcomes of a decision about a pair, numbered `2 * decision + label`.
 TRUE_NEGATIVE, FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE = range(4)
 
-_SHOWN = 10**8  # with this many scores, which take seconds, a progress bar is shown
 _DRAWS_PER_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """For each of J relevance judgements: its query (one of Q), the gain of its document, and the document's rank."""
+    """The ranks of the documents that are relevant to Q queries, one or more for each query."""
 
     queries: int  # number of queries, Q
-    query: np.ndarray  # (J,) int64, ascending: number of the query of each judgement
-    gain: np.ndarray  # (J,) float64, degree of relevance; 0 for a document judged irrelevant
-    rank: np.ndarray  # (J,) float64, 1 for the first document; infinite if a protocol cuts the ranking before it
-
-
-def worst_order(scores: np.ndarray, gains: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
-    """Return indices (N,) that sort documents by descending score, and documents with equal scores by ascending gain.
-
-    If `query` (N,) gives the number of each document's query, the documents of each query are sorted on their own.
-    """
-    return np.lexsort((gains, -scores) if query is None else (gains, -scores, query))
+    query: np.ndarray  # (J,) int64, ascending: the query of each relevant document
+    rank: np.ndarray  # (J,) float64, 1 for the first document
 
 
 def check_scores(scores: np.ndarray) -> None:
@@ -48,9 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
         raise UserError("evaluation.scores.nan", f"{missing} scores are NaN: check whether training diverged.")
 
 
-def rank_task(
-    task: RetrievalTask, scores: Callable[[Pool], Scores], *, progress: bool = False
-) -> tuple[Ranking, np.ndarray]:
+def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
     """Rank the documents for the queries in each pool of a task, by the scores that `scores(pool)` returns.
 
     Returns one ranking of all Q queries, pool after pool, and their row numbers (Q,) in the task.
@@ -58,43 +45,42 @@ def rank_task(
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)
-        ranking = rank_judged(scores(pool), judged, exclude_self=task.exclude_self, progress=progress, label=task.name)
+        ranking = rank_judged(scores(pool), judged, exclude_self=task.exclude_self)
         rankings.append(replace(ranking, query=ranking.query + start))
         start += len(pool.queries)
-    parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "gain", "rank"))
+    parts = (np.concatenate([getattr(ranking, name) for ranking in rankings]) for name in ("query", "rank"))
     return Ranking(start, *parts), np.concatenate([pool.queries for pool in task.pools])
 
 
-def rank_judged(
-    scores: Scores, judgements: Judgements, *, exclude_self: bool = False, progress: bool = False, label: str = ""
-) -> Ranking:
-    """Rank the judged documents of each query among all documents, in one pass over the scores (Q, D).
+def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = False) -> Ranking:
+    """Rank the relevant documents of each query among all documents, in one pass over the scores (Q, D).
 
-    The rank of a document is the number of unjudged documents with at least its score, plus its place among the judged
-    documents. With `exclude_self`, document i is no candidate for query i. Only one block of scores is in memory.
+    The rank of a document is the number of irrelevant documents with at least its score, plus its place among the
+    relevant ones. With `exclude_self`, document i is no candidate for query i. Only one block of scores is in memory.
+    UserError if a query has no relevant document, or a score is NaN.
     """
+    counts = np.bincount(judgements.query, minlength=scores.shape[0])
+    if not counts.all():
+        raise UserError("evaluation.query.no_relevant", f"Query {int(np.argmin(counts))} has no relevant document.")
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
     above = np.zeros(len(judgements.query), dtype=np.int64)
-    known, total = False, scores.shape[0] * scores.shape[1]
-    quiet = not progress or total < _SHOWN
-    with tqdm(total=total, desc=label, unit="score", unit_scale=True, disable=quiet, leave=False) as bar:
-        for block in scores.blocks():
-            check_scores(block.scores)
-            bar.update(block.scores.size)
-            if exclude_self:
-                height, width = block.scores.shape
-                first = max(block.row, block.column)
-                own = np.arange(first, max(first, min(block.row + height, block.column + width)))
-                block.scores[own - block.row, own - block.column] = -np.inf
-            judged = slice(bounds[block.row], bounds[block.row + len(block.scores)])
-            rows = judgements.query[judged] - block.row
-            if block.scores.shape[1] == scores.shape[1]:
-                judged_scores[judged] = block.scores[rows, judgements.document[judged]]
-            elif not known:
-                judged_scores[:] = scores.of_pairs(judgements.query, judgements.document)
-                known = True
-            above[judged] += _count_at_least(block.scores, rows, judged_scores[judged])
+    known = False
+    for block in scores.blocks():
+        check_scores(block.scores)
+        if exclude_self:
+            height, width = block.scores.shape
+            first = max(block.row, block.column)
+            own = np.arange(first, max(first, min(block.row + height, block.column + width)))
+            block.scores[own - block.row, own - block.column] = -np.inf
+        judged = slice(bounds[block.row], bounds[block.row + len(block.scores)])
+        rows = judgements.query[judged] - block.row
+        if block.scores.shape[1] == scores.shape[1]:
+            judged_scores[judged] = block.scores[rows, judgements.document[judged]]
+        elif not known:
+            judged_scores[:] = scores.of_pairs(judgements.query, judgements.document)
+            known = True
+        above[judged] += _count_at_least(block.scores, rows, judged_scores[judged])
     return _ranking(scores.shape[0], judgements, judged_scores, above)
 
 
@@ -110,7 +96,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
     query, document = places
     inside = np.flatnonzero((query >= 0) & (document >= 0))
     order = inside[np.argsort(query[inside], kind="stable")]
-    return Judgements(query[order], document[order], judgements.gain[order])
+    return Judgements(query[order], document[order])
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
@@ -127,40 +113,37 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Rank the judged documents by scores (J,); `above` (J,) counts the documents with at least the same score."""
-    order = worst_order(scores, judgements.gain, judgements.query)
+    """Rank the relevant documents by scores (J,); `above` (J,) counts the documents with at least the same score."""
+    order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
     place = np.arange(len(order)) - first
-    # The last document with the same query and score: all judged documents up to it score as high or higher.
+    # The last document with the same query and score: all relevant documents up to it score as high or higher.
     run = np.cumsum(np.append(True, (query[1:] != query[:-1]) | (ordered[1:] != ordered[:-1]))[: len(order)])
     last = np.searchsorted(run, run, side="right") - 1
     rank = np.empty(len(order))
     rank[order] = above[order] - (last - first + 1) + place + 1
-    return Ranking(queries, judgements.query, judgements.gain, rank)
+    return Ranking(queries, judgements.query, rank)
 
 
 def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
     """Return 1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if the rank is above `cutoff`."""
-    relevant = _relevant(ranking)
     first = np.full(ranking.queries, np.inf)
-    np.minimum.at(first, relevant.query, relevant.rank)
+    np.minimum.at(first, ranking.query, ranking.rank)
     return np.where(first <= (cutoff or np.inf), 1.0 / first, 0.0)
 
 
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
     """Return the NDCG of each query's first `k` documents, (Q,) in [0, 1] (Järvelin & Kekäläinen 2002).
 
-    A document adds (2^gain − 1) / log2(rank + 1), as in CodeSearchNet's relevanceeval.py; the ideal ranking is also
-    cut at `k`. The value of a query without relevant documents is NaN, and means leave it out.
+    A relevant document adds 1 / log2(rank + 1); the ideal ranking is also cut at `k`.
     """
 
     def cumulated(rank: np.ndarray) -> np.ndarray:
-        gain = np.where(rank <= (k or np.inf), (2.0**ranking.gain - 1) / np.log2(rank + 1), 0.0)
+        gain = np.where(rank <= (k or np.inf), 1 / np.log2(rank + 1), 0.0)
         return np.bincount(ranking.query, weights=gain, minlength=ranking.queries)
 
-    ideal = cumulated(_ranks_within(ranking.query, -ranking.gain))
-    return np.divide(cumulated(ranking.rank), ideal, out=np.full(ranking.queries, np.nan), where=ideal > 0)
+    return cumulated(ranking.rank) / cumulated(_places(ranking.query))
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
@@ -169,9 +152,8 @@ def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
     sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
     """
-    relevant = _relevant(ranking)
-    order = np.lexsort((relevant.rank, relevant.query))
-    query, rank = relevant.query[order], relevant.rank[order]
+    order = np.lexsort((ranking.rank, ranking.query))
+    query, rank = ranking.query[order], ranking.rank[order]
     size = np.bincount(query, minlength=ranking.queries)
     precision = np.where(rank <= size[query], _places(query) / rank, 0.0)
     return np.bincount(query, weights=precision, minlength=ranking.queries) / size
@@ -184,9 +166,8 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     if metric == "map@r":
         return average_precisions_at_r(ranking)
     if name == "recall" and k is not None:  # the fraction of relevant documents among the first k
-        relevant = _relevant(ranking)
-        found = np.bincount(relevant.query[relevant.rank <= k], minlength=ranking.queries)
-        return found / np.bincount(relevant.query, minlength=ranking.queries)
+        found = np.bincount(ranking.query[ranking.rank <= k], minlength=ranking.queries)
+        return found / np.bincount(ranking.query, minlength=ranking.queries)
     if name in ("mrr", "ndcg") and (k is not None or not at):
         return {"mrr": reciprocal_ranks, "ndcg": ndcgs}[name](ranking, k)
     available = "mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r, with K at least 1"
@@ -218,23 +199,6 @@ def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     last_of_ties = np.append(ordered[1:] != ordered[:-1], True)
     said = np.arange(1, len(scores) + 1)
     return float(ordered[last_of_ties][np.argmax((2 * positive / (said + positive[-1]))[last_of_ties])])
-
-
-def _relevant(ranking: Ranking) -> Ranking:
-    chosen = ranking.gain > 0
-    relevant = Ranking(ranking.queries, ranking.query[chosen], ranking.gain[chosen], ranking.rank[chosen])
-    counts = np.bincount(relevant.query, minlength=ranking.queries)
-    if not counts.all():
-        raise UserError("evaluation.query.no_relevant", f"Query {int(np.argmin(counts))} has no relevant document.")
-    return relevant
-
-
-def _ranks_within(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return the rank (N,) of each key among the keys of its query, 1 for the smallest."""
-    order = np.lexsort((keys, query))
-    ranks = np.empty(len(order))
-    ranks[order] = _places(query[order])
-    return ranks
 
 
 def _places(query: np.ndarray) -> np.ndarray:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,8 +46,6 @@ class MultiExitEvaluator(BaseEvaluator):
         max_length: longer texts are cut to this number of tokens; the model's limit if None.
         tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
         name: prefix of the metrics, which distinguishes several evaluators.
-        write_csv: append a line per evaluation to `Multi-Exit_evaluation_{name}_results.csv` in the trainer's
-            `output_path`.
         progress: show progress bars.
 
     Example:
@@ -71,13 +67,12 @@ class MultiExitEvaluator(BaseEvaluator):
         max_length: int | None = None,
         tokens_per_batch: int = 8192,
         name: str = "",
-        write_csv: bool = True,
         progress: bool = False,
     ) -> None:
         super().__init__()
         self.task, self.tokenizer, self.exit_layers, self.recall_at = task, tokenizer, exit_layers, tuple(recall_at)
         self.prompts, self.max_length, self.tokens_per_batch = prompts, max_length, tokens_per_batch
-        self.name, self.write_csv, self.progress = name, write_csv, progress
+        self.name, self.progress = name, progress
         self.primary_metric = f"{name}_mrr_mean" if name else "mrr_mean"
 
     @classmethod
@@ -129,8 +124,8 @@ class MultiExitEvaluator(BaseEvaluator):
         Args:
             model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer of one, whose Pooling must be the one in
                 the model's configuration. It runs in evaluation mode, then its mode is restored.
-            output_path: folder of the CSV file; no file is written if None.
-            epoch, steps: written into the CSV file.
+            output_path: not used, because the trainers log the metrics.
+            epoch, steps: shown in the model card of a SentenceTransformer.
             across_processes: True if every training process makes this call; the processes then share the texts.
 
         Raises:
@@ -149,8 +144,6 @@ class MultiExitEvaluator(BaseEvaluator):
             values = {k: one[name] for k, one in scores.items()}
             metrics |= {f"{name}_exit_{k}": value for k, value in values.items()}
             metrics |= {f"{name}_mean": sum(values.values()) / len(values), f"{name}_worst": min(values.values())}
-        if output_path is not None and self.write_csv:
-            self._write_line(Path(output_path), {"epoch": epoch, "steps": steps, **metrics})
         metrics = self.prefix_name_to_metrics(metrics, self.name)
         if isinstance(model, SentenceTransformer):
             self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
@@ -182,20 +175,6 @@ class MultiExitEvaluator(BaseEvaluator):
         options |= {"tokens_per_batch": self.tokens_per_batch, "progress": self.progress}
         encode = partial(encode_exits, network, tokenizer, **options)
         return network, encode, prompts if self.prompts is None else self.prompts
-
-    def _write_line(self, folder: Path, line: dict[str, float]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"Multi-Exit_evaluation{'_' + self.name if self.name else ''}_results.csv"
-        is_new = not path.exists()
-        with path.open("a+", newline="", encoding="utf-8") as file:
-            file.seek(0)
-            columns = list(line) if is_new else next(csv.reader(file), [])
-            if set(columns) != set(line):
-                raise UserError("evaluator.csv.other_metrics", f"{path} lists other metrics: pass another `name`.")
-            writer = csv.DictWriter(file, columns)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(line)
 
 
 def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:

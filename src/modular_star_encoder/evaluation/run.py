@@ -122,7 +122,7 @@ def evaluate_tasks(
                 stored = read_result(path)  # its names may differ
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
-                result = evaluate_task(task, retriever, variant, seed=seed, progress=progress)
+                result = evaluate_task(task, retriever, variant, seed=seed)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, asdict(result))
@@ -130,29 +130,21 @@ def evaluate_tasks(
     return results
 
 
-def evaluate_task(
-    task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0, progress: bool = True
-) -> TaskResult:
+def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0) -> TaskResult:
     """Evaluate one variant of a retriever on one task, whose texts `retriever.prepare` must have seen."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
 
-    ranking, rows = metrics.rank_task(
-        task, lambda pool: retriever.scores(*task.texts_of(pool), variant), progress=progress
-    )
-    values_of = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
-    main = values_of[task.metrics[0]]
-    kept = np.flatnonzero(~np.isnan(main))
-    if not len(kept):
-        raise UserError("evaluation.task.no_relevant", f"{task.benchmark}, {task.name}: no documents are relevant.")
-    estimates = {}
-    for metric, values in values_of.items():
-        known = values[~np.isnan(values)]
-        estimates[metric] = Estimate(float(known.mean()), *metrics.bootstrap_interval(known, seed))
-    ids = [task.query_ids[rows[place]] for place in kept]
+    ranking, rows = metrics.rank_task(task, lambda pool: retriever.scores(*task.texts_of(pool), variant))
+    estimates: dict[str, Estimate] = {}
+    main: list[float] = []
+    for metric in task.metrics:
+        values = metrics.query_values(ranking, metric)
+        estimates[metric] = Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
+        main = main or values.tolist()
     candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
-    return TaskResult(*names, estimates, main[kept].tolist(), ids, candidates)
+    return TaskResult(*names, estimates, main, [task.query_ids[row] for row in rows], candidates)
 
 
 def _evaluate_pairs(

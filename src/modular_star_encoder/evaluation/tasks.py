@@ -54,24 +54,21 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgements:
-    """J relevance judgements, each about one query and one document; all other documents are irrelevant."""
+    """J pairs of a query and a document that is relevant to it; all other documents are irrelevant."""
 
     query: np.ndarray  # (J,) int64 row numbers, ascending
     document: np.ndarray  # (J,) int64 row numbers, unique within a query
-    gain: np.ndarray  # (J,) float64, the degree of relevance; 0 for a document judged irrelevant
 
     @classmethod
     def one_each(cls, documents: Sequence[int] | range) -> Judgements:
         """Make judgements by which `documents[i]` is the only relevant document of query i."""
-        count = len(documents)
-        return cls(np.arange(count), np.asarray(documents, dtype=np.int64), np.ones(count))
+        return cls(np.arange(len(documents)), np.asarray(documents, dtype=np.int64))
 
     @classmethod
-    def of(cls, gains: Sequence[Mapping[int, float]]) -> Judgements:
-        """Make judgements from one mapping {document: gain} for each query."""
-        query = np.repeat(np.arange(len(gains)), [len(judged) for judged in gains])
-        document = np.array([document for judged in gains for document in judged], dtype=np.int64)
-        return cls(query, document, np.array([gain for judged in gains for gain in judged.values()], dtype=np.float64))
+    def of(cls, relevant: Sequence[Sequence[int]]) -> Judgements:
+        """Make judgements from the row numbers of each query's relevant documents."""
+        query = np.repeat(np.arange(len(relevant)), [len(documents) for documents in relevant])
+        return cls(query, np.array([document for documents in relevant for document in documents], dtype=np.int64))
 
 
 class Pool(NamedTuple):
@@ -153,7 +150,7 @@ def _checksum(task: Task) -> str:
 def _arrays(value: Any) -> Any:
     """Return what stands for an array, or for judgements, in the text that is hashed."""
     if isinstance(value, Judgements):
-        return [value.query, value.document, value.gain]
+        return [value.query, value.document]
     return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
 
 
@@ -244,7 +241,7 @@ def task_from_mappings(
         message = f"Queries with relevant documents: {len(answered)} (needed: 1); documents: {len(places)} (needed: 2)."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
-    judgements = Judgements.of([dict.fromkeys(found, 1.0) for found in judged])
+    judgements = Judgements.of(judged)
     asked, documents = [Text(queries[name]) for name in answered], [Text(text, language) for text in corpus.values()]
     return ranking_task("mappings", "all", asked, documents, answered, judgements, **options)
 

@@ -153,7 +153,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
     documents = [members[number][members[number] != row] for row, number in enumerate(numbers)]
     query = np.repeat(np.arange(len(labels)), [len(found) for found in documents])
-    judgements = Judgements(query, np.concatenate(documents), np.ones(len(query)))
+    judgements = Judgements(query, np.concatenate(documents))
     texts = [Text(row.code, "c++") for row in rows]
     options: dict[str, Any] = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
     return [ranking_task("poj104", "test", texts, texts, names, judgements, **options)]
