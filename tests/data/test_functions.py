@@ -136,8 +136,6 @@ def test_a_header_is_c_or_cpp_by_its_text():
 
     assert header("/* class of functions */\nstatic inline int f(int class) { return class; }\n") == "c"
     assert header("namespace a {\ninline int f() { return 1; }\n}\n") == "cpp"
-    text = "std::string f() { return 1; }\n"
-    assert extract_functions(SourceFile("r", "a.hpp", "cpp", text), documented_only=False)[0].language == "cpp"
 
 
 def test_collecting_filters_drops_repeated_code_and_counts_everything():

@@ -33,19 +33,16 @@ def test_rows_are_what_the_tokenizer_makes_of_prompt_and_text(tokenizer):
         assert row["document_ids"].tolist() == tokenizer(code_prompt("python") + one.code)["input_ids"]
 
 
-def test_the_prompt_names_the_language_of_the_row_and_can_be_left_out(tokenizer):
+def test_the_prompt_names_the_language_of_the_row_is_never_cut_and_can_be_left_out(tokenizer):
     rows = [function(), replace(function(), language="go", code="func f() {}")]
     for row, language in zip(make(tokenizer, rows), ("python", "go"), strict=True):
         assert f"this {language} code" in tokenizer.decode(row["document_ids"])
     row = make(tokenizer, prompts=False)[0]
     assert row["query_ids"].tolist() == tokenizer("Load table number 0.")["input_ids"]
-
-
-def test_truncation_takes_from_the_text_and_keeps_its_frame(tokenizer):
+    # The limit cuts the text and keeps its frame.
     frame = tokenizer(text_prompt())["input_ids"]
-    limit = len(frame) + 3
-    ids = make(tokenizer, max_text_tokens=limit)[5]["query_ids"].tolist()
     content = tokenizer(functions()[5].description, add_special_tokens=False)["input_ids"]
+    ids = make(tokenizer, max_text_tokens=len(frame) + 3)[5]["query_ids"].tolist()
     assert ids == [*frame[:-1], *content[:3], 2]
     assert len(content) > 3
 

@@ -198,19 +198,14 @@ def test_a_store_that_was_cut_short_is_refused_and_one_of_nothing_opens(tmp_path
     assert len(build(tmp_path / "empty", tokenizer, [])) == 0
 
 
-def equal_rows(one, other):
-    return len(one) == len(other) and all(
-        torch.equal(one[i][name], other[i][name]) for i in range(len(one)) for name in one[i]
-    )
-
-
 @pytest.mark.slow
 def test_a_dataset_sent_to_another_process_opens_the_store_there(tmp_path, tokenizer):
     big = [dataclasses.replace(file, text=file.text * 200) for file in source_files()]
     pairs = InContextPairs(build(tmp_path, tokenizer, big), tokenizer, length=9, max_tokens=96, seed=0)
     sent = pickle.dumps(pairs)
     assert len(sent) < (tmp_path / "tokens.bin").stat().st_size / 10
-    assert equal_rows(pickle.loads(sent), pairs)
+    for one, other in zip(pickle.loads(sent), pairs, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_split_shares_no_repository_and_loses_no_text(tmp_path, tokenizer):

@@ -206,6 +206,3 @@ def test_sources_without_archives_are_refused(tmp_path):
     for source in (tmp_path, tmp_path / "x.py", tmp_path / "missing.zip"):
         with raises("data.source.no_files", source, ".zip"):
             archive_repositories(source)
-    make_zip(tmp_path / "a.zip", {"x.py": "x"})
-    with raises("data.language.unknown", "cobol"):
-        archive_repositories(tmp_path, languages=["cobol"])

@@ -6,7 +6,6 @@ import pytest
 
 from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.dataset_files import RowColumns, row_repositories
-from tests.errors import raises
 
 COLUMNS = RowColumns(repository="repo", path="file", text="code", language="lang", license="terms")
 
@@ -80,16 +79,6 @@ def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
         time.sleep(0.01)
         peak = max(peak, pyarrow.total_allocated_bytes() - before)
     assert 0 < peak < size / 2
-
-
-def test_wrong_sources_are_refused_in_one_sentence(tmp_path):
-    write_parquet(tmp_path / "a.parquet", [row(0)])
-    with raises("data.source.column", "content"):
-        row_repositories(tmp_path, RowColumns(repository="repo", path="file", text="content"))
-    with raises("data.source.no_files", "missing.parquet"):
-        row_repositories(tmp_path / "missing.parquet", COLUMNS)
-    with raises("data.language.unknown", "cobol"):
-        row_repositories(tmp_path / "a.parquet", COLUMNS, languages=["cobol"])
 
 
 def test_a_name_of_the_hub_is_opened_as_a_stream_with_its_options(monkeypatch, tmp_path):

@@ -154,5 +154,3 @@ def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
             the_stack_repositories(file, wrong)
     with raises("http.settings"):
         the_stack_repositories(file, url, http={"concurrency": 0})
-    with raises("data.source.column", "files"):
-        the_stack_repositories(file, url)
