@@ -270,25 +270,6 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
     assert found.examples[SURROGATES][0].encode()
 
 
-@pytest.mark.parametrize(
-    ("settings", "key", "value"),
-    [
-        ({"triplets": None}, "data.sources", "none"),
-        ({}, "data.sources", "triplets, functions, parallel"),
-        ({"tripletz": "x"}, "data.sources", "tripletz"),
-        ({"triplets": {"source": None}}, "data.source.options", "data.triplets"),
-        ({"triplets": {"source": "FILE", "columns": {"text": "x"}}}, "data.source.options", "data.triplets"),
-        ({"functions": "code"}, "data.source.missing", "code"),
-        ({"triplets": "FILE"}, "data.source.empty", "1 × empty func2"),
-        ({"parallel": "missing.jsonl"}, "data.source.no_files", "missing.jsonl"),
-    ],
-)
-def test_sources_that_cannot_be_used_are_refused(tmp_path, settings, key, value):
-    file = str(write(tmp_path / "rows.jsonl", [row(func2="")]))
-    with raises(key, value):
-        read(json.loads(json.dumps(settings).replace("FILE", file)))
-
-
 ADD, SUBTRACT = ('Add two numbers; "fast".', PYTHON), ("Take one away.", "def sub(a, b):\n\n    return a - b")
 
 
@@ -340,6 +321,18 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "key", "value"),
     [
+        ({"triplets": None}, "data.sources", "none"),
+        ({}, "data.sources", "triplets, functions, parallel"),
+        ({"tripletz": "x"}, "data.sources", "tripletz"),
+        ({"triplets": {"source": None}}, "data.source.options", "data.triplets"),
+        (
+            {"triplets": {"source": "FOLDER/a.jsonl", "columns": {"text": "x"}}},
+            "data.source.options",
+            "data.triplets",
+        ),
+        ({"functions": "code"}, "data.source.missing", "code"),
+        ({"triplets": "FOLDER/a.jsonl"}, "data.source.empty", "1 × empty func2"),
+        ({"parallel": "missing.jsonl"}, "data.source.no_files", "missing.jsonl"),
         ({"pairs": "FOLDER/pair.csv"}, "data.source.no_files", "pairs.csv"),
         ({"pairs": "FOLDER/pairs"}, "data.source.no_files", "pairs.csv"),
         ({"pairs": "FOLDER/pairs.json"}, "data.source.no_files", ".jsonl"),
@@ -350,7 +343,8 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
         ({"pairs": "FOLDER/open.csv", "columns": {"query": "a", "positive": "b"}}, "data.source.damaged", "open.csv"),
     ],
 )
-def test_pairs_that_cannot_be_read_are_refused_without_the_hub(tmp_path, settings, key, value):
+def test_sources_that_cannot_be_used_are_refused_without_the_hub(tmp_path, settings, key, value):
+    write(tmp_path / "a.jsonl", [row(func2="")])
     write(tmp_path / "pairs.csv", [{"a, b": 1}]).with_suffix(".json").write_text("{}")
     (tmp_path / "open.csv").write_text('a,b\n"open,' + "x" * 10_000_001)
     with raises(key, value):

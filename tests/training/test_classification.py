@@ -108,7 +108,7 @@ def test_damaged_files_are_refused_by_line(tmp_path, file, text, key, value):
 
 
 def test_other_sources_of_pairs_are_refused():
-    for settings, value in (({"pairs": "x"}, "not pairs"), ({"bigclonebench": None}, "data.bigclonebench")):
+    for settings, value in (({"pairs": "x"}, "not pairs"), ({"bigclonebench": None}, "not bigclonebench=None")):
         with raises("data.pairs.settings", value):
             read_labelled_pairs(settings)
 

@@ -277,7 +277,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     language = language_entry(language_named(texts["language"]) or texts["language"]).name
     line = re.search(r"#L(\d+)", texts["url"])
     code = texts["code"].replace("\r\n", "\n").replace("\r", "\n")
-    stripped = _without_docstring(code) if language == "python" else code
+    stripped = without_docstring(code) if language == "python" else code
     if stripped is None:
         return None
     return DocumentedFunction(
@@ -292,7 +292,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     )
 
 
-def _without_docstring(code: str) -> str | None:
+def without_docstring(code: str) -> str | None:
     """Return Python `code`, which may be indented like a method, without its docstring; None if it does not parse."""
     try:
         found = find_functions(textwrap.dedent(code), "python")

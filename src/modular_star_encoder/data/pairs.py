@@ -112,7 +112,8 @@ class ExampleReader:
                 if self._strict:
                     raise UserError("data.row", f"A row can't be used ({reason}): {shown}")
                 skipped[reason] += 1
-                examples[reason] += [shown] if len(examples[reason]) < _EXAMPLES else []
+                if skipped[reason] <= _EXAMPLES:
+                    examples[reason].append(shown)
 
     def read(self, what: str, progress: bool) -> SourceExamples:
         """Read all examples; the progress bar names `what` is read."""
@@ -442,14 +443,11 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
             (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
             `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label per line.
     """
-    names = set(settings)
-    nameless = [name for name, path in settings.items() if not (isinstance(path, str | os.PathLike) and path)]
-    fault = f"data.{nameless[0]} must be the path of a file or folder" if nameless else ""
-    if names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS):
-        given = ", ".join(map(str, settings))
-        fault = f"`data` must have bigclonebench=FOLDER, or the files train, valid and (optional) test; not {given}"
-    if fault:
-        raise UserError("data.pairs.settings", f"{fault}.")
+    names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
+    if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):
+        given = ", ".join(f"{name}={path}" for name, path in settings.items())
+        message = "`data` must have bigclonebench=FOLDER, or the files train=FILE, valid=FILE and (optional) test=FILE"
+        raise UserError("data.pairs.settings", f"{message}; not {given}.")
     if "bigclonebench" not in names:
         files = {split: settings[split] for split in _LABELLED_SPLITS if split in names}
         return {split: _labelled_pairs(_rows(file), file) for split, file in files.items()}

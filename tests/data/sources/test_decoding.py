@@ -39,17 +39,10 @@ def test_a_coding_line_among_the_first_two_decides(line):
     assert decode_source(text.encode("koi8-r")) == (text, "koi8-r")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "# coding: ascii",
-        "# coding: nobody",
-        "# coding: zlib",
-        "# coding: idna",
-        "x = 'coding: koi8-r'",
-        "\n\n#coding: koi8-r",
-    ],
-)
+MISFITS = [*(f"# coding: {name}" for name in ("ascii", "nobody", "zlib", "idna")), "x = 'coding: koi8-r'"]
+
+
+@pytest.mark.parametrize("line", [*MISFITS, "\n\n#coding: koi8-r"])
 def test_a_coding_line_that_does_not_fit_is_ignored(line):
     text = f"{line}\nx = 'é'\n"
     assert decode_source(text.encode()) == (text, "utf-8")

@@ -8,7 +8,6 @@ developers write it next to the code, and it shares words with the code.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Punctuation, String
 from pygments.token import Text as TextToken
 
-from modular_star_encoder.data.functions import collect_functions, documentation_summary
-from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.languages.parsing import UnparsableSourceError
+from modular_star_encoder.data.functions import collect_functions, documentation_summary, without_docstring
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.evaluation.benchmarks.rows import (
     FileRow,
@@ -131,12 +128,8 @@ def query_of(documentation: str) -> str:
 
 def strip_docstring(code: str) -> str:
     """Remove the docstring from the code of a Python function, even from code that does not parse."""
-    try:
-        found = find_functions(textwrap.dedent(code).strip("\n"), "python")
-    except UnparsableSourceError:
-        found = []
-    if found and found[0].line == 1:
-        return found[0].code
+    if (stripped := without_docstring(code)) is not None:
+        return stripped
     depth, in_body, passed, pieces = 0, False, False, []
     for kind, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(code):
         if in_body and not passed and not (kind in TextToken or kind in Comment):
