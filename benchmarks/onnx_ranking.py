@@ -18,8 +18,7 @@ from report import write
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task
-from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
-from modular_star_encoder.inference.onnx_export import ONNX_FILE, QUANTIZED_FILE, SETTINGS
+from modular_star_encoder.hub.onnx_export import ONNX_FILE, QUANTIZED_FILE, SETTINGS, export_onnx_folder
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.utils.reports import library_versions
 
@@ -56,9 +55,9 @@ def measure(checkpoint: str, exit_layer: int, tasks: list[RetrievalTask]) -> dic
     with tempfile.TemporaryDirectory() as out:
         written = export_onnx_folder(checkpoint, exit_layer, Path(out, "onnx"), int8=True, tasks=tasks)
         sizes = {file: (written.folder / file).stat().st_size for file in (ONNX_FILE, QUANTIZED_FILE)}
-    print(f"exit {exit_layer}\n{format_rankings(written.rankings)}\n")
-    rankings = {name: [asdict(one) for one in found] for name, found in written.rankings.items()}
-    return {"exit_layer": exit_layer, "bytes": sizes, "rankings": rankings}
+    report: Any = written.report
+    print(f"exit {exit_layer}\n{report.to_markdown()}\n")
+    return {"exit_layer": exit_layer, "bytes": sizes, "tables": list(map(asdict, report.tables))}
 
 
 if __name__ == "__main__":

@@ -27,12 +27,11 @@ from modular_star_encoder.evaluation.report import make_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import POOL, Pool
-from modular_star_encoder.hub.onnx_folder import OnnxEncoder, compare_tops
+from modular_star_encoder.hub.onnx_export import OnnxEncoder, export_onnx, quantize_onnx
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.encoders import ExitEncoder
-from modular_star_encoder.inference.exit_zero import ExitZero
-from modular_star_encoder.inference.onnx_export import export_onnx, quantize_onnx
+from modular_star_encoder.inference.exit_zero import NumpyEncoder
 from modular_star_encoder.search.pieces import question_stems, stems
 from modular_star_encoder.utils.reports import markdown_table
 
@@ -72,7 +71,7 @@ def compressed_forms(model: Any, tokenizer: Any, folder: Path) -> dict[str, tupl
     quantize_onnx(folder / "model.onnx", folder / "int8.onnx")
     deepest = model.config.num_hidden_layers
     encoder = OnnxEncoder(folder / "int8.onnx", ExitEncoder(model, tokenizer, "", exit_layers=[deepest]), "")
-    zero = ExitZero(CHECKPOINT)
+    zero = NumpyEncoder(CHECKPOINT)
     half = zero.table.astype(np.float16).astype(np.float32)
     eighth = np.rint(zero.table / np.abs(zero.table).max() * 127)  # one scale, as model2vec's int8
     onnx = lambda texts: encoder.encode([("", text) for text in texts], [deepest])[deepest]  # noqa: E731
@@ -83,7 +82,7 @@ def compressed_forms(model: Any, tokenizer: Any, folder: Path) -> dict[str, tupl
     }
 
 
-def by_table(zero: ExitZero, table: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+def by_table(zero: NumpyEncoder, table: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """Embeddings (N, D) of length 1: the sums of the rows of a table (V, D) for the tokens of each text."""
     sums = np.stack([table[one.ids].sum(axis=0) for one in zero.tokenizer.encode_batch_fast(list(texts))])
     return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -108,12 +107,18 @@ def rank(tasks: Sequence[Any], own: EmbeddingRetriever, forms: Mapping[str, tupl
                     found[f"{k} + {SEARCH_WORDS}"] = reciprocal_ranks(standardised(part) + standardised(of_search))
             for name, (k, encode) in forms.items():
                 asked, answers = (encode([one.text for one in part]) for part in texts)
-                *_, shared = compare_tops(scores[k, k], asked @ answers.T)
+                shared = shared_of_ten(scores[k, k], asked @ answers.T)
                 found |= {name: reciprocal_ranks(asked @ answers.T), f"{name}, share of ten": shared}
                 found[f"{name}, same ten"] = shared == 1
             for name, part in found.items():
                 values[name][task.name].extend(part)
     return values
+
+
+def shared_of_ten(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """The fraction of documents that are among the ten best in both score matrices (Q, D), for each query."""
+    first, second = (np.argsort(-scores, axis=1, kind="stable")[:, :10] for scores in (expected, found))
+    return (first[:, :, None] == second[:, None, :]).any(axis=2).mean(axis=1)
 
 
 def reciprocal_ranks(scores: np.ndarray) -> np.ndarray:
@@ -136,7 +141,7 @@ def estimates(values: Values) -> dict[str, list[float]]:
 def milliseconds(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     """{exit: median milliseconds per text}, tokenising included; each exit alone, and exit 0 in numpy."""
     encode = partial(encode_exits, model, tokenizer, texts, progress=False)
-    runs = {"exit 0, numpy": partial(ExitZero(CHECKPOINT).encode, texts)}
+    runs = {"exit 0, numpy": partial(NumpyEncoder(CHECKPOINT).encode, texts)}
     runs |= {f"exit {k}": partial(encode, exit_layers=[k]) for k in model.config.exit_layers}
     return {name: median_of([1000 * one / len(texts) for one in found]) for name, found in take_turns(runs, 3).items()}
 

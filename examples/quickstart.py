@@ -127,9 +127,9 @@ def slice_and_reload(model: Path, exit_layer: int, out: Path) -> dict[str, Any]:
     texts = list(QUESTIONS)
     requests = [ReloadRequest(str(model), texts, exit_layers=[exit_layer]), ReloadRequest(str(folder), texts)]
     full, cut = verify_reload(requests)
-    identical = bool(np.array_equal(full.exits[exit_layer], cut.sentence_transformer))
+    identical = bool(np.array_equal(full[f"exit-{exit_layer}"], cut["sentence_transformer"]))
     # AutoModel takes the mean of the tokens before the head, SentenceTransformer after it: equal up to rounding.
-    difference = float(np.abs(full.exits[exit_layer] - cut.auto_model).max())
+    difference = float(np.abs(full[f"exit-{exit_layer}"] - cut["auto_model"]).max())
     sizes = {path.name: (path / "model.safetensors").stat().st_size for path in (model, folder)}
     print(f"SentenceTransformer: {'identical to' if identical else 'DIFFERS from'} exit {exit_layer} of the full model")
     print(f"AutoModel: differs by at most {difference:.0e}")

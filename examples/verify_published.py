@@ -54,7 +54,7 @@ DESCRIPTIONS = (
 )
 
 ALTERNATIVES = {
-    "pooling": ("mean", "cls", "legacy"),
+    "pooling": ("mean", "lasttoken", "legacy"),
     "projection_act": ("leaky_relu", "relu", "gelu", "gelu_pytorch_tanh", "tanh", "linear"),
     "projection_order": ("project_then_pool", "pool_then_project"),
     "embedding_normalization": ("l2", "clip"),
@@ -409,23 +409,20 @@ def run_own_code(folder: Path, request: Mapping[str, Any], python: str = sys.exe
     Raises:
         RuntimeError: the process failed; the message holds the last line of what it said.
     """
-    from modular_star_encoder.hub.subprocess_check import wait_with_clock
-
     with tempfile.TemporaryDirectory() as scratch:
         question, result = Path(scratch, "request.json"), Path(scratch, "result.npz")
         question.write_text(json.dumps(request), encoding="utf-8")
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch, "modules"))}
-        process = subprocess.Popen(  # noqa: S603 - this file, arguments passed as a list
+        print("running the repository's own code in a separate process", file=sys.stderr)
+        process = subprocess.run(  # noqa: S603 - this file, arguments passed as a list
             [python, str(Path(__file__).resolve()), OWN_CODE, os.fspath(folder), str(question), str(result)],
             env={**os.environ, **offline},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
         )
-        errors = wait_with_clock(process, "running the repository's own code in a separate process")
         if process.returncode:
-            last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+            last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise RuntimeError(
                 f"The repository's own code failed under {python} (see --remote-python for another): {last}"
             )

@@ -27,12 +27,11 @@ require_version("transformers>=5.17", "This model needs it: pip install -U trans
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# Keys of the published configurations (huggingface.co/modularStarEncoder), and one of version 0.1: read, never written.
+# Keys of the published configurations (huggingface.co/modularStarEncoder): read, never written.
 PUBLISHED_ALIASES = {
     "matryoshka_layers": "exit_layers",
     "conditional_size": "exit_embedding_size",
     "layer_norm_eps": "norm_epsilon",
-    "learned_logit_scale": "logit_scale_init_value",
 }
 # `keys_to_ignore_at_inference` is a property of our class; the published files have a string there.
 PUBLISHED_WITHOUT_EFFECT = (
@@ -155,7 +154,6 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "icc_losses",
         "icc_accuracies",
     ]
-    attribute_map: ClassVar[dict[str, str]] = {"learned_logit_scale": "logit_scale_init_value"}
     # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -195,7 +193,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     projection_head: Literal["mlp", "linear"] = "mlp"
     projection_act: str = "leaky_relu"
     projection_order: Literal["project_then_pool", "pool_then_project"] = "project_then_pool"
-    pooling: Literal["mean", "lasttoken", "legacy", "cls"] = "mean"
+    pooling: Literal["mean", "lasttoken", "legacy"] = "mean"
     token_weights: bool = False
     embedding_normalization: Literal["l2", "clip"] = "l2"
     logit_scale_init_value: float | int | None = None
@@ -268,9 +266,6 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             self.check_exit(self.exit_layer)
 
     def validate_pooling(self) -> None:
-        """Replace an old name of a pooling by the current one; raise ValueError if another option excludes it."""
-        if self.pooling == "cls":  # until version 0.1: the last token is `<cls>`
-            self.pooling = "lasttoken"
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
                 f"pooling={self.pooling!r} must not be 'legacy' (it may read padding) with unpad_inputs=True, and must "

@@ -631,10 +631,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     A forward pass runs the layers up to the deepest requested exit and returns the states of every requested exit.
 
     Example:
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-        ...     num_key_value_heads=1, exit_layers=[1, 2, 4],
-        ... )
+        >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=4, exit_layers=[1, 2, 4])
         >>> output = ModularStarEncoderModel(config)(torch.tensor([[5, 6, 7]]), exit_layers=(1, 2))
         >>> [states.shape for states in output.exit_hidden_states]  # exits 1 and 2; layers 3 and 4 are not run
         [torch.Size([1, 3, 32]), torch.Size([1, 3, 32])]
@@ -961,24 +958,15 @@ class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
         return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
 
-class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
-    """Model for masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
+class ModularStarEncoderVocabularyModel(ModularStarEncoderPreTrainedModel):
+    """Base of the two models that predict tokens: a trunk, and the heads of their `heads_class`."""
 
-    Example:
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        ...     num_key_value_heads=1, exit_layers=[1, 2],
-        ... )
-        >>> ids, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, 9, -100]])  # the second token was 9
-        >>> output = ModularStarEncoderForPreTraining(config)(ids, labels=labels, icc_labels=torch.tensor([1]))
-        >>> output.loss.shape, output.mlm_losses.shape  # the weighted sum, and one loss for each exit
-        (torch.Size([]), torch.Size([2]))
-    """
+    heads_class: type[ModularStarEncoderMaskedLMHeads]
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
         self.model = ModularStarEncoderModel(self.config)
-        self.heads = ModularStarEncoderPreTrainingHeads(self.config)
+        self.heads = self.heads_class(self.config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -986,6 +974,21 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.heads.decoder = new_embeddings
+
+
+class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
+    """Model for masked language modelling and in-context classification at every exit (arXiv 2503.03008, pre-training).
+
+    Example:
+        >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2])
+        >>> ids, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, 9, -100]])  # the second token was 9
+        >>> output = ModularStarEncoderForPreTraining(config)(ids, labels=labels, icc_labels=torch.tensor([1]))
+        >>> output.loss.shape, output.mlm_losses.shape  # the weighted sum, and one loss for each exit
+        (torch.Size([]), torch.Size([2]))
+    """
+
+    heads_class = ModularStarEncoderPreTrainingHeads
+    heads: ModularStarEncoderPreTrainingHeads
 
     @can_return_tuple
     def forward(
@@ -1055,37 +1058,23 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderPreTrainedModel):
         )
 
 
-class ModularStarEncoderForMaskedLM(ModularStarEncoderPreTrainedModel):
+class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
     """Model for masked language modelling at one exit, with the loss and logits that every fill-mask script expects.
 
     It loads pre-training checkpoints, whose heads for in-context classification it leaves out. All tokens' logits are
     computed; to train all exits together in less memory, use `ModularStarEncoderForPreTraining`.
 
     Example:
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        ...     num_key_value_heads=1, exit_layers=[1, 2],
-        ... )
+        >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2])
         >>> ids, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, 9, -100]])  # the second token was 9
         >>> output = ModularStarEncoderForMaskedLM(config)(ids, labels=labels, exit_layer=1)
         >>> output.loss.shape, output.logits.shape
-        (torch.Size([]), torch.Size([1, 3, 100]))
+        (torch.Size([]), torch.Size([1, 3, 49156]))
     """
 
+    heads_class = ModularStarEncoderMaskedLMHeads
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"^heads\.(pooler|icc_classifier)\."]  # type: ignore[misc]
-
-    def __init__(self, config: ModularStarEncoderConfig) -> None:
-        super().__init__(config)
-        self.model = ModularStarEncoderModel(self.config)
-        self.heads = ModularStarEncoderMaskedLMHeads(self.config)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.heads.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.heads.decoder = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -1176,8 +1165,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
     Example:
         >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-        ...     num_key_value_heads=1, exit_layers=[1, 2, 4], projection_size=16,
+        ...     hidden_size=32, num_hidden_layers=4, exit_layers=[1, 2, 4], projection_size=16
         ... )
         >>> model = ModularStarEncoderForRetrieval(config)
         >>> model(torch.tensor([[5, 6, 7]]), exit_layer=2).sentence_embedding.shape
@@ -1297,10 +1285,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
     """Classify a text or a pair `<sep>a<sep>b<cls>` at any exit, from the state of the final `<cls>`.
 
     Example:
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        ...     num_key_value_heads=1, exit_layers=[1, 2], num_labels=3,
-        ... )
+        >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_labels=3)
         >>> model = ModularStarEncoderForSequenceClassification(config)
         >>> model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([2])).logits.shape
         torch.Size([1, 3])

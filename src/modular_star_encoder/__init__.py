@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot read a c
     from modular_star_encoder.inference.encode import encode_exits as encode_exits
     from modular_star_encoder.inference.exit_profile import load_at_budget as load_at_budget
     from modular_star_encoder.inference.exit_profile import select_exit as select_exit
-    from modular_star_encoder.inference.onnx_export import export_onnx as export_onnx
-    from modular_star_encoder.inference.static_export import export_static as export_static
+    from modular_star_encoder.hub.onnx_export import export_onnx as export_onnx
+    from modular_star_encoder.inference.exit_zero import export_static as export_static
     from modular_star_encoder.modeling import ModularStarEncoderConfig as ModularStarEncoderConfig
     from modular_star_encoder.modeling import ModularStarEncoderForMaskedLM as ModularStarEncoderForMaskedLM
     from modular_star_encoder.modeling import ModularStarEncoderForPreTraining as ModularStarEncoderForPreTraining
@@ -50,8 +50,8 @@ _NAMES_OF = {
     "inference.checkpoints": ["slice_checkpoint"],
     "inference.encode": ["encode_exits"],
     "inference.exit_profile": ["load_at_budget", "select_exit"],
-    "inference.onnx_export": ["export_onnx"],
-    "inference.static_export": ["export_static"],
+    "hub.onnx_export": ["export_onnx"],
+    "inference.exit_zero": ["export_static"],
     "modeling": [
         "ModularStarEncoderConfig",
         "ModularStarEncoderForMaskedLM",

@@ -51,6 +51,6 @@ def test_a_cached_repository_loads_by_its_id_with_identical_embeddings(tmp_path,
     batch = AutoTokenizer.from_pretrained(checkpoint)(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
         expected = AutoModel.from_pretrained(checkpoint)(**batch).sentence_embedding.numpy()
-    assert np.array_equal(reloaded.auto_model, expected)
+    assert np.array_equal(reloaded["auto_model"], expected)
     # padded on the other side
-    np.testing.assert_allclose(reloaded.sentence_transformer, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(reloaded["sentence_transformer"], expected, rtol=0, atol=1e-6)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from modular_star_encoder.hub.manifest import load_manifest
+from modular_star_encoder.hub.onnx_export import export_onnx, open_session, quantize_onnx
 from modular_star_encoder.hub.staging import stage_repositories
-from modular_star_encoder.inference.onnx_export import export_onnx, open_session, quantize_onnx
 from modular_star_encoder.training.recipes import hub_config_folder
 from tests.tiny import tiny_batch, tiny_model
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from modular_star_encoder.hub import verification
 from modular_star_encoder.hub.staging import stage_repositories
-from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings, ReloadRequest, verify_reload
+from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
 from modular_star_encoder.hub.verification import TEXTS, check_files, verify_repositories
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForSequenceClassification
@@ -113,13 +113,12 @@ def test_the_own_token_and_a_place_of_this_machine_are_found(folder, monkeypatch
 
 
 def test_other_embeddings_than_the_sources_are_found(staged, monkeypatch):
-    own, _, _ = verification._source_embeddings(staged)
-    exits = {k: embeddings.copy() for k, embeddings in own.items()}
-    reloaded = [ReloadedEmbeddings(exits[4], exits[4], exits)]
-    monkeypatch.setattr(verification, "verify_reload", lambda *_, **__: reloaded)
+    own, _ = verification._source_embeddings(staged)
+    reloaded = {name: embeddings.copy() for name, embeddings in own.items()}
+    monkeypatch.setattr(verification, "verify_reload", lambda *_, **__: [reloaded])
     assert verify_repositories([staged]) == {"tiny": 0}
-    for change, sentence in ((1e-3, "exit 2 differs by 0.001"), (np.nan, "exit 2 differs by nan")):
-        exits[2][0, 0] += change
+    for change, sentence in ((1e-3, "exit-2 differs by 0.001"), (np.nan, "exit-2 differs by nan")):
+        reloaded["exit-2"][0, 0] += change
         with raises("hub.reload.differs", sentence):
             verify_repositories([staged])
 
@@ -138,7 +137,7 @@ def test_other_precisions_short_inputs_and_other_pooling_pass(tmp_path):
         "short": save_retrieval_checkpoint(tiny_model(max_position_embeddings=8), tiny_tokenizer(), tmp_path / "short"),
         "pretrained": tmp_path / "pretrained",
     }
-    tiny_model(ModularStarEncoderForPreTraining, pooling="cls").save_pretrained(folders["pretrained"])
+    tiny_model(ModularStarEncoderForPreTraining, pooling="lasttoken").save_pretrained(folders["pretrained"])
     tiny_tokenizer().save_pretrained(folders["pretrained"])
     entries = [{"name": name, "checkpoint": str(folder)} for name, folder in folders.items()]
     verified = verify_repositories(stage_repositories(manifest(entries), tmp_path / "staged"), progress=False)
@@ -180,9 +179,9 @@ def test_files_of_the_manifest_replace_none_of_the_repositorys_own(staged, tmp_p
     ("setting", "name", "text", "fault"),
     [
         ("training_log", "log.json", '{"steps"', "Expecting ':'"),
-        ("training_log", "log.json", "[]", "[]"),
+        ("training_log", "log.json", "[]", "mapping"),
         ("recipe", "recipe.yaml", "a: [\n", "while parsing"),
-        ("recipe", "recipe.yaml", "\xff", "ÿ"),
+        ("recipe", "recipe.yaml", "\xff", "mapping"),
     ],
 )
 def test_a_damaged_log_or_recipe_is_one_sentence(staged, tmp_path, setting, name, text, fault):

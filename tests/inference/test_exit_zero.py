@@ -8,7 +8,7 @@ import pytest
 
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.exit_zero import ExitZero, NumpyEncoder, has_exit_zero, has_layers, read_config
+from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
 
 MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
 TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍", "a <mask> <pad>"]
@@ -17,7 +17,7 @@ TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "gr�
 def test_numpy_embeds_what_the_model_embeds():
     model, tokenizer = load_checkpoint(MODEL)
     expected = encode_exits(model, tokenizer, TEXTS, exit_layers=(0, 2, 6), progress=False)
-    np.testing.assert_allclose(ExitZero(MODEL).encode(TEXTS), expected[0], atol=1e-5)
+    np.testing.assert_allclose(NumpyEncoder(MODEL).encode(TEXTS), expected[0], atol=1e-5)
     embedded = NumpyEncoder(MODEL).encode_exits(TEXTS, (0, 2, 6))
     for exit_layer, vectors in embedded.items():
         np.testing.assert_allclose(vectors, expected[exit_layer], atol=1e-5)
@@ -25,7 +25,7 @@ def test_numpy_embeds_what_the_model_embeds():
 
 
 def test_words_have_the_tokens_of_the_whole_text():
-    model = ExitZero(MODEL)
+    model = NumpyEncoder(MODEL)
     assert model._has_words
     pieces = [
         "HTTPServer",
@@ -63,7 +63,7 @@ def test_a_checkpoint_without_such_an_exit_is_refused(tmp_path):
     for change in ({"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn"}}, {"exit_norm": "all"}):
         assert not has_layers(read_config(MODEL) | change)
     with pytest.raises(ValueError, match="exit 0"):
-        ExitZero(tmp_path)
+        NumpyEncoder(tmp_path)
 
 
 @pytest.mark.slow

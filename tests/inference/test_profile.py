@@ -167,10 +167,10 @@ def test_a_process_that_cannot_measure_memory_is_reported_in_a_sentence(tmp_path
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
     with pytest.raises(OSError, match=r"memory of exit 1 .* ended with: MemoryError: no room"):
-        measure_memory("checkpoint", 1, "float32", [(1, 8)], 1)
+        measure_memory("checkpoint", 1, "cpu", "float32", [(1, 8)], 1)
     python.write_text("#!/bin/sh\nkill -9 $$\n")
     with pytest.raises(OSError, match="ended with: status -9"):
-        measure_memory("checkpoint", 1, "float32", [(1, 8)], 1)
+        measure_memory("checkpoint", 1, "cpu", "float32", [(1, 8)], 1)
 
 
 def test_peak_memory_is_the_most_that_was_ever_resident():

@@ -48,10 +48,8 @@ def test_an_unknown_activation_is_refused_with_the_known_ones(name):
         tiny_model(**{name: "leaky"})
 
 
-def test_published_and_older_keys_are_read_and_not_written():
-    older = {"pooling": "cls", "learned_logit_scale": 20.0}
-    config = tiny_config(exit_layers=None, matryoshka_layers=[2, 4], conditional_size=7, layer_norm_eps=1e-3, **older)
+def test_published_keys_are_read_and_not_written():
+    config = tiny_config(exit_layers=None, matryoshka_layers=[2, 4], conditional_size=7, layer_norm_eps=1e-3)
     assert (config.exit_layers, config.exit_embedding_size, config.norm_epsilon) == ([2, 4], 7, 1e-3)
-    assert (config.pooling, config.logit_scale_init_value) == ("lasttoken", 20.0)
     written = config.to_dict()
-    assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps", "learned_logit_scale"} & set(written)
+    assert not {"matryoshka_layers", "conditional_size", "layer_norm_eps"} & set(written)

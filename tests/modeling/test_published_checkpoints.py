@@ -150,7 +150,7 @@ def test_arguments_reach_the_configuration(write):
     assert classifier.classifier.out_features == 3
     pretrained = AutoModelForSequenceClassification.from_pretrained(write("pretrained"), num_labels=3)
     assert run(pretrained, **tiny_batch()).logits.shape == (3, 3)
-    model = AutoModel.from_pretrained(folder, output_all_exits=False, pooling="cls", dtype=torch.float16)
+    model = AutoModel.from_pretrained(folder, output_all_exits=False, pooling="lasttoken", dtype=torch.float16)
     assert isinstance(run(model, **tiny_batch()).projected_pooled_normalized, torch.Tensor)
     assert (model.config.pooling, model.dtype) == ("lasttoken", torch.float16)
 

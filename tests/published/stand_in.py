@@ -46,7 +46,7 @@ VARIANT = {
     "norm_at_every_exit": False,
     "is_causal": False,
     "pooler_position": "last",  # or "first"
-    "pooling": "mean",  # or "cls", "legacy"
+    "pooling": "mean",  # or "lasttoken", "legacy"
     "projection_order": "project_then_pool",  # or "pool_then_project"
     "embedding_normalization": "l2",  # or "clip"
 }

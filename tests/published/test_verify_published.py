@@ -93,9 +93,9 @@ def test_the_one_option_that_explains_a_disagreement_is_found_without_trying_pai
 
 
 def test_a_pair_of_options_that_explains_a_disagreement_is_found_or_none_reported():
-    trials = trials_with({"pooling": "cls", "projection_act": "relu"})
-    assert trials[0].options == {"pooling": "cls", "projection_act": "relu"}
-    assert "pooling=cls, projection_act=relu" in script.format_trials(trials, 1e-4)
+    trials = trials_with({"pooling": "lasttoken", "projection_act": "relu"})
+    assert trials[0].options == {"pooling": "lasttoken", "projection_act": "relu"}
+    assert "pooling=lasttoken, projection_act=relu" in script.format_trials(trials, 1e-4)
     assert script.format_trials(trials_with(None), 1e-4).startswith("No option or pair of options explains it")
 
 
@@ -157,7 +157,7 @@ def test_the_ancestors_pooling_agrees_wherever_the_place_it_reads_holds_a_real_t
     ("kind", "variant", "renamed"),
     [
         ("finetuned", {"head_activation": "tanh"}, {"projection_act": "tanh"}),
-        ("finetuned", {"pooling": "cls"}, {}),
+        ("finetuned", {"pooling": "lasttoken"}, {}),
         ("finetuned", {"projection_order": "pool_then_project"}, {}),
         ("finetuned", {"embedding_normalization": "clip"}, {}),
         ("finetuned", {"norm_at_every_exit": True}, {"exit_norm": "all"}),
@@ -268,12 +268,12 @@ def test_a_repository_that_agrees_gives_a_table_of_every_exit_and_exit_code_0(fi
 
 
 def test_a_repository_that_disagrees_gives_exit_code_1_and_the_option_that_would_explain_it(tmp_path, capsys):
-    folder = write_stand_in(tmp_path / "repository", "finetuned-3", final_norm="applied", pooling="cls")
+    folder = write_stand_in(tmp_path / "repository", "finetuned-3", final_norm="applied", pooling="lasttoken")
     assert script.main([str(folder)]) == 1
     printed = capsys.readouterr().out
     assert "12 of 12 outputs differ by more than 0.0001" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("  ") and "largest difference" in line]
-    assert line.startswith("  pooling=cls, exit_norm=all ")
+    assert line.startswith("  pooling=lasttoken, exit_norm=all ")
 
 
 @pytest.mark.parametrize(

@@ -109,28 +109,34 @@ def run_export(arguments: argparse.Namespace) -> None:
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
         message = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
         raise UserError("cli.export.data", message)
+    from modular_star_encoder.hub.onnx_export import export_onnx_folder
+
+    tasks = _ranking_tasks(arguments) if arguments.data else []
+    written = export_onnx_folder(
+        arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
+    )
+    if written.report:
+        print(written.report.to_markdown())
+    print(written.folder)
+
+
+def _ranking_tasks(arguments: argparse.Namespace) -> list[Any]:
     from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
     from modular_star_encoder.evaluation.tasks import RetrievalTask
-    from modular_star_encoder.hub.onnx_folder import export_onnx_folder, format_rankings
 
-    tasks: list[RetrievalTask] = []
-    for name in choose_benchmarks([arguments.benchmark], arguments.data) if arguments.data else ():
+    tasks = []
+    for name in choose_benchmarks([arguments.benchmark], arguments.data):
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
                 message = f"--benchmark {name} ranks no documents, so exports cannot be compared: name another one."
                 raise UserError("cli.export.benchmark", message)
             tasks.append(task)
-    written = export_onnx_folder(
-        arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
-    )
-    if tasks:
-        print(format_rankings(written.rankings), end="\n\n")
-    print(written.folder)
+    return tasks
 
 
 def run_static_export(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.hub.onnx_folder import default_folder
-    from modular_star_encoder.inference.static_export import export_static
+    from modular_star_encoder.hub.onnx_export import default_folder
+    from modular_star_encoder.inference.exit_zero import export_static
 
     if arguments.exit_layer or arguments.int8 or arguments.data:
         message = f"--format {arguments.format} writes exit 0 as float32 only: remove --exit-layer, --int8 and --data."

@@ -98,7 +98,6 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
         code=_quoted(staged.prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
         measured_head=head,
         measured_rows=rows,
-        notes=list(_notes(staged)),
     )
     write_text(staged.folder / CARD, re.sub(r"\n{3,}", "\n\n", card))
 
@@ -195,21 +194,3 @@ def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
                     metric_name=f"{metric_label(table.metric)} at exit {row.exit_layer}",
                     metric_value=round(100 * row.mean.value, 2),
                 )
-
-
-def _notes(staged: StagedRepository) -> Iterator[str]:
-    profile, tables = staged.measurements.profile, staged.measurements.tables
-    if tables:
-        yield "Benchmark scores are shown with the 95 % interval of a bootstrap over queries."
-    for table in tables:
-        yield f"{table.benchmark}: {'; '.join([table.size, *table.notes])}."
-    if profile is not None:
-        (size, length), machine = profile.shapes[0], profile.machine
-        gpu = profile.device == "cuda"
-        place = machine.get("gpu") if gpu else f"{machine.get('processor')}, {machine.get('threads')} threads"
-        yield (
-            f"Costs: batches of {size} × {length} tokens in {profile.dtype} on {place}, torch "
-            f"{profile.versions.get('torch')}, {profile.date}; memory of a process that loads this exit alone."
-        )
-    if staged.settings.slice_of and (tables or profile):
-        yield "All of this was measured with the uncut model at the same exits."

@@ -1,7 +1,6 @@
 """Write the files of each repository to a folder before upload: checkpoint, exit profile, figure and card."""
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -33,6 +32,8 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import read_json
+from modular_star_encoder.utils.settings import read_mapping
 
 TRAINING_LOG = "training_log.json"
 TOKENIZER = "tokenizer.json"
@@ -168,13 +169,13 @@ def _section(path: Path) -> str:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    fault = "it must be a mapping"
     try:
-        data = path.read_bytes()
-        content = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        content = " ".join(str(error).split())
+        content = read_json(path) if path.suffix == ".json" else read_mapping(path)
+    except (OSError, ValueError) as error:
+        content, fault = None, " ".join(str(error).split())
     if not isinstance(content, dict):
-        raise UserError("hub.staging.settings", f"{path} must hold a mapping of settings, not: {content}.")
+        raise UserError("hub.staging.settings", f"{path} holds no settings: {fault}.")
     return content
 
 

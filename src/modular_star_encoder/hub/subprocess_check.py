@@ -10,8 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -33,22 +32,16 @@ class ReloadRequest:
     revision: str | None = None  # revision of a repository
 
 
-@dataclass(frozen=True)
-class ReloadedEmbeddings:
-    """Embeddings (N, D), float32, of a request's texts by `AutoModel` and by `SentenceTransformer`."""
-
-    auto_model: np.ndarray  # at the deepest exit
-    sentence_transformer: np.ndarray  # at the deepest exit
-    exits: Mapping[int, np.ndarray] = field(default_factory=dict)  # from `SentenceTransformer.encode(exit_layer=…)`
-    masked_lm: np.ndarray | None = None  # for a pre-trained model, logits (N, V) of the last token of each text
-
-
-def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[ReloadedEmbeddings]:
+def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[dict[str, np.ndarray]]:
     """Embed texts in a new offline process that loads each checkpoint with the model code in its folder.
 
-    `progress` shows a clock. A checkpoint that can't be loaded raises the UserError `hub.reload.failed`.
+    Returns for each request the embeddings (N, D) float32 of its texts at the deepest exit, by `auto_model` and by
+    `sentence_transformer`, and those of SentenceTransformer at exit K as `exit-K`; for a pre-trained model also
+    `masked_lm`, the logits (N, V) of the last token. A checkpoint that can't be loaded raises
+    the UserError `hub.reload.failed`.
     """
     import torch
+    from tqdm.auto import tqdm
 
     from modular_star_encoder.utils.errors import UserError
     from modular_star_encoder.utils.files import scratch_folder
@@ -58,45 +51,23 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
         request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # The same number of threads as here, because it affects the last bits of sums.
         own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen(  # noqa: S603 - our own script, arguments passed as a list
-            [sys.executable, "-P", __file__, str(request_file), str(result)],
-            env={**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        errors = wait_with_clock(process, "loading in a clean process", progress=progress)
+        command = [sys.executable, "-P", __file__, str(request_file), str(result)]
+        environment = {**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))}
+        with tqdm(desc="loading in a clean process", bar_format="{desc} …", disable=not progress, leave=False):
+            process = subprocess.run(  # noqa: S603 - our own script
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
         if process.returncode:
-            failed = requests[int((re.findall(r"^request (\d+)$", errors, re.MULTILINE) or ["0"])[-1])]
-            tail = " ".join(" ".join(errors.strip().splitlines()[-5:]).split())
+            failed = requests[int((re.findall(r"^request (\d+)$", process.stderr, re.MULTILINE) or ["0"])[-1])]
+            tail = " ".join(" ".join(process.stderr.strip().splitlines()[-5:]).split())
             message = f"{failed.checkpoint} can't be loaded without this package: {tail}"
             raise UserError("hub.reload.failed", message)
         with np.load(result, allow_pickle=False) as arrays:
-            return [
-                ReloadedEmbeddings(
-                    arrays[f"{number}/auto_model"],
-                    arrays[f"{number}/sentence_transformer"],
-                    {k: arrays[f"{number}/exit-{k}"] for k in request.exit_layers},
-                    arrays.get(f"{number}/masked_lm"),
-                )
-                for number, request in enumerate(requests)
-            ]
-
-
-def wait_with_clock(process: "subprocess.Popen[str]", description: str, *, progress: bool = True) -> str:
-    """Wait for a process while showing a clock, and return its stderr; an interruption kills the process."""
-    from tqdm.auto import tqdm
-
-    clock = "{desc} {elapsed}"
-    with process, tqdm(desc=description, bar_format=clock, disable=not progress, leave=False) as bar:
-        try:
-            while True:
-                with suppress(subprocess.TimeoutExpired):
-                    return process.communicate(timeout=0.5)[1]
-                bar.update()
-        finally:
-            process.kill()
+            found: list[dict[str, np.ndarray]] = [{} for _ in requests]
+            for name, array in arrays.items():
+                number, _, own = name.partition("/")
+                found[int(number)][own] = array
+            return found
 
 
 class Blocker(MetaPathFinder):
@@ -119,11 +90,7 @@ def main(request_file: str, result_file: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Embed texts with `AutoModel` and with `SentenceTransformer`, which both run the checkpoint's own code.
-
-    For a pre-trained model, which returns no embeddings, `auto_model` is the normalised mean of the hidden states of
-    the tokens, as in `SentenceTransformer`, and `masked_lm` holds the logits of the last token.
-    """
+    """Return what `verify_reload` describes; `AutoModel` and `SentenceTransformer` both run the checkpoint's code."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
@@ -136,13 +103,8 @@ def embed(
     batch = tokenizer([prompt + text for text in texts], padding=True, return_tensors="pt", **cut)
     arrays = {}
     with torch.inference_mode():
-        output = model(**batch)
-        if hasattr(output, "sentence_embedding"):
-            arrays["auto_model"] = output.sentence_embedding.float().numpy()
-        else:
-            mask = batch["attention_mask"][..., None]
-            mean = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
-            arrays["auto_model"] = torch.nn.functional.normalize(mean).numpy()
+        arrays["auto_model"] = embed_batch(model, batch)
+        if not hasattr(model, "projection_heads"):
             masked_lm = AutoModelForMaskedLM.from_pretrained(checkpoint, **options).eval()
             arrays["masked_lm"] = masked_lm(**batch).logits[:, -1].float().numpy()
     sentence_transformer = SentenceTransformer(checkpoint, device="cpu", **options)
@@ -151,6 +113,18 @@ def embed(
     for exit_layer in exit_layers:
         arrays[f"exit-{exit_layer}"] = encode(exit_layer=exit_layer)
     return arrays
+
+
+def embed_batch(model: Any, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
+    """Return the embeddings (N, D) of a batch; for a model without embeddings, the normalised means of its tokens."""
+    import torch
+
+    output = model(**batch, **options)
+    if hasattr(output, "sentence_embedding"):
+        return output.sentence_embedding.float().numpy()
+    mask = batch["attention_mask"][..., None]
+    mean = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(mean).numpy()
 
 
 if __name__ == "__main__":

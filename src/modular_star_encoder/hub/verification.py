@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.hub.model_card import CARD, DEPTH_FIGURE, LATENCY_FIGURE, StagedRepository, check_card
 from modular_star_encoder.hub.staging import TOKENIZER
-from modular_star_encoder.hub.subprocess_check import ReloadedEmbeddings, ReloadRequest, verify_reload
+from modular_star_encoder.hub.subprocess_check import ReloadRequest, embed_batch, verify_reload
 from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILES
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
@@ -103,42 +103,33 @@ def _check_tokenizer(folder: Path) -> None:
         raise UserError("hub.tokenizer", f"The tokenizer of {folder} {' and '.join(faults)}.")
 
 
-def _compare(staged: StagedRepository, found: ReloadedEmbeddings) -> float:
+def _compare(staged: StagedRepository, found: Mapping[str, np.ndarray]) -> float:
     """Return the largest difference between `found` and the source's embeddings; raise UserError above `TOLERANCE`."""
-    own, masked_lm, dtype = _source_embeddings(staged)
-    deepest = staged.config.exit_layers[-1]
-    pairs = {f"exit {k}": (own[k], found.exits[k]) for k in own}
-    pairs["AutoModel"] = own[deepest], found.auto_model
-    pairs["SentenceTransformer"] = own[deepest], found.sentence_transformer
-    differences = {name: float(np.abs(first - second).max()) for name, (first, second) in pairs.items()}
-    if masked_lm is not None and found.masked_lm is not None:
-        difference = np.abs(masked_lm - found.masked_lm).max() / np.abs(masked_lm).max()
-        differences["the masked-token logits"] = float(difference)
-    for name, difference in differences.items():
+    own, dtype = _source_embeddings(staged)
+    largest = 0.0
+    for name, expected in own.items():
+        scale = np.abs(expected).max() if name == "masked_lm" else 1.0
+        difference = float(np.abs(expected - found[name]).max() / scale)
         if not difference <= TOLERANCE[dtype]:
             differs = f"{name} differs by {difference:.2g}, more than {TOLERANCE[dtype]:.2g}"
             message = f"{staged.folder} does not reproduce {staged.source}: {differs}."
             raise UserError("hub.reload.differs", message)
-    return max(differences.values())
+        largest = max(largest, difference)
+    return largest
 
 
 @torch.inference_mode()
-def _source_embeddings(staged: StagedRepository) -> tuple[dict[int, np.ndarray], np.ndarray | None, str]:
-    """Return a source's {exit: embeddings (N, D)}, its logits (N, V) (None for a retrieval model), and its dtype."""
+def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray], str]:
+    """Return the source's embeddings and logits by the names that `verify_reload` uses, and its dtype."""
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)
     cut = {"truncation": True, "max_length": model.config.max_position_embeddings}
-    prompt = staged.prompts.get("query", "")
+    prompt, exits = staged.prompts.get("query", ""), staged.config.exit_layers
     batch = tokenizer([prompt + text for text in TEXTS], padding=True, return_tensors="pt", **cut)
-    dtype = str(model.dtype).removeprefix("torch.")
-    exits = staged.config.exit_layers
-    if staged.retrieval:
-        own = {k: model(**batch, exit_layer=k).sentence_embedding.float().numpy() for k in exits}
-        return own, None, dtype
-    own, mask = {}, batch["attention_mask"][..., None]
-    for k in exits:
-        states = model.model(**batch, exit_layer=k).last_hidden_state.float()
-        own[k] = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy()
-    logits = model(**batch, exit_layer=exits[-1]).logits[:, -1].float().numpy()
-    return own, logits, dtype
+    encoder = model if staged.retrieval else model.model
+    own = {f"exit-{k}": embed_batch(encoder, batch, exit_layer=k) for k in exits}
+    own["auto_model"] = own["sentence_transformer"] = own[f"exit-{exits[-1]}"]
+    if not staged.retrieval:
+        own["masked_lm"] = model(**batch, exit_layer=exits[-1]).logits[:, -1].float().numpy()
+    return own, str(model.dtype).removeprefix("torch.")

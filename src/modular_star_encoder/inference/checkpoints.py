@@ -45,7 +45,7 @@ MODULES = (
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
 
-# What transformers raises for files whose values have other types or sizes than it expects.
+# What transformers raises for damaged files, and for values of other types or sizes than it expects.
 _OF_VALUES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError)
 _DAMAGED = (SafetensorError, StrictDataclassError, *_OF_VALUES)
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
@@ -143,23 +143,23 @@ def _load_tokenizer(path: str) -> Any:
 
 @contextmanager
 def _clear_errors(path: str) -> Iterator[None]:
+    """Raise an error of one sentence instead of what transformers and the Hub raise for a damaged or missing file."""
     try:
         yield
-    except (*_DAMAGED, RuntimeError, OSError) as error:
-        if (clear := _clear_error(error, path)) is None:
+    except UserError:
+        raise
+    except _DAMAGED as error:
+        raise UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
             raise
-        raise clear from error
-
-
-def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error with a message of one sentence to raise instead of `error`; None to raise `error` itself."""
-    if isinstance(error, _DAMAGED) and not isinstance(error, UserError):
-        return UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}")
-    if isinstance(error, RuntimeError) and "mismatch" in str(error):
-        return UserError("checkpoint.shapes", f"{path} cannot be loaded: its weights do not fit its configuration.")
-    if isinstance(error, OSError) and not os.path.isdir(path):
-        return OSError(f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}")
-    return None
+        message = f"{path} cannot be loaded: its weights do not fit its configuration."
+        raise UserError("checkpoint.shapes", message) from error
+    except OSError as error:
+        if os.path.isdir(path):
+            raise
+        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
+        raise OSError(message) from error
 
 
 def _one_line(error: Exception) -> str:

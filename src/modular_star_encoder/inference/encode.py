@@ -74,9 +74,8 @@ def encode_exits(
     options: dict[str, Any] = {"prompt": prompt, "tokens_per_batch": tokens_per_batch, "progress": progress}
     autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
     with _inference(model), autocast:
-        embeddings = encode_batches(tokenizer, texts, encode_batch, max_length=max_length, **options)
-    if embeddings is None:
-        embeddings = np.empty((len(exits), 0, config.projection_size), dtype=np.float32)
+        shape = (len(exits), config.projection_size)
+        embeddings = encode_batches(tokenizer, texts, encode_batch, shape, max_length=max_length, **options)
     return dict(zip(exits, embeddings, strict=True))
 
 
@@ -84,16 +83,17 @@ def encode_batches(
     tokenizer: Any,
     texts: Sequence[str],
     encode_batch: Callable[[Mapping[str, torch.Tensor]], np.ndarray],
+    shape: tuple[int, int],
     *,
     max_length: int,
     prompt: str = "",
     tokens_per_batch: int = 8192,
     progress: bool = True,
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Tokenize, sort and pad N texts like `encode_exits`, and embed each batch at E exits with `encode_batch`.
 
-    `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to embeddings (E, B, D) float32. Returns the
-    embeddings (E, N, D) float32 in the order of `texts`, or None if there are no texts.
+    `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to embeddings (E, B, D) float32; `shape` is
+    (E, D). Returns the embeddings (E, N, D) float32 in the order of `texts`.
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
@@ -102,15 +102,13 @@ def encode_batches(
         message = f"{len(broken)} of the texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
         raise UserError("encode.texts.not_unicode", message)
     token_ids = tokenize(tokenizer, list(unique), max_length, progress, prompt)
-    embeddings: np.ndarray | None = None
+    embeddings = np.empty((shape[0], len(unique), shape[1]), dtype=np.float32)
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
         for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):
-            stack = encode_batch(tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt"))
-            if embeddings is None:
-                embeddings = np.empty((stack.shape[0], len(unique), stack.shape[-1]), dtype=np.float32)
-            embeddings[:, rows] = stack
+            batch = tokenizer.pad({"input_ids": [token_ids[row] for row in rows]}, return_tensors="pt")
+            embeddings[:, rows] = encode_batch(batch)
             bar.update(len(rows))
-    return None if embeddings is None else embeddings[:, [unique[text] for text in texts]]
+    return embeddings[:, [unique[text] for text in texts]]
 
 
 def tokenize(

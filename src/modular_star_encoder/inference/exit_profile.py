@@ -10,10 +10,10 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModel
@@ -134,26 +134,6 @@ class ExitProfile:
             raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
 
 
-class _Budget(NamedTuple):
-    """A limit on the latency, memory or quality of exits: an upper one if `sign` is 1, a lower one if `sign` is -1."""
-
-    name: str
-    limit: float
-    unit: str  # of limit and values, such as " ms p95"
-    sign: int
-    values: Mapping[int, float]
-
-    def exits(self) -> set[int]:
-        return {k for k, value in self.values.items() if self.sign * value <= self.sign * self.limit}
-
-    def nearest(self, exits: Collection[int]) -> str:
-        """Return the best value among these exits as text for a message, such as "latency_ms 12 ms p95 (exit 4)"."""
-        best = min((k for k in exits if k in self.values), key=lambda k: (self.sign * self.values[k], k), default=None)
-        if best is None:
-            return f"{self.name} is unknown for these exits"
-        return f"{self.name} {self.values[best]:.10g}{self.unit} (exit {best})"  # all digits, to reuse as a budget
-
-
 def select_exit(
     profile: ExitProfile,
     *,
@@ -179,48 +159,48 @@ def select_exit(
 
     Raises:
         UserError: no limit is given, the profile lacks the batch shape or the benchmark, or no exit keeps to all limits
-            (the message names the nearest exits).
+            (the message lists the values of the exits).
 
     Example:
         >>> profile = ExitProfile.load("runs/model/exit_profile.json")  # doctest: +SKIP
         >>> select_exit(profile, latency_ms=20, batch_size=1)  # doctest: +SKIP
         9
     """
+    given = {"latency_ms": latency_ms, "memory_mb": memory_mb, "min_quality": min_quality}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    if not limits:
+        raise UserError("budget.missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`.")
     shape = _shape(profile, batch_size, length)
     quality = _quality(profile, benchmark, needed=min_quality is not None)
-    measured = {k: profile.measurement(k, shape) for k in profile.exits}
-    latencies = {k: one.latency_ms_p95 for k, one in measured.items()}
-    peaks = {k: one.peak_memory_mb for k, one in measured.items() if one.peak_memory_mb is not None}
-    budgets = []
-    if latency_ms is not None:
-        budgets.append(_Budget("latency_ms", latency_ms, " ms p95", 1, latencies))
-    if memory_mb is not None:
-        budgets.append(_Budget("memory_mb", memory_mb, " MB peak", 1, peaks))
-    if min_quality is not None:
-        budgets.append(_Budget("min_quality", min_quality, "", -1, quality))
-    if not budgets:
-        raise UserError("budget.missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`.")
-    if not (exits := set(profile.exits).intersection(*(budget.exits() for budget in budgets))):
-        raise UserError("budget.too_small", _none_fits(profile, budgets, shape))
-    is_known = exits <= set(quality)
+    values: dict[int, dict[str, float | None]] = {}
+    for k in profile.exits:
+        cost = profile.measurement(k, shape)
+        of_exit = {"latency_ms": cost.latency_ms_p95, "memory_mb": cost.peak_memory_mb, "min_quality": quality.get(k)}
+        values[k] = {name: of_exit[name] for name in limits}
+    exits = [k for k, of_exit in values.items() if all(_keeps(name, of_exit[name], limits[name]) for name in limits)]
+    wanted = " and ".join(f"{name}={limit:g}" for name, limit in limits.items())
+    if not exits:
+        where = f"{wanted} for batches of {shape[0]} × {shape[1]} tokens"
+        raise UserError("budget.too_small", f"No exit meets {where}. Measured: {_listed_values(values)}.")
+    is_known = set(exits) <= set(quality)
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
     why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
-    costs = ", ".join(f"{one.name}={one.limit:g}: {one.nearest({exit_layer})}" for one in budgets)
-    within = f"of exits {_listed(sorted(exits))} within {costs}"
-    _logger.info("exit %s %s %s; batches of %s × %s tokens", exit_layer, why, within, *shape)
+    found = f"{why} of exits {_listed(exits)} within {wanted}: {_listed_values({exit_layer: values[exit_layer]})}"
+    _logger.info("exit %s %s; batches of %s × %s tokens", exit_layer, found, *shape)
     return exit_layer
 
 
-def _none_fits(profile: ExitProfile, budgets: Sequence[_Budget], shape: tuple[int, int]) -> str:
-    """Return the message for limits that no exit meets; it names the nearest possible value for each limit."""
-    wanted = " and ".join(f"{budget.name}={budget.limit:g}" for budget in budgets)
-    possible = f"the best values, each on its own: {', '.join(budget.nearest(profile.exits) for budget in budgets)}"
-    others = [(one, [other.exits() for other in budgets if other is not one]) for one in budgets]
-    allowed = [(one, set(profile.exits).intersection(*exits)) for one, exits in others]
-    if nearest := [one.nearest(within) for one, within in allowed if within]:
-        kept = " if the other limits stay" if len(budgets) > 1 else ""
-        possible = f"the nearest values{kept}: {', or '.join(nearest)}"
-    return f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} tokens; {possible}."
+def _keeps(name: str, value: float | None, limit: float) -> bool:
+    return value is not None and (value >= limit if name == "min_quality" else value <= limit)
+
+
+def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
+    """Return values as text, with all digits, so that one can be given as a budget."""
+    exits = []
+    for k, of_exit in values.items():
+        known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())
+        exits.append(f"exit {k}: {_listed(known)}")
+    return "; ".join(exits)
 
 
 def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> tuple[int, int]:
@@ -272,7 +252,7 @@ def load_at_budget(
 
     Raises:
         FileNotFoundError: the checkpoint has no profile.
-        UserError: no exit keeps to all limits; the message names the nearest exits.
+        UserError: no exit keeps to all limits; the message lists the values of the exits.
 
     Example:
         >>> model = load_at_budget("runs/model", latency_ms=20)  # doctest: +SKIP

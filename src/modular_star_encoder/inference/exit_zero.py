@@ -1,23 +1,27 @@
-"""Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, without a deep learning framework.
+"""Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, and write exit 0 as a static model.
 
 Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits take as long as with torch on
 a CPU, and need no import of torch and transformers, which takes longer than to embed 20 texts.
+
+A static model embeds a text as the mean of one vector per token. Exit 0 is a weighted mean of such vectors, scaled to
+length 1, and therefore equals the plain mean of weighted vectors, scaled to length 1.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json
+from modular_star_encoder.utils.files import read_json, scratch_folder, staged_folder, write_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
@@ -37,6 +41,14 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  
 _SPACE = re.compile(r"\s+", re.ASCII)
 _MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
 
+# Format → the name of the table in model.safetensors.
+TENSORS = {"sentence-transformers": "embedding.weight", "model2vec": "embeddings"}
+# Module paths that all versions of sentence-transformers with `StaticEmbedding` accept; model2vec writes them too.
+_STATIC_MODULES = (
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"},
+    {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+)
+
 
 def _damage_reported(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Decorate a method that uses the files of a checkpoint: a damaged file raises UserError."""
@@ -54,38 +66,34 @@ def _damage_reported(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
     return checked
 
 
-class ExitZero:
-    """Embeds texts at exit 0 of a checkpoint in a local folder.
+class NumpyEncoder:
+    """Embeds texts at every exit of a checkpoint in a local folder.
 
     Example:
-        >>> ExitZero("hub_configs/mose-code").encode(["parse a header"]).shape
+        >>> encoder = NumpyEncoder("hub_configs/mose-code")
+        >>> encoder.encode(["parse a header"]).shape  # at exit 0
+        (1, 384)
+        >>> encoder.encode_exits(["parse a header"], [0, 6])[6].shape
         (1, 384)
     """
 
     @_damage_reported
     def __init__(self, folder: str | Path) -> None:
         """Read a checkpoint; raise UserError or OSError if a file is missing or damaged, or if exit 0 needs torch."""
-        from safetensors import safe_open
         from tokenizers import Tokenizer
 
-        self.folder = folder = Path(folder)
-        if not has_exit_zero(read_config(folder)):
+        self.folder, self._config = Path(folder), read_config(folder)
+        if not has_exit_zero(self._config):
             raise ValueError(f"{folder} has no exit 0, or its exit 0 needs torch.")
-        with safe_open(folder / "model.safetensors", "np") as tensors:
-
-            def read(name: str) -> np.ndarray:
-                return tensors.get_tensor(name).astype(np.float32)
-
-            head = "projection_heads.0.dense."
-            self._head, self._bias = read(f"{head}weight").T, read(f"{head}bias")
-            self._tokens = read("model.embed_tokens.weight")
-            self._weights = np.maximum(read("model.token_weights.weight")[:, 0], 0)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = read_json(folder / "tokenizer_config.json")
-        split = settings.get("split_special_tokens", not read_config(folder).get("instruction_prompts", True))
+        self._tensors: dict[str, np.ndarray] = {}
+        self._tokens = self._tensor("model.embed_tokens.weight")
+        self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        settings = read_json(self.folder / "tokenizer_config.json")
+        split = settings.get("split_special_tokens", not self._config.get("instruction_prompts", True))
         self.tokenizer.encode_special_tokens = split
         self.tokenizer.no_padding()
-        self._most_tokens = read_config(folder)["max_position_embeddings"]
+        self._most_tokens = self._config["max_position_embeddings"]
         self.tokenizer.enable_truncation(self._most_tokens)
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._special = [] if self.tokenizer.encode_special_tokens else [token.content for token in added]
@@ -95,12 +103,12 @@ class ExitZero:
 
     @property
     def table(self) -> np.ndarray:
-        """The projected embeddings of all V tokens, each times the token's learned weight: (V, D) float32."""
-        return (self._tokens @ self._head + self._bias) * self._weights[:, None]
+        """The embeddings of all V tokens at exit 0, each times the token's learned weight: (V, D) float32."""
+        return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
     @_damage_reported
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of N texts, scaled to length 1; zeros for a text without tokens."""
+        """Return the embeddings (N, D) float32 of N texts at exit 0, of length 1; zeros for a text without tokens."""
         means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
         totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
@@ -112,7 +120,7 @@ class ExitZero:
                 totals[place] = weights.sum()
                 tokens = np.take(self._tokens, ids, axis=0, out=buffer[: len(ids)], mode="clip")
                 means[place] = weights @ tokens / (totals[place] or 1.0)
-        embeddings = (means @ self._head + self._bias) * (totals > 0)
+        embeddings = self._linear("projection_heads.0.dense", means) * (totals > 0)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
@@ -141,28 +149,12 @@ class ExitZero:
             return _WORD.findall(text)
         return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
-
-class NumpyEncoder(ExitZero):
-    """Embeds texts at every exit of a checkpoint in a local folder, one text after the other.
-
-    Example:
-        >>> NumpyEncoder("hub_configs/mose-code").encode_exits(["parse a header"], [0, 6])[6].shape
-        (1, 384)
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        """Read a checkpoint; raise as `ExitZero` does."""
-        super().__init__(folder)
-        self._weights_file, self._config = Path(folder) / "model.safetensors", read_config(folder)
-        self._heads, self._groups = self._config["num_attention_heads"], self._config["num_key_value_heads"]
-        self._tensors: dict[str, np.ndarray] = {}
-
     def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return exit_layer → embeddings (N, D) float32 of N texts, scaled to length 1.
+        """Return exit_layer → embeddings (N, D) float32 of N texts, scaled to length 1, one text after the other.
 
         A text without tokens gets zeros. The configuration must satisfy `has_layers`, unless 0 is the only exit.
         """
-        result = {one: np.zeros((len(texts), self._head.shape[1]), dtype=np.float32) for one in exit_layers}
+        result = {one: np.zeros((len(texts), self._config["projection_size"]), dtype=np.float32) for one in exit_layers}
         for place, ids in enumerate(self._ids(texts)):
             weights = self._weights[ids]
             if not weights.sum():
@@ -178,7 +170,7 @@ class NumpyEncoder(ExitZero):
         """Yield the states (T, H) of a text after 0, 1, … `layers` layers."""
         states = self._tokens[ids]
         yield states
-        size = states.shape[1] // self._heads
+        size = states.shape[1] // self._config["num_attention_heads"]
         rates = self._config["rope_parameters"]["rope_theta"] ** (-np.arange(0, size, 2, dtype=np.float32) / size)
         angles = np.tile(np.arange(len(ids), dtype=np.float32)[:, None, None] * rates, 2)
         rotation = np.cos(angles), np.sin(angles)
@@ -191,14 +183,14 @@ class NumpyEncoder(ExitZero):
             yield states
 
     def _attention(self, layer: str, states: np.ndarray, rotation: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        tokens, (cos, sin) = len(states), rotation
+        tokens, groups, (cos, sin) = len(states), self._config["num_key_value_heads"], rotation
         query, key, value = (
             self._linear(f"{layer}.self_attn.{one}_proj", states).reshape(tokens, -1, cos.shape[-1]) for one in "qkv"
         )
         query, key = (one * cos + _half_turned(one) * sin for one in (query / np.sqrt(cos.shape[-1]), key))
         # Heads that share keys and values become rows of one matrix: (groups, heads of a group × T, head size).
-        query = query.reshape(tokens, self._groups, -1, cos.shape[-1]).transpose(1, 2, 0, 3)
-        scores = query.reshape(self._groups, -1, cos.shape[-1]) @ key.transpose(1, 2, 0)
+        query = query.reshape(tokens, groups, -1, cos.shape[-1]).transpose(1, 2, 0, 3)
+        scores = query.reshape(groups, -1, cos.shape[-1]) @ key.transpose(1, 2, 0)
         np.exp(scores - scores.max(-1, keepdims=True), out=scores)
         mixed = (scores / scores.sum(-1, keepdims=True)) @ value.transpose(1, 0, 2)
         mixed = mixed.reshape(query.shape).transpose(2, 0, 1, 3).reshape(tokens, -1)
@@ -216,7 +208,7 @@ class NumpyEncoder(ExitZero):
         if name not in self._tensors:
             from safetensors import safe_open
 
-            with safe_open(self._weights_file, "np") as tensors:
+            with safe_open(self.folder / "model.safetensors", "np") as tensors:
                 self._tensors[name] = tensors.get_tensor(name).astype(np.float32)
         return self._tensors[name]
 
@@ -236,7 +228,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
-    """Return whether `ExitZero` supports a checkpoint with this configuration."""
+    """Return whether `NumpyEncoder` supports exit 0 of a checkpoint with this configuration."""
     exits, nested = config.get("exit_layers"), config.get("nested_dimensions") or []
     if not isinstance(exits, list | tuple) or 0 not in exits or not isinstance(nested, list | tuple):
         return False
@@ -254,3 +246,79 @@ def has_layers(config: dict[str, Any]) -> bool:
     is_known = all(config.get(key) == value for key, value in _NEEDED_BY_LAYERS.items())
     is_complete = all(type(config.get(size)) is int for size in sizes) and all(type(one) is float for one in numbers)
     return has_exit_zero(config) and is_known and is_complete
+
+
+def export_static(
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    format: Literal["sentence-transformers", "model2vec"] = "sentence-transformers",
+) -> Path:
+    """Write exit 0 of a checkpoint as a table of one vector per token, which loads without `trust_remote_code`.
+
+    The embeddings (N, D) float32 of the written model equal exit 0 of `encode_exits` to 1e-6, and an empty text gives
+    zeros. model2vec differs in two points: it uses all tokens of a text longer than `max_position_embeddings`, and it
+    leaves out unknown tokens.
+
+    Args:
+        checkpoint: a folder or Hub repository with exit 0, or `mose-code`, which comes with this package.
+        folder: folder to write; it must be empty or not exist. It is written atomically.
+        format: `sentence-transformers`, for `SentenceTransformer(folder)`; or `model2vec`, for
+            `StaticModel.from_pretrained(folder)`, which `SentenceTransformer` can load too.
+
+    Returns:
+        The written folder: tokenizer.json, modules.json, and model.safetensors with V × D numbers in float32.
+
+    Raises:
+        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, the tokenizer adds special
+            tokens, which static models leave out, or as in `slice_checkpoint`. Nothing is written.
+
+    Example:
+        >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP
+        >>> SentenceTransformer(str(folder)).encode(["parse a header"]).shape  # doctest: +SKIP
+        (1, 384)
+    """
+    if format not in TENSORS:
+        raise UserError("static.format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}.")
+    from safetensors.numpy import save
+
+    from modular_star_encoder.inference.checkpoints import load_config, slice_checkpoint, stored_prompts
+
+    config = load_config(checkpoint)
+    if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
+        message = f"Exit 0 of {checkpoint} must be a weighted mean of token vectors, with a linear head after pooling."
+        raise UserError("static.exit_zero", message)
+    with scratch_folder("static") as scratch:
+        encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
+        tokenizer, table = encoder.tokenizer, encoder.table
+    if added := tokenizer.num_special_tokens_to_add(False):
+        message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
+        raise UserError("static.special_tokens", message)
+    folder = Path(folder).expanduser()
+    with staged_folder(folder) as staging:
+        (staging / "model.safetensors").write_bytes(save({TENSORS[format]: table}))
+        write_json(staging / "modules.json", _STATIC_MODULES)
+        (staging / "1_Normalize").mkdir()
+        write_json(staging / "1_Normalize" / "config.json", {})
+        settings = {"prompts": stored_prompts(checkpoint), "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        write_json(staging / "config_sentence_transformers.json", settings)
+        if format == "model2vec":
+            tokenizer.no_truncation()
+            # With a maximum length, model2vec also cuts the characters of a text, which may lose tokens before it.
+            own: dict[str, Any] = {"model_type": "model2vec", "architectures": ["StaticModel"], "normalize": True}
+            own |= {"hidden_dim": config.projection_size, "max_length": None, "embedding_dtype": "float32"}
+            write_json(staging / "config.json", own)
+        write_json(staging / "tokenizer.json", _tokenizer_state(tokenizer))
+    return folder
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """Return a tokenizer.json, parsed, that treats special tokens written in a text as `tokenizer` treats them.
+
+    Both libraries search a text for all added tokens, so added tokens that are also in the vocabulary are removed.
+    """
+    state = json.loads(tokenizer.to_str())
+    if tokenizer.encode_special_tokens:
+        vocabulary = state["model"]["vocab"]
+        state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] not in vocabulary]
+    return state

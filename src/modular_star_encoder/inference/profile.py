@@ -7,7 +7,6 @@ module as a script; on a GPU, each exit is loaded on its own.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -114,8 +113,10 @@ def profile_checkpoint(
     times = _measure_times(model, exits, plan, progress)
     parameters = {k: model.slice(k).num_parameters() for k in exits}
     attention, bytes_each = config._attn_implementation, model.dtype.itemsize
-    del model  # so that it uses no GPU memory while the memory of the exits is measured
-    memory = _measure_memory(path, exits, plan, device, dtype, progress)
+    del model  # so that it uses no memory while that of the exits is measured
+    memory = dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
+    for k in tqdm(exits if plan.memory else (), "measuring memory", unit="exit", disable=not progress, leave=False):
+        memory[k] = measure_memory(path, k, device, dtype, plan.shapes, torch.get_num_threads())
     profiled = {}
     for k in exits:
         measurements = []
@@ -234,40 +235,20 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The resident memory of a process that embeds batches, in MB (10^6 bytes); None if unknown."""
+    """The memory of a process that embeds batches, in MB (10^6 bytes), as in `Measurement`; None if unknown."""
 
     base: float | None  # with all libraries, before the model is loaded
-    peaks: list[float | None]  # the peak so far, after each batch
+    peaks: list[float | None]  # one per batch
 
 
-def _measure_memory(
-    checkpoint: str, exits: Sequence[int], plan: ProfilePlan, device: str, dtype: str, progress: bool
-) -> dict[int, MemoryUse]:
-    if not plan.memory:
-        return dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
-    use = {}
-    for exit_layer in tqdm(exits, desc="measuring memory", unit="exit", disable=not progress, leave=False):
-        if device == "cpu":
-            use[exit_layer] = measure_memory(checkpoint, exit_layer, dtype, plan.shapes, torch.get_num_threads())
-            continue
-        gc.collect()  # frees the model of the previous exit
-        model, _ = load_checkpoint(checkpoint, exit_layer, "cuda", dtype)
-        peaks: list[float | None] = []
-        for shape in plan.shapes:
-            torch.cuda.reset_peak_memory_stats()
-            embed(model, random_batch(model, *shape), exit_layer)
-            peaks.append(torch.cuda.max_memory_allocated() / 1e6)
-        use[exit_layer] = MemoryUse(None, peaks)
-        del model
-    return use
+def measure_memory(
+    checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
+) -> MemoryUse:
+    """Return the memory of a new process that loads one exit and embeds one batch per shape.
 
-
-def measure_memory(checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int) -> MemoryUse:
-    """Return the memory of a new process that loads one exit on the CPU and embeds one batch per shape.
-
-    `shapes` must ascend by tokens, because each peak is the largest value so far, the loading of the model included.
+    On a CPU, `shapes` must ascend by tokens, because each peak is the largest value so far, loading included.
     """
-    request = json.dumps([checkpoint, exit_layer, dtype, shapes, threads])
+    request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
@@ -289,14 +270,17 @@ def peak_memory_mb() -> float | None:
 
 
 def _measure_own_memory(
-    checkpoint: str, exit_layer: int, dtype: str, shapes: Sequence[Shape], threads: int
+    checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
 ) -> MemoryUse:
     torch.set_num_threads(threads)
-    base, peaks = peak_memory_mb(), []
-    model, _ = load_checkpoint(checkpoint, exit_layer, "cpu", dtype)
+    on_gpu, peaks = device == "cuda", []
+    base = None if on_gpu else peak_memory_mb()
+    model, _ = load_checkpoint(checkpoint, exit_layer, device, dtype)
     for shape in shapes:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         embed(model, random_batch(model, *shape), exit_layer)
-        peaks.append(peak_memory_mb())
+        peaks.append(torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak_memory_mb())
     return MemoryUse(base, peaks)
 
 

@@ -206,7 +206,7 @@ def projection_head(hidden_size):
 
 def pool(states, mask):
     """One vector (B, H) per row of states (B, T, H): the mean over the mask, unless this variant says otherwise."""
-    if VARIANT["pooling"] == "cls":
+    if VARIANT["pooling"] == "lasttoken":
         return states[:, -1]
     if VARIANT["pooling"] == "legacy":
         return states[torch.arange(len(states)), mask.sum(dim=1) - 1]

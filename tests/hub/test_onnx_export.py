@@ -20,20 +20,21 @@ from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalRow, pairs_task
-from modular_star_encoder.hub import onnx_folder
-from modular_star_encoder.hub.onnx_folder import OnnxEncoder, compare_rankings, compare_tops, export_onnx_folder
-from modular_star_encoder.inference import onnx_export
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
-from modular_star_encoder.inference.encoders import ExitEncoder, Text, load_encoder
-from modular_star_encoder.inference.onnx_export import (
+from modular_star_encoder.hub import onnx_export
+from modular_star_encoder.hub.onnx_export import (
     ONNX_FILE,
     QUANTIZED_FILE,
+    OnnxEncoder,
     check_onnx,
+    compare_scores,
     export_onnx,
+    export_onnx_folder,
     open_session,
     quantize_onnx,
     save_graph,
 )
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.encoders import ExitEncoder, Text, load_encoder
 from modular_star_encoder.search.embedder import Embedder
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
@@ -192,22 +193,21 @@ def test_the_export_report_says_what_was_compared(folders):
     assert report["exit_layer"] == 2
     assert 0 < report["differences_from_torch"]["sentence_embedding"] < 1e-6
     assert 0 < report["differences_from_torch"]["last_hidden_state"] < 1e-5
-    (ranking,) = report["rankings"]
-    assert ranking["same_top_10"] + ranking["ties_in_top_10"] == ranking["queries"] == len(ROWS)
-    assert ranking["model"] == ranking["file"]
+    (table,) = report["tables"]
+    assert [row["retriever"] for row in table["rows"]] == ["model", "float32", "int8"]
+    assert table["rows"][0]["mean"] == table["rows"][1]["mean"]
     assert report["versions"]["onnxruntime"]
 
 
 def test_the_cost_of_int8_is_measured(folders, encoder):
-    report = json.loads((folders[2] / "onnx/quantization.json").read_text())
-    (ranking,) = report["rankings"]
+    report = json.loads((folders[2] / "onnx/export.json").read_text())
     file = EmbeddingRetriever(OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
     results = evaluate_tasks([TASK], [EmbeddingRetriever(encoder), file], progress=False)
-    assert [ranking["model"], ranking["file"]] == [one.estimates["mrr"].value for one in results]
-    assert ranking["difference"]["value"] == pytest.approx(ranking["file"] - ranking["model"])
-    assert ranking["same_top_10"] < len(ROWS)
-    assert 0.3 < ranking["shared_top_10"] < 1
-    assert report["int8_bytes"] == (folders[2] / QUANTIZED_FILE).stat().st_size
+    model, _, int8 = report["tables"][0]["rows"]
+    assert [model["mean"]["value"], int8["mean"]["value"]] == [one.estimates["mrr"].value for one in results]
+    assert int8["difference"]["value"] == pytest.approx(int8["mean"]["value"] - model["mean"]["value"])
+    assert results[0].values != results[1].values
+    assert report["bytes"]["int8"] == (folders[2] / QUANTIZED_FILE).stat().st_size
     operations = {node.op_type for node in onnx.load(folders[2] / QUANTIZED_FILE).graph.node}
     assert "MatMulInteger" in operations
 
@@ -220,33 +220,18 @@ def test_a_file_of_another_exit_is_found_out(folders, model):
         check_onnx(model, folders[1] / ONNX_FILE, 1, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("found_by", ["check_onnx", "compare_rankings"])
+@pytest.mark.parametrize("found_by", ["check_onnx", "compare_scores"])
 def test_a_file_that_disagrees_leaves_nothing_behind(folders, checkpoint, tmp_path, monkeypatch, found_by):
     def export_another(model, path):
         path.write_bytes((folders[1] / ONNX_FILE).read_bytes())
 
-    monkeypatch.setattr(onnx_folder, "export_onnx", export_another)
-    if found_by == "compare_rankings":
+    monkeypatch.setattr(onnx_export, "export_onnx", export_another)
+    if found_by == "compare_scores":
         # As if the check of shapes had missed it.
-        monkeypatch.setattr(onnx_folder, "check_onnx", lambda model, path: check_onnx(model, path, 1))
+        monkeypatch.setattr(onnx_export, "check_onnx", lambda model, path: check_onnx(model, path, 1))
     with raises(DIFFERS if found_by == "check_onnx" else "hub.onnx.rankings"):
         export_onnx_folder(checkpoint, 2, tmp_path / "out", tasks=[TASK], progress=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_first_documents_are_compared_in_order_and_ties_count_apart():
-    scores, order = np.linspace(1, 0, 12, dtype=np.float32), np.arange(12)
-    order[[3, 4]] = 4, 3
-    apart, near = scores.copy(), scores.copy()
-    apart[10], near[4] = 2, near[3] - 5e-6
-    swapped, crossed = scores[order], near[order]
-    for first, second, expected in (
-        (scores, scores, [True, True, 1.0]),
-        (scores, swapped, [False, False, 1.0]),
-        (scores, apart, [False, False, 0.9]),
-        (near, crossed, [False, True, 1.0]),
-    ):
-        assert [part[0] for part in compare_tops(first[None], second[None])] == expected
 
 
 def test_weights_that_do_not_fit_into_one_file_are_stored_next_to_it(folders, tmp_path, monkeypatch):
@@ -306,18 +291,17 @@ def test_a_missing_extra_is_named(folders, tmp_path, monkeypatch):
 def test_the_command_prints_the_comparison_and_the_folder(folders, checkpoint, encoder, code, capsys, monkeypatch):
     def export_none(checkpoint, exit_layer, out, *, int8, tasks):
         files = {"float32": folders[2] / ONNX_FILE, "int8": folders[2] / QUANTIZED_FILE}
-        return onnx_folder.OnnxFolder(folders[2], compare_rankings(encoder, files, tasks, progress=False))
+        return onnx_export.OnnxFolder(folders[2], compare_scores(encoder, files, tasks, progress=False))
 
-    monkeypatch.setattr(onnx_folder, "export_onnx_folder", export_none)
+    monkeypatch.setattr(onnx_export, "export_onnx_folder", export_none)
     assert cli.main(["export", str(checkpoint), "--int8", "--data", str(code)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "| folder, all |    12 of 12 |" in lines[2]
-    assert lines[3].startswith("| int8 ")
+    assert [line[:9] for line in lines if line.startswith("| ")][1:] == ["| model, ", "| float32", "| int8, e"]
     assert lines[-1] == str(folders[2]) == str(checkpoint.parent / "model-2-onnx")  # the default
 
 
 def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
-    options = {"pooling": "cls", "exit_norm": "all", "learned_logit_scale": 10.0, "unpad_inputs": True}
+    options = {"pooling": "lasttoken", "exit_norm": "all", "logit_scale_init_value": 10.0, "unpad_inputs": True}
     model = tiny_model(**SHAPE, **options).eval()
     checkpoint = save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
     folder = export_onnx_folder(checkpoint, 1, tmp_path / "out", progress=False).folder

@@ -1,0 +1,391 @@
+"""Export one exit of a retrieval model as an ONNX file, or as a folder for servers that run ONNX (extra `onnx`).
+
+Inputs of the file: `input_ids` and `attention_mask`, int64 (batch_size, sequence_length), padded left or right.
+Outputs, float32: `last_hidden_state` (batch_size, sequence_length, D) holds the projected tokens, which
+sentence-transformers pools; `sentence_embedding` (batch_size, D) is pooled and normalised, as
+text-embeddings-inference expects. The folder is for text-embeddings-inference and sentence-transformers' ONNX back end:
+
+    config.json                       a StarCoder2 configuration, which optimum supports, with the sizes of the exit
+    tokenizer.json, tokenizer_config.json
+    modules.json, 1_Pooling/, …       a SentenceTransformer, with module names that all versions accept
+    onnx/model.onnx                   the exit; it is compared with the model before the folder appears
+    onnx/model_qint8.onnx             the exit with 8-bit weights, if requested
+    onnx/export.json                  differences from the model, and the scores of model and files on tasks
+
+optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which supports neither this model nor the
+tokenizer class of transformers 5. The folder therefore declares another model type and tokenizer class.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modular_star_encoder.data.prompts import sentence_transformer_prompts
+from modular_star_encoder.inference import local_folder
+from modular_star_encoder.inference.checkpoints import (
+    MODULES,
+    check_servable,
+    load_checkpoint,
+    save_tokenizer,
+    stored_prompts,
+    write_sentence_transformer_files,
+)
+from modular_star_encoder.inference.encode import encode_batches
+from modular_star_encoder.inference.encoders import Encoder, ExitEncoder, Prompted, Text
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.errors import UserError, naming_extra
+from modular_star_encoder.utils.files import folder_checksum, staged_folder, write_json
+from modular_star_encoder.utils.reports import library_versions, machine_kind
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from modular_star_encoder.evaluation.report import Report
+    from modular_star_encoder.evaluation.tasks import RetrievalTask
+
+# Paths that sentence-transformers and text-embeddings-inference expect in a folder.
+ONNX_FILE = "onnx/model.onnx"
+QUANTIZED_FILE = "onnx/model_qint8.onnx"
+EXPORT_REPORT = "onnx/export.json"
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "modular-star-encoder")
+_STARCODER2 = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias", "bos_token_id"),
+)
+# Rounding may change the order of documents with nearly equal scores, which changes a mean metric by less than this.
+SCORE_TOLERANCE = 1e-3
+
+TOLERANCE = 1e-4
+
+SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
+"""One scale per output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two 8-bit products saturate
+(onnxruntime's guide to quantisation), so a loss of quality that was measured with VNNI would not hold there."""
+
+INPUTS = ("input_ids", "attention_mask")
+OUTPUTS = ("last_hidden_state", "sentence_embedding")
+
+# A protobuf file has at most 2 GiB; this limit on the weights leaves space for the graph.
+_LARGEST_FILE = 2**31 - 2**27
+
+
+class _ServedExit(torch.nn.Module):
+    """The module that `export_onnx` exports: it computes the `OUTPUTS` at the deepest exit of a model."""
+
+    def __init__(self, model: ModularStarEncoderForRetrieval) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        exit_layer = self.model.config.num_hidden_layers
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, exit_layer=exit_layer)
+        return {name: output[name] for name in OUTPUTS}
+
+
+def export_onnx(
+    model: ModularStarEncoderForRetrieval, path: str | os.PathLike[str], exit_layer: int | None = None
+) -> None:
+    """Write a model up to one exit as an ONNX file, which `check_onnx` can then compare with the model.
+
+    The top of this module describes the inputs and outputs. Weights above 2 GB go to a second file, `{path}_data`.
+
+    Args:
+        model: a model in float32 on the CPU. It is not changed.
+        path: the file to write; its folder must exist.
+        exit_layer: exit to export; the deepest if None.
+
+    Raises:
+        UserError: the model lacks the exit, or its weights are not float32 on the CPU.
+        ImportError: onnxscript is missing (extra `onnx`).
+
+    Example:
+        >>> model = AutoModel.from_pretrained("runs/model", dtype=torch.float32)  # doctest: +SKIP
+        >>> export_onnx(model, "model.onnx", exit_layer=4)  # doctest: +SKIP
+        >>> check_onnx(model, "model.onnx", exit_layer=4)["sentence_embedding"] < 1e-4  # doctest: +SKIP
+        True
+    """
+    if (model.dtype, model.device.type) != (torch.float32, "cpu"):
+        message = f"ONNX export needs weights in float32 on the CPU, not in {model.dtype} on {model.device}."
+        raise UserError("onnx.dtype", f"{message} Load the model with dtype=torch.float32.")
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    sample = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+    longest = model.config.max_position_embeddings
+    sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length", max=longest)}
+    options: dict[str, Any] = {"dynamic_shapes": dict.fromkeys(INPUTS, sizes), "output_names": list(OUTPUTS)}
+    with naming_extra():
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    served = served_exit(model, exit_layer)
+    with quiet_libraries(), torch.no_grad():
+        program: Any = torch.onnx.export(served, (), kwargs=sample, dynamo=True, verbose=False, **options)
+    # The exporter adds to each node the lines of code that it comes from, with local paths: remove them.
+    save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
+
+
+def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
+    """Return the module that `export_onnx` exports, in evaluation mode; it shares the weights of `model`."""
+    cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
+    # Skipping padding needs the lengths as Python numbers, which an exported graph does not have.
+    cut.config.unpad_inputs = False
+    cut.set_attn_implementation("sdpa")
+    return _ServedExit(cut).eval()
+
+
+def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write an ONNX graph; weights too large for one file go to `{path}_data`, the name that servers expect."""
+    import onnx_ir
+
+    tensors = [value.const_value for value in graph.graph.initializers.values()]
+    if sum(tensor.nbytes for tensor in tensors if tensor is not None) > _LARGEST_FILE:
+        onnx_ir.save(graph, path, external_data=f"{Path(path).name}_data")
+    else:
+        # Load the weights first: they may be in the data file of another graph, and would stay there.
+        onnx_ir.save(onnx_ir.external_data.load_to_model(graph), path)
+
+
+def open_session(path: str | os.PathLike[str]) -> Any:
+    """Open an ONNX file as an `onnxruntime.InferenceSession` on the CPU, with as many threads as torch uses."""
+    with naming_extra():
+        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide all warnings in a `with` block: those of torch's exporter and ONNX's quantiser are about other models."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def check_onnx(
+    model: ModularStarEncoderForRetrieval,
+    path: str | os.PathLike[str],
+    exit_layer: int | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> dict[str, float]:
+    """Compare the outputs of a model and of its ONNX file, for batches of one or more texts, padded left or right.
+
+    Returns {output: largest absolute difference}; of tokens without padding, divided by the largest absolute value in
+    the batch if above 1. Raises UserError if an output is NaN or differs by more than `tolerance`; the message names
+    the output, the batch and the difference. See `export_onnx` for the arguments.
+    """
+    served, session = served_exit(model, exit_layer), open_session(path)
+    largest = dict.fromkeys(OUTPUTS, 0.0)
+    for batch in _batches(model.config.vocab_size, min(256, model.config.max_position_embeddings)):
+        with torch.inference_mode():
+            expected = served(**batch)
+        found = session.run(list(OUTPUTS), {name: tensor.numpy() for name, tensor in batch.items()})
+        real = batch["attention_mask"].bool()
+        for name, values in zip(OUTPUTS, map(torch.from_numpy, found), strict=True):
+            wanted = expected[name]
+            if name == "last_hidden_state":
+                # Values at padding tokens are arbitrary, and pooling ignores them.
+                values, wanted = values[real], wanted[real]
+            difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+            if not difference <= tolerance:
+                size = f"{difference:.2g} (allowed: {tolerance:g}), for {real.shape[0]} texts of {real.shape[1]} tokens"
+                raise UserError("onnx.difference", f"{path}: the output {name} differs from the model's by {size}.")
+            largest[name] = max(largest[name], difference)
+    return largest
+
+
+def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches of random tokens: one or more texts, of equal or different lengths, padded left or right."""
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ((1,), (longest,), (1, 1), (7, 7, 7, 7, 7), (longest, 1, longest // 2)):
+        width = max(lengths)
+        places = torch.arange(width).expand(len(lengths), -1)
+        tokens = torch.randint(vocab_size, (len(lengths), width), generator=generator)
+        right = (places < torch.tensor(lengths)[:, None]).long()
+        for mask in (right, right.flip(1)) if len(set(lengths)) > 1 else (right,):
+            yield {"input_ids": tokens, "attention_mask": mask}
+
+
+def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy an ONNX file to `target` with the weights of linear layers and token embeddings rounded to int8.
+
+    `compare_scores` measures the loss of quality.
+    """
+    with naming_extra():
+        import onnx_ir
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    # The quantiser gives the weights file a name that serving software does not expect.
+    with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
+        # Only the two kinds of weights: a transposed copy of a head's weights can't have one scale per output.
+        options = SETTINGS | {"op_types_to_quantize": ["Gather", "MatMul"]}
+        options["use_external_data_format"] = Path(f"{os.fspath(source)}_data").exists()
+        draft = Path(folder, "model.onnx")
+        with quiet_libraries():
+            quantize_dynamic(source, draft, weight_type=QuantType.QInt8, **options)
+        save_graph(onnx_ir.load(draft), target)
+
+
+class OnnxFolder(NamedTuple):
+    """The written folder; and the scores of the model and of each ONNX file ("float32", "int8"), None without tasks."""
+
+    folder: Path
+    report: Report | None
+
+
+def export_onnx_folder(
+    checkpoint: str | Path,
+    exit_layer: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    int8: bool = False,
+    tasks: Sequence[RetrievalTask] = (),
+    progress: bool = True,
+) -> OnnxFolder:
+    """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
+
+    The ONNX file is compared with the model on batches of several shapes and by its scores on `tasks`; the folder is
+    written only if they agree. Its report, `onnx/export.json`, also has the scores of the 8-bit file.
+
+    Args:
+        checkpoint: a folder or Hub repository.
+        exit_layer: exit to export; the deepest if None.
+        out: folder to write; it must be empty or not exist. By default it is `{name}-{exit_layer}-onnx`, next to the
+            checkpoint's folder (for a repository, in the current folder).
+        int8: also write a file with 8-bit weights; needs `tasks`.
+    """
+    if int8 and not tasks:
+        raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")
+    model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
+    exit_layer = model.config.num_hidden_layers
+    check_servable(model.config)
+    out = default_folder(checkpoint, exit_layer) if out is None else Path(out).expanduser()
+    with staged_folder(out) as staging, tqdm(unit="step", disable=not progress, leave=False) as bar:
+        bar.set_description("exporting")
+        prompts = stored_prompts(checkpoint)
+        prompts = prompts or sentence_transformer_prompts(instructions=model.config.instruction_prompts)
+        _write_serving_files(staging, model.config, tokenizer, prompts)
+        (staging / "onnx").mkdir()
+        files = {"float32": staging / ONNX_FILE}
+        export_onnx(model, files["float32"])
+        bar.set_description("checking")
+        content: dict[str, Any] = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES)}
+        content |= {"machine": machine_kind(), "tolerance": TOLERANCE}
+        content["differences_from_torch"] = check_onnx(model, files["float32"])
+        if int8:
+            bar.set_description("quantising")
+            files["int8"] = staging / QUANTIZED_FILE
+            quantize_onnx(files["float32"], files["int8"])
+            content["int8"] = SETTINGS
+        report = None
+        if tasks:
+            bar.set_description("ranking")
+            encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(exit_layer,))
+            report = compare_scores(encoder, files, tasks, progress=progress)
+            content["tables"] = report.to_dict()["tables"]
+        content["bytes"] = {name: path.stat().st_size for name, path in files.items()}
+        write_json(staging / EXPORT_REPORT, content)
+    return OnnxFolder(out, report)
+
+
+def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
+    """Return the default output folder for one exit: `{name}-{exit_layer}-{ending}`, next to the checkpoint."""
+    local = local_folder(checkpoint)
+    folder = Path(Path(checkpoint).name) if local is None else local.resolve()
+    return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
+
+
+def _write_serving_files(
+    folder: Path, config: ModularStarEncoderConfig, tokenizer: Any, prompts: dict[str, str]
+) -> None:
+    """Write all files outside of `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
+    # Versions 4 and 5 of transformers can read this configuration. No model is built from it: text-embeddings-inference
+    # needs its sizes and padding token (backends/ort/src/lib.rs), and optimum needs a model type that it supports.
+    rope = dict(config.rope_parameters)
+    settings = {
+        "architectures": ["Starcoder2Model"],
+        "model_type": "starcoder2",
+        **{name: getattr(config, name) for name in _STARCODER2},
+        "eos_token_id": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
+        "pad_token_id": tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id,
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "use_cache": False,
+        "torch_dtype": "float32",
+    }
+    write_json(folder / "config.json", settings)
+    save_tokenizer(tokenizer, config, folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(path, {name: value for name, value in settings.items() if name != "backend"})
+    # An ONNX file has one exit, so the module takes no `exit_layer`.
+    modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]
+    write_sentence_transformer_files(folder, config, prompts, modules)
+
+
+class OnnxEncoder(Encoder):
+    """Encodes texts with an ONNX file; prompts and tokenizer come from `reference`, the original model's encoder."""
+
+    def __init__(self, path: str | os.PathLike[str], reference: ExitEncoder, name: str) -> None:
+        self.name, self.exit_layers = name, reference.exit_layers
+        self._session, self._reference = open_session(path), reference
+        path = Path(path)
+        self.checksum = f"{reference.checksum}-{folder_checksum(path.parent, (path.name, f'{path.name}_data'))}"
+
+    def prompt(self, text: Text) -> str:
+        return self._reference.prompt(text)
+
+    def encode(
+        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
+    ) -> Mapping[int | None, np.ndarray]:
+        config: Any = self._reference.model.config
+        prompted = [prompt + text for prompt, text in texts]
+        options = {"max_length": config.max_position_embeddings, "progress": progress}
+        shape = (1, config.projection_size)
+        embeddings = encode_batches(self._reference.tokenizer, prompted, self._encode_batch, shape, **options)
+        return dict.fromkeys(exit_layers, embeddings[0])
+
+    def _encode_batch(self, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
+        inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+        return self._session.run(["sentence_embedding"], inputs)[0][None]
+
+
+def compare_scores(
+    reference: ExitEncoder,
+    files: Mapping[str, str | os.PathLike[str]],
+    tasks: Sequence[RetrievalTask],
+    *,
+    progress: bool = True,
+) -> Report:
+    """Evaluate `reference`, the encoder of a model at one exit, and its ONNX files {name: path} on retrieval tasks.
+
+    Raises UserError if the file named "float32" does not score like the model.
+    """
+    from modular_star_encoder.evaluation.report import make_report
+    from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
+    from modular_star_encoder.evaluation.run import evaluate_tasks
+
+    encoders = [reference, *(OnnxEncoder(path, reference, name) for name, path in files.items())]
+    results = evaluate_tasks(tasks, list(map(EmbeddingRetriever, encoders)), progress=progress)
+    report = make_report(tasks, results)
+    for table in report.tables:
+        for row in table.rows:
+            if row.retriever == "float32" and row.difference and abs(row.difference.value) > SCORE_TOLERANCE:
+                place = f"{table.title}, by {row.difference.value:+.4f} in {table.metric}"
+                raise UserError("hub.onnx.rankings", f"The ONNX file ranks differently from the model in {place}.")
+    return report
