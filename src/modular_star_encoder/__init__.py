@@ -16,13 +16,13 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot read a computed `__all__`
     from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator as MultiExitEvaluator
+    from modular_star_encoder.hub.onnx_export import export_onnx as export_onnx
     from modular_star_encoder.hub.publishing import publish as publish
     from modular_star_encoder.inference import shipped_model as shipped_model
     from modular_star_encoder.inference.checkpoints import slice_checkpoint as slice_checkpoint
     from modular_star_encoder.inference.encode import encode_exits as encode_exits
     from modular_star_encoder.inference.exit_profile import load_at_budget as load_at_budget
     from modular_star_encoder.inference.exit_profile import select_exit as select_exit
-    from modular_star_encoder.hub.onnx_export import export_onnx as export_onnx
     from modular_star_encoder.inference.exit_zero import export_static as export_static
     from modular_star_encoder.modeling import ModularStarEncoderConfig as ModularStarEncoderConfig
     from modular_star_encoder.modeling import ModularStarEncoderForMaskedLM as ModularStarEncoderForMaskedLM
