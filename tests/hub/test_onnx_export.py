@@ -145,17 +145,6 @@ def test_a_file_says_nothing_of_the_machine_that_wrote_it(folders):
         assert not any(part in content for part in (str(Path(torch.__file__).parents[1]).encode(), b'File "', b".py"))
 
 
-def test_the_pooling_that_the_folder_names_makes_the_sentence_embedding_of_the_tokens(folders):
-    batch = tiny_batch()
-    tokens, embedding = run_onnx(folders[2], batch)
-    mask = batch["attention_mask"].numpy()[:, :, None]
-    pooled = (tokens * mask).sum(1) / mask.sum(1)
-    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
-    np.testing.assert_allclose(pooled, embedding, rtol=0, atol=1e-6)
-    pooling = json.loads((folders[2] / "1_Pooling" / "config.json").read_text())
-    assert {name for name, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
-
-
 def test_the_folder_holds_what_text_embeddings_inference_reads(folders, checkpoint):
     files = {path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*") if path.is_file()}
     modules = {"modules.json", "config_sentence_transformers.json", "1_Pooling/config.json", "2_Normalize/config.json"}
@@ -171,6 +160,13 @@ def test_the_folder_holds_what_text_embeddings_inference_reads(folders, checkpoi
     assert read["sentence_bert_config.json"]["max_seq_length"] == 128
     assert read["tokenizer_config.json"]["padding_side"] == "left"
     assert all(isinstance(prompt, str) for prompt in read["config_sentence_transformers.json"]["prompts"].values())
+    pooling = read["1_Pooling/config.json"]
+    assert {name for name, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
+    batch = tiny_batch()
+    tokens, embedding = run_onnx(folders[1], batch)
+    mask = batch["attention_mask"].numpy()[:, :, None]
+    pooled = (tokens * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(pooled / np.linalg.norm(pooled, axis=1, keepdims=True), embedding, rtol=0, atol=1e-6)
     found, expected = AutoConfig.from_pretrained(folders[1]), AutoConfig.from_pretrained(checkpoint)
     assert (found.model_type, found.num_hidden_layers) == ("starcoder2", 1)
     for name in ("vocab_size", "hidden_size", "num_key_value_heads", "rope_parameters", "norm_epsilon", "hidden_act"):
@@ -188,22 +184,18 @@ def test_the_prompts_are_the_checkpoints_and_the_tokenizer_is_one_that_transform
         assert tokenizer(text)["input_ids"] == load_tokenizer(checkpoint)(text)["input_ids"]
 
 
-def test_the_export_report_says_what_was_compared(folders):
+def test_the_report_compares_the_model_with_both_files(folders, encoder):
     report = json.loads((folders[2] / "onnx/export.json").read_text())
     assert report["exit_layer"] == 2
     assert 0 < report["differences_from_torch"]["sentence_embedding"] < 1e-6
     assert 0 < report["differences_from_torch"]["last_hidden_state"] < 1e-5
-    (table,) = report["tables"]
-    assert [row["retriever"] for row in table["rows"]] == ["model", "float32", "int8"]
-    assert table["rows"][0]["mean"] == table["rows"][1]["mean"]
     assert report["versions"]["onnxruntime"]
-
-
-def test_the_cost_of_int8_is_measured(folders, encoder):
-    report = json.loads((folders[2] / "onnx/export.json").read_text())
+    (table,) = report["tables"]
+    model, float32, int8 = table["rows"]
+    assert [row["retriever"] for row in table["rows"]] == ["model", "float32", "int8"]
+    assert model["mean"] == float32["mean"]
     file = EmbeddingRetriever(OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
     results = evaluate_tasks([TASK], [EmbeddingRetriever(encoder), file], progress=False)
-    model, _, int8 = report["tables"][0]["rows"]
     assert [model["mean"]["value"], int8["mean"]["value"]] == [one.estimates["mrr"].value for one in results]
     assert int8["difference"]["value"] == pytest.approx(int8["mean"]["value"] - model["mean"]["value"])
     assert results[0].values != results[1].values

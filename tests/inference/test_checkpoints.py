@@ -11,16 +11,12 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
-from modular_star_encoder.data.prompts import text_prompt
-from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
-from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint, slice_checkpoint
-from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderModel
-from modular_star_encoder.utils.files import staged_folder
+from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
+from modular_star_encoder.modeling import ModularStarEncoderModel
 from tests.errors import raises
-from tests.hub.test_cached_repository import REPOSITORY, cache_repository
+from tests.hub.repositories import REPOSITORY, cache_repository
 from tests.published.stand_in import write_stand_in
-from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_batch, tiny_model, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
 
@@ -63,15 +59,6 @@ def test_a_slice_has_its_shallower_exits_and_a_slice_of_it_is_the_slice(checkpoi
     assert (direct / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
 
 
-def test_the_models_own_embedding_is_what_sentence_transformers_computes(checkpoint):
-    model, tokenizer = AutoModel.from_pretrained(checkpoint).eval(), tiny_tokenizer()
-    batch = tokenizer([text_prompt() + text for text in TEXTS], padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        own = model(**batch).sentence_embedding.numpy()
-    # SentenceTransformer pads on the right, the tokenizer alone on the left; the last bit of a sum depends on the side.
-    np.testing.assert_allclose(own, load(checkpoint).encode(TEXTS, prompt_name="query"), rtol=0, atol=1e-6)
-
-
 def test_the_configuration_of_a_slice_describes_it(checkpoint, tmp_path):
     config = json.loads((slice_checkpoint(checkpoint, 2, tmp_path / "slice") / "config.json").read_text())
     assert (config["num_hidden_layers"], config["exit_layers"], config["exit_norm"]) == (2, [1, 2], "none")
@@ -81,38 +68,11 @@ def test_the_configuration_of_a_slice_describes_it(checkpoint, tmp_path):
     assert (twice["parent_model"], twice["auto_map"]) == ("model", config["auto_map"])
 
 
-def test_a_model_fine_tuned_without_instructions_says_so(tmp_path):
-    folder = save_retrieval_checkpoint(tiny_model(instruction_prompts=False), tiny_tokenizer(), tmp_path / "model")
-    prompts = load(folder).prompts
-    assert prompts["query"] == prompts["document_python"] == ""
-    assert AutoModel.from_pretrained(folder).config.instruction_prompts is False
-
-
 def test_only_exit_keeps_one_head_and_the_same_embedding(checkpoint, tmp_path):
     sliced = slice_checkpoint(checkpoint, 2, tmp_path / "slice", only_exit=True)
     model = AutoModel.from_pretrained(sliced)
     assert set(model.projection_heads) == {"2"}
     assert np.array_equal(load(sliced).encode(TEXTS), load(checkpoint).encode(TEXTS, exit_layer=2))
-
-
-def test_a_slice_of_a_pretrained_model_keeps_its_heads_and_rows(tmp_path):
-    full = tiny_model(ModularStarEncoderForPreTraining).eval()
-    full.save_pretrained(tmp_path / "full")
-    tiny_tokenizer().save_pretrained(tmp_path / "full")
-    slice_checkpoint(tmp_path / "full", 2, tmp_path / "slice", only_exit=True)
-    sliced = ModularStarEncoderForPreTraining.from_pretrained(tmp_path / "slice")
-    with torch.inference_mode():
-        assert torch.equal(full(**tiny_batch(), exit_layer=2).logits, sliced(**tiny_batch()).logits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("exit_layer", [2, 4])
-def test_a_slice_needs_nothing_of_this_package(checkpoint, tmp_path, exit_layer):
-    sliced = slice_checkpoint(checkpoint, exit_layer, tmp_path / "slice")
-    (reloaded,) = verify_reload([ReloadRequest(str(sliced), TEXTS, text_prompt())])
-    expected = load(checkpoint).encode(TEXTS, prompt_name="query", exit_layer=exit_layer)
-    np.testing.assert_allclose(reloaded["auto_model"], expected, rtol=0, atol=1e-6)  # padded on the other side
-    assert np.array_equal(reloaded["sentence_transformer"], expected)
 
 
 def change_tensors(folder, drop=(), **added):
@@ -185,23 +145,6 @@ def test_a_slice_of_a_repository_is_a_sentence_transformer_too(copy, tmp_path, m
     assert load(from_hub).prompts["query"] == "find: "
 
 
-def test_a_tilde_is_the_home_folder(copy, monkeypatch):
-    monkeypatch.setenv("HOME", str(copy.parent))
-    assert slice_checkpoint("~/copy", 2, "~/slice") == copy.parent / "slice"
-    assert (copy.parent / "slice").is_dir()
-
-
-def test_an_interrupted_folder_does_not_appear(tmp_path):
-    def write_half() -> None:
-        with staged_folder(tmp_path / "out") as staging:
-            (staging / "half").write_text("")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
     write_stand_in(tmp_path / "published", "finetuned")
     full = AutoModel.from_pretrained(tmp_path / "published", dtype=torch.float32)
@@ -212,14 +155,6 @@ def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):
         expected = full(**batch, exit_layer=exit_layer).sentence_embedding
         found = AutoModel.from_pretrained(sliced, dtype=torch.float32)(**batch).sentence_embedding
     assert torch.equal(found, expected)
-
-
-def test_a_loaded_checkpoint_embeds_as_the_saved_model_did(checkpoint):
-    model, tokenizer = load_checkpoint(checkpoint, device="cpu")
-    assert not model.training
-    expected = encode_exits(tiny_model(), tiny_tokenizer(), ["return x"], progress=False)
-    loaded = encode_exits(model, tokenizer, ["return x"], progress=False)
-    assert all(np.array_equal(loaded[exit_layer], expected[exit_layer]) for exit_layer in expected)
 
 
 def test_only_the_layers_up_to_the_exit_are_loaded(copy):

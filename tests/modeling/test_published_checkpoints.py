@@ -212,13 +212,6 @@ def paper_shapes(kind, **variant):
     return shapes
 
 
-def test_the_size_computed_here_is_that_of_a_real_file(write):
-    file = write("pretrained", dtype=torch.bfloat16) / "model.safetensors"
-    tensors = load_file(file)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    assert safetensors_size(shapes) == (file.stat().st_size, len(tensors))
-
-
 def test_the_pre_trained_model_has_the_bytes_and_tensors_of_the_published_file():
     assert safetensors_size(paper_shapes("pretrained")) == (2_208_252_348, 590)
     assert safetensors_size(paper_shapes("pretrained", vocabulary_bias=None)) == (2_208_153_948, 589)

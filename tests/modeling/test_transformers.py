@@ -1,8 +1,5 @@
 """What torch and transformers do with a model: compile, checkpoint activations, export, split, serve in pipelines."""
 
-import os
-import shutil
-
 import pytest
 import torch
 from torch import nn
@@ -81,13 +78,6 @@ def test_a_compiled_model_trains_with_equal_gradients():
     torch.testing.assert_close(gradients(model, loss_of(compiled)), gradients(model, loss_of(model)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
-def test_inductor_gives_equal_embeddings(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = tiny_model().eval()
-    assert_equal_outputs(torch.compile(model, fullgraph=True), model, ONE_EXIT_AND_SEVERAL[1])
-
-
 @pytest.mark.parametrize("exits", [*((exit_layer,) for exit_layer in EXIT_LAYERS), EXIT_LAYERS])
 @pytest.mark.parametrize("model_class", [ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval])
 def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(model_class, exits):
@@ -163,16 +153,6 @@ def test_fill_mask_names_the_most_likely_tokens_at_the_mask(serve, tokenizer):
     expected = direct(text).logits[0, place].softmax(-1).topk(3)
     assert [answer["token"] for answer in answers] == expected.indices.tolist()
     assert [answer["score"] for answer in answers] == pytest.approx(expected.values.tolist())
-
-
-@pytest.mark.parametrize(
-    ("model_class", "size"), [(ModularStarEncoderModel, 32), (ModularStarEncoderForRetrieval, PROJECTION_SIZE)]
-)
-def test_feature_extraction_gives_the_last_hidden_state(serve, tokenizer, model_class, size):
-    served, direct = serve("feature-extraction", model_class)
-    features = served(TEXT, return_tensors=True)
-    assert features.shape == (1, len(tokenizer(TEXT)["input_ids"]), size)
-    torch.testing.assert_close(features, direct(TEXT).last_hidden_state)
 
 
 def test_text_classification_gives_every_label_its_probability_for_a_pair(serve):

@@ -1,7 +1,7 @@
 """A manifest is a YAML file, as in hub_configs, that lists the repositories to publish and their sources."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pydantic import Field
@@ -55,21 +55,20 @@ class RepositorySettings:
     files: Mapping[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if fault := next(self._faults(), None):
-            raise UserError(*fault)
-
-    def _faults(self) -> Iterator[tuple[str, str]]:
         own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
-            yield "hub.manifest.slice", f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
+            message = f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
+            raise UserError("hub.manifest.slice", message)
         if self.slice_of is None and self.checkpoint is None:
-            yield "hub.manifest.checkpoint", f"{self.key} needs either `checkpoint` or `slice_of`."
+            raise UserError("hub.manifest.checkpoint", f"{self.key} needs either `checkpoint` or `slice_of`.")
         if (self.slice_of is None) != (self.exit_layer is None):
-            yield "hub.manifest.exit_layer", f"{self.key} needs both `slice_of` and `exit_layer`, or neither."
+            message = f"{self.key} needs both `slice_of` and `exit_layer`, or neither."
+            raise UserError("hub.manifest.exit_layer", message)
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
-                yield "hub.manifest.files", f"`files` of {self.key}: {path!r} must be a path inside the repository."
+                message = f"`files` of {self.key}: {path!r} must be a path inside the repository."
+                raise UserError("hub.manifest.files", message)
 
     @property
     def key(self) -> str:
@@ -107,21 +106,19 @@ class Manifest:
     limits: str | None = None
 
     def __post_init__(self) -> None:
-        if fault := next(self._faults(), None):
-            raise UserError(*fault)
-
-    def _faults(self) -> Iterator[tuple[str, str]]:
         if not self.namespace:
-            yield "hub.manifest.namespace", "Set `namespace` to your name on the Hub: namespace=NAME."
+            raise UserError("hub.manifest.namespace", "Set `namespace` to your name on the Hub: namespace=NAME.")
         if not self.license or (self.license == "other" and not self.license_name):
-            yield "hub.manifest.license", "`license` must be a name that the Hub knows, or `other` with `license_name`."
+            message = "`license` must be a name that the Hub knows, or `other` with `license_name`."
+            raise UserError("hub.manifest.license", message)
         above: set[str] = set()
         for entry in self.repositories:
             check_repository_id(self.repository(entry))
             if entry.key in above:
-                yield "hub.manifest.twice", f"{entry.key} is listed twice in `repositories`."
+                raise UserError("hub.manifest.twice", f"{entry.key} is listed twice in `repositories`.")
             if entry.parent is not None and entry.parent not in above:
-                yield "hub.manifest.parent", f"{entry.key} comes from {entry.parent}, which must be listed above it."
+                message = f"{entry.key} comes from {entry.parent}, which must be listed above it."
+                raise UserError("hub.manifest.parent", message)
             above.add(entry.key)
 
     def repository(self, entry: RepositorySettings) -> str:

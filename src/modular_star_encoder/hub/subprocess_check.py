@@ -1,12 +1,11 @@
 """Load checkpoints as users without this package do: in a new process that can't import it.
 
-`verify_reload` starts the process, which runs this file as a script: subprocess_check.py REQUESTS.json RESULT.npz.
-Therefore, this file does not import this package at its top.
+`verify_reload` starts the process, which runs this file as a script: subprocess_check.py FOLDER. It reads requests.json
+there, and writes one file of arrays for each request. Therefore, this file does not import this package at its top.
 """
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,8 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
 
     Returns for each request the embeddings (N, D) float32 of its texts at the deepest exit, by `auto_model` and by
     `sentence_transformer`, and those of SentenceTransformer at exit K as `exit-K`; for a pre-trained model also
-    `masked_lm`, the logits (N, V) of the last token. A checkpoint that can't be loaded raises
-    the UserError `hub.reload.failed`.
+    `masked_lm`, the logits (N, V) of the last token. A checkpoint that can't be loaded raises the UserError
+    `hub.reload.failed`.
     """
     import torch
     from tqdm.auto import tqdm
@@ -47,27 +46,21 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
     from modular_star_encoder.utils.files import scratch_folder
 
     with scratch_folder("check") as folder:
-        request_file, result = Path(folder, "requests.json"), Path(folder, "result.npz")
-        request_file.write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
+        Path(folder, "requests.json").write_text(json.dumps(list(map(asdict, requests))), encoding="utf-8")
         # The same number of threads as here, because it affects the last bits of sums.
         own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", __file__, str(request_file), str(result)]
         environment = {**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))}
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        command = [sys.executable, "-P", __file__, str(folder)]
         with tqdm(desc="loading in a clean process", bar_format="{desc} …", disable=not progress, leave=False):
-            process = subprocess.run(  # noqa: S603 - our own script
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-            )
+            process = subprocess.run(command, env=environment, **options)  # noqa: S603 - our own script
+        results = [Path(folder, f"{number}.npz") for number in range(len(requests))]
         if process.returncode:
-            failed = requests[int((re.findall(r"^request (\d+)$", process.stderr, re.MULTILINE) or ["0"])[-1])]
+            failed = requests[min(sum(map(Path.is_file, results)), len(requests) - 1)]
             tail = " ".join(" ".join(process.stderr.strip().splitlines()[-5:]).split())
             message = f"{failed.checkpoint} can't be loaded without this package: {tail}"
             raise UserError("hub.reload.failed", message)
-        with np.load(result, allow_pickle=False) as arrays:
-            found: list[dict[str, np.ndarray]] = [{} for _ in requests]
-            for name, array in arrays.items():
-                number, _, own = name.partition("/")
-                found[int(number)][own] = array
-            return found
+        return [dict(np.load(result, allow_pickle=False)) for result in results]
 
 
 class Blocker(MetaPathFinder):
@@ -78,13 +71,10 @@ class Blocker(MetaPathFinder):
             raise ModuleNotFoundError(f"{PACKAGE} is not available in this process")
 
 
-def main(request_file: str, result_file: str) -> None:
+def main(folder: str) -> None:
     sys.meta_path.insert(0, Blocker())
-    arrays: dict[str, np.ndarray] = {}
-    for number, request in enumerate(json.loads(Path(request_file).read_text(encoding="utf-8"))):
-        print(f"request {number}", file=sys.stderr)  # `verify_reload` reads it if this request fails
-        arrays |= {f"{number}/{name}": array for name, array in embed(**request).items()}
-    np.savez(result_file, **arrays)  # type: ignore[arg-type]
+    for number, request in enumerate(json.loads(Path(folder, "requests.json").read_text(encoding="utf-8"))):
+        np.savez(Path(folder, f"{number}.npz"), **embed(**request))  # type: ignore[arg-type]
 
 
 def embed(

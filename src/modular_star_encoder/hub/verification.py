@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,14 @@ from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILE
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
-CODE_FILES = ("configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py")
-REQUIRED = (CARD, "config.json", *CODE_FILES, TOKENIZER, "tokenizer_config.json", *SENTENCE_TRANSFORMER_FILES)
-OPTIONAL = (PROFILE_NAME, LATENCY_FIGURE, DEPTH_FIGURE, "special_tokens_map.json", "added_tokens.json")
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-INDEX = "model.safetensors.index.json"
+# The other files that `stage_repositories` may write; what a repository lacks shows when it is loaded.
+EXPECTED = {
+    *("configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py", "config.json"),
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(CARD, PROFILE_NAME, LATENCY_FIGURE, DEPTH_FIGURE),
+    *SENTENCE_TRANSFORMER_FILES,
+}
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 SECRETS = (
     re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{20,}"),
@@ -57,40 +60,31 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError if a folder lacks a required or `extra` file, or contains an unexpected or unsafe one."""
-    if fault := next(_faults(folder, extra), None):
-        raise UserError(*fault)
-
-
-def _faults(folder: Path, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
-    weights = {name for name in paths if WEIGHTS.fullmatch(name)} or {"model.safetensors"}
-    expected = {*REQUIRED, *extra, *weights} | ({INDEX} if len(weights) > 1 else set())
-    if missing := sorted(expected - set(paths)):
-        yield "hub.files.missing", f"{folder} lacks the required {', '.join(missing)}."
-    if surplus := ", ".join(sorted(set(paths) - expected - set(OPTIONAL))):
-        yield "hub.files.unexpected", f"{folder} contains {surplus}; list further files under `files` in the manifest."
+    """Raise UserError if a folder contains a file that is unsafe, or neither expected nor in `extra`."""
     token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
-    for name, path in sorted(paths.items()):
-        if path.is_symlink():
-            yield "hub.files.link", f"{folder} contains a link, {name}; publish the file itself."
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        if name not in EXPECTED and name not in extra and not WEIGHTS.fullmatch(name):
+            message = f"{folder} contains {name}; list further files under `files` in the manifest."
+            raise UserError("hub.files.unexpected", message)
         with path.open("rb") as file:
             text = file.read(TEXT_LIMIT)
         if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]|PK\x03\x04", text):
-            yield "hub.files.pickle", f"{path} may be a pickle; publish weights as safetensors only."
+            raise UserError("hub.files.pickle", f"{path} may be a pickle; publish weights as safetensors only.")
         if path.suffix == ".safetensors":
             try:
                 with safe_open(path, "pt") as tensors:
                     text = json.dumps(tensors.metadata() or {}).encode()
             except SafetensorError as error:
-                yield "hub.files.safetensors", f"{path} is not a safetensors file: {error}."
+                raise UserError("hub.files.safetensors", f"{path} is not a safetensors file: {error}.") from error
         places = [match.start() for pattern in SECRETS if (match := pattern.search(text))]
         places += [text.index(token)] if token and token in text else []
         if places:
             line = text[: places[0]].count(b"\n") + 1
-            yield "hub.files.secret", f"{name} in {folder} may contain a secret in line {line}."
+            raise UserError("hub.files.secret", f"{name} in {folder} may contain a secret in line {line}.")
         if len(home) > 1 and home + b"/" in text:
-            yield "hub.files.local_path", f"{name} in {folder} contains a local path, inside {home.decode()}."
+            message = f"{name} in {folder} contains a local path, inside {home.decode()}."
+            raise UserError("hub.files.local_path", message)
 
 
 def _check_tokenizer(folder: Path) -> None:

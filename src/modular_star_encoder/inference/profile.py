@@ -1,8 +1,8 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
 Latency is timed on batches of random tokens without padding, after a warm-up. The exits alternate in random order, so
-that other programs slow all of them alike. On a CPU, memory is measured in a separate process per exit, which runs this
-module as a script; on a GPU, each exit is loaded on its own.
+that other programs slow all of them alike. Memory is measured in a separate process per exit, which runs this module as
+a script.
 """
 
 from __future__ import annotations
