@@ -131,12 +131,12 @@ def test_a_file_that_is_no_profile_is_an_error(tmp_path, damage):
         ExitProfile.load(path)
 
 
-def results_file(path, checksum, *tables):
-    """Write the results of exits 4 and 9: one table for each (benchmark, metric, value)."""
+def results_file(path, checksum, *tables, exits=(4, 9)):
+    """Write the results of these exits: one table for each (benchmark, metric, value)."""
     row = {"retriever": "m", "dimensions": None, "columns": {}, "others": {}, "difference": None}
     found = []
     for name, metric, value in tables:
-        rows = [row | {"exit_layer": k, "mean": dict.fromkeys(("value", "low", "high"), value)} for k in (4, 9)]
+        rows = [row | {"exit_layer": k, "mean": dict.fromkeys(("value", "low", "high"), value)} for k in exits]
         texts = {"benchmark": name, "metric": metric, "reference": "", "size": "", "notes": []}
         found.append(texts | {"rows": rows})
     path.write_text(json.dumps({"checkpoint_checksum": checksum, "tables": found}))

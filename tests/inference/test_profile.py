@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import platform
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from modular_star_encoder.inference.profile import (
     profile_to_file,
 )
 from modular_star_encoder.training.recipes import load_config
+from tests.inference.test_exit_profile import results_file
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
 
 PLAN = ProfilePlan(batch_sizes=(2, 1), lengths=(8, 64), rounds=6, memory=False)
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.slow
 def test_mose_profile_measures_a_checkpoint_and_adds_its_quality(capsys, checkpoint, tmp_path):
     file, results = tmp_path / "profile.json", tmp_path / "results.json"
-    results.write_text(json.dumps({"exits": {"2": {"mrr": 0.25}}}))
+    results_file(results, None, ("csn", "mrr", 0.25), exits=(2,))
     options = ["--batch-sizes", "1,2", "--lengths", "64", "--rounds", "2", "--device", "cpu", "--exit-layers", "2"]
     assert cli.main(["profile", str(checkpoint), *options, "--out", str(file)]) == 0
     out = capsys.readouterr().out
