@@ -17,12 +17,13 @@ from filelock import FileLock
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import build, near_duplicate_job, row_files
-from modular_star_encoder.synthconl.build import SPLITS, STAGES, DatasetRecipe, load_dataset_recipe
+from modular_star_encoder.synthconl.build import SPLITS, STAGES, DatasetRecipe
 from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
 from modular_star_encoder.synthconl.near_duplicate_job import WORK, drop_near_duplicates
 from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_rows, write_split
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
+from modular_star_encoder.utils.settings import load_settings
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import (
@@ -278,7 +279,7 @@ SETTINGS = {"corpus": {"folder": "code"}, "translation": TRANSLATION}
 
 def test_the_example_is_a_recipe_of_the_papers_settings():
     example = Path(__file__).parents[2] / "examples" / "dataset" / "recipe.yaml"
-    recipe = load_dataset_recipe(example, ["corpus.folder=/code", "translation.options.concurrency=3"])
+    recipe = load_settings(DatasetRecipe, example, ["corpus.folder=/code", "translation.options.concurrency=3"])
     assert recipe.corpus == ({"folder": "/code"},)
     assert recipe.translation.model == "Qwen/Qwen2.5-Coder-7B-Instruct"
     assert recipe.translation.options["concurrency"] == 3
@@ -308,12 +309,12 @@ def test_the_example_is_a_recipe_of_the_papers_settings():
 def test_a_wrong_recipe_is_one_sentence_that_names_the_setting(tmp_path, changes, values):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | changes))
     with pytest.raises(ValueError) as error:  # noqa: PT011  keys are those of the settings
-        load_dataset_recipe(tmp_path / "recipe.yaml")
+        load_settings(DatasetRecipe, tmp_path / "recipe.yaml")
     sentence = str(error.value)
     assert all(value in sentence for value in [str(tmp_path / "recipe.yaml"), *values]), sentence
     assert "\n" not in sentence
     with raises("settings.file", "missing.yaml"):
-        load_dataset_recipe(tmp_path / "missing.yaml")
+        load_settings(DatasetRecipe, tmp_path / "missing.yaml")
 
 
 IDS = pa.schema([("id", pa.string())])

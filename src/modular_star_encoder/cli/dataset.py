@@ -74,9 +74,10 @@ def add_dataset_commands(commands: Any) -> None:
 
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.synthconl.build import build_dataset, load_dataset_recipe
+    from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
+    from modular_star_encoder.utils.settings import load_settings
 
-    print(build_dataset(load_dataset_recipe(arguments.recipe, arguments.overrides), arguments.out))
+    print(build_dataset(load_settings(DatasetRecipe, arguments.recipe, arguments.overrides), arguments.out))
 
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:

@@ -89,8 +89,7 @@ class OpenAIBackend:
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         self._url = check_url(base_url) + "/chat/completions"
         http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
-        http["max_bytes"] = _LARGEST_ANSWER
-        self._open_client = partial(HTTPClient, **http)
+        self._open_client = partial(HTTPClient, **http, max_bytes=_LARGEST_ANSWER)
         self._model, self._revision, self._concurrency = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}

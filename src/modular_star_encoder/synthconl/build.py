@@ -47,7 +47,7 @@ from modular_star_encoder.synthconl.row_files import (
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
-from modular_star_encoder.utils.settings import Count, Float, Int, Probability, load_settings, settings_class
+from modular_star_encoder.utils.settings import Count, Float, Int, Probability, settings_class
 
 SPLITS = ("train", "validation")
 LOG = "build.json"
@@ -153,11 +153,6 @@ class DatasetRecipe:
             "dataset": {"card": asdict(self.card)},
         }
         return json.loads(json.dumps(settings, default=str))
-
-
-def load_dataset_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DatasetRecipe:
-    """Read a recipe from a YAML file; see `load_settings` for arguments and errors."""
-    return load_settings(DatasetRecipe, path, overrides)
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:

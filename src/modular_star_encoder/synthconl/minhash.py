@@ -127,12 +127,10 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
     """Return for each text the hashes of its distinct shingles, ascending, uint64 (distinct shingles,)."""
-    sets = []
+    sets: list[np.ndarray] = []
     for batch in _batches(texts):
         hashes, bounds = hash_shingles(batch)
-        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            one = np.sort(hashes[start:end])
-            sets.append(one[np.concatenate(([True], one[1:] != one[:-1]))] if len(one) else one)
+        sets += map(np.unique, np.split(hashes, bounds[1:-1]))
     return sets
 
 

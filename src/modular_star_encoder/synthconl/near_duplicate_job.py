@@ -102,7 +102,7 @@ def drop_near_duplicates(
                     output.writelines(_dropped_lines(result, ids))
                 write_json(out / REPORT, _report(result, ids) | {"job": job}, resumable=True)
     shutil.rmtree(work, ignore_errors=True)
-    return _read_json(out / REPORT)
+    return read_json(out / REPORT)
 
 
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
@@ -113,7 +113,11 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
         message = f"{out}, the folder to write, must be empty or not exist; it must not lie in {source} or contain it."
         raise UserError("synthconl.near_duplicates.out", message)
     if begun:
-        content = _read_json(begun[0])
+        try:
+            content = read_json(begun[0])
+        except ValueError as error:
+            message = f"{begun[0]} is damaged ({error}); remove its folder and start again."
+            raise UserError("synthconl.near_duplicates.damaged", message) from error
         before = content.get("job", {}) if begun[0].name == REPORT else content
         if changed := [name for name in job if before.get(name) != job[name]]:
             changes = f"other {', '.join(changed)}; name another folder, or remove this one and start again"
@@ -124,14 +128,6 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
 def _digest(texts: Iterable[str | None]) -> str:
     contents = [(text or "").encode("utf-8", "surrogatepass") for text in texts]
     return blake2b(b"".join(len(one).to_bytes(8, "little") + one for one in contents), digest_size=16).hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError as error:
-        message = f"{path} is damaged ({error}); remove its folder and start again."
-        raise UserError("synthconl.near_duplicates.damaged", message) from error
 
 
 def _fingerprinted(

@@ -96,8 +96,8 @@ def find_near_duplicates(
         numbers,
         _merged(near),
         _merged(near_others),
-        {name: len(texts) for name, texts in against.items()},
-        settings,
+        against,
+        settings.giant_cluster,
         compared=sum(map(len, candidates)),
         largest_bucket=max(largest for _, largest, _ in found),
         rows_over_limit=max(over for _, _, over in found),
@@ -233,21 +233,20 @@ def _decide(
     numbers: np.ndarray,
     near: tuple[np.ndarray, np.ndarray],
     near_others: tuple[np.ndarray, np.ndarray],
-    other_sets: dict[str, int],
-    settings: DuplicateSettings,
+    against: Mapping[str, Sequence[str | None]],
+    giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
     """Decide which rows are kept, given the near pairs of distinct rows and their similarities.
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
     2. Clusters are the connected components of the remaining rows, over near pairs and equality.
-    3. Each cluster keeps its row of smallest id. A cluster of more than `settings.giant_cluster` distinct rows drops
+    3. Each cluster keeps its row of smallest id. A cluster of more than `giant_cluster` distinct rows drops
        only rows equal or near to a kept one; rows are taken in the order of their ids.
 
     Args:
         distinct, numbers: See `_distinct_rows`.
         near, near_others: Pairs of distinct rows; pairs (distinct row, text), with texts numbered through all sets.
-        other_sets: The number of texts of each other set, in order.
         counts: Counts of the search, passed on to the result.
     """
     from scipy.sparse import coo_array
@@ -257,7 +256,7 @@ def _decide(
     reason = np.full(count, _KEPT)
     found, texts = _ends(near_others[0])
     nearest, similarity = _most_similar(count, found, texts, near_others[1])
-    starts = np.cumsum([0, *other_sets.values()])
+    starts = np.cumsum([0, *map(len, against.values())])
     set_of = np.searchsorted(starts, nearest[found], side="right") - 1
     reason[found] = _FIRST_SET + set_of
     nearest[found] -= starts[set_of]
@@ -269,7 +268,7 @@ def _decide(
     labels = connected_components(graph, directed=False)[1]
     clusters = np.unique(labels, return_index=True)[1][labels]  # of each row, the smallest row of its component
     sizes = np.bincount(clusters, minlength=count)
-    is_giant = sizes[clusters] > settings.giant_cluster
+    is_giant = sizes[clusters] > giant_cluster
     kept = (clusters == np.arange(count)) | is_giant
     # Pairs ascend, so it is known whether `one` is kept before its pairs with later rows come.
     inside = np.flatnonzero(is_giant[first])
@@ -291,16 +290,15 @@ def _decide(
     alone = np.flatnonzero(reasons >= _FIRST_SET)
     row_clusters[alone] = alone
     giants = []
-    for row in distinct[sizes > settings.giant_cluster].tolist():
+    for row in distinct[sizes > giant_cluster].tolist():
         members = reasons[row_clusters == row]
         giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
-        size = settings.giant_cluster
-        message = f"{len(giants)} clusters have more than {size} different rows; these drop only rows near a kept one."
-        warnings.warn(message, stacklevel=2)
+        message = f"{len(giants)} clusters have more than {giant_cluster} different rows; these drop"
+        warnings.warn(f"{message} only rows near a kept one.", stacklevel=2)
     return NearDuplicates(
         kept=reasons == _KEPT,
-        reasons=(KEPT, EQUAL, NEAR, *(f"near a text of {name}" for name in other_sets)),
+        reasons=(KEPT, EQUAL, NEAR, *(f"near a text of {name}" for name in against)),
         reason=reasons,
         clusters=row_clusters,
         nearest=np.where(copies, distinct[numbers], nearest[numbers]),

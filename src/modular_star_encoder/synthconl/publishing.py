@@ -74,23 +74,19 @@ class DatasetStatistics:
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
     """Count triplets, and the code samples and their characters in each language, in constant memory."""
-    samples, characters = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    rows = description_characters = 0
+    samples, characters = ({"original": Counter[str](), "synthetic": Counter[str]()} for _ in range(2))
     for triplet in triplets:
-        original, synthetic = triplet.snippets
-        for key, text in (
-            (("description", ""), triplet.description),
-            (("original", original.language), original.code),
-            (("synthetic", synthetic.language), synthetic.code),
-        ):
-            samples[key] += 1
-            characters[key] += len(text)
-    counts = {key: CodeCounts(count, characters[key] / count) for key, count in samples.items()}
-    originals, synthetics = (
-        {language: one for (side, language), one in counts.items() if side == wanted}
-        for wanted in ("original", "synthetic")
+        rows += 1
+        description_characters += len(triplet.description)
+        for side, snippet in zip(samples, triplet.snippets, strict=True):
+            samples[side][snippet.language] += 1
+            characters[side][snippet.language] += len(snippet.code)
+    original, synthetic = (
+        {language: CodeCounts(count, characters[side][language] / count) for language, count in samples[side].items()}
+        for side in samples
     )
-    rows = samples["description", ""]
-    return DatasetStatistics(rows, originals, synthetics, characters["description", ""] / max(rows, 1))
+    return DatasetStatistics(rows, original, synthetic, description_characters / max(rows, 1))
 
 
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))

@@ -88,11 +88,8 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return the rows of a parquet file, with all columns if `columns` is None."""
-    opened = _opened(file)
-    if missing := [name for name in columns or () if name not in opened.schema_arrow.names]:
-        raise UserError("synthconl.shards.column_missing", f"{file} has no column {missing[0]!r}.")
     with _unreadable(file):
-        return opened.read(list(columns) if columns else None).to_pylist()
+        return pq.read_table(file, columns=list(columns) if columns else None, partitioning=None).to_pylist()
 
 
 def count_rows(folder: Path) -> int:

@@ -133,12 +133,7 @@ class TranslationSettings:
 
 
 def translate(
-    functions: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    settings: TranslationSettings,
-    *,
-    seed: int,
-    progress: bool = True,
+    functions: Path, out: Path, settings: TranslationSettings, *, seed: int, progress: bool = True
 ) -> dict[str, Any]:
     """Ask a model for the translation of every function, continuing from what an earlier call left in `out`.
 
@@ -155,9 +150,7 @@ def translate(
         UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or answers that an
             earlier call left are damaged or belong to other rows (`synthconl.journal`).
     """
-    functions, out, backend = Path(functions), Path(out), settings.open()
-    if not (total := count_rows(functions)):
-        raise UserError("synthconl.translation.empty", f"{functions} holds no function to translate.")
+    backend, total = settings.open(), count_rows(functions)
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)
@@ -194,9 +187,7 @@ def translate(
             bar.update(len(trusted))
             tokens, seconds = session.counts["completion_tokens"], session.seconds()
             cost = settings.cost(session.counts["prompt_tokens"], tokens)
-            bar.set_postfix(
-                {"tokens/s": f"{tokens / seconds:.0f}"} | ({"cost": f"{cost:.2f}"} if cost else {}), refresh=False
-            )
+            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, cost {cost:.2f}", refresh=False)
     return _report(out, settings)
 
 
