@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.evaluation.lexical import (
@@ -43,11 +42,7 @@ def test_scores_are_lucenes_bm25():
     idf = np.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
     expected = [idf * tf / (tf + 1.2 * (0.25 + 0.75 * length / mean_length)) for tf, length in ((1, 2), (2, 4), (0, 1))]
     assert bm25_scores(["read"], documents)[0] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_repeated_term_of_a_query_counts_once():
-    documents = ["read file", "close socket"]
-    assert np.array_equal(bm25_scores(["read read close"], documents), bm25_scores(["close read"], documents))
+    assert np.array_equal(bm25_scores(["read read"], documents), bm25_scores(["read"], documents))
 
 
 def test_queries_and_documents_without_words_score_zero():
@@ -79,11 +74,3 @@ def test_repositories_with_words_of_their_own_are_distinguished_and_others_are_n
     assert 0 <= clear["threshold"] < 1
     blind = identifier_overlap_accuracy(pairs(tokenizer, False, 0), pairs(tokenizer, False, 1), tokenizer)
     assert blind["accuracy"] < 0.7
-
-
-def test_masked_words_count(tokenizer):
-    row = pairs(tokenizer, True, 0)[0]
-    everything_masked = {**row, "labels": torch.where(row["input_ids"] > 3, row["input_ids"], row["labels"])}
-    everything_masked["input_ids"] = torch.where(row["input_ids"] > 3, tokenizer.mask_token_id, row["input_ids"])
-    results = [identifier_overlap_accuracy([one], [one], tokenizer) for one in (row, everything_masked)]
-    assert results[0]["threshold"] == results[1]["threshold"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, code_prompt, text_prompt
+from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.inference import encoders
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
@@ -139,15 +139,11 @@ def test_a_side_of_a_task_is_prompted_as_what_it_is(model, tokenizer, task, subs
     assert encoder._prompt(metadata, subset, PromptType.query) == query
     assert encoder._prompt(metadata, subset, PromptType.document) == document
     assert encoder._prompt(metadata, subset, None) == ""
+    plain = encoder_of(tiny_model(instruction_prompts=False), tokenizer)
+    assert plain._prompt(metadata, subset, PromptType.document) == ""
     given = encoder_of(model, tokenizer, {"document": "D: ", f"{task}-query": "Q: ", "query": "other"})
     assert given._prompt(metadata, subset, PromptType.query) == "Q: "
     assert given._prompt(metadata, subset, PromptType.document) == "D: "
-
-
-def test_a_model_without_instructions_gets_none(tokenizer):
-    encoder = encoder_of(tiny_model(instruction_prompts=False), tokenizer)
-    assert encoder._prompt(mteb.get_task("CosQA").metadata, "default", PromptType.document) == ""
-    assert ANY_CODE_INSTRUCTION not in encoder._prompt(task().metadata, "default", PromptType.query)
 
 
 @pytest.mark.slow

@@ -136,15 +136,12 @@ def test_a_model_alone_scores_as_the_sentence_transformer_around_it(sentence_tra
     assert {name for name in alone if name.startswith("mrr")} == {"mrr_exit_2", "mrr_mean", "mrr_worst"}
 
 
-def test_prompts_can_be_given(sentence_transformer):
+def test_prompts_can_be_given_and_a_name_tells_evaluators_apart(sentence_transformer):
     plain = MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer)
     bare = MultiExitEvaluator.from_pairs(ROWS, prompts={})(sentence_transformer)
     sentence_transformer.prompts = {}
     assert MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer) == bare
     assert bare != plain
-
-
-def test_a_name_tells_evaluators_apart(sentence_transformer):
     texts = ({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
     evaluator = MultiExitEvaluator.from_mappings(*texts, name="small")
     assert evaluator.primary_metric == "small_mrr_mean"

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -78,19 +77,6 @@ def test_another_task_or_other_weights_of_the_same_name_are_evaluated_again(tmp_
     run([change(task)], [given_retriever(exit_layers=(3,))], tmp_path)
     run([task], [given_retriever(exit_layers=(3,), noise=0.5)], tmp_path)
     assert len(list(tmp_path.glob("cells/*.json"))) == 3
-
-
-def test_an_interrupted_run_keeps_what_was_finished(tmp_path, monkeypatch):
-    def interrupted(task, *arguments, **options):
-        if task.name == "two":
-            raise KeyboardInterrupt
-        return evaluate_task(task, *arguments, **options)
-
-    tasks = [retrieval_task(), retrieval_task(name="two", seed=1)]
-    monkeypatch.setattr(run_module, "evaluate_task", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tasks, [given_retriever(exit_layers=(3,))], tmp_path)
-    assert [json.loads(path.read_text())["task"] for path in tmp_path.glob("cells/*")] == ["one"]
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"estimates": {"mrr": 1}}', "[]"])

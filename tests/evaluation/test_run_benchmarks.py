@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.evaluation import run as run_module
 from modular_star_encoder.evaluation.run import run_benchmarks
 from modular_star_encoder.inference import PROFILE_NAME, encoders
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-from modular_star_encoder.inference.encode import encode_exits
 from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.inference.test_exit_profile import made_up_profile
@@ -66,21 +64,6 @@ def test_without_out_the_same_report_goes_to_the_terminal_and_to_a_json_file(cap
     stored, written = (json.loads((tmp_path / name).read_text()) for name in ("out/report.json", "results.json"))
     assert {**stored, "command": ""} == {**written, "command": ""}
     assert written["checkpoint_checksum"] == checkpoint_checksum(checkpoint)
-
-
-def test_a_run_that_is_started_again_computes_nothing_twice(checkpoint, data, tmp_path, monkeypatch):
-    encoded, scored = [], []
-    monkeypatch.setattr(encoders, "encode_exits", lambda *a, **k: encoded.append(len(a[2])) or encode_exits(*a, **k))
-    original = run_module.evaluate_task
-    monkeypatch.setattr(run_module, "evaluate_task", lambda *a, **k: scored.append(1) or original(*a, **k))
-
-    first = run(checkpoint, data, tmp_path, "exercism-text").tables
-    texts, cells = sum(encoded), len(scored)
-    assert run(checkpoint, data, tmp_path, "exercism-text").tables == first
-    assert (sum(encoded), len(scored)) == (texts, cells)
-    run(checkpoint, data, tmp_path, "exercism-text", "exercism-code")  # on the same texts
-    assert sum(encoded) == texts
-    assert len(scored) > cells
 
 
 def test_latencies_are_plotted_if_the_checkpoint_has_a_profile_of_the_exits(checkpoint, data, tmp_path, capsys):
@@ -145,14 +128,10 @@ def test_mistakes_are_reported_before_anything_is_embedded_or_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("name", ["humaneval", ","])
-def test_an_unknown_benchmark_is_wrong_usage(capsys, name):
-    with pytest.raises(SystemExit) as ended:
-        mose(capsys, "evaluate", "mose-code", "--data", ".", "--benchmark", name)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
-    assert repr(name) in errors
-    assert "codesearchnet-999" in errors
+def test_an_unknown_benchmark_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mose(capsys, "evaluate", "mose-code", "--data", ".", "--benchmark", "humaneval")
+    assert "codesearchnet-999" in capsys.readouterr().err
 
 
 def test_two_retrievers_of_one_name_are_an_error(checkpoint, data, tmp_path):

@@ -206,7 +206,7 @@ def _places(query: np.ndarray) -> np.ndarray:
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 
-def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval (Efron 1979) of the mean of values (Q,)."""
     generator = np.random.default_rng(seed)
     shapes = _chunks(resamples, len(values))
@@ -214,7 +214,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 1000) -> 
     return _percentiles(np.concatenate(means))
 
 
-def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000) -> tuple[float, float]:
+def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of F1 for the outcomes (N,) of `metrics.outcomes`.
 
     Drawing pairs with replacement is the same as drawing their four counts from a multinomial distribution.
@@ -224,7 +224,7 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int, resamples: int = 1000
     return _percentiles(f1(draws))
 
 
-def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000) -> float:
+def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
     """Return the two-sided p-value, by a paired permutation test, of the hypothesis that differences (Q,) have mean 0.
 
     If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs are one of
@@ -242,7 +242,7 @@ def permutation_test(differences: np.ndarray, seed: int, resamples: int = 10_000
     return (1 + at_least) / (1 + resamples)
 
 
-def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int, resamples: int = 10_000) -> float:
+def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
     """Return the two-sided p-value, by a paired permutation test, of equal F1 of two retrievers' outcomes (N,).
 
     The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes

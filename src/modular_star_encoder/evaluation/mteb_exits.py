@@ -138,17 +138,14 @@ def run_mteb(
     metas = {k: _model_meta(model, name, k, common) for k in encoder.exit_layers if k is not None}
     cache = mteb.ResultCache(out)
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in metas}
-    with tqdm(total=len(chosen) * len(metas), desc="mteb", unit="run", disable=not progress) as bar:
-        for task in chosen:
-            # mteb itself would reuse complete results of another dataset with the same name.
-            known = {k: cache.load_task_result(task.metadata.name, meta) for k, meta in metas.items()}
-            revision = task.metadata.revision
-            due = [k for k, one in known.items() if overwrite or one is None or one.dataset_revision != revision]
-            encoders = [MtebExitEncoder(retriever, k, due, meta, prompts) for k, meta in metas.items()]
-            for exit_layer, score in _run_task(task, encoders, cache, progress):
-                scores[exit_layer][task.metadata.name] = score
-                bar.set_postfix_str(f"{task.metadata.name}, exit {exit_layer}")
-                bar.update()
+    for task in tqdm(chosen, desc="mteb", unit="task", disable=not progress):
+        # mteb itself would reuse complete results of another dataset with the same name.
+        known = {k: cache.load_task_result(task.metadata.name, meta) for k, meta in metas.items()}
+        revision = task.metadata.revision
+        due = [k for k, one in known.items() if overwrite or one is None or one.dataset_revision != revision]
+        encoders = [MtebExitEncoder(retriever, k, due, meta, prompts) for k, meta in metas.items()]
+        for exit_layer, score in _run_task(task, encoders, cache, progress):
+            scores[exit_layer][task.metadata.name] = score
     return scores
 
 

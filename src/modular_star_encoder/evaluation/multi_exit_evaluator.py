@@ -17,6 +17,7 @@ from modular_star_encoder.evaluation.retrievers import CosineScores
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.objectives.contrastive_settings import rank_and_count
 from modular_star_encoder.utils.errors import UserError
 
 _Encode = Callable[[list[str]], dict[int, np.ndarray]]  # from N texts to {exit_layer: embeddings (N, D)}
@@ -196,7 +197,7 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
 
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
     """Embed a share of the texts in each training process; return {exit_layer: embeddings} of all texts."""
-    world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    rank, world = rank_and_count()
     if world == 1:
         return encode(texts)
     from torch.distributed.fsdp import FSDPModule  # some builds of torch lack it
@@ -206,6 +207,6 @@ def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict
         return encode(texts)
     unique = sorted(dict.fromkeys(texts), key=len)
     shares: list[dict[int, np.ndarray]] = [{}] * world
-    distributed.all_gather_object(shares, encode(unique[distributed.get_rank() :: world]))
+    distributed.all_gather_object(shares, encode(unique[rank::world]))
     places = {text: divmod(place, world) for place, text in enumerate(unique)}
-    return {k: np.stack([shares[rank][k][row] for row, rank in (places[text] for text in texts)]) for k in shares[0]}
+    return {k: np.stack([shares[own][k][row] for row, own in (places[text] for text in texts)]) for k in shares[0]}

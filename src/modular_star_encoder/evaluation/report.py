@@ -121,15 +121,15 @@ def versions() -> dict[str, str]:
 
 
 def make_report(
-    tasks: Sequence[Task], results: Sequence[TaskResult], seed: int = 0, command: str = "", checksum: str | None = None
+    tasks: Sequence[Task], results: Sequence[TaskResult], command: str = "", checksum: str | None = None
 ) -> Report:
     """Make a report from the results of all retrievers, with one table per benchmark, in the order of `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
-    tables = [_table(name, [task for task in tasks if task.benchmark == name], results, seed) for name in benchmarks]
+    tables = [_table(name, [task for task in tasks if task.benchmark == name], results) for name in benchmarks]
     return Report(tables, results, command, checksum)
 
 
-def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult], seed: int) -> Table:
+def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult]) -> Table:
     found: dict[_Key, dict[str, TaskResult]] = {}
     for result in results:
         if result.benchmark == benchmark:
@@ -140,7 +140,7 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
     own = [key for key in own if key[0] == own[0][0]]
     reference = max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else next(iter(groups))
     first = groups[reference]
-    rows = [_row(key, tasks, group, None if key == reference else first, seed) for key, group in groups.items()]
+    rows = [_row(key, tasks, group, None if key == reference else first) for key, group in groups.items()]
     label = next(row.label for row in rows if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
     size = f"{sum(len(result.values) for result in first):,} {'queries' if first[0].candidates else 'pairs'}"
@@ -151,7 +151,7 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
 
 
 def _row(
-    key: _Key, tasks: Sequence[Task], results: Sequence[TaskResult], reference: Sequence[TaskResult] | None, seed: int
+    key: _Key, tasks: Sequence[Task], results: Sequence[TaskResult], reference: Sequence[TaskResult] | None
 ) -> Row:
     columns: dict[str, list[TaskResult]] = {}
     for task, result in zip(tasks, results, strict=True):
@@ -159,30 +159,30 @@ def _row(
     others = [metric for metric in results[0].estimates if metric != results[0].main]
     return Row(
         *key,
-        columns={column: _mean_estimate(group, seed) for column, group in columns.items()},
-        mean=_mean_estimate(results, seed),
+        columns={column: _mean_estimate(group) for column, group in columns.items()},
+        mean=_mean_estimate(results),
         others={metric: float(np.mean([one.estimates[metric].value for one in results])) for metric in others},
-        difference=None if reference is None else _difference(results, reference, seed),
+        difference=None if reference is None else _difference(results, reference),
     )
 
 
-def _mean_estimate(results: Sequence[TaskResult], seed: int) -> Estimate:
+def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
     """Return the mean of the main metric over tasks, and its interval; for F1, `results` must be of one task only."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
-    return Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
+    return Estimate(float(values.mean()), *metrics.bootstrap_interval(values))
 
 
-def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult], seed: int) -> Difference:
+def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult]) -> Difference:
     """Return the mean of `results` minus the mean of `reference`, which have the same tasks and queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
         first, second = (np.array(result.values, dtype=np.int64) for result in pairs[0])
-        return Difference(value, metrics.f1_permutation_test(first, second, seed))
+        return Difference(value, metrics.f1_permutation_test(first, second))
     differences = [dict(zip(a.ids, np.subtract(a.values, b.values), strict=True)) for a, b in pairs]
-    return Difference(value, metrics.permutation_test(metrics.shares(differences), seed))
+    return Difference(value, metrics.permutation_test(metrics.shares(differences)))
 
 
 def to_latex(tables: Sequence[Table]) -> str:

@@ -49,7 +49,6 @@ def run_benchmarks(
     untrained: bool = False,
     allow_subset: bool = False,
     cache: str | Path | None = None,
-    seed: int = 0,
     command: str = "",
     progress: bool = True,
 ) -> Report:
@@ -65,7 +64,6 @@ def run_benchmarks(
         untrained: also evaluate the model with random weights.
         allow_subset: accept files with fewer rows than published, and say so below the tables.
         cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
-        seed: random seed of intervals, permutations and untrained weights; the protocol fixes the candidates.
         command: the command line that the report shows.
     """
     folder = None if out is None else Path(out).expanduser()
@@ -75,13 +73,13 @@ def run_benchmarks(
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
-    retrievers = _open_all(model, baselines, store, exit_layers, seed if untrained else None)
+    retrievers = _open_all(model, baselines, store, exit_layers, untrained)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fails before the evaluation, not after it
-    results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, seed=seed, progress=progress)
+    results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, progress=progress)
     is_ours = isinstance(getattr(retrievers[model], "encoder", None), ExitEncoder)
     checksum = checkpoint_checksum(model) if is_ours or Path(model).expanduser().is_dir() else None
-    report = make_report(tasks, results, seed=seed, command=_without_paths(command), checksum=checksum)
+    report = make_report(tasks, results, command=_without_paths(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
         profiles = {one.name: Path(resolve_checkpoint(name), PROFILE_NAME) for name, one in retrievers.items()}
@@ -97,18 +95,17 @@ def evaluate_tasks(
     retrievers: Sequence[Retriever],
     *,
     out: str | Path | None = None,
-    seed: int = 0,
     progress: bool = True,
 ) -> list[TaskResult]:
     """Evaluate all variants of all retrievers on all tasks; return results by retriever, then task, then variant.
 
     Each retriever embeds all texts in one pass. Results in `out/cells/` are reused, and new ones stored there, unless
-    `out` is None. `seed` is the random seed of the bootstrap.
+    `out` is None.
     """
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
         runs = [
-            (task, variant, _path(out, checksum, retriever, variant, seed))
+            (task, variant, _path(out, checksum, retriever, variant))
             for task, checksum in zip(tasks, checksums, strict=True)
             for variant in retriever.variants
         ]
@@ -122,7 +119,7 @@ def evaluate_tasks(
                 stored = read_result(path)  # its names may differ
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
-                result = evaluate_task(task, retriever, variant, seed=seed)
+                result = evaluate_task(task, retriever, variant)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, asdict(result))
@@ -130,25 +127,25 @@ def evaluate_tasks(
     return results
 
 
-def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant, *, seed: int = 0) -> TaskResult:
+def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> TaskResult:
     """Evaluate one variant of a retriever on one task, whose texts `retriever.prepare` must have seen."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
-        return TaskResult(*names, *_evaluate_pairs(task, retriever, variant, seed))
+        return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))
 
     ranking, rows = metrics.rank_task(task, lambda pool: retriever.scores(*task.texts_of(pool), variant))
     estimates: dict[str, Estimate] = {}
     main: list[float] = []
     for metric in task.metrics:
         values = metrics.query_values(ranking, metric)
-        estimates[metric] = Estimate(float(values.mean()), *metrics.bootstrap_interval(values, seed))
+        estimates[metric] = Estimate(float(values.mean()), *metrics.bootstrap_interval(values))
         main = main or values.tolist()
     candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
     return TaskResult(*names, estimates, main, [task.query_ids[row] for row in rows], candidates)
 
 
 def _evaluate_pairs(
-    task: PairTask, retriever: Retriever, variant: ExitVariant, seed: int
+    task: PairTask, retriever: Retriever, variant: ExitVariant
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
     """Classify the pairs of a task; return the fields of its `TaskResult` from `estimates` to `threshold`."""
     scores = retriever.scores(task.documents, task.documents, variant)
@@ -157,10 +154,10 @@ def _evaluate_pairs(
     threshold = metrics.best_f1_threshold(valid, task.valid_labels)
     results = metrics.outcomes((test >= np.float32(threshold)).astype(int), task.labels)
     value = float(metrics.f1(np.bincount(results, minlength=4)))
-    estimates = {"f1": Estimate(value, *metrics.bootstrap_f1_interval(results, seed))}
+    estimates = {"f1": Estimate(value, *metrics.bootstrap_f1_interval(results))}
     for name, members in (("precision", results >= metrics.FALSE_POSITIVE), ("recall", results % 2 == 1)):
         hits = results[members] == metrics.TRUE_POSITIVE if members.any() else np.zeros(1)
-        estimates[name] = Estimate(float(np.mean(hits)), *metrics.bootstrap_interval(hits, seed))
+        estimates[name] = Estimate(float(np.mean(hits)), *metrics.bootstrap_interval(hits))
     return estimates, results.tolist(), [], 0, threshold
 
 
@@ -172,10 +169,10 @@ def read_result(path: Path) -> TaskResult:
         raise UserError("evaluation.result.damaged", f"{path} is damaged: remove it and run again.") from None
 
 
-def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant, seed: int) -> Path | None:
+def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant) -> Path | None:
     if out is None:
         return None
-    identity = json.dumps([PROTOCOL, task, retriever.checksum, variant.exit_layer, variant.dimensions, seed])
+    identity = json.dumps([PROTOCOL, task, retriever.checksum, variant.exit_layer, variant.dimensions])
     return Path(out) / "cells" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
 
@@ -194,17 +191,14 @@ def open_retriever(
 
 
 def _open_all(
-    model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, seed: int | None
+    model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, untrained: bool
 ) -> dict[str, Retriever]:
-    """Open the retrievers: {given name: retriever}; raise UserError if two have the same name in tables.
-
-    If `seed` is not None, the untrained model is one more retriever, and `seed` draws its weights.
-    """
+    """Open the retrievers: {given name: retriever}; raise UserError if two have the same name in tables."""
     retrievers = {model: open_retriever(model, store, exit_layers)}
-    if seed is not None:
+    if untrained:
         if not isinstance(encoder := getattr(retrievers[model], "encoder", None), ExitEncoder):
             raise UserError("evaluation.untrained.other_model", f"`untrained` needs a ModularStarEncoder, not {model}.")
-        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(seed), store)
+        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(), store)
     for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)

@@ -79,7 +79,16 @@ class Pool(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RetrievalTask:
+class _Task:
+    def checksum(self) -> str:
+        """Return a hash of everything in the task that scores depend on."""
+        shown = ("benchmark", "name", "column", "notes")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shown}
+        return hashlib.sha256(json.dumps(values, default=_arrays).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RetrievalTask(_Task):
     """A task to rank documents for queries, with texts and judgements."""
 
     benchmark: str  # name of the benchmark; its tasks share a table
@@ -102,13 +111,9 @@ class RetrievalTask:
         """Return the texts of the queries and of the documents in a pool."""
         return [self.queries[row] for row in pool.queries], [self.documents[row] for row in pool.documents]
 
-    def checksum(self) -> str:
-        """Return a hash of everything in the task that scores depend on."""
-        return _checksum(self)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PairTask:
+class PairTask(_Task):
     """A task to classify pairs of texts as matching or not, by a threshold on the similarity of a pair."""
 
     benchmark: str
@@ -125,10 +130,6 @@ class PairTask:
         """Return all texts that a retriever must embed."""
         return list(self.documents)
 
-    def checksum(self) -> str:
-        """Return a hash of everything in the task that scores depend on."""
-        return _checksum(self)
-
 
 Task = RetrievalTask | PairTask
 
@@ -139,12 +140,6 @@ class RetrievalRow(NamedTuple):
     description: str
     code: str
     language: str | None
-
-
-def _checksum(task: Task) -> str:
-    shown = ("benchmark", "name", "column", "notes")
-    values = {field.name: getattr(task, field.name) for field in fields(task) if field.name not in shown}
-    return hashlib.sha256(json.dumps(values, default=_arrays).encode()).hexdigest()
 
 
 def _arrays(value: Any) -> Any:

@@ -278,7 +278,6 @@ class ContrastiveObjective:
         Raises:
             UserError: sides, rows, exits or processes do not fit together.
         """
-
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
         stacks, logit_scale = self.embed(model, batch, exit_layers)
         return losses_from_embeddings(stacks, exit_layers, self.settings, logit_scale)

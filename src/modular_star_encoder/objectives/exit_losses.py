@@ -71,11 +71,9 @@ def exit_weights(
         except (TypeError, ValueError):
             weights = torch.empty(0)
         if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
-            raise UserError(
-                "exit_weights",
-                f"exit_weights={weighting!r} must be paper, uniform, linear, geometric, or {len(exit_layers)} "
-                f"non-negative numbers (not all 0), one for each of the exits {', '.join(map(str, exit_layers))}.",
-            )
+            numbers = f"non-negative numbers (not all 0), one for each of the exits {', '.join(map(str, exit_layers))}"
+            allowed = f"paper, uniform, linear, geometric, or {len(exit_layers)} {numbers}"
+            raise UserError("exit_weights", f"exit_weights={weighting!r} must be {allowed}.")
     return weights / weights.sum() if normalize else weights
 
 

@@ -91,8 +91,7 @@ def embed_sides(
         sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
         settings: define the size of mini-batches; without a size, each side is embedded at once.
 
-    UserError if processes have different numbers of texts, or a side can't be cut into
-    mini-batches.
+    UserError if processes have different numbers of texts, or a side can't be cut into mini-batches.
     """
     tokens = settings.mini_batch_tokens
     mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)

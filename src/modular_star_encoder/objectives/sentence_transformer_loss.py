@@ -15,6 +15,7 @@ from modular_star_encoder.objectives.contrastive_settings import ContrastiveSett
 from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.reports import render_card
 
 
 class MultiExitContrastiveLoss(nn.Module):
@@ -151,14 +152,4 @@ class MultiExitContrastiveLoss(nn.Module):
     @property
     def citation(self) -> str:
         """BibTeX of the model's paper."""
-        return """
-@inproceedings{gurioli2026mose,
-    title={MoSE: Hierarchical Self-Distillation Enhances Early Layer Embeddings},
-    author={Gurioli, Andrea and Pennino, Federico and Monteiro, João and Gabbrielli, Maurizio},
-    booktitle={Proceedings of the AAAI Conference on Artificial Intelligence},
-    volume={40},
-    pages={30897--30906},
-    year={2026},
-    doi={10.1609/aaai.v40i37.40348}
-}
-"""
+        return render_card("citation.bib.jinja")

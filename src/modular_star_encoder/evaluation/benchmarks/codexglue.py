@@ -8,7 +8,7 @@
 - BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
 - Exercism (github.com/exercism, MIT): exercises solved in many languages, as JSON lines with `slug`, `description` and
   `code` ({language: solution}). Pools are small (71 to 146), and solutions share the names that the exercise
-  prescribes: TF-IDF reaches 81 MRR from descriptions and 88 from code. Variants with masked names remove this hint.
+  prescribes; variants with masked names remove this hint.
 """
 
 from __future__ import annotations
@@ -144,10 +144,7 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     (path,) = require_files(folder, ("test.jsonl",))
     rows = read_jsonl(path, _Program)
     names, labels = list(check_unique(path, [row.index for row in rows], "index")), [row.label for row in rows]
-    sizes = {label: labels.count(label) for label in dict.fromkeys(labels)}
     notes = check_size(path, len(labels), POJ_PROGRAMS, "programs", allow_subset=allow_subset)
-    if len(set(sizes.values())) > 1 or min(sizes.values()) < 2 or len(sizes) < 2:
-        refuse(path, None, "the same number of programs, at least two, for each of two or more labels", f"{sizes}")
     # Every other text with the same label is relevant.
     _, numbers = np.unique(labels, return_inverse=True)
     members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
@@ -186,8 +183,6 @@ def _read_bigclonebench(
         labels[places[parts[0]], places[parts[1]]] = int(parts[2])
     notes = check_size(path, number, BIGCLONEBENCH_PAIRS, "pairs", allow_subset=allow_subset)
     values = np.array(list(labels.values()))
-    if len(np.unique(values)) != 2:
-        refuse(path, None, "pairs with label 0 and pairs with label 1")
     return np.array(list(labels)), values, notes
 
 
