@@ -8,6 +8,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -66,22 +67,17 @@ def test_wheel_and_source_distribution_hold_model_code_weights_recipes_cards_and
         assert {expected, f"src/modular_star_encoder/{expected}"} & sources, expected
 
 
-@pytest.mark.slow
-def test_importing_opens_no_connection():
+def test_importing_the_package_opens_no_connection_and_loads_neither_torch_nor_transformers():
     result = run("""
-import socket
+import socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError("a connection was attempted")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import modular_star_encoder, modular_star_encoder.search.index, modular_star_encoder.inference.checkpoints
-print(modular_star_encoder.__version__)
+import modular_star_encoder
+print(modular_star_encoder.__version__, {'torch', 'transformers'} & set(sys.modules))
+import modular_star_encoder.search.index, modular_star_encoder.inference.checkpoints
 """)
-    assert result.stdout.strip() == modular_star_encoder.__version__, result.stderr
-
-
-def test_importing_the_package_loads_neither_torch_nor_transformers():
-    result = run("import sys, modular_star_encoder; print({'torch', 'transformers'} & set(sys.modules))")
-    assert result.stdout.strip() == "set()", result.stderr
+    assert result.stdout.strip() == f"{version('modular-star-encoder')} set()", result.stderr
 
 
 @pytest.mark.parametrize("name", modular_star_encoder.__all__)
@@ -118,20 +114,16 @@ def test_the_auto_classes_know_our_model_in_any_order_of_imports(order):
     assert result.stdout.strip() == "[4, 9, 18, 27, 36]", result.stderr
 
 
-BLOCKED = """
+@pytest.mark.slow
+def test_embedding_needs_none_of_the_extras_and_a_missing_one_is_named(tmp_path):
+    program = """
 import sys
 from importlib.abc import MetaPathFinder
 class Blocker(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {extras!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
-"""
-
-
-@pytest.mark.slow
-def test_embedding_needs_none_of_the_extras(tmp_path):
-    program = """
 import modular_star_encoder
 from transformers import AutoModel
 from sentence_transformers import SentenceTransformer
@@ -139,12 +131,8 @@ for name in ("load_at_budget", "encode_exits", "slice_checkpoint", "select_exit"
     getattr(modular_star_encoder, name)
 assert AutoModel.from_pretrained(sys.argv[1], exit_layer=2).config.num_hidden_layers == 2
 print(SentenceTransformer(sys.argv[1], trust_remote_code=True).encode(["a"], exit_layer=2).shape)
+modular_star_encoder.CodeIndex
 """
-    result = run(BLOCKED.format(extras=EXTRAS) + program, save_tiny_checkpoint(tmp_path / "model"))
+    result = run(program.replace("EXTRAS", repr(EXTRAS)), save_tiny_checkpoint(tmp_path / "model"))
     assert result.stdout.strip() == "(1, 16)", result.stderr
-
-
-@pytest.mark.slow
-def test_a_missing_extra_is_named():
-    result = run(BLOCKED.format(extras=("tree_sitter",)) + "import modular_star_encoder as m; m.CodeIndex")
     assert "modular-star-encoder[search]" in result.stderr

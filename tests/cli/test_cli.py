@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import modular_star_encoder.cli.main as cli
 from modular_star_encoder.cli import doctor
 from modular_star_encoder.cli.evaluate import BENCHMARK_NAMES
 from modular_star_encoder.evaluation.benchmarks import ALL, BENCHMARKS
+from modular_star_encoder.training import hub_config_folder
+from tests.cli.test_dataset_commands import write_recipe as write_dataset_recipe
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
 FUNCTION = '''\
@@ -106,61 +109,53 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (("CHECKPOINT", "--exit-layer", "3", "OUT"), "its exits are 1, 2, 4"),
-        (("NO_WEIGHTS", "--exit-layer", "2", "OUT"), "has no weights"),
-        (("EMPTY", "--exit-layer", "2", "OUT"), "has no config.json"),
-        (("CHECKPOINT", "--exit-layer", "2", "NO_WEIGHTS"), "already exists"),
+        ("slice CHECKPOINT --exit-layer 3 out", "its exits are 1, 2, 4"),
+        ("slice no_weights --exit-layer 2 out", "has no weights"),
+        ("slice empty --exit-layer 2 out", "has no config.json"),
+        ("slice CHECKPOINT --exit-layer 2 no_weights", "already exists"),
+        ("search add --folder CODE --model ./no-such-folder", "There is no checkpoint folder"),
+        ("search ' ' --folder CODE --model CHECKPOINT", "blank"),
+        ("evaluate CHECKPOINT --data CODE --exit-layers 1,3", "its exits are 1, 2, 4"),
+        ("evaluate CHECKPOINT --data CODE --json no-such-folder/results.json", "does not exist"),
+        ("evaluate CHECKPOINT --data ./no-such-folder", "does not exist"),
+        ("evaluate CHECKPOINT --data . --json results.json", "holds 0 documented functions"),
+        ("finetune missing.yaml --out run", "small/finetune"),
+        ("ablate missing.yaml --out run", "mini/ablation"),
+        (f"recipes show {'x' * 5000}", "xxx"),
+        ("finetune mose-code data.pairs=README.csv --out run", "similar: README.md"),
+        ("publish ./no-such-folder --repository me/model", "./no-such-folder does not exist"),
+        ("publish MANIFEST --repository me/model", "is a manifest"),
+        ("dataset build recipe.yaml --out out", "'no/such/folder' does not exist"),
+        ("dataset build recipe.yaml --out out translation.backend=gpt", "gpt"),
+        ("dataset build recipe.yaml --out out translation.options.api_key_variable=NO_KEY", "NO_KEY"),
+        ("dataset build none.yaml --out out", "none.yaml"),
+        ("dataset stats out.parquet", "cannot be read"),
+        ("dataset push out.parquet owner/name", "no finished dataset"),
     ],
 )
-def test_a_slice_that_cannot_be_made_leaves_nothing_behind(mose, checkpoint, tmp_path, arguments, message):
-    places = {"CHECKPOINT": checkpoint, "OUT": str(tmp_path / "out")}
-    for name in ("NO_WEIGHTS", "EMPTY"):
-        places[name] = str(tmp_path / name)
+def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
+    mose, checkpoint, code, tmp_path, monkeypatch, words, message
+):
+    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": hub_config_folder("small") / "publish.yaml"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("no_weights", "empty"):
         (tmp_path / name).mkdir()
-    shutil.copy(Path(checkpoint, "config.json"), places["NO_WEIGHTS"])
+    shutil.copy(Path(checkpoint, "config.json"), tmp_path / "no_weights")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "constants.py").write_text("PI = 3\n")
+    write_dataset_recipe(tmp_path, "http://127.0.0.1:1/v1")
     before = sorted(tmp_path.rglob("*"))
-    status, out, err = mose("slice", *(places.get(argument, argument) for argument in arguments))
-    assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith("mose: error: ")
-    assert message in err
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("search", "add", "--folder", "CODE", "--model", "./no-such-folder"), "There is no checkpoint folder"),
-        (("search", " ", "--folder", "CODE", "--model", "CHECKPOINT"), "blank"),
-        (("evaluate", "CHECKPOINT", "--data", "CODE", "--exit-layers", "1,3"), "its exits are 1, 2, 4"),
-        (("evaluate", "CHECKPOINT", "--data", "CODE", "--json", "no-such-folder/results.json"), "does not exist"),
-        (("evaluate", "CHECKPOINT", "--data", "./no-such-folder"), "does not exist"),
-        (("finetune", "missing.yaml", "--out", "run"), "small/finetune"),
-        (("ablate", "missing.yaml", "--out", "run"), "mini/ablation"),
-        (("recipes", "show", "x" * 5000), "xxx"),
-        (("finetune", "mose-code", "data.pairs=README.csv", "--out", "run"), "similar: README.md"),
-        (("publish", "./no-such-folder", "--repository", "me/model"), "./no-such-folder does not exist"),
-        (("publish", "MANIFEST", "--repository", "me/model"), "is a manifest"),
-    ],
-)
-def test_mistakes_are_one_line_on_stderr_and_status_2(mose, checkpoint, code, arguments, message):
-    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": "hub_configs/small/publish.yaml"}
-    status, out, err = mose(*(places.get(argument, argument) for argument in arguments))
+    status, out, err = mose(*(places.get(word, word) for word in shlex.split(words)))
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]
     assert line.startswith("mose: error: ")
     assert message in line
     assert len(line) < 2000
     assert "Traceback" not in err
-
-
-def test_nothing_is_written_when_the_evaluation_fails(mose, checkpoint, tmp_path):
-    (tmp_path / "constants.py").write_text("PI = 3\n")
-    status, _, err = mose("evaluate", checkpoint, "--data", tmp_path, "--json", str(tmp_path / "results.json"))
-    assert status == 2
-    assert "holds 0 documented functions" in err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["constants.py"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypatch):

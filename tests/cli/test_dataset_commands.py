@@ -85,24 +85,3 @@ def test_dedup_writes_the_rows_that_are_kept(mose, built, tmp_path):
     counts = {line.split(maxsplit=1)[1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()}
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]["kept"]
     assert counts["kept"] == kept < sum(counts.values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("build", "RECIPE", "--out", "OUT"), "'no/such/folder' does not exist"),
-        (("build", "RECIPE", "--out", "OUT", "translation.backend=gpt"), "'gpt'"),
-        (("build", "RECIPE", "--out", "OUT", "translation.options.api_key_variable=NO_KEY"), "NO_KEY"),
-        (("build", "none.yaml", "--out", "OUT"), "none.yaml"),
-        (("stats", "OUT"), "cannot be read"),
-        (("push", "OUT", "owner/name"), "no finished dataset"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing_behind(mose, tmp_path, monkeypatch, arguments, sentence):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    places = {"RECIPE": write_recipe(tmp_path, "http://127.0.0.1:1/v1"), "OUT": tmp_path / "out.parquet"}
-    status, out, err = mose("dataset", *(places.get(argument, argument) for argument in arguments))
-    assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith("mose: error: ")
-    assert sentence in err
-    assert not (tmp_path / "out.parquet").exists()
