@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from modular_star_encoder.cli.main import main
-from modular_star_encoder.data.sources.repositories import FileReader
+from modular_star_encoder.data.sources import repositories
 from modular_star_encoder.search.index import CodeIndex, open_for_search
 from tests.search.conftest import FILES, build, write_code
 
@@ -26,8 +26,8 @@ def old_code(code):
 @pytest.fixture
 def read(monkeypatch):
     """Names of the files that are read."""
-    names, real = [], FileReader._content
-    monkeypatch.setattr(FileReader, "_content", lambda self, file: names.append(file.name) or real(self, file))
+    names, real = [], repositories._beginning
+    monkeypatch.setattr(repositories, "_beginning", lambda file, size: names.append(file.name) or real(file, size))
     return names
 
 

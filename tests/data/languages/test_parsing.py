@@ -47,24 +47,18 @@ def test_errors_are_counted_in_bytes_and_missing_tokens_as_one():
     assert errors(b"int f(void) { return 1; @@ }", 0, 20) == 0
 
 
+# What no text of `polyglot` holds.
 SNIPPETS = [
     ("python", "    def f(self):\n        return 1\n"),
-    ("python", "    @property\n    def f(self):\n        return '''\na'''\n"),
-    ("java", "@Override\npublic int f() { return 1; }"),
     ("java", "default int f() { return 1; }"),
     ("java", "import java.util.List;\n\npublic class A { int f() { return 1; } }"),
     ("go", "func (s *Stack) Push(x int) { s.items = append(s.items, x) }"),
     ("go", "package main\n\nfunc main() { f() }"),
     ("php", "<?php\nfunction f($x) { return $x; }"),
-    ("php", "public static function f(): int { return 1; }"),
     ("php", "private function f() { ?><b><?php return 1; }"),
-    ("ruby", "def self.f(x)\n  x\nend"),
+    ("ruby", "def f(x)\n  x\nend"),
     ("javascript", "async push(x) { this.items.push(x); }"),
-    ("javascript", "get size() { return 1; }"),
-    ("javascript", "push: function (x) { return x; }"),
-    ("javascript", "static #f = (x) => x"),
     ("javascript", "export default async function f() {}"),
-    ("c", "int WINAPI f(int argc UNUSED) { return 0; }"),
     ("cpp", "int f() const override { return 1; }"),
     ("cpp", "template <class T> T A<T>::f() { return T(); }"),
     ("cpp", "public:\n  int f() { return 1; }"),

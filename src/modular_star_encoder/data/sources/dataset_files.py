@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
-from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
+from modular_star_encoder.data.sources.dataset_rows import Source, open_rows, table_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
@@ -117,12 +117,6 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
     return unpacked
 
 
-def _rows_of(rows: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
-    # `iter`, unlike `__iter__`, does not divide rows among the workers of a DataLoader.
-    for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
-        yield from table.to_pylist()
-
-
 def _reason_by_path(
     path: PurePath, language: str | None, languages: tuple[str, ...], filters: FileFilters
 ) -> str | None:
@@ -156,7 +150,7 @@ def _read_rows(
     filters: FileFilters,
     skipped: Counter[str],
 ) -> Iterator[SourceFile]:
-    for row in _rows_of(rows):
+    for row in table_rows(rows, _ROWS_PER_BATCH):
         path = PurePath((row[columns.path] or "").lstrip("/"))
         language = language_named(row[columns.language]) if columns.language else language_of(path)
         text = (row[columns.text] or "").removeprefix("\ufeff")
@@ -201,7 +195,9 @@ def the_stack_repositories(
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         fetched = 0
-        wanted = (one for row in _rows_of(rows) for one in _wanted_files(row, chosen, filters, skipped))
+        wanted = (
+            one for row in table_rows(rows, _ROWS_PER_BATCH) for one in _wanted_files(row, chosen, filters, skipped)
+        )
         fetching = _fetched(wanted, content_url, http, filters.max_bytes + _GZIP_OVERHEAD)
         with tqdm(desc="Fetching contents", unit=" files", disable=not progress) as bar:
             for file, encoding, future in fetching:

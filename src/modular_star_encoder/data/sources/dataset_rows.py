@@ -141,7 +141,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
                 check_source(file)
             return _DatasetRows(name, partial(read, files))
     rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(name, partial(_table_rows, rows.with_format("arrow"), name))
+    return _DatasetRows(name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(table_rows(rows), 1)))
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
@@ -264,9 +264,8 @@ def _json_object(line: str) -> Row:
     return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
 
 
-def _table_rows(rows: datasets.IterableDataset, name: str) -> Iterator[tuple[str, Row]]:
-    number = 0
-    for table in rows.iter(batch_size=_ROWS_PER_BATCH):
-        for row in table.to_pylist():
-            number += 1
-            yield f"{name}, row {number}", row
+def table_rows(rows: datasets.IterableDataset, batch_size: int = _ROWS_PER_BATCH) -> Iterator[dict[str, Any]]:
+    """Yield rows in their order, decoded by `batch_size`, also in a worker of a DataLoader."""
+    # `iter`, unlike `__iter__`, does not divide rows among workers.
+    for table in rows.with_format("arrow").iter(batch_size=batch_size):
+        yield from table.to_pylist()

@@ -9,7 +9,6 @@ import bz2
 import gzip
 import lzma
 import os
-import re
 import stat
 import struct
 import sysconfig
@@ -104,14 +103,17 @@ def installed_repositories(
 
     Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
     """
-    from importlib import metadata  # here, because a search reads folders only
+    # Here, because a search reads folders only.
+    from importlib import metadata
+
+    from packaging.utils import canonicalize_name
 
     excluded = [exclude] if isinstance(exclude, str) else exclude
-    seen = {_normalised_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
+    seen = {canonicalize_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
     found: list[_File] = []
     for distribution in metadata.distributions():
-        name = _normalised_name(distribution.name or "")
+        name = canonicalize_name(distribution.name or "")
         # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
         if name and name not in seen:
             seen.add(name)
@@ -170,10 +172,6 @@ def folder_repositories(
         message = f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}."
         raise UserError("data.source.no_files", message)
     return reader
-
-
-def _normalised_name(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[_File, str | None]]:
