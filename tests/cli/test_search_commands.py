@@ -84,7 +84,6 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
         ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
         ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
         ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
-        ("search x --index INDEX --candidates 9", "need --rerank-exit-layer"),
         ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
         ("related FOLDER/nowhere.py:3", "is not a file"),
         ("search x --folder FOLDER/nowhere --model MODEL", "is not a folder"),
@@ -126,19 +125,12 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
     assert sorted(code.rglob("*")) == before
 
 
-def test_the_old_option_of_what_is_now_the_default_is_read(shared_index, mose):
-    with pytest.warns(FutureWarning, match="--hybrid"):
-        status, out, _ = mose("search", "push", "--index", shared_index.store.location, "--fuse", "--json")
-    assert (status, json.loads(out)[0]["method"]) == (0, "hybrid")
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         ("search x --index a --folder b", "not allowed with"),
         ("related add.go", "'add.go' is not of the form FILE:LINE"),
         ("search x . --top-k 0", "argument --top-k: '0' must be"),
-        ("search x . --lines -1", "argument --lines: '-1' must be"),
         ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
         ("search x . --toplk 3", "(did you mean --top-k?)"),
         ("index . --exit-layer=0 --exlt-layers=2", "(did you mean --exit-layers?)"),

@@ -48,9 +48,7 @@ def stored_rows(location):
         for place in segment.alive.nonzero()[0]:
             snippet, scales = segment.snippet(place), {one: segment[f"scales_{one}"][place] for one in segment.exits}
             vectors = {f"vector_{one}": (segment[f"vectors_{one}"][place] * scales[one]).tolist() for one in scales}
-            file_rows = segment.files[segment["file_of_row"][place]]["expected"]
-            row_id = f"{snippet.path}:{snippet.first_line}"
-            rows.append({"row_id": row_id, "file_rows": file_rows, **asdict(snippet), **vectors})
+            rows.append({"row_id": f"{snippet.path}:{snippet.first_line}", **asdict(snippet), **vectors})
     return rows
 
 

@@ -1,6 +1,3 @@
-import fnmatch
-import json
-import re
 from dataclasses import replace
 
 import bm25s
@@ -17,8 +14,7 @@ from modular_star_encoder.search.vector_store import (
     Filter,
     Row,
     file_id,
-    glob_expression,
-    readable_path,
+    path_expression,
 )
 from tests.errors import raises
 from tests.loopback import LoopbackHandler, LoopbackServer
@@ -65,7 +61,9 @@ def test_a_file_is_replaced_whole(store):
     assert found_texts(store.nearest(np.ones(8, np.float32), 1, 9, Filter())) == ["five"]
 
 
-def test_a_file_of_which_rows_are_missing_or_of_two_contents_is_known(store):
+def test_a_file_of_which_a_server_lacks_rows_or_has_two_contents_is_known():
+    store = QdrantStore(QdrantClient(":memory:"), "i")
+    store.create(SETTINGS)
     store.replace_files([], rows("short.py", ["one"], missing=1) + rows("whole.py", ["two"]))
     mixed = rows("mixed.py", ["three", "four"])
     store.replace_files([], [mixed[0], *rows("mixed.py", ["three", "five"], "2")[1:]])
@@ -101,9 +99,9 @@ def test_words_are_ranked_by_their_rarity(store):
     [
         (Filter(("go",)), {"go"}),
         (Filter(("go", "python")), {"go", "odd", "plain"}),
-        (Filter(path=glob_expression("src/**")), {"go", "odd"}),
-        (Filter(("python",), glob_expression("it's*")), {"odd"}),
-        (Filter(path=glob_expression("nowhere/**")), set()),
+        (Filter(path=path_expression("src/**")), {"go", "odd"}),
+        (Filter(("python",), path_expression("it's*")), {"odd"}),
+        (Filter(path=path_expression("nowhere/**")), set()),
     ],
 )
 def test_filters_hold_for_vectors_and_words(store, where, expected):
@@ -115,19 +113,15 @@ def test_filters_hold_for_vectors_and_words(store, where, expected):
     assert {text.split()[0] for text in found_texts(store.lexical(["shar"], 9, where))} == expected
 
 
-def test_settings_come_back_and_create_replaces_what_was_there(store):
-    assert store.settings() == SETTINGS
-    store.replace_files([], rows("a.py", ["one"]))
-    store.create({**SETTINGS, "dimension": 4})
-    assert (store.count(), store.settings()["dimension"]) == (0, 4)
-
-
-def test_a_row_comes_back_as_it_was(store):
+def test_settings_and_rows_come_back_as_they_were_and_create_replaces_them(store):
     (row,) = rows("a.py", ["one"])
     store.replace_files([], [row])
     (found,) = store.lexical(["one"], 1, Filter())
     assert (found.path, found.snippet) == (row.snippet.path, row.snippet)
     assert store.vectors(store.lexical(["defines:g"], 1, Filter()), 4)[0] == pytest.approx(row.vectors[4], abs=0.01)
+    assert store.settings() == SETTINGS
+    store.create({**SETTINGS, "dimension": 4})
+    assert (store.count(), store.settings()["dimension"]) == (0, 4)
 
 
 def test_many_rows_are_searched_by_signs_first_and_almost_the_same_are_found(monkeypatch):
@@ -230,38 +224,28 @@ def test_a_reader_survives_a_merge_between_its_manifest_and_its_segments(tmp_pat
     assert other.count() == 2
 
 
-def test_an_index_of_an_earlier_version_is_rebuilt_only_when_asked(tmp_path):
-    (tmp_path / "index" / "snippets.lance").mkdir(parents=True)
-    store = LocalStore(tmp_path / "index")
-    with raises("search.index.format", tmp_path / "index"):
-        store.settings()
-    store.create(SETTINGS)
-    assert [path.name for path in (tmp_path / "index").iterdir()] == ["index.json"]
-    with raises("search.index.location", "s3://"):
-        open_store("s3://bucket/index")
-
-
 def test_a_folder_of_other_things_is_no_index(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with raises("search.index.foreign", tmp_path):
         LocalStore(tmp_path)
     with raises("search.index.foreign", "thesis.tex"):
         LocalStore(tmp_path / "thesis.tex")
+    with raises("search.index.location", "s3://"):
+        open_store("s3://bucket/index")
     assert open_store(tmp_path / "new").settings() is None
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("location", ["qdrant:", "qdrant:name", "qdrant:name@localhost", "qdrant:@http://localhost"])
-def test_a_server_is_named_by_collection_and_url(location):
-    with raises("search.qdrant.location", location):
+@pytest.mark.parametrize(
+    ("location", "key"),
+    [(one, "location") for one in ("qdrant:", "qdrant:name", "qdrant:name@localhost", "qdrant:@http://localhost")]
+    + [("qdrant:code@http://me:secret@localhost:1", "password")],
+)
+def test_a_server_is_named_by_collection_and_url_without_a_password(location, key):
+    with raises(f"search.qdrant.{key}") as refused:
         open_store(location)
-    assert connect("qdrant:code@http://localhost:1")[1] == "code"
-
-
-def test_a_password_in_a_qdrant_url_is_refused_and_not_shown():
-    with raises("search.qdrant.password", "QDRANT_API_KEY") as refused:
-        open_store("qdrant:code@http://me:secret@localhost:1")
     assert "secret" not in str(refused.value)
+    assert connect("qdrant:code@http://localhost:1")[1] == "code"
 
 
 class Refusing(LoopbackHandler):
@@ -281,13 +265,6 @@ def test_a_server_that_refuses_or_is_gone_is_reported_in_one_sentence():
             ask()
 
 
-def test_any_path_has_an_id_and_a_readable_form():
-    odd = b"caf\xe9.py".decode("utf-8", "surrogateescape")
-    assert readable_path(odd) == "caf\\xe9.py"
-    assert file_id(odd) != file_id("caf\\xe9.py")
-    assert json.dumps(readable_path("größe.py"), ensure_ascii=False) == '"größe.py"'
-
-
 PATHS = ["a.py", "src/a.py", "src/deep/b.py", "src/it's (1).go", "src/[x].js", "source/a.py", "src/a.pyi", "src/a+b.c"]
 
 
@@ -295,39 +272,21 @@ PATHS = ["a.py", "src/a.py", "src/deep/b.py", "src/it's (1).go", "src/[x].js", "
     ("pattern", "expected"),
     [
         ("*.py", {"a.py", "src/a.py", "src/deep/b.py", "source/a.py"}),
-        ("a.py", {"a.py", "src/a.py", "source/a.py"}),
         ("./a.py", {"a.py"}),
-        ("src/*.py", {"src/a.py"}),
         ("src/**/*.py", {"src/a.py", "src/deep/b.py"}),
         ("src/**", set(PATHS) - {"a.py", "source/a.py"}),
         ("src/deep/", {"src/deep/b.py"}),
-        ("?.py", {"a.py", "src/a.py", "src/deep/b.py", "source/a.py"}),
         ("[!a].py", {"src/deep/b.py"}),
-        ("[a-c].py", {"a.py", "src/a.py", "src/deep/b.py", "source/a.py"}),
         ("it's (1).go", {"src/it's (1).go"}),
-        ("[[]x].js", {"src/[x].js"}),
         ("a+b.c", {"src/a+b.c"}),
-        ("a.p", set()),
         ("src", set()),
     ],
 )
 def test_patterns_choose_paths(pattern, expected):
-    assert {path for path in PATHS if re.search(glob_expression(pattern), path)} == expected
+    assert {path for path in PATHS if path_expression(pattern).match(path.encode())} == expected
 
 
-@pytest.mark.parametrize("inside", ["+--", "a-", "-a", "--/", "a-c-e", "&&a", "!-~", "!--", "~~a", "^a", "\\a", "[a"])
-def test_brackets_mean_what_they_mean_to_the_shell_in_python(inside):
-    names = [f"{chr(code)}.py" for code in range(33, 127) if chr(code) != "/"]
-    pattern = f"[{inside}].py"
-    expected = fnmatch.filter(names, pattern)
-    expression = glob_expression(pattern)
-    assert [name for name in names if re.search(expression, name)] == expected
-
-
-@pytest.mark.parametrize(
-    ("pattern", "key", "named"),
-    [(" ", "blank", "*.py"), ("src/[ab.py", "bracket", "src/[ab.py"), ("[az-b].py", "range", "z-b")],
-)
-def test_patterns_without_meaning_are_refused(pattern, key, named):
-    with raises(f"search.path.{key}", named):
-        glob_expression(pattern)
+@pytest.mark.parametrize(("pattern", "key"), [(" ", "blank"), ("src/[ab.py", "bracket")])
+def test_patterns_without_meaning_are_refused(pattern, key):
+    with raises(f"search.path.{key}"):
+        path_expression(pattern)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +43,9 @@ def add_search_commands(commands: Any) -> None:
     question = 'for example "parse an HTTP header"; the last may be the folder to search'
     search.add_argument("questions", metavar="QUESTION", nargs="+", help=question)
     where = search.add_mutually_exclusive_group()
-    where.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
+    _add_index(where)
     where.add_argument("--folder", metavar="FOLDER", help="the folder to search, as after the question")
     _add_checkpoint_options(search, "the one of the index, else mose-code")
-    search.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="hits per question (default: 5)")
     search.add_argument("--languages", metavar="LIST", type=name_list, help="only these languages")
     search.add_argument("--path", metavar="PATTERN", help="only these files, such as '*.py' or 'src/**'")
     search.add_argument(
@@ -56,8 +54,6 @@ def add_search_commands(commands: Any) -> None:
         default="hybrid",
         help="hybrid: similarity, words and ranking rules (default); lexical: no model; vector: similarity alone",
     )
-    for old in ("--hybrid", "--fuse"):  # old names for the method that is now the default
-        search.add_argument(old, action="store_true", dest="hybrid", help=argparse.SUPPRESS)
     deeper = "deeper exit that ranks the best hits again"
     search.add_argument("--rerank-exit-layer", metavar="K", type=at_least(1), help=deeper)
     search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits to rank again (default: 20)")
@@ -66,18 +62,15 @@ def add_search_commands(commands: Any) -> None:
     _add_show_skipped(search)
     stale = "search the index as it is: re-read no changed files"
     search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
-    search.add_argument("--explain", action="store_true", help="show what each ranking rule added")
-    search.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines of code to show (default: 3)")
-    search.add_argument("--json", action="store_true", help="print JSON (with --explain, also what each rule added)")
+    search.add_argument("--explain", action="store_true", help="show what each ranking rule added, also in JSON")
+    _add_output_options(search)
     search.set_defaults(run=run_search)
 
     related = commands.add_parser("related", help="find code that resembles the code at a line")
     place = of_form("FILE:LINE", r"(.+):(\d+)")
     related.add_argument("place", metavar="FILE:LINE", type=place, help="for example src/app.py:120")
-    related.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
-    related.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="hits (default: 5)")
-    related.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines of code to show (default: 3)")
-    related.add_argument("--json", action="store_true", help="print JSON")
+    _add_index(related)
+    _add_output_options(related)
     related.set_defaults(run=run_related)
 
     mcp = commands.add_parser("mcp", help="serve an index to agents (Model Context Protocol, stdin and stdout)")
@@ -85,7 +78,7 @@ def add_search_commands(commands: Any) -> None:
     mcp.set_defaults(run=run_mcp)
 
     demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
-    demo.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
+    _add_index(demo)
     demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
     host = "127.0.0.1"
     demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, this machine alone)")
@@ -103,6 +96,16 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
     )
     parser.add_argument("--latency-ms", metavar="MS", type=float, help="choose the exit by its exit profile")
     parser.add_argument("--memory-mb", metavar="MB", type=float, help="choose the exit by its peak memory")
+
+
+def _add_index(parser: Any) -> None:
+    parser.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="hits per question (default: 5)")
+    parser.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines of code to show (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
@@ -158,8 +161,8 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
         arguments.languages = (*(arguments.languages or SEARCH_LANGUAGES), "markdown")
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
     embedder = Embedder(checkpoint)
-    every = embedder.trained_exits if arguments.exit_layers is None else arguments.exit_layers
-    exits = embedder.exits(arguments.exit_layer, every, budget)
+    several = embedder.trained_exits if arguments.exit_layers is None else arguments.exit_layers
+    exits = embedder.exits(arguments.exit_layer, several, budget)
     return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, exit_layers=exits, **options)
 
 
@@ -178,8 +181,6 @@ def run_search(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import SECONDS_TO_REFRESH, check_search, open_for_search
     from modular_star_encoder.search.ranking import Cascade
 
-    if arguments.hybrid:
-        warnings.warn("--hybrid is the default now.", FutureWarning, stacklevel=2)
     if arguments.rerank_exit_layer is None and (arguments.candidates, arguments.margin) != (None, None):
         raise UserError("cli.search.rerank", "--candidates and --margin need --rerank-exit-layer.")
     cascade = None
@@ -269,14 +270,8 @@ def run_mcp(arguments: argparse.Namespace) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.demo.serving import serve
-
-    index = _found_index(arguments.index)
-    serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)
-
-
-def _found_index(location: str | None) -> CodeIndex:
-    """Open the named index, else the index of this folder or of its nearest parent with one."""
     from modular_star_encoder.search.index import CodeIndex, find_index
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
-    return CodeIndex.open(location or find_index() or INDEX_FOLDER)
+    index = CodeIndex.open(arguments.index or find_index() or INDEX_FOLDER)
+    serve(index, checkpoint=arguments.model, host=arguments.host, port=arguments.port, source=arguments.source)

@@ -77,28 +77,24 @@ class UpdateReport:
         self.skipped[reason] += 1
         self.skipped_files.append((path, reason))
 
-    def summary(self) -> str:
-        """Return a line, perhaps empty, such as `2 files left out: 1 vendored, 1 empty; 1 file read as Latin-1`."""
-        counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
-        reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
-        notes = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if self.skipped else []
-        notes += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
-        return "; ".join(notes)
-
     def notes(self) -> list[tuple[str, str]]:
         """Return (path as Unicode text, reason) for each file that was left out or read as Latin-1, sorted."""
         named = [*self.skipped_files, *((path, "read as Latin-1") for path in self.guessed_files)]
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return the lines to print on unread files: the summary, or with `show_skipped` each file and its reason."""
-        late = f"{_files(self.postponed_files)} not read for lack of time; run `mose index`"
-        summary = f"{self.summary()}; --show-skipped lists them" if self.summary() else ""
+        """Return the lines to print on unread files: one with their numbers, or with `show_skipped` one for each."""
         if show_skipped:
-            listed = [printable(f"{path}: {reason}") for path, reason in self.notes()]
+            lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
-            listed = [f"mose: note: {summary}"] if summary else []
-        return [*listed, f"mose: note: {late}"] if self.postponed_files else listed
+            counts = sorted(self.skipped.items(), key=lambda one: (-one[1], one[0]))
+            reasons = (f"{count:,} {reason.removesuffix(' code')}" for reason, count in counts)
+            parts = [f"{_files(self.skipped.total())} left out: {', '.join(reasons)}"] if counts else []
+            parts += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
+            lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists them"] if parts else []
+        if self.postponed_files:
+            lines.append(f"mose: note: {_files(self.postponed_files)} not read for lack of time; run `mose index`")
+        return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
         """Return the same lines for a search: without `show_skipped`, none unless the update changed something."""
@@ -312,19 +308,16 @@ class _Writer:
 
 
 def _pieces(files: list[SourceFile]) -> list[_Changed]:
-    """Return the pieces of each file; boilerplate pieces are left out unless the file has no others."""
-    changed = []
-    for file in files:
-        language = language_of_text(file.language, file.path, file.text)
-        found = file_pieces(readable_path(file.path), language, file.text)
-        changed.append((file, _with_words([piece for piece in found if not is_boilerplate(piece)] or found)))
-    return changed
-
-
-def _with_words(snippets: list[Snippet]) -> list[_Piece]:
-    return [(snippet, snippet_words(snippet)) for snippet in snippets]
+    return [_divide(one, language_of_text(one.language, one.path, one.text)) for one in files]
 
 
 def _blocks(file: SourceFile) -> list[_Changed]:
     """Divide a file that crashes the parser into blocks of lines."""
-    return [(file, _with_words(file_pieces(readable_path(file.path), "", file.text)))]
+    return [_divide(file, "")]
+
+
+def _divide(file: SourceFile, language: str) -> _Changed:
+    """Return a file and its pieces; boilerplate pieces are left out unless the file has no others."""
+    found = file_pieces(readable_path(file.path), language, file.text)
+    kept = [piece for piece in found if not is_boilerplate(piece)] or found
+    return file, [(piece, snippet_words(piece)) for piece in kept]

@@ -73,7 +73,6 @@ class Answer:
         return values
 
 
-BAR_WIDTH = 10
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _INDENT = "    "
 
@@ -89,16 +88,18 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
         width: largest width of a line of code; longer lines are cut.
         explain: also show what each ranking rule added.
     """
-    whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0)
+    whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []
     for hit in answer.hits:
-        reasons = [", ".join(f"{name} {gain:+.2f}" for name, gain in hit.reasons.items())] if explain else []
-        below = [*reasons, *_code_lines(hit, lines, width - len(_INDENT))]
-        shown.append("\n".join([_headline(hit, whole), *(_INDENT + line for line in below)]))
+        shown.append(printable(f"{hit.path}:{hit.line}  {score_bar(hit.score / whole)} {hit.summary()}"))
+        if explain:
+            shown.append(_INDENT + ", ".join(f"{name} {gain:+.2f}" for name, gain in hit.reasons.items()))
+        code = [line for line in hit.text.splitlines() if line.strip()][:lines]
+        shown += [_INDENT + printable(line)[: width - len(_INDENT)].rstrip() for line in code]
     return "\n".join(shown) if shown else "nothing found"
 
 
-def score_bar(share: float, width: int = BAR_WIDTH) -> str:
+def score_bar(share: float, width: int = 10) -> str:
     """Draw a share as a bar of `width` block characters: empty at 0 and below, full at 1 and above."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
@@ -108,13 +109,3 @@ def score_bar(share: float, width: int = BAR_WIDTH) -> str:
 def printable(text: str) -> str:
     """Replace unprintable characters by `�`: untrusted code or file names could control the terminal with them."""
     return "".join(character if character.isprintable() else "�" for character in text.replace("\t", _INDENT))
-
-
-def _headline(hit: Hit, whole: float) -> str:
-    bar = score_bar(hit.score / whole if whole else 0.0)
-    return printable(f"{hit.path}:{hit.line}  {bar} {hit.summary()}")
-
-
-def _code_lines(hit: Hit, count: int, width: int) -> list[str]:
-    chosen = [line for line in hit.text.splitlines() if line.strip()][:count]
-    return [printable(line)[:width].rstrip() for line in chosen]

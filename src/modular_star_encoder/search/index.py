@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from modular_star_encoder.search.vector_store import (
     IndexSettings,
     VectorStore,
     content_hash,
-    glob_expression,
+    path_expression,
     readable_path,
 )
 from modular_star_encoder.utils.errors import UserError
@@ -38,20 +37,6 @@ _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
 _MOST_PIECES = 10_000
 """Most pieces of one file that `related` reads to find the code at a line."""
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _one_at_a_time(method: _Method) -> _Method:
-    """Let only one thread at a time run this or another such method of an index."""
-
-    @wraps(method)
-    def run(self: CodeIndex, *arguments: Any, **options: Any) -> Any:
-        with self._lock:
-            return method(self, *arguments, **options)
-
-    return cast(_Method, run)
 
 
 class CodeIndex:
@@ -202,7 +187,6 @@ class CodeIndex:
             self._embedder = self._checked(self.settings.checkpoint)
         return self._embedder
 
-    @_one_at_a_time
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
         """Embed the files that changed and remove the rows of deleted ones; see `build`.
 
@@ -210,10 +194,9 @@ class CodeIndex:
             UserError: the index was rebuilt since it was opened, or a reason that `build` lists.
             OSError: see `build`.
         """
-        with self.store.locked():
+        with self._lock, self.store.locked():
             return self._update(processes=processes, progress=progress)
 
-    @_one_at_a_time
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
         """Update the index before a search; stop reading files after about `seconds` (never if None).
 
@@ -227,7 +210,7 @@ class CodeIndex:
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
             return self.report
         try:
-            with self.store.locked(0):
+            with self._lock, self.store.locked(0):
                 return self._update(progress=False, seconds=seconds)
         except UserError as error:
             if error.key != "search.index.locked":
@@ -239,7 +222,6 @@ class CodeIndex:
         self.report = update_store(self.store, self.settings, self.embedder, **options)
         return self.report
 
-    @_one_at_a_time
     def search(
         self,
         questions: Sequence[str],
@@ -261,7 +243,7 @@ class CodeIndex:
                 and needs no model; `vector` ranks by similarity alone.
             cascade: rank the best hits of `exit_layer` again at a deeper exit.
             languages: search only code in these languages.
-            path: search only files that match this pattern, such as `*.py` or `src/**` (see `glob_expression`).
+            path: search only files that match this pattern, such as `*.py` or `src/**` (see `path_expression`).
 
         Returns:
             One answer per question.
@@ -271,21 +253,23 @@ class CodeIndex:
                 built the index, or the index was rebuilt after it was opened.
         """
         where = check_search(questions, top_k, method, languages, path)
-        if method == "lexical":
+        with self._lock:
             self._check_unchanged()
-            found = [by_words(self.store, question, top_k, where) for question in questions]
-            return [Answer(one, self._hits(rows), method=method) for one, rows in zip(questions, found, strict=True)]
-        ranker = self.ranker(exit_layer, cascade)
-        answers = []
-        for question, vectors in zip(questions, ranker.embed(questions), strict=True):
-            if method == "vector":
-                ranked = ranker.by_similarity(vectors, top_k, where)
-            else:
-                ranked = ranker.by_rules(question, vectors, top_k, where)
-            answers.append(Answer(question, self._hits(ranked.found), ranked.margin, ranked.reranked, method))
-        return answers
+            if method == "lexical":
+                words = [by_words(self.store, question, top_k, where) for question in questions]
+                return [
+                    Answer(one, self._hits(rows), method=method) for one, rows in zip(questions, words, strict=True)
+                ]
+            ranker = self._ranker(exit_layer, cascade)
+            answers = []
+            for question, vectors in zip(questions, ranker.embed(questions), strict=True):
+                if method == "vector":
+                    ranked = ranker.by_similarity(vectors, top_k, where)
+                else:
+                    ranked = ranker.by_rules(question, vectors, top_k, where)
+                answers.append(Answer(question, self._hits(ranked.found), ranked.margin, ranked.reranked, method))
+            return answers
 
-    @_one_at_a_time
     def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
         """Find the code that resembles the code at a line.
 
@@ -298,26 +282,20 @@ class CodeIndex:
         Raises:
             UserError: the index has no code at that line, or no such exit.
         """
-        self._check_unchanged()
-        exit_layer = self.settings.check_exit(exit_layer, self.store.location)
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
-        pattern = f"^{re.escape(readable_path(path))}$"
-        pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=pattern))
-        here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
-        if not here:
-            raise UserError("search.related.missing", f"The index has no code at line {line} of {path!r}.")
-        found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
-        others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
-        return self._hits(others[:top_k])
+        this_file = re.compile(re.escape(readable_path(path).encode()) + rb"\Z")
+        with self._lock:
+            self._check_unchanged()
+            exit_layer = self.settings.check_exit(exit_layer, self.store.location)
+            pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=this_file))
+            here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
+            if not here:
+                raise UserError("search.related.missing", f"The index has no code at line {line} of {path!r}.")
+            found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
+            others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
+            return self._hits(others[:top_k])
 
-    def ranker(self, exit_layer: int | None = None, cascade: Cascade | None = None) -> Ranker:
-        """Return the `Ranker` that `search` uses for these arguments.
-
-        Raises:
-            UserError: the index (for a cascade, the model) lacks the exit, the cascade's exit is not deeper, or the
-                index was rebuilt after it was opened.
-        """
-        self._check_unchanged()
+    def _ranker(self, exit_layer: int | None, cascade: Cascade | None) -> Ranker:
         if cascade is not None and exit_layer is None:
             exit_layer = self.settings.exit_layers[0]
         exit_layer = self.settings.check_exit(exit_layer, self.store.location)
@@ -373,7 +351,7 @@ def check_search(
         raise UserError("search.top_k", f"`top_k` must be at least 1, not {top_k}.")
     if method not in get_args(Method):
         raise UserError("search.method", f"`method` must be hybrid, vector or lexical, not {method!r}.")
-    return Filter(check_languages(languages, ()), None if path is None else glob_expression(path))
+    return Filter(check_languages(languages, ()), None if path is None else path_expression(path))
 
 
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,6 @@ from modular_star_encoder.search.vector_store import (
     Found,
     Row,
     Stamps,
-    file_hashes,
 )
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types, read_json, write_text
@@ -47,9 +45,8 @@ LARGE_SEGMENT = 50_000
 _SMALL_SEGMENTS = 32  # an update merges smaller segments when there are so many
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
-_OLD_INDEX = "snippets.lance"  # of earlier versions
 _STAMPS = "stamps.json"
-_OWN_FILES = {".gitignore", ".lock", "margins.json", _OLD_INDEX, _STAMPS}
+_OWN_FILES = {".gitignore", ".lock", _STAMPS}
 
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
@@ -120,17 +117,12 @@ class LocalStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
                 (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
-            shutil.rmtree(self.folder / _OLD_INDEX, ignore_errors=True)
         self._write({"settings": dict(settings), "segments": {}})
 
     @_reading
     def files(self) -> dict[str, str | None]:
-        return file_hashes(
-            (one["id"], one["hash"], one["expected"], one["rows"])
-            for segment in self._alive()
-            for one in segment.files
-            if one["id"] not in segment.dead
-        )
+        living = (one for segment in self._alive() for one in segment.files if one["id"] not in segment.dead)
+        return {one["id"]: one["hash"] for one in living}
 
     def stamps(self) -> Stamps:
         try:
@@ -241,9 +233,6 @@ class LocalStore:
             return self._manifest
         path = self.folder / MANIFEST
         if not path.exists():
-            if (self.folder / _OLD_INDEX).exists():
-                message = f"An older version of this package made the index {self.location}. Rebuild it (--rebuild)."
-                raise UserError("search.index.format", message)
             return _NO_INDEX
         with _damage_reported(self.location):
             status = path.stat()
@@ -431,16 +420,12 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the id, hash, path and row counts of each file of a segment, in the order of `file_of_row`."""
-    files: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        one = {"id": row.file_id, "hash": row.file_hash, "expected": row.file_rows, "rows": 0}
-        one |= {"path": row.snippet.path, "language": row.snippet.language}
-        known = files.setdefault(row.file_id, one)
-        known["rows"] += 1
-        if known["hash"] != row.file_hash:
-            known["expected"] = -1  # rows of two contents: the file is incomplete
-    return list(files.values())
+    """Return the id, hash, path and language of each file of a segment, in the order of `file_of_row`."""
+    first_rows = {row.file_id: row for row in reversed(rows)}
+    return [
+        {"id": key, "hash": row.file_hash, "path": row.snippet.path, "language": row.snippet.language}
+        for key, row in ((key, first_rows[key]) for key in dict.fromkeys(row.file_id for row in rows))
+    ]
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial, wraps
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import numpy as np
 
 from modular_star_encoder.search.pieces import Snippet
-from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, Stamps, file_hashes
+from modular_star_encoder.search.vector_store import QDRANT, Filter, Found, Row, VectorStore, content_hash
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 _SETTINGS_KEY = "modular_star_encoder"
@@ -67,8 +65,10 @@ def _wrap_errors(method: Callable) -> Callable:
     return wrapped
 
 
-class QdrantStore:
-    """A `VectorStore` in a collection of a Qdrant server.
+class QdrantStore(VectorStore):
+    """The rows of an index in a collection of a Qdrant server.
+
+    It has no lock, and no stamps: other machines, whose files have other times, use the collection too.
 
     Args:
         client: a `QdrantClient`, for a server or in memory.
@@ -76,16 +76,10 @@ class QdrantStore:
         location: the location that errors show; `qdrant:NAME` if it is empty.
     """
 
-    folder: Path | None = None
-
     def __init__(self, client: Any, name: str, location: str = "") -> None:
         self.location = location or f"{QDRANT}{name}"
         self._client, self._name = client, name
         self._models = _import_client().models
-
-    def locked(self, seconds: float = 0) -> AbstractContextManager[None]:
-        """Lock nothing: see the module's first lines on what happens if two processes write."""
-        return nullcontext()
 
     @_wrap_errors
     def settings(self) -> dict[str, Any] | None:
@@ -114,14 +108,15 @@ class QdrantStore:
 
     @_wrap_errors
     def files(self) -> dict[str, str | None]:
-        fields = ["file_id", "file_hash", "file_rows"]
-        return file_hashes((*(payload[name] for name in fields), 1) for payload in self._payloads(fields))
-
-    def stamps(self) -> Stamps:
-        return {}
-
-    def keep_stamps(self, stamps: Stamps) -> None:
-        """Do nothing: other machines, whose files have other times, use the collection too."""
+        states: dict[str, Counter[tuple[str, int]]] = {}
+        for payload in self._payloads(["file_id", "file_hash", "file_rows"]):
+            state = payload["file_hash"], payload["file_rows"]
+            states.setdefault(payload["file_id"], Counter())[state] += 1
+        return {
+            file: file_hash if len(counts) == 1 and counts.total() == expected else None
+            for file, counts in states.items()
+            for file_hash, expected in [next(iter(counts))]
+        }
 
     @_wrap_errors
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
@@ -131,12 +126,9 @@ class QdrantStore:
             self._client.upsert(self._name, points, wait=True)
         if known:
             conditions = [models.FieldCondition(key="file_id", match=models.MatchAny(any=sorted(known)))]
-            kept = [models.HasIdCondition(has_id=[row.row_id for row in rows])] if rows else None
+            kept = [models.HasIdCondition(has_id=[_row_id(row) for row in rows])] if rows else None
             stale = models.FilterSelector(filter=models.Filter(must=conditions, must_not=kept))
             self._client.delete(self._name, stale, wait=True)
-
-    def finish(self) -> None:
-        """Do nothing: the server maintains its indexes."""
 
     @_wrap_errors
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
@@ -179,9 +171,8 @@ class QdrantStore:
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))
         if where.path is not None:  # the server knows no patterns, so they are matched here, with all its paths
-            fits = re.compile(where.path)
             paths = [hit.value for hit in self._client.facet(self._name, "path", limit=_MOST_PATHS).hits]
-            chosen = [path for path in paths if fits.search(path)]
+            chosen = [path for path in paths if where.path.match(path.encode())]
             if not chosen:
                 return models.Filter(must=[])
             must.append(models.FieldCondition(key="path", match=models.MatchAny(any=chosen)))
@@ -203,13 +194,18 @@ class QdrantStore:
         payload = {name: getattr(row, name) for name in ("file_id", "file_hash", "file_rows")}
         # Filters need `path` and `language` as fields of their own.
         payload |= {"path": row.snippet.path, "language": row.snippet.language, "snippet": asdict(row.snippet)}
-        return self._models.PointStruct(id=row.row_id, vector=vectors, payload=payload)
+        return self._models.PointStruct(id=_row_id(row), vector=vectors, payload=payload)
 
 
 def _import_client() -> Any:
     with naming_extra():
         import qdrant_client
     return qdrant_client
+
+
+def _row_id(row: Row) -> str:
+    """Return a hash of the file and the row's place in it: a UUID, because Qdrant accepts no other ids."""
+    return str(UUID(hex=content_hash(f"{row.file_id}:{row.place}")))
 
 
 def _word_place(word: str) -> int:

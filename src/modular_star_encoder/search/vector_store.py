@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
-from uuid import UUID
 
 import numpy as np
 
 from modular_star_encoder.data.languages.registry import ALL_LANGUAGES
+from modular_star_encoder.data.sources.ignore_files import glob_expression
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types
@@ -38,11 +38,6 @@ class Row:
     snippet: Snippet  # its path is text, with `\x..` for bytes that aren't
     words: str  # what lexical search compares, with spaces between
     vectors: Mapping[int, np.ndarray]  # exit_layer → (D,) float32
-
-    @property
-    def row_id(self) -> str:
-        """A hash of the file and the place: a UUID, because Qdrant accepts no other ids."""
-        return str(UUID(hex=content_hash(f"{self.file_id}:{self.place}")))
 
 
 @dataclass(slots=True)  # a frozen one takes three times as long to make, and a search makes hundreds
@@ -72,17 +67,16 @@ class Filter:
 
     Attributes:
         languages: names of languages; empty for all.
-        path: regular expression that a path must match, or None.
+        path: regular expression that the bytes of a path must match, or None.
     """
 
     languages: tuple[str, ...] = ()
-    path: str | None = None
+    path: re.Pattern[bytes] | None = None
 
     def fits_file(self, path: str, language: str) -> bool:
         """Return whether the filter accepts the rows of a file."""
-        return (not self.languages or language in self.languages) and (
-            self.path is None or re.search(self.path, path) is not None
-        )
+        fits_path = self.path is None or self.path.match(path.encode()) is not None
+        return fits_path and (not self.languages or language in self.languages)
 
 
 Stamps = dict[str, list[Any]]  # file_id → size, time of change in ns, and content's hash or None if it was left out
@@ -92,7 +86,7 @@ class VectorStore(Protocol):
     """The rows of one index, wherever they are stored. `replace_files` is the only way to change them."""
 
     location: str
-    folder: Path | None  # the folder that holds the index; None in memory and on a server
+    folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
         """Let no other process write the index meanwhile; if one writes it, wait so long for its end.
@@ -100,6 +94,7 @@ class VectorStore(Protocol):
         Raises:
             UserError: another process still writes the index.
         """
+        return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that `create` stored; None if there is no index yet.
@@ -120,9 +115,11 @@ class VectorStore(Protocol):
 
     def stamps(self) -> Stamps:
         """Return what `keep_stamps` stored last; empty if the store keeps no stamps."""
+        return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
         """Store the size and time of change that each file had when it was last read."""
+        return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Replace all rows of some files.
@@ -134,6 +131,7 @@ class VectorStore(Protocol):
 
     def finish(self) -> None:
         """Optimise the store for searching, and free the space of replaced rows."""
+        return None
 
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
         """Return the `limit` rows nearest to `vector` by cosine similarity at an exit, best first."""
@@ -163,74 +161,23 @@ def readable_path(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def file_hashes(rows: Iterable[tuple[str, str, int, int]]) -> dict[str, str | None]:
-    """Return the result of `VectorStore.files`; `rows` are (file_id, file_hash, file_rows, number of rows stored)."""
-    held: dict[str, tuple[str | None, int, int]] = {}
-    for file, file_hash, expected, rows_here in rows:
-        first_hash, count, first_expected = held.get(file, (file_hash, 0, expected))
-        agrees = first_hash == file_hash and first_expected == expected
-        held[file] = (first_hash if agrees else None, count + rows_here, first_expected)
-    return {file: found if count == expected else None for file, (found, count, expected) in held.items()}
-
-
-_PUNCTUATION = re.compile(r"[.^$*+?{}\[\]\\|()]")
-_RANGE_OR_CHARACTER = re.compile(".-.|.", re.DOTALL)
-
-
-def glob_expression(pattern: str) -> str:
-    """Translate a glob pattern with forward slashes to a regular expression, to be matched with whole paths.
+def path_expression(pattern: str) -> re.Pattern[bytes]:
+    """Translate a path pattern, as a line of `.gitignore` has it, to a regular expression for the bytes of paths.
 
     `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
 
     Raises:
-        UserError: the pattern is blank, a bracket isn't closed, or a range ends before it begins.
+        UserError: the pattern is blank, or a bracket isn't closed.
     """
     if not pattern.strip():
         raise UserError("search.path.blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'.")
-    if "/" not in pattern:
-        pattern = f"**/{pattern}"
-    pattern = pattern.removeprefix("./").removeprefix("/")
-    if pattern.endswith("/"):
-        pattern += "**"
-    parts, place = [], 0
-    while place < len(pattern):
-        token, place = _token(pattern, place)
-        parts.append(token)
-    return f"^{''.join(parts)}$"
-
-
-def _token(pattern: str, place: int) -> tuple[str, int]:
-    """Return the regular expression for the part of a glob pattern at `place`, and the place of the next part."""
-    if pattern.startswith("**/", place):
-        return "(?:.*/)?", place + 3
-    if pattern.startswith("**", place):
-        return ".*", place + 2
-    character = pattern[place]
-    if character == "*":
-        return "[^/]*", place + 1
-    if character == "?":
-        return "[^/]", place + 1
-    if character == "[":
-        return _bracket(pattern, place)
-    return _PUNCTUATION.sub(r"\\\g<0>", character), place + 1
-
-
-def _bracket(pattern: str, place: int) -> tuple[str, int]:
-    negated = pattern.startswith("!", place + 1)
-    start = place + 1 + negated
-    end = pattern.find("]", start + 1)
-    if end < 0:
-        raise UserError(
-            "search.path.bracket", f"The path pattern {pattern!r} has a '[' without a ']'. Write '[[]' for '['."
-        )
-    inside = []
-    for part in _RANGE_OR_CHARACTER.findall(pattern[start:end]):
-        if part[0] > part[-1]:
-            raise UserError("search.path.range", f"In the pattern {pattern!r}, the range {part} ends before it begins.")
-        # `re` warns of `&&`, `--` and `~~`, which may become set operations.
-        inside.append("-".join(re.sub(r"[\\\[\]^&~-]", r"\\\g<0>", one) for one in part[::2]))
-    return f"[{'^/' if negated else ''}{''.join(inside)}]", end + 1
+    whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
+    try:
+        return re.compile(glob_expression((whole + "**" * whole.endswith("/")).encode()) + rb"\Z", re.DOTALL)
+    except re.error as error:
+        message = f"The path pattern {pattern!r} matches nothing ({error}). Write '[[]' for '['."
+        raise UserError("search.path.bracket", message) from error
 
 
 @dataclass(frozen=True, slots=True)

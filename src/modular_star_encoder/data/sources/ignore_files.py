@@ -158,7 +158,7 @@ def _rules(file: str, folder: str) -> list[_Rule]:
         glob = glob[: len(glob) - folders_only]
         by_name = b"/" not in glob
         with suppress(re.error):  # git never matches it
-            expression = re.compile(_expression(glob.removeprefix(b"/")), re.DOTALL)
+            expression = re.compile(glob_expression(glob.removeprefix(b"/")), re.DOTALL)
             base = os.path.join(os.fsencode(folder), b"")
             rules.append(_Rule(base, expression, by_name, folders_only, is_negative, file.endswith(".moseignore")))
     return rules
@@ -173,7 +173,7 @@ _LITERAL = re.compile(rb"[^*?\[\\]*")
 _SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]"}
 
 
-def _expression(glob: bytes) -> bytes:
+def glob_expression(glob: bytes) -> bytes:
     """Translate a git pattern to a regular expression, as git's wildmatch.c does; re.error if it never matches."""
     start = _LITERAL.findall(glob)[0]  # git compares it first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
