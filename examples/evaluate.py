@@ -1,7 +1,7 @@
 """Measure a model and baselines on benchmarks, in the steps that `mose evaluate --out` runs: a script to copy.
 
     python examples/evaluate.py MODEL --data FOLDER --benchmarks codesearchnet-999 exercism-code --out runs/evaluation
-    python examples/evaluate.py MODEL --data FOLDER --benchmarks all --baselines bm25 OTHER_MODEL --out FOLDER
+    python examples/evaluate.py MODEL --data FOLDER --benchmarks all --baselines bm25 tfidf OTHER_MODEL --out FOLDER
 
 Finished results are kept: an interrupted run continues when it is started again, and another baseline computes only
 its own results.
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("model", help="folder or Hub repository")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="the benchmarks' files, or hub")
     parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME", help="(default: all in --data)")
-    parser.add_argument("--baselines", nargs="*", default=["bm25"], metavar="NAME", help="(default: bm25)")
+    parser.add_argument("--baselines", nargs="*", default=["bm25", "tfidf"], metavar="NAME", help="(default: both)")
     parser.add_argument("--exit-layers", nargs="*", type=int, metavar="K", help="exits of the model (default: all)")
     parser.add_argument("--allow-subset", action="store_true", help="accept partial files, and say so in the tables")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the reports and plots")

@@ -19,7 +19,7 @@ from tests.tiny import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 # Without accelerate and datasets, which transformers and sentence-transformers may import themselves.
-EXTRAS = ("bm25s", "gradio", "pydantic", "pygments", "tree_sitter")
+EXTRAS = ("bm25s", "evaluate", "gradio", "pydantic", "pygments", "tree_sitter")
 
 
 def run(program, *arguments):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.evaluation import retrievers
-from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
 from modular_star_encoder.evaluation.retrievers import CosineScores, ExitVariant, similarities
 from modular_star_encoder.evaluation.tasks import Judgements, Pool
@@ -81,7 +81,8 @@ def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
     queries, documents = embeddings(20, 64), embeddings(30, 64, seed=1)
     texts = [[Text(f"read file{i % 7} {kind} alpha{i}") for i in range(n)] for kind, n in (("a", 20), ("b", 30))]
     first, second = (grid.ravel() for grid in np.meshgrid(np.arange(20), np.arange(30), indexing="ij"))
-    for scores in (CosineScores(queries, documents), BM25().scores(*texts, ExitVariant())):
+    lexical = [system.scores(*texts, ExitVariant()) for system in (BM25(), TfIdf())]
+    for scores in (CosineScores(queries, documents), *lexical):
         whole = np.concatenate([block.scores for block in scores.blocks()])
         shuffle = np.random.default_rng(0).permutation(len(first))
         assert np.array_equal(scores.of_pairs(first[shuffle], second[shuffle]), whole.ravel()[shuffle])

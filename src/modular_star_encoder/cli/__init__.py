@@ -26,7 +26,7 @@ def exit_list(text: str) -> tuple[int, ...] | None:
 
 
 def name_list(text: str) -> list[str]:
-    """Parse names with commas: `"bm25,me/model"` → ["bm25", "me/model"]."""
+    """Parse names with commas: `"bm25,tfidf"` → ["bm25", "tfidf"]."""
     return [name for part in text.split(",") if (name := part.strip())]
 
 

@@ -41,7 +41,9 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     evaluate.add_argument("--out", metavar="FOLDER", help="reports and plots; an interrupted run continues there")
-    evaluate.add_argument("--baselines", metavar="NAMES", type=name_list, help="bm25, other models, openai:MODEL@URL")
+    evaluate.add_argument(
+        "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
+    )
     evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and report it")
     evaluate.add_argument("--cache", metavar="FOLDER", help="where to keep embeddings (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)

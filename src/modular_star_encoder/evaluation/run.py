@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
-from modular_star_encoder.evaluation.lexical import BM25
+from modular_star_encoder.evaluation.lexical import BM25, TfIdf
 from modular_star_encoder.evaluation.report import Report, make_report, plot_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever, ExitVariant, Retriever
 from modular_star_encoder.evaluation.tasks import Estimate, PairTask, Task, TaskResult
@@ -36,6 +36,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json, write_json
 
 PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
+LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
 
 def run_benchmarks(
@@ -179,15 +180,15 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """Open the retriever called `name`: "bm25", or a model that `load_encoder` loads.
+    """Open the retriever called `name`: "bm25", "tfidf", or a model that `load_encoder` loads.
 
     `exit_layers` selects exits of a ModularStarEncoder, all if None. See `load_encoder` for the errors.
     """
-    if name != "bm25":
+    if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
     if exit_layers:
         raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: omit `exit_layers`.")
-    return BM25()
+    return LEXICAL[name]()
 
 
 def _open_all(

@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 # Extra → modules that come with it; if several extras have a module, the one that most users need.
 _MODULES = {
-    "train": "accelerate bm25s datasets jinja2 pydantic sklearn",
+    "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",
     "search": "filelock pygments threadpoolctl tree_sitter tree_sitter_language_pack",
     "dataset": "pyarrow rensa",
     "onnx": "onnx onnx_ir onnxruntime onnxscript",
