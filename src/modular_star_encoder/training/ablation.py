@@ -1,20 +1,22 @@
 """The ablation of the paper's Table 5: is an exit that was trained together with others better than one trained alone?
 
-A self-distilled model and one single-exit baseline per exit start from the same multi-exit pre-trained checkpoint and
-see the same batches; variants of the recipe are compared by the same protocol. Every cell (one kind of model with one
-seed) is a separate run of `finetune` and resumes separately.
+For each *start* (a checkpoint and an objective), cells are trained: all exits together, each exit alone, and variants
+of training together. A cell is one kind of model with one learning rate and one seed. It has a file of its own, so that
+an ablation that ends early continues where it ended. Rates are chosen on validation rows, scores come from test rows.
 
-Every estimate is a mean over queries of the mean over seeds. Its interval is a bootstrap over the queries, paired for
-differences. Benchmarks of several tasks weigh every task equally (see `spread`).
+Whether shallow exits gain from deep ones can be asked only where depth pays. So the shallowest and the deepest exit are
+trained alone first, and a start where the deepest is not better by `gate` points, with an interval above 0, ends there.
 """
 
 import copy
+import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -22,151 +24,140 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 from pydantic import AfterValidator
 from pydantic import Field as Constraint
+from transformers import PrinterCallback
 
-from modular_star_encoder.data.splits import RetrievalData
-from modular_star_encoder.evaluation.benchmarks import choose_benchmarks, load_benchmark
+from modular_star_encoder.data.collators import RetrievalCollator
+from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
+from modular_star_encoder.data.splits import BatchPlan, PairGroups, RetrievalData, hashed_order
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
-from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
 from modular_star_encoder.evaluation.report import versions
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
-from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint
+from modular_star_encoder.evaluation.tasks import held_out_tasks
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+from modular_star_encoder.inference.encoders import ExitEncoder
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
+from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.training import runs
-from modular_star_encoder.training.finetuning import check_recipe, exit_encoder, finetune, prepare_data
+from modular_star_encoder.training.distilling import load_teacher, teach
+from modular_star_encoder.training.finetuning import check_recipe, prepare_data
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
-from modular_star_encoder.training.starting_points import has_weights, starting_source
+from modular_star_encoder.training.starting_points import starting_model, starting_source
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
-from modular_star_encoder.utils.reports import markdown_table, metric_label, percent
+from modular_star_encoder.utils.reports import markdown_table
 from modular_star_encoder.utils.settings import (
     Count,
     Different,
+    NonNegative,
+    Positive,
     Seed,
-    Switch,
     build_settings,
     format_reference,
     set_dotted,
     settings_class,
 )
 
-SELF_DISTILLED = "self-distilled"
-SCORES, STARTS = "scores.json", "starting_points.json"
+TOGETHER = "together"
+RESAMPLES = 10_000
+CELLS_PER_REPORT = 10
 
 # Cells that differ in these settings are not comparable.
-_FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "eval_pairs", "task"}
-
-# Task → query → value.
-Values = Mapping[str, Mapping[str, float]]
-# (Kind of model, seed) → benchmark → exit → the reciprocal rank of each query.
-Scores = Mapping[tuple[str, int], Mapping[str, Mapping[int, Values]]]
-# Metric → the function that computes it from a reciprocal rank.
-METRICS: dict[str, Callable[[float], float]] = {"mrr": float, "recall@1": lambda rank: float(rank == 1.0)}
+_FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "eval_pairs", "task", "learning_rate"}
 
 
-def _variant_name(name: str) -> str:
-    """Return a variant's name; ValueError if it can't name a folder or already names another kind of model."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or name == SELF_DISTILLED or name.startswith("exit-"):
-        raise ValueError(f"must be one word, not {SELF_DISTILLED}, and must not begin with exit-")
+def _name(name: str) -> str:
+    """Return the name of a start or a variant; ValueError if it can't name a folder or names another kind of model."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
+        raise ValueError(f"must be one word, not {TOGETHER}, and must not begin with exit-")
     return name
 
 
-VariantName = Annotated[str, AfterValidator(_variant_name)]
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class AblationCell(NamedTuple):
-    """One model to train: its name (`self-distilled`, `exit-4` for the baseline at exit 4, or a variant) and recipe."""
+    """One model to train: its start, its kind (`together`, `exit-4` for exit 4 alone, or a variant), and its recipe."""
 
-    name: str
+    start: str
+    kind: str
     recipe: FinetuningRecipe
 
     @property
-    def folder(self) -> str:
-        return f"cells/{self.name}/seed-{self.recipe.seed}"
+    def name(self) -> str:
+        return f"{self.start}/{self.kind}/rate-{self.recipe.learning_rate:g}-seed-{self.recipe.seed}"
 
 
 @settings_class
 class AblationRecipe:
-    """The models to train and the benchmarks to measure them on.
+    """The models to train and to compare.
 
     Args:
-        finetuning: settings of the self-distilled model (see `FinetuningRecipe`), which trains all exits. Its seed
-            decides which rows are held out in all cells.
-        seeds: each seed trains one model of each kind and determines its new heads, batches, renaming and dropout.
-        exit_layers: exits that get a single-exit baseline; all exits of the model if None.
-        baselines: whether to train single-exit baselines: the same checkpoint, cut at the exit, with only this exit's
-            head, on the same data, batches and steps. The exit's loss has weight 1 and no terms from other exits.
-        variants: name → settings that differ from `finetuning`, with dots for settings inside settings, such as
-            `objective.distillation_weight: 1`. Each is compared with the self-distilled model.
-        held_out: whether to evaluate on the rows held out from the data.
-        benchmarks: retrieval benchmarks to evaluate on, by their names in `mose evaluate`.
-        benchmark_data: folder with the files of the benchmarks.
-        allow_subset: whether to accept partial benchmark files.
-        keep_models: whether to keep the weights of evaluated models on disk.
+        finetuning: settings that all cells share (see `FinetuningRecipe`). Its seed decides which rows are held out;
+            half of these, by whole repositories, choose learning rates (validation), the others are the test rows.
+        starts: name → settings in which a start differs from `finetuning`, with dots for settings inside settings, such
+            as `model: runs/pretrained/model` or a teacher (`distillation.teacher`).
+        learning_rates: rates to try for each kind of model, with the first seed; the one with the best mean validation
+            MRR over exits is used with all seeds. Variants take that of `together`.
+        seeds: each seed trains one model of each kind and determines its new weights, batches, renaming and dropout.
+        exit_layers: exits to train alone; all exits of the model if None.
+        gate: points of MRR × 100 by which the deepest exit alone must be better than the shallowest alone.
+        variants: name → settings in which a variant differs from training together. Each is compared with it and
+            with exits alone.
+        variants_on: starts to try the variants on; by default the one where training together costs most in the mean.
     """
 
     COMMAND: ClassVar[str] = "ablate"
 
     finetuning: Mapping[str, Any]
+    starts: Annotated[Mapping[Name, Mapping[str, Any]], Constraint(min_length=1)] = field(
+        default_factory=lambda: {"start": {}}
+    )
+    learning_rates: Annotated[tuple[Positive, ...], Different] = ()
     seeds: Annotated[tuple[Seed, ...], Constraint(min_length=1), Different] = (0, 1, 2)
     exit_layers: tuple[Count, ...] | None = None
-    baselines: Switch = True
-    variants: Mapping[VariantName, Mapping[str, Any]] = field(default_factory=dict)
-    held_out: Switch = True
-    benchmarks: tuple[str, ...] = ()
-    benchmark_data: str | None = None
-    allow_subset: Switch = False
-    keep_models: Switch = True
+    gate: NonNegative = 3.0
+    variants: Mapping[Name, Mapping[str, Any]] = field(default_factory=dict)
+    variants_on: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.held_out and not self.benchmarks:
-            raise UserError("ablation.benchmarks", "Nothing would be measured: set held_out=true or `benchmarks`.")
-        if self.benchmarks and self.benchmark_data is None:
-            raise UserError("ablation.benchmark_data", "`benchmarks` needs `benchmark_data`, the folder of its files.")
-        for changes in self.variants.values():
+        for changes in (*self.starts.values(), *self.variants.values()):
             if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
-                message = f"`variants` must not change {', '.join(sorted(fixed))}: all models share these settings."
+                message = f"`starts` and `variants` must not change {', '.join(sorted(fixed))}: all models share these."
                 raise UserError("ablation.variants", message)
+        if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
+            raise UserError("ablation.starts", f"`variants_on` names {', '.join(unknown)}, which `starts` lacks.")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return self.learning_rates or (self.base().learning_rate,)
 
     def base(self) -> FinetuningRecipe:
-        """Return the recipe of the self-distilled model; its seed decides which rows are held out."""
-        return self._recipe({}, "finetuning")
+        """Return the recipe that all cells share; its seed decides which rows are held out."""
+        return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
-    def cells(self, exit_layers: Sequence[int]) -> list[AblationCell]:
-        """Return all models to train from a checkpoint with these exits, seed by seed; UserError for wrong settings."""
-        chosen = exit_layers if self.exit_layers is None else self.exit_layers
-        if unknown := sorted(set(chosen) - set(exit_layers)):
-            message = f"`exit_layers` names {unknown}, but the model's exits are {list(exit_layers)}."
-            raise UserError("ablation.exit_layers", message)
-        kinds: dict[str, Mapping[str, Any]] = {SELF_DISTILLED: {}}
-        if self.baselines:
-            kinds |= {f"exit-{exit_layer}": self._alone(exit_layer) for exit_layer in chosen}
-        kinds |= self.variants
-        return [
-            AblationCell(name, self._recipe({**changes, "seed": seed}, name))
-            for seed in self.seeds
-            for name, changes in kinds.items()
-        ]
+    def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
+        """Return a cell; UserError if its settings are wrong."""
+        settings = copy.deepcopy(dict(self.finetuning))
+        changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
+        if kind.startswith("exit-"):
+            # No weight, no term and no schedule that speaks of other exits.
+            changes |= {
+                "exit_layer": int(kind.removeprefix("exit-")),
+                "exit_weights": "uniform",
+                "exit_schedule": "all",
+            }
+            changes |= {"detach_shallow_exits": False, "share_heads": False, "objective.alignment_weight": 0.0}
+            changes |= {"objective.distillation_weight": 0.0}
+        for key, value in changes.items():
+            set_dotted(settings, key, value, kind)
+        return AblationCell(start, kind, build_settings(FinetuningRecipe, settings, f"{start}/{kind}"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain values; `finetuning` includes its defaults."""
         return asdict(self) | {"finetuning": self.base().to_dict()}
-
-    def _alone(self, exit_layer: int) -> dict[str, Any]:
-        """Return the settings in which the single-exit baseline of `exit_layer` differs from the base recipe."""
-        objective = self.base().objective
-        changes = {"exit_layer": exit_layer, "exit_weights": "uniform", "exit_schedule": "all"}
-        changes |= {"objective.distillation_weight": 0.0, "objective.alignment_weight": 0.0}
-        if isinstance(objective.dimensions, Mapping):
-            changes["objective.dimensions"] = objective.dimensions.get(exit_layer)
-        return changes
-
-    def _recipe(self, changes: Mapping[str, Any], name: str) -> FinetuningRecipe:
-        settings = copy.deepcopy(dict(self.finetuning))
-        for key, value in changes.items():
-            set_dotted(settings, key, value, name)
-        return build_settings(FinetuningRecipe, settings, name)
 
 
 def recipe_reference(command: str) -> str:
@@ -187,12 +178,12 @@ def ablate(
     progress: bool = True,
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and evaluate every cell (a model with a seed) that the folder `out` does not hold yet; compare all cells.
+    """Train and evaluate every cell that the folder `out` does not hold yet, and compare all cells.
 
-    `out` gets `data/` (rows, shared by all cells), `starting_points.json` (checksums of the models that cells start
-    from), `cells/{name}/seed-{seed}/` (each a run of `finetune` with `scores.json`), and in the end `ablation.md`,
-    `ablation.json` and, where matplotlib is installed, `ablation.png`. A later call may add seeds, variants and
-    benchmarks; for new benchmarks, models that were not kept are trained again. Every process calls this function.
+    `out` gets `data/` (rows, shared by all cells), `cells/{start}/{kind}/rate-{rate}-seed-{seed}.json`, and, now and
+    then and in the end, `ablation.json`, `ablation.md` and, where matplotlib is installed, `ablation.png`. Gates come
+    first, then exits together and alone, then variants. A later call may add starts, seeds, rates and variants. One
+    process trains.
     UserError if the recipe contradicts itself or the model, or `out` holds cells of another recipe or starting point.
 
     Args:
@@ -203,184 +194,292 @@ def ablate(
         announce: called with a line about each cell.
 
     Returns:
-        The content of `ablation.json`; see `compare`.
+        The content of `ablation.json`; see `summarize`.
     """
-    out, state, base = Path(out), runs.processes_of_run(), recipe.base()
-    blueprint, _ = check_recipe(base, out, state.num_processes, progress)
-    exits = tuple(blueprint.config.exit_layers)
-    cells = recipe.cells(exits)
-    for cell in cells:
-        try:
-            check_recipe(cell.recipe, out, state.num_processes, progress)
-        except UserError as error:
-            raise UserError(error.key, f"{cell.name}: {error}") from error
-    benchmarks = _benchmarks(recipe)
-    with state.main_process_first():
+    cells = _Cells(recipe, Path(out), progress, announce)
+
+    def report(done: bool) -> dict[str, Any]:
+        found = {"command": _without_places(command), "recipe": _without_places(recipe.to_dict())}
+        results = {
+            **found,
+            "finished": done,
+            **summarize(recipe, cells.exits, cells.found),
+            "versions": dict(versions()),
+        }
+        write_json(Path(out) / "ablation.json", results)
+        write_text(Path(out) / "ablation.md", to_markdown(results))
+        if find_spec("matplotlib"):
+            plot_ablation(results, Path(out) / "ablation.png")
+        return results
+
+    for cell in _plan(recipe, cells.exits, cells.found):
+        cells.trained += cells.add(cell)
+        if cells.trained % CELLS_PER_REPORT == 1:
+            report(done=False)
+    return report(done=True)
+
+
+# (start, kind, rate, seed) → what the file of a cell holds
+Found = Mapping[tuple[str, str, float, int], Mapping[str, Any]]
+
+
+def _plan(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> Iterator[AblationCell]:
+    """Yield the cells in order; what comes later depends on what is found by then."""
+    alone = [f"exit-{e}" for e in (exits if recipe.exit_layers is None else recipe.exit_layers)]
+    ends = [f"exit-{exits[0]}", f"exit-{exits[-1]}"]
+
+    def cells(start: str, kind: str) -> Iterator[AblationCell]:
+        for rate in recipe.rates if kind not in recipe.variants else ():
+            yield recipe.cell(start, kind, rate, recipe.seeds[0])
+        rate = best_rate(recipe, found, start, kind if kind not in recipe.variants else TOGETHER)
+        for seed in recipe.seeds:
+            yield recipe.cell(start, kind, rate, seed)
+
+    for start in recipe.starts:
+        for kind in ends:
+            yield from cells(start, kind)
+    passed = [start for start in recipe.starts if gate(recipe, exits, found, start)["passed"]]
+    for start in passed:
+        for kind in dict.fromkeys([TOGETHER, *alone]):
+            yield from cells(start, kind)
+    harm = {start: summarize(recipe, exits, found)["starts"][start]["mean_difference"] for start in passed}
+    chosen = recipe.variants_on
+    if chosen is None:
+        chosen = (min(passed, key=lambda start: harm[start]["value"]),) if passed else ()
+    for start in chosen:
+        for kind in recipe.variants if start in passed else ():
+            yield from cells(start, kind)
+
+
+class _Cells:
+    """The cells of a folder: trains what is missing, and holds what was found."""
+
+    def __init__(self, recipe: AblationRecipe, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
+        base = recipe.base()
+        self.out, self.progress, self.announce = out, progress, announce
+        self.found: dict[tuple[str, str, float, int], dict[str, Any]] = {}
+        self._texts: dict[str, RetrievalTexts] = {}
+        self.trained = 0
+        for start in recipe.starts:
+            for kind in (TOGETHER, *recipe.variants):
+                cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
+                try:
+                    blueprint, _ = check_recipe(cell.recipe, out, 1, progress, objective_of(cell.recipe))
+                except UserError as error:
+                    raise UserError(error.key, f"{start}/{kind}: {error}") from error
+        self.exits = tuple(blueprint.config.exit_layers)
+        if unknown := sorted(set(recipe.exit_layers or ()) - set(self.exits)):
+            message = f"`exit_layers` names {unknown}, but the model's exits are {list(self.exits)}."
+            raise UserError("ablation.exit_layers", message)
         runs.check_folder(out, "data", "ablation")
-        data = prepare_data(base.rows(), out / "data", progress and state.is_main_process)
-        if state.is_main_process:
-            _check_starting_points({cell.recipe.model for cell in cells}, out / STARTS)
-    tasks = [*(held_out_tasks(data.held_out, limit=base.eval_pairs) if recipe.held_out else []), *benchmarks]
-    scores: dict[tuple[str, int], dict[str, dict[int, Values]]] = {}
-    for number, cell in enumerate(cells, 1):
-        if state.is_main_process:
-            announce(f"cell {number} of {len(cells)}: {cell.name}, seed {cell.recipe.seed}")
-        found = _run_cell(cell, data, tasks, out / cell.folder, progress)
-        if state.is_main_process:
-            shutil.rmtree(out / cell.folder / runs.CHECKPOINTS, ignore_errors=True)
-            for folder in () if recipe.keep_models else (runs.MODEL, runs.ADAPTER):
-                for file in out.glob(f"{cell.folder}/{folder}/*.safetensors"):
-                    file.unlink()
-        scores[cell.name, cell.recipe.seed] = found
-    if not state.is_main_process:
-        return {}
-    bm25: dict[str, list[float]] = {}
-    for result in evaluate_tasks(tasks, [BM25()], progress=progress):
-        bm25.setdefault(result.benchmark, []).append(result.estimates["mrr"].value)
-    logs = {cell.folder.partition("/")[2]: read_json(out / cell.folder / runs.LOG) for cell in cells}
-    results = {
-        "command": _without_places(command),
-        "recipe": _without_places(recipe.to_dict()),
-        # Only of uninterrupted runs: the log of a resumed run has the seconds of its last call.
-        "seconds": {name: log["seconds"] for name, log in logs.items() if log["resumed_from"] is None},
-        "bm25": {benchmark: sum(values) / len(values) for benchmark, values in bm25.items()},
-        **compare(scores, exits, recipe.seeds, list(recipe.variants)),
-    }
-    write_json(out / "ablation.json", {**results, "versions": dict(versions())})
-    write_text(out / "ablation.md", to_markdown(results))
-    if find_spec("matplotlib"):
-        plot_ablation(results, out / "ablation.png")
-    return results
+        self.data = prepare_data(base.rows(), out / "data", progress)
+        self.groups = PairGroups(self.data.train)
+        self.tasks = {part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data).items()}
 
+    def add(self, cell: AblationCell) -> bool:
+        """Train and evaluate a cell unless its file exists; return whether it was trained."""
+        path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
+        source, weights = starting_source(recipe.model)
+        made_from = _without_places(recipe.to_dict())
+        made_from["checksum"] = checkpoint_checksum(source) if weights else None
+        key = (cell.start, cell.kind, recipe.learning_rate, recipe.seed)
+        known = path.is_file()
+        if known:
+            content = read_json(path)
+            if other := sorted(name for name in made_from if content["recipe"].get(name) != made_from[name]):
+                message = f"{path} was trained with other values of {', '.join(other)}; name another folder."
+                raise UserError("training.run.other_settings", message)
+        else:
+            self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
+            content = {"recipe": made_from, **self._train(cell)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+        self.found[key] = content
+        return not known
 
-def _benchmarks(recipe: AblationRecipe) -> list[RetrievalTask]:
-    """Load the tasks of the recipe's benchmarks; UserError if one of them is not scored by MRR."""
-    folder, found = recipe.benchmark_data or "", []
-    for name in choose_benchmarks(recipe.benchmarks, folder) if recipe.benchmarks else ():
-        for task in load_benchmark(name, folder, allow_subset=recipe.allow_subset):
-            if not isinstance(task, RetrievalTask) or task.metrics[0] != "mrr":
-                raise UserError("ablation.benchmarks", f"{task.benchmark} has no MRR; `benchmarks` must not name it.")
-            found.append(task)
-    return found
-
-
-def _check_starting_points(models: set[str], path: Path) -> None:
-    """Raise UserError if a starting checkpoint's weights changed since an earlier call wrote checksums to `path`."""
-    known = read_json(path) if path.is_file() else {}
-    found = {name: checkpoint_checksum(starting_source(name)[0]) for name in models}
-    if other := ", ".join(sorted(name for name in found if known.get(name, found[name]) != found[name])):
-        raise UserError(
-            "ablation.starting_points",
-            f"The weights of {other} changed since models in {path.parent} started from them; name another folder.",
+    def _train(self, cell: AblationCell) -> dict[str, Any]:
+        """Return the scores of a new model: part of the rows → task → exit → reciprocal ranks; and what it took."""
+        recipe, lengths = cell.recipe, cell.recipe.lengths()
+        model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
+        folder = self.out / "training" / cell.name
+        _, arguments = check_recipe(recipe, folder, 1, False, objective_of(recipe))
+        arguments.set_evaluate(strategy="no")
+        key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        prompts = model.config.instruction_prompts
+        if key not in self._texts:
+            self._texts[key] = RetrievalTexts(self.data.train, tokenizer, prompts=prompts, progress=False, **lengths)
+        plan = BatchPlan(self.groups, recipe.batch_size, recipe.seed)
+        rows: Any = RetrievalBatches(
+            self._texts[key], plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob
         )
-    write_json(path, known | found)
+        if settings := recipe.distillation:
+            teacher = load_teacher(settings, model.config.projection_size)
+            rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, False, max_tokens=max(lengths.values()))
+        collator = RetrievalCollator(tokenizer)
+        trainer = MultiExitTrainer(model, arguments, objective_of(recipe), train_dataset=rows, data_collator=collator)
+        trainer.remove_callback(PrinterCallback)
+        log = runs.train_to_the_end(trainer, folder, progress=False)
+        encoder = ExitEncoder(model.eval(), tokenizer, cell.name, max_length=max(lengths.values()))
+        scores: dict[str, Any] = {}
+        for part, tasks in self.tasks.items():
+            for result in evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], progress=False):
+                of_task = scores.setdefault(part, {}).setdefault(result.benchmark, {})
+                # Embeddings that can be cut have one result per size; the full size comes last.
+                of_task[str(result.exit_layer)] = [round(float(value), 5) for value in result.values]
+        history = [line for line in log["log_history"] if "loss" in line]
+        cosines = {name for line in history for name in line if name.startswith("gradient_cosine")}
+        return {
+            "seconds": log["seconds"],
+            "loss": history[-1]["loss"] if history else None,
+            "cosines": {name[-1]: float(np.mean([line[name] for line in history if name in line])) for name in cosines},
+            **scores,
+        }
 
 
-def _run_cell(
-    cell: AblationCell, data: RetrievalData, tasks: Sequence[RetrievalTask], run: Path, progress: bool
-) -> dict[str, dict[int, Values]]:
-    """Train and evaluate a model unless `run` has its scores; return benchmark → exit → reciprocal ranks of queries."""
-    state, path = runs.processes_of_run(), run / SCORES
-    by_checksum = {task.checksum(): task for task in tasks}
-    with state.main_process_first():
-        runs.open_run(run, cell.recipe, "an ablation", until_trained=cell.recipe.to_dict())
-        known = read_json(path) if path.is_file() else {}
-        missing = [task for checksum, task in by_checksum.items() if checksum not in known]
-        if missing and not has_weights(run / runs.MODEL):
-            # An earlier call removed the weights, and new tasks need them: train the model again.
-            shutil.rmtree(run / runs.MODEL, ignore_errors=True)
-    if missing:
-        finetune(cell.recipe, run, data=data, progress=progress, announce=lambda _: None, before=False)
-        if state.is_main_process:
-            checksums = {(task.benchmark, task.name): checksum for checksum, task in by_checksum.items()}
-            encoder = exit_encoder(cell.recipe, *load_checkpoint(run / runs.MODEL), cell.name)
-            results = evaluate_tasks(missing, [EmbeddingRetriever(encoder)], progress=progress)
-            # Embeddings that can be cut have one result per size; the full size comes last and replaces the others.
-            for result in sorted(results, key=lambda result: result.dimensions or 0):
-                of_task = known.setdefault(checksums[result.benchmark, result.task], {})
-                of_task[str(result.exit_layer)] = dict(zip(result.ids, result.values, strict=True))
-            write_json(path, known)
-        state.wait_for_everyone()
-        known = read_json(path)
-    found: dict[str, dict[int, Any]] = {}
-    for checksum, task in by_checksum.items():
-        for exit_layer, ranks in known[checksum].items():
-            found.setdefault(task.benchmark, {}).setdefault(int(exit_layer), {})[task.name] = ranks
-    return found
+def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
+    """Return the objective of a recipe: with a teacher, distillation."""
+    if recipe.distillation is None:
+        return ContrastiveObjective(recipe.objective)
+    return DistillationObjective(recipe.distillation, recipe.objective)
 
 
-def compare(scores: Scores, exits: Sequence[int], seeds: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
-    """Compare self-distilled exits with exits trained alone, and variants with the self-distilled model.
+def _parts(data: RetrievalData) -> dict[str, list[Any]]:
+    """Split the held-out rows by repository into validation and test rows, about half each."""
+    names = hashed_order({row.repository or str(place) for place, row in enumerate(data.held_out)}, 0)
+    sizes = dict.fromkeys(names, 0)
+    for place, row in enumerate(data.held_out):
+        sizes[row.repository or str(place)] += 1
+    before = np.cumsum([0, *sizes.values()])[:-1]
+    first = {name for name, earlier in zip(sizes, before, strict=True) if 2 * earlier < len(data.held_out)}
+    parts: dict[str, list[Any]] = {"validation": [], "test": []}
+    for place, row in enumerate(data.held_out):
+        parts["validation" if (row.repository or str(place)) in first else "test"].append(row)
+    return parts
+
+
+def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> float:
+    """Return the learning rate with the best mean validation MRR over exits and tasks, of the first seed."""
+
+    def mrr(rate: float) -> float:
+        tasks = found[start, kind, rate, recipe.seeds[0]]["validation"].values()
+        return float(np.mean([np.mean(values) for task in tasks for values in task.values()]))
+
+    return max(recipe.rates, key=mrr)
+
+
+def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
+    """Return task → reciprocal ranks (seeds, queries) of test rows at the chosen rate; None if a seed is missing."""
+    own = TOGETHER if kind in recipe.variants else kind
+    if any((start, own, rate, recipe.seeds[0]) not in found for rate in recipe.rates):
+        return None
+    keys = [(start, kind, best_rate(recipe, found, start, own), seed) for seed in recipe.seeds]
+    if any(key not in found for key in keys):
+        return None
+    tasks = found[keys[0]]["test"]
+    return {task: np.array([found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
+
+
+@cache
+def _resamples(size: int, seed: int) -> np.ndarray:
+    """Return how much each of `size` items weighs in the mean of each resample, float32 (RESAMPLES, size)."""
+    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
+    return (draws / size).astype(np.float32)
+
+
+def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
+    """Return the mean × 100 of values (seeds, queries), one array per task, and its interval, a two-way bootstrap.
+
+    A resample draws seeds and, within each task, queries; differences of the same queries and seeds are so paired. The
+    interval holds at 95 % for `comparisons` of them at once (Bonferroni: each at 1 - 0.05 / comparisons).
+    """
+    of_seeds = _resamples(len(values[0]), 0)
+    draws = np.zeros(RESAMPLES)
+    for task in values:
+        draws += ((_resamples(task.shape[1], 1) @ task.T.astype(np.float32)) * of_seeds).sum(axis=1) / len(values)
+    tail = 2.5 / comparisons
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    by_seed = np.mean([task.mean(axis=1) for task in values], axis=0)
+    found = {"value": by_seed.mean(), "low": low, "high": high}
+    rounded = {name: round(100 * float(value), 2) for name, value in found.items()}
+    return rounded | {"by_seed": [round(100 * float(value), 2) for value in by_seed]}
+
+
+def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
+    """Return by how much the deepest exit alone beats the shallowest, and whether that is enough (None: not run)."""
+    first, last = (ranks(recipe, found, start, f"exit-{e}", e) for e in (exits[0], exits[-1]))
+    if first is None or last is None:
+        return {"passed": None}
+    found_difference = estimate([last[task] - first[task] for task in first], len(recipe.starts))
+    return {"passed": found_difference["value"] >= recipe.gate and found_difference["low"] > 0, **found_difference}
+
+
+def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dict[str, Any]:
+    """Compare exits together and alone, and variants with both, wherever all seeds are there.
 
     Returns:
-        `exits`, `seeds`, and `benchmarks`: name → `queries`, `exits` (exit → `self_distilled` and, with a baseline,
-        `alone` and `difference`), `mean_difference` over these exits, and `variants` (name → see `_variant`). Each
-        estimate is `mrr` and `recall@1`, as fractions: `value`, `low` and `high` (95 % interval) of the mean over
-        seeds, and `by_seed`.
+        `exits`, `seeds`, `cells` (one row per cell: scores by exit, seconds, cosines between gradients), and `starts`:
+        name → `gate` (see `gate`), `rates` (kind → chosen rate), `exits` (exit → `together`, `alone`, `difference`),
+        `mean_difference` over exits, and `variants` (name → `exits`: exit → `score`, `from_together`, `from_alone`;
+        `mean_difference` from alone). Estimates are those of `estimate`; a difference's interval holds for all exits
+        and starts (variants: all exits and variants) at once.
     """
-    benchmarks, models = {}, dict.fromkeys(model for model, _ in scores)
-    for name in scores[SELF_DISTILLED, seeds[0]]:
-        # Model → exit → the values of each seed.
-        by_model = {
-            model: {e: [scores[model, seed][name][e] for seed in seeds] for e in scores[model, seeds[0]][name]}
-            for model in models
+    rows = [
+        {
+            "start": start,
+            "kind": kind,
+            "rate": rate,
+            "seed": seed,
+            **{part: _by_exit(content[part]) for part in ("validation", "test")},
+            **{name: content[name] for name in ("seconds", "cosines")},
         }
-        own = by_model[SELF_DISTILLED]
-        alone = {e: by_model[f"exit-{e}"][e] for e in exits if f"exit-{e}" in by_model}
-        found: dict[str, Any] = {
-            "queries": sum(map(len, own[exits[0]][0].values())),
-            "exits": {str(e): {"self_distilled": _estimates([own[e]])} for e in exits},
-            "variants": {variant: _variant(by_model[variant], own) for variant in variants},
-        }
-        for e, other in alone.items():
-            found["exits"][str(e)] |= {"alone": _estimates([other]), "difference": _estimates([own[e]], [other])}
-        if alone:
-            found["mean_difference"] = _estimates([own[e] for e in alone], list(alone.values()))
-        benchmarks[name] = found
-    return {"exits": list(exits), "seeds": list(seeds), "benchmarks": benchmarks}
+        for (start, kind, rate, seed), content in found.items()
+    ]
+    starts = {start: _summarize_start(recipe, exits, found, start) for start in recipe.starts}
+    return {"exits": list(exits), "seeds": list(recipe.seeds), "cells": rows, "starts": starts}
 
 
-def _variant(own: Mapping[int, list[Values]], reference: Mapping[int, list[Values]]) -> dict[str, Any]:
-    """Return a variant's scores per exit, their differences from the reference's, the mean difference and a verdict.
-
-    A variant is `recommended` if it raises the mean MRR over exits (the interval of the difference is above 0) and
-    lowers no exit (no interval of an exit's difference is below 0).
-    """
-    by_exit = {
-        str(e): {"figures": _estimates([own[e]]), "difference": _estimates([own[e]], [reference[e]])} for e in own
-    }
-    mean = _estimates(list(own.values()), list(reference.values()))
-    lowered = [int(e) for e, found in by_exit.items() if found["difference"]["mrr"]["high"] < 0]
-    recommended = mean["mrr"]["low"] > 0 and not lowered
-    return {"exits": by_exit, "mean_difference": mean, "lowered_exits": lowered, "recommended": recommended}
+def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Return each exit's mean over tasks of the mean score, × 100."""
+    exits = next(iter(tasks.values()))
+    return {e: round(100 * float(np.mean([np.mean(task[e]) for task in tasks.values()])), 2) for e in exits}
 
 
-def _estimates(
-    own: Sequence[list[Values]], reference: Sequence[list[Values]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Return metric → mean over exits and seeds, with interval; if `reference` is given, of `own` minus `reference`."""
-    found = {}
-    for metric, of_rank in METRICS.items():
-        by_seed = [_mean(of_seed, of_rank) for of_seed in zip(*own, strict=True)]
-        if reference is not None:
-            others = [_mean(of_seed, of_rank) for of_seed in zip(*reference, strict=True)]
-            by_seed = [
-                {task: {query: value - other[task][query] for query, value in of.items()} for task, of in one.items()}
-                for one, other in zip(by_seed, others, strict=True)
-            ]
-        queries = spread(list(_mean(by_seed, float).values()))
-        low, high = bootstrap_interval(queries, 0)
-        means = [float(np.mean([np.mean(list(task.values())) for task in one.values()])) for one in by_seed]
-        found[metric] = {"value": float(queries.mean()), "low": low, "high": high, "by_seed": means}
-    return found
+def _summarize_start(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
+    scores = {kind: {e: ranks(recipe, found, start, kind, e) for e in exits} for kind in (TOGETHER, *recipe.variants)
+              if ranks(recipe, found, start, kind, exits[0]) is not None}  # fmt: skip
+    alone = {e: one for e in exits if (one := ranks(recipe, found, start, f"exit-{e}", e)) is not None}
+    result: dict[str, Any] = {"gate": gate(recipe, exits, found, start), "rates": {}, "exits": {}, "variants": {}}
+    tried = {kind for of_start, kind, _, _ in found if of_start == start and kind not in recipe.variants}
+    for kind in sorted(tried):
+        if all((start, kind, rate, recipe.seeds[0]) in found for rate in recipe.rates):
+            result["rates"][kind] = best_rate(recipe, found, start, kind)
+    for e in exits:
+        one = result["exits"][str(e)] = {}
+        if e in alone:
+            one["alone"] = estimate(list(alone[e].values()))
+        if TOGETHER in scores:
+            one["together"] = estimate(list(scores[TOGETHER][e].values()))
+    if TOGETHER in scores and len(alone) > 0:
+        differences = {e: _difference(scores[TOGETHER][e], alone[e]) for e in alone}
+        for e, values in differences.items():
+            result["exits"][str(e)]["difference"] = estimate(values, len(exits) * len(recipe.starts))
+        result["mean_difference"] = estimate(
+            [np.mean(task, axis=0) for task in zip(*differences.values(), strict=True)]
+        )
+    comparisons = len(exits) * max(1, len(recipe.variants))
+    for kind in scores.keys() - {TOGETHER}:
+        of_kind = result["variants"][kind] = {"exits": {}}
+        for e in exits:
+            of_kind["exits"][str(e)] = one = {"score": estimate(list(scores[kind][e].values()))}
+            one["from_together"] = estimate(_difference(scores[kind][e], scores[TOGETHER][e]), comparisons)
+            if e in alone:
+                one["from_alone"] = estimate(_difference(scores[kind][e], alone[e]), comparisons)
+    result["variants"] = {kind: result["variants"][kind] for kind in recipe.variants if kind in result["variants"]}
+    return result
 
 
-def _mean(several: Sequence[Values], function: Callable[[float], float]) -> Values:
-    """Apply `function` to every value; return, for each query, the mean of the results over `several`."""
-    return {
-        task: {query: float(np.mean([function(values[task][query]) for values in several])) for query in queries}
-        for task, queries in several[0].items()
-    }
+def _difference(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return [own[task] - other[task] for task in own]
 
 
 def _without_places(value: Any) -> Any:
@@ -393,74 +492,92 @@ def _without_places(value: Any) -> Any:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Format as tables what `compare` returned, with `command`, `recipe` and `bm25` (benchmark → MRR) added to it."""
-    seeds = ", ".join(map(str, results["seeds"]))
-    recipe = results["recipe"]["finetuning"]
+    """Format as tables what `summarize` returned, with `command`, `recipe` and `finished` added to it."""
+    recipe, exits = results["recipe"]["finetuning"], results["exits"]
     parts = [
         "# Ablation: exits trained together and alone",
         *([f"    {results['command']}"] if results["command"] else []),
-        f"{recipe['max_steps']} steps of {recipe['batch_size']} pairs from {recipe['model']}; means over seeds "
-        f"{seeds}. Scores × 100. Intervals: 95 %, bootstrap over queries, paired for differences; ties count against "
-        "the retriever.",
-        ", ".join(f"{name} {version}" for name, version in versions().items()),
+        f"MRR × 100 on test rows, means over seeds {', '.join(map(str, results['seeds']))}; {recipe['max_steps']} "
+        f"steps of {recipe['batch_size']} pairs. Intervals: 95 % together (Bonferroni), bootstrap over queries and "
+        "seeds, paired. The learning rate of each kind was chosen on validation rows.",
+        *([] if results["finished"] else ["Cells are missing; the same command continues."]),
+        "## Gate: deepest exit alone − shallowest exit alone",
+        "\n".join(
+            markdown_table(
+                [["start", "difference", "interval", "depth pays"]]
+                + [
+                    [name, *_signed(one["gate"]), {True: "yes", False: "no", None: "not run"}[one["gate"]["passed"]]]
+                    for name, one in results["starts"].items()
+                ]
+            )
+        ),
     ]
-    for name, found in results["benchmarks"].items():
-        parts.append(f"## {name}")
-        parts.append(f"{found['queries']:,} queries; BM25 has an MRR of {percent(results['bm25'][name])}.")
-        parts.append("\n".join(markdown_table(_exit_rows(found))))
+    for name, found in results["starts"].items():
+        if not any("together" in one for one in found["exits"].values()):
+            continue
+        rows = [["exit", "together", "alone", "difference", "interval", "by seed"]]
+        for e, one in found["exits"].items():
+            difference = one.get("difference")
+            seeds = ", ".join(f"{value:+.1f}" for value in difference["by_seed"]) if difference else ""
+            rows.append([e, *(_score(one.get(kind)) for kind in (TOGETHER, "alone")), *_signed(difference), seeds])
+        if "mean_difference" in found:
+            rows.append(["mean", "", "", *_signed(found["mean_difference"]), ""])
+        parts += [f"## Start: {name}", "\n".join(markdown_table(rows))]
+        rates = ", ".join(f"{kind} {rate:g}" for kind, rate in found["rates"].items())
+        parts.append(f"Learning rates: {rates}.")
         if found["variants"]:
-            parts.append("Other recipes, compared with the self-distilled model by MRR:")
-            parts.append("\n".join(markdown_table(_variant_rows(results["exits"], found["variants"]))))
+            rows = [["difference from alone", *(f"exit {e}" for e in exits)]]
+            for kind, one in found["variants"].items():
+                rows.append([kind, *(_in_brackets(one["exits"][str(e)].get("from_alone")) for e in exits)])
+            parts.append("\n".join(markdown_table(rows)))
+            rows = [["difference from together", *(f"exit {e}" for e in exits)]]
+            for kind, one in found["variants"].items():
+                rows.append([kind, *(_in_brackets(one["exits"][str(e)]["from_together"]) for e in exits)])
+            parts.append("\n".join(markdown_table(rows)))
     return "\n\n".join(parts) + "\n"
 
 
-def _exit_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["exit"], *([exit_layer] for exit_layer in found["exits"])]
-    ones = list(found["exits"].values())
-    if "mean_difference" in found:
-        rows.append(["mean"])
-        ones.append({"difference": found["mean_difference"]})
-    for metric in METRICS:
-        rows[0] += [metric_label(metric), "alone", "difference", "interval", "by seed"]
-        for row, one in zip(rows[1:], ones, strict=True):
-            row += [percent(one[kind][metric]["value"]) if kind in one else "" for kind in ("self_distilled", "alone")]
-            row += _difference(one["difference"][metric]) if "difference" in one else ["", "", ""]
-    return rows
+def _score(found: Mapping[str, Any] | None) -> str:
+    return f"{found['value']:.1f}" if found else ""
 
 
-def _variant_rows(exits: Sequence[int], variants: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["", *(f"exit {exit_layer}" for exit_layer in exits), "mean", "interval", "by seed", "verdict"]]
-    for name, one in variants.items():
-        changes = [f"{100 * one['exits'][str(e)]['difference']['mrr']['value']:+.1f}" for e in exits]
-        verdict = "recommended" if one["recommended"] else "no gain"
-        if one["lowered_exits"]:
-            verdict = f"lowers {', '.join(map(str, one['lowered_exits']))}"
-        rows.append([name, *changes, *_difference(one["mean_difference"]["mrr"]), verdict])
-    return rows
+def _signed(found: Mapping[str, Any] | None) -> list[str]:
+    """Return an estimate and its interval with signs; empty texts for what was not run."""
+    if not found or "value" not in found:
+        return ["", ""]
+    return [f"{found['value']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}"]
 
 
-def _difference(figure: Mapping[str, Any]) -> list[str]:
-    numbers = [figure["value"], figure["low"], figure["high"], min(figure["by_seed"]), max(figure["by_seed"])]
-    value, low, high, least, most = (f"{100 * number:+.1f}" for number in numbers)
-    return [value, f"{low} to {high}", f"{least} to {most}"]
+def _in_brackets(found: Mapping[str, Any] | None) -> str:
+    value, interval = _signed(found)
+    return f"{value} ({interval})" if value else ""
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Plot MRR and Recall@1 of self-distilled and single-exit models against layers, in one row per benchmark."""
+    """Plot MRR against layers, a panel per start: exits together, alone, and of the variant best at its worst exit."""
     from matplotlib.figure import Figure
 
-    rows, columns = len(results["benchmarks"]), len(METRICS)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for row, (name, found) in zip(panels, results["benchmarks"].items(), strict=True):
-        for axes, metric in zip(row, METRICS, strict=True):
-            for key, label in (("self_distilled", "self-distilled"), ("alone", "single exits")):
-                points = {int(e): one[key][metric] for e, one in found["exits"].items() if key in one}
-                value, low, high = ([100 * one[bound] for one in points.values()] for bound in ("value", "low", "high"))
-                (line,) = axes.plot(list(points), value, marker="o", label=label)
-                axes.fill_between(list(points), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-            axes.set(xlabel="layers", ylabel=f"{metric_label(metric)} × 100", title=name)
-            axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    starts = {name: one for name, one in results["starts"].items() if any(one["exits"].values())}
+    if not starts:
+        return
+    figure = Figure(figsize=(3.6 * len(starts), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(starts), squeeze=False, sharey=True)[0]
+    for axes, (name, found) in zip(panels, starts.items(), strict=True):
+        lines = {
+            kind: {e: one[kind] for e, one in found["exits"].items() if kind in one} for kind in (TOGETHER, "alone")
+        }
+        variants = {kind: one["exits"] for kind, one in found["variants"].items()}
+        if variants:
+            best = max(variants, key=lambda kind: min(one["from_together"]["value"] for one in variants[kind].values()))
+            lines[best] = {e: one["score"] for e, one in variants[best].items()}
+        for kind, points in lines.items():
+            if points:
+                value, low, high = ([one[bound] for one in points.values()] for bound in ("value", "low", "high"))
+                (line,) = axes.plot([int(e) for e in points], value, marker="o", label=kind)
+                axes.fill_between([int(e) for e in points], low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+        axes.set(xlabel="layers", title=name, xticks=results["exits"])
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("MRR × 100")
     with staged_file(path) as staging:
         figure.savefig(staging, format="png", dpi=120)

@@ -1,7 +1,7 @@
-"""Data, tokenizer and configuration of the ablation in docs/joint_training.md: python near_miss_clones.py OUT
+"""Data, tokenizer and configuration of the ablation in docs/joint_training.md: python clones.py OUT
 
-A row is a pair of clones made from one function of an installed Python package. Identifiers get random one-letter names,
-strings become "s", long numbers 9, and each side loses every line after the first with probability 1/2: near-miss clones
+A row is a pair of clones of one function of an installed Python package. Identifiers get random one-letter names,
+strings become "s", long numbers 9; each side loses every line after the first with probability 1/2: near-miss clones
 by mutation, as in Roy and Cordy, "A Mutation/Injection-Based Automatic Framework for Evaluating Code Clone Detection
 Tools", 2009. Words tell nothing here, so a model must read structure: depth pays even after seconds of training.
 """
@@ -21,7 +21,7 @@ from modular_star_encoder.data.tokenizer import train_tokenizer
 
 TOKEN = re.compile(r"[^\W\d]\w*|\d+|\"[^\"\n]*\"|'[^'\n]*'|[-+*/%&|^=<>!@~]+|\S")
 KEPT = {*keyword.kwlist, "self"}
-LOST, CHARACTERS, PAIRS_OF_A_PACKAGE = 0.5, 160, 3000
+LOST, CHARACTERS, PAIRS_OF_A_PACKAGE, CLONES_OF_A_FILE = 0.5, 160, 3000, 4
 CONFIG = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -42,6 +42,7 @@ CONFIG = {
     "projection_head": "linear",
     "projection_size": 64,
     "token_weights": True,
+    "initializer_range": 0.1,
 }
 
 
@@ -82,6 +83,15 @@ def main() -> None:
             rows.append({"query": query, "positive": positive, "repository": one.repository})
     with (out / "clones.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+    # For masked-token pre-training: the same texts as files, in one folder for each package.
+    of_package: dict[str, list[str]] = {}
+    for row in rows:
+        of_package.setdefault(row["repository"], []).append(row["query"])
+    for name, texts in of_package.items():
+        (out / "corpus" / name).mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(texts), CLONES_OF_A_FILE):
+            path = out / "corpus" / name / f"part{start // CLONES_OF_A_FILE}.py"
+            path.write_text("\n".join(texts[start : start + CLONES_OF_A_FILE]), encoding="utf-8")
     tokenizer = train_tokenizer([row["query"] for row in rows], CONFIG["vocab_size"], max_length=64, progress=False)
     ModularStarEncoderConfig(**CONFIG).save_pretrained(out / "random")
     tokenizer.save_pretrained(out / "random")
