@@ -57,7 +57,7 @@ def stop_before_training() -> None:
         settings.open()
         stop()
 
-    runs.train_to_the_end = ablation._run_cell = stop
+    runs.train_to_the_end = ablation._Cells._train = stop
     build.translate = open_only
 
 

@@ -1,24 +1,28 @@
-"""The ablation: what is trained, what is compared, and that finished cells are kept."""
+"""The ablation: the order of cells, the gate, rates by validation, intervals, and that finished cells are kept."""
 
 import json
 import os
-import shutil
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.training import ablation as ablation_module
-from modular_star_encoder.training.ablation import AblationRecipe, ablate, compare, plot_ablation, to_markdown
-from modular_star_encoder.training.finetuning import finetune
+from modular_star_encoder.training.ablation import (
+    AblationRecipe,
+    ablate,
+    best_rate,
+    estimate,
+    plot_ablation,
+    summarize,
+    to_markdown,
+)
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
-from tests.tiny import EXIT_LAYERS
 from tests.training import retrieval_runs
 from tests.training.retrieval_runs import saved_figures, write_recipe
 
-pytestmark = pytest.mark.slow
+TASK = "held-out, text → code"
+QUERIES = np.random.default_rng(0).random(200)
 
 
 @pytest.fixture(scope="module")
@@ -26,181 +30,157 @@ def recipe_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     checkpoint, triplets = retrieval_runs.write_checkpoint(folder / "checkpoint"), retrieval_runs.write_triplets(folder)
     settings = retrieval_runs.finetuning_settings(checkpoint, triplets)
-    settings |= {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
-    recipe = {"finetuning": settings, "seeds": [0], "exit_layers": [2], "variants": {}}
+    settings |= {"max_steps": 1, "logging_steps": 1, "log_gradient_norms": True}
+    recipe = {"finetuning": settings, "seeds": [0], "exit_layers": [1, 4], "gate": 0}
     return write_recipe(folder / "recipe.yaml", recipe)
 
 
 def run(recipe_file, out, *overrides):
     lines = []
     recipe = load_recipe(AblationRecipe, recipe_file, overrides)
-    return ablate(recipe, out, command="mose ablate", progress=False, announce=lines.append), lines
+    results = ablate(recipe, out, command="mose ablate", progress=False, announce=lines.append)
+    return results, [line.partition(" ")[2] for line in lines]
 
 
-def count_trainings(monkeypatch, out, stop_at=None):
-    """The cells that are trained, in order; `stop_at` is where Ctrl-C comes."""
-    trained, original = [], finetune
-
-    def counting(recipe, folder, **options):
-        trained.append(folder.relative_to(out / "cells").as_posix())
-        if len(trained) == stop_at:
-            raise KeyboardInterrupt
-        return original(recipe, folder, **options)
-
-    monkeypatch.setattr(ablation_module, "finetune", counting)
-    return trained
-
-
-def test_cells_resume_on_their_own_and_later_calls_may_add_some(recipe_file, tmp_path, monkeypatch):
-    out = tmp_path / "ablation"
-    with monkeypatch.context() as patch:
-        trained = count_trainings(patch, out, stop_at=2)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe_file, out)
-    assert trained == ["self-distilled/seed-0", "exit-2/seed-0"]
-    trained = count_trainings(monkeypatch, out)
-    results, lines = run(recipe_file, out)
-    assert lines == ["cell 1 of 2: self-distilled, seed 0", "cell 2 of 2: exit-2, seed 0"]
-    assert trained == ["exit-2/seed-0"]
-    _, lines = run(recipe_file, out, "seeds=[0, 1]", "variants={uniform: {exit_weights: uniform}}", "keep_models=false")
-    assert len(lines) == 6
-    added = ["uniform/seed-0", "self-distilled/seed-1", "exit-2/seed-1", "uniform/seed-1"]
-    assert trained[1:] == added
-    name = "held-out, text → code"
-    found, before = json.loads((out / "ablation.json").read_text())["benchmarks"][name], results["benchmarks"][name]
-    by_seed = [one["exits"]["2"]["self_distilled"]["mrr"]["by_seed"][0] for one in (found, before)]
-    assert by_seed[0] == pytest.approx(by_seed[1])
-    assert set(found["variants"]["uniform"]["exits"]) == {"1", "2", "4"}
-    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert "| uniform |" in (out / "ablation.md").read_text()
-    assert not [*(out / "cells").rglob("*.safetensors"), *(out / "cells").rglob("checkpoint-*")]
-
-
-def test_baselines_are_cut_from_the_same_checkpoint_and_see_the_same_batches(recipe_file, tmp_path):
-    results, _ = run(recipe_file, tmp_path / "run", "exit_layers=[1]", "finetuning.learning_rate=1.0e-30")
-    models = [tmp_path / "run" / "cells" / name / "seed-0" / "model" for name in ("self-distilled", "exit-1")]
-    both, alone = (load_file(model / "model.safetensors") for model in models)
-    heads = {f"projection_heads.1.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("bias", "weight")}
-    assert {name for name in alone if name.startswith("projection_heads")} == heads
-    assert not any(name.startswith("model.layers.1") for name in alone)
-    for name in set(alone) - heads:
-        torch.testing.assert_close(alone[name], both[name], rtol=0, atol=1e-20)
-    logs = [json.loads((model / "training_log.json").read_text()) for model in models]
-    assert logs[0]["data"] == logs[1]["data"]
-    names = {"model", "max_steps", "batch_size", "seed", "learning_rate", "data"}
-    assert {name: logs[0]["recipe"][name] for name in names} == {name: logs[1]["recipe"][name] for name in names}
-    assert set(results["benchmarks"]) == {"held-out, text → code", "held-out, code → code"}
-
-
-def write_exercises(folder):
-    rows = [
-        {"slug": f"exercise{i}", "description": f"Compute {i}.", "code": {"go": f"func E{i}() {{}}", "c": f"int e{i};"}}
-        for i in range(4)
-    ]
-    (folder / "exercises.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def test_a_model_that_was_not_kept_is_trained_again_for_a_benchmark_that_comes_later(
-    recipe_file, tmp_path, monkeypatch
-):
-    write_exercises(tmp_path)
-    out, options = tmp_path / "run", ("keep_models=false", "baselines=false", "finetuning.lora={}")
-    trained = count_trainings(monkeypatch, out)
-    before, _ = run(recipe_file, out, *options)
+@pytest.mark.slow
+def test_real_cells_are_trained_kept_and_continued(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_module, "gate", lambda *_: {"passed": True})
+    out = tmp_path / "run"
+    results, trained = run(recipe_file, out)
+    assert trained == [f"start/{kind}/rate-0.003-seed-0" for kind in ("exit-1", "exit-4", "together")]
+    cell = json.loads((out / "cells/start/together/rate-0.003-seed-0.json").read_text())
+    assert set(cell["test"][TASK]) == set(cell["validation"][TASK]) == {"1", "2", "4"}
+    assert set(cell["cosines"]) == {"0", "1", "2"}
+    alone = json.loads((out / "cells/start/exit-1/rate-0.003-seed-0.json").read_text())
+    assert set(alone["test"][TASK]) == {"1"}
+    assert alone["recipe"]["exit_layer"] == 1
+    (start,) = results["starts"].values()
+    # Each task weighs the same: text → code and code → code.
+    both = np.mean([np.mean(task["1"]) for task in cell["test"].values()])
+    difference = both - np.mean([np.mean(task["1"]) for task in alone["test"].values()])
+    assert len(cell["test"]) == 2
+    assert start["exits"]["1"]["difference"]["value"] == pytest.approx(100 * difference, abs=0.02)
     assert not list(out.rglob("*.safetensors"))
-    later = (*options, f"benchmark_data={tmp_path}", "benchmarks=[exercism-code]")
-    after, _ = run(recipe_file, out, *later)
-    found = after["benchmarks"].pop("exercism-code")
-    assert found["queries"] == 8
-    assert set(found["exits"]) == {str(exit_layer) for exit_layer in EXIT_LAYERS}
-    assert "difference" not in found["exits"]["2"]
-    assert after["benchmarks"] == before["benchmarks"]
-    assert trained == ["self-distilled/seed-0"] * 2
-    assert not list(out.rglob("*.safetensors"))
-    run(recipe_file, out, *later)
-    assert len(trained) == 2
+    again, trained = run(recipe_file, out, "variants={alternate: {exit_schedule: alternate, max_steps: 2}}")
+    assert trained == ["start/alternate/rate-0.003-seed-0"]
+    assert again["starts"]["start"]["exits"] == results["starts"]["start"]["exits"]
+    with raises("training.run.other_settings", "other values of batch_size;"):
+        run(recipe_file, out, "finetuning.batch_size=6")
 
 
-def scores(values, seeds=(0, 1)):
-    """model → exit → reciprocal ranks, the same for each seed but for a shift."""
-    return {
-        (model, seed): {
-            "bench": {
-                exit_layer: {"task": {str(i): rank for i, rank in enumerate(ranks)}} for exit_layer, ranks in of.items()
-            }
-        }
-        for model, of in values.items()
-        for seed in seeds
+def cell_of(recipe, mrr, *, validation=None):
+    """The content of a cell whose exits score `mrr` (exit → mean), the same for each query up to a known spread."""
+    test = {str(e): (value + 0.1 * (QUERIES - QUERIES.mean())).tolist() for e, value in mrr.items()}
+    shown = {str(e): [value if validation is None else validation] for e, value in mrr.items()}
+    return {"recipe": recipe, "seconds": 1.0, "cosines": {}, "test": {TASK: test}, "validation": {TASK: shown}}
+
+
+def planned(recipe, scores):
+    """The cells that are trained, where a cell (start, kind, rate, seed) scores as `scores` says; and all of them."""
+    found, order = {}, []
+    for cell in ablation_module._plan(recipe, (1, 2, 4), found):
+        key = (cell.start, cell.kind, cell.recipe.learning_rate, cell.recipe.seed)
+        if key not in found:
+            order.append(key)
+            exits = [int(cell.kind[5:])] if cell.kind.startswith("exit-") else [1, 2, 4]
+            found[key] = cell_of({}, {e: scores(*key, e) for e in exits})
+    return order, found
+
+
+def test_gates_come_first_then_all_exits_then_variants_where_together_costs_most(recipe_file):
+    overrides = ["exit_layers=null", "starts={deep: {}, flat: {}, harmed: {}}", "gate=3", "seeds=[0, 1]"]
+    overrides += ["learning_rates=[0.1, 0.2]", "variants={alternate: {exit_schedule: alternate}}"]
+    recipe = load_recipe(AblationRecipe, recipe_file, overrides)
+
+    def scores(start, kind, rate, seed, e):
+        alone = 0.4 + (0.0 if start == "flat" else 0.05 * e) + (0.01 if rate == 0.2 else 0.0)
+        return alone - (0.1 if start == "harmed" and kind == "together" else 0.0)
+
+    order, found = planned(recipe, scores)
+    starts = [start for start, *_ in order]
+    assert order[:3] == [("deep", "exit-1", 0.1, 0), ("deep", "exit-1", 0.2, 0), ("deep", "exit-1", 0.2, 1)]
+    assert starts[:18] == ["deep"] * 6 + ["flat"] * 6 + ["harmed"] * 6
+    assert "flat" not in starts[18:]
+    assert (
+        [key for key in order if key[1] == "alternate"]
+        == order[-2:]
+        == [("harmed", "alternate", 0.2, seed) for seed in (0, 1)]
+    )
+    results = summarize(recipe, (1, 2, 4), found)["starts"]
+    assert [results[start]["gate"]["passed"] for start in ("deep", "flat", "harmed")] == [True, False, True]
+    assert results["deep"]["gate"]["value"] == pytest.approx(15)
+    assert results["harmed"]["exits"]["2"]["difference"]["value"] == pytest.approx(-10)
+    # Where every query of every seed differs by the same, an interval has no width.
+    assert results["harmed"]["exits"]["2"]["difference"]["low"] == pytest.approx(-10, abs=0.01)
+    assert results["harmed"]["variants"]["alternate"]["exits"]["2"]["from_together"]["value"] == pytest.approx(10)
+    assert results["flat"]["exits"]["2"] == {}
+
+
+def test_a_rate_is_chosen_by_validation_not_by_test_scores(recipe_file):
+    recipe = load_recipe(AblationRecipe, recipe_file, ["learning_rates=[0.1, 0.2]"])
+    found = {
+        ("start", "together", 0.1, 0): cell_of({}, {1: 0.2, 4: 0.3}, validation=0.9),
+        ("start", "together", 0.2, 0): cell_of({}, {1: 0.8, 4: 0.9}, validation=0.1),
     }
+    assert best_rate(recipe, found, "start", "together") == 0.1
 
 
-GOOD, BAD = [1.0] * 30 + [0.5] * 10, [1.0] * 10 + [0.25] * 30
+def test_intervals_cover_queries_and_seeds_and_widen_with_the_number_of_comparisons():
+    generator = np.random.default_rng(1)
+    queries = generator.normal(0.0, 0.3, size=400)
+    equal_seeds = estimate([np.tile(queries, (3, 1))])
+    half = 1.96 * 100 * queries.std() / np.sqrt(400)
+    assert equal_seeds["high"] - equal_seeds["low"] == pytest.approx(2 * half, rel=0.1)
+    other_seeds = estimate([queries + np.array([[-0.1], [0.0], [0.1]])])
+    assert other_seeds["high"] - other_seeds["low"] > 1.5 * (equal_seeds["high"] - equal_seeds["low"])
+    many = estimate([np.tile(queries, (3, 1))], comparisons=20)
+    # 1 - 0.05 / 20 of a normal distribution lies within 3.02 standard deviations.
+    assert many["high"] - many["low"] == pytest.approx(3.02 / 1.96 * 2 * half, rel=0.15)
+    assert other_seeds["by_seed"] == pytest.approx([100 * queries.mean() + shift for shift in (-10, 0, 10)], abs=0.01)
 
 
-def test_figures_are_means_and_differences_are_paired():
-    found = compare(scores({"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}}), (1, 2), (0, 1), [])
-    found = found["benchmarks"]["bench"]
-    one = found["exits"]["1"]
-    assert one["self_distilled"]["mrr"]["value"] == pytest.approx(35 / 40)
-    assert one["self_distilled"]["recall@1"]["value"] == pytest.approx(30 / 40)
-    assert one["difference"]["mrr"]["value"] == pytest.approx((35 - 17.5) / 40)
-    assert one["difference"]["mrr"]["by_seed"] == pytest.approx([(35 - 17.5) / 40] * 2)
-    assert one["difference"]["mrr"]["low"] < (35 - 17.5) / 40 < one["difference"]["mrr"]["high"]
-    # Where every query differs by the same, drawing other queries changes nothing.
-    shifted = {"self-distilled": {1: GOOD}, "exit-1": {1: [value - 0.25 for value in GOOD]}}
-    one = compare(scores(shifted), (1,), (0, 1), [])["benchmarks"]["bench"]["exits"]["1"]
-    assert (one["difference"]["mrr"]["low"], one["difference"]["mrr"]["high"]) == pytest.approx((0.25, 0.25))
-    assert one["self_distilled"]["mrr"]["high"] > one["self_distilled"]["mrr"]["low"]
-    # The mean over seeds is taken query by query.
-    seeds = [
-        scores({"self-distilled": {1: ranks}}, seeds=(seed,)) for seed, ranks in enumerate([[1.0, 0.5], [0.5] * 2])
-    ]
-    figure = compare(seeds[0] | seeds[1], (1,), (0, 1), [])["benchmarks"]["bench"]["exits"]["1"]["self_distilled"]
-    assert figure["mrr"]["by_seed"] == [0.75, 0.5]
-    assert figure["mrr"]["value"] == pytest.approx(0.625)
-    assert figure["recall@1"]["by_seed"] == [0.5, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("exits", "recommended", "lowered"),
-    [
-        ({1: GOOD, 2: GOOD}, True, []),
-        ({1: GOOD, 2: BAD}, True, []),
-        ({1: BAD, 2: BAD}, False, []),
-        ({1: GOOD, 2: [0.1] * 40}, False, [2]),
-    ],
-)
-def test_a_variant_is_recommended_if_it_raises_the_mean_and_lowers_no_exit(exits, recommended, lowered):
-    given = scores({"self-distilled": {1: BAD, 2: BAD}, "other": exits})
-    found = compare(given, (1, 2), (0, 1), ["other"])["benchmarks"]["bench"]["variants"]["other"]
-    assert (found["recommended"], found["lowered_exits"]) == (recommended, lowered)
+def test_validation_and_test_rows_share_no_repository(recipe_file, tmp_path):
+    recipe = load_recipe(AblationRecipe, recipe_file).base()
+    data = ablation_module.prepare_data(recipe.rows(), tmp_path / "data", False)
+    parts = ablation_module._parts(data)
+    names = [{row.repository for row in rows} for rows in parts.values()]
+    assert names[0]
+    assert names[1]
+    assert names[0].isdisjoint(names[1])
+    assert sum(map(len, parts.values())) == len(data.held_out)
 
 
 @pytest.fixture
-def results():
-    both = {"self-distilled": {1: GOOD, 2: GOOD}, "exit-1": {1: BAD}, "exit-2": {2: BAD}, "other": {1: BAD, 2: GOOD}}
-    recipe = {"finetuning": {"max_steps": 3, "batch_size": 4, "model": "m"}}
-    extra = {"command": "mose ablate x", "recipe": recipe, "bm25": {"bench": 0.5}}
-    return {**extra, **compare(scores(both), (1, 2), (0, 1), ["other"])}
+def results(recipe_file):
+    recipe = load_recipe(
+        AblationRecipe, recipe_file, ["variants={other: {exit_schedule: alternate}}", "exit_layers=null"]
+    )
+    levels = {"together": 0.0, "other": 0.1}
+    _, found = planned(recipe, lambda start, kind, rate, seed, e: 0.1 * e + levels.get(kind, 0.05))
+    return {
+        "command": "mose ablate x",
+        "recipe": {"finetuning": {"max_steps": 3, "batch_size": 4}},
+        "finished": False,
+        **summarize(recipe, (1, 2, 4), found),
+    }
 
 
-def test_the_report_shows_both_series_differences_and_variants(results):
-    lines = to_markdown(results).splitlines()
-    row = next(line for line in lines if line.startswith("| 1 "))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:4] == ["1", "87.5", "43.8", "+43.8"]
-    assert cells[5] == "+43.8 to +43.8"
-    assert cells[6:9] == ["75.0", "25.0", "+50.0"]
-    assert next(line for line in lines if line.startswith("| other")).split("|")[-2].strip() == "lowers 1"
-    assert "    mose ablate x" in lines
+def test_the_report_shows_gate_differences_and_variants(results):
+    text = to_markdown(results)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["start", "+30.0", "+30.0 to +30.0", "yes"] in rows
+    assert ["2", "20.0", "25.0", "-5.0", "-5.0 to -5.0", "-5.0"] in rows
+    assert ["other", *["+5.0 (+5.0 to +5.0)"] * 3] in rows
+    assert "    mose ablate x" in text
+    assert "Cells are missing" in text
 
 
-def test_the_picture_has_both_series_in_a_panel_of_each_metric(tmp_path, monkeypatch, results):
+def test_the_picture_has_a_line_together_alone_and_for_the_best_variant(tmp_path, monkeypatch, results):
     figures = saved_figures(monkeypatch)
     plot_ablation(results, tmp_path / "ablation.png")
-    (figure,) = figures
-    assert [axes.get_ylabel() for axes in figure.axes] == ["MRR × 100", "R@1 × 100"]
-    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[87.5, 87.5], [43.75, 43.75]]
+    (axes,) = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == ["together", "alone", "other"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([10, 20, 40])
     assert (tmp_path / "ablation.png").is_file()
 
 
@@ -216,16 +196,14 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
     [
         ("seeds=[1, 1]", "settings.value", "seeds"),
         ("exit_layers=[3]", "ablation.exit_layers", "[3], but the model's exits are [1, 2, 4]"),
-        ("benchmarks=codesearchnet-999", "settings.value", "'codesearchnet-999'"),
-        ("variants={self-distilled: {}}", "settings.value", "'self-distilled'"),
+        ("variants={together: {}}", "settings.value", "'together'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),
         ("variants={a: {data.triplets: x}}", "ablation.variants", "data.triplets"),
-        ("variants={a: {max_train_samples: 3}}", "ablation.variants", "max_train_samples"),
-        ("variants={a: {objective.speed: 3}}", "settings.unknown", "a: objective: unknown setting speed"),
+        ("starts={a: {learning_rate: 3}}", "ablation.variants", "learning_rate"),
+        ("variants_on=[b]", "ablation.starts", "b"),
+        ("variants={a: {objective.speed: 3}}", "settings.unknown", "objective: unknown setting speed"),
         ("variants={a: {max_steps.x: 3}}", "settings.override", "max_steps is not a mapping"),
         ("variants={a: {objective: {teacher: 3, distillation_weight: 1}}}", "contrastive.exit", "a: `teacher` names"),
-        ("held_out=false", "ablation.benchmarks", "held_out"),
-        ("benchmarks=[exercism-code]", "ablation.benchmark_data", "benchmark_data"),
         ("finetuning.max_steps=0", "settings.value", "max_steps"),
     ],
 )
@@ -235,43 +213,22 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_baselines_have_no_options_about_other_exits(recipe_file):
-    objective = {"teacher": 4, "distillation_weight": 1, "alignment_weight": 1, "dimensions": {1: [8, 16]}}
-    recipe = load_recipe(AblationRecipe, recipe_file, ["exit_layers=[1, 2]", f"finetuning.objective={objective}"])
-    settings = {cell.name: cell.recipe.objective for cell in recipe.cells(EXIT_LAYERS)}
-    for exit_layer, sizes in ((1, (8, 16)), (2, (64,))):
-        alone = settings[f"exit-{exit_layer}"]
-        alone.check((exit_layer,), 64)
-        assert alone.sizes(exit_layer, 64) == sizes
-        assert alone.distillation_weight == alone.alignment_weight == 0
-    assert settings["self-distilled"].teacher == 4
-    plain = load_recipe(AblationRecipe, recipe_file).cells(EXIT_LAYERS)
-    assert {cell.recipe.objective for cell in plain} == {ContrastiveSettings()}
+def test_exits_alone_have_no_options_about_other_exits(recipe_file):
+    objective = {"teacher": 4, "distillation_weight": 1, "alignment_weight": 1}
+    overrides = [f"finetuning.objective={objective}", "finetuning.share_heads=true", "finetuning.exit_weights=paper"]
+    recipe = load_recipe(AblationRecipe, recipe_file, overrides)
+    alone, together = (recipe.cell("start", kind, 0.1, 7).recipe for kind in ("exit-2", "together"))
+    assert (alone.exit_layer, alone.seed, alone.learning_rate) == (2, 7, 0.1)
+    assert alone.objective.distillation_weight == alone.objective.alignment_weight == 0
+    assert (alone.training["share_heads"], alone.training["exit_weights"]) == (False, "uniform")
+    assert (together.training["share_heads"], together.training["exit_weights"]) == (True, "paper")
+    assert together.objective.teacher == 4
 
 
-def test_cells_of_other_settings_or_of_another_checkpoint_at_the_same_place_are_refused(recipe_file, tmp_path):
-    checkpoint, settings = tmp_path / "checkpoint", ("baselines=false", f"finetuning.model={tmp_path / 'checkpoint'}")
-    shutil.copytree(recipe_file.parent / "checkpoint", checkpoint)
-    run(recipe_file, tmp_path / "run", *settings)
-    with raises("training.run.other_settings", "other values of batch_size;"):
-        run(recipe_file, tmp_path / "run", *settings, "finetuning.batch_size=6")
-    weights = {name: tensor + 1 for name, tensor in load_file(checkpoint / "model.safetensors").items()}
-    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    with raises("ablation.starting_points", checkpoint):
-        run(recipe_file, tmp_path / "run", *settings, "seeds=[0, 1]")
-    assert not (tmp_path / "run" / "cells" / "self-distilled" / "seed-1").exists()
-    # An ablation of a version that wrote no checksums.
-    (tmp_path / "run" / "starting_points.json").unlink()
-    run(recipe_file, tmp_path / "run", *settings)
-
-
-def test_our_recipe_trains_a_baseline_for_each_exit_and_tries_options_one_at_a_time():
+def test_our_recipe_tries_options_one_at_a_time():
     recipe = load_recipe(AblationRecipe, hub_config_folder("small") / "ablation.yaml")
-    assert isinstance(recipe, AblationRecipe)
-    cells = recipe.cells((1, 2, 4, 6, 8))
-    assert len(cells) == 3 * (1 + 5 + len(recipe.variants))
-    assert {cell.recipe.exit_layer for cell in cells} == {None, 1, 2, 4, 6, 8}
-    assert {cell.recipe.seed for cell in cells} == {0, 1, 2}
-    weights = {cell.name: cell.recipe.objective.distillation_weight for cell in cells}
+    weights = {
+        kind: recipe.cell("start", kind, 1e-3, 0).recipe.objective.distillation_weight for kind in recipe.variants
+    }
     assert weights["distilled-from-ensemble"] == 1.0
-    assert weights["self-distilled"] == weights["aligned"] == 0.0
+    assert weights["aligned"] == 0.0

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field
@@ -35,15 +36,12 @@ from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import held_out_tasks
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.training import runs
 from modular_star_encoder.training.distilling import load_teacher, teach
-from modular_star_encoder.training.finetuning import check_recipe, prepare_data
+from modular_star_encoder.training.finetuning import check_recipe, exit_encoder, objective_of, prepare_data
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
-from modular_star_encoder.training.starting_points import starting_model, starting_source
+from modular_star_encoder.training.starting_points import add_adapters, starting_model, starting_source
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
@@ -264,7 +262,7 @@ class _Cells:
             for kind in (TOGETHER, *recipe.variants):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
-                    blueprint, _ = check_recipe(cell.recipe, out, 1, progress, objective_of(cell.recipe))
+                    blueprint, _ = check_recipe(cell.recipe, out, 1, progress)
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
         self.exits = tuple(blueprint.config.exit_layers)
@@ -286,7 +284,8 @@ class _Cells:
         known = path.is_file()
         if known:
             content = read_json(path)
-            if other := sorted(name for name in made_from if content["recipe"].get(name) != made_from[name]):
+            before = content["recipe"]
+            if other := sorted(name for name in made_from if before.get(name, made_from[name]) != made_from[name]):
                 message = f"{path} was trained with other values of {', '.join(other)}; name another folder."
                 raise UserError("training.run.other_settings", message)
         else:
@@ -302,7 +301,7 @@ class _Cells:
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
         folder = self.out / "training" / cell.name
-        _, arguments = check_recipe(recipe, folder, 1, False, objective_of(recipe))
+        _, arguments = check_recipe(recipe, folder, 1, False)
         arguments.set_evaluate(strategy="no")
         key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         prompts = model.config.instruction_prompts
@@ -314,12 +313,14 @@ class _Cells:
         )
         if settings := recipe.distillation:
             teacher = load_teacher(settings, model.config.projection_size)
-            rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, False, max_tokens=max(lengths.values()))
+            rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, max(lengths.values()), False)
         collator = RetrievalCollator(tokenizer)
-        trainer = MultiExitTrainer(model, arguments, objective_of(recipe), train_dataset=rows, data_collator=collator)
+        adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
+        trainer = MultiExitTrainer(adapted, arguments, objective_of(recipe), train_dataset=rows, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         log = runs.train_to_the_end(trainer, folder, progress=False)
-        encoder = ExitEncoder(model.eval(), tokenizer, cell.name, max_length=max(lengths.values()))
+        shutil.rmtree(folder, ignore_errors=True)  # checkpoints
+        encoder = exit_encoder(recipe, model, tokenizer, cell.name)
         scores: dict[str, Any] = {}
         for part, tasks in self.tasks.items():
             for result in evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], progress=False):
@@ -334,13 +335,6 @@ class _Cells:
             "cosines": {name[-1]: float(np.mean([line[name] for line in history if name in line])) for name in cosines},
             **scores,
         }
-
-
-def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
-    """Return the objective of a recipe: with a teacher, distillation."""
-    if recipe.distillation is None:
-        return ContrastiveObjective(recipe.objective)
-    return DistillationObjective(recipe.distillation, recipe.objective)
 
 
 def _parts(data: RetrievalData) -> dict[str, list[Any]]:
@@ -370,7 +364,7 @@ def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> fl
 def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
     """Return task → reciprocal ranks (seeds, queries) of test rows at the chosen rate; None if a seed is missing."""
     own = TOGETHER if kind in recipe.variants else kind
-    if any((start, own, rate, recipe.seeds[0]) not in found for rate in recipe.rates):
+    if own not in _tried(recipe, found, start):
         return None
     keys = [(start, kind, best_rate(recipe, found, start, own), seed) for seed in recipe.seeds]
     if any(key not in found for key in keys):
@@ -419,8 +413,8 @@ def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dic
     Returns:
         `exits`, `seeds`, `cells` (one row per cell: scores by exit, seconds, cosines between gradients), and `starts`:
         name → `gate` (see `gate`), `rates` (kind → chosen rate), `exits` (exit → `together`, `alone`, `difference`),
-        `mean_difference` over exits, and `variants` (name → `exits`: exit → `score`, `from_together`, `from_alone`;
-        `mean_difference` from alone). Estimates are those of `estimate`; a difference's interval holds for all exits
+        `mean_difference` over exits, and `variants` (name → `exits`: exit → `score`, `from_together`, `from_alone`).
+        Estimates are those of `estimate`; a difference's interval holds for all exits
         and starts (variants: all exits and variants) at once.
     """
     rows = [
@@ -445,37 +439,41 @@ def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, fl
 
 
 def _summarize_start(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
-    scores = {kind: {e: ranks(recipe, found, start, kind, e) for e in exits} for kind in (TOGETHER, *recipe.variants)
-              if ranks(recipe, found, start, kind, exits[0]) is not None}  # fmt: skip
+    rates = {kind: best_rate(recipe, found, start, kind) for kind in _tried(recipe, found, start)}
+    result: dict[str, Any] = {"gate": gate(recipe, exits, found, start), "rates": rates, "exits": {}, "variants": {}}
     alone = {e: one for e in exits if (one := ranks(recipe, found, start, f"exit-{e}", e)) is not None}
-    result: dict[str, Any] = {"gate": gate(recipe, exits, found, start), "rates": {}, "exits": {}, "variants": {}}
-    tried = {kind for of_start, kind, _, _ in found if of_start == start and kind not in recipe.variants}
-    for kind in sorted(tried):
-        if all((start, kind, rate, recipe.seeds[0]) in found for rate in recipe.rates):
-            result["rates"][kind] = best_rate(recipe, found, start, kind)
+    together = {e: one for e in exits if (one := ranks(recipe, found, start, TOGETHER, e)) is not None}
+    both = [e for e in together if e in alone]
     for e in exits:
-        one = result["exits"][str(e)] = {}
-        if e in alone:
-            one["alone"] = estimate(list(alone[e].values()))
-        if TOGETHER in scores:
-            one["together"] = estimate(list(scores[TOGETHER][e].values()))
-    if TOGETHER in scores and len(alone) > 0:
-        differences = {e: _difference(scores[TOGETHER][e], alone[e]) for e in alone}
-        for e, values in differences.items():
-            result["exits"][str(e)]["difference"] = estimate(values, len(exits) * len(recipe.starts))
+        shown = {kind: list(of[e].values()) for kind, of in ((TOGETHER, together), ("alone", alone)) if e in of}
+        result["exits"][str(e)] = {kind: estimate(values) for kind, values in shown.items()}
+    differences = {e: _difference(together[e], alone[e]) for e in both}
+    for e, values in differences.items():
+        result["exits"][str(e)]["difference"] = estimate(values, len(exits) * len(recipe.starts))
+    if both:
         result["mean_difference"] = estimate(
             [np.mean(task, axis=0) for task in zip(*differences.values(), strict=True)]
         )
     comparisons = len(exits) * max(1, len(recipe.variants))
-    for kind in scores.keys() - {TOGETHER}:
-        of_kind = result["variants"][kind] = {"exits": {}}
-        for e in exits:
-            of_kind["exits"][str(e)] = one = {"score": estimate(list(scores[kind][e].values()))}
-            one["from_together"] = estimate(_difference(scores[kind][e], scores[TOGETHER][e]), comparisons)
-            if e in alone:
-                one["from_alone"] = estimate(_difference(scores[kind][e], alone[e]), comparisons)
-    result["variants"] = {kind: result["variants"][kind] for kind in recipe.variants if kind in result["variants"]}
+    for kind in recipe.variants:
+        own = {e: one for e in together if (one := ranks(recipe, found, start, kind, e)) is not None}
+        by_exit = {
+            str(e): {
+                "score": estimate(list(one.values())),
+                "from_together": estimate(_difference(one, together[e]), comparisons),
+                **({"from_alone": estimate(_difference(one, alone[e]), comparisons)} if e in alone else {}),
+            }
+            for e, one in own.items()
+        }
+        if by_exit:
+            result["variants"][kind] = {"exits": by_exit}
     return result
+
+
+def _tried(recipe: AblationRecipe, found: Found, start: str) -> list[str]:
+    """Return the kinds of models of a start for which every rate was tried, in the order of training."""
+    kinds = dict.fromkeys(kind for of_start, kind, _, _ in found if of_start == start and kind not in recipe.variants)
+    return [kind for kind in kinds if all((start, kind, rate, recipe.seeds[0]) in found for rate in recipe.rates)]
 
 
 def _difference(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -130,7 +130,7 @@ def finetune(
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        _objective(recipe),
+        objective_of(recipe),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=RetrievalCollator(tokenizer),
@@ -153,7 +153,8 @@ def finetune(
     return log
 
 
-def _objective(recipe: FinetuningRecipe) -> ContrastiveObjective:
+def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
+    """Return the objective of a recipe: with a teacher, distillation."""
     if recipe.distillation is None:
         return ContrastiveObjective(recipe.objective)
     return DistillationObjective(recipe.distillation, recipe.objective)
@@ -175,7 +176,7 @@ def check_recipe(
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
-    check_objective(_objective(recipe), arguments, config, config.exit_layers)
+    check_objective(objective_of(recipe), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
             "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
