@@ -274,26 +274,26 @@ def export_onnx_folder(
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)
     out = default_folder(checkpoint, exit_layer) if out is None else Path(out).expanduser()
-    with staged_folder(out) as staging, tqdm(unit="step", disable=not progress, leave=False) as bar:
-        bar.set_description("exporting")
+    with staged_folder(out) as staging, tqdm(bar_format="{desc}…", disable=not progress, leave=False) as bar:
+        bar.set_description_str("exporting")
         prompts = stored_prompts(checkpoint)
         prompts = prompts or sentence_transformer_prompts(instructions=model.config.instruction_prompts)
         _write_serving_files(staging, model.config, tokenizer, prompts)
         (staging / "onnx").mkdir()
         files = {"float32": staging / ONNX_FILE}
         export_onnx(model, files["float32"])
-        bar.set_description("checking")
+        bar.set_description_str("checking")
         content: dict[str, Any] = {"exit_layer": exit_layer, "versions": library_versions(PACKAGES)}
         content |= {"machine": machine_kind(), "tolerance": TOLERANCE}
         content["differences_from_torch"] = check_onnx(model, files["float32"])
         if int8:
-            bar.set_description("quantising")
+            bar.set_description_str("quantising")
             files["int8"] = staging / QUANTIZED_FILE
             quantize_onnx(files["float32"], files["int8"])
             content["int8"] = SETTINGS
         report = None
         if tasks:
-            bar.set_description("ranking")
+            bar.set_description_str("ranking")
             encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(exit_layer,))
             report = compare_scores(encoder, files, tasks, progress=progress)
             content["tables"] = report.to_dict()["tables"]

@@ -52,7 +52,7 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
         environment = {**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))}
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         command = [sys.executable, "-P", __file__, str(folder)]
-        with tqdm(desc="loading in a clean process", bar_format="{desc} …", disable=not progress, leave=False):
+        with tqdm(desc="loading in a clean process", bar_format="{desc}…", disable=not progress, leave=False):
             process = subprocess.run(command, env=environment, **options)  # noqa: S603 - our own script
         results = [Path(folder, f"{number}.npz") for number in range(len(requests))]
         if process.returncode:
