@@ -1,4 +1,4 @@
-# make quickstart    measure the shipped model on your code, fine-tune it, measure again, slice and search
+# make quickstart    fine-tune the shipped model on your code, compare it with before, slice and search
 # make test-fast     the quick tests (under a minute on two cores): what to run while editing
 # make test          every test
 # make fuzz          changed files for every reader; ARGS="--count 20000 --readers config,index"

@@ -26,7 +26,10 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         "Versions": {name: version or "not installed" for name, version in versions.items()},
         "Devices": devices() if versions["torch"] else {"torch": "not installed"},
         "Folders": folders(),
-        "Extras": {extra: extra_state(missing, extra) for extra, missing in missing_packages().items()},
+        "Extras": {
+            extra: f"lacks {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'" if missing else "ready"
+            for extra, missing in missing_packages().items()
+        },
     }
     width = max(len(name) for section in sections.values() for name in section)
     for title, section in sections.items():
@@ -96,10 +99,3 @@ def missing_packages() -> dict[str, list[str]]:
         return found
 
     return {extra: sorted(missing(extra)) for extra in sorted(own.metadata.get_all("Provides-Extra") or ())}
-
-
-def extra_state(missing: list[str], extra: str) -> str:
-    """Return "ready", or the missing packages of an extra with the command that installs them."""
-    if not missing:
-        return "ready"
-    return f"lacks {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'"

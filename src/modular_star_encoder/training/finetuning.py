@@ -110,8 +110,6 @@ def finetune(
     teacher = None if teaching is None else load_teacher(teaching, blueprint.config.projection_size)
     model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
-    train: Any
-    held_out: Any
     with state.main_process_first():
         data = data or prepare_data(rows, out / "data", shown, store=False)
         train, held_out, groups, tokens = _batches(recipe, data, model, tokenizer, processes)
@@ -122,21 +120,21 @@ def finetune(
             if stored:
                 store_retrieval_data(data, out / "data")
     arguments.per_device_eval_batch_size = held_out.batch_size // processes
-    means: dict[str, Any] = {}
+    batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
     if teaching and teacher:
         with state.main_process_first():
             limit = max(recipe.lengths().values())
-            train, held_out, means = teach(teaching, teacher, model, tokenizer, train, held_out, limit, shown)
+            batches = teach(teaching, teacher, model, tokenizer, train, held_out, limit, shown)
     trainer = MultiExitTrainer(
         adapted,
         arguments,
         objective_of(recipe),
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=batches[0],
+        eval_dataset=batches[1],
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | means
+    log |= {"evaluation": trainer.evaluate(), "recipe": recipe.to_dict(), "preflight": asdict(estimate)} | batches[2]
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, out, recipe)
     if state.is_main_process:
