@@ -229,9 +229,9 @@ def seed_journal(folder: Path) -> None:
     (folder / "out" / "sessions.json").write_text(json.dumps([session]))
 
 
-def read_journal(_: Path) -> None:
+def read_journal(folder: Path) -> None:
     with OpenAIServer(echo) as server:
-        translate("functions", "out", endpoint_settings(server), seed=3, progress=False)
+        translate(folder / "functions", folder / "out", endpoint_settings(server), seed=3, progress=False)
 
 
 class Reader(NamedTuple):
