@@ -142,7 +142,7 @@ def test_intervals_cover_queries_and_seeds_and_widen_with_the_number_of_comparis
 def test_validation_and_test_rows_share_no_repository(recipe_file, tmp_path):
     recipe = load_recipe(AblationRecipe, recipe_file).base()
     data = ablation_module.prepare_data(recipe.rows(), tmp_path / "data", False)
-    parts = ablation_module._parts(data)
+    parts = ablation_module._parts(data.held_out)
     names = [{row.repository for row in rows} for rows in parts.values()]
     assert names[0]
     assert names[1]
@@ -159,7 +159,7 @@ def results(recipe_file):
     _, found = planned(recipe, lambda start, kind, rate, seed, e: 0.1 * e + levels.get(kind, 0.05))
     return {
         "command": "mose ablate x",
-        "recipe": {"finetuning": {"max_steps": 3, "batch_size": 4}},
+        "recipe": {"finetuning": {"max_steps": 3, "batch_size": 4}, "variants": {"other": {}, "missing": {}}},
         "finished": False,
         **summarize(recipe, (1, 2, 4), found),
     }
@@ -171,6 +171,7 @@ def test_the_report_shows_gate_differences_and_variants(results):
     assert ["start", "+30.0", "+30.0 to +30.0", "yes"] in rows
     assert ["2", "20.0", "25.0", "-5.0", "-5.0 to -5.0", "-5.0"] in rows
     assert ["other", *["+5.0 (+5.0 to +5.0)"] * 3] in rows
+    assert ["missing", *["not run"] * 3] in rows
     assert "    mose ablate x" in text
     assert "Cells are missing" in text
 

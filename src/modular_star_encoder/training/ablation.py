@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field
 from functools import cache
@@ -29,7 +30,8 @@ from transformers import PrinterCallback
 
 from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
-from modular_star_encoder.data.splits import BatchPlan, PairGroups, RetrievalData, hashed_order
+from modular_star_encoder.data.pairs import RetrievalExample
+from modular_star_encoder.data.splits import BatchPlan, PairGroups, hashed_order
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.report import versions
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
@@ -272,7 +274,9 @@ class _Cells:
         runs.check_folder(out, "data", "ablation")
         self.data = prepare_data(base.rows(), out / "data", progress)
         self.groups = PairGroups(self.data.train)
-        self.tasks = {part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data).items()}
+        self.tasks = {
+            part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data.held_out).items()
+        }
 
     def add(self, cell: AblationCell) -> bool:
         """Train and evaluate a cell unless its file exists; return whether it was trained."""
@@ -332,22 +336,25 @@ class _Cells:
         return {
             "seconds": log["seconds"],
             "loss": history[-1]["loss"] if history else None,
-            "cosines": {name[-1]: float(np.mean([line[name] for line in history if name in line])) for name in cosines},
+            "cosines": {
+                name.rpartition("_")[2]: float(np.mean([line[name] for line in history if name in line]))
+                for name in cosines
+            },
             **scores,
         }
 
 
-def _parts(data: RetrievalData) -> dict[str, list[Any]]:
-    """Split the held-out rows by repository into validation and test rows, about half each."""
-    names = hashed_order({row.repository or str(place) for place, row in enumerate(data.held_out)}, 0)
-    sizes = dict.fromkeys(names, 0)
-    for place, row in enumerate(data.held_out):
-        sizes[row.repository or str(place)] += 1
-    before = np.cumsum([0, *sizes.values()])[:-1]
-    first = {name for name, earlier in zip(sizes, before, strict=True) if 2 * earlier < len(data.held_out)}
-    parts: dict[str, list[Any]] = {"validation": [], "test": []}
-    for place, row in enumerate(data.held_out):
-        parts["validation" if (row.repository or str(place)) in first else "test"].append(row)
+def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]]:
+    """Split held-out rows by repository into validation and test rows, about half each."""
+    names = [row.repository or str(place) for place, row in enumerate(rows)]
+    sizes, first, taken = Counter(names), set(), 0
+    for name in hashed_order(sizes, 0):
+        if 2 * taken < len(rows):
+            first.add(name)
+        taken += sizes[name]
+    parts: dict[str, list[RetrievalExample]] = {"validation": [], "test": []}
+    for name, row in zip(names, rows, strict=True):
+        parts["validation" if name in first else "test"].append(row)
     return parts
 
 
@@ -511,26 +518,23 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         ),
     ]
     for name, found in results["starts"].items():
-        if not any("together" in one for one in found["exits"].values()):
+        if not found["rates"]:
             continue
-        rows = [["exit", "together", "alone", "difference", "interval", "by seed"]]
+        rows = [["exit", TOGETHER, "alone", "difference", "interval", "by seed"]]
         for e, one in found["exits"].items():
             difference = one.get("difference")
             seeds = ", ".join(f"{value:+.1f}" for value in difference["by_seed"]) if difference else ""
             rows.append([e, *(_score(one.get(kind)) for kind in (TOGETHER, "alone")), *_signed(difference), seeds])
         if "mean_difference" in found:
             rows.append(["mean", "", "", *_signed(found["mean_difference"]), ""])
-        parts += [f"## Start: {name}", "\n".join(markdown_table(rows))]
         rates = ", ".join(f"{kind} {rate:g}" for kind, rate in found["rates"].items())
-        parts.append(f"Learning rates: {rates}.")
-        if found["variants"]:
-            rows = [["difference from alone", *(f"exit {e}" for e in exits)]]
-            for kind, one in found["variants"].items():
-                rows.append([kind, *(_in_brackets(one["exits"][str(e)].get("from_alone")) for e in exits)])
-            parts.append("\n".join(markdown_table(rows)))
-            rows = [["difference from together", *(f"exit {e}" for e in exits)]]
-            for kind, one in found["variants"].items():
-                rows.append([kind, *(_in_brackets(one["exits"][str(e)]["from_together"]) for e in exits)])
+        parts += [f"## Start: {name}", "\n".join(markdown_table(rows)), f"Learning rates: {rates}."]
+        for other in ("alone", TOGETHER) if found["variants"] else ():
+            rows = [[f"difference from {other}", *(f"exit {e}" for e in exits)]]
+            for kind in results["recipe"]["variants"]:
+                by_exit = found["variants"].get(kind, {"exits": {}})["exits"]
+                cells = [" (".join(filter(None, _signed(by_exit.get(str(e), {}).get(f"from_{other}")))) for e in exits]
+                rows.append([kind, *(f"{cell})" if cell else "not run" for cell in cells)])
             parts.append("\n".join(markdown_table(rows)))
     return "\n\n".join(parts) + "\n"
 
@@ -544,11 +548,6 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
     if not found or "value" not in found:
         return ["", ""]
     return [f"{found['value']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}"]
-
-
-def _in_brackets(found: Mapping[str, Any] | None) -> str:
-    value, interval = _signed(found)
-    return f"{value} ({interval})" if value else ""
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
@@ -565,8 +564,8 @@ def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
             kind: {e: one[kind] for e, one in found["exits"].items() if kind in one} for kind in (TOGETHER, "alone")
         }
         variants = {kind: one["exits"] for kind, one in found["variants"].items()}
-        if variants:
-            best = max(variants, key=lambda kind: min(one["from_together"]["value"] for one in variants[kind].values()))
+        if variants and all("alone" in one for one in found["exits"].values()):
+            best = max(variants, key=lambda kind: min(one["from_alone"]["value"] for one in variants[kind].values()))
             lines[best] = {e: one["score"] for e, one in variants[best].items()}
         for kind, points in lines.items():
             if points:
