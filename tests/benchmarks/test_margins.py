@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from benchmarks.margins import fit_threshold, threshold_curve
-from modular_star_encoder.search.ranking import Cascade
 from tests.errors import raises
 
 
@@ -54,5 +53,3 @@ def test_bad_input_is_refused():
         threshold_curve([0.1], [1.0], [])
     with raises("search.margin.tolerance", -1):
         fit_threshold([0.1], [1.0], [1.0], tolerance=-1)
-    with raises("search.cascade.candidates", 1):
-        Cascade(4, candidates=1)

@@ -32,10 +32,6 @@ SNIPPETS = {
         "static int pick_largest(char *items) { while (1) return LIMIT; }\n",
         "include stdio define static int char while return",
     ),
-    "c#": (
-        "public static class Picker { public static int PickLargest(string[] items) => items.Length; }\n",
-        "public static class int string",
-    ),
 }
 
 

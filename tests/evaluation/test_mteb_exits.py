@@ -23,7 +23,6 @@ from mteb.abstasks import AbsTaskRetrieval  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-from modular_star_encoder.evaluation import mteb_exits  # noqa: E402
 from modular_star_encoder.evaluation.mteb_exits import MtebExitEncoder, local_task, run_mteb  # noqa: E402
 
 ROWS = code_rows(("add", "cut", "see"), dict.fromkeys(("file", "name", "user"), "python"))
@@ -177,8 +176,3 @@ def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path
     assert [float(words[3]) for words in printed[:2]] == pytest.approx(scores, abs=0.01)
     monkeypatch.setattr(sys, "argv", [*arguments[:3], str(tmp_path / "missing")])
     assert example["main"]() == 2
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setitem(sys.modules, "mteb", None)
-    monkeypatch.delitem(sys.modules, mteb_exits.__name__)
-    assert example["main"]() == 2
-    assert "pip install 'modular-star-encoder[mteb]'" in capsys.readouterr().err

@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation import run as run_module
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, ExitVariant
 from modular_star_encoder.evaluation.run import evaluate_task, evaluate_tasks
 from modular_star_encoder.evaluation.tasks import Judgements, Pool, pairs_task
-from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.encoders import ExitEncoder, Text
 from tests.errors import raises
 from tests.evaluation import brute_force
-from tests.evaluation.samples import code_rows, given_retriever, pair_task, reciprocal_ranks, retrieval_task
+from tests.evaluation.samples import code_rows, given_retriever, pair_task, retrieval_task
 
 
 def run(tasks, retrievers, out=None):
@@ -111,39 +109,22 @@ LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "ru
 ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 
 
-def exit_results(model, tokenizer, exit_layers=None):
-    """Results of a model, of the same with random weights, and of BM25: {retriever: {exit: result}}."""
-    encoder = ExitEncoder(model, tokenizer, "model", exit_layers=exit_layers)
-    retrievers = [EmbeddingRetriever(encoder), EmbeddingRetriever(encoder.untrained(0)), BM25()]
-    found = {}
-    for result in run([pairs_task("pairs", "all", ROWS, size=8)], retrievers):
-        found.setdefault(result.retriever, {})[result.exit_layer] = result
-    return found
-
-
-def test_each_exit_is_scored_with_the_published_prompts(model, tokenizer):
-    queries = encode_exits(model, tokenizer, [text_prompt() + row[0] for row in ROWS], progress=False)
-    codes = encode_exits(model, tokenizer, [code_prompt(row[2]) + row[1] for row in ROWS], progress=False)
-    found = exit_results(model, tokenizer)
-    assert list(found["model"]) == [1, 2, 4]
-    for exit_layer, result in found["model"].items():
-        expected = reciprocal_ranks(queries[exit_layer], codes[exit_layer], size=8)
-        mrr = result.estimates["mrr"]
-        assert mrr.value == pytest.approx(expected.mean(), abs=1e-9)
-        assert result.estimates["recall@1"].value == np.mean(expected == 1)
-        assert mrr.low <= mrr.value <= mrr.high
-        assert (len(result.values), result.candidates) == (16, 8)
-    assert found["BM25"][None].estimates["mrr"].value == 1  # a description shares two words with its own code only
-
-
 def test_the_untrained_model_follows_the_seed_and_neither_the_weights_nor_the_callers_random_state(model, tokenizer):
-    first = exit_results(model, tokenizer, (2, 4))
-    assert list(first["model, untrained"]) == [2, 4]
+    def results():
+        encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(2, 4))
+        retrievers = [EmbeddingRetriever(encoder), EmbeddingRetriever(encoder.untrained(0)), BM25()]
+        return run([pairs_task("pairs", "all", ROWS, size=8)], retrievers)
+
+    first = results()
+    names = ["model", "model", "model, untrained", "model, untrained", "BM25"]
+    assert [(one.retriever, one.exit_layer) for one in first] == list(zip(names, (2, 4, 2, 4, None), strict=True))
+    assert {(len(one.values), one.candidates) for one in first} == {(16, 8)}
+    assert first[-1].estimates["mrr"].value == 1  # a description shares two words with its own code only
     for parameter in model.parameters():
         parameter.data.zero_()
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    after = exit_results(model, tokenizer, (2, 4))
+    after = results()
     assert torch.equal(before, torch.get_rng_state())
-    assert after["model, untrained"] == first["model, untrained"]
-    assert after["model"][4].estimates["mrr"].value == pytest.approx(1 / 8)  # everything ties
+    assert after[2:] == first[2:]
+    assert after[1].estimates["mrr"].value == pytest.approx(1 / 8)  # everything ties

@@ -5,9 +5,9 @@ import pytest
 
 from modular_star_encoder.evaluation import retrievers
 from modular_star_encoder.evaluation.lexical import BM25, TfIdf
-from modular_star_encoder.evaluation.metrics import pool_judgements, query_values, rank_judged
+from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.retrievers import CosineScores, ExitVariant, similarities
-from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.evaluation.tasks import Judgements
 from modular_star_encoder.inference.encoders import Text
 from tests.errors import raises
 from tests.evaluation import brute_force
@@ -71,12 +71,6 @@ def test_scores_do_not_depend_on_how_the_library_adds_up():
         assert np.array_equal(similarities(queries.view(Clumsy), documents), expected)
 
 
-def test_similarities_are_rounded_from_the_exact_ones():
-    queries, documents = embeddings(60, 100), embeddings(60, 100, seed=1)
-    scores = next(CosineScores(queries, documents).blocks()).scores
-    assert scores.tolist() == brute_force.cosines(queries, documents)
-
-
 def test_scores_of_pairs_are_those_of_blocks_bit_for_bit():
     queries, documents = embeddings(20, 64), embeddings(30, 64, seed=1)
     texts = [[Text(f"read file{i % 7} {kind} alpha{i}") for i in range(n)] for kind, n in (("a", 20), ("b", 30))]
@@ -109,10 +103,11 @@ def test_the_length_of_a_vector_does_not_matter_and_zeros_are_similar_to_nothing
     assert (rank_judged(CosineScores(queries * 0, documents), judged).rank == 30).all()
 
 
-def test_shorter_embeddings_are_cut_and_normalised_again():
-    queries, documents = embeddings(30), embeddings(30, seed=1)
-    (cut,) = CosineScores(queries, documents, dimensions=5).blocks()
-    assert cut.scores.tolist() == brute_force.cosines(queries[:, :5], documents[:, :5])
+@pytest.mark.parametrize("dimensions", [None, 5])
+def test_similarities_are_rounded_from_the_exact_ones_of_embeddings_that_may_be_cut(dimensions):
+    queries, documents = embeddings(60, 100), embeddings(60, 100, seed=1)
+    (block,) = CosineScores(queries, documents, dimensions=dimensions).blocks()
+    assert block.scores.tolist() == brute_force.cosines(queries[:, :dimensions], documents[:, :dimensions])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -121,13 +116,6 @@ def test_embeddings_that_are_not_finite_are_an_error(value):
     documents[3, 0] = value
     with raises("evaluation.scores.nan"):
         rank_judged(CosineScores(queries, documents), Judgements.one_each(range(5)))
-
-
-def test_a_pool_sees_only_its_own_queries_and_documents():
-    judged = Judgements.of([[0, 3], [1], [2]])
-    inside = pool_judgements(judged, Pool(np.array([2, 0]), np.array([3, 2, 0])))
-    assert inside.query.tolist() == [0, 1, 1]
-    assert inside.document.tolist() == [1, 2, 0]
 
 
 def test_the_matrix_of_all_scores_is_never_in_memory():

@@ -244,6 +244,15 @@ def test_sides_that_do_not_fit_are_refused():
     with raises("contrastive.rows", "query, document have [4, 3] rows"):
         losses_from_embeddings(sides | {"document": sides["document"][:, :3]}, EXIT_LAYERS)
 
+    class Halves(torch.nn.Module):
+        def forward(self, **inputs):
+            output = tiny_model()(**inputs)
+            output.exit_embeddings = output.exit_embeddings.repeat(2, 1, 1)  # as nn.DataParallel gathers them
+            return output
+
+    with raises("contrastive.data_parallel"):
+        ContrastiveObjective()(Halves(), {"query": tiny_batch(), "document": tiny_batch()}, EXIT_LAYERS)
+
 
 def test_every_side_is_embedded_at_every_exit_and_every_option_reports_its_term():
     model, batch = tiny_model(logit_scale_init_value=7.0).eval(), every_side()
@@ -258,15 +267,3 @@ def test_every_side_is_embedded_at_every_exit_and_every_option_reports_its_term(
     assert not any(value.requires_grad for value in output.metrics.values())
     parts = output.metrics["clip_loss"] + 0.7 * output.metrics["distillation_loss"]
     torch.testing.assert_close(output.losses.detach(), parts + 0.5 * output.metrics["alignment_loss"])
-
-
-def test_an_output_that_mixes_exits_and_texts_is_refused():
-    class Halves(torch.nn.Module):
-        def forward(self, **inputs):
-            output = tiny_model()(**inputs)
-            output.exit_embeddings = output.exit_embeddings.repeat(2, 1, 1)
-            return output
-
-    batch = {"query": tiny_batch(), "document": tiny_batch()}
-    with raises("contrastive.data_parallel"):
-        ContrastiveObjective()(Halves(), batch, EXIT_LAYERS)

@@ -146,21 +146,23 @@ def test_two_processes_give_the_gradients_of_one_with_every_option(folder, varia
     assert_same_gradients(load_file(folder / f"{variant}-{dtype}.safetensors"), gradients(model), relative)
 
 
-def test_two_processes_give_the_gradients_of_one_through_the_loss_for_sentence_transformers(folder):
+def paired():
     model = new_model()
     weighted_loss(model, pair_batch(), ContrastiveSettings()).backward()
-    assert_same_gradients(load_file(folder / "sentence_transformer.safetensors"), gradients(model), relative=5e-6)
+    return model
 
 
-def test_two_processes_give_the_gradients_of_one_in_distillation(folder):
-    found = load_file(folder / "distillation.safetensors")
-    assert_same_gradients(found, gradients(distilled()), relative=5e-6)
-
-
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one_in_pretraining(folder, wrapper):
-    model = pretraining_backward()
-    assert_same_gradients(load_file(folder / f"pretraining-{wrapper}.safetensors"), gradients(model), relative=5e-6)
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("sentence_transformer", paired),
+        ("distillation", distilled),
+        ("pretraining-ddp", pretraining_backward),
+        ("pretraining-fsdp2", pretraining_backward),
+    ],
+)
+def test_two_processes_give_the_gradients_of_one_in_other_objectives(folder, name, alone):
+    assert_same_gradients(load_file(folder / f"{name}.safetensors"), gradients(alone()), relative=5e-6)
 
 
 def test_batches_that_are_not_equally_large_are_refused_in_every_process(folder):

@@ -347,7 +347,8 @@ def plot_quality(
         axes.set_title(table.title, fontsize="medium")
         axes.set_ylabel(f"{metric_label(table.metric)} × 100")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if axes.lines:
+            axes.legend(fontsize="x-small")
     if not drawn:
         raise UserError("evaluation.plots.empty", f"Nothing to plot in {path.name}: no exit has what the plot shows.")
     with staged_file(path) as temporary:

@@ -92,11 +92,7 @@ def run_benchmarks(
 
 
 def evaluate_tasks(
-    tasks: Sequence[Task],
-    retrievers: Sequence[Retriever],
-    *,
-    out: str | Path | None = None,
-    progress: bool = True,
+    tasks: Sequence[Task], retrievers: Sequence[Retriever], *, out: str | Path | None = None, progress: bool = True
 ) -> list[TaskResult]:
     """Evaluate all variants of all retrievers on all tasks; return results by retriever, then task, then variant.
 

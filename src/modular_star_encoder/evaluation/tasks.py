@@ -1,7 +1,4 @@
-"""Define tasks to rank documents for queries or to classify pairs of texts, and the results of a task.
-
-A task holds texts and relevance judgements, and does not depend on a model. `run` evaluates it.
-"""
+"""Tasks to rank documents for queries or to classify pairs of texts, without a model, and the results of a task."""
 
 from __future__ import annotations
 

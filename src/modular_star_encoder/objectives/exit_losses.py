@@ -1,7 +1,4 @@
-"""What every objective returns, the weights of the exits, and the two objectives whose losses the model computes.
-
-Contrastive objectives have modules of their own.
-"""
+"""What every objective returns, the weights of the exits, and the two objectives whose losses the model computes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

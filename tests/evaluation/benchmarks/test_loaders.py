@@ -62,7 +62,6 @@ def test_python_docstrings_are_stripped_unless_leaky(tmp_path):
     [
         ('def a():\n    "One."\n    return 1', "def a():\n    return 1"),
         ('    def a():\n        """One."""\n        return 1', "def a():\n    return 1"),
-        ("def a(b):\n    '''One.'''\n    print 'b'", "def a(b):\n    print 'b'"),
         ('def a(x="):"):\n    """One."""\n    return x)', 'def a(x="):"):\n    \n    return x)'),
         ("def a(b={'c': 1}):\n    u'''One\n    two'''\n    x = = b", "def a(b={'c': 1}):\n    \n    x = = b"),
         ("def a():\n    # first\n    '''One.'''\n    x = ='b'", "def a():\n    # first\n    \n    x = ='b'"),
@@ -173,8 +172,3 @@ def test_a_benchmark_on_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
     assert asked == [BENCHMARKS["codesearchnet-999"].hub, "me/mine"]
     with raises("benchmark.not_on_hub", "poj104"):
         load_benchmark("poj104", "hub")
-
-
-def test_the_rows_of_a_loader_do_not_depend_on_chance(tmp_path):
-    first, again = (load("exercism-code-masked", tmp_path / name) for name in ("a", "b"))
-    assert [task.checksum() for task in first.values()] == [task.checksum() for task in again.values()]

@@ -52,7 +52,7 @@ def line(name, file, number, text, message):
     return damage(name, file, lambda path: replace_line(path, number, text), message)
 
 
-GO, RUBY = "go_test.jsonl.gz", "ruby/final/jsonl/test/ruby_test_1.jsonl.gz"
+GO = "go_test.jsonl.gz"
 JAVA, CS = "test.java-cs.txt.java", "test.java-cs.txt.cs"
 COSQA = "cosqa-retrieval-test-500.json"
 EXERCISES = "exercises.jsonl.gz"
@@ -67,8 +67,6 @@ WRONG = [
     row(CSN, GO, 3, "line 3: expected a row of go, found php", language="php"),
     row(CSN, GO, 4, "line 4: func_documentation_string: ", func_documentation_string="\n"),
     row(CSN, GO, 4, "line 4: expected a url that no earlier row has", func_code_url=URL),
-    row(CSN, RUBY, 1, "line 1: docstring: ", docstring=["a"]),
-    line(CSN, GO, 2, "{broken", "line 2: Invalid JSON"),
     line(CSN, GO, 2, "[1]", "line 2: Input should be an object"),
     damage(CSN, GO, cut_off, "expected more lines, found the end of a truncated file"),
     damage(CSN, GO, lambda path: path.write_bytes(b"plain"), "line 1: expected a gzip file"),
