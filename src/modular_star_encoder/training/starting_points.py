@@ -40,11 +40,7 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
         if not (folder / "config.json").is_file():
             advice = f"No folder {name} with a config.json exists. Pre-train first, or give a Hub id owner/name."
             raise UserError(error.key, f"{error} {advice}") from error
-    return folder, has_weights(folder)
-
-
-def has_weights(folder: Path) -> bool:
-    return any(folder.glob("model*.safetensors"))
+    return folder, any(folder.glob("model*.safetensors"))
 
 
 def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
