@@ -97,7 +97,7 @@ def test_names_in_any_encoding_are_indexed_once_and_found(tmp_path, checkpoint):
     assert "escaped" in {row["name"] for row in stored_rows(tmp_path / "index")}
 
 
-@pytest.mark.parametrize("blank", [None, "\n \n\t\n" * 50])
+@pytest.mark.parametrize("blank", [None, "\n \n\t\n" * 50, "x = 1\n"])
 def test_a_folder_without_code_is_an_empty_index(tmp_path, checkpoint, blank):
     (tmp_path / "code").mkdir()
     if blank:

@@ -146,12 +146,6 @@ def test_a_file_that_changes_while_it_is_read_is_read_or_named(folder, monkeypat
     assert outcome(folder, "odd.py") == expected
 
 
-def test_a_folder_whose_only_file_has_no_words_is_indexed(tmp_path):
-    (tmp_path / "odd.py").write_text("x = 1\n")
-    report, store = indexed(tmp_path)
-    assert (report.skipped_files, store.count()) == ([("odd.py", "no words")], 0)
-
-
 def test_definitions_after_a_very_long_line_are_found_and_the_line_is_cut(folder):
     (folder / "odd.py").write_text(LONG_LINE)
     _, store = indexed(folder)

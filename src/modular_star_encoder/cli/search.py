@@ -131,21 +131,16 @@ def run_index(arguments: argparse.Namespace) -> None:
         if arguments.show_skipped:
             values["skipped_files"] = dict(report.notes())
         print(json.dumps(values, indent=2, ensure_ascii=False))
-        return _refuse_empty(index)
-    exits = ", ".join(map(str, index.settings.exit_layers))
-    print(
-        f"{index.store.location}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; "
-        f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed {report.removed_files:,}, "
-        f"in {report.seconds:.1f} s"
-    )
-    for line in report.lines(arguments.show_skipped):
-        print(line, file=sys.stdout if arguments.show_skipped else sys.stderr)
-    _refuse_empty(index)
-
-
-def _refuse_empty(index: CodeIndex) -> None:
-    """Raise UserError if an index holds no code."""
-    if not index.store.count():
+    else:
+        exits = ", ".join(map(str, index.settings.exit_layers))
+        print(
+            f"{index.store.location}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; embedded "
+            f"{report.embedded_files:,} files ({report.embedded_rows:,} rows), removed {report.removed_files:,}, "
+            f"in {report.seconds:.1f} s"
+        )
+        for line in report.lines(arguments.show_skipped):
+            print(line, file=sys.stdout if arguments.show_skipped else sys.stderr)
+    if not report.rows:
         message = f"{index.folder} holds no source code that a search could find. Name another folder."
         raise UserError("search.folder.empty", message)
 
