@@ -142,7 +142,7 @@ class SearchPage:
         try:
             if checkpoint is not None:
                 self.index = CodeIndex.open(index.store, checkpoint=checkpoint)
-            exits = self.index.embedder.config.exit_layers
+            exits = self.index.embedder.trained_exits
             # Load the layers of the deepest exit now, so that no question's time includes loading.
             self.index.search(["warm up"], top_k=1, exit_layer=self.exit_layers[-1])
             self.rerank_exit_layers = tuple(one for one in exits if one > self.exit_layers[0])

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from operator import length_hint
 from pathlib import Path
@@ -55,7 +55,6 @@ class UpdateReport:
         removed_files: number of files removed from the index, because they are deleted or can't be read.
         rows: number of rows in the index after the update.
         postponed_files: number of files that may have changed but were not read, for lack of time.
-        skipped: reason → number of skipped files.
         skipped_files: the skipped files, as (path, reason).
         guessed_files: paths of the files read as Latin-1, because they are not UTF-8 and declare no encoding.
         seconds: duration of the update.
@@ -67,15 +66,14 @@ class UpdateReport:
     removed_files: int = 0
     rows: int = 0
     postponed_files: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
     guessed_files: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def skip(self, path: str, reason: str) -> None:
-        """Count a skipped file."""
-        self.skipped[reason] += 1
-        self.skipped_files.append((path, reason))
+    @property
+    def skipped(self) -> Counter[str]:
+        """Reason → number of skipped files."""
+        return Counter(reason for _, reason in self.skipped_files)
 
     def notes(self) -> list[tuple[str, str]]:
         """Return (path as Unicode text, reason) for each file that was left out or read as Latin-1, sorted."""
@@ -103,7 +101,7 @@ class UpdateReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as JSON values, without the lists `skipped_files` and `guessed_files`."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}  # asdict breaks counters
+        values = asdict(self)
         del values["skipped_files"], values["guessed_files"]
         return {**values, "skipped": dict(self.skipped)}
 
@@ -164,8 +162,7 @@ def update_store(
         writer.finish()
     report = writer.report
     report.rows, report.seconds = store.count(), time.perf_counter() - start
-    for path, reason in reader.skipped_files:
-        report.skip(path, reason)
+    report.skipped_files += reader.skipped_files
     report.guessed_files = reader.guessed_files
     return report
 
@@ -262,7 +259,7 @@ class _Writer:
             self.report.postponed_files += 1
             return
         if not pieces:
-            self.report.skip(file.path, "no words")
+            self.report.skipped_files.append((file.path, "no words"))
         self._files.append((file, pieces))
         self._pieces += len(pieces)
         if self._pieces >= min(self._batch, _ROWS_PER_EMBEDDING):

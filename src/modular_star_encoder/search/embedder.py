@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
-
-if TYPE_CHECKING:
-    from modular_star_encoder.modeling import ModularStarEncoderConfig
 
 _KEPT_EMBEDDINGS = 20_000
 _FEW_TEXTS = 64
@@ -55,13 +52,6 @@ class Embedder:
         self._known: OrderedDict[_Key, np.ndarray] = OrderedDict()
 
     @cached_property
-    def config(self) -> ModularStarEncoderConfig:
-        """The configuration of the whole checkpoint."""
-        from modular_star_encoder.inference.checkpoints import load_config
-
-        return load_config(self.checkpoint)
-
-    @cached_property
     def checksum(self) -> str:
         """Checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`)."""
         if has_exit_zero(self._facts):
@@ -83,7 +73,11 @@ class Embedder:
     def _facts(self) -> dict[str, Any]:
         """The configuration as a dictionary; read without torch if numpy can compute exit 0."""
         facts = read_config(self._folder)
-        return facts if has_exit_zero(facts) else self.config.to_dict()
+        if not has_exit_zero(facts):
+            from modular_star_encoder.inference.checkpoints import load_config
+
+            facts = load_config(self.checkpoint).to_dict()
+        return facts
 
     @property
     def _instructions(self) -> bool:
