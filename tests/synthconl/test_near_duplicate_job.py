@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl import near_duplicate_job, row_files
+from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
@@ -102,6 +102,9 @@ def test_files_keep_their_names_columns_and_schema_however_many_rows_are_read_at
 
 def test_every_row_dropped_has_a_line_that_says_why(source, finished):
     report, out = finished
+    before = content(out)
+    assert drop(source, out) == report  # finished already
+    assert content(out) == before
     rows = {row["id"]: row for row in written_order(source)}
     kept = {row["id"] for row in written_order(out)}
     lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -119,47 +122,25 @@ def test_every_row_dropped_has_a_line_that_says_why(source, finished):
     assert json.loads((out / "report.json").read_text())["counts"] == report["counts"]
 
 
-def test_without_ids_the_first_row_of_the_first_file_stays(tmp_path):
-    text = samples.code(random.Random(0))
-    near = samples.mutated(text, 0.9, random.Random(0))
-    write_shards(tmp_path / "in", [{"code": near}, {"code": "x = 1"}, {"code": text}], sizes=(2, 1))
-    report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against=None)
-    assert [row["code"] for row in written_order(tmp_path / "out")] == [near, "x = 1"]
-    assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["nearest"] == "part-0/0.parquet:0"
-    assert report["clusters"] == 1
-
-
-def test_a_file_without_rows_is_read_by_all(tmp_path):
-    rows = [{"code": samples.code(random.Random(seed))} for seed in range(5)]
-    write_shards(tmp_path / "in", rows * 2, sizes=(5, 5))
-    drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against=None)
-    assert pq.read_table(tmp_path / "out" / "part-1" / "1.parquet", partitioning=None).to_pylist() == []
-    assert [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])] == rows
-
-
-def test_giant_clusters_are_reported_by_id(tmp_path):
-    rows = [{"id": 100 - number, "code": text} for number, text in enumerate(samples.sliding_windows(30, step=2))]
-    write_shards(tmp_path / "in", rows, sizes=(30,))
+def test_without_ids_the_first_row_of_the_first_file_stays_and_a_file_may_lose_all_rows(tmp_path):
+    rows = [{"code": text} for text in samples.sliding_windows(30, step=2)]
+    write_shards(tmp_path / "in", rows + rows[:3], sizes=(30, 3))
     settings = DuplicateSettings(giant_cluster=10)
+    options = {"columns": ["code"], "id_column": None, "against": None, "settings": settings}
     with pytest.warns(UserWarning, match="more than 10 different rows"):
-        report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], against=None, settings=settings)
-    (giant,) = report["giant_clusters"]
-    assert giant == {"cluster": 71, "rows": 30, "kept": report["counts"]["kept"]}
-    assert 2 < report["counts"]["kept"] < 30
-
-
-def test_a_finished_job_is_reported_as_it_is(source, finished, monkeypatch):
-    report, out = finished
-    before = content(out)
-    monkeypatch.setattr(near_duplicate_job, "find_near_duplicates", None)
-    assert drop(source, out) == report
-    assert content(out) == before
+        report = drop(tmp_path / "in", tmp_path / "out", **options)
+    kept = report["counts"]["kept"]
+    assert 2 < kept < 30
+    assert report["giant_clusters"] == [{"cluster": "part-0/0.parquet:0", "rows": 33, "kept": kept}]
+    read = [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])]
+    assert read == written_order(tmp_path / "out")
+    assert (read[0], len(read)) == (rows[0], kept)
 
 
 @pytest.mark.slow
 def test_killed_at_every_renaming_and_restarted_it_gives_the_same(source, finished, tmp_path):
     arguments, deaths = (samples.drop_and_die, source, tmp_path / "out", AGAINST), 0
-    # The last two renamings are of one task, which a death between them repeats.
+    # The first two renamings are of one step, which a death between them repeats.
     while samples.ended_by_sigkill(process := samples.start_process(*arguments, 2 + deaths % 2)):
         deaths += 1
         assert deaths < 30

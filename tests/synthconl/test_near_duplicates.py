@@ -11,7 +11,6 @@ from modular_star_encoder.synthconl.minhash import (
     Banding,
     DuplicateSettings,
     fingerprint,
-    hash_shingles,
     jaccard,
     optimal_banding,
     shingle_sets,
@@ -62,20 +61,6 @@ def test_a_short_text_is_its_own_shingle_and_a_blank_one_has_none():
     assert {similarity("x=1", other) for other in ("x=2", "x=10", "x=123", "x=1  ", "x=1\0\0")} == {0}
     assert [len(one) for one in shingle_sets(["x", "x=12", "x=123", "x=1234", "", " \n\t"])] == [1, 1, 1, 2, 0, 0]
     assert similarity("", "") == similarity(" ", " ") == similarity("", "x = 1") == 0
-
-
-def test_no_shingle_reaches_into_the_next_text():
-    texts = ["abc", "", "defgh", "ij", "klmnopq", " "]
-    hashes, bounds = hash_shingles(texts)
-    assert np.diff(bounds).tolist() == [1, 0, 1, 1, 3, 0]
-    np.testing.assert_array_equal(hashes, np.concatenate([hash_shingles([text])[0] for text in texts]))
-
-
-def test_different_shingles_have_different_hashes():
-    rng = random.Random(2)
-    shingles = set(map(chr, range(1000))).union(*(shingle_set(code(rng, 30)) for _ in range(300)))
-    shingles = sorted(shingle for shingle in shingles if shingle.strip())
-    assert len(np.unique(hash_shingles(shingles)[0])) == len(shingles) > 20_000
 
 
 @pytest.fixture(scope="module")
@@ -177,16 +162,9 @@ def test_either_both_or_one_of_the_columns():
     assert find(codes, translations).kept.tolist() == [True, False, False, False]
     assert find(codes, translations, match="both").kept.tolist() == [True, False, True, True]
     assert find(codes).kept.tolist() == [True, False, True, False]
-    assert find(translations).kept.tolist() == [True, False, False, True]
-
-
-def test_rows_near_in_both_columns_are_one_pair_with_the_larger_similarity():
-    rng = random.Random(9)
-    first, second = code(rng), code(rng)
-    columns = [first, mutated(first, 0.85, rng)], [second, mutated(second, 0.95, rng)]
-    similarities = [true_jaccard(*column) for column in columns]
+    similarities = [true_jaccard(*column[:2]) for column in (codes, translations)]
     for match, expected in (("either", max(similarities)), ("both", min(similarities))):
-        assert found_pairs(find(*columns, match=match)) == {(0, 1): expected}
+        assert found_pairs(find(codes[:2], translations[:2], match=match)) == {(0, 1): expected}
 
 
 def test_the_result_does_not_depend_on_how_many_pairs_are_compared_at_a_time(texts, monkeypatch):
@@ -248,8 +226,8 @@ def test_a_row_near_another_set_holds_no_cluster_together():
 def test_a_giant_cluster_is_not_swallowed_and_is_reported():
     windows = sliding_windows(60, step=2)
     assert true_jaccard(windows[0], windows[59]) < 0.2
-    whole = find(windows)
-    assert whole.kept.sum() == 1  # by chains alone
+    whole = find([*windows, *windows[:1] * 50], giant_cluster=60)
+    assert whole.kept.sum() == 1  # by chains alone, and copies do not count
     assert whole.giant_clusters == ()
     with pytest.warns(UserWarning, match="1 clusters have more than 59 different rows"):
         result = find(windows, giant_cluster=59)
@@ -263,21 +241,11 @@ def test_a_giant_cluster_is_not_swallowed_and_is_reported():
     assert not any(frozenset(pair) in near for pair in combinations(kept, 2))
 
 
-@pytest.mark.filterwarnings("error")
-def test_many_copies_of_one_row_are_no_giant_cluster():
-    result = find([code(random.Random(0))] * 50, giant_cluster=5)
-    assert result.kept.tolist() == [True] + [False] * 49
-    assert (result.compared, result.cluster_sizes.tolist()) == (0, [50])
-
-
-@pytest.mark.slow
 def test_the_work_stays_linear_where_many_rows_share_a_band():
     rng = random.Random(8)
     text = code(rng, 30)
-    texts = [mutated(text, 0.97, rng) for _ in range(300)]
-    everything, limited = find(texts), find(texts, bucket_limit=4)
-    assert everything.compared > 10_000
-    assert limited.compared <= 25 * 4 * 300 < 2 * everything.compared
-    assert limited.compared < everything.compared
-    assert min(limited.largest_bucket, limited.rows_over_limit) > 100
+    texts = [mutated(text, 0.97, rng) for _ in range(100)]
+    everything, limited = find(texts), find(texts, bucket_limit=1)
+    assert limited.compared <= 25 * 100 < everything.compared
+    assert min(limited.largest_bucket, limited.rows_over_limit) > 40
     assert limited.kept.sum() == everything.kept.sum() == 1

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = ["127.0.0.1", "localhost"]
-_FONTS = ["system-ui", "sans-serif"]
-_MONOSPACED = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+_FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"]}
 # Gradio's page needs inline scripts and eval; everything else must come from its own server.
 _PAGE_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -100,7 +99,7 @@ def served(
             mcp_server=False,
             max_file_size=0,
             app_kwargs=_app_options(host, links),
-            theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACED),
+            theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", **_FONTS),
             css=code_styles() + _css("page.css"),
         )
     except OSError as error:

@@ -29,7 +29,6 @@ from modular_star_encoder.utils.settings import Count, NonNegative, Positive
 ERROR, TOO_LONG = "error", "too_long"
 # Options of `OpenAIBackend` that do not change the answers, up to rounding.
 RUN_OPTIONS = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
-_LARGEST_ANSWER = 2**24  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class OpenAIBackend:
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         self._url = check_url(base_url) + "/chat/completions"
         http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
-        self._open_client = partial(HTTPClient, **http, max_bytes=_LARGEST_ANSWER)
+        self._open_client = partial(HTTPClient, **http, max_bytes=2**24)
         self._model, self._revision, self._concurrency = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}

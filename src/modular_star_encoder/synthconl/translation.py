@@ -150,7 +150,9 @@ def translate(
         UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or answers that an
             earlier call left are damaged or belong to other rows (`synthconl.journal`).
     """
-    backend, total = settings.open(), count_rows(functions)
+    backend = settings.open()
+    if not (total := count_rows(functions)):
+        raise UserError("synthconl.translation.empty", f"{functions} holds no function to translate.")
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)
