@@ -33,6 +33,9 @@ def test_each_side_shows_what_the_index_finds_at_its_exit(page):
         assert [place.rsplit(":", 1)[1] for place in shown(html)] == [str(hit.line) for hit in answer.hits]
         assert f"<b>exit {exit_layer}</b>" in html
     assert shown(left) != shown(right)
+    assert f"{page.index.store.count():,} pieces" in page.header()
+    assert "exits 1, 4" in page.header()
+    assert "/" not in page.header().replace("</", "")  # no folders of the machine
 
 
 def test_filters_and_re_ranking_reach_the_index(page):
@@ -89,26 +92,15 @@ def test_an_index_of_another_checkpoint_is_refused_on_the_page(index, tmp_path):
     assert page.rerank_exit_layers == ()
 
 
-def test_a_checkpoint_that_is_gone_is_named_and_can_be_found_elsewhere(index, checkpoint, tmp_path):
+def test_an_index_of_one_exit_has_one_side_and_its_checkpoint_may_have_moved(checkpoint, tmp_path):
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
-    code = write_code(tmp_path / "code")
-    build(code, tmp_path / "index", moved, exit_layer=4)
+    build(write_code(tmp_path / "code"), tmp_path / "index", moved, exit_layer=1)
     shutil.rmtree(moved)
     assert page_of(CodeIndex.open(tmp_path / "index")).problem
-    assert page_of(CodeIndex.open(tmp_path / "index"), str(checkpoint)).problem == ""
-
-
-def test_an_index_of_one_exit_has_one_side_and_says_how_to_get_more(checkpoint, tmp_path):
-    build(write_code(tmp_path / "code"), tmp_path / "index", checkpoint, exit_layer=1)
-    page = page_of(CodeIndex.open(tmp_path / "index"))
+    page = page_of(CodeIndex.open(tmp_path / "index"), str(checkpoint))
+    assert page.problem == ""
     (only,) = page.answer("add", [], "", 0, 0)
     assert page.sides == 1
     assert "mose-badge" not in only
     assert "--exit-layers all" in page.footer()
     assert page.rerank_exit_layers == (2, 4)
-
-
-def test_the_header_counts_rows_and_shows_no_folders_of_the_machine(page, index):
-    assert f"{index.store.count():,} pieces" in page.header()
-    assert "exits 1, 4" in page.header()
-    assert "/" not in page.header().replace("</", "")

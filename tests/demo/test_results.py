@@ -73,16 +73,11 @@ def test_each_hit_says_where_the_other_exit_ranks_it():
     ]
 
 
-def test_no_hit_is_one_sentence_and_re_ranking_is_named():
-    assert "Nothing was found" in html_of()
-    assert "re-ranked by exit 4" in html_of(hit(exit_layer=4), reranked=True)
-    assert "re-ranked" not in html_of(hit())
-
-
 def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one():
     plain = html_of(hit("src/a.py"))
     assert "src/a.py:3" in plain
     assert FOLDER not in plain
     assert "<a " not in plain
+    assert "Nothing was found" in html_of()
     linked = html_of(hit("src/a.py"), link_to=lambda path, hit: f"https://x/{path}")
     assert 'href="https://x/src/a.py"' in linked

@@ -70,8 +70,6 @@ def test_requests_are_taken_as_they_are_needed():
         ({}, "synthconl.backend.options", ["base_url"]),
         ({"base_url": "localhost:8000"}, "http.url", ["localhost:8000"]),
         ({"base_url": "http://h/v1", "concurrency": 0}, "synthconl.backend.options", ["concurrency", "0"]),
-        ({"base_url": ["http://h/v1"]}, "synthconl.backend.options", ["base_url"]),
-        ({"base_url": "http://h/v1", "timeout": float("inf")}, "synthconl.backend.options", ["timeout"]),
         ({"base_url": "http://h/v1", "batch": 3}, "synthconl.backend.options", ["batch"]),
         ({"base_url": "http://h/v1", "body": {"stream": True}}, "synthconl.backend.body", ["stream"]),
         ({"base_url": "http://h/v1", "api_key_variable": "NO_KEY"}, "http.token.missing", ["NO_KEY"]),

@@ -56,17 +56,14 @@ def test_only_the_requested_languages_are_kept_headers_of_cpp_included(folder):
     assert counts["dropped: another language"] == 1
 
 
-def test_long_functions_are_dropped_and_counted(folder):
-    lengths = sorted({len(row["func1_CSN"]) for row in rows_of({"folder": str(folder)})[0]})
-    rows, counts = rows_of({"folder": str(folder)}, max_characters=lengths[0])
-    assert {len(row["func1_CSN"]) for row in rows} == {lengths[0]} < set(lengths)
-    assert counts[f"dropped: more than {lengths[0]} characters"] + len(rows) >= 5
-
-
-def test_several_corpora_are_one(folder, tmp_path):
+def test_long_functions_and_those_of_an_earlier_corpus_are_dropped_and_counted(folder):
     rows, counts = rows_of({"folder": str(folder / "one"), "depth": 0}, {"folder": str(folder)})
     assert [row["repository_name"] for row in rows] == ["one", "one", "one", "two", "two"]
     assert counts["dropped: same code as an earlier function"] == 4
+    shortest = min(len(row["func1_CSN"]) for row in rows)
+    few, counts = rows_of({"folder": str(folder)}, max_characters=shortest)
+    assert {len(row["func1_CSN"]) for row in few} == {shortest}
+    assert counts[f"dropped: more than {shortest} characters"] + len(few) >= 5
 
 
 def codesearchnet_row(**changes):

@@ -155,7 +155,6 @@ def test_killed_at_every_renaming_and_restarted_it_gives_the_same(source, finish
         ({"columns": ["code", "text"]}, "shards.column_missing", ["'text'", "id, code, translation, number, unused"]),
         ({"columns": ["number"]}, "shards.column_type", ["'number'", "part-0/0.parquet", "int64"]),
         ({"columns": "code"}, "near_duplicates.columns", ["'code'"]),
-        ({"columns": []}, "near_duplicates.columns", []),
         ({"id_column": "unused"}, "shards.column_type", ["'unused'"]),
     ],
 )

@@ -1,9 +1,6 @@
 """Prompts, the code of an answer, and a stage of translation that loses nothing whatever interrupts it."""
 
 import json
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -30,10 +27,8 @@ from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import (
     FUNCTION_SCHEMA,
     echo,
-    ended_by_sigkill,
     endpoint_settings,
     function_rows,
-    start_process,
 )
 
 ROWS = 30
@@ -120,33 +115,6 @@ def test_an_endpoint_that_stops_answering_loses_nothing(folders, answered):
     assert sum(session["completions"] for session in sessions) == ROWS
 
 
-def translate_in_a_process(functions, out, base_url):
-    settings = TranslationSettings(backend="openai", model="model", options={"base_url": base_url, "concurrency": 4})
-    translate(functions, out, settings, seed=SEED, progress=False)
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_it_pays_at_most_what_was_under_way_again(folders):
-    kills, processes = [3, 9, 15, 26], []
-    started = threading.Event()
-
-    def answer(prompt):
-        if len(server.prompts) in kills:
-            kills.remove(len(server.prompts))
-            started.wait(10)
-            os.kill(processes[-1].pid, signal.SIGKILL)
-        return echo(prompt)
-
-    with OpenAIServer(answer) as server:
-        while not processes or ended_by_sigkill(processes[-1]):
-            started.clear()
-            processes.append(start_process(translate_in_a_process, *folders, server.base_url))
-            started.set()
-        assert [process.exitcode for process in processes] == [-9] * 4 + [0]
-        assert ROWS < len(server.bodies) <= ROWS + 4 * 4
-    assert_complete(folders[1])
-
-
 @pytest.fixture
 def interrupted(folders):
     """A run whose endpoint gave up after 5 answers, and the journal that they are in."""
@@ -201,8 +169,6 @@ def test_errors_are_recorded_once_others_are_answered_and_every_text_fits_into_a
     ("changes", "key", "value"),
     [
         ({"backend": "gpt"}, "settings.value", "'gpt'"),
-        ({"max_tokens": 0}, "settings.value", "max_tokens"),
-        ({"options": []}, "settings.value", "options"),
         ({"prompt": "Translate {code}"}, "synthconl.prompt", "Found: code"),
         ({"prompt": PROMPT + "{"}, "synthconl.prompt", "'{'"),
         ({"prompt": PROMPT + "{code.__class__}"}, "synthconl.prompt", "code.__class__"),
@@ -211,15 +177,6 @@ def test_errors_are_recorded_once_others_are_answered_and_every_text_fits_into_a
 def test_wrong_settings_are_refused(changes, key, value):
     with raises(key, value):
         TranslationSettings(**{"backend": "openai", "model": "model", **changes})
-
-
-def test_how_a_back_end_is_run_does_not_change_what_it_is():
-    def identity(**options):
-        return TranslationSettings(backend="openai", model="model", options=options).identity()
-
-    assert identity(base_url="http://a/v1", concurrency=4) == identity(base_url="http://b/v1", timeout=9)
-    assert identity(base_url="http://a/v1", body={"seed": 1}) != identity(base_url="http://a/v1")
-    assert json.loads(json.dumps(identity())) == identity()
 
 
 SOURCE = "def add(a, b):\n    return a + b"
@@ -235,8 +192,6 @@ def clean(text, finish_reason="stop", target="go", **options):
     "text",
     [
         GO,
-        f"\n\n{GO}\n\n",
-        f"```go\n{GO}\n```",
         f"```golang title=add.go\n{GO}\n```\n",
         f"Here's the function in Go:\n\n```go\n{GO}\n```\n\nIt uses `int`, as Python's are unbounded.",
         f"```\n{GO}",
@@ -259,7 +214,6 @@ DOCSTRING = 'def add(a, b):\n    """Adds.\n\n    ```python\n    add(1, 2)\n    `
     [
         DOCSTRING,
         f"Sure! Here is the translated code:\n{DOCSTRING}",
-        f"```python\n{DOCSTRING}\n```\nThe docstring has a fence.",
         f"```python\n{DOCSTRING}",
         f"```python\n{DOCSTRING}```\nDone.",
         f"Draft:\n```python\npass```\nAnswer:\n```python\n{DOCSTRING}\n```",
@@ -299,9 +253,6 @@ def test_what_is_inside_the_code_is_left_as_it_is():
     assert clean(f"```go\n    {GO}\n```").code == f"    {GO}"
     tag = 'func strip(text string) string {\n\treturn cut(text, "</think>")\n}'
     assert clean(f"```go\n{tag}\n```").code == tag
-
-
-def test_tags_of_php_are_left_out_of_php_alone():
     php, javascript = "function add() {}", "function add() { return '<?php ?>'; }"
     assert clean(f"```php\n<?php\n\n{php}\n?>\n```", target="php").code == php
     assert clean(javascript, target="javascript").code == javascript
@@ -311,19 +262,15 @@ def test_tags_of_php_are_left_out_of_php_alone():
     ("text", "finish_reason", "reason"),
     [
         (GO, "error", "not answered"),
-        (GO, "too_long", "prompt too long"),
         (GO, "length", "truncated"),
         ("", "content_filter", "refused"),
         ("I'm sorry, but I can't help with that.", "stop", "refused"),
-        ("Unfortunately, Go has no generators.", "stop", "refused"),
-        (" \n\n\t\n", "stop", "empty"),
         ("```go\n```\nThere is nothing to translate.", "stop", "empty"),
         (f"```go\n{SOURCE}\n```", "stop", "same as the source"),
         (SOURCE.replace("    ", "\t"), "stop", "same as the source"),
         (f"```java\n{GO}\n```", "stop", "not the target language"),
         ("def plus(x, y):\n    return x + y", "stop", "not the target language"),
         ("Adding is easy: it's what + does, isn't it?", "stop", "unparsable"),
-        ("func add(a int { return )", "stop", "unparsable"),
         ("package main\n\nvar sum = 3", "stop", "no function"),
     ],
 )
@@ -333,22 +280,15 @@ def test_an_answer_without_a_translation_is_rejected_with_its_reason(text, finis
     assert reason in REASONS
 
 
-def test_a_few_errors_are_accepted():
+def test_a_few_errors_are_accepted_unless_the_source_language_has_none_and_syntax_may_be_ignored():
     few = GO.replace("b\n", "b @\n")
     share = check_syntax(few, "go")[0]
     assert 0 < share < check_syntax(few, "python")[0]
     assert clean(few, max_error_share=share).code == few
     assert clean(few, max_error_share=0.9 * share).rejected == "unparsable"
-
-
-def test_few_errors_are_too_many_where_the_source_language_has_none():
     java = "int run(List<Name> a) {\n    boolean done = a instanceof Set;\n    use(a, done);\n    return 1;\n}"
-    assert 0 < check_syntax(java, "c")[0] < 0.2
     options = {"target": "c", "max_error_share": 0.2}
     assert clean(java, **options).rejected == ""
     assert clean(java, **options, source_language="java").rejected == "not the target language"
-
-
-def test_syntax_need_not_be_looked_at():
     assert clean("Adding is easy", max_error_share=1.0).code == "Adding is easy"
     assert clean("", max_error_share=1.0).rejected == "empty"
