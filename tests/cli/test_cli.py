@@ -240,7 +240,7 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
         ("pretrain", "tokens_per_step  "),
         ("finetune", "objective.mini_batch_tokens  "),
         ("finetune", "pairs_per_device  "),
-        ("ablate", "keep_models  "),
+        ("ablate", "learning_rates  "),
     ],
 )
 def test_help_of_training_lists_the_keys_of_its_recipe(capsys, command, key):

@@ -5,7 +5,13 @@ from email.utils import formatdate
 
 import pytest
 
-from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_url, token_from_environment
+from modular_star_encoder.utils.http import (
+    HTTPClient,
+    HTTPRequestError,
+    check_url,
+    token_from_environment,
+    wrap_hub_errors,
+)
 from tests.errors import raises
 from tests.utils.http_server import LocalServer
 
@@ -157,3 +163,13 @@ def test_addresses_settings_and_tokens_are_checked(monkeypatch):
         with raises("http.token.characters", "A_KEY") as caught:
             token_from_environment("A_KEY")
         assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("client", ["httpx", "httpx2"])
+def test_network_errors_of_both_clients_of_the_hub_become_one_sentence(client):
+    error = pytest.importorskip(client).ConnectError("refused")
+    with pytest.raises(OSError, match="can't be reached") as raised, wrap_hub_errors("me/tiny"):
+        raise error
+    assert raised.value.__cause__ is error
+    with pytest.raises(OSError, match="can't be reached"), wrap_hub_errors("me/tiny"):
+        raise RuntimeError("a file failed") from error

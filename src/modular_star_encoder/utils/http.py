@@ -10,6 +10,7 @@ import json
 import os
 import random
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 
 from modular_star_encoder.utils.errors import UserError
 
-try:  # huggingface_hub 2 brings httpx2, and 1 brings httpx
+try:  # huggingface_hub 2 installs httpx2, and 1 installs httpx
     import httpx2 as httpx
 except ImportError:
     import httpx  # type: ignore[no-redef]
@@ -293,16 +294,20 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    # The Hub's client uses httpx or httpx2, by its version; both may be installed.
+    modules = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in modules if module)
+    hub_errors = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError)
     try:
         yield
-    except (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError, httpx.TransportError) as error:
+    except hub_errors + network_errors as error:
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, LocalTokenNotFoundError):
             message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # the parent is not the newest
             message = f"{repository} was changed by someone else; nothing was uploaded. Look at the change and repeat."
-        elif isinstance(cause, httpx.TransportError):
+        elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); repeat the upload later."
         else:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
