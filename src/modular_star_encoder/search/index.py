@@ -334,6 +334,8 @@ class CodeIndex:
         """Return the embedder of a checkpoint; UserError if the index was built with other weights or prompts."""
         embedder = Embedder(checkpoint, self._device)
         self.settings.refuse_checkpoint(embedder.checkpoint, embedder.checksum, self.store.location)
+        for exit_layer in self.settings.exit_layers:  # damaged settings may name any
+            embedder.check_exit(exit_layer)
         if dict(self.settings.prompts) != embedder.prompts():
             message = f"The index {self.store.location} was built with older prompts. Rebuild it (--rebuild)."
             raise UserError("search.index.prompts", message)
