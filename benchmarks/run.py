@@ -3,7 +3,8 @@
     make bench          # python benchmarks/run.py; hours: run it on a quiet machine
     make bench-quick    # python benchmarks/run.py --quick; minutes: small shapes, results in runs/bench-quick/
 
-Quality needs a trained checkpoint: `cascade.py CHECKPOINT`, `onnx_ranking.py`, `search_transformers.py` are not here.
+Not here, because they need trained checkpoints: `contenders.py MODEL …`, `cascade.py CHECKPOINT`,
+`search_transformers.py`.
 Those that need rows of CodeSearchNet are skipped unless MOSE_DATA names a folder with codesearchnet/*_test.jsonl.gz.
 Figures decide nothing here: the exit status is 1 only if a benchmark did not run to its end.
 """
@@ -52,6 +53,7 @@ FULL = (
     Benchmark("pretraining_step", ("--shape", "paper", "--rows", "4", "--without-plain")),
     Benchmark("contrastive_step", ("--bf16",)),
     Benchmark("contrastive_step", ("--bf16", "--shape", "mini", "--max-tokens", "64", "256")),
+    Benchmark("distillation_step"),
     Benchmark("scale_out", ("--ranks", "8", "64", "128")),
     Benchmark("near_duplicates", needs_data=True),
     Benchmark("vector_index"),

@@ -117,6 +117,7 @@ SOURCES: dict[str, Callable[[Any], Iterator[Row]]] = {
     "exit_latency": listed,
     "forward": listed,
     "encode": listed,
+    "contenders": listed,
     "cascade_quickstart": cascade,
     "vector_index": vector_index,
     "loading_at_an_exit": loading,
@@ -124,6 +125,7 @@ SOURCES: dict[str, Callable[[Any], Iterator[Row]]] = {
     "pretraining_step_paper": pretraining,
     "contrastive_step_small": contrastive,
     "contrastive_step_mini": contrastive,
+    "distillation_step": listed,
     "near_duplicates": near_duplicates,
     "import_time": listed,
 }

@@ -1,5 +1,6 @@
 import json
 import random
+import runpy
 from itertools import islice
 
 import numpy as np
@@ -204,3 +205,24 @@ def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_pa
             drop(source, finished[1], **options)
     with raises("synthconl.near_duplicates.other_job", finished[1], "files"):
         drop(write_shards(tmp_path / "in", rows[::-1]), finished[1])
+
+
+def test_shares_may_be_fingerprinted_before_by_several_callers(source, finished, tmp_path, monkeypatch):
+    report, out = finished
+    for number in (2, 0, 1):
+        assert drop(source, tmp_path / "rows", share=(number, 3)) == {}
+    monkeypatch.setattr("modular_star_encoder.synthconl.near_duplicate_job.read_texts", None)  # nothing is left to read
+    assert drop(source, tmp_path / "rows") == report
+    assert content(tmp_path / "rows") == content(out)
+    assert drop(source, tmp_path / "rows", share=(0, 3)) == {}  # a late task does no harm
+    assert content(tmp_path / "rows") == content(out)
+
+
+def test_datatroves_tasks_write_the_same_files(source, finished, tmp_path):
+    local = pytest.importorskip("datatrove.executor.local")
+    step = runpy.run_path("examples/slurm/deduplicate.py")["Deduplicate"]
+    options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST}
+    for shared, tasks in ((True, 3), (False, 1)):
+        steps = [step(source, tmp_path / "rows", shared, **options)]
+        local.LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=str(tmp_path / f"logs-{shared}")).run()
+    assert content(tmp_path / "rows") == content(finished[1])

@@ -31,7 +31,7 @@ from modular_star_encoder.synthconl.row_files import (
     write_kept,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json, staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import read_json, staged_file, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _LARGEST_CLUSTERS = 20
@@ -45,6 +45,7 @@ def drop_near_duplicates(
     id_column: str | None = None,
     against: Mapping[str, Iterable[str | None]] | None = None,
     settings: DuplicateSettings | None = None,
+    share: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Copy parquet files to files of the same names, leaving out near-duplicate rows.
@@ -60,6 +61,8 @@ def drop_near_duplicates(
         id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
             Without this column, the first row is kept, in the order of the file names.
         against: See `find_near_duplicates`.
+        share: (i, n): only fingerprint every n-th file from number i on, which takes most of the time, and return {}. Up
+            to n processes, also on several machines, may do so at once; a last call without `share` does the rest.
 
     Returns:
         The content of `report.json`: `rows`; `counts`, the kept rows and the dropped rows by reason; `clusters` (of at
@@ -91,8 +94,11 @@ def drop_near_duplicates(
     if not finished:
         ids, order = read_ids(shards, id_column)
         if not begun:
-            with staged_folder(work, resumable=True) as folder:
-                write_json(folder / "job.json", job)
+            work.mkdir(parents=True, exist_ok=True)  # perhaps in several processes, which write the same
+            write_json(work / "job.json", job)
+        if share is not None:
+            _fingerprinted(shards[share[0] :: share[1]], columns, work, settings, progress)
+            return {}
         with locked(work):
             if not (out / REPORT).exists():  # else another process has finished meanwhile
                 parts = _fingerprinted(shards, columns, work, settings, progress)
@@ -101,6 +107,8 @@ def drop_near_duplicates(
                 with staged_file(out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
                     output.writelines(_dropped_lines(result, ids))
                 write_json(out / REPORT, _report(result, ids) | {"job": job}, resumable=True)
+    if share is not None:
+        return {}
     shutil.rmtree(work, ignore_errors=True)
     return read_json(out / REPORT)
 
@@ -108,7 +116,7 @@ def drop_near_duplicates(
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; raise UserError if `out` holds anything else."""
     begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
-    used = out.is_file() or (out.is_dir() and any(one.name != f".{WORK}.tmp" for one in out.iterdir()))
+    used = out.is_file() or (out.is_dir() and any(one.name != WORK for one in out.iterdir()))
     if (used and not begun) or out == source or out in source.parents or source in out.parents:
         message = f"{out}, the folder to write, must be empty or not exist; it must not lie in {source} or contain it."
         raise UserError("synthconl.near_duplicates.out", message)
@@ -138,8 +146,8 @@ def _fingerprinted(
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []
     with tqdm(desc="Fingerprinting", total=sum(one.rows for one in shards), unit=" rows", disable=not progress) as bar:
-        for number, shard in enumerate(shards):
-            target = work / f"shard-{number:05d}.arrow"
+        for shard in shards:
+            target = work / f"{_digest([shard.name])}.arrow"
             if not target.exists():
                 with (
                     staged_file(target, resumable=True) as temporary,
