@@ -4,6 +4,7 @@ A row is a pair of clones of one function of an installed Python package. Identi
 strings become "s", long numbers 9; each side loses every line after the first with probability 1/2: near-miss clones
 by mutation, as in Roy and Cordy, "A Mutation/Injection-Based Automatic Framework for Evaluating Code Clone Detection
 Tools", 2009. Words tell nothing here, so a model must read structure: depth pays even after seconds of training.
+`described.jsonl` has the descriptions and the unchanged code of the same functions.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     functions = read_retrieval_examples({"functions": {"installed": True}})["functions"].texts
-    generator, rows, taken = random.Random(0), [], {}
+    generator, rows, described, taken = random.Random(0), [], [], {}
     generator.shuffle(functions)
     for one in functions:
         # No package may be most of the data.
@@ -81,8 +82,10 @@ def main() -> None:
         if taken[one.repository] <= PAIRS_OF_A_PACKAGE and len(rows) < arguments.pairs:
             query, positive = (mutate(one.snippets[0].code, generator) for _ in range(2))
             rows.append({"query": query, "positive": positive, "repository": one.repository})
-    with (out / "clones.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+            described.append({**rows[-1], "query": one.description, "positive": one.snippets[0].code})
+    for name, pairs in (("clones", rows), ("described", described)):
+        with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
     # For masked-token pre-training: the same texts as files, in one folder for each package.
     of_package: dict[str, list[str]] = {}
     for row in rows:
@@ -92,10 +95,14 @@ def main() -> None:
         for start in range(0, len(texts), CLONES_OF_A_FILE):
             path = out / "corpus" / name / f"part{start // CLONES_OF_A_FILE}.py"
             path.write_text("\n".join(texts[start : start + CLONES_OF_A_FILE]), encoding="utf-8")
-    tokenizer = train_tokenizer([row["query"] for row in rows], CONFIG["vocab_size"], max_length=64, progress=False)
-    ModularStarEncoderConfig(**CONFIG).save_pretrained(out / "random")
-    tokenizer.save_pretrained(out / "random")
-    print(f"{len(rows):,} pairs of {len(taken)} packages; {len(tokenizer)} tokens", file=sys.stderr)
+    for name, texts, size in (
+        ("random", [row["query"] for row in rows], CONFIG["vocab_size"]),
+        ("random-text", [text for row in described for text in (row["query"], row["positive"])], 4096),
+    ):
+        tokenizer = train_tokenizer(texts, size, max_length=64, progress=False)
+        ModularStarEncoderConfig(**{**CONFIG, "vocab_size": size}).save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+    print(f"{len(rows):,} pairs of {len(taken)} packages", file=sys.stderr)
 
 
 if __name__ == "__main__":
