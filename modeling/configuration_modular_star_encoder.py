@@ -58,7 +58,7 @@ def size(value: int | None) -> None:
 
 
 def as_int(number: Any) -> Any:
-    """Return an integer, for example of numpy, as an `int`; anything else as it is."""
+    """Return `number` as an `int` if it is an integer (also one of numpy), otherwise unchanged."""
     return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else number
 
 
@@ -69,75 +69,76 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     (arXiv 2503.03008).
 
     Args:
-        vocab_size (`int`, defaults to 49156): Entries of the token embedding.
+        vocab_size (`int`, defaults to 49156): Number of entries of the token embedding.
         hidden_size (`int`, defaults to 1024): Width of the hidden states.
         intermediate_size (`int`, defaults to 12288): Width inside the MLP.
-        num_hidden_layers (`int`, defaults to 36): Layers of this model; of a slice, those that remain. 0 in a slice
-            at exit 0.
-        num_attention_heads (`int`, defaults to 16): Query heads.
-        num_key_value_heads (`int`, defaults to 4): Key and value heads, a divisor of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 36): Number of layers of this model. A slice has fewer than the model
+            that it was cut from; a slice at exit 0 has none.
+        num_attention_heads (`int`, defaults to 16): Number of query heads.
+        num_key_value_heads (`int`, defaults to 4): Number of key and value heads, a divisor of `num_attention_heads`.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`): Activation of the MLP.
         max_position_embeddings (`int`, defaults to 2048): Longest input, in tokens.
         initializer_range (`float`, defaults to 0.018042): Standard deviation of the initial weights.
         norm_epsilon (`float`, defaults to 1e-5): Epsilon of the layer norms.
-        use_bias (`bool`, defaults to `True`): Biases in attention and MLP.
-        is_causal (`bool`, defaults to `False`): Whether a token sees earlier tokens only, instead of all.
+        use_bias (`bool`, defaults to `True`): Whether the linear layers of attention and MLP have biases.
+        is_causal (`bool`, defaults to `False`): Whether a token attends only to itself and earlier tokens.
         attention_dropout, residual_dropout, embedding_dropout (`float`, default to 0.1): Dropout rates.
         rope_parameters (`dict`, *optional*): Rotary embedding; the default has base 999999.4420358813.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
-        exit_layers (`Sequence[int]`, *optional*): Trained exits: numbers of layers executed, ascending, the last equal
-            to `num_hidden_layers`. Exit 0 runs no layer: its states are the token embeddings. By default at 1/9, 1/4,
-            1/2, 3/4 and all of the layers, which gives the paper's 4, 9, 18, 27 and 36.
-        exit_layer (`int`, *optional*): Cuts the model at this exit when it is constructed. The constructed model's own
-            configuration describes what is left and no longer has a value here.
+        exit_layers (`Sequence[int]`, *optional*): The trained exits, ascending. Exit k is the output after k layers;
+            exit 0 is the token embeddings. The last exit must equal `num_hidden_layers`. By default exits are at 1/9,
+            1/4, 1/2, 3/4 and all of the layers, as the paper's 4, 9, 18, 27 and 36.
+        exit_layer (`int`, *optional*): Exit at which a model is cut when it is constructed from this configuration. The
+            cut model's own configuration describes the remaining layers, and has no `exit_layer`.
         exit_norm (`str`, defaults to `"last"`): Where the final norm applies. `"last"`: to the last layer only, as in
-            the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`: nowhere
-            (a slice of a `"last"` model below its top).
-        exit_embedding_size (`int`, defaults to 4): Size of the learned exit vector that shared heads read.
-        exit_embedding_rows (`int`, *optional*): Number of exits, in the parent's order, with their own exit vector;
-            the other exits have zeros. By default all have one.
+            the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`:
+            nowhere, as in a slice that lacks the last layer of a `"last"` model.
+        exit_embedding_size (`int`, defaults to 4): Size of each exit's learned vector. It is an input of the heads that
+            all exits share.
+        exit_embedding_rows (`int`, *optional*): Number of learned exit vectors. The first exits of `parent_exit_layers`
+            have one each; the rest have zeros. By default every exit has one.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
         projection_head (`str`, defaults to `"mlp"`): Shape of the projection heads: `"mlp"`, two linear layers with an
             activation between; or `"linear"`, one linear layer.
         projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the `"mlp"` heads.
-        projection_order (`str`, defaults to `"project_then_pool"`): Whether tokens are projected and then pooled, or
-            `"pool_then_project"`. They differ with `"mlp"` heads. With `"linear"` heads and mean pooling they agree,
-            and `"pool_then_project"` is cheaper.
-        pooling (`str`, defaults to `"mean"`): Pooling of tokens: `"mean"` over all real tokens; `"lasttoken"`, the last
-            real one; or `"legacy"`, the token at index `attention_mask.sum() - 1` of the row, as in the published
-            models' ancestor: with padding on the left this index depends on the padding and is not the last token.
+        projection_order (`str`, defaults to `"project_then_pool"`): `"project_then_pool"` projects every token and
+            pools the results; `"pool_then_project"` projects the pooled tokens. The embeddings differ with `"mlp"`
+            heads. With `"linear"` heads and mean pooling they are equal, and `"pool_then_project"` is faster.
+        pooling (`str`, defaults to `"mean"`): How the tokens of a text become one vector: `"mean"` of the real tokens;
+            `"lasttoken"`, the last real token; or `"legacy"`, the token at index `attention_mask.sum() - 1` of the row,
+            as in the model that preceded the published ones. With padding on the left this is not the last real token.
         token_weights (`bool`, defaults to `False`): Whether the mean is weighted: each entry of the vocabulary has a
             learned weight of at least 0. Needs mean pooling.
-        embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides embeddings by their norm; `"clip"` only
-            where the norm is above 1, as in the published models' ancestor.
-        logit_scale_init_value (`float`, *optional*): Start value, between 1 and 100, of a multiplier of similarities
-            that contrastive training learns and the retrieval model stores with its weights. By default the model has
-            none, and the training objective uses a fixed one.
+        embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides every embedding by its norm; `"clip"`, as in
+            the model that preceded the published ones, only embeddings with a norm above 1.
+        logit_scale_init_value (`float`, *optional*): Initial value, from 1 to 100, of a learned multiplier of
+            similarities. The retrieval model stores it with its weights, and contrastive training updates it. By
+            default there is none, and the training objective uses a fixed multiplier.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
-        output_all_exits (`bool`, *optional*): Whether a forward call without an exit returns every exit, as the
-            published fine-tuned model does, instead of the deepest. By default only in published checkpoints.
+        output_all_exits (`bool`, *optional*): Whether `forward` returns every exit if none is requested, as the
+            published fine-tuned model does. By default, it returns the deepest, except in published checkpoints.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
-        instruction_prompts (`bool`, defaults to `True`): Whether texts carry the published instructions. The model
-            itself does not read it; evaluation and search do, to treat a text as fine-tuning did.
-        unpad_inputs (`bool`, defaults to `False`): Whether a padded batch is computed without its padding: layers run
-            on the real tokens alone, attention in groups of texts of similar length. Outputs have the padded shape,
-            with zeros in place of padding. Has no effect with `output_hidden_states` or `output_attentions`, or at exit
-            0. Needs lengths on the host, so not for `torch.compile(fullgraph=True)`.
-        parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from; their order
-            gives each exit its row in the exit embedding. By default `exit_layers`.
-        parent_num_hidden_layers (`int`, *optional*): Depth of the model that this one was cut from; loss weights i/36
-            refer to it. By default `num_hidden_layers`.
+        instruction_prompts (`bool`, defaults to `True`): Whether fine-tuning put the published instructions before
+            texts. The model does not read this key; evaluation and search do, to use the same prompts.
+        unpad_inputs (`bool`, defaults to `False`): Whether layers skip padding: they run on the real tokens alone, and
+            attention on groups of texts of similar length. Outputs keep the padded shape, with zeros at padding. Has no
+            effect with `output_hidden_states` or `output_attentions`, or at exit 0. Needs the lengths of the texts on
+            the CPU, so it does not work with `torch.compile(fullgraph=True)`.
+        parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from. An exit's index
+            in this list is its row in the exit embedding. By default `exit_layers`.
+        parent_num_hidden_layers (`int`, *optional*): Number of layers of the model that this one was cut from, to which
+            the weights of the exits' losses refer (see `exit_weight`). By default `num_hidden_layers`.
 
     Raises:
-        StrictDataclassError: a field has the wrong type, or exits, heads or depths contradict each other. The message
-            says what is allowed.
+        StrictDataclassError: a field has the wrong type, or fields contradict each other. The message says what is
+            allowed.
 
     Example:
         >>> config = ModularStarEncoderConfig(num_hidden_layers=12, exit_layers=[2, 6, 12])
         >>> config.cut(6).exit_layers, config.cut(6).num_hidden_layers
         ([2, 6], 6)
-        >>> config.exit_weight(6)  # of its loss in the paper: i / number of layers
+        >>> config.exit_weight(6)  # weight of this exit's loss: 6 of 12 layers
         0.5
     """
 
@@ -237,7 +238,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as transformers does, but unwrap numbers and words that published files give as lists of one item."""
+        """Load as transformers does, after unwrapping the values that published files wrap in a list of one item."""
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
         def unwrap(key: str, value: Any) -> Any:
@@ -259,8 +260,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         ascending = exits == sorted(set(exits)) and exits[:1] >= [0] and exits[-1] == depth
         if not ascending or not set(exits) <= set(parents):
             raise ValueError(
-                f"exit_layers={exits} must be ascending numbers from 0 on, the last equal to num_hidden_layers="
-                f"{depth}, and all among parent_exit_layers={parents}."
+                f"exit_layers={exits} must be ascending integers of at least 0. The last must equal num_hidden_layers="
+                f"{depth}, and all must be among parent_exit_layers={parents}."
             )
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
@@ -268,8 +269,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def validate_pooling(self) -> None:
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
-                f"pooling={self.pooling!r} must not be 'legacy' (it may read padding) with unpad_inputs=True, and must "
-                "be 'mean' with token_weights=True."
+                f"pooling={self.pooling!r} must be 'mean' with token_weights=True, and must not be 'legacy', which may "
+                "read padding, with unpad_inputs=True."
             )
 
     def validate_logit_scale(self) -> None:
@@ -291,9 +292,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             )
 
     def check_exit(self, exit_layer: int) -> int:
-        """Return `exit_layer` as an `int` if it is an exit of this model, otherwise raise a ValueError with the exits.
+        """Return `exit_layer` as an `int`; raise a ValueError that lists the exits if it is not one of this model.
 
-        An integer of numpy is one, too; `True`, `2.0` and `"2"` are not.
+        Integers of numpy are accepted; `True`, `2.0` and `"2"` are not.
         """
         number = as_int(exit_layer)
         if type(number) is not int or number not in self.exit_layers:
@@ -303,14 +304,16 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return number
 
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Return the requested exits, ascending; if none is requested, the deepest, or all with `output_all_exits`.
+        """Return the requested exits, ascending.
+
+        If none is requested, return the deepest exit, or every exit if `output_all_exits` is True.
 
         Raises:
-            ValueError: both arguments are given, the list is empty, or an entry is not an exit of this model.
+            ValueError: both arguments are given, `exit_layers` is empty, or an entry is not an exit of this model.
         """
         if exit_layers is not None and (exit_layer is not None or len(exit_layers) == 0):
             raise ValueError(
-                f"Give exit_layer, or exit_layers with at least one exit, not {exit_layer=} and {exit_layers=}."
+                f"Give either exit_layer, or exit_layers with at least one exit, not {exit_layer=} and {exit_layers=}."
             )
         if exit_layers is None:
             default = self.exit_layers if self.output_all_exits else (self.num_hidden_layers,)
@@ -322,9 +325,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
-        """Return the paper's weight of this exit's loss: layers executed divided by the depth of the full model (i/36).
+        """Return the weight of this exit's loss: its number of layers divided by that of the uncut model, such as 4/36.
 
-        The paper has no exit 0; with i = 0 its head would not be trained, so it has the weight of exit 1.
+        The paper has no exit 0. A weight of 0 would not train its head, so exit 0 has the weight of exit 1.
         """
         return max(1, self.check_exit(exit_layer)) / max(1, self.parent_num_hidden_layers)
 
@@ -333,7 +336,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return self.exit_norm == "all" or (self.exit_norm == "last" and exit_layer == self.num_hidden_layers)
 
     def cut(self, exit_layer: int) -> "ModularStarEncoderConfig":
-        """Return a copy that describes the first `exit_layer` layers and their exits."""
+        """Return a copy of this configuration that describes the first `exit_layer` layers and their exits."""
         exit_layer = self.check_exit(exit_layer)
         config = copy.deepcopy(self)
         config.exit_layer = None

@@ -14,9 +14,9 @@
 """ModularStarEncoder: a bidirectional StarCoder2 encoder with exits (arXiv 2503.03008).
 
 A forward pass runs the layers up to the deepest requested exit and no further, and returns the states of every
-requested exit. Heads that are shared between exits (masked language modelling, in-context classification, sequence
-classification) know the exit by a small learned vector concatenated to their features; retrieval has one projection
-head for each exit.
+requested exit. All exits share the heads for masked language modelling, in-context classification and sequence
+classification; a small learned vector, concatenated to their features, shows them the exit. Retrieval has one
+projection head for each exit.
 
 Shapes: B batch, T tokens, H hidden size, E requested exits, D projection size, V vocabulary.
 
@@ -77,11 +77,11 @@ class ModularStarEncoderModelOutput(ModelOutput):
     Args:
         last_hidden_state: (B, T, H), states of the deepest requested exit.
         exit_hidden_states: tuple of E tensors (B, T, H), shallowest exit first.
-        residual_states: the exits' states before the final norm; a later pass can resume there (`start_layer`). Only
-            with `output_residual_states=True`.
-        hidden_states: embeddings and the output of each executed layer, (B, T, H); the last equals `last_hidden_state`.
-            Empty if no layer runs (exit 0 alone).
-        attentions: attention weights of each executed layer, (B, heads, T, T).
+        residual_states: tuple of E tensors (B, T, H), the exits' states before the final norm, from which a later pass
+            can resume (see `start_layer`). Only with `output_residual_states=True`.
+        hidden_states: tuple of (B, T, H): the embeddings and the output of each executed layer; the last equals
+            `last_hidden_state`. Empty if no layer runs (exit 0 alone).
+        attentions: tuple of (B, heads, T, T), the attention weights of each executed layer.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -96,12 +96,12 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
     """Output of the pre-training model; tensors with one entry per exit (E) have the shallowest exit first.
 
     Args:
-        loss: scalar, the sum over exits of i/36 (MLM + ICC); i/36 is layers executed over the depth of the full model.
-        logits: (B, T, V), tokens predicted at the deepest requested exit; `None` with `labels`: then they are computed
-            at masked positions only and reduced to losses at once.
+        loss: scalar, the sum over exits of `config.exit_weight` × (the exit's MLM loss + its ICC loss).
+        logits: (B, T, V), predicted tokens at the deepest requested exit. `None` with `labels`: the loss needs logits
+            at masked positions only, and does not keep them.
         icc_logits: (E, B, 2), class 1 means "from the same repository".
-        mlm_losses, mlm_accuracies: (E,), mean over masked tokens; `None` without `labels`.
-        icc_losses, icc_accuracies: (E,), mean over the batch; `None` without `icc_labels`.
+        mlm_losses, mlm_accuracies: (E,), means over masked tokens; `None` without `labels`.
+        icc_losses, icc_accuracies: (E,), means over the batch; `None` without `icc_labels`.
         exit_hidden_states, hidden_states, attentions: as in the trunk's output.
     """
 
@@ -118,12 +118,12 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     @property
     def prediction_logits(self) -> torch.Tensor | None:
-        """Another name of `logits`, from the published model."""
+        """`logits` under its name in the published model."""
         return self.logits
 
     @property
     def seq_relationship_logits(self) -> torch.Tensor:
-        """Another name of the deepest exit's `icc_logits`, (B, 2), from the published model."""
+        """The deepest exit's `icc_logits`, (B, 2), under their name in the published model."""
         return self.icc_logits[-1]
 
 
@@ -152,12 +152,12 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """Embeddings under their published name: a list of (B, D) tensors, one per exit; for one exit, its tensor."""
+        """`exit_embeddings` under their published name: a list of one (B, D) tensor per exit; a tensor if it is one."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
     def raw_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
-        """Another name of `hidden_states`, from the published models."""
+        """`hidden_states` under their name in the published models."""
         return self.hidden_states
 
 
@@ -166,7 +166,7 @@ class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
     """Output of the sequence classifier.
 
     Args:
-        loss: scalar, the i/36-weighted sum over the requested exits; `None` without `labels`.
+        loss: scalar, the sum over requested exits of `config.exit_weight` × the exit's loss; `None` without `labels`.
         logits: (B, num_labels), of the deepest requested exit.
         exit_logits: (E, B, num_labels), shallowest exit first.
         hidden_states, attentions: as in the trunk's output.
@@ -180,7 +180,7 @@ class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Turn the two halves of the last dimension (a, b) into (-b, a)."""
+    """Return (-b, a) for the two halves (a, b) of the last dimension."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -188,7 +188,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys (B, heads, T, head_dim) by their positions' angles, cos and sin (B, T, head_dim)."""
+    """Return queries and keys (B, heads, T, head_dim), rotated by the angles of `cos` and `sin` (B, T, head_dim)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
@@ -216,12 +216,12 @@ def eager_attention_forward(
 
 @dataclass
 class DocumentGroup:
-    """G texts of similar length from a flat batch, padded to the longest (L) for attention.
+    """G texts of similar length from a flat batch, padded for attention to the L tokens of the longest.
 
     Args:
-        tokens: (G, L), the place of each token in the flat batch; padding repeats a text's first token.
-        real: (G, L), False at padding; `None` where there is none.
-        mask: attention mask of the backend in use, as `create_bidirectional_mask` makes it.
+        tokens: (G, L), the index of each token in the flat batch; padding repeats a text's first token.
+        real: (G, L), False at padding; `None` if the group has no padding.
+        mask: attention mask in the form that the attention backend needs, from `create_bidirectional_mask`.
     """
 
     tokens: torch.Tensor
@@ -238,14 +238,14 @@ class DocumentGroup:
 
 @dataclass
 class DocumentGroups:
-    """The texts of a flat batch of N tokens, in groups; `order` (N,) puts their tokens back into the batch's order."""
+    """The texts of a flat batch of N tokens, in groups; `order` (N,) sorts the groups' tokens as in the batch."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
-        """Group texts by length; the caller sets each group's mask, because it depends on the attention backend."""
+        """Group texts with these lengths; the caller sets each group's mask, which depends on the attention backend."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         members: list[list[int]] = []
         for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
@@ -266,7 +266,7 @@ class DocumentGroups:
         return DocumentGroups([group.to(device) for group in self.groups], self.order.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Apply `attention` within each text: (1, heads, N, head_dim) become (1, N, heads, head_dim)."""
+        """Return attention within each text, (1, N, heads, head_dim), of query, key, value (1, heads, N, head_dim)."""
         outputs = []
         for group in self.groups:
             parts = (states[0][:, group.tokens].transpose(0, 1) for states in query_key_value)
@@ -275,7 +275,7 @@ class DocumentGroups:
 
 
 class ModularStarEncoderRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding."""
+    """Computes cosines and sines (B, T, head_dim) of the rotary position embedding for positions (B, T)."""
 
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
@@ -307,7 +307,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: ModularStarEncoderConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
-        """Return inverse frequencies base^(-2i/d), i = 0 … d/2 - 1 (RoFormer, arXiv 2104.09864), and a scaling of 1."""
+        """Return inverse frequencies (arXiv 2104.09864): rope_theta^(-2i/d), i = 0 … d/2 - 1, d = head_dim; and 1."""
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
 
@@ -321,7 +321,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
 
 
 class ModularStarEncoderAttention(nn.Module):
-    """Grouped-query attention in which every token sees every other one."""
+    """Grouped-query attention in which every token sees every other one, unless `config.is_causal`."""
 
     def __init__(self, config: ModularStarEncoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -456,13 +456,13 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does; `exit_layer=k` cuts the model at this exit.
 
-        A trunk is never initialised at random: tensors of the trunk that are missing from the checkpoint, unknown to
-        the model, or of another shape raise an error that names them. New heads give a warning.
+        A trunk is never initialised at random: an error names its tensors that are missing from the checkpoint, unknown
+        to the model, or of another shape. Heads that the checkpoint lacks are initialised at random, with a warning.
 
         Raises:
-            ValueError: the checkpoint's trunk does not fit the model. Not raised with `output_loading_info=True`, which
-                returns the names, nor with a `state_dict` in place of a checkpoint. Shapes may differ with
-                `ignore_mismatched_sizes=True`.
+            ValueError: the checkpoint's trunk does not fit the model. Not checked with `output_loading_info=True`,
+                which returns the tensors' names, nor with `state_dict`. `ignore_mismatched_sizes=True` allows other
+                shapes.
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = copy.deepcopy(kwargs["config"])
@@ -493,8 +493,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
         """Return the first `exit_layer` layers and their exits, as a separate model that shares this one's parameters.
 
-        Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` separates the two.
-        ValueError if this model has no such exit (the message lists those it has), or carries an adapter.
+        Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` gives it own parameters.
+        Raises ValueError if this model lacks the exit (the message lists its exits), or has an adapter.
         """
         with torch.device("meta"):
             model = type(self)(self.config.cut(exit_layer))
@@ -524,15 +524,15 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         """Write weights (safetensors), configuration and both files of model code to `save_directory`.
 
         Files are written to a temporary folder and moved into place at the end. An interrupted save leaves the previous
-        checkpoint (a kill between those last moves can leave files of both), and it is safe to save over the files that
-        this model was loaded from and still maps into memory.
+        checkpoint; only a kill during the final moves can leave files of both. `save_directory` may be the folder that
+        this model was loaded from.
 
         Args:
             save_directory: folder, created if missing.
             is_main_process: whether this process may write. If several processes share a model (FSDP2), all of them
-                must call this, and the first one writes whole tensors.
-            push_to_hub: also upload the model; `push_to_hub` gets `repo_id`, `private` and its other arguments.
-            save_original_format: as in transformers, but off by default.
+                must call this method, and the first one writes whole tensors.
+            push_to_hub: also upload the model; `repo_id`, `private` and similar arguments go to `push_to_hub`.
+            save_original_format: as in transformers, but False by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in PUSH_ARGUMENTS if key in kwargs}
@@ -558,15 +558,14 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
 
 
 def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None:
-    """Raise ValueError if the checkpoint's trunk tensors do not match the model's."""
     trunk = re.compile(r"^(model\.)?(embed_tokens|layers|norm)\.")
     for problem, place in (("missing", "from"), ("unexpected", "in")):
         names = sorted(filter(trunk.match, info[f"{problem}_keys"]))
         if names:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
-                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}; the configuration must describe "
-                "the checkpoint."
+                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}. Its configuration must describe "
+                "its weights."
             )
 
 
@@ -614,7 +613,6 @@ def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 
 
 def _move_checkpoint(source: Path, target: Path) -> None:
-    """Move every file of `source` into `target` by rename, then remove the old weights that the new files replace."""
     weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     names = {path.name for path in source.iterdir()}
     for name in sorted(names):
@@ -677,23 +675,25 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             position_ids: (B, T), or (1, T) for all rows; by default each row counts its real tokens from 0. Without
                 `attention_mask`, positions that restart within a row mark packed texts, which do not see each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
-            exit_layer: the one exit to run to; by default the deepest. Exit 0 runs no layer.
-            exit_layers: several exits to return from one pass.
-            start_layer: number of layers already executed on `inputs_embeds`. A resumed pass equals a straight one bit
-                for bit.
+            exit_layer: the exit to return; by default the deepest, or all with `config.output_all_exits`. Exit 0 runs
+                no layer.
+            exit_layers: several exits to return from one pass, in place of `exit_layer`.
+            start_layer: number of layers already executed on `inputs_embeds`. A resumed pass equals an uninterrupted
+                one bit for bit.
             output_residual_states: also return each exit's states before the final norm.
-            **kwargs: among them `cu_seq_lens_q`, (texts + 1,) int32: where the texts of a flat batch (1, N) begin and
-                end, as flash attention's collators give it. Works on every attention backend.
+            **kwargs: among them `cu_seq_lens_q`, (number of texts + 1,) int32, as flash attention's collators give it:
+                text i of a flat batch (1, N) has the tokens `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1] - 1`. Works on
+                every attention backend.
 
         Raises:
-            ValueError: an exit that this model does not have (the message lists those it has), an exit not above
-                `start_layer`, not exactly one of `input_ids` and `inputs_embeds`, or `cu_seq_lens_q` with several rows.
+            ValueError: this model lacks an exit (the message lists its exits), or an exit is not above `start_layer`;
+                both or neither of `input_ids` and `inputs_embeds` are given; or `cu_seq_lens_q` with several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and only deeper exits; got {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and deeper exits; the exits are {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -760,7 +760,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             states, bounds, restore = _unpad(states, attention_mask)
         elif bounds is not None and states.shape[0] > 1:
             if kwargs.get("cu_seq_lens_q") is not None:
-                raise ValueError("cu_seq_lens_q describes the texts of one row; give a flat batch of shape (1, N).")
+                rows = states.shape[0]
+                raise ValueError(f"cu_seq_lens_q needs a flat batch of shape (1, N), but the batch has {rows} rows.")
             if recorded:
                 bounds = None
             else:
@@ -808,7 +809,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return where texts begin and end in the flattened (B, T, …) states, (texts + 1,); `None` for one text per row."""
+    """Return the first token of each text in the flattened (B, T, …) states, and B · T; `None` for one text per row."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -826,7 +827,7 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the real tokens (1, N, H) of (B, T, H), where texts begin and end, and a function to restore padding."""
+    """Return the N real tokens (1, N, H) of (B, T, H), the bounds of the texts, and a function to restore padding."""
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)
@@ -842,10 +843,11 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return states with one row per text, and their mask; packed texts (B, T, H) become (texts, longest, H)."""
+    """Return states with one row per text, and their mask; packed texts (B, T, H) become (texts, longest text, H)."""
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("Heads need an attention_mask of shape (B, T); a prepared 4D mask is for the trunk alone.")
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"Heads need an attention_mask of shape (B, T), not {shape}; only the trunk accepts 4D.")
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
@@ -854,7 +856,7 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Return, per row (B, H), the mean of its real tokens, or one token: the last real, first real or `legacy` one."""
+    """Return (B, H): the mean of each row's real tokens, or one of its tokens (the last or first real, or `legacy`)."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long)
@@ -893,7 +895,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Features (B, H + exit embedding) for classifiers: tanh(linear(`<cls>` state)), followed by the exit's vector."""
+    """Features (B, H + exit_embedding_size) for classifiers: tanh(linear(`<cls>` state)), then the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -920,7 +922,7 @@ class ModularStarEncoderMaskedLMHeads(nn.Module):
         self.decoder = nn.Linear(width, config.vocab_size)
 
     def token_features(self, states: torch.Tensor, exit_index: int) -> torch.Tensor:
-        """Return the features (…, H + exit embedding) that the decoder turns into logits."""
+        """Return the features (…, H + exit_embedding_size) that the decoder turns into logits, from states (…, H)."""
         vector = self.exit_embedding(exit_index).expand(*states.shape[:-1], -1)
         return self.layer_norm(self.act(self.transform(torch.cat((states.to(vector.device), vector), dim=-1))))
 
@@ -934,10 +936,10 @@ class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
         self.icc_classifier = nn.Linear(config.hidden_size + config.exit_embedding_size, 2)
 
     def masked_lm(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean cross-entropy and accuracy (E,), from features (E, N, H + exit embedding) and labels (N,).
+        """Return mean cross-entropy and accuracy (E,) of N masked tokens at E exits; both are 0 if N is 0.
 
-        Both are 0 if N is 0. Logits exist for one chunk of tokens at a time, and the backward pass computes them again,
-        so that memory does not grow with E × N × V.
+        `features` are (E, N, H + exit_embedding_size), `labels` (N,). Logits exist for one chunk of tokens at a time;
+        the backward pass computes them again, so that memory does not grow with E × N × V.
         """
         exits, tokens = features.shape[:2]
         chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // self.decoder.out_features)
@@ -1005,14 +1007,14 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
     ) -> tuple | ModularStarEncoderForPreTrainingOutput:
         r"""Predict masked tokens and whether two snippets share a repository.
 
-        The loss reaches every head, with zero gradients where labels are missing, so that DDP needs no search for
-        unused parameters.
+        If only one kind of labels is given, the other head gets gradients of zero, so that DDP needs no
+        `find_unused_parameters`.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
             icc_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
-            exit_layer, exit_layers: as in the trunk; by default all exits when there are labels, otherwise the deepest.
+            exit_layer, exit_layers: as in the trunk; but with labels, all exits are the default.
         """
         supervised = labels is not None or icc_labels is not None
         if supervised and exit_layer is None and exit_layers is None:
@@ -1061,8 +1063,8 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
 class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
     """Model for masked language modelling at one exit, with the loss and logits that every fill-mask script expects.
 
-    It loads pre-training checkpoints, whose heads for in-context classification it leaves out. All tokens' logits are
-    computed; to train all exits together in less memory, use `ModularStarEncoderForPreTraining`.
+    It loads pre-training checkpoints without their heads for in-context classification. It computes logits of all
+    tokens; `ModularStarEncoderForPreTraining` trains all exits together in less memory.
 
     Example:
         >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2])
@@ -1092,7 +1094,7 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
             labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
-                cross-entropy over masked tokens, or their sum divided by `num_items_in_batch`.
+                cross-entropy over masked tokens; with `num_items_in_batch`, their sum divided by this number.
             exit_layer: by default the deepest.
         """
         exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
@@ -1194,9 +1196,9 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     def _token_scales(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Return the factor n · w / Σ w of a text's n real tokens, (B, T, 1) float32; `None` without token weights w.
+        """Return each token's weight divided by the mean weight of its text, (B, T, 1) float32; `None` without weights.
 
-        The plain mean of the scaled tokens is the weighted mean. Padding, and a text whose weights sum to 0, get 0.
+        The plain mean of tokens scaled by it is their weighted mean. Padding, and texts whose weights sum to 0, get 0.
         """
         if self.model.token_weights is None:
             return None
@@ -1236,14 +1238,14 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
         Raises:
             RuntimeError: in training, `config.output_hidden_states` was set after the model was made, as
-                sentence-transformers' AdaptiveLayerLoss and Matryoshka2dLoss do. With this model, these two losses
-                would train no shallower exit.
+                sentence-transformers' AdaptiveLayerLoss and Matryoshka2dLoss do. These losses would not train the heads
+                of shallower exits.
         """
         if self.training and self.config.output_hidden_states and not self._returns_hidden_states:
             raise RuntimeError(
-                "AdaptiveLayerLoss and Matryoshka2dLoss train raw hidden states, and no head of a shallower exit; use "
-                "MultiExitContrastiveLoss of modular_star_encoder instead. If it is not such a loss that needs the "
-                "hidden states, pass output_hidden_states=True to the call or to from_pretrained."
+                "config.output_hidden_states was set on a loaded model, as AdaptiveLayerLoss and Matryoshka2dLoss do. "
+                "They would not train the heads of shallower exits: use modular_star_encoder.MultiExitContrastiveLoss. "
+                "If something else needs hidden states, pass output_hidden_states=True to the call or from_pretrained."
             )
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)

@@ -1,7 +1,7 @@
 """Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
-Their configurations do not say whether a checkpoint is fine-tuned, and may not give its depth; the tensor names tell
-both. `read_published_layout` reads the header of the safetensors file, completes the configuration, checks every
+Their configurations do not say whether a checkpoint is fine-tuned, and may lack its number of layers; the tensor names
+show both. `read_published_layout` reads the header of the safetensors file, completes the configuration, checks every
 name and shape before anything is loaded, and tells transformers how to rename.
 
 Repositories that this package writes have its own layout, so this file does not travel with them.
@@ -56,12 +56,15 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Return the model class to load, and `kwargs` with a complete `config` and our tensor names in `key_mapping`.
+    """Return the class to load a checkpoint with, and the keyword arguments of its `from_pretrained`.
 
-    The arguments stay unchanged for a checkpoint that is not a published one. The Auto classes do not know the
-    published class name and choose the trunk. If the file has projection heads, this function replaces the trunk by
-    the retrieval model. A model class called by its own name (without `config`) stays; the common base class becomes
-    the class that fits the file. ValueError if tensors do not match a published checkpoint; the message names them.
+    For a published checkpoint, these are `kwargs` with a complete `config`, and a `key_mapping` from its tensor names
+    to ours. `model_class` is replaced in two cases: the common base class by the class that fits the file; and, if the
+    file has projection heads, the trunk by the retrieval model, because `AutoModel` does not know the published class
+    name and chooses the trunk. For any other checkpoint, `model_class` and `kwargs` are returned unchanged.
+
+    Raises:
+        ValueError: tensors do not match a published checkpoint; the message names them.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -89,7 +92,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return the configuration at `path`, changed by the fields that it pops from `kwargs`; None if not published."""
+    """Return a published configuration with the fields in `kwargs`, which are removed there; None if not published."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -101,9 +104,13 @@ def _published_config(
 def describe(
     shapes: Shapes, config: ModularStarEncoderConfig
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
-    """Return the model class for a published file, its complete configuration, and the renamings to our names.
+    """Return the model class for a published file, its complete configuration, and {pattern: our name} for its tensors.
 
-    ValueError if the file's depth is not an exit, or the number of projection heads is not 0, 1 or the number of exits.
+    `shapes` maps the names of the file's tensors to their shapes. `config` may lack the number of layers.
+
+    Raises:
+        ValueError: the file's number of layers is not an exit of `config`, or the file has some projection heads, but
+            neither a single one nor one for each exit.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
@@ -112,8 +119,8 @@ def describe(
     exits = [exit_layer for exit_layer in parent_exits if exit_layer <= depth]
     if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
-            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published one ends at one of the "
-            f"exits {parent_exits} and has no such head, one for its last layer, or one for each exit."
+            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published checkpoint has as many "
+            f"layers as one of the exits {parent_exits}, and no projection head, one, or one for each of its exits."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
@@ -125,8 +132,8 @@ def describe(
         complete.exit_norm = "none"
         if any(re.match(rf"{_TRUNK}norm\.", name) for name in shapes):
             logger.warning_once(
-                f"This checkpoint of {depth} layers has a final norm. The model it was cut from does not apply it at "
-                'that exit, and neither does this one. If the published code applies it, load with exit_norm="all".'
+                f"This checkpoint of {depth} layers has a final norm, which is not applied, because the uncut model "
+                'does not apply it at this exit. If the published code applies it, load with exit_norm="all".'
             )
     checkpoint_class: type[ModularStarEncoderPreTrainedModel] = ModularStarEncoderModel
     if heads:
@@ -138,8 +145,8 @@ def describe(
         if rows == [len(parent_exits) - 1]:
             complete.exit_embedding_rows = rows[0]
             logger.warning_once(
-                f"The table of exit vectors has {rows[0]} rows for {len(parent_exits)} exits; the pre-training heads "
-                f"get zeros at exit {parent_depth}. The trunk is not affected."
+                f"The exit embedding has {rows[0]} rows for {len(parent_exits)} exits, so the pre-training heads read "
+                f"zeros instead of a vector at exit {parent_depth}. The trunk is not affected."
             )
     complete.architectures = [checkpoint_class.__name__]
     renamings = dict(_RENAMINGS)
@@ -156,7 +163,7 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Raise ValueError if a published file lacks tensors, or has unexpected, duplicate or wrongly shaped ones."""
+    """Raise ValueError if a published file lacks a tensor, or has an unexpected, duplicate or wrongly shaped one."""
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -91,7 +91,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """The configurations registered with `AutoConfig`; looking up ours imports it and so registers all our classes."""
+    """The configurations registered with `AutoConfig`; looking up ours imports it, which registers all our classes."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:
@@ -132,7 +132,6 @@ class _RegisterWithAutoConfig(MetaPathFinder):
 
 
 def _register(module: ModuleType) -> None:
-    """Add our model type to the mapping that `AutoConfig` and every other Auto class reads first."""
     registered = module.CONFIG_MAPPING._extra_content
     if _MODEL_TYPE not in registered:
         module.CONFIG_MAPPING._extra_content = _RegisteredWhenUsed(registered | {_MODEL_TYPE: None})

@@ -97,10 +97,10 @@ def change(**changes):
 HEAD, LAYER = "projection_heads.2.", "model.layers.4.mlp.c_fc.bias"
 DAMAGES = [
     (write("model.safetensors", "not a tensor"), "damaged", ""),
-    (lambda folder: change_tensors(folder, drop=[HEAD]), "tensors", f"4 tensors are missing from {{}}, such as {HEAD}"),
-    (lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}), "tensors", f"unused in {{}}, such as {LAYER}"),
+    (lambda folder: change_tensors(folder, drop=[HEAD]), "tensors", f"4 tensors are missing, such as {HEAD}"),
+    (lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}), "tensors", f"left over, such as {LAYER}"),
     (change(vocab_size=500), "shapes", ""),
-    (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "unused in"),
+    (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "left over"),
     (change(exit_layers=[2, 1]), "damaged", "[2, 1]"),
     (change(exit_norm="lst"), "damaged", "('last', 'all', 'none'), got lst"),
     (change(model_type="bert"), "other_model", "'bert'"),

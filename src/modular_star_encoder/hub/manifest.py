@@ -20,21 +20,22 @@ class RepositorySettings:
     Args:
         name: name of the repository, without its namespace.
         checkpoint: folder to publish unchanged; use either this or `slice_of`.
-        slice_of, exit_layer: key of an earlier entry whose model is cut, and the exit after which it is cut.
-        only_exit: in a slice, keep only the projection head of its last exit, as in the published slices.
+        slice_of: earlier entry whose model is cut, as NAME or NAME@BRANCH.
+        exit_layer: with `slice_of`, the exit at which the model is cut.
+        only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
         branch: branch of the repository.
-        trained_from: key of an earlier entry: the model from which the training of this one started.
+        trained_from: earlier entry from whose model the training of this one started, as NAME or NAME@BRANCH.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
-        evaluation: results of `mose evaluate` (report.json, or --json) or of `mose finetune` (training_log.json); a
-            slice uses the results of its parent for its exits.
+        evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
+            (training_log.json). A slice has the results of its parent at the same exits.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
-        training_log: file from `mose pretrain` or `mose finetune`; by default the one in the checkpoint's folder or its
-            parent folder, if it exists.
-        recipe: YAML or JSON file of the recipe; by default the recipe in the training log.
+        training_log: file from `mose pretrain` or `mose finetune`; by default the `training_log.json` in the
+            checkpoint's folder or its parent folder, if it exists.
+        recipe: YAML or JSON file of the training recipe; by default the recipe in the training log.
         training_data: description of the training data.
-        sections: further sections of the card, as `heading: local file`; a file without the ending .md is shown as
+        sections: additional sections of the card, as `heading: local file`. A file without the ending .md is shown as
             code.
-        files: further files of the repository, as `path in the repository: local file`, such as
+        files: additional files of the repository, as `path in the repository: local file`, such as
             `onnx/model.onnx: runs/export/model.onnx`.
     """
 
@@ -57,10 +58,10 @@ class RepositorySettings:
     def __post_init__(self) -> None:
         own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
         if self.slice_of and (given := [name for name in own if getattr(self, name)]):
-            message = f"{self.key} is a slice; remove {', '.join(given)}, which {self.slice_of} sets."
+            message = f"{self.key} is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}."
             raise UserError("hub.manifest.slice", message)
         if self.slice_of is None and self.checkpoint is None:
-            raise UserError("hub.manifest.checkpoint", f"{self.key} needs either `checkpoint` or `slice_of`.")
+            raise UserError("hub.manifest.checkpoint", f"{self.key} needs one of `checkpoint` and `slice_of`.")
         if (self.slice_of is None) != (self.exit_layer is None):
             message = f"{self.key} needs both `slice_of` and `exit_layer`, or neither."
             raise UserError("hub.manifest.exit_layer", message)
@@ -72,7 +73,7 @@ class RepositorySettings:
 
     @property
     def key(self) -> str:
-        """The key by which other entries refer to this one: its name, and `@branch` if the branch isn't main."""
+        """The key by which other entries refer to this one: NAME, or NAME@BRANCH if the branch isn't main."""
         return self.name if self.branch == MAIN else f"{self.name}@{self.branch}"
 
     @property
@@ -117,7 +118,7 @@ class Manifest:
             if entry.key in above:
                 raise UserError("hub.manifest.twice", f"{entry.key} is listed twice in `repositories`.")
             if entry.parent is not None and entry.parent not in above:
-                message = f"{entry.key} comes from {entry.parent}, which must be listed above it."
+                message = f"{entry.key} is made from {entry.parent}, which must be listed above it in `repositories`."
                 raise UserError("hub.manifest.parent", message)
             above.add(entry.key)
 
@@ -127,14 +128,14 @@ class Manifest:
 
 
 def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Manifest:
-    """Read a manifest from a YAML file; see `load_settings` for arguments and errors."""
+    """Read a manifest from a YAML file, changed by `overrides` (KEY=VALUE); raise UserError if a value is wrong."""
     return load_settings(Manifest, path, overrides)
 
 
 def folder_manifest(
     folder: str | os.PathLike[str], repository: str, *, license: str = "apache-2.0", evaluation: Sequence[str] = ()
 ) -> Manifest:
-    """Build a manifest that publishes one checkpoint folder as `repository` ("owner/name")."""
+    """Return a manifest that publishes one checkpoint folder as `repository` ("owner/name")."""
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")
     entry = RepositorySettings(name=name, checkpoint=os.fspath(folder), evaluation=tuple(evaluation))

@@ -30,11 +30,11 @@ class Measurements:
     """Parameter counts, costs and scores of the exits in one repository."""
 
     parameters: Mapping[int, int]  # {exit_layer: number of parameters of the model up to this exit}
-    profile: ExitProfile | None  # costs of these exits; None if not measured
-    tables: Sequence[Table]  # one per benchmark, with rows of these exits and of retrievers without exits
+    profile: ExitProfile | None  # costs of the exits; None if not measured
+    tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice; at its exits, the keys of `parameters`, it embeds as the uncut model."""
+        """Return the measurements of a slice with these `parameters`: at its exits, it embeds as the uncut model."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -53,21 +53,21 @@ class StagedRepository:
     settings: RepositorySettings  # entry in the manifest
     repository: str  # id on the Hub
     folder: Path  # folder of the files
-    source: Path  # checkpoint folder; both must give equal outputs at the exits of the repository
+    source: Path  # folder of the source checkpoint, whose outputs the files must reproduce
     config: ModularStarEncoderConfig
     retrieval: bool  # True for a retrieval model, False for a pre-trained model
     prompts: Mapping[str, str]  # prompts of the SentenceTransformer
     measurements: Measurements  # measurements of the exits
     figure: str | None = None  # file name of the figure; None if there is none
-    parent: "StagedRepository | None" = None  # the model it was cut from, or its training started from
-    # (exit, link, SHA-256 of the weights) of each slice; not its revision, because the card of the slice links here
+    parent: "StagedRepository | None" = None  # model from which it was cut, or from which its training started
+    # (exit, link, SHA-256 of the weights) of each slice; without its revision, because the slice's card links here
     slices: Sequence[tuple[int, str, str]] = ()
     training_rows: Sequence[tuple[str, Any]] = ()
     recipe: str = ""  # training recipe as YAML
     sections: Sequence[tuple[str, str]] = ()  # (heading, Markdown) of each additional section
 
     def link(self, revision: str | None = None) -> str:
-        """Return a Markdown link to the repository's branch, or to `revision` if it is given."""
+        """Return a Markdown link to the repository, at `revision` if it is given, otherwise at the entry's branch."""
         branch = self.settings.branch
         name = self.repository if branch == MAIN else f"{self.repository}, branch {branch}"
         place = revision or (None if branch == MAIN else branch)
@@ -75,7 +75,7 @@ class StagedRepository:
 
 
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
-    """Write the card of a staged repository; call it again when the revision of its parent model is known."""
+    """Write the card of a staged repository; once the parent's revision is known, a second call adds it."""
     config, measured, settings = staged.config, staged.measurements, staged.settings
     heading = "" if staged.retrieval else "pre-trained"
     heading = f"the first {settings.exit_layer} layers" if settings.slice_of else heading
@@ -103,7 +103,7 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
 
 
 def check_card(path: Path) -> None:
-    """Raise UserError if a card's metadata can't be read by huggingface_hub, or if the card shows a missing image."""
+    """Raise UserError if huggingface_hub can't read the metadata of a card, or if the card shows a missing image."""
     required = ("license", "library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
@@ -112,7 +112,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot quality by latency, or by depth if none is known; return the file name, or None if nothing is plotted."""
+    """Plot scores by latency, or by depth without a profile; return the file name, or None for one exit or no score."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -125,7 +125,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a card's table of measurements; each exit and each other retriever has a column."""
+    """Return the header and rows of a card's table of measurements, which has a column per exit and other retriever."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))

@@ -1,16 +1,16 @@
 """Export one exit of a retrieval model as an ONNX file, or as a folder for servers that run ONNX (extra `onnx`).
 
 Inputs of the file: `input_ids` and `attention_mask`, int64 (batch_size, sequence_length), padded left or right.
-Outputs, float32: `last_hidden_state` (batch_size, sequence_length, D) holds the projected tokens, which
+Outputs, float32: `last_hidden_state` (batch_size, sequence_length, D) has the projected tokens, which
 sentence-transformers pools; `sentence_embedding` (batch_size, D) is pooled and normalised, as
 text-embeddings-inference expects. The folder is for text-embeddings-inference and sentence-transformers' ONNX back end:
 
-    config.json                       a StarCoder2 configuration, which optimum supports, with the sizes of the exit
+    config.json                       a StarCoder2 configuration, which optimum supports, with the exit's sizes
     tokenizer.json, tokenizer_config.json
     modules.json, 1_Pooling/, …       a SentenceTransformer, with module names that all versions accept
     onnx/model.onnx                   the exit; it is compared with the model before the folder appears
     onnx/model_qint8.onnx             the exit with 8-bit weights, if requested
-    onnx/export.json                  differences from the model, and the scores of model and files on tasks
+    onnx/export.json                  differences from the model; scores of the model and the ONNX files on tasks
 
 optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which supports neither this model nor the
 tokenizer class of transformers 5. The folder therefore declares another model type and tokenizer class.
@@ -81,8 +81,6 @@ _LARGEST_FILE = 2**31 - 2**27
 
 
 class _ServedExit(torch.nn.Module):
-    """The module that `export_onnx` exports: it computes the `OUTPUTS` at the deepest exit of a model."""
-
     def __init__(self, model: ModularStarEncoderForRetrieval) -> None:
         super().__init__()
         self.model = model
@@ -98,7 +96,9 @@ def export_onnx(
 ) -> None:
     """Write a model up to one exit as an ONNX file, which `check_onnx` can then compare with the model.
 
-    The top of this module describes the inputs and outputs. Weights above 2 GB go to a second file, `{path}_data`.
+    For B texts of T tokens, its inputs are `input_ids` and `attention_mask`, int64 (B, T). Its outputs are float32:
+    `last_hidden_state` (B, T, D), the projected tokens, and `sentence_embedding` (B, D); D is the projection size.
+    Weights above 2 GB go to a second file, `{path}_data`.
 
     Args:
         model: a model in float32 on the CPU. It is not changed.
@@ -106,7 +106,8 @@ def export_onnx(
         exit_layer: exit to export; the deepest if None.
 
     Raises:
-        UserError: the model lacks the exit, or its weights are not float32 on the CPU.
+        ValueError: the model lacks the exit; the message lists its exits.
+        UserError: the weights are not float32 on the CPU.
         ImportError: onnxscript is missing (extra `onnx`).
 
     Example:
@@ -165,7 +166,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide all warnings in a `with` block: those of torch's exporter and ONNX's quantiser are about other models."""
+    """Hide all warnings in a `with` block: those of torch's exporter and ONNX's quantiser do not concern our models."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -183,11 +184,11 @@ def check_onnx(
     *,
     tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
-    """Compare the outputs of a model and of its ONNX file, for batches of one or more texts, padded left or right.
+    """Compare the outputs of a model at one exit with those of its ONNX file, for batches of one or more random texts.
 
-    Returns {output: largest absolute difference}; of tokens without padding, divided by the largest absolute value in
-    the batch if above 1. Raises UserError if an output is NaN or differs by more than `tolerance`; the message names
-    the output, the batch and the difference. See `export_onnx` for the arguments.
+    Returns {name of an output: largest difference}, without padding tokens. If the model's largest absolute value in a
+    batch is above 1, the difference is divided by it. Raises UserError if an output is NaN or differs by more than
+    `tolerance`; the message names the output, the batch and the difference.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest = dict.fromkeys(OUTPUTS, 0.0)
@@ -210,7 +211,6 @@ def check_onnx(
 
 
 def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of random tokens: one or more texts, of equal or different lengths, padded left or right."""
     generator = torch.Generator().manual_seed(0)
     for lengths in ((1,), (longest,), (1, 1), (7, 7, 7, 7, 7), (longest, 1, longest // 2)):
         width = max(lengths)
@@ -222,10 +222,7 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
 
 
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copy an ONNX file to `target` with the weights of linear layers and token embeddings rounded to int8.
-
-    `compare_scores` measures the loss of quality.
-    """
+    """Copy an ONNX file to `target` with the weights of linear layers and token embeddings rounded to int8."""
     with naming_extra():
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -241,7 +238,7 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder; and the scores of the model and of each ONNX file ("float32", "int8"), None without tasks."""
+    """The written folder, and a report with the scores of the model and its ONNX files; None without tasks."""
 
     folder: Path
     report: Report | None
@@ -258,8 +255,8 @@ def export_onnx_folder(
 ) -> OnnxFolder:
     """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
 
-    The ONNX file is compared with the model on batches of several shapes and by its scores on `tasks`; the folder is
-    written only if they agree. Its report, `onnx/export.json`, also has the scores of the 8-bit file.
+    The folder is written only if the ONNX file agrees with the model in its outputs for random texts, and in its scores
+    on `tasks`. In the folder, `onnx/export.json` has the differences, and the scores, also of the 8-bit file.
 
     Args:
         checkpoint: a folder or Hub repository.
@@ -267,6 +264,10 @@ def export_onnx_folder(
         out: folder to write; it must be empty or not exist. By default it is `{name}-{exit_layer}-onnx`, next to the
             checkpoint's folder (for a repository, in the current folder).
         int8: also write a file with 8-bit weights; needs `tasks`.
+        tasks: retrieval tasks on which the model and the ONNX files are evaluated.
+        progress: show progress bars.
+
+    Raises UserError if the ONNX file does not agree with the model, or SentenceTransformer lacks the model's pooling.
     """
     if int8 and not tasks:
         raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")
@@ -312,7 +313,6 @@ def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: 
 def _write_serving_files(
     folder: Path, config: ModularStarEncoderConfig, tokenizer: Any, prompts: dict[str, str]
 ) -> None:
-    """Write all files outside of `onnx/`: configuration, tokenizer, and the modules of a SentenceTransformer."""
     # Versions 4 and 5 of transformers can read this configuration. No model is built from it: text-embeddings-inference
     # needs its sizes and padding token (backends/ort/src/lib.rs), and optimum needs a model type that it supports.
     rope = dict(config.rope_parameters)
@@ -339,7 +339,7 @@ def _write_serving_files(
 
 
 class OnnxEncoder(Encoder):
-    """Encodes texts with an ONNX file; prompts and tokenizer come from `reference`, the original model's encoder."""
+    """Embeds texts with an ONNX file, with the prompts and tokenizer of `reference`, the original model's encoder."""
 
     def __init__(self, path: str | os.PathLike[str], reference: ExitEncoder, name: str) -> None:
         self.name, self.exit_layers = name, reference.exit_layers
@@ -372,9 +372,9 @@ def compare_scores(
     *,
     progress: bool = True,
 ) -> Report:
-    """Evaluate `reference`, the encoder of a model at one exit, and its ONNX files {name: path} on retrieval tasks.
+    """Evaluate a model at one exit (its encoder is `reference`) and its ONNX files {name: path} on retrieval tasks.
 
-    Raises UserError if the file named "float32" does not score like the model.
+    Raises UserError if a score of the file named "float32" differs from the model's by more than `SCORE_TOLERANCE`.
     """
     from modular_star_encoder.evaluation.report import make_report
     from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
@@ -386,6 +386,6 @@ def compare_scores(
     for table in report.tables:
         for row in table.rows:
             if row.retriever == "float32" and row.difference and abs(row.difference.value) > SCORE_TOLERANCE:
-                place = f"{table.title}, by {row.difference.value:+.4f} in {table.metric}"
-                raise UserError("hub.onnx.rankings", f"The ONNX file ranks differently from the model in {place}.")
+                found = f"by {row.difference.value:+.4f} (allowed: {SCORE_TOLERANCE:g}) in {table.title}"
+                raise UserError("hub.onnx.rankings", f"{table.metric} of ONNX file and model differ {found}.")
     return report

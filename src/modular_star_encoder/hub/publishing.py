@@ -39,11 +39,10 @@ class Publication:
     changes: tuple[Change, ...]  # differences between the staged files and the Hub
     revision: str | None  # latest commit of the branch; None if the branch does not exist or `unreachable`
     uploaded: bool = False  # whether the changes were uploaded
-    difference: float | None = None  # largest one that the verification found between embeddings of copy and source
-    unreachable: str = ""  # why a dry run could not compare the files with the Hub; all of them are then `changes`
+    difference: float | None = None  # largest difference between embeddings of repository and source checkpoint
+    unreachable: str = ""  # why a dry run could not compare the files with the Hub; `changes` then has all files
 
     def __str__(self) -> str:
-        """List the changed files, then what the verification found, and the new revision or "a dry run"."""
         name = self.repository if self.branch == MAIN else f"{self.repository}, branch {self.branch}"
         lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
         if self.difference is not None:
@@ -70,14 +69,14 @@ def publish(
     """Stage and verify all repositories of a manifest, then upload them or report the changes.
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
-    Verification looks for secrets, pickles and unexpected files, and compares the source's embeddings with embeddings
-    that a process computes with the repository's code alone. Nothing is uploaded unless all repositories pass. Each
-    changed repository gets one commit, parents first. After a failure, each repository has its old or its new revision,
-    and the next call uploads the rest.
+    Verification looks for secrets, pickles and unexpected files, and compares the embeddings of each source checkpoint
+    with those of a new process that has the repository's code but not this package. If a repository fails, nothing is
+    uploaded. Each changed repository gets one commit, parents first. If an upload fails, each repository has either its
+    old or its new revision, and the next call uploads the rest.
 
     Args:
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
-        upload: whether to upload; if False, nothing is sent, and the Hub may be out of reach.
+        upload: whether to upload; if False, nothing is sent, and the call works without a connection to the Hub.
         private: whether new repositories are private.
         staging: folder in which to keep the staged repositories; it must be empty or not exist. By default they are
             removed.
@@ -85,7 +84,7 @@ def publish(
         progress: whether to show progress.
 
     Returns:
-        The changes of each repository, in the order of the manifest; `str(…)` is the text that `mose publish` prints.
+        One `Publication` per repository, in the order of the manifest; its `str` is what `mose publish` prints.
 
     Raises:
         UserError: a checkpoint can't be staged or fails the verification; nothing was sent.
@@ -128,7 +127,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """Return the card of the first repository in a manifest; also write card and figure to `out`, unless it is None."""
+    """Return the card of the first repository in a manifest; write card and figure to the folder `out` if given."""
     with scratch_folder("card") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
@@ -140,7 +139,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch on the Hub equal to the staged files by one commit; it fails if the branch changes meanwhile."""
+    """Make a branch on the Hub equal to the staged files, in one commit; raise OSError if someone else changes it."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
@@ -160,12 +159,12 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"{repository} differs from the uploaded files in {left[0].path}; upload again.")
+        raise OSError(f"After the upload, {left[0].path} in {repository} is not the staged file: publish again.")
     return Publication(repository, branch, changes, commit.oid, uploaded=True)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """Return the changes that turn the files on the Hub (`there`) into the files of a folder, sorted by path."""
+    """Return the changes, sorted by path, that turn files on the Hub, `there` {path: file}, into those of a folder."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():
@@ -178,7 +177,7 @@ def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
 
 
 def _same(file: Path, there: RepoFile) -> bool:
-    """Whether a local file equals one on the Hub, by the Hub's checksums: SHA-256 if it is large, else git's SHA-1."""
+    """Return whether a local file equals one on the Hub, by the Hub's checksum: SHA-256 in LFS, else git's SHA-1."""
     with file.open("rb") as content:
         if there.lfs is not None:
             return hashlib.file_digest(content, "sha256").hexdigest() == there.lfs.sha256

@@ -42,7 +42,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write the files of each repository in a manifest to `folder/KEY`: its entry's key, with -- for /."""
+    """Write each repository of a manifest, with its card, to `folder/KEY`: the key of its entry, with `--` for `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -64,7 +64,7 @@ def _stage(
     model_class = _check_source(source, tokenizer)
     if uncut and entry.exit_layer not in uncut.config.exit_layers:
         exits = ", ".join(map(str, uncut.config.exit_layers))
-        message = f"{entry.key}: exit_layer {entry.exit_layer} is not an exit of {entry.slice_of}; its exits: {exits}."
+        message = f"{entry.key}: exit_layer={entry.exit_layer} must be an exit of {entry.slice_of}: {exits}."
         raise UserError("hub.staging.exit_layer", message)
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
@@ -77,12 +77,12 @@ def _stage(
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
-        # The verification uses mean pooling for a pre-trained model, whatever pooling its configuration has.
+        # The verification takes the mean of a pre-trained model's tokens, whatever pooling its configuration has.
         own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
         write_sentence_transformer_files(folder, config, published, **own)
     prompts = stored_prompts(folder)
     if retrieval and not {"query", "document_python"} <= set(prompts):
-        message = f"{source} needs the prompts `query` and `document_python`, for examples in the card."
+        message = f"{source} lacks the prompts `query` and `document_python`, which the examples in the card use."
         raise UserError("hub.staging.prompts", message)
     with torch.device("meta"):  # to count parameters without memory for weights
         parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
@@ -97,7 +97,7 @@ def _stage(
         figure = None
     for path, file in entry.files.items():
         if (folder / path).exists() or (folder / path) == folder / CARD:
-            message = f"{entry.key}: `files` must not contain {path}, which the repository already has."
+            message = f"{entry.key}: remove {path} from `files`: `mose publish` writes this file itself."
             raise UserError("hub.staging.files", message)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(file).expanduser(), folder / path)
@@ -120,7 +120,6 @@ def _stage(
 
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
-    """Return the model class of a checkpoint; raise UserError if the checkpoint can't be published."""
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         message = f"{source} holds an adapter: publish the merged model, which `mose finetune` also writes."
         raise UserError("hub.staging.checkpoint", message)
@@ -130,7 +129,7 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
     if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
     elif model_class is ModularStarEncoderPreTrainedModel:
-        fault = f"{source} is in the layout of the published models; convert it with `mose slice` at its deepest exit."
+        fault = f"{source} has the layout of the published models: convert it with `mose slice` at its deepest exit."
     elif not issubclass(model_class, (ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval)):
         fault = f"{source} is a {architecture}; only pre-trained and retrieval models can be published."
     else:
@@ -143,14 +142,14 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != checksum:
-        message = f"{path} was measured with other weights than {source}; run `mose profile` again."
+        message = f"{path} is the profile of other weights than those in {source}: run `mose profile` again."
         raise UserError("hub.staging.profile", message)
     tables = [table for file in entry.evaluation for table in read_tables(Path(file).expanduser(), checksum)]
     return Measurements(parameters, profile, tables).cut(parameters)
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
-    """Return (name, value) rows about the training, from its log, and the recipe as YAML; both are empty if unknown."""
+    """Return (name, value) rows from the training log, and the recipe as YAML; each is empty if it is unknown."""
     paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
     paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
     log = _read_settings(paths[0]) if paths else {}
@@ -163,7 +162,6 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
 
 
 def _section(path: Path) -> str:
-    """Return a file's text for a card: Markdown as it is, the text of any other file as a block of code."""
     text = path.read_text(encoding="utf-8").rstrip()
     return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
@@ -175,12 +173,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         content, fault = None, " ".join(str(error).split())
     if not isinstance(content, dict):
-        raise UserError("hub.staging.settings", f"{path} holds no settings: {fault}.")
+        raise UserError("hub.staging.settings", f"{path} can't be read as settings: {fault}.")
     return content
 
 
 def without_paths(settings: Any) -> Any:
-    """Return settings in which local paths are replaced by `HIDDEN`; names of models and datasets stay."""
+    """Return settings with "(a local path)" in place of each local path; names of models and datasets stay."""
     if isinstance(settings, dict):
         return {name: without_paths(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):

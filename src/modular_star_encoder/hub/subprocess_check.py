@@ -1,7 +1,7 @@
 """Load checkpoints as users without this package do: in a new process that can't import it.
 
-`verify_reload` starts the process, which runs this file as a script: subprocess_check.py FOLDER. It reads requests.json
-there, and writes one file of arrays for each request. Therefore, this file does not import this package at its top.
+`verify_reload` starts the process, which runs this file as a script: subprocess_check.py FOLDER. The script reads
+requests.json in FOLDER, and writes one file of arrays for each request. Only `verify_reload` may import this package.
 """
 
 import json
@@ -27,17 +27,17 @@ class ReloadRequest:
     checkpoint: str  # folder of a retrieval or pre-trained checkpoint, or the id of a repository in the local Hub cache
     texts: Sequence[str]  # texts to embed, as one padded batch
     prompt: str = ""  # prefix of every text
-    exit_layers: Sequence[int] = ()  # further exits to embed at, besides the deepest
+    exit_layers: Sequence[int] = ()  # exits at which SentenceTransformer embeds, in addition to the deepest
     revision: str | None = None  # revision of a repository
 
 
 def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[dict[str, np.ndarray]]:
     """Embed texts in a new offline process that loads each checkpoint with the model code in its folder.
 
-    Returns for each request the embeddings (N, D) float32 of its texts at the deepest exit, by `auto_model` and by
-    `sentence_transformer`, and those of SentenceTransformer at exit K as `exit-K`; for a pre-trained model also
-    `masked_lm`, the logits (N, V) of the last token. A checkpoint that can't be loaded raises the UserError
-    `hub.reload.failed`.
+    Returns {name: array} for each request. `auto_model` and `sentence_transformer` are the embeddings (N, D) float32 of
+    its N texts at the deepest exit, from AutoModel and SentenceTransformer. `exit-K` are those of SentenceTransformer
+    at exit K. A pre-trained model also has `masked_lm`, the logits (N, V) of each text's last token. Raises UserError
+    (`hub.reload.failed`) if a checkpoint can't be loaded.
     """
     import torch
     from tqdm.auto import tqdm
@@ -80,7 +80,7 @@ def main(folder: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Return what `verify_reload` describes; `AutoModel` and `SentenceTransformer` both run the checkpoint's code."""
+    """Return the arrays of one request of `verify_reload`; all models run the code in the checkpoint."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
@@ -106,7 +106,7 @@ def embed(
 
 
 def embed_batch(model: Any, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
-    """Return the embeddings (N, D) of a batch; for a model without embeddings, the normalised means of its tokens."""
+    """Return the embeddings (N, D) of N texts; for a model without embeddings, the normalised means of its tokens."""
     import torch
 
     output = model(**batch, **options)

@@ -43,7 +43,7 @@ TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-"""Largest allowed difference in a component of a unit vector; pooling outside the model rounds differently."""
+"""dtype → largest allowed difference in a component of a unit vector: pooling outside the model rounds differently."""
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
@@ -65,7 +65,7 @@ def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         if name not in EXPECTED and name not in extra and not WEIGHTS.fullmatch(name):
-            message = f"{folder} contains {name}; list further files under `files` in the manifest."
+            message = f"{folder} contains the unexpected file {name}; list it under `files` in the manifest."
             raise UserError("hub.files.unexpected", message)
         with path.open("rb") as file:
             text = file.read(TEXT_LIMIT)
@@ -81,9 +81,9 @@ def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
         places += [text.index(token)] if token and token in text else []
         if places:
             line = text[: places[0]].count(b"\n") + 1
-            raise UserError("hub.files.secret", f"{name} in {folder} may contain a secret in line {line}.")
+            raise UserError("hub.files.secret", f"{name} in {folder} may contain a secret in line {line}: remove it.")
         if len(home) > 1 and home + b"/" in text:
-            message = f"{name} in {folder} contains a local path, inside {home.decode()}."
+            message = f"{name} in {folder} contains a path inside your home folder, {home.decode()}: remove it."
             raise UserError("hub.files.local_path", message)
 
 
@@ -92,7 +92,7 @@ def _check_tokenizer(folder: Path) -> None:
     faults = [f"has no {name} token" for name in names if getattr(tokenizer, f"{name}_token") is None]
     declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     if declared not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        faults.append(f"is declared as {declared}, which splits numbers differently")
+        faults.append(f"has tokenizer_class {declared!r}, which splits numbers differently")
     if faults:
         raise UserError("hub.tokenizer", f"The tokenizer of {folder} {' and '.join(faults)}.")
 
@@ -105,8 +105,8 @@ def _compare(staged: StagedRepository, found: Mapping[str, np.ndarray]) -> float
         scale = np.abs(expected).max() if name == "masked_lm" else 1.0
         difference = float(np.abs(expected - found[name]).max() / scale)
         if not difference <= TOLERANCE[dtype]:
-            differs = f"{name} differs by {difference:.2g}, more than {TOLERANCE[dtype]:.2g}"
-            message = f"{staged.folder} does not reproduce {staged.source}: {differs}."
+            differs = f"{name} differs by {difference:.2g} (allowed: {TOLERANCE[dtype]:.2g})"
+            message = f"{staged.folder} does not give the outputs of {staged.source}: {differs}."
             raise UserError("hub.reload.differs", message)
         largest = max(largest, difference)
     return largest
@@ -114,7 +114,6 @@ def _compare(staged: StagedRepository, found: Mapping[str, np.ndarray]) -> float
 
 @torch.inference_mode()
 def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray], str]:
-    """Return the source's embeddings and logits by the names that `verify_reload` uses, and its dtype."""
     model_class = ModularStarEncoderForRetrieval if staged.retrieval else ModularStarEncoderForPreTraining
     model = model_class.from_pretrained(staged.source).eval()
     tokenizer = load_tokenizer(staged.folder)

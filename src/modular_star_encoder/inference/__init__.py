@@ -1,4 +1,4 @@
-"""A checkpoint → vectors. Here: which folder or Hub repository the name of a checkpoint means; imports no torch.
+"""A checkpoint → vectors. This file finds the folder or Hub repository that a checkpoint's name means, without torch.
 
 A name is a folder, a Hub repository (OWNER/NAME), or a model that comes with this package, such as `mose-code`.
 """
@@ -34,7 +34,7 @@ def shipped_model(name: str = "mose-code") -> str:
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
-    """Return the folder of a local checkpoint or of a shipped model; any other name as it is, with `~` expanded."""
+    """Return the folder of a local checkpoint or a shipped model; return any other name with `~` expanded."""
     path = os.path.expanduser(os.fspath(name))
     is_local = os.path.isfile(os.path.join(path, "config.json"))
     return shipped_model(path) if not is_local and path in shipped_models() else path
@@ -47,7 +47,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def check_checkpoint(name: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError unless `name` means a folder with config.json and weights, or has the form OWNER/NAME."""
+    """Raise FileNotFoundError unless `name` is a shipped model, OWNER/NAME or a folder with config.json and weights."""
     folder = Path(resolve_checkpoint(name))
     if is_repository(name):
         return
@@ -69,11 +69,11 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Return the path for a checkpoint's profile: `out`, or if None `exit_profile.json` in the checkpoint's folder."""
+    """Return where to write a checkpoint's profile: `out`; if None, `exit_profile.json` in the checkpoint's folder."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)
     folder = local_folder(checkpoint)
     if folder is None:
-        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder. Name the file to write (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder. Give the file to write (--out).")
     return folder / PROFILE_NAME

@@ -1,6 +1,6 @@
 """Load a checkpoint or only its configuration, cut a checkpoint at an exit, and compute its checksum.
 
-A checkpoint is a local folder or a repository on the Hub. Errors of transformers and the Hub become one sentence each.
+A checkpoint is a local folder or a repository on the Hub. Each error of transformers and the Hub becomes one sentence.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def load_checkpoint(
         dtype: dtype of the model; by default the dtype of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, lacks the exit or a tokenizer, or
-            its weights do not fit its configuration (transformers would initialise a missing head at random).
+        ValueError: the checkpoint lacks the exit; the message lists its exits.
+        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, or lacks a tokenizer; or its
+            weights do not fit its configuration (transformers would initialise a missing head at random).
         OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
     config, path = load_config(path), resolve_checkpoint(path)
@@ -75,12 +76,12 @@ def load_checkpoint(
         config.check_exit(exit_layer)
     tokenizer = _load_tokenizer(path)
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= config.vocab_size:
-        message = f"The tokenizer of {path} has the token {last}, but the model only the first {config.vocab_size}."
+        message = f"The tokenizer of {path} has the token id {last}, but the model has only {config.vocab_size} tokens."
         raise UserError("checkpoint.tokenizer", message)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads: fine-tune it first.")
+        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed with: fine-tune it.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -91,7 +92,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
     with _clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
-        raise UserError("checkpoint.other_model", f"{path} is a {config.model_type!r}, not a ModularStarEncoder.")
+        raise UserError("checkpoint.other_model", f"{path} is of type {config.model_type!r}, not a ModularStarEncoder.")
     return config
 
 
@@ -109,7 +110,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of a file in a checkpoint; None if it does not exist or (offline) is not in the cache."""
+    """Return the path of a file in a checkpoint; None if the file does not exist or, offline, is not in the cache."""
     path = resolve_checkpoint(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -120,14 +121,14 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """Load a model; raise UserError if its weight files lack tensors, or hold layers that the model does not have."""
+    """Load a model; raise UserError if its weight files lack a tensor, or have layers beyond those of the model."""
     with _clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     # A published model may lack the bias of its vocabulary; this bias is then zero.
     missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
     if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
-        message = f"{len(wrong)} tensors are {'missing from' if missing else 'unused in'} {path}, such as {wrong[0]}."
-        raise UserError("checkpoint.tensors", f"{message} Its weights do not fit its configuration.")
+        message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
+        raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
     return model
 
 
@@ -143,7 +144,7 @@ def _load_tokenizer(path: str) -> Any:
 
 @contextmanager
 def _clear_errors(path: str) -> Iterator[None]:
-    """Raise an error of one sentence instead of what transformers and the Hub raise for a damaged or missing file."""
+    """Raise an error of one sentence in place of any that transformers and the Hub raise for bad or missing files."""
     try:
         yield
     except UserError:
@@ -171,19 +172,20 @@ def slice_checkpoint(
 ) -> Path:
     """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own, and return its folder.
 
-    The new checkpoint holds the same tensors in the configuration's dtype, so at its exits it gives bit for bit the
-    outputs of the full model. Its configuration also names the full model (`parent_model`), its depth and its exits.
+    The new checkpoint has the tensors of the full model in the configuration's dtype, so its outputs at its exits equal
+    those of the full model bit for bit. Its configuration also has the full model's name (`parent_model`), number of
+    layers (`parent_num_hidden_layers`) and exits (`parent_exit_layers`).
 
     Args:
         checkpoint: a folder or Hub id.
         exit_layer: an exit of the checkpoint, which is the number of layers to keep.
         out: folder to write; it must be empty or not exist. It is written atomically.
-        only_exit: leave out the projection heads of the shallower exits, as in the published models that were cut.
+        only_exit: leave out the projection heads of the shallower exits, as in the published slices.
 
     Raises:
-        UserError: the checkpoint lacks the exit (the message lists its exits), is damaged, is not a ModularStarEncoder,
-            or `out` is not empty. Nothing is written.
-        OSError: the folder lacks configuration or weights, or the Hub repository does not exist. Nothing is written.
+        ValueError: the checkpoint lacks the exit; the message lists its exits.
+        UserError: the checkpoint is damaged or not a ModularStarEncoder, or `out` is not empty.
+        OSError: the folder lacks configuration or weights, or the Hub repository does not exist.
 
     Example:
         >>> slice_checkpoint("runs/model", 4, "runs/model-exit-4")  # doctest: +SKIP
@@ -202,7 +204,7 @@ def slice_checkpoint(
 
 
 def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the prompts in a checkpoint's SentenceTransformer files; {} if it has none."""
+    """Return {name: prompt} from a checkpoint's config_sentence_transformers.json; {} if there are none."""
     if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is None:
         return {}
     try:
@@ -211,7 +213,7 @@ def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
             return prompts
     except (ValueError, TypeError, AttributeError):
         pass
-    raise UserError("checkpoint.prompts", f"{file} must hold a JSON object whose `prompts` maps names to texts.")
+    raise UserError("checkpoint.prompts", f'{file} must be JSON, with prompts as {{"prompts": {{"NAME": "TEXT"}}}}.')
 
 
 def write_checkpoint(
@@ -224,7 +226,8 @@ def write_checkpoint(
 ) -> None:
     """Copy a checkpoint, or only its first `exit_layer` layers, to `out`, and add this package's model code.
 
-    `tokenizer` is the folder of the tokenizer, the checkpoint if None. See `slice_checkpoint` for the others.
+    `only_exit` leaves out the heads of shallower exits. `tokenizer` is the folder of the tokenizer; by default it is
+    the checkpoint. Errors are those of `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
@@ -242,17 +245,20 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return the class that loads models of the architecture `name`; raise UserError if this package has none."""
+    """Return the model class `name` of this package; raise UserError if there is none.
+
+    For the class name in published checkpoints, it is the common base class, which finds the right class when it loads.
+    """
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"{checkpoint} is a {name}, a class outside this package: load it, then save `model.slice(k)`."
+        message = f"{checkpoint} is a {name}, not a class of this package: load it, then save `model.slice(k)`."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
-    """Remove all exits but `exit_layer` from a model, with their projection heads; all layers stay."""
+    """Change a model in place so that `exit_layer` is its only exit: remove other projection heads, but no layer."""
     heads = getattr(model, "projection_heads", {})
     for other in set(heads) - {str(exit_layer)}:
         del heads[other]
@@ -275,7 +281,7 @@ def save_retrieval_checkpoint(
 
 
 def save_tokenizer(tokenizer: Any, config: PreTrainedConfig, folder: Path) -> None:
-    """Save a tokenizer that cuts texts to the longest input of the model, as SentenceTransformer and `mose` do."""
+    """Save a copy of a tokenizer that cuts texts to the model's longest input, as SentenceTransformer and `mose` do."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
@@ -297,9 +303,10 @@ def write_sentence_transformer_files(
 
     Args:
         prompts: {name: prefix}, for `SentenceTransformer.encode(prompt_name=…)`.
-        modules: the modules to list in `modules.json`.
+        modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: `"mean"` or `"lasttoken"`, for a model that returns only tokens; `config.pooling` if None.
+        pooling: `"mean"` or `"lasttoken"`, for a model that returns only tokens; `config.pooling` if None, and then
+            `check_servable` must accept the configuration (UserError).
     """
     if pooling is None:
         check_servable(config)
@@ -344,5 +351,5 @@ def check_servable(config: ModularStarEncoderConfig) -> None:
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if (value := getattr(config, name)) not in allowed:
-            message = f"A SentenceTransformer does not support {name}={value!r}."
-            raise UserError("checkpoint.not_servable", f"{message} Use {' or '.join(map(repr, allowed))}.")
+            message = f"A SentenceTransformer does not support {name}={value!r}, only"
+            raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")

@@ -36,8 +36,8 @@ def encode_exits(
 ) -> dict[int, np.ndarray]:
     """Embed N texts at several exits in one pass, which runs each layer up to the deepest exit once.
 
-    Texts are sorted by length and batched; on a CPU padding tokens are skipped. The result is in the order of `texts`.
-    Equal texts are encoded once, so their embeddings are bit for bit equal.
+    Texts are sorted by length for batching; the result is in the order of `texts`. On a CPU, padding is skipped. Equal
+    texts are encoded once, so their embeddings are equal bit for bit.
 
     Args:
         model: a `ModularStarEncoderForRetrieval`, on any device. It runs in evaluation mode, then its mode is restored.
@@ -55,8 +55,8 @@ def encode_exits(
         {exit_layer: embeddings (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        UserError: the model lacks an exit, `texts` is one string, or a text holds lone surrogates.
-        ValueError: the tokenizer has no padding token.
+        UserError: `texts` is one string, or a text holds lone surrogates.
+        ValueError: the model lacks an exit (the message lists its exits), or the tokenizer has no padding token.
 
     Example:
         >>> embeddings = encode_exits(model, tokenizer, ["def f(): pass"], exit_layers=[4, 9])  # doctest: +SKIP
@@ -99,7 +99,7 @@ def encode_batches(
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
-        message = f"{len(broken)} of the texts hold {not_unicode(broken[0])}, such as {broken[0][:40]!a}."
+        message = f"Remove the {not_unicode(broken[0])} in {len(broken)} of the texts, such as {broken[0][:40]!a}."
         raise UserError("encode.texts.not_unicode", message)
     token_ids = tokenize(tokenizer, list(unique), max_length, progress, prompt)
     embeddings = np.empty((shape[0], len(unique), shape[1]), dtype=np.float32)
@@ -114,10 +114,11 @@ def encode_batches(
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
 ) -> list[list[int]]:
-    """Return the token ids of each text after `prompt`, at most `max_length`, with the tokens that frame a text.
+    """Return the ids of at most `max_length` tokens for each text: of `prompt`, the text, and added special tokens.
 
     A special token that is spelled in a text, such as `<mask>`, is read as ordinary characters, as in training. It is
-    read as a token in `prompt`, in a published prompt at the start of a text, and by a tokenizer that frames no text.
+    read as that token in three places: in `prompt`; in a published prompt at the start of a text, if `prompt` is empty;
+    and anywhere in a text if the tokenizer adds no special tokens to texts, unless it has `split_special_tokens`.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -140,7 +141,7 @@ def tokenize(
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield the indices of the texts of each batch, longest first, so that too large a batch fails at once."""
+    """Yield the indices of the texts of each batch, longest texts first, so that a lack of memory shows at once."""
     rows: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:

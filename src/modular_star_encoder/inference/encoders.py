@@ -53,7 +53,7 @@ class Encoder(Protocol):
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """Embed N (prompt, text) pairs at several exits in one pass: {exit_layer: embeddings (N, F) float32}."""
+        """Return {exit_layer: embeddings (N, D) float32} of N (prompt, text) pairs, from one pass for all exits."""
         ...
 
 
@@ -95,8 +95,8 @@ def _is_ours(source: str) -> bool:
 class ExitEncoder(Encoder):
     """Embeds texts with a `ModularStarEncoderForRetrieval`, at all exits in one pass.
 
-    Its `dimensions` are the configuration's `nested_dimensions`, if any. `encode_options` are passed to `encode_exits`:
-    max_length, tokens_per_batch, dtype.
+    If the configuration has `nested_dimensions`, `dimensions` has these sizes and the full one, largest first.
+    `encode_options` are passed to `encode_exits`: max_length, tokens_per_batch, dtype.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """Return a hash of everything that affects embeddings; the device is left out, as it only affects rounding."""
+    """Return a hash of a model's weights and tokenizer, and of its `config` and `settings`; the device is left out."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -194,7 +194,7 @@ class EndpointEncoder(Encoder):
         model: name of the model at the endpoint.
         base_url: URL of the endpoint, without `/embeddings`.
         batch_size: number of texts in a request.
-        max_characters: longer texts are cut, because endpoints reject texts that are too long for their model.
+        max_characters: number of characters to which longer texts are cut, because endpoints reject too long texts.
         client_options: passed to `HTTPClient`: attempts, pause, timeout.
     """
 
@@ -226,5 +226,5 @@ class EndpointEncoder(Encoder):
             rows = {row["index"]: row["embedding"] for row in answer["data"]}
             return np.array([rows[place] for place in range(len(inputs))], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
-            message = f"{self.base_url} was sent {len(inputs)} texts, but did not return one embedding for each."
+            message = f"{self.base_url} did not return one embedding for each of the {len(inputs)} texts sent to it."
             raise UserError("encoder.endpoint.answer", message) from None

@@ -34,15 +34,15 @@ _logger = logging.getLogger(__name__)
 class Measurement:
     """The time and memory to embed a batch at one exit, for one batch shape (batch_size, length).
 
-    Peak memory on a CPU is the largest resident memory of a process that loads the layers up to this exit and embeds
-    such batches, Python and its libraries included; on a GPU it is the most memory that torch allocated.
+    On a CPU, peak memory is the largest resident memory, Python and its libraries included, of a process that loads the
+    layers up to this exit and embeds such a batch. On a GPU, it is the largest memory that torch allocated.
     """
 
     batch_size: int  # number of texts in a batch
     length: int  # number of tokens of each text
-    flops_per_token: float  # see `profile.flops_per_token`
-    latency_ms_p50: float  # median time of a batch; latency_ms_p95 is the 95th percentile
-    latency_ms_p95: float
+    flops_per_token: float  # number of floating-point operations per token
+    latency_ms_p50: float  # median time of a batch
+    latency_ms_p95: float  # 95th percentile of the time of a batch
     texts_per_second: float  # at the median latency
     tokens_per_second: float
     peak_memory_mb: float | None  # None if the operating system does not report it
@@ -53,10 +53,10 @@ class Measurement:
 class ProfiledExit:
     """The size, cost and quality of one exit."""
 
-    parameters: int  # of the checkpoint loaded at this exit, with the heads of shallower exits
+    parameters: int  # number of parameters of the checkpoint cut at this exit, with the heads of shallower exits
     weights_mb: float  # size of the parameters in the profile's dtype
     measurements: tuple[Measurement, ...]  # one per batch shape
-    quality: Mapping[str, float] = field(default_factory=dict)  # {benchmark: value}, higher is better
+    quality: Mapping[str, float] = field(default_factory=dict)  # {name of a benchmark: score}, higher is better
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -73,9 +73,9 @@ class ExitProfile:
     dtype: str  # "float32", "bfloat16" or "float16", of weights and computation
     attn_implementation: str
     checkpoint: str  # checksum of the weights (see `checkpoint_checksum`)
-    base_memory_mb: float | None  # of interpreter and libraries, included in peaks on a CPU; None if not measured
+    base_memory_mb: float | None  # memory of Python and its libraries, part of each peak on a CPU; None if not measured
     machine: Mapping[str, Any]  # processor model, cores, used threads, memory; the GPU, if one was used
-    versions: Mapping[str, str | None]  # of Python and of the libraries
+    versions: Mapping[str, str | None]  # versions of Python and of the libraries
     date: str  # date of the measurement, ISO 8601, UTC
 
     @property
@@ -89,10 +89,13 @@ class ExitProfile:
         return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """Return a copy of the profile to which `values`, the quality of its exits on a benchmark, are added."""
+        """Return a copy of the profile with the scores `values`, {exit_layer: score on `benchmark`}.
+
+        Scores of exits that the profile lacks are left out. Raises UserError if it lacks all of them.
+        """
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
-            message = f"{benchmark} has values for exits {_listed(values)}, but the profile has exits {_listed(exits)}."
+            message = f"{benchmark} has scores of exits {_listed(values)}, but the profile has exits {_listed(exits)}."
             raise UserError("profile.quality.other_exits", message)
         for k in known:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
@@ -100,7 +103,7 @@ class ExitProfile:
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """Return the sorted names of the benchmarks for which the profile holds the quality of an exit."""
+        """Return the sorted names of the benchmarks on which the profile has the score of an exit."""
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,11 +116,11 @@ class ExitProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
-        """Read a profile from a file that `save` wrote."""
+        """Read a file that `save` wrote. Raises FileNotFoundError if it is missing, UserError if it is damaged."""
         path = Path(path)
         if not path.is_file():
-            how = "measure one with `mose profile`, and give it as `profile` if --out stores it elsewhere"
-            raise FileNotFoundError(f"There is no exit profile {path}: {how}.")
+            how = "Measure one with `mose profile`. If its --out names another file, give that file as `profile`."
+            raise FileNotFoundError(f"There is no exit profile {path}. {how}")
         try:
             content = read_json(path)
             version, exits = content.pop("format"), {}
@@ -144,22 +147,23 @@ def select_exit(
     batch_size: int | None = None,
     length: int | None = None,
 ) -> int:
-    """Return the exit with the highest quality on `benchmark` of those that stay within all given limits.
+    """Return the exit with the highest score on `benchmark` among the exits that stay within all given limits.
 
-    Of exits with equal quality, it is the shallowest. If the quality of one of these exits is unknown, the deepest of
-    them is returned. The logger of this module reports the exit and the reason at level INFO.
+    If several have this score, return the shallowest of them. If the score of any exit within the limits is unknown,
+    return the deepest exit within the limits. The logger of this module reports the exit and the reason at level INFO.
 
     Args:
         profile: cost and quality of each exit.
         latency_ms: limit on the time to embed a batch (95th percentile), in milliseconds.
         memory_mb: limit on the peak memory, in MB (10^6 bytes).
-        min_quality: the exit must reach this quality on `benchmark`.
-        benchmark: name of the benchmark whose quality values are compared; optional if the profile has only one.
-        batch_size, length: batch shape whose time and memory are limited; by default the first one in the profile.
+        min_quality: the lowest acceptable score on `benchmark`.
+        benchmark: name of the benchmark whose scores are compared; optional if the profile has only one.
+        batch_size, length: number of texts in a batch and tokens in a text, to which time and memory refer. By default,
+            those of the first batch shape in the profile.
 
     Raises:
-        UserError: no limit is given, the profile lacks the batch shape or the benchmark, or no exit keeps to all limits
-            (the message lists the values of the exits).
+        UserError: no limit is given, the profile lacks the batch shape or the benchmark, or no exit stays within all
+            limits (the message lists the values of the exits).
 
     Example:
         >>> profile = ExitProfile.load("runs/model/exit_profile.json")  # doctest: +SKIP
@@ -204,23 +208,21 @@ def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
 
 
 def _shape(profile: ExitProfile, batch_size: int | None, length: int | None) -> tuple[int, int]:
-    """Return the first batch shape in the profile with this batch size and length; None matches any."""
     for shape in profile.shapes:
         if batch_size in (None, shape[0]) and length in (None, shape[1]):
             return shape
     measured = ", ".join(f"{size} × {tokens}" for size, tokens in profile.shapes)
     wanted = f"{batch_size or 'any number of'} texts of {length or 'any number of'} tokens"
-    raise UserError("budget.shape", f"No batches of {wanted} were measured, only of {measured} tokens.")
+    raise UserError("budget.shape", f"No batch of {wanted} was measured. Measured: {measured} (texts × tokens).")
 
 
 def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[int, float]:
-    """Return the known {exit_layer: quality} on a benchmark (None: the only one in the profile)."""
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
     if benchmark is None and needed:
-        how = f"name one of {_listed(known)}" if known else "the profile has none, `mose profile --quality` adds one"
-        raise UserError("budget.benchmark.missing", f"`min_quality` needs a `benchmark`: {how}.")
+        how = f"one of {_listed(known)}" if known else "which `mose profile --quality` adds to the profile"
+        raise UserError("budget.benchmark.missing", f"`min_quality` needs a `benchmark`, {how}.")
     if benchmark is not None and benchmark not in known:
         message = f"The profile lacks the benchmark {benchmark}. It has: {_listed(known) or 'none'}."
         raise UserError("budget.benchmark.unknown", message)
@@ -238,21 +240,21 @@ def load_at_budget(
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
-    """Load a retrieval model in evaluation mode, up to the best exit within limits on time, memory or quality.
+    """Load a retrieval model in evaluation mode, up to the exit that `select_exit` chooses within the given limits.
 
-    `select_exit` chooses the exit, which is then `model.config.num_hidden_layers`. The weights are loaded in the
-    profile's dtype, on the CPU unless `model_kwargs` has a `device_map`, as with `AutoModel`.
+    This exit is then `model.config.num_hidden_layers`. The weights are loaded in the profile's dtype, on the CPU unless
+    `model_kwargs` has a `device_map`.
 
     Args:
         checkpoint: folder or Hub id.
         profile: cost and quality of each exit; by default the checkpoint's `exit_profile.json`, with a
             warning if it was measured on another kind of machine.
         model_kwargs: passed to `AutoModel.from_pretrained`.
-        budget: arguments of `select_exit`: `latency_ms`, `memory_mb`, `min_quality`, …
+        budget: limits and other arguments of `select_exit`: `latency_ms`, `memory_mb`, `min_quality`, …
 
     Raises:
         FileNotFoundError: the checkpoint has no profile.
-        UserError: no exit keeps to all limits; the message lists the values of the exits.
+        UserError: no exit stays within all limits; the message lists the values of the exits.
 
     Example:
         >>> model = load_at_budget("runs/model", latency_ms=20)  # doctest: +SKIP

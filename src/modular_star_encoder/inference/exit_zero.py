@@ -1,7 +1,7 @@
 """Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, and write exit 0 as a static model.
 
 Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits take as long as with torch on
-a CPU, and need no import of torch and transformers, which takes longer than to embed 20 texts.
+a CPU, but without importing torch and transformers: the import alone takes longer than embedding 20 texts.
 
 A static model embeds a text as the mean of one vector per token. Exit 0 is a weighted mean of such vectors, scaled to
 length 1, and therefore equals the plain mean of weighted vectors, scaled to length 1.
@@ -84,7 +84,7 @@ class NumpyEncoder:
 
         self.folder, self._config = Path(folder), read_config(folder)
         if not has_exit_zero(self._config):
-            raise ValueError(f"{folder} has no exit 0, or its exit 0 needs torch.")
+            raise ValueError("it has no exit 0, or its exit 0 needs torch.")
         self._tensors: dict[str, np.ndarray] = {}
         self._tokens = self._tensor("model.embed_tokens.weight")
         self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
@@ -103,7 +103,7 @@ class NumpyEncoder:
 
     @property
     def table(self) -> np.ndarray:
-        """The embeddings of all V tokens at exit 0, each times the token's learned weight: (V, D) float32."""
+        """The projected embedding of each of V tokens times its learned weight, (V, D) float32, not normalised."""
         return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
     @_damage_reported
@@ -125,11 +125,7 @@ class NumpyEncoder:
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text.
-
-        Tokenizing takes most of the time of indexing, so each word is tokenized once and remembered, if the tokenizer
-        divides text into words in the way that `_words` does.
-        """
+        """Return the token ids of each text; tokenize equal words once, where `_words` can split a text."""
         if not self._has_words:
             return [one.ids for one in self.tokenizer.encode_batch_fast(list(texts))]
         divided = [self._words(text) for text in texts]
@@ -150,9 +146,10 @@ class NumpyEncoder:
         return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
     def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return exit_layer → embeddings (N, D) float32 of N texts, scaled to length 1, one text after the other.
+        """Return {exit_layer: embeddings (N, D) float32} of N texts, of length 1; zeros for a text without tokens.
 
-        A text without tokens gets zeros. The configuration must satisfy `has_layers`, unless 0 is the only exit.
+        Texts are computed one by one. This method does not check whether numpy can compute the checkpoint's layers: the
+        caller does so with `has_layers` before it requests exits above 0.
         """
         result = {one: np.zeros((len(texts), self._config["projection_size"]), dtype=np.float32) for one in exit_layers}
         for place, ids in enumerate(self._ids(texts)):
@@ -256,9 +253,9 @@ def export_static(
 ) -> Path:
     """Write exit 0 of a checkpoint as a table of one vector per token, which loads without `trust_remote_code`.
 
-    The embeddings (N, D) float32 of the written model equal exit 0 of `encode_exits` to 1e-6, and an empty text gives
-    zeros. model2vec differs in two points: it uses all tokens of a text longer than `max_position_embeddings`, and it
-    leaves out unknown tokens.
+    The embeddings (N, D) float32 of the written model differ by at most 1e-6 from exit 0 of `encode_exits`, and an
+    empty text gives zeros. There are two exceptions with model2vec: it does not cut a text at
+    `max_position_embeddings`, and it leaves out unknown tokens.
 
     Args:
         checkpoint: a folder or Hub repository with exit 0, or `mose-code`, which comes with this package.
@@ -270,8 +267,9 @@ def export_static(
         The written folder: tokenizer.json, modules.json, and model.safetensors with V × D numbers in float32.
 
     Raises:
-        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, the tokenizer adds special
-            tokens, which static models leave out, or as in `slice_checkpoint`. Nothing is written.
+        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, or the tokenizer adds special
+            tokens, which static models leave out. Nothing is written.
+        ValueError, OSError: the reasons of `slice_checkpoint`.
 
     Example:
         >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP
@@ -286,7 +284,7 @@ def export_static(
 
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
-        message = f"Exit 0 of {checkpoint} must be a weighted mean of token vectors, with a linear head after pooling."
+        message = f"Exit 0 of {checkpoint} must weight tokens (`token_weights`) and have a linear head after the mean."
         raise UserError("static.exit_zero", message)
     with scratch_folder("static") as scratch:
         encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
@@ -313,12 +311,9 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return a tokenizer.json, parsed, that treats special tokens written in a text as `tokenizer` treats them.
-
-    Both libraries search a text for all added tokens, so added tokens that are also in the vocabulary are removed.
-    """
+    """Return the content of a tokenizer.json that reads special tokens written in a text as `tokenizer` does."""
     state = json.loads(tokenizer.to_str())
-    if tokenizer.encode_special_tokens:
+    if tokenizer.encode_special_tokens:  # but sentence-transformers and model2vec search a text for all added tokens
         vocabulary = state["model"]["vocab"]
         state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] not in vocabulary]
     return state

@@ -41,11 +41,11 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     """Return the floating-point operations per token to embed a text of `length` tokens at one exit.
 
     Only matrix products are counted; a multiplication and its addition are two operations, as in Kaplan et al. (2020,
-    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. H is the hidden size, K the key size (key-value
-    heads times head size), I the MLP size, D the projection size, T = `length`; exit k costs k layers and one head:
+    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. Exit k costs k layers and one head. H is the hidden
+    size, K the key size (key-value heads times head size), I the MLP size, D the projection size, T = `length`:
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
-        attention  4 · T·H                         in each layer: scores, and the weighted sum of values
+        attention  4 · T·H                         in each layer: scores, weighted sum of values
         head       2 · (H·D + D·D)                 per token; with `pool_then_project` once more per text;
                                                    a linear head has no D·D
 
@@ -69,13 +69,14 @@ class ProfilePlan:
     batch_sizes: tuple[int, ...] = (1, 8)  # numbers of texts in a batch
     lengths: tuple[int, ...] = (128, 512)  # numbers of tokens of each text
     rounds: int = 30  # number of timings of each exit at each batch shape
-    seconds_per_shape: float = 60.0  # timing of a shape ends after this time, but after five rounds at least
+    seconds_per_shape: float = 60.0  # timing of a batch shape ends after this time, but not before five rounds
     memory: bool = True  # whether to measure memory
 
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            raise UserError("profile.plan", f"All numbers in a `ProfilePlan` must be positive, not {numbers}.")
+            message = "A `ProfilePlan` needs at least one batch size and length, and only numbers above 0"
+            raise UserError("profile.plan", f"{message}, not {numbers}.")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -95,8 +96,15 @@ def profile_checkpoint(
 ) -> ExitProfile:
     """Measure the time and memory that each exit of a retrieval checkpoint needs to embed texts.
 
-    By default `plan` is `ProfilePlan()`, `device` is a GPU or else the CPU, and `exit_layers` and `dtype` are the
-    checkpoint's.
+    Args:
+        checkpoint: folder or Hub id.
+        plan: batch shapes and number of timings; by default `ProfilePlan()`.
+        exit_layers: exits to measure; by default all.
+        device: "cpu" or "cuda"; by default a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's.
+        progress: show progress bars.
+
+    Raises UserError if the device is not available, the dtype is unknown, or a length is more than the model accepts.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,16 +164,17 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint, write the profile to `out` (by default in its folder), and return profile and path.
+    """Measure a checkpoint's profile and write it to `out`, by default in the checkpoint's folder; return both.
 
-    If an older profile of the same weights is there, the new one keeps its quality values. Raises UserError if the
-    older profile has exits that `exit_layers` leaves out, or if `checkpoint` is a Hub repository and `out` is None.
+    `options` are those of `profile_checkpoint`. If the file to write holds an older profile of the same weights, its
+    quality scores are kept. Raises UserError if the older profile has exits that `exit_layers` leaves out, or if
+    `checkpoint` is a Hub repository and `out` is None.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        message = f"{path} also has exits {', '.join(map(str, sorted(lost)))}, which would be lost."
+        message = f"{path} has a profile of exits {', '.join(map(str, sorted(lost)))}, which would be overwritten."
         raise UserError("profile.out.other_exits", f"{message} Measure them too, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None and older.checkpoint == profile.checkpoint:
@@ -177,7 +186,7 @@ def profile_to_file(
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Return random token ids, equal in every call, and an attention mask of ones: both int64 (B, T)."""
+    """Return random token ids, the same in every call, and an attention mask of ones: both int64 (B, T)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -215,7 +224,6 @@ def format_profile(profile: ExitProfile) -> str:
 def _measure_times(
     model: ModularStarEncoderForRetrieval, exits: Sequence[int], plan: ProfilePlan, progress: bool
 ) -> dict[tuple[int, Shape], list[float]]:
-    """Return {(exit, batch shape): seconds of each timing}; warm-up rounds are left out."""
     random = np.random.default_rng(0)
     times: dict[tuple[int, Shape], list[float]] = {(k, shape): [] for k in exits for shape in plan.shapes}
     total = len(plan.shapes) * (WARM_UP_ROUNDS + plan.rounds)
@@ -235,10 +243,10 @@ def _measure_times(
 
 
 class MemoryUse(NamedTuple):
-    """The memory of a process that embeds batches, in MB (10^6 bytes), as in `Measurement`; None if unknown."""
+    """The memory of a process that embeds batches, in MB (10^6 bytes); None if unknown."""
 
-    base: float | None  # with all libraries, before the model is loaded
-    peaks: list[float | None]  # one per batch
+    base: float | None  # before the model is loaded, with all libraries imported
+    peaks: list[float | None]  # one per batch; on a CPU, the largest memory so far
 
 
 def measure_memory(
@@ -246,14 +254,14 @@ def measure_memory(
 ) -> MemoryUse:
     """Return the memory of a new process that loads one exit and embeds one batch per shape.
 
-    On a CPU, `shapes` must ascend by tokens, because each peak is the largest value so far, loading included.
+    On a CPU, `shapes` must ascend by number of tokens: each peak is the largest memory so far, loading included.
     """
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
-        raise OSError(f"The memory of exit {exit_layer} is unknown: the process that measures it ended with: {last}")
+        raise OSError(f"The memory of exit {exit_layer} can't be measured: the process that does so ended with: {last}")
     return MemoryUse(*json.loads(process.stdout.splitlines()[-1]))
 
 
