@@ -1,4 +1,4 @@
-"""Collators that pad rows of tokens to a batch, or pack the rows one after another without padding."""
+"""Collators that pad rows of token ids to a batch, or pack the rows one after another without padding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Pad one-dimensional rows with `value` on `side` (left or right): return int64 (rows, length of the longest)."""
+    """Return one-dimensional rows padded with `value` on `side`, left or right: int64 (number of rows, longest row)."""
     length = max(len(row) for row in rows)
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
@@ -25,18 +25,17 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
 
 
 def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Pad rows of token ids: return `input_ids` and `attention_mask`, both int64 (rows, tokens of the longest row)."""
+    """Return `input_ids` and `attention_mask` of padded rows of token ids, both int64 (number of rows, longest row)."""
     mask = pad_rows([torch.ones_like(row) for row in rows], 0, side)
     return {"input_ids": pad_rows(rows, pad_token_id, side), "attention_mask": mask}
 
 
 def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Raise UserError (`data.collator.columns`) if a row lacks one of the columns that the collator reads."""
     for row in rows:
         if missing := [name for name in names if name not in row]:
-            message = f"A row has no {' and no '.join(missing)}. It has {', '.join(map(str, row)) or 'no columns'}"
-            advice = "make the rows with InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows"
-            raise UserError("data.collator.columns", f"{message}; {advice}, or name their columns so.")
+            message = f"A row lacks {' and '.join(missing)}. It has {', '.join(map(str, row)) or 'no columns'}."
+            advice = "Rename columns, or use InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows."
+            raise UserError("data.collator.columns", f"{message} {advice}")
 
 
 class _Padding:
@@ -51,9 +50,9 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads rows of `InContextPairs` to a batch, on the tokenizer's `padding_side`.
+    """Pads B rows of `InContextPairs` to the T tokens of the longest, on the tokenizer's `padding_side`.
 
-    Returns int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding), (B, T), and `icc_labels`, (B,).
+    Returns int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding), (B, T); and `icc_labels`, (B,).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -65,10 +64,13 @@ class PaddingCollator(_Padding):
 class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` or `RetrievalBatches` to a batch, on the tokenizer's `padding_side`.
 
-    Returns `{"query": {...}, "document": {...}}`, each with `input_ids` and `attention_mask`, int64 of shape (B, T); T
-    is the length of the longest query or document. With hard negatives, `negative` is a third entry. Rows that also
-    hold `text_ids`, an unpaired text, give the entry `text`, with as many texts as such rows. Where rows hold
-    `{side}_teacher`, float32 (D,), the entry of the side has `teacher`, (B, D).
+    Returns the entries `query` and `document`; also `negative` if rows have hard negatives (`negative_ids`), and `text`
+    if rows have unpaired texts (`text_ids`). Each entry is a mapping of tensors, for B texts of at most T tokens:
+
+    - `input_ids` and `attention_mask`, int64 (B, T);
+    - `teacher`, float32 (B, D), if rows have a teacher's vectors of these texts (`query_teacher` and so on, (D,)).
+
+    B is the number of rows that have such a text.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -83,7 +85,7 @@ class RetrievalCollator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Pads `ClassificationRows`: returns `input_ids` and `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
+    """Pads B `ClassificationRows`; returns `input_ids`, `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels"))
@@ -96,11 +98,12 @@ class PackingCollator:
     Returns, for P rows of N tokens in total, inputs of `ModularStarEncoderForPreTraining` for any attention backend:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
-    - `cu_seq_lens_q`, `cu_seq_lens_k`: the same tensor, the rows' bounds, int32 (P + 1,);
-    - `max_length_q`, `max_length_k`: the tokens of the longest row, as integers: flash attention wants them on the CPU;
+    - `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor under two names: the bounds of the rows, int32 (P + 1,);
+    - `max_length_q`, `max_length_k`: number of tokens of the longest row, an int, as flash attention wants it on the
+      CPU;
     - `icc_labels`, int64 (P,).
 
-    The batch cannot be sliced along its first dimension: train without accelerate's `split_batches` and
+    The batch cannot be divided along its first dimension: train without accelerate's `split_batches` and
     `dispatch_batches`, and on one device per process.
     """
 

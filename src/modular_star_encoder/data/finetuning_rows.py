@@ -1,4 +1,4 @@
-"""Turns fine-tuning rows into tokens: a query and its code, each with its prompt, or two snippets with a label."""
+"""Turns fine-tuning rows into token ids: a query and its code, each with its prompt, or two snippets with a label."""
 
 import re
 import string
@@ -21,7 +21,7 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Give a random name to every word in `code`, keywords too, of 3 or more characters that occurs 3 or more times.
+    """Return `code` with random names for words of 3 or more characters that occur 3 or more times, keywords too.
 
     All occurrences of a word get the same new name: 3 to 8 random lower-case letters, different from every other word.
     """
@@ -42,10 +42,11 @@ _SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Tokenizes descriptions and snippets as `<sep>{instruction}<sep>{text}<cls>`; without prompts `<sep>{text}<cls>`.
+    """Retrieval rows as token ids, each text with its prompt.
 
-    Only the text is truncated, never the tokens around it. Special tokens written in a text are ordinary characters. As
-    a dataset, row `i` holds `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,).
+    A text is `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. Only the text is truncated,
+    never the tokens around it. Special tokens that a text spells are ordinary characters. As a dataset, row `i` holds
+    `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,) for T tokens.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. The tokenizer must end each with `<cls>`; both limits include prompt and special tokens."""
+        """Tokenize `texts`. Limits include prompt and special tokens. The tokenizer must end texts with `<cls>`."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -88,9 +89,10 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return {"query_ids": self.tokens(index, None), "document_ids": self.tokens(index, 0)}
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids, int64 (T,), of a row's description (`number` None), hard negative (-1) or snippet.
+        """Return the token ids of one text of a row, with its prompt and cut to the limit, int64 (T,).
 
-        `renaming` draws new names for the frequent words of code.
+        `number` is None for the description, -1 for the hard negative, or the index of a snippet. If `renaming` is
+        given, it draws new names for the frequent words of code (see `rename_frequent_words`).
         """
         if number is None:
             return _framed(self._descriptions[row], self._text_frame, self._limits[0])
@@ -103,18 +105,18 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def text(self, row: int, number: int | None) -> str:
-        """Return the uncut text, without its prompt, whose token ids `tokens(row, number)` returns."""
+        """Return the text whose token ids `tokens(row, number)` returns, uncut and without its prompt."""
         example = self.texts[row]
         if number is None:
             return example.description
         return example.negative.code if number < 0 and example.negative else example.snippets[number].code
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Return how often each token occurs in the descriptions and snippets, without prompts, int64 (vocab_size,)."""
+        """Return how often each token id occurs in descriptions and snippets, without prompts: int64 (vocab_size,)."""
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean token counts of descriptions and snippets, with the longest prompt and cut to the limits."""
+        """Return the mean tokens per description and per snippet, with the longest prompt and cut to the limits."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -125,16 +127,17 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """A dataset of `steps` × batch size rows, one planned batch after another, to be read by a sequential sampler.
+    """A dataset of the rows of `steps` planned batches, one batch after another; read it with a sequential sampler.
 
-    Row `i` depends only on `i` and the plan's seed. It holds `query_ids` and `document_ids`, int64 (T,): a description
-    and its code, or two random snippets of one row; and `negative_ids` if every row of `texts` has a hard negative.
+    Row `i` depends only on the data, the plan and `i`. It holds `query_ids` and `document_ids`, int64 (T,): a
+    description and its first snippet, or two random snippets of one row of `texts`. It also holds `negative_ids` if
+    every row of `texts` has a hard negative.
     """
 
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
-        """`identifier_rename_prob`: probability that `rename_frequent_words` is applied to a snippet."""
+        """`identifier_rename_prob`: probability that the frequent words of a snippet get random names."""
         self.rows, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size, self.seed = plan.batch_size, plan.seed
         self._length = steps * plan.batch_size
@@ -152,7 +155,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of row `index` before any renaming: {"query", "document", …: (text, whether it is code)}."""
+        """Return the texts of row `index`, without renaming: {"query", "document", …: (text, whether it is code)}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
@@ -168,7 +171,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return places if negative is None else places | {"negative": (negative, -1)}
 
     def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
-        """Decide at random whether to rename a snippet's identifiers: return the generator if so, else None."""
+        """Return `generator` with the probability `identifier_rename_prob`, otherwise None."""
         return generator if generator.random() < self._identifier_rename_prob else None
 
 
@@ -178,7 +181,7 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
     if not ids or ids[-1] != tokenizer.cls_token_id:
         raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
     if max_tokens <= len(ids):
-        message = f"{argument} must be above {len(ids)}, the number of prompt and special tokens; not {max_tokens}."
+        message = f"{argument} must exceed {len(ids)}, the number of prompt and special tokens, not {max_tokens}."
         raise UserError("data.retrieval.max_tokens", message)
     return ids[:-1], ids[-1]
 
@@ -190,16 +193,16 @@ def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) 
 
 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
-    """Tokenizes pairs for clone detection, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
+    """Pairs for clone detection as token ids, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
 
-    Row `i` holds `input_ids`, int64 (T,), T ≤ `max_tokens`, and `labels`, an int64 scalar. If the two snippets do not
-    fit together, each gets half of the room, plus what the other does not need.
+    Row `i` holds `input_ids`, int64 (T,) with T ≤ `max_tokens`, and `labels`, an int64 scalar. If the two snippets are
+    too long together, each is cut to half of the room, plus what the other does not need.
     """
 
     def __init__(
         self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True
     ) -> None:
-        """Tokenize each snippet once."""
+        """Tokenize each snippet of `pairs` once; `max_tokens` includes the three special tokens."""
         check_special_tokens(tokenizer, "sep", "cls")
         if max_tokens < 5:  # three are special
             raise UserError("data.pairs.max_tokens", f"max_tokens must be at least 5, not {max_tokens}.")

@@ -1,7 +1,8 @@
 """Extracts documented functions from a corpus: (description, code) rows, filtered by CodeSearchNet's rules.
 
-The description is the first paragraph of a function's docstring in Python, and of the comment before it in other
-languages. The code has no docstring; otherwise even BM25 would find it by the words of the query.
+The description is the first paragraph of a function's docstring in Python, and of the comment before the function in
+other languages. The docstring is removed from the code; otherwise even BM25 would find the code by the words of the
+query.
 
 Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
 """
@@ -31,7 +32,7 @@ _FILES_PER_CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class DocumentedFunction:
-    """A function and its author's description."""
+    """A function of a repository, with the description that its author wrote."""
 
     repository: str
     path: str  # with forward slashes, as in the repository
@@ -47,7 +48,7 @@ class DocumentedFunction:
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """Hash a function's repository, path, language, place and source to 32 hexadecimal digits, the same everywhere."""
+    """Return a hash of a function's repository, path, language, position and source: 32 hexadecimal digits."""
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
     # The length of each part precedes it, so that different lists of parts never make the same text.
     parts = (function.repository, function.path, function.language, place, function.source or function.code)
@@ -57,17 +58,17 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """Replace each run of white space in `code` by one space: codes that differ only in layout become equal."""
+    """Return `code` with one space for each run of white space: codes that differ only in layout get equal keys."""
     return " ".join(code.split())
 
 
 def description_key(description: str) -> str:
-    """Return the letters and digits of `description` in lower case: nearly identical descriptions become equal."""
+    """Return the letters and digits of `description` in lower case: nearly identical descriptions get equal keys."""
     return "".join(filter(str.isalnum, description.lower()))
 
 
 def drop_reason(function: DocumentedFunction) -> str | None:
-    """Return the reason why CodeSearchNet's rules drop `function`, or None if they keep it."""
+    """Return why CodeSearchNet's rules leave out `function`, or None if they keep it."""
     if not 3 <= sum(any(map(str.isalnum, word)) for word in function.description.split()) <= 256:
         return "description not of 3 to 256 words"
     letters = [character for character in function.description if character.isalpha()]
@@ -88,9 +89,10 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return all functions that `find_functions` finds in `file`; a `.h` file that holds C++ is parsed as C++.
+    """Return the functions that `find_functions` finds in a source file.
 
-    Adds the number of `"files that do not parse"` and the counts of `find_functions` to `counts`.
+    A `.h` file that holds C++ is parsed as C++. `counts`, if given, is passed to `find_functions`. A file that can't be
+    parsed gives no functions, and adds one to `counts["files that do not parse"]`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -106,10 +108,11 @@ def extract_functions(
 def collect_functions(
     files: Iterable[SourceFile], processes: int = 2, progress: bool = True
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
-    """Collect the documented functions that `drop_reason` keeps, in order; of those with equal code, only the first.
+    """Return the documented functions in `files` that `drop_reason` keeps, in order, and counts of files and functions.
 
-    Returns them with counts of files and of documented, kept and dropped functions. The result does not depend on
-    `processes`; with 0 or 1, no other process is started.
+    Of functions with equal code, only the first is returned. The counts are named, such as "documented functions" or
+    "dropped: constructor". `processes` is the number of processes that parse, and does not change the result; with 0 or
+    1, this process parses.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -130,7 +133,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield (functions, counts) for a few files at a time, filtered as in `collect_functions` but with duplicates."""
+    """Yield (functions, counts) of a few files at a time, as in `collect_functions`, but equal code may repeat."""
     yield from crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
 
@@ -161,9 +164,10 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader of the functions in another reader's files, documented or not: files with paths in `#L{line}`.
+    """Return a reader that gives each function in the files of the reader `files` as a file of its own.
 
-    A nested function stays in the function around it.
+    The path of a function is that of its file with `#L{line}` at the end. A function needs no documentation. A nested
+    function is not given by itself, because it is part of the function around it.
     """
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -209,23 +213,25 @@ _OPENERS = {
 
 
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
-    """Return a reader for the source code that a recipe's `corpus` names; it applies StarCoder2's filters.
+    """Return a reader of the source code that a recipe's `corpus` names; it applies StarCoder2's filters.
 
     Args:
-        settings: exactly one source, its options, and optionally `languages`, a list, and `snippets`: `files` (whole,
-            the default) or `functions` (each by itself, see `outer_functions`):
+        settings: exactly one of the sources below, the options of that source, and optionally `languages` (a list) and
+            `snippets`. With `snippets: files`, the default, files are read whole; with `snippets: functions`, each
+            function is read as a file (see `outer_functions`).
 
-            - `folder: PATH`, with `depth` (levels from PATH down to the repositories);
-            - `installed: true`, with `exclude` (names of distributions): the installed Python packages;
-            - `archives: PATH`: an archive, or a folder of them, one repository each;
-            - `rows: PATH or Hub id`, with `columns` (our name → the dataset's) and the arguments of `row_repositories`;
-            - `the_stack: PATH or Hub id`, with `content_url`, from where contents are fetched with your own access,
-              and the arguments of `the_stack_repositories`.
+            - `folder: PATH`; option `depth` (number of levels from PATH down to the repositories);
+            - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);
+            - `archives: PATH`: an archive, or a folder of archives; each archive is a repository;
+            - `rows: PATH or Hub id`: a dataset with one file per row; options are the arguments of `row_repositories`,
+              such as `columns` (a mapping of the names in `RowColumns` to the names in the dataset);
+            - `the_stack: PATH or Hub id`: The Stack v2; options are `content_url`, the address from which contents are
+              fetched with your own access, and the other arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` must have exactly one of {', '.join(_OPENERS)} (as `installed: true`); not {options}."
+        message = f"`corpus` must name exactly one source: {', '.join(_OPENERS)} (as `installed: true`); not {options}."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
@@ -238,7 +244,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
         files: SourceReader = getattr(readers, opener)(*places, **options, filters=STARCODER2_FILTERS)
     except TypeError as error:
         fault = str(error).rpartition("() ")[2]  # without the name of our function
-        raise UserError("data.corpus.options", f"The options of corpus.{kind} do not fit: {fault}.") from error
+        raise UserError("data.corpus.options", f"The options of corpus.{kind} are invalid: {fault}.") from error
     files.unicode_names = True
     return outer_functions(files) if snippets == "functions" else files
 
@@ -258,14 +264,14 @@ _REQUIRED = ("language", "code", "documentation")
 
 
 def documentation_summary(documentation: str) -> str:
-    """Return a documentation string's first paragraph, up to the first `@` tag: the query in CodeSearchNet."""
+    """Return the part of a documentation string before its first blank line or `@`: CodeSearchNet's query."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
-    """Read the function in a published CodeSearchNet row, with the column names of the Hub or of the JSON Lines files.
+    """Return the function in a row of CodeSearchNet, with columns named as on the Hub or in the authors' JSON Lines.
 
-    The docstring is removed from Python code, because BM25 reaches an MRR of 97 % with it; None if that is impossible.
+    The docstring is removed from Python code, because with it BM25 has an MRR of 97 %; None if it can't be removed.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
@@ -293,7 +299,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
 
 
 def without_docstring(code: str) -> str | None:
-    """Return Python `code`, which may be indented like a method, without its docstring; None if it does not parse."""
+    """Return Python code without its docstring; None if `code`, which may be indented, does not parse as a function."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:

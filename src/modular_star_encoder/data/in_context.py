@@ -1,32 +1,32 @@
-"""Draws rows for in-context pre-training: two snippets, partly masked, and whether they are from one repository.
+"""Draws rows for pre-training by in-context classification: two snippets, and whether they are from one repository.
 
-Source: the MoSE paper (arXiv 2503.03008): label 1 means "same repository"; 15 % of the tokens are masked, 80/10/10, as
-in BERT.
+Source: the MoSE paper (arXiv 2503.03008). Label 1 means "same repository". 15 % of the tokens are masked: as in BERT,
+80 % of these become `<mask>`, 10 % a random token, and 10 % stay as they are.
 
-Snippets of one repository share their language more often than snippets of two, and their lengths are closer: a
-classifier could guess the label from these. The sampling below makes *languages and lengths independent of the label*,
-and each single snippet too:
+Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
+are closer. A classifier could guess the label from this. The steps below make *languages and lengths independent of the
+label*, and each single snippet too. The *room* is the number of tokens that both snippets of a row may have together.
 
 1. **A cell.** A repository C is drawn in proportion to the square root of its number of texts (a compromise between
-   seeing every text and every repository equally often), then two different texts of C. The cell keeps only their
-   languages (l₁, l₂) and lengths (t₁, t₂), in tokens, at most the room of a row. The distribution of cells is
-   symmetric, and languages occur together as they do in repositories.
-2. **Two repositories.** A ≠ B are drawn with the same weights among the repositories with two different texts for this
-   cell: one of language l₁ with t₁ tokens or more and one of language l₂ with t₂ or more. If no two are found, all
-   repositories with two different texts of these languages are used; if that fails too, another cell is drawn.
-3. **Two texts of each**, (a₁, a₂) of A and (b₁, b₂) of B, drawn in the same way: different texts, each among the texts
-   of its language whose length differs from t by at most a tenth (if fewer than 4 do, among the 4 nearest in order of
-   length; all texts that fill the room count as equally long).
-4. **Windows**: the first has n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|), unless together they exceed
-   the room. Then each gets half of the room, plus what the other leaves. A window begins anywhere in its text.
-5. **The label**, a fair coin: same repository → (a₁, a₂), different ones → (a₁, b₂).
+   seeing every text and every repository equally often), then two different texts of C. Their languages (l₁, l₂) and
+   lengths in tokens (t₁, t₂), at most the room, are the cell. The distribution of cells is symmetric, and languages
+   occur together as they do in repositories.
+2. **Two repositories.** A ≠ B are drawn with the same weights from the repositories with two different texts for this
+   cell: one of language l₁ with t₁ tokens or more, and one of language l₂ with t₂ or more. If no two are found, all
+   repositories with two different texts of these languages are used. If that fails too, another cell is drawn.
+3. **Two texts of each repository**, (a₁, a₂) of A and (b₁, b₂) of B, drawn in the same way: different texts, each from
+   the texts of its language whose length differs from t₁ or t₂ by at most a tenth. If there are fewer than 4 such
+   texts, one of the 4 texts nearest in length is drawn. All texts that fill the room have the same length here.
+4. **Windows.** The first window has n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds
+   the room, each gets half of the room, plus what the other leaves. A window begins anywhere in its text.
+5. **The label**, a fair coin: the pair is (a₁, a₂) for the same repository, (a₁, b₂) for different ones.
 
 The label comes last, so (l₁, l₂, n₁, n₂) has one distribution for both labels. A and B are exchangeable, also given
 cell and lengths: a₂ and b₂ have one distribution, so the second snippet alone does not reveal the label. Nor does the
 first, which is always a₁.
 
-The shorter of two texts decides the length. From texts of 630 tokens on average (log-normal with σ = 1, cut at 2,048)
-rows of at most 2,048 have about 1,120 tokens on average, and one in seven is full (in the paper 1,300, one in five).
+The shorter of two texts decides the length. From texts of 630 tokens on average (log-normal with σ = 1, cut at 2,048),
+rows of at most 2,048 tokens have about 1,120 tokens, and one in seven is full (in the paper 1,300, and one in five).
 """
 
 from typing import NamedTuple
@@ -48,15 +48,18 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 
 
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
-    """A map-style dataset of `length` pairs of snippets, drawn at random as this module's docstring describes.
+    """A map-style dataset whose rows are two snippets, partly masked, and whether both are from one repository.
 
-    Row `i` depends on `seed` and `i` only, so that any worker, process or resumed run makes the same row. It holds
+    It has `length` rows; the docstring of this module says how snippets are drawn. Row `i` depends only on the
+    arguments and `i`, so every worker, process and resumed run makes the same row. A row holds
 
     - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
-    - `labels`, int64 (T,): the original ids of the masked positions (one at least), −100 elsewhere;
-    - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0, with equal chances.
+    - `labels`, int64 (T,): the original ids at the masked positions (at least one), −100 elsewhere;
+    - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0; both are equally probable.
 
-    `repositories` names the repositories in use; `dropped_texts` counts the unused texts (see `PairSampler`).
+    Attributes:
+        repositories: names of the repositories from which snippets are drawn.
+        dropped_texts: number of texts in the corpus from which no snippet is drawn (see `PairSampler`).
     """
 
     def __init__(
@@ -69,13 +72,13 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """`corpus` must have been tokenized by `tokenizer`."""
+        """Prepare the rows; UserError if `tokenizer` did not make `corpus`, or too few repositories can be used."""
         if max_tokens < MIN_ROW_TOKENS:
             message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
             raise UserError("data.in_context.arguments", message)
         check_special_tokens(tokenizer)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")
+            raise UserError("data.in_context.other_tokenizer", "The corpus was made with another tokenizer: pass that.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -87,7 +90,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         self.dropped_texts = self._sampler.dropped_texts
 
     def token_counts(self) -> torch.Tensor:
-        """Count how often each token occurs in the corpus: int64 (vocabulary size,)."""
+        """Return how often each token id occurs in the corpus, int64 (vocabulary size,)."""
         return torch.from_numpy(self._rows.counts(self._vocab_size, self._row_numbers))
 
     def __len__(self) -> int:
@@ -105,7 +108,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.from_numpy(ids), "labels": labels, "icc_label": torch.tensor(int(same))}
 
     def _mask_some(self, rng: np.random.Generator, ids: np.ndarray, middle: int) -> np.ndarray:
-        """Mask some of `ids` in place, never the special tokens (first, `middle`, last), and return the labels."""
+        """Mask some of `ids` in place, never the special tokens (first, `middle` and last); return the labels."""
         drawn = rng.random(len(ids), dtype=np.float32)
         drawn[[0, middle, -1]] = 1
         chosen = np.flatnonzero(drawn < self.mlm_probability)
@@ -128,7 +131,7 @@ _MAX_CELLS = 10_000
 
 
 class Window(NamedTuple):
-    """A part of a text: tokens `start` to `start + length` of row `row`."""
+    """A part of a text: `length` tokens of the corpus's row `row`, beginning with token `start`."""
 
     row: int
     start: int
@@ -157,14 +160,15 @@ class _Proposals(NamedTuple):  # the repositories of one language, those with th
 
 
 class PairSampler:
-    """Draws pairs of snippets as this module's docstring describes, in 0.1 ms each, with 20 bytes of memory per text.
+    """Draws pairs of snippets, as the docstring of this module describes.
 
-    It uses texts of at least 16 tokens, in repositories with two such texts and languages that two repositories share.
-    `repositories` holds indices of `corpus.repository_names`.
+    A text is used if it has at least 16 tokens, its repository has another used text, and at least two repositories
+    have used texts in its language. `repositories` are the repositories with used texts, as indices of
+    `corpus.repository_names`. `dropped_texts` is the number of texts that are not used.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """Sort the texts by repository, language and length; the snippets of a pair fit in `room` tokens together."""
+        """Sort the used texts of `corpus`; `room` is the number of tokens that two snippets may have together."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
@@ -203,7 +207,7 @@ class PairSampler:
         return _Proposals(groups, -self._longest[groups], np.cumsum(weights[self._group_repository[groups]]))
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Draw one pair; raise RuntimeError if nearly all texts are in languages that no two repositories share."""
+        """Return a random pair; raise RuntimeError if hardly any two repositories have texts in the same language."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = cell._replace(first_length=0, second_length=0)
@@ -211,7 +215,7 @@ class PairSampler:
             if repositories is not None:
                 break
         else:
-            raise RuntimeError("Hardly any repositories share a language; leave out rare languages.")
+            raise RuntimeError("Hardly any two repositories have texts in the same language: leave out rare languages.")
         first, partner = self._draw_texts(rng, repositories[0], cell)
         first_alternative, stranger = self._draw_texts(rng, repositories[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))
@@ -234,7 +238,7 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Draw two repositories, each with texts as `cell` says (languages, lengths); None if too many draws fail."""
+        """Draw two repositories, each with texts of the cell's languages and lengths; None if too many draws fail."""
         # The side with the fewer repositories proposes, the other is looked up.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
@@ -266,7 +270,7 @@ class PairSampler:
         return None
 
     def _count(self, language: int, length: int) -> int:
-        """Count the repositories that have a text in `language` with at least `length` tokens."""
+        """Return the number of repositories that have a text in `language` with at least `length` tokens."""
         return int(np.searchsorted(self._proposals[language].negative_longest, -length, side="right"))
 
     def _group(self, repository: int, language: int) -> int | None:
@@ -308,7 +312,7 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 
 
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the indices of the texts that `PairSampler` uses; repeat its rules until they drop no further text."""
+    """Return the indices of the texts that `PairSampler` uses; apply its rules until they leave out no further text."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
     languages = int(language.max(initial=0)) + 1
     while True:

@@ -1,8 +1,8 @@
 """Reads pairs for fine-tuning: prose and code of one meaning (retrieval), or two labelled snippets (clone detection).
 
-Every source for retrieval gives the same kind of rows: pairs of any two texts, triplets (prose, a function, its
-translation), documented functions of repositories (prose and a function), and parallel solutions of exercises (code
-alone).
+All sources for retrieval give rows of one type, `RetrievalExample`. Sources are pairs of any two texts, triplets
+(prose, a function, its translation), documented functions of repositories (prose and a function), and parallel
+solutions of exercises (code alone).
 """
 
 import json
@@ -38,7 +38,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import check_names
 
 MAX_CHARACTERS = 100_000
-"""The most characters of a text in a row of pairs."""
+"""The largest number of characters that a text of `data.pairs` may have."""
 
 _EXAMPLE_LENGTH, _EXAMPLES = 200, 3
 
@@ -64,7 +64,7 @@ class Snippet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RetrievalExample:
-    """A row for fine-tuning a model for retrieval: texts (prose, code) with the same meaning."""
+    """A row for fine-tuning a model for retrieval: prose and code with the same meaning."""
 
     description: str  # the meaning in prose; empty if there is none
     snippets: tuple[Snippet, ...]  # the meaning in code, at least once; the description belongs to the first
@@ -76,8 +76,8 @@ class SourceExamples(NamedTuple):
     """The rows that were read from one source."""
 
     texts: list[RetrievalExample]  # in the order of the source
-    skipped: Counter[str]  # rows, or parts of rows, left out by reason
-    examples: dict[str, list[str]]  # by reason, the first three: place and beginning
+    skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for it
+    examples: dict[str, list[str]]  # reason → the first three of these, each by its place and its beginning
 
 
 _Found = RetrievalExample | str | tuple[str, Any]
@@ -87,12 +87,13 @@ _Found = RetrievalExample | str | tuple[str, Any]
 class ExampleReader:
     """Iterates over the examples in the rows of a dataset, in order.
 
-    `skipped` counts, by reason, the rows and parts of rows that the last iteration left out, and `examples` holds the
-    first three of each reason: place and beginning.
+    Attributes:
+        skipped: reason → number of rows, or parts of rows, that the last iteration left out for it.
+        examples: reason → the first three of these: the place of each, and its beginning.
     """
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make` turns a row into examples; if `strict`, the first row left out raises UserError `data.row`."""
+        """`make` gives a row's examples or reasons to skip it; if `strict`, a reason raises UserError (`data.row`)."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -116,17 +117,18 @@ class ExampleReader:
                     examples[reason].append(shown)
 
     def read(self, what: str, progress: bool) -> SourceExamples:
-        """Read all examples; the progress bar names `what` is read."""
+        """Return all examples; the progress bar says "Reading" and `what`."""
         texts = list(tqdm(self, desc=f"Reading {what}", unit=" rows", disable=not progress))
         return SourceExamples(texts, self.skipped, self.examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """Names the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
+    """The names of the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
-    `negative` is the column of hard negatives, `negative_language` the column of their languages (default: `language`).
-    If `other_code` is None, each row is a pair of a description and one snippet. `repository` may be None too.
+    A triplet is a description, a function (`code`) and its translation (`other_code`). If `other_code` is None, rows
+    have no translation; if `repository` is None, they have no repository. `negative` is the column of hard negatives,
+    and `negative_language` the column of their languages; if that is None, they are in the language of `code`.
     """
 
     description: str = "func_documentation_string"
@@ -160,11 +162,11 @@ def open_triplets(
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
 ) -> ExampleReader:
-    """Return a reader of a dataset whose rows are triplets: a description and two snippets.
+    """Return a reader of a dataset whose rows are triplets: a description, a function, and its translation.
 
-    A row is a triplet if its description and codes are not blank, its languages are in `LANGUAGES` in any spelling
-    (`C++` is `cpp`), its repository is a text or missing, and `fault` returns None. Other rows are skipped and counted;
-    with `strict` they raise UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
+    A row is skipped and counted if its description or a code is blank, if a language is not in `LANGUAGES` (in any
+    spelling: `C++` is `cpp`), if its repository is not a text (it may be missing), or if `fault` returns a reason. With
+    `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
 
@@ -202,22 +204,23 @@ def _triplet(
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
-    """Read the retrieval rows of every source in a recipe's `data`; return them by the source's name.
+    """Read the retrieval rows of every source in a recipe's `data`; return source name → rows.
 
     Args:
-        settings: One or several of these (None means left out)
+        settings: One or several of the following sources; None means that the source is not used.
 
             - `pairs`: a source of `open_dataset_rows`, or a mapping with `source`, `columns` and the other arguments of
               `open_dataset_rows`; see `resolve_pairs`. `pairs` replaces all other sources;
             - `triplets`: a source of `open_dataset_rows`, or a mapping with `source` and the other arguments of
-              `open_triplets`; with `columns: {negative: NAME}` each row also has a hard negative;
-            - `functions`: a folder or settings of a corpus (see `open_corpus`), whose documented functions are read;
-            - `parallel`: a source with one exercise per row, `slug` and `code` (a mapping of languages to solutions);
-              or a mapping with `source`, `name` and `code` (other names of these columns), `strict` and the arguments
-              of `open_dataset_rows`.
+              `open_triplets`. With `columns: {negative: NAME}` each row also has a hard negative;
+            - `functions`: a folder, or settings of a corpus (see `open_corpus`): its documented functions are read;
+            - `parallel`: a source of `open_dataset_rows` with one exercise per row, in the columns `slug` (its name)
+              and `code` (a mapping of languages to solutions). Or a mapping with `source`, `name` and `code` (other
+              names for these columns), `strict` and the other arguments of `open_dataset_rows`.
 
-            A row with empty code, an unknown language, or prose in place of code (see `reads_as_prose`) is skipped and
-            counted; with `strict: true` it is an error (`data.row`).
+    A row that can't be used is skipped and counted: for example if code is empty, in an unknown language, or is in fact
+    prose (see `reads_as_prose`). With `strict: true` in the mapping of `pairs`, `triplets` or `parallel`, such a row
+    raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
     if not settings or not settings.keys() <= _SOURCES.keys():
@@ -225,7 +228,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
         raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        message = f"Only data.triplets has hard negatives, not {others}: use it alone, or remove columns.negative."
+        message = f"Hard negatives can't be mixed with {others}: use data.triplets alone, or remove columns.negative."
         raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
@@ -235,7 +238,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             found[name] = _SOURCES[name](progress, **_without_none(options))
         except TypeError as error:
             fault = str(error).rpartition("() ")[2]  # without the name of our function
-            raise UserError("data.source.options", f"The options of data.{name} do not fit: {fault}.") from error
+            raise UserError("data.source.options", f"The options of data.{name} are invalid: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
             raise UserError("data.source.empty", f"data.{name} has no usable row (skipped: {reasons or 'nothing'}).")
@@ -248,20 +251,21 @@ def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def have_negatives(settings: Mapping[str, Any]) -> bool:
-    """Return whether `settings`, a recipe's `data` (see `read_retrieval_examples`), name a column of hard negatives."""
+    """Return whether a recipe's `data` names a column of hard negatives."""
     source = settings.get("pairs") or settings.get("triplets")
     columns = source.get("columns") if isinstance(source, Mapping) else None
     return isinstance(columns, Mapping) and columns.get("negative") is not None
 
 
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's `data` with `pairs`, if it names any, as the only source and with its columns named.
+    """Return a recipe's `data` with only `pairs`, and its columns named; without `pairs`, return `data` unchanged.
 
     `data.pairs` is a file, folder or Hub id, or a mapping with `source` and the options of `open_dataset_rows`.
-    `data.columns`, or `columns` in that mapping, says which column is the `query` and the `positive`, and optionally
-    the `negative` (a text, or a list of texts of which the first counts), `score` (rows below `min_score`, by default
-    0.5, are left out), `language` and `repository`; null means that there is none. Other columns are guessed from their
-    names. UserError if the source does not exist, a column is missing, or the query or positive can't be guessed.
+    `data.columns`, or `columns` in that mapping, names the columns of `query` and `positive`, and optionally of
+    `negative` (a text, or a list whose first text is used), `score`, `language` and `repository`. If one of these is
+    null, no column is used for it. If one is not given, its column is guessed from the names in the file. Rows whose
+    score is below `min_score` (0.5 by default) are left out. UserError if the source does not exist, a named column is
+    missing, or the column of query or positive can't be guessed.
     """
     if settings.get("pairs") is None:
         return dict(settings)
@@ -270,7 +274,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: settings[name] for name in beside}
     columns, source = dict(options.get("columns") or {}), options.get("source")
     if not isinstance(options.get("columns") or {}, Mapping) or not source:
-        raise UserError("data.pairs.columns", "data.pairs must name a file, and data.columns must be a mapping.")
+        raise UserError("data.pairs.columns", "data.pairs must name a source, and data.columns must be a mapping.")
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
         hub = {
@@ -285,7 +289,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
             if role not in columns:
                 columns[role] = next((by_name.pop(name) for name in names.split() if name in by_name), None)
         if unknown := [role for role in ("query", "positive") if columns[role] is None]:
-            message = f"Which column of {source} is the {' and the '.join(unknown)}? It has {', '.join(there)}."
+            message = f"No column of {source} looks like the {' and the '.join(unknown)}. It has {', '.join(there)}."
             raise UserError("data.pairs.columns", f"{message} Set data.columns={{query: NAME, positive: NAME}}.")
     return {"pairs": options | {"columns": columns}}
 
@@ -300,7 +304,7 @@ def check_sources(settings: Mapping[str, Any]) -> None:
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
-    """Make a retrieval row of each documented function, with one snippet."""
+    """Return one retrieval row for each documented function: its description and its code."""
     return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
 
 
@@ -419,7 +423,7 @@ _LABELLED_SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """The pairs of snippets in one split for clone detection; a label says whether both snippets do the same."""
+    """The pairs of snippets in one split for clone detection; a pair's label says whether both snippets do the same."""
 
     codes: list[str]  # the snippets, each once
     pairs: np.ndarray  # int64 (pairs, 2), indices of `codes`
@@ -429,19 +433,19 @@ class LabelledPairs:
         return len(self.labels)
 
     def sample(self, count: int, seed: int) -> "LabelledPairs":
-        """Return at most `count` of the pairs, drawn at random but in their original order."""
+        """Return `count` pairs drawn at random, in their original order; all pairs if there are not more."""
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
         return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
 
 
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
-    """Read the labelled pairs in a recipe's `data`; return them by split: `train`, `valid` and, if given, `test`.
+    """Read the labelled pairs in a recipe's `data`; return split → pairs, for `train`, `valid` and, if given, `test`.
 
     Args:
-        settings: `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns `first`,
-            `second` (snippets) and `label` (0 or 1); or `bigclonebench`, a folder with the files of CodeXGLUE
-            (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` holds functions (`func`,
-            `idx`), and `train.txt`, `valid.txt` and `test.txt` two ids and a label per line.
+        settings: Either `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns
+            `first` and `second` (two snippets) and `label` (0 or 1). Or `bigclonebench`, a folder with the files of
+            CodeXGLUE (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` has a function per
+            line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two ids and a label per line.
     """
     names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
     if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):

@@ -33,10 +33,10 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prompt before a code snippet, `"{instruction}<sep>"`; `"cpp"` becomes `"c++"`.
+    """Return the prompt to put before a code snippet: `"{instruction}<sep>"`, or `""` without `instructions`.
 
-    Without a language (None or `""`) the prompt names none. Without `instructions`, for models fine-tuned without them
-    (`config.instruction_prompts`), it is empty.
+    The instruction names the language (`"cpp"` as `"c++"`), or none if `language` is None or `""`. A model's
+    `config.instruction_prompts` says whether it was fine-tuned with instructions.
     """
     if not instructions:
         return ""
@@ -49,16 +49,16 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
 
 
 def text_prompt(*, instructions: bool = True) -> str:
-    """Return the prompt before a natural-language query, `"{instruction}<sep>"`; empty without `instructions`."""
+    """Return the prompt to put before a query in prose: `"{instruction}<sep>"`, or `""` without `instructions`."""
     return TEXT_INSTRUCTION + SEP_TOKEN if instructions else ""
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """Return the `prompts` for a SentenceTransformer, by prompt name; all are empty without `instructions`.
+    """Return prompt name → prompt, for `SentenceTransformer(prompts=…)`; without `instructions` all prompts are empty.
 
-    `"query"` is for descriptions and `"document"` for code of any language: `encode_query` and `encode_document` use
-    these two. `"document_python"`, `"document_c++"` and so on, one for each of `LANGUAGES`, give the published wording,
-    which names the language; use them with `encode(..., prompt_name="document_python")`.
+    `encode_query` uses `"query"`, for descriptions, and `encode_document` uses `"document"`, for code of any language.
+    The published prompts for code name its language. They are `"document_python"`, `"document_c++"` and so on, one for
+    each of `LANGUAGES`: use them with `encode(..., prompt_name="document_python")`.
     """
     by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
     document = code_prompt(instructions=instructions)

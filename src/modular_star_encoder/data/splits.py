@@ -1,8 +1,9 @@
 """Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-Training and evaluation rows share no repository, code or description. In contrastive learning the other rows of a batch
-are negatives, so they must differ in meaning: rows that share a description or a code, directly or through other rows,
-form a *group*, and a batch has at most one row of a group. No hard negative has the meaning of a row of the batch.
+Training and evaluation rows have no repository, code or description in common. In contrastive learning the other rows
+of a batch are negatives, so all rows of a batch must differ in meaning. Rows with the same description or code,
+directly or through other rows, form a *group*. A batch has at most one row of each group, and no hard negative of a
+batch is in the group of one of its rows.
 """
 
 import hashlib
@@ -43,15 +44,15 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def draw_repositories(
     sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> set[str]:
-    """Draw the repositories to hold out, and return their names; `sizes` is repository → number of functions.
+    """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
-    About a fifth of all functions is held out, or `min_test` if that is less. Repositories with more than
-    `max_repository_share` of all functions are drawn last, the smallest first, so that no single project decides the
-    results. At least one repository is left for training. The draw depends on the seed, the names and the sizes alone.
+    Repositories are drawn at random until they have a fifth of all functions, or `min_test` functions if that is less.
+    Those with more than `max_repository_share` of all functions are drawn last, the smallest first, so that no single
+    project decides the results. At least one repository is left for training. The result depends only on the arguments.
     """
     if len(sizes) < 2:
         raise UserError(
-            "data.split.too_few_repositories", f"Holding out needs at least two repositories, not {len(sizes)}."
+            "data.split.too_few_repositories", f"Holding out repositories needs at least two, not {len(sizes)}."
         )
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
@@ -69,7 +70,7 @@ def draw_repositories(
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """Rows to fine-tune a model for retrieval, and held-out rows, both in the order of the sources."""
+    """Rows to fine-tune a retrieval model on, and held-out rows to evaluate it, both in the order of the sources."""
 
     train: list[RetrievalExample]
     held_out: list[RetrievalExample]  # none of their repositories, descriptions or codes is in `train`
@@ -86,16 +87,18 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Read the sources, hold out whole repositories and write both parts to `folder`, or read both if they are there.
+    """Return the training and held-out rows of a recipe's sources: read from `folder`, or made and written there.
+
+    Whole repositories are held out; a row without a repository is held out by itself.
 
     Args:
-        settings: The sources; see `read_retrieval_examples`.
+        settings: A recipe's `data`, which names the sources; see `read_retrieval_examples`.
         folder: Where `train.parquet`, `held_out.parquet` and `report.json` are written, all at once.
-        eval_fraction: Share of each source's rows to hold out, up to a fifth.
+        eval_fraction: Share of each source's rows to hold out; above 0.2, it counts as 0.2.
         seed: Decides which repositories are held out, and which rows are drawn.
-        max_train_samples: Number of rows to train on, drawn at random; all if None.
+        max_train_samples: Number of rows to train on, drawn at random; None for all.
         progress: Whether to show progress bars.
-        store: Whether to write new rows; if not, call `store_retrieval_data` later.
+        store: Whether to write new rows. If False, `store_retrieval_data` can write them later.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -109,12 +112,12 @@ def prepare_retrieval_data(
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     if report["settings"] != requested:
         other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
-        raise UserError("data.split.other_settings", f"{folder} was made with another {other}; name another folder.")
+        raise UserError("data.split.other_settings", f"{folder} was made with another {other}: name another folder.")
     return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
 
 
 def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
-    """Write the rows to `folder`, all at once, unless `folder` has rows."""
+    """Write the rows and their report to `folder`, all at once; do nothing if `folder` has a report."""
     if not (folder / REPORT).is_file():
         with staged_folder(folder) as staging:
             for name in ("train", "held_out"):
@@ -137,7 +140,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     train = np.flatnonzero(~held_out & ~leaked)
     if len(train) < (limit or 1):
         key = "max_train_samples" if limit else "nothing_to_train"
-        message = f"Training needs {limit or 1} rows that share no content or repository with held-out rows."
+        message = f"Training needs {limit or 1} rows whose texts and repositories are not in held-out rows."
         raise UserError(f"data.split.{key}", f"{message} There are {len(train)}: add data or lower max_train_samples.")
     if limit is not None:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
@@ -156,7 +159,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
 
 
 def _held_out(texts: Sequence[RetrievalExample], fraction: float, seed: int) -> np.ndarray:
-    """Return which rows of a source are held out, bool (rows,); a row without a repository is drawn by itself."""
+    """Return whether each row of a source is held out, bool (rows,); a row without a repository is drawn by itself."""
     names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
     drawn = draw_repositories(Counter(names), seed=seed, min_test=max(2, round(fraction * len(texts))))
     return np.array([name in drawn for name in names])
@@ -187,7 +190,7 @@ def _rows(path: Path) -> list[RetrievalExample]:
 
 
 class Draw(NamedTuple):
-    """A pair in a batch."""
+    """A pair of a batch: which row of the data gives it, and its kind."""
 
     row: int  # of the data, from which it is made
     kind: str  # text → code or code → code
@@ -195,9 +198,10 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """Group rows that share a description or a code: return the group of each row, int64 (rows,), numbered from 0.
+    """Return the group of each row, int64 (rows,): groups are numbered from 0.
 
-    If A shares a code with B and B its description with C, all three are one group. See `description_key`, `code_key`.
+    Rows with the same description or the same code are in one group. If A has a code of B, and B the description of C,
+    then all three are in one group. Texts are the same if their `description_key` or `code_key` is equal.
     """
     parents = list(range(len(texts)))
 
@@ -217,7 +221,10 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group with each row's negative as code (-1: none), int64 (rows,); None if a row has no negative."""
+    """Return the group that has each row's hard negative as a code, int64 (rows,); −1 if no group has it.
+
+    `groups` is the result of `same_content_groups`. Return None if a row has no hard negative, or if there are no rows.
+    """
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -234,7 +241,7 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """Groups of rows that share texts, listed under each kind of pair that they can give (text → code, code → code)."""
+    """The groups of `same_content_groups`, listed for each kind of pair that their rows can give."""
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
@@ -253,12 +260,12 @@ class PairGroups:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of groups that give each kind of pair, by kind."""
+        """Kind of pair → number of groups that can give such a pair."""
         return {kind: len(numbers) for kind, numbers in self.numbers.items()}
 
     @property
     def largest_batch(self) -> int:
-        """The largest batch size, in pairs, for which every batch can be filled, whichever rows are drawn first."""
+        """The largest number of pairs in a batch such that every batch can be filled, whichever rows are drawn."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
@@ -269,32 +276,33 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch such that at least one hard negative surely lies outside them."""
+        """The largest number of groups that a batch can have such that some hard negative is in none of them."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
 
 
 class BatchPlan:
-    """Chooses the rows of each batch from the seed and the step's number alone, so that resuming needs only the step.
+    """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    If the data gives both kinds of pairs, even places of a batch are text → code and odd places code → code. Each epoch
-    puts the groups of a kind in a new random order, leaves out the last ones if they fill no batch, and takes another
-    row of each. A code → code pair of a group that the batch has already, and a hard negative that means the same as a
-    row of the batch, are replaced by random others.
+    If the data gives both kinds of pairs, they alternate in a batch: text → code at even places, code → code at odd
+    ones. In each epoch the groups of a kind come in a new random order, and each group gives a pair from the next of
+    its rows; the last groups are left out if they fill no batch. If the batch has a text → code pair of a group
+    already, the group's code → code pair is replaced by one of a random other group. If a hard negative is in the group
+    of a row of the batch, it is replaced by the hard negative of a random other row.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step of all processes, an even number if text → code and code → code pairs mix."""
+        """`batch_size`: number of pairs in a step over all processes; even if `groups` has both kinds of pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
-            negatives = f"; the hard negatives are in {outside + 1} groups" if outside < batch_size else ""
+            negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}."
-            message += f" The data has {listed or 'no pairs'}, and a batch takes one pair of a group{negatives}."
+            message += f" A batch takes one pair of a group of rows; the data has {listed or 'no pairs'}{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
@@ -343,7 +351,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Replace code → code groups that the batch already has (`taken`) by others; return all groups' indices."""
+        """Return `places` (code → code groups) with random others in place of the groups that are in `taken`."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

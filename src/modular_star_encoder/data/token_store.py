@@ -6,11 +6,11 @@ A store is a folder of flat little-endian arrays, without a header, and two text
     bounds.bin            int64 (rows + 1,): row i is tokens bounds[i]:bounds[i + 1]
     repositories.bin      int32 (rows,): the repository of each row, a line of repositories.jsonl
     languages.bin         int32 (rows,): the language of each row, an entry of "languages" in state.json
-    repositories.jsonl    one JSON string per line
-    state.json            how much of these files is valid, and what they were made from
+    repositories.jsonl    the name of one repository per line, as a JSON string
+    state.json            how much of these files is valid, and from what they were made
 
-Files only grow, and `state.json` is replaced atomically after the data that it counts has reached the disk. Data beyond
-its counts was incomplete when the process ended, and the next process cuts it off.
+Files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk. If a process
+ends while it writes, the next process removes the data that `state.json` does not count.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from modular_star_encoder.utils.files import write_json
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Tokenized texts: a store on disk (`TokenStore`), or a part of one (`split`)."""
+    """Tokenized texts with the repository and language of each: a store on disk (`TokenStore`), or a part of one."""
 
     rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
@@ -55,10 +55,11 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Return (corpus to train on, held-out corpus): two views of this corpus that share no repository.
+        """Return (corpus to train on, held-out corpus): two views of this corpus that have no repository in common.
 
-        `eval_fraction` is the share of the repositories to hold out; only `seed` and names decide which ones. Each
-        corpus gets at least two, as pairs from different repositories need, or one if there are fewer than four.
+        `eval_fraction` is the share of the repositories to hold out. Only `seed` and the repositories' names decide
+        which are held out. Each of the two corpora gets at least two repositories, or one if this corpus has fewer than
+        four. UserError if this corpus has only one repository.
         """
         names = self.repositories
         if len(names) < 2:
@@ -93,7 +94,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Return the smallest valid size of each file in bytes, by file name."""
+        """Return, by file name, the smallest valid size in bytes of each file of the store."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -104,10 +105,10 @@ class _State:
 
 
 class TokenStore(TokenCorpus):
-    """A corpus that `build_token_store` wrote; its files are memory-mapped, so opening it reads almost nothing."""
+    """A tokenized corpus that `build_token_store` wrote to a folder; its arrays are memory-mapped."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open the finished token store in `folder`."""
+        """Open the token store in `folder`; raise UserError if there is none, or if it is unfinished or damaged."""
         folder = Path(folder)
         state = _finished_state(folder)
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
@@ -123,7 +124,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """Memory-mapped rows of a store: pickling writes the folder's path, where numpy would write all tokens."""
+    """The memory-mapped rows of a store; pickled as the folder's path, because numpy would pickle all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _finished_state(folder)
@@ -140,7 +141,7 @@ class _MappedRows(TokenRows):
 def _finished_state(folder: Path) -> _State:
     state = _read_state(folder)
     if state is None or not state.complete:
-        raise UserError("data.token_store.missing", f"{folder} is no finished token store; call build_token_store.")
+        raise UserError("data.token_store.missing", f"{folder} holds no finished token store: call build_token_store.")
     return state
 
 
@@ -151,17 +152,19 @@ def build_token_store(
     *,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenize `files`, one row each, into a store in `folder`, or continue a store that an earlier call began.
+    """Tokenize `files` into a store in `folder`, one row per file, and return the store.
 
-    To continue, pass the same files in the same order: files already stored are compared, but not tokenized again. A
-    finished store is opened without reading `files`. Only one process may work on a folder at a time.
+    If an earlier call was interrupted, this call continues it. For this, pass the same files in the same order: those
+    that are stored already are compared, but not tokenized again. A finished store is opened without reading `files`.
+    Only one process may work on a folder at a time; this is not checked. UserError if the folder holds files of another
+    kind, or a store that is damaged or was begun with another tokenizer or other files.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
         raise UserError(
-            "data.token_store.other_tokenizer", f"{folder} was made with another tokenizer; name another folder."
+            "data.token_store.other_tokenizer", f"Another tokenizer made the token store {folder}: name another folder."
         )
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
@@ -172,8 +175,8 @@ def build_token_store(
                     digest = _digest(digest, file)
                     bar.update()
                 if digest != state.files_digest:
-                    message = "The token store was begun with other files. Pass the same files in the same order."
-                    raise UserError("data.token_store.other_files", f"{message} Or name another folder than {folder}.")
+                    message = f"The token store {folder} was begun with other files: pass those in the same order,"
+                    raise UserError("data.token_store.other_files", f"{message} or name another folder.")
                 while batch := list(islice(iterator, _FILES_PER_COMMIT)):
                     for start in range(0, len(batch), TEXTS_PER_BATCH):
                         bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
@@ -184,8 +187,6 @@ def build_token_store(
 
 
 class _Writer:
-    """Appends rows to the files of a store and updates `state`."""
-
     def __init__(self, folder: Path, state: _State, encoder: ContentEncoder) -> None:
         self._folder, self._state, self._encoder = folder, state, encoder
         for name, size in state.sizes().items():
@@ -196,7 +197,7 @@ class _Writer:
         self._outputs = {name: (folder / name).open("ab") for name in state.sizes()}
 
     def append(self, files: list[SourceFile]) -> int:
-        """Tokenize `files` and append a row for each; return the number of files."""
+        """Tokenize `files` and append one row for each; return their number."""
         state = self._state
         rows = self._encoder([file.text for file in files])
         bounds = state.tokens + np.cumsum([len(row) for row in rows])
@@ -241,7 +242,7 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        raise UserError("data.token_store.other_content", f"{folder} has files of another kind; name an empty folder.")
+        raise UserError("data.token_store.other_content", f"{folder} holds other files: name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -250,7 +251,7 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    """Return the state of the store in `folder`, or None without a store; UserError if a file is cut short."""
+    """Return the state of the store in `folder`, or None if there is no store; UserError if a file is cut short."""
     if not (folder / _STATE).exists():
         return None
     fault = _STATE
@@ -259,7 +260,7 @@ def _read_state(folder: Path) -> _State | None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
     if fault:
-        message = f"{fault} of the token store {folder} is missing, cut short or of another version."
+        message = f"The file {fault} of the token store {folder} is missing, cut short or of another version."
         raise UserError("data.token_store.damaged", f"{message} Remove the folder and build the store again.")
     return state
 

@@ -1,7 +1,7 @@
-"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of prompts.py.
+"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A special token written in a text is read as that token, which lets a prompt bring its inner `<sep>`. *Content* that
-holds the characters `<sep>` must not become that token: `encode_content` encodes it as ordinary characters.
+A tokenizer reads the characters `<sep>` in its input as the special token `<sep>`, and prompts depend on this. In code
+and texts of users the same characters must stay ordinary characters: `encode_content` encodes them so.
 """
 
 import copy
@@ -37,13 +37,14 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on `texts`.
 
-    One text is encoded as `<sep> text <cls>`, a pair as `<sep> a <sep> b <cls>`; truncation to `max_length` keeps these
-    tokens. Padding is on the left. `<pad>`, `<sep>`, `<cls>` and `<mask>` have the ids 0, 1, 2 and 3; `vocab_size`
-    includes them. A small corpus may fill fewer entries: size the model by `len(tokenizer)`.
+    The tokenizer encodes one text as `<sep> text <cls>`, and a pair of texts as `<sep> a <sep> b <cls>`. It truncates
+    to `max_length` tokens, but never removes these special tokens, and pads on the left. `<pad>`, `<sep>`, `<cls>` and
+    `<mask>` have the ids 0, 1, 2 and 3 and are part of `vocab_size`. A small corpus may give fewer than `vocab_size`
+    tokens: build the model for `len(tokenizer)` tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
         message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens) and max_length at least 4."
-        raise UserError("data.tokenizer.sizes", f"{message} Given: {vocab_size} and {max_length}.")
+        raise UserError("data.tokenizer.sizes", f"{message} Given: vocab_size={vocab_size}, max_length={max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -75,20 +76,21 @@ MAX_TOKEN_ID = 2**24
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or Hub repository, exactly as its tokenizer.json defines it."""
+    """Load the tokenizer of a folder or Hub repository, exactly as its `tokenizer.json` defines it."""
     # `AutoTokenizer` uses GPT-2's class, which StarCoder2's descendants name; it doesn't split numbers into digits.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= MAX_TOKEN_ID:
         # tokenizers would write a line for every number up to it.
-        raise UserError("tokenizer.ids", f"A token of {path} has the id {last}; the largest is {MAX_TOKEN_ID - 1}.")
+        raise UserError("tokenizer.ids", f"Token id {last} in {path} is too large; the limit is {MAX_TOKEN_ID - 1}.")
     return tokenizer
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a copy that frames texts, and spells `<sep>`, `<cls>` and `<mask>`, as `prompts.py` does.
+    """Return a copy of a tokenizer that encodes a text as `<sep> text <cls>`, with special tokens of these names.
 
-    The published tokenizer has no template, because its users write the special tokens into their texts; its spellings
-    may differ. Every token keeps its id. A tokenizer with our template and spellings is returned unchanged.
+    The published tokenizer adds no special tokens, because its users write them into their texts, and it may spell them
+    differently. In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>` and `<mask>`. All
+    token ids stay the same. A tokenizer with this template and these spellings is returned unchanged.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -104,7 +106,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     known = [entry["content"] for entry in state["added_tokens"]]
     taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
     if taken:
-        raise UserError("data.tokenizer.spelling", f"{taken[0]} is also the name of another token: rename that token.")
+        raise UserError("data.tokenizer.spelling", f"Another token of the tokenizer is named {taken[0]}: rename it.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)
@@ -122,9 +124,10 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return each token's letters and digits in lower case, by id: "parse" for "parse", " Parse" and "_PARSE".
+    """Return a list that holds, at each token's id, the letters and digits of the token in lower case.
 
-    Tokens without letters and digits (punctuation, parts of characters) and special tokens get a unique text instead.
+    "parse", " Parse" and "_PARSE" all give "parse". A special token, or a token without letters and digits
+    (punctuation, a part of a character), gets a text that no other token has.
     """
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
@@ -134,9 +137,9 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 class TokenRows:
-    """Holds rows of token ids in one flat array: 20 million tokens of a vocabulary up to 65,536 take 40 MB.
+    """Rows of token ids, of different lengths, stored one after another in one flat array.
 
-    Row `i` is a view of the flat array, from `bounds[i]` to `bounds[i + 1]`; `bounds` is int64 (rows + 1,).
+    Row `i` is a view of the flat array, from `bounds[i]` to `bounds[i + 1]`; `bounds` is int64 (number of rows + 1,).
     """
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
@@ -150,7 +153,7 @@ class TokenRows:
         return self._flat[self.bounds[index] : self.bounds[index + 1]]
 
     def counts(self, vocab_size: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Count how often each token occurs in all rows, or in `rows` (sorted row numbers): int64 (vocab_size,)."""
+        """Return how often each token occurs in all rows, or in `rows` (sorted row numbers): int64 (vocab_size,)."""
         rows = np.arange(len(self)) if rows is None else rows
         counts = np.zeros(vocab_size, np.int64)
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
@@ -162,10 +165,10 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts as ordinary characters: no template, truncation or special tokens, even if a text spells one.
+    """Encodes texts without template, truncation or special tokens, even if a text spells a special token.
 
-    `dtype` is uint16 for vocabularies up to 65,536, otherwise uint32. `checksum` covers everything that decides the
-    ids; the template, padding, truncation, saving and loading do not change it.
+    `dtype`, the type of the token ids, is uint16 for vocabularies of up to 65,536 tokens, otherwise uint32. `checksum`
+    is a hash of everything that decides the ids; template, padding, truncation, saving and loading do not change it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -179,7 +182,7 @@ class ContentEncoder:
         self.checksum = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids of each text, an array of `dtype` with shape (tokens,)."""
+        """Return one array of token ids for each text, of type `dtype` and shape (number of the text's tokens,)."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
@@ -187,7 +190,7 @@ class ContentEncoder:
 def encode_content(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"
 ) -> TokenRows:
-    """Encode texts with `ContentEncoder` and return them as rows of one flat array."""
+    """Return the token ids of `texts` as `ContentEncoder` makes them, one row per text."""
     encoder = ContentEncoder(tokenizer)
     parts: list[np.ndarray] = []
     starts = range(0, len(texts), TEXTS_PER_BATCH)
@@ -198,13 +201,13 @@ def encode_content(
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> None:
-    """Raise UserError if a tokenizer lacks a special token for one of `roles`; by default `sep`, `cls` and `mask`."""
+    """Raise UserError if a tokenizer has no special token for one of `roles`: by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
         raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids of all special tokens, sorted: those with a role and those only marked as special."""
+    """Return the sorted ids of all special tokens: those with a role such as `sep` and those only marked as special."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(marked.union(tokenizer.all_special_ids))

@@ -52,7 +52,7 @@ _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
 def docstring_of(literal: str) -> str | None:
-    """Return the value of a Python string literal, or of several consecutive ones; None if it is not a plain string."""
+    """Return the text of one or several Python string literals; None for anything else, such as an f-string."""
     try:
         with warnings.catch_warnings(action="ignore"):  # such as warnings about invalid escapes
             value = ast.literal_eval(f"({literal}\n)")
@@ -62,16 +62,16 @@ def docstring_of(literal: str) -> str | None:
 
 
 def docstring_description(docstring: str) -> str:
-    """Return the first paragraph of a Python docstring, up to the first field (`:param x:`), in one line."""
+    """Return the first paragraph of a Python docstring, up to its first field (`:param x:`), as one line."""
     paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip(), maxsplit=1)[0]
     return _one_line(_DOCSTRING_FIELD.split("\n" + paragraph, maxsplit=1)[0])
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, in one line; "" for a licence, or without prose.
+    """Return the first paragraph of the comments before a function, as one line; "" for a licence, or without prose.
 
-    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Before the prose, tags that
-    introduce it (`@brief`, `@description`) are removed alone, other tags with their text.
+    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Of tags before the prose,
+    those that introduce it (`@brief`, `@description`) are removed alone, all others with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
@@ -97,7 +97,7 @@ def _without_markers(text: str, language: Language) -> list[str]:
 
 
 def _first_paragraph(lines: list[str], language: Language) -> list[str]:
-    """Return the lines of prose up to a blank line, a rule of dashes, an HTML block, or a tag such as `@param`."""
+    """Return the lines of prose before a blank line, a rule of dashes, an HTML block, or a tag such as `@param`."""
     prose: list[str] = []
     inside_tag = False
     for line in lines:
@@ -125,7 +125,7 @@ def _is_prose(line: str) -> bool:
 
 
 def _shown_text(match: re.Match[str]) -> str:
-    """Return what readers of the documentation see of `{@code text}` or `{@link Class#method label}`."""
+    """Return what the documentation shows in place of `{@code text}` or `{@link Class#method label}`."""
     name, text = match["name"].lower(), match["text"].strip()
     if name in ("inheritdoc", "value", "internal"):
         return ""
@@ -145,10 +145,11 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description in the comments before `start`, or ""; `comments` are sorted spans in `source.bytes`.
+    """Return the description in the comments directly before the offset `start` of `source.bytes`, or "".
 
-    That is a block comment, or a run of line comments, with no blank line before `start`. In languages with
-    `documented_by_blocks` it is the last `/** */`, and other comments may follow it.
+    `comments` are the sorted (start, end) spans of all comments. The description is a block comment, or a run of line
+    comments, without a blank line before `start`. In languages with `documented_by_blocks` it is the last `/** */`, and
+    other comments may follow that one.
     """
     blocks_only = language.documented_by_blocks
     run: list[str] = []
@@ -183,8 +184,8 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def reads_as_prose(text: str) -> bool:
-    """Return whether `text` is a description: three words or more, and no sign of code outside backticks and `@` lines.
+    """Return whether `text` is prose: three words or more, and no sign of code outside of backticks and `@` lines.
 
-    In twelve languages, none of 13,835 functions reads as prose, and 97.5 % of their 12,574 descriptions do.
+    In twelve languages, this is false for all of 13,835 functions and true for 97.5 % of their 12,574 descriptions.
     """
     return len(_WORD.findall(text)) >= 3 and _CODE.search(_TAGS.sub("", text)) is None

@@ -1,6 +1,6 @@
 """Find the functions of a source text in its syntax tree: their spans, names, descriptions and code.
 
-Queries read the trees. They run outside Python and without recursion, so that only memory limits the nesting.
+tree-sitter queries find them, without recursion: only memory limits how deeply code may be nested.
 """
 
 import re
@@ -28,7 +28,7 @@ _MAX_NAME_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function found in a text; its fields mean the same as in `DocumentedFunction`."""
+    """A function found in a source text; its fields have the meaning of those in `DocumentedFunction`."""
 
     line: int
     name: str
@@ -42,12 +42,13 @@ class FoundFunction:
 def find_functions(
     text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
 ) -> list[FoundFunction]:
-    """Find the functions of `text` that have no syntax error, in order, methods and nested functions included.
+    """Return the functions of `text` that have no syntax error, in order, including methods and nested functions.
 
-    Functions without a body, and Python functions whose body is only a docstring, are left out. PHP needs its `<?php`.
-    `counts` counts files and functions with a syntax error, and functions nested too deeply.
+    Functions without a body, and Python functions whose body is only a docstring, are left out; so are functions
+    without a description if `documented_only`. PHP code needs its `<?php`. The numbers of files and functions with a
+    syntax error, and of functions nested too deeply, are added to `counts`.
 
-    Raises UnparsableSourceError if `text` can't be parsed, or holds a syntax error and no function without one.
+    Raises UnparsableSourceError if `text` can't be parsed, or has syntax errors and no function without one.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parse(source.bytes, grammar)
@@ -64,9 +65,9 @@ def find_functions(
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A definition in a text, in whole lines; lines are counted from 0, `end` is the line after the last.
+    """A function, class or other definition in a text: the lines from `start` to `end` - 1, counted from 0.
 
-    `start` is its first line, `line` the first one after its decorators, annotations and attributes.
+    `line` is the first of these lines after decorators, annotations and attributes.
     """
 
     kind: str  # `function`, `scope` (a class and the like), `type`, or `extension` of what is defined elsewhere
@@ -80,9 +81,10 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """List the functions, classes and the like that `text`, which may have syntax errors, defines: outer before inner.
+    """Return the functions, classes and other definitions in `text`, outer ones before those inside them.
 
-    Raises UnparsableSourceError as `parse_once` does, or if an error's many tokens would make a query take minutes.
+    `text` may have syntax errors. Raises UnparsableSourceError if it can't be parsed, or if thousands of brackets that
+    nothing closes would make a query take minutes.
     """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
@@ -131,8 +133,6 @@ class _Definition:
 
 
 class _Finder:
-    """Finds the functions in one syntax tree."""
-
     def __init__(self, source: SourceText, tree: Tree, grammar: Grammar) -> None:
         self.counts: Counter[str] = Counter()
         self.sound = 0
@@ -169,7 +169,6 @@ class _Finder:
         self._fixed_lines = {at for start, end in spans for at in source.line_starts_between(start, end)}
 
     def functions(self, documented_only: bool) -> Iterator[FoundFunction]:
-        """Yield the functions without a syntax error, in the order of the text."""
         enclosing: list[_Definition] = []
         for index, one in enumerate(self._definitions):
             while enclosing and enclosing[-1].node.end_byte <= one.node.start_byte:
@@ -189,7 +188,6 @@ class _Finder:
             enclosing.append(one)
 
     def _found(self, index: int, name: str, documented_only: bool) -> FoundFunction | None:
-        """Return the function with this index among the definitions, or None if it is to be left out."""
         node, body = self._definitions[index].node, self._definitions[index].body
         start, end = node.start_byte, node.end_byte
         if self._language.has_docstrings and body is not None:
@@ -298,7 +296,6 @@ def _docstring(body: Node, source: SourceText) -> tuple[Node, str] | None:
 
 
 def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
-    """Return the cut that removes the docstring of a Python definition, if it has one."""
     if not (found := _docstring(body, source)):
         return None
     docstring, statements = found[0], _statements(body)

@@ -24,9 +24,9 @@ class UnparsableSourceError(ValueError):
 
 
 class SourceText:
-    """The `bytes` of a text in UTF-8, without a byte-order mark and with `\\n` for every `\\r\\n` and `\\r`.
+    """A source text in UTF-8: `bytes` has no byte-order mark, and `\\n` for every `\\r\\n` and `\\r`.
 
-    Grammars differ in how they read `\\r`, and code is stored with `\\n`; `original_span` gives offsets in the file.
+    Grammars read `\\r` in different ways, and code is stored with `\\n`. `original_span` gives the original offsets.
     """
 
     def __init__(self, text: str) -> None:
@@ -50,19 +50,19 @@ class SourceText:
         return [0, *accumulate(len(line) + 1 for line in self.bytes.split(b"\n")[:-1])]
 
     def line(self, offset: int) -> int:
-        """Return the 1-based number of the line that holds an offset of `bytes`."""
+        """Return the number, counted from 1, of the line at an offset in `bytes`."""
         return bisect_right(self._line_starts, offset)
 
     def line_start(self, offset: int) -> int:
-        """Return the offset at which the line of `offset` begins."""
+        """Return the offset in `bytes` at which the line of `offset` begins."""
         return self._line_starts[self.line(offset) - 1]
 
     def line_starts_between(self, start: int, end: int) -> list[int]:
-        """Return the offsets, after `start` and before `end`, at which lines begin."""
+        """Return the offsets in `bytes`, after `start` and before `end`, at which lines begin."""
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """Map a span of `bytes` to the original text in UTF-8: return (first byte, byte after the last, text)."""
+        """Return where a span of `bytes` is in the original UTF-8 text: (first byte, byte after the last, text)."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 
@@ -79,7 +79,6 @@ class _Parser:
         self._views = {size: memoryview(self._buffer)[:size] for size in sizes}
 
     def parse(self, source: bytes) -> Tree | None:
-        """Return the syntax tree, or None if parsing takes longer than `MAX_PARSE_SECONDS`."""
         deadline = time.thread_time() + MAX_PARSE_SECONDS
 
         def read(offset: int, _: Point) -> memoryview:
@@ -97,7 +96,7 @@ class _Parser:
 
 
 class Grammar:
-    """A language's parsers, and its queries, which are read from `queries` and compiled when they are first used."""
+    """The tree-sitter parsers and queries of one language; each query is compiled when it is first used."""
 
     def __init__(self, language: Language) -> None:
         """Load the grammar of a language."""
@@ -109,7 +108,7 @@ class Grammar:
         self._idle_parsers: list[_Parser] = []
 
     def parse(self, source: bytes) -> Tree | None:
-        """Return the syntax tree of `source`, or None if parsing takes too long; several threads may call."""
+        """Return the syntax tree of `source`, or None if parsing takes too long; threads may parse at the same time."""
         try:
             parser = self._idle_parsers.pop()
         except IndexError:
@@ -120,18 +119,18 @@ class Grammar:
 
     @cached_property
     def query(self) -> Query:
-        """Finds functions, other definitions, comments and strings."""
+        """The query that captures functions, other definitions, comments and strings."""
         return Query(self._grammar, self._text)
 
     @cached_property
     def definitions(self) -> Query:
-        """Finds what `query` finds, except comments and strings: half the time."""
+        """The part of `query` that captures no comments and strings, which takes half the time to run."""
         lines = self._text.splitlines()
         return Query(self._grammar, "\n".join(one for one in lines if not one.endswith(("@comment", "@verbatim"))))
 
     @cached_property
     def errors(self) -> Query:
-        """Finds `@error` and `@missing` nodes."""
+        """The query that captures syntax errors as `@error` and missing tokens as `@missing`."""
         return Query(self._grammar, "(ERROR) @error (MISSING) @missing")
 
     @cached_property
@@ -142,14 +141,15 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """Return the grammar of one of `ALL_LANGUAGES`, made once per process."""
+    """Return the grammar of one of `ALL_LANGUAGES`; it is loaded once per process."""
     return Grammar(language_entry(language))
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """Parse like `parse_once`; in languages with macros, retry with blanks in place of macros that break the syntax.
+    """Return the syntax tree of UTF-8 `source`, as `parse_once` does, with fewer errors from macros of C and C++.
 
-    All offsets stay the same. Of several attempts, the tree with the fewest errors is returned.
+    In these two languages, words that look like macros and break the syntax are replaced by blanks, and the source is
+    parsed again, up to three times. All offsets stay the same. The tree with the fewest errors is returned.
     """
     tree = best = parse_once(source, grammar)
     fewest = error_bytes(tree, grammar) if grammar.language.has_macros else 0
@@ -180,7 +180,7 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
-    """Count the bytes from `start` to `end` under ERROR nodes; a missing token counts as one byte."""
+    """Return the number of bytes from `start` to `end` under ERROR nodes, plus the tree's number of missing tokens."""
     root = tree.root_node
     if not root.has_error:
         return 0
@@ -194,7 +194,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Return whether an ERROR node has over `_MAX_TOKENS` child tokens: queries take time quadratic in their number."""
+    """Return whether an ERROR node has over 10,000 tokens as children: queries take time quadratic in their number."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()
@@ -230,11 +230,12 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 
 
 def check_syntax(code: str, language: str) -> tuple[float, bool]:
-    """Parse `code` alone or, say, in a class, as fits best; return (share of syntax errors, whether it has a function).
+    """Return (share of syntax errors in `code`, whether it has a function); the share is from 0.0 to 1.0.
 
-    The share, from 0.0 to 1.0, counts the bytes under ERROR nodes of the tree-sitter grammar, and one byte for each
-    missing token. It is 1.0 for blank text and text that can't be parsed. Grammars tolerate much, Ruby's most of all:
-    plain prose may parse, but has no function (a name and a body). PHP may lack its `<?php`.
+    The share is that of the bytes under ERROR nodes of the tree-sitter grammar; a missing token counts as one byte. It
+    is 1.0 for blank text and text that can't be parsed. `code` is parsed alone and, for example, inside a class; the
+    better result is returned. Grammars tolerate much, Ruby's most of all: plain prose may parse, but has no function (a
+    name and a body). PHP may lack its `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")

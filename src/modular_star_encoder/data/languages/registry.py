@@ -1,7 +1,7 @@
 """Everything that the package knows about each programming language, read from `languages.toml`.
 
-A new language is one more table there and a query in `queries/NAME.scm`; `queries/README.md` lists the captures of a
-query. Its tree-sitter grammar is a dependency of this package, or is in tree-sitter-language-pack.
+A new language needs a table there and a query in `queries/NAME.scm`; `queries/README.md` lists the captures of a query.
+Its tree-sitter grammar must be a dependency of this package, or in tree-sitter-language-pack.
 """
 
 import re
@@ -48,7 +48,7 @@ class Language:
     test_file: str = r"(?!)"  # pattern of test files, without suffix
 
     def dotted_name(self, name: str) -> str:
-        """Return a function's or scope's name in the tree with dots between its parts."""
+        """Return the name of a function or scope, as written in code, with dots between its parts."""
         if self.has_member_names:
             return _member_name(name)
         return (name.partition("<")[0] if self.has_type_arguments else name).replace(self.separator, ".")
@@ -100,7 +100,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """Return `languages` (a list or one name) without repetitions, `default` if None; UserError for an empty list."""
+    """Return `languages`, one name or several, without repetitions; `default` if None. UserError if one is unknown."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -108,18 +108,18 @@ def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = 
 
 
 def language_of(path: PurePath) -> str | None:
-    """Return the language that a path's suffix, in any letter case, stands for, or None; `.h` and `.C` stand for C."""
+    """Return the language of a path's suffix, in any letter case, or None if it is unknown; `.h` and `.C` mean C."""
     return LANGUAGE_OF_SUFFIX.get(path.suffix.lower())
 
 
 def language_of_script(beginning: bytes) -> str | None:
-    """Return the language that a file's first line names, such as `#!/usr/bin/env python3`, or None."""
+    """Return the language of the interpreter in a file's first line, such as `#!/usr/bin/env python3`, or None."""
     interpreter = _SHEBANG.match(beginning)
     return _LANGUAGE_OF_INTERPRETER.get(interpreter[1].decode()) if interpreter else None
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """Return `cpp` if a `.h` or `.C` file holds C++, and otherwise `language`, which the path suggests."""
+    """Return `cpp` if a `.h` or `.C` file holds C++, otherwise `language`, which is the language of its suffix."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 
@@ -129,6 +129,6 @@ def language_named(name: Any) -> str | None:
 
 
 def display_name(name: str) -> str:
-    """Return how prompts write a language: lower case, and `"c++"` for `"cpp"`; unknown names as they are."""
+    """Return a language's name as prompts write it: in lower case, and `"c++"` for `"cpp"`; `name` may be unknown."""
     name = name.strip().lower()
     return (_LANGUAGE[name].display_name if name in _LANGUAGE else "") or name

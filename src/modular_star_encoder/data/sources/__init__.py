@@ -28,8 +28,9 @@ class SourceFile:
 class SourceReader:
     """Iterates over the `SourceFile`s of a corpus, in a fixed order, without holding the corpus in memory.
 
-    `skipped` counts the files left out of the last iteration by reason. `repositories` names the repositories in the
-    order of reading, or is None if they are known only after reading.
+    Attributes:
+        skipped: reason → number of files that the last iteration left out for it.
+        repositories: names of the repositories in the order of reading; None if they are known only after reading.
     """
 
     unicode_names = False  # whether characters such as `\udcff` in names are escaped, so that every file can hold them
@@ -37,7 +38,7 @@ class SourceReader:
     def __init__(
         self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
     ) -> None:
-        """`read` yields the files of one iteration, and adds those that it leaves out to the counter that it gets."""
+        """`read` yields the files of one iteration; in its argument it counts, by reason, those that it leaves out."""
         self._read, self.repositories = read, repositories
         self.skipped: Counter[str] = Counter()
 
@@ -83,13 +84,13 @@ _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 
 
 def is_vendored(path: PurePath, language: str) -> bool:
-    """Return whether a folder of `path` holds copies of other projects."""
+    """Return whether a folder in `path` has a name that stands for copies of other projects, such as `vendor`."""
     more = set() if language == "python" else _VENDOR_FOLDERS_EXCEPT_IN_PYTHON
     return not (_VENDOR_FOLDERS | INSTALL_FOLDERS | more).isdisjoint(path.parts[:-1])
 
 
 def is_test(path: PurePath, language: str) -> bool:
-    """Return whether the file or a folder of `path` has a name that `language` uses for tests."""
+    """Return whether the file or a folder in `path` has a name that `language` uses for tests."""
     entry, folders = language_entry(language), path.parts[:-1]
     return any(re.fullmatch(pattern, path.stem) for pattern in (_TEST_FILE, entry.test_file)) or any(
         re.fullmatch(pattern, folder) for pattern in (_TEST_FOLDER, entry.test_folder) for folder in folders
@@ -102,13 +103,17 @@ def is_closed(path: PurePath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether a phrase in the first 5 lines of `text`, or Go's marker in the first 40, says it is generated."""
+    """Return whether `text` says it is generated: in lines 1 to 5, or as `generated … do not edit` in lines 1 to 40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether `text` says `@generated` or bans edits in lines 1 to 10, or has Go's marker in lines 1 to 40."""
+    """Return whether `text` is marked as generated and not to be edited.
+
+    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or a whole line of that form in lines 1 to
+    40.
+    """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -152,14 +157,14 @@ def holds_encoded_data(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFilters:
-    """Says what a reader leaves out: by default all but ordinary source text; `STARCODER2_FILTERS` is for training."""
+    """Decides which files a reader leaves out; the defaults keep ordinary source text; see `STARCODER2_FILTERS` too."""
 
     max_bytes: int = 1_000_000
     max_line_length: int | None = 1000  # in characters: files with longer ones are minified or hold data
     max_average_line_length: float | None = None
     min_alphabetic_share: float = 0.0  # of letters among the characters
     any_encoding: bool = False  # whether files that are not UTF-8 are read, by `decode_source`
-    generated: bool = True  # whether files that a program wrote are kept; likewise below
+    generated: bool = True  # whether files that a program wrote are kept; the same for the kinds below
     marked_generated: bool = True  # those that ask not to be edited
     minified: bool = True
     encoded_data: bool = True  # long Base64 or hexadecimal data
@@ -167,13 +172,13 @@ class FileFilters:
     tests: bool = False
 
     def reason_by_path(self, path: PurePath, language: str) -> str | None:
-        """Return why the file at `path`, relative to its repository, is left out, or None."""
+        """Return why the file at `path`, relative to its repository, is left out, or None if it is not."""
         if not self.vendored and is_vendored(path, language):
             return "vendored code"
         return "test code" if not self.tests and is_test(path, language) else None
 
     def reason_by_text(self, text: str) -> str | None:
-        """Return why a file that holds `text` is left out, or None."""
+        """Return why a file with this text is left out, or None if it is not."""
         # A character has one byte to four: most texts need not be encoded.
         if len(text) > self.max_bytes or (
             4 * len(text) > self.max_bytes and len(text.encode(errors="surrogatepass")) > self.max_bytes
@@ -199,7 +204,7 @@ class FileFilters:
         return "encoded data" if not self.encoded_data and holds_encoded_data(text) else None
 
     def decode(self, content: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
-        """Return (text without a byte-order mark, None), or ("", why a file with these bytes is left out)."""
+        """Return (text without a byte-order mark, None), or ("", reason) if a file with these bytes is left out."""
         if len(content) > self.max_bytes:
             return "", "too large"
         try:

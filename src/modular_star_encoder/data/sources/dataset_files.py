@@ -44,7 +44,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 class RowColumns:
     """The names of the columns of a data set with one file per row.
 
-    If `language` is None, the path's suffix tells the language. The license column may hold strings or lists.
+    If `language` is None, the path's suffix decides the language. `license` may hold a text or a list of texts.
     """
 
     repository: str
@@ -67,7 +67,7 @@ THE_STACK_COLUMNS = RowColumns(
 def _check_contents(url: str, http: Mapping[str, Any]) -> None:
     check_http_settings(**http)
     protocol = urlsplit(url).scheme or "file"
-    fault = "" if "{blob_id}" in url else "it must hold {blob_id}"
+    fault = "" if "{blob_id}" in url else "it must contain {blob_id}"
     try:
         if protocol not in _HTTP:
             fsspec.get_filesystem_class(protocol)
@@ -92,7 +92,7 @@ def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Call
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, kind of error) of a fetch, without its message, which may hold the URL."""
+    """Return (content, why it is left out, kind of error) of a fetch; no error's message, which may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -107,7 +107,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes. Raise zlib.error if it is damaged."""
+    """Return the first `max_bytes` + 1 bytes of `content`, unpacked if it is gzip; zlib.error if it is damaged."""
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)
@@ -120,7 +120,6 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
 def _reason_by_path(
     path: PurePath, language: str | None, languages: tuple[str, ...], filters: FileFilters
 ) -> str | None:
-    """Return why the file at `path` of a repository is left out before its text is read, or None."""
     if language not in languages:
         return "another language"
     return "hidden or closed folder" if is_closed(path) else filters.reason_by_path(path, language or "")
@@ -134,9 +133,9 @@ def row_repositories(
     filters: FileFilters | None = None,
     **options: Any,
 ) -> SourceReader:
-    """Return a reader of a data set with one file per row.
+    """Return a reader of the source files in a data set with one file per row.
 
-    `columns` names the data set's columns, by default those of The Stack; `source` and `options`: see `open_rows`.
+    `columns` names the columns, by default those of The Stack. For `source` and `options` see `open_rows`.
     """
     columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
@@ -163,7 +162,6 @@ def _read_rows(
 
 
 def _joined_licenses(value: str | Sequence[str] | None) -> str | None:
-    """Join the names of one or several licences into one string; None if there is none."""
     return value or None if isinstance(value, str) else ", ".join(value or ()) or None
 
 
@@ -177,16 +175,18 @@ def the_stack_repositories(
     progress: bool = True,
     **options: Any,
 ) -> SourceReader:
-    """Return a reader of The Stack v2, repository by repository, in the order of its rows.
+    """Return a reader of the files of The Stack v2, repository by repository, in the order of its rows.
 
-    Files that cannot be fetched are counted in `skipped` and left out, but if none of the first 200 can be fetched,
+    A file that can't be fetched is left out and counted in `skipped`. If none of the first 200 files can be fetched,
     iterating raises UserError.
 
     Args:
-        source, options: see `open_rows`; a source is `"bigcode/the-stack-v2-train-smol-ids"`.
-        content_url: an http address or a URL of fsspec, such as `s3://softwareheritage/content/{blob_id}`, which needs
-            `s3fs` and credentials where `s3fs` looks for them. It is never shown, because it may hold a signature.
-        http: `concurrency` for every protocol; also `attempts`, `pause` and `timeout` for http (see `HTTPClient`).
+        source, options: see `open_rows`; for example `"bigcode/the-stack-v2-train-smol-ids"`.
+        content_url: an http address or a URL of fsspec, with `{blob_id}` for the file's id. An example is
+            `s3://softwareheritage/content/{blob_id}`, which needs `s3fs` and credentials where `s3fs` looks for them.
+            It is never shown, because it may hold a signature.
+        http: `concurrency`, the number of files fetched at the same time; also `attempts`, `pause` and `timeout` for an
+            http address (see `HTTPClient`).
     """
     http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
     _check_contents(content_url, http)
@@ -216,8 +216,8 @@ def the_stack_repositories(
                     yield replace(file, text=text)
                 # A wrong URL or missing access should show now, not after a week of skipping.
                 if not fetched and skipped[_MISSING] + skipped[_NOT_FETCHED] >= _MAX_FAILURES_AT_FIRST:
-                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} contents could be fetched ({last}); check "
-                    raise UserError("data.contents.no_access", f"{message}`content_url` and your access to it.")
+                    message = f"None of the first {_MAX_FAILURES_AT_FIRST} files could be fetched ({last})."
+                    raise UserError("data.contents.no_access", f"{message} Check `content_url` and your access to it.")
 
     return SourceReader(read)
 

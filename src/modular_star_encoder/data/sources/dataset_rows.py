@@ -1,4 +1,4 @@
-"""Read rows of any dataset in their order: parquet, JSON Lines and CSV files, folders of them, datasets of the Hub."""
+"""Read the rows of parquet, JSON Lines and CSV files, of folders of such files, and of Hub datasets, in their order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line of a JSON Lines or CSV file that is not a row: the reason, and the line."""
+    """A line of a JSON Lines or CSV file that can't be read as a row: the reason, and the text of the line."""
 
     reason: str
     text: str
@@ -63,12 +63,13 @@ def open_rows(
     revision: str | None = None,
     data_dir: str | None = None,
 ) -> datasets.IterableDataset:
-    """Open a dataset for streaming, with some of its columns.
+    """Open parquet files or a Hub dataset for streaming, with some of the columns.
 
     Args:
-        source: A parquet file or URL, a list of them, a folder of them, or the name of a dataset of the Hub.
-        columns: The columns to read; all if empty.
-        config, split, revision, data_dir: For the Hub only; `data_dir` is a folder, such as the one of a language.
+        source: A parquet file or URL, a list of these, a folder of such files, or the name of a dataset of the Hub.
+        columns: Names of the columns to read; all if empty.
+        config, split, revision, data_dir: As in `datasets.load_dataset`, for the Hub only; `data_dir` is a folder of
+            the dataset, such as the one of a language.
     """
     import datasets
 
@@ -119,20 +120,20 @@ class _DatasetRows:
 
 
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
-    """Open a dataset as an iterable of rows, which can be read again and again in the same order.
+    """Return the rows of a dataset as an iterable, which can be read again and again in the same order.
 
-    It yields (place of the row, such as `data.jsonl, line 3`; row); a line that can't be read gives a `BadLine`.
+    It yields (place, row); a place is such as `data.jsonl, line 3`. A line that can't be read gives a `BadLine` as row.
 
     Args:
         source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
-        columns: The columns to read; all if empty. A row of JSON Lines may lack some columns and have others.
-        split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`);
-            all files if no name begins with train, validation or test. Named files are read whole.
-        options: `config`, `revision` and `data_dir` of a dataset of the Hub; see `open_rows`.
+        columns: Names of the columns to read; all if empty. Rows of JSON Lines may lack some of these and have others.
+        split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`) are
+            read, but all files if no name begins with train, validation or test. Named files are read whole.
+        options: `config`, `revision` and `data_dir` of a Hub dataset; see `open_rows`.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
-        message = f"{name!r} can't be read with {', '.join(unknown)}: the options are split, {', '.join(_HUB_OPTIONS)}."
+        message = f"Unknown options for {name!r}: {', '.join(unknown)}. Available: split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
     files = _files(source, SUFFIXES, split)
     for kinds, read in ((_JSON_LINES, _json_lines), (_CSV, _csv_rows)):
@@ -145,23 +146,23 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise UserError unless `source` is a URL, a folder, a readable file or a Hub id `owner/name`.
+    """Raise UserError if `source` is not a URL, a folder, a file of rows (see `SUFFIXES`) or a Hub id `owner/name`.
 
-    A name is taken for a path, and never looked up on the Hub, if it ends as a file of rows does (`SUFFIXES`), or if a
-    local folder has the owner's name.
+    The Hub is not asked. A name with one of `SUFFIXES` is always a path, and so is `owner/name` if a local folder is
+    called `owner`.
     """
     name, path = os.fspath(source), Path(source).expanduser()
     is_file = name.endswith(SUFFIXES)
     if "://" in name or path.is_dir() or (path.is_file() and is_file):
         return
     if is_file or path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        fault = "is of no known kind" if path.exists() else f"does not exist{similar_files(path)}"
+        fault = "is a file of an unknown kind" if path.exists() else f"does not exist{similar_files(path)}"
         message = f"{name} {fault}. Name a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id owner/name."
         raise UserError("data.source.no_files", message)
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return the names of a dataset's columns, of JSON Lines those of its first 100 rows; see `open_dataset_rows`."""
+    """Return the names of a dataset's columns, of JSON Lines those in the first 100 rows; see `open_dataset_rows`."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
         with _open_text(files[0]) as lines:
@@ -171,7 +172,7 @@ def column_names(source: Source, **options: Any) -> list[str]:
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts in one column of a dataset; for `options`, see `open_dataset_rows`."""
+    """Yield the texts in one column of a dataset; UserError if a row has no text there. See `open_dataset_rows`."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")
@@ -179,7 +180,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def not_unicode(text: str) -> str | None:
-    """Return why `text` can't be encoded in UTF-8 (it has half a surrogate pair, as JSON may), or None if it can."""
+    """Return why `text` can't be encoded in UTF-8 (it has lone surrogates, as JSON may), or None if it can."""
     return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 
@@ -265,7 +266,7 @@ def _json_object(line: str) -> Row:
 
 
 def table_rows(rows: datasets.IterableDataset, batch_size: int = _ROWS_PER_BATCH) -> Iterator[dict[str, Any]]:
-    """Yield rows in their order, decoded by `batch_size`, also in a worker of a DataLoader."""
+    """Yield all rows in order, decoded `batch_size` at a time; a DataLoader's worker gets all, not only its share."""
     # `iter`, unlike `__iter__`, does not divide rows among workers.
     for table in rows.with_format("arrow").iter(batch_size=batch_size):
         yield from table.to_pylist()

@@ -19,10 +19,10 @@ _NO_SOURCE = ("idna", "punycode")  # of domain names
 
 
 def decode_source(content: bytes) -> tuple[str, str | None]:
-    """Decode as a byte-order mark or else a coding line (PEP 263) says, else as UTF-8: (text without mark, encoding).
+    """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    A coding line that does not fit the bytes is ignored. If nothing fits, the text is read as Latin-1, which fits all
-    bytes and may be wrong, and the encoding is None.
+    The encoding is that of a byte-order mark, else that of a coding line (PEP 263) if it fits the bytes, else UTF-8. If
+    UTF-8 does not fit either, the text is read as Latin-1, which may be wrong, and the encoding is None.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):

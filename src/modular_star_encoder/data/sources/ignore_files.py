@@ -16,10 +16,11 @@ _IGNORE_FILES = (".gitignore", ".moseignore")
 
 
 class IgnoreFiles:
-    """Says which paths below a folder are ignored by git's rules or by our own `.moseignore`, which has the same form.
+    """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files.
 
-    Ignore files above the folder apply up to the top of its repository; a repository inside the folder has rules of its
-    own. A file that git tracks is ignored by `.moseignore` only. Call `ignores` for a folder before its content.
+    A `.moseignore` has the form of a `.gitignore`. Ignore files in the folders above apply too, up to the top of the
+    git repository. A repository inside the folder has rules of its own. A file that git tracks is ignored only if a
+    `.moseignore` says so. Call `ignores` for a folder before its content.
     """
 
     def __init__(self, root: Path) -> None:
@@ -48,8 +49,6 @@ class IgnoreFiles:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """One line of an ignore file."""
-
     base: bytes  # of the paths that it matches, with a slash at the end
     expression: re.Pattern[bytes]
     by_name: bool  # whether it matches the last part of a path, at any depth
@@ -58,7 +57,6 @@ class _Rule:
     is_ours: bool
 
     def fits(self, path: bytes, is_folder: bool) -> bool:
-        """Return whether the rule's pattern matches this path."""
         text = os.path.basename(path) if self.by_name else path.removeprefix(self.base)
         return (is_folder or not self.folders_only) and self.expression.fullmatch(text) is not None
 
@@ -174,7 +172,7 @@ _SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]
 
 
 def glob_expression(glob: bytes) -> bytes:
-    """Translate a git pattern to a regular expression, as git's wildmatch.c does; re.error if it never matches."""
+    """Return a regular expression for a git pattern, read as in git's wildmatch.c; re.error if it never matches."""
     start = _LITERAL.findall(glob)[0]  # git compares it first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
     star = None  # place of the star before

@@ -1,8 +1,8 @@
 """Read source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
-Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
-nothing is written to disk; links, devices and paths that lead outside are counted, never followed; members are limited
-in size and number, archives in unpacked bytes.
+Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted,
+and nothing of them is written to disk. Links, devices and paths that lead outside of the archive are counted, but not
+read. The size and number of members are limited, and so are the unpacked bytes of an archive.
 """
 
 import bz2
@@ -39,7 +39,7 @@ CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__
 
 
 class _File(NamedTuple):
-    """A file to read; `path` is relative to the folder of the repository."""
+    """A file to read; `path` is relative to the repository's folder."""
 
     repository: str
     path: str
@@ -54,9 +54,10 @@ _Found = Iterable[tuple[_File, str | None]]
 class FileReader(SourceReader):
     """Reads files of this machine in the order of repository and path.
 
-    `skipped_files` lists the files that `skipped` counts, as (path, reason); `guessed_files` lists the files that the
-    last iteration read as Latin-1, because they are not UTF-8.
-    Files whose path and location `is_known` accepts are left out without being read or counted.
+    Attributes:
+        skipped_files: (path, reason) of each file that the last iteration left out.
+        guessed_files: paths of the files that the last iteration read as Latin-1, because they are not UTF-8.
+        is_known: None, or a function of path and location; files for which it is true are neither read nor counted.
     """
 
     def __init__(self, found: _Found, filters: FileFilters) -> None:
@@ -99,9 +100,10 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the code of this Python environment's distributions, except `exclude` and this package.
+    """Return a reader of the source files of this Python environment's installed distributions.
 
-    Every distribution is a repository, under its normalised name (PEP 503), and so is `python-standard-library`.
+    Each distribution is a repository, named by its normalised name (PEP 503); so is `python-standard-library`.
+    Distributions in `exclude`, and this package, are left out.
     """
     # Here, because a search reads folders only.
     from importlib import metadata
@@ -137,18 +139,23 @@ def folder_repositories(
     may_be_empty: bool = False,
     obey_ignore_files: bool = False,
 ) -> FileReader:
-    """Return a reader of the code under `folder`.
+    """Return a reader of the source files under `folder`.
 
-    With `depth`, repositories are the folders `depth` levels down, named by their path (`"a/b"` at depth 2; a file
-    directly in `a` belongs to `"a"`, one directly in `folder` to `"."`); at depth 0 the folder is the repository. The
-    default depth is 1, or 0 if the folder holds one of `CHECKOUT_MARKERS`. Symbolic links are not followed. Hidden
-    folders, virtual environments and `CLOSED_FOLDERS` are not entered. With `obey_ignore_files`, what git ignores is
-    not read, scripts without a suffix are, and links and folders that can't be read count as left out.
+    Symbolic links are not followed. Hidden folders, virtual environments and `CLOSED_FOLDERS` are not entered.
+
+    Args:
+        languages: languages to read; by default `LANGUAGES`.
+        depth: number of levels from `folder` down to the repositories; by default 0 if `folder` holds one of
+            `CHECKOUT_MARKERS`, else 1. At 0, `folder` is the repository. Else repositories are named by their path:
+            `"a/b"` at depth 2, where a file directly in `a` belongs to `"a"`, and one directly in `folder` to `"."`.
+        may_be_empty: if False, UserError if there is no file to read.
+        obey_ignore_files: leave out what git ignores, read scripts without a suffix too, and report links and folders
+            that can't be read as left out.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError("data.source.missing", f"{os.fspath(folder)!r} {what}; pass a folder of repositories.")
+        raise UserError("data.source.missing", f"{os.fspath(folder)!r} {what}: pass a folder of source code.")
     if depth is None:
         depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
     elif depth < 0:
@@ -175,10 +182,7 @@ def folder_repositories(
 
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[_File, str | None]]:
-    """Yield every source file, with a path relative to `root`, and why it is left out; no symbolic link is followed.
-
-    `obey` and the reasons: see `folder_repositories`.
-    """
+    """Yield every source file, with its path relative to `root`, and why it is left out (None if it is not)."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
     for parent, folders, files in os.walk(root, onerror=closed.append):
@@ -207,7 +211,6 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
 
 
 def _language_of_script(location: Path) -> str | None:
-    """Return the language that the first line of a file without a suffix names, or None."""
     if location.suffix or location.name.startswith(".") or os.path.islink(location):
         return None
     beginning = _beginning(location, _SHEBANG_BYTES)
@@ -253,11 +256,11 @@ MAX_ARCHIVE_BYTES = 8_000_000_000  # unpacked; in a zip, only of the members tha
 
 
 class ArchiveLimitError(Exception):
-    """Raised if an archive exceeds a limit; its message is the reason that `skipped` counts."""
+    """Raised if an archive exceeds a limit; its message is a reason in a reader's `skipped`."""
 
 
 class Member(NamedTuple):
-    """A member of an archive."""
+    """A member of an archive; `read(size)` returns the first `size` bytes of a file."""
 
     name: str
     kind: str  # "file", "folder" or "other" (links, devices)
@@ -266,9 +269,9 @@ class Member(NamedTuple):
 
 
 def archive_members(location: Path) -> Iterator[Member]:
-    """Yield the members of an archive in their order; each can be read until the next is requested.
+    """Yield the members of an archive in their order; read each before the next is requested.
 
-    Raises ArchiveLimitError beyond a limit, and an error of BROKEN_ARCHIVE if the archive is damaged.
+    Raises ArchiveLimitError if the archive exceeds a limit, and an error in `BROKEN_ARCHIVE` if it is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     for number, member in enumerate(members(location)):
@@ -351,7 +354,8 @@ def archive_repositories(
 ) -> SourceReader:
     """Return a reader of one archive, or of all archives (files with one of `ARCHIVE_SUFFIXES`) under a folder.
 
-    Each archive is a repository, named by its path in the folder, without the suffix. Symbolic links are not followed.
+    Each archive is a repository, named by its path in the folder without the suffix. Symbolic links are not followed.
+    UserError if there is no archive.
     """
     root = Path(source).expanduser()
     if root.is_dir():
@@ -360,8 +364,8 @@ def archive_repositories(
         files = {root.name: root}
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
     if not found:
-        message = f"{os.fspath(source)!r} is no archive and no folder that holds one. An archive is a file with one of "
-        raise UserError("data.source.no_files", f"{message}the suffixes {', '.join(ARCHIVE_SUFFIXES)}.")
+        message = f"{os.fspath(source)!r} is neither an archive nor a folder that holds one."
+        raise UserError("data.source.no_files", f"{message} Archives are named {', '.join(ARCHIVE_SUFFIXES)}.")
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())
     archives = sorted((name if counts[short[name]] > 1 else short[name], path) for name, path in found.items())
