@@ -1,6 +1,6 @@
-"""Compute ranking metrics and F1 as metrics of Hugging Face's `evaluate`, by the same code as `mose evaluate`.
+"""Ranking metrics and F1 for Hugging Face's `evaluate` library, computed by the same code as in `mose evaluate`.
 
-ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # needs no network; or RetrievalMetric("ndcg")
+ndcg = evaluate.load(evaluate_metric.__file__, "ndcg")  # or RetrievalMetric("ndcg"); needs no network
 ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"ndcg@10": 1.0}
 """
 
@@ -21,19 +21,19 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics that rank the less relevant of candidates with equal scores first; F1 of class 1."
+_DESCRIPTION = "Retrieval metrics, with irrelevant candidates first among those with equal scores; and F1 of class 1."
 _INPUTS = """
 Args:
-    predictions: one list per query with the scores of its candidates, float32; for f1 one decision, 0 or 1, per pair.
-    references: one list per query with 1 for each relevant candidate and 0 for others; for f1 one label per pair.
-    k: recall, ndcg and mrr look at the first k candidates only; by default 10 for recall and ndcg, all for mrr.
+    predictions: one list per query with the scores of its candidates, float32. For f1: one decision, 0 or 1, per pair.
+    references: one list per query with 1 for a relevant candidate and 0 for any other. For f1: one label per pair.
+    k: recall, ndcg and mrr look only at the first k candidates; by default 10 for recall and ndcg, all for mrr.
 Returns:
     {name of the metric: its mean over the queries, a fraction between 0 and 1}.
 """
 
 
 class RetrievalMetric(evaluate.Metric):
-    """A metric for Hugging Face's `evaluate`, chosen by a name in `NAMES`: `RetrievalMetric("ndcg")`."""
+    """A metric for Hugging Face's `evaluate`: mrr, recall, ndcg, map_at_r or f1, such as `RetrievalMetric("ndcg")`."""
 
     def _info(self) -> evaluate.MetricInfo:
         if (name := self.config_name) not in NAMES:
@@ -55,7 +55,7 @@ class RetrievalMetric(evaluate.Metric):
 
 
 class _Given:
-    """Scores (Q, D) in one block, as `rank_judged` reads them."""
+    """Implements `Scores` for an array (Q, D), as a single block."""
 
     def __init__(self, scores: np.ndarray) -> None:
         self.scores, self.shape = scores, scores.shape
@@ -70,7 +70,7 @@ class _Given:
 def _rank(scores: Sequence[Sequence[float]], relevant: Sequence[Sequence[int]]) -> Any:
     lengths = [len(one) for one in scores]
     if lengths != [len(one) for one in relevant] or not set(chain.from_iterable(relevant)) <= {0, 1}:
-        raise UserError("evaluation.references", "Each query needs as many references, 0 or 1, as predictions.")
+        raise UserError("evaluation.references", "Each prediction of a query needs one reference, which is 0 or 1.")
     padded = np.full((len(scores), max(lengths)), -np.inf, dtype=np.float32)
     for row, one in zip(padded, scores, strict=True):
         row[: len(one)] = one

@@ -1,8 +1,8 @@
-"""Rank documents by words alone, with BM25 (Robertson & Zaragoza 2009, as in Lucene) and TF-IDF, as baselines.
+"""Baselines that rank documents by words alone: BM25 (Robertson & Zaragoza 2009, as in Lucene) and TF-IDF.
 
 The tokeniser splits both `parseHTTPHeader` and `parse_http_header` into "parse http header", so that code and prose
-share words. This matters more than the parameters of BM25: whole words lose 17 points of MRR on 1,005 rows of
-CodeSearchNet's Ruby.
+share words. This matters more than the parameters of BM25: without splitting, MRR on 1,005 rows of CodeSearchNet's
+Ruby is 17 points lower.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
 def identifier_tokens(text: str) -> list[str]:
-    """Split a text into lower-case words, also at camelCase, `_` and digits: `HTTPServer2` → http server 2."""
+    """Return the words of a text in lower case, split at camelCase, `_` and digits too: HTTPServer2 → http server 2."""
     return [part.lower() for part in _PART.findall(text)]
 
 
 class BM25(Retriever):
-    """Ranks documents by BM25; document frequencies are counted among the candidates of a query.
+    """Ranks documents by BM25, with the document frequencies of a query's candidates.
 
-    Repeated words in a query do not add to its scores. The scores of a query without words of the documents are all 0.
+    A word that a query repeats counts once. A query that shares no word with any candidate gets scores of 0.
     """
 
     name = "BM25"
@@ -45,7 +45,7 @@ class BM25(Retriever):
         self.checksum = f"bm25-{K1}-{B}-lucene-{version('bm25s')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
-        """Index the documents, and return the BM25 scores (Q, D) of all queries and documents."""
+        """Index D documents and return the BM25 scores (Q, D) of Q queries; `variant` is not used."""
         tokens = ([identifier_tokens(text.text) for text in texts] for texts in (queries, documents))
         return BM25Scores(*tokens)
 
@@ -67,7 +67,7 @@ class BM25Scores:
         return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """See `Scores`; all pairs of a query are scored together."""
+        """Return the scores (P,) float32 of P pairs, as in `Scores`; each query is scored once for all its pairs."""
         scores = np.empty(len(queries), dtype=np.float32)
         order = np.argsort(queries, kind="stable")
         for pairs in np.split(order, np.flatnonzero(np.diff(queries[order])) + 1):
@@ -83,7 +83,7 @@ class BM25Scores:
 
 
 class TfIdf(Retriever):
-    """Ranks documents by the cosine of TF-IDF vectors (sublinear TF; IDF among the candidates of a query)."""
+    """Ranks documents by the cosine of TF-IDF vectors, with 1 + ln(TF) and the IDF of a query's candidates."""
 
     name = "TF-IDF"
 
@@ -91,7 +91,7 @@ class TfIdf(Retriever):
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
-        """Return the cosine similarities (Q, D) of TF-IDF vectors, with document frequencies of `documents`."""
+        """Return the cosine similarities (Q, D) of Q queries and D documents; `variant` is not used."""
         from scipy.sparse import csr_matrix
         from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -104,7 +104,7 @@ class TfIdf(Retriever):
 
 
 class SparseScores:
-    """Dot products (Q, D) of sparse unit vectors (Q, V) and (D, V), with the V terms summed in a fixed order."""
+    """`Scores` (Q, D): dot products of sparse vectors (Q, V) and (D, V), summed over the V terms in a fixed order."""
 
     def __init__(self, queries: csr_matrix, documents: csr_matrix) -> None:
         self.shape = (queries.shape[0], documents.shape[0])
@@ -124,14 +124,13 @@ class SparseScores:
 
 
 def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> Iterator[Block]:
-    """Yield blocks of whole rows; `rows(start, end)` returns the scores of the rows from `start` to `end` - 1."""
     step = max(1, BLOCK // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield Block(start, 0, rows(start, min(start + step, shape[0])).astype(np.float32, copy=False))
 
 
 def identifier_overlap(first: str, second: str) -> float:
-    """Return the Jaccard similarity (0 to 1) of the identifiers in two texts: ASCII words of 3 or more characters."""
+    """Return the Jaccard similarity, 0 to 1, of two texts' identifiers (ASCII words of 3 or more characters)."""
     a, b = (set(_IDENTIFIER.findall(text)) for text in (first, second))
     return len(a & b) / len(a | b) if a | b else 0.0
 
@@ -141,9 +140,11 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Return how often `identifier_overlap` alone tells if the two texts of an `InContextPairs` row share a repository.
+    """Measure how well `identifier_overlap` alone predicts whether two texts come from the same repository.
 
-    Returns the best `threshold` on `fitted_on`, its `fitted_accuracy` there, and its `accuracy` on `measured_on`.
+    The texts are those of rows of `InContextPairs`; the prediction is yes if the overlap exceeds a threshold. Returns
+    `threshold`, the best one for the rows `fitted_on`, and the share of right predictions: `fitted_accuracy` for these
+    rows, and `accuracy` for the rows `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)
@@ -156,7 +157,7 @@ def identifier_overlap_accuracy(
 def _overlaps(
     rows: Iterable[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `identifier_overlap` of the two texts of each row, and whether they come from one repository."""
+    """Return, for N rows, the overlap of a row's two texts (N,) and whether they come from one repository (N,)."""
     overlaps, labels = [], []
     for row in rows:
         ids = row["labels"].where(row["labels"] != -100, row["input_ids"])

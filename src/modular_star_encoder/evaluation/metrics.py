@@ -1,8 +1,8 @@
-"""Rank documents by scores; compute metrics of rankings and of decisions, with intervals and significance tests.
+"""Rank documents by scores; compute metrics of rankings and of yes/no decisions, with intervals and tests.
 
 Scores are compared as float32. Among documents with equal scores, the relevant ones come last, so a retriever that
-gives every document the same score gets the worst value. Metrics are computed from ranks or outcomes, never from
-blocks of scores, so that no value depends on the block size.
+gives every document the same score gets the worst value. Metrics are computed from ranks, or from outcomes such as
+"false positive", and never from blocks of scores, so that no value depends on the block size.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _DRAWS_PER_CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The ranks of the documents that are relevant to Q queries, one or more for each query."""
+    """The ranks of J (query, relevant document) pairs; each of the Q queries has one or more relevant documents."""
 
     queries: int  # number of queries, Q
-    query: np.ndarray  # (J,) int64, ascending: the query of each relevant document
-    rank: np.ndarray  # (J,) float64, 1 for the first document
+    query: np.ndarray  # (J,) int64, ascending: the number of the query
+    rank: np.ndarray  # (J,) float64: the rank of the document; 1 is the best
 
 
 def check_scores(scores: np.ndarray) -> None:
@@ -38,9 +38,9 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank the documents for the queries in each pool of a task, by the scores that `scores(pool)` returns.
+    """Rank, in each pool of a task, the pool's documents for the pool's queries, by the scores of `scores(pool)`.
 
-    Returns one ranking of all Q queries, pool after pool, and their row numbers (Q,) in the task.
+    Returns one `Ranking` of the Q queries of all pools, pool after pool, and each query's row number (Q,) in the task.
     """
     rankings, start = [], 0
     for pool in task.pools:
@@ -53,15 +53,16 @@ def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ra
 
 
 def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = False) -> Ranking:
-    """Rank the relevant documents of each query among all documents, in one pass over the scores (Q, D).
+    """Return the ranks of each query's relevant documents among all documents, by the scores (Q, D).
 
-    The rank of a document is the number of irrelevant documents with at least its score, plus its place among the
-    relevant ones. With `exclude_self`, document i is no candidate for query i. Only one block of scores is in memory.
-    UserError if a query has no relevant document, or a score is NaN.
+    A document's rank is its place (1, 2, …) among the relevant documents, plus the number of irrelevant documents with
+    the same or a higher score. With `exclude_self`, document i is not ranked for query i. Only one block of scores is
+    in memory at a time. UserError if a query has no relevant document, or a score is NaN.
     """
     counts = np.bincount(judgements.query, minlength=scores.shape[0])
     if not counts.all():
-        raise UserError("evaluation.query.no_relevant", f"Query {int(np.argmin(counts))} has no relevant document.")
+        message = f"Query {int(np.argmin(counts))} (from 0) has no relevant document: add one, or leave the query out."
+        raise UserError("evaluation.query.no_relevant", message)
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
     above = np.zeros(len(judgements.query), dtype=np.int64)
@@ -85,7 +86,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements within one pool, with queries and documents numbered by their place in the pool."""
+    """Return the judgements whose query and document are both in `pool`, with their numbers in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -113,7 +114,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Rank the relevant documents by scores (J,); `above` (J,) counts the documents with at least the same score."""
+    """Rank J relevant documents by `scores` (J,); `above` (J,): number of documents that score as high or higher."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -127,16 +128,16 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
 
 
 def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
-    """Return 1 / rank of the first relevant document of each query, (Q,) in [0, 1]; 0 if the rank is above `cutoff`."""
+    """Return 1 / (rank of the first relevant document) for each query, (Q,); 0 if this rank is above `cutoff`."""
     first = np.full(ranking.queries, np.inf)
     np.minimum.at(first, ranking.query, ranking.rank)
     return np.where(first <= (cutoff or np.inf), 1.0 / first, 0.0)
 
 
 def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
-    """Return the NDCG of each query's first `k` documents, (Q,) in [0, 1] (Järvelin & Kekäläinen 2002).
+    """Return each query's NDCG over its first `k` documents (all if None), (Q,) (Järvelin & Kekäläinen 2002).
 
-    A relevant document adds 1 / log2(rank + 1); the ideal ranking is also cut at `k`.
+    A relevant document adds 1 / log2(rank + 1). The sum is divided by that of the ideal ranking, also cut at `k`.
     """
 
     def cumulated(rank: np.ndarray) -> np.ndarray:
@@ -147,7 +148,7 @@ def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
 
 
 def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return each query's average precision (Q,) in [0, 1] at R, the number of documents that are relevant to it.
+    """Return each query's average precision at R, (Q,) in [0, 1]; R is the number of documents relevant to the query.
 
     A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
     sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
@@ -160,7 +161,7 @@ def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
 
 
 def query_values(ranking: Ranking, metric: str) -> np.ndarray:
-    """Return the values (Q,) of a metric: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r."""
+    """Return each query's value (Q,) of `metric`: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r; else raise UserError."""
     name, at, cut = metric.partition("@")
     k = int(cut) if cut.isdecimal() and int(cut) else None
     if metric == "map@r":
@@ -175,12 +176,12 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compare N decisions with N labels, all 0 or 1; return (N,) int64, each TRUE_POSITIVE, FALSE_POSITIVE, …"""
+    """Return the outcomes (N,) int64, such as `TRUE_POSITIVE`, of N decisions with N true labels; all are 0 or 1."""
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return the F1 (...) of class 1 from counts (..., 4) of the four outcomes; 0 if labels and decisions are all 0."""
+    """Return F1 of class 1, (...), by how often each outcome occurs, (..., 4); 0 if labels and decisions are all 0."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -188,7 +189,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold, the highest if there are several, for which `scores >= threshold` has the best F1.
+    """Return the threshold for which the decisions `scores >= threshold` have the best F1; of several, the highest.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -207,7 +208,7 @@ def _places(query: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval (Efron 1979) of the mean of values (Q,)."""
+    """Return (low, high), the 95 % percentile bootstrap interval (Efron 1979) of the mean of `values` (Q,)."""
     generator = np.random.default_rng(seed)
     shapes = _chunks(resamples, len(values))
     means = [values[generator.integers(len(values), size=shape)].mean(axis=1) for shape in shapes]
@@ -215,9 +216,9 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000)
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of F1 for the outcomes (N,) of `metrics.outcomes`.
+    """Return (low, high), the 95 % percentile bootstrap interval of F1, for the outcomes (N,) of N pairs.
 
-    Drawing pairs with replacement is the same as drawing their four counts from a multinomial distribution.
+    Drawing N pairs with replacement is drawing the numbers of the four outcomes from a multinomial distribution.
     """
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
@@ -225,10 +226,11 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 
 
 
 def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value, by a paired permutation test, of the hypothesis that differences (Q,) have mean 0.
+    """Return the two-sided p-value of a paired permutation test whether `differences` (Q,) have mean 0.
 
-    If two retrievers are exchangeable, both signs of a difference are equally likely. The observed signs are one of
-    the resamples, so the p-value is never 0 (Phipson & Smyth 2010).
+    A difference is one retriever's value for a query minus another retriever's. If both retrievers are equally good,
+    either sign of a difference is equally likely, so a resample draws the signs. The observed signs count as one more
+    resample, so the p-value is never 0 (Phipson & Smyth 2010).
     """
     moved = differences[differences != 0]
     if not len(moved):
@@ -243,10 +245,11 @@ def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value, by a paired permutation test, of equal F1 of two retrievers' outcomes (N,).
+    """Return the two-sided p-value of a paired permutation test whether two retrievers have the same F1.
 
-    The test swaps the retrievers at random pairs, which moves a pair from entry (i, j) of the 4 × 4 table of outcomes
-    to entry (j, i). A resample is therefore one binomial draw per entry.
+    `first` and `second` (N,) are the outcomes of the first and of the second retriever for the same N pairs. A resample
+    swaps the two outcomes of randomly chosen pairs. Entry (i, j) of a 4 × 4 table is the number of pairs with outcomes
+    i and j; a swap moves a pair to entry (j, i). A resample is therefore one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -258,11 +261,11 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query (Q,), for `bootstrap_interval`; in their mean, each task has the same weight.
+    """Return one value per query, (Q,), whose mean is the mean of the tasks' means, for `bootstrap_interval`.
 
-    `values` has {query: value} for each task. Tasks may share queries (the same exercise in many pairs of languages): a
-    resample then draws a query with all its tasks. A value is the mean plus the influence of the query on the mean, so
-    that small and large tasks have the same weight.
+    `values` has {query: value} for each task. Tasks may share queries, such as one exercise in many pairs of languages;
+    a resample draws such a query with all its tasks. A query's value is the mean of the tasks' means, plus Q times the
+    influence of the query on that mean, so that small and large tasks have the same weight.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
@@ -271,7 +274,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return the part (Q,) of each query in the mean over all tasks; `differences` has {query: difference} per task."""
+    """Return each query's part (Q,) of the mean of the tasks' means; `differences` is {query: difference} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

@@ -1,8 +1,8 @@
 """Evaluate the exits of a checkpoint with mteb (extra `mteb`), on CoIR, MTEB(Code) or other tasks of mteb.
 
-mteb computes the scores by its own protocol, with equal scores in arbitrary order. Each exit is a model with the name
-`{owner}/{model}-exit-{k}`, so that each exit has its own result files. The revision is a checksum of the weights, so
-that a checkpoint gets new results after further training.
+mteb computes the metrics by its own protocol, which orders documents with equal scores arbitrarily. For mteb, exit k is
+a model with the name `{owner}/{model}-exit-{k}`, so that each exit has its own result files. The revision is a checksum
+of the weights, so that a checkpoint gets new results after further training.
 
 mteb downloads its datasets unless they are in the local cache; your own tasks (`local_task`) need no network.
 """
@@ -38,7 +38,7 @@ with naming_extra():
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 
-PROSE, CODE = None, ""  # CODE is code in the language that the subset is called by, if any
+PROSE, CODE = None, ""  # CODE: code in the language after which mteb's subset is named, if any
 
 TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
     "AppsRetrieval": (PROSE, "python"),
@@ -48,18 +48,18 @@ TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
     "CodeTransOceanDL": ("python", "python"),
     "CosQA": (PROSE, "python"),
 }
-"""{task: languages of (queries, documents)} of mteb's code tasks; in all other tasks, prose queries seek code."""
+"""{task of mteb: (language of its queries, of its documents)}; in all other tasks, queries are prose and seek code."""
 
 
 class MtebExitEncoder(AbsEncoder):
     """Embeds texts at one exit of a model, in the interface that mteb expects.
 
     `TASK_SIDES` says which queries and documents are code and which are prose; each kind gets its published prompt.
-    Symmetric tasks get no prompt. Embeddings at all of `exit_layers` are computed in one pass and kept in the cache of
-    `retriever`, because mteb asks for one exit after the other.
+    Symmetric tasks get no prompt. The first call embeds a text at all of `exit_layers` in one pass, and the cache of
+    `retriever` keeps these embeddings, because mteb asks for one exit after the other.
 
-    `prompts` replaces prompts by others: {key of mteb: prefix}. The keys are, most specific first, `{task}-query`,
-    `{task}`, `{task type}-query`, `{task type}`, `query`; or `document`.
+    `prompts`, {key: prefix}, replaces published prompts. mteb looks for the keys `{task}-{side}`, `{task}`,
+    `{task type}-{side}`, `{task type}` and `{side}` in this order; `{side}` is `query` or `document`.
     """
 
     mteb_model_meta: ModelMeta
@@ -78,9 +78,9 @@ class MtebExitEncoder(AbsEncoder):
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of N texts, which mteb passes in batches.
+        """Return the embeddings (N, D) float32 of the N texts in all batches of `inputs`.
 
-        Of the other options of mteb, `prompt_type` and `show_progress_bar` are used.
+        Of mteb's other `options`, only `prompt_type` and `show_progress_bar` are used.
         """
         prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
         texts = [(prompt, text) for batch in inputs for text in batch["text"]]
@@ -112,18 +112,19 @@ def run_mteb(
 ) -> dict[int, dict[str, float]]:
     """Evaluate exits of a checkpoint on tasks of mteb; return {exit_layer: {task: main score from 0 to 1}}.
 
-    Existing results of the same weights and data are kept, so an interrupted run continues where it stopped.
+    Existing results of the same weights and data are kept, so an interrupted run continues where it stopped. UserError
+    if mteb has no such task, `model_name` has no owner, or the checkpoint lacks an exit.
 
     Args:
         checkpoint: folder or Hub id.
         tasks: names of tasks (`"CosQA"`) or benchmarks (`"CoIR"`, `"MTEB(Code, v1)"`), or task objects.
         exit_layers: exits to evaluate; all exits of the checkpoint if None.
-        out: folder for mteb's result files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, and for
-            `embeddings`, which you may remove.
+        out: folder for mteb's result files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, and for a
+            folder `embeddings`, a cache that you may delete.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts: see `MtebExitEncoder`.
-        overwrite: evaluate again even if results exist.
-        encode_options: passed to `encode_exits`: max_length, tokens_per_batch, dtype.
+        prompts: prefixes of texts instead of the published prompts; see `MtebExitEncoder`.
+        overwrite: whether to evaluate again where results exist.
+        encode_options: max_length, tokens_per_batch and dtype, as in `encode_exits`.
     """
     chosen, out = _resolve_tasks(tasks), Path(out).expanduser()
     path = resolve_checkpoint(checkpoint)
@@ -152,7 +153,6 @@ def run_mteb(
 def _run_task(
     task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: mteb.ResultCache, progress: bool
 ) -> Iterator[tuple[int, float]]:
-    """Evaluate one exit after the other on a task: store the results in the cache, and yield (exit, main score)."""
     was_loaded, due = task.data_loaded, encoders[0].exit_layers
     if due and not was_loaded:
         task.load_data()  # once for all exits; mteb would load and drop the data for each exit
@@ -168,7 +168,6 @@ def _run_task(
 def _model_meta(
     model: ModularStarEncoderForRetrieval, name: str, exit_layer: int, common: Mapping[str, Any]
 ) -> ModelMeta:
-    """Describe one exit of a model to mteb; `common` are the values that all exits share."""
     config = model.config
     with torch.device("meta"):
         parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
@@ -186,7 +185,6 @@ def _model_meta(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return the given tasks in order, without repetitions; a string stands for a task or all tasks of a benchmark."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
@@ -209,8 +207,8 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
     """Make an mteb task of text → code retrieval from your own (description, code, language) rows.
 
-    Of rows with the same description or code, only the first is kept, because the others would be wrong negatives.
-    `name` is the name of the task and of its result files.
+    Of several rows with the same description or the same code, only the first is kept; otherwise a right answer would
+    count as irrelevant. `name` is the name of the task and of its result files.
     """
     code_of: dict[str, str] = {}
     codes: set[str] = set()

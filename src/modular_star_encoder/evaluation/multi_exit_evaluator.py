@@ -24,30 +24,31 @@ _Encode = Callable[[list[str]], dict[int, np.ndarray]]  # from N texts to {exit_
 
 
 class MultiExitEvaluator(BaseEvaluator):
-    """Evaluates text → code retrieval at every exit: MRR, NDCG@10, Recall@k, and their mean and minimum over the exits.
+    """Evaluates text → code retrieval at every exit: MRR, NDCG@10 and Recall@k.
 
     Pass an evaluator as `MultiExitTrainer(evaluator=…)` or `SentenceTransformerTrainer(evaluator=…)`. One pass over the
-    texts computes all exits; of documents with equal scores, the relevant one is ranked last.
+    texts embeds them at all exits. Of documents with equal scores, relevant ones are ranked last.
 
-    The metrics are `mrr_exit_4`, `mrr_mean`, `mrr_worst`, `ndcg_at_10_exit_4`, …; trainers add the prefix `eval_`.
-    `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint whose
-    mean over the exits is best; `eval_mrr_worst` keeps the checkpoint whose weakest exit is best.
+    The metrics are `mrr_exit_4` and so on for each exit, `mrr_mean` and `mrr_worst` for the mean and the minimum over
+    the exits, and likewise `ndcg_at_10_…` and `recall_at_{k}_…`. Trainers add the prefix `eval_`, so
+    `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint with
+    the best mean over its exits, and `eval_mrr_worst` the checkpoint whose worst exit is best.
 
-    With several processes, each process of `MultiExitTrainer` encodes its share of the texts (all texts if FSDP splits
-    the parameters), then every process ranks all documents. `SentenceTransformerTrainer` evaluates in the first process
-    only, from version 6.2 on.
+    With several processes, each process of `MultiExitTrainer` embeds a share of the texts (all texts if FSDP splits the
+    parameters), then every process ranks all documents. With `SentenceTransformerTrainer` (sentence-transformers 6.2 or
+    newer), only the first process evaluates.
 
     Args:
-        task: queries, documents and relevance; see `from_pairs` and `from_mappings`.
+        task: queries, documents, and which documents are relevant; `from_pairs` and `from_mappings` build it.
         tokenizer: required for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own tokenizer.
-        exit_layers: exits to evaluate; all if None.
+        exit_layers: exits to evaluate; all exits of the model if None.
         recall_at: values of k for Recall@k.
-        prompts: {`query`, `document` or `document_{language}`: prefix}; by default the prompts of the
-            SentenceTransformer, or the published ones if the model's configuration has `instruction_prompts`.
+        prompts: {`query`, `document` or `document_{language}`: prefix of these texts}. If None, the prompts of the
+            SentenceTransformer, or the published prompts if the configuration has `instruction_prompts`, else none.
         max_length: longer texts are cut to this number of tokens; the model's limit if None.
         tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
-        name: prefix of the metrics, which distinguishes several evaluators.
-        progress: show progress bars.
+        name: prefix of the names of the metrics, for the case of several evaluators.
+        progress: whether to show progress bars.
 
     Example:
         >>> rows = [("Sorts a list.", "def f(x): return sorted(x)", "python"), ("Adds.", "int g(int a) …", "c")]
@@ -89,10 +90,10 @@ class MultiExitEvaluator(BaseEvaluator):
 
         Args:
             rows: at least two rows.
-            candidates: number of documents that a query is ranked against, at least two, the relevant one included
-                (1000 in the CodeSearchNet protocol), in random batches; all documents if None.
+            candidates: number of candidate documents of each query, at least two, including the relevant one: the
+                documents of a random batch of rows (1000 in CodeSearchNet's protocol). All documents if None.
             seed: random seed of the batches.
-            options: arguments of the class.
+            options: arguments of the class other than `task`.
         """
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
@@ -105,9 +106,13 @@ class MultiExitEvaluator(BaseEvaluator):
         language: str | None = None,
         **options: Any,
     ) -> MultiExitEvaluator:
-        """Build an evaluator from {id: text} of queries and documents, as for InformationRetrievalEvaluator.
+        """Build an evaluator from the mappings that sentence-transformers' InformationRetrievalEvaluator takes.
 
-        See `evaluation.tasks.task_from_mappings` for the arguments; `options` are arguments of the class.
+        Args:
+            queries, corpus: {id: text} of the queries, and of the documents.
+            relevant: {id of a query: ids of its relevant documents}; queries without any are left out.
+            language: programming language of all documents; None if unknown, or if the documents are prose.
+            options: arguments of the class other than `task`.
         """
         return cls(task_from_mappings(queries, corpus, relevant, language), **options)
 
@@ -127,10 +132,10 @@ class MultiExitEvaluator(BaseEvaluator):
                 the model's configuration. It runs in evaluation mode, then its mode is restored.
             output_path: not used, because the trainers log the metrics.
             epoch, steps: shown in the model card of a SentenceTransformer.
-            across_processes: True if every training process makes this call; the processes then share the texts.
+            across_processes: whether every training process makes this call; each process then embeds a share of texts.
 
         Raises:
-            UserError: the model is of another kind, lacks an exit, has no tokenizer, or returns NaN.
+            UserError: the model is of another kind or lacks an exit, there is no tokenizer, or a score is NaN.
         """
         network, encode, prompts = self._encoding(model)
         if across_processes:
@@ -151,7 +156,7 @@ class MultiExitEvaluator(BaseEvaluator):
         return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the settings of the evaluator that a model card shows."""
+        """Return {name: value} of the settings that a model card shows."""
         return {"exit_layers": self.exit_layers, "candidates": len(self.task.pools[0].documents)}
 
     def _score(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
@@ -168,7 +173,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "Pass a `tokenizer`: only a SentenceTransformer has one.")
+            raise UserError("evaluator.tokenizer.missing", "Give the evaluator a `tokenizer`: this model has none.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -190,8 +195,9 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, a Pooling as in its configuration, and maybe a Normalize"
-        raise UserError("evaluator.model.other", f"The evaluator takes {needed}; this model has {', '.join(names)}.")
+        needed = "a ModularStarEncoderForRetrieval, Pooling as in its configuration, and optionally Normalize"
+        message = f"The SentenceTransformer must consist of {needed}; its modules are {', '.join(names)}."
+        raise UserError("evaluator.model.other", message)
     return network
 
 

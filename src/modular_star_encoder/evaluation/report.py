@@ -1,6 +1,6 @@
 """Write the results of an evaluation as tables in Markdown, CSV, LaTeX and JSON, and as plots (extra `plots`).
 
-There is one table per benchmark. `read_tables` reads them back from `report.json`.
+There is one table per benchmark. `read_tables` reads the tables back from `report.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The mean of a row minus the mean of the reference row, and its p-value in a paired permutation test."""
+    """A row's mean minus the reference row's mean, and the p-value of this difference in a paired permutation test."""
 
     value: float
     p: float
@@ -50,14 +50,14 @@ class Row:
     retriever: str
     exit_layer: int | None
     dimensions: int | None
-    columns: Mapping[str, Estimate]  # {column of the table: the main metric}
+    columns: Mapping[str, Estimate]  # {column of the table: the main metric there}
     mean: Estimate  # mean of the main metric over all tasks
-    others: Mapping[str, float]  # {other metric: its mean}
+    others: Mapping[str, float]  # {metric other than the main one: its mean over all tasks}
     difference: Difference | None  # from the reference row; None in the reference row itself
 
     @property
     def label(self) -> str:
-        """Return the name of the row in tables, such as "model, exit 4, 256 dimensions"."""
+        """The name of the row in tables, such as "model, exit 4, 256 dimensions"."""
         exit_layer = "" if self.exit_layer is None else f", exit {self.exit_layer}"
         return f"{self.retriever}{exit_layer}{'' if self.dimensions is None else f', {self.dimensions} dimensions'}"
 
@@ -75,7 +75,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        """Return the heading of the table, which names the benchmark."""
+        """The heading of the table: the title of its benchmark."""
         return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
 
 
@@ -84,7 +84,7 @@ TABLES = TypeAdapter(Annotated[list[Table], Constraint(min_length=1)])
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The results of an evaluation: a table for each benchmark, and the values of each task."""
+    """The results of an evaluation: a table for each benchmark, and the results of all tasks."""
 
     tables: Sequence[Table]  # one per benchmark
     results: Sequence[TaskResult]  # one per retriever, exit and task, with the value of each query
@@ -100,7 +100,7 @@ class Report:
         write_json(folder / "report.json", self.to_dict())
 
     def to_markdown(self) -> str:
-        """Return the tables as Markdown, aligned in plain text too; scores are multiplied by 100."""
+        """Return the tables as Markdown that is aligned as plain text too; scores are multiplied by 100."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
 def make_report(
     tasks: Sequence[Task], results: Sequence[TaskResult], command: str = "", checksum: str | None = None
 ) -> Report:
-    """Make a report from the results of all retrievers, with one table per benchmark, in the order of `tasks`."""
+    """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results) for name in benchmarks]
     return Report(tables, results, command, checksum)
@@ -167,7 +167,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
-    """Return the mean of the main metric over tasks, and its interval; for F1, `results` must be of one task only."""
+    """Return the mean of the main metric over the tasks, with its interval; for F1 there must be only one task."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -186,7 +186,7 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult]) 
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """Return LaTeX code with one `table` per benchmark; it needs the LaTeX package booktabs."""
+    """Return LaTeX code with one `table` environment per table; it needs the LaTeX package booktabs."""
     parts = []
     for table in tables:
         caption = " ".join([f"{table.title}.", *_explain(table)])
@@ -199,7 +199,7 @@ def to_latex(tables: Sequence[Table]) -> str:
 
 
 def to_csv(results: Sequence[TaskResult]) -> str:
-    """Return CSV with one line per result and metric; scores are fractions."""
+    """Return CSV: a header, then one line for each metric of each result; scores are fractions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = ["benchmark", "task", "retriever", "exit_layer", "dimensions", "metric", "value", "low", "high"]
@@ -213,7 +213,7 @@ def to_csv(results: Sequence[TaskResult]) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """Return the bounds of an estimate's 95 % interval, × 100, as text."""
+    """Return the 95 % interval of an estimate, × 100, as text such as "61.2–65.0"."""
     return f"{percent(estimate.low)}–{percent(estimate.high)}"
 
 
@@ -238,11 +238,13 @@ def _explain(table: Table) -> list[str]:
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
-    """Read the tables in a results file, but only the rows of the evaluated model and of retrievers without exits.
+    """Read the tables in a results file, with the rows of the evaluated model and of retrievers without exits.
+
+    Of several embedding sizes at an exit, only the largest is read.
 
     Args:
         path: report.json, a file that `mose evaluate --json` wrote, or training_log.json of `mose finetune`.
-        checkpoint: checksum that the evaluated weights must have, unless the file has none; empty for any weights.
+        checkpoint: checksum of the weights. UserError if the file has another one; if empty, it is not compared.
     """
     try:
         content = read_json(path)
@@ -250,7 +252,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         measured = content["checkpoint_checksum"]
         tables = [_evaluated_model(table) for table in TABLES.validate_python(content["tables"])]
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        message = f"{path} is not a results file of `mose evaluate`, or of another version of it."
+        message = f"{path} is not a results file of `mose evaluate`, or another version wrote it: evaluate again."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
         message = f"{path} holds results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
@@ -259,35 +261,36 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 
 
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
-    """Read the quality of each exit, {exit_layer: mean of the main metric}, from a table of a results file.
+    """Read the quality of the evaluated model from a results file: {exit_layer: mean of the main metric}.
 
-    The table is the one of `benchmark`, or the first. An exit profile can store the result. See `read_tables` for the
-    other arguments and the errors.
+    The quality is read from the table of `benchmark`, or from the first table if there is none of this name. UserError
+    if the table has no exits. An exit profile can store the result. `path` and `checkpoint` are as in `read_tables`.
     """
     tables = read_tables(path, checkpoint)
     own = _own_exits(next((one for one in tables if one.benchmark == benchmark), tables[0]))
     if not own:
-        raise UserError("evaluation.report.no_exits", f"{path} has results of no exit.")
+        raise UserError("evaluation.report.no_exits", f"{path} has no exits: evaluate a model with exits.")
     return {exit_layer: row.mean.value for exit_layer, row in own.items()}
 
 
 def _evaluated_model(table: Table) -> Table:
-    """Leave out the rows of other models that have exits, and those of truncated embeddings."""
+    """Leave out the rows of exits of other models, and of truncated embeddings of the evaluated model."""
     own = _own_exits(table)
     return replace(table, rows=[row for row in table.rows if row.exit_layer is None or row is own.get(row.exit_layer)])
 
 
 def _own_exits(table: Table) -> dict[int, Row]:
-    """Return {exit_layer: row} of the evaluated model; of rows of one exit, the one with the largest embeddings."""
+    """Return {exit_layer: the row with the largest embeddings} of the evaluated model."""
     own = next(row.retriever for row in table.rows if row.difference is None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
-    """Plot quality_by_depth.png if a retriever has exits, and quality_by_latency.png if it has an exit profile too.
+    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if this one has an exit profile.
 
-    Plots of an earlier run are removed first. `profiles` is {retriever: path of its exit profile, which may be absent}.
+    `profiles` is {retriever: path of its exit profile}; a path that does not exist is ignored. Both plots of an earlier
+    run are removed first. UserError if the profiles differ in machine, device, number of threads or batch shape.
     """
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
@@ -298,25 +301,26 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "Repeat `mose profile` with one machine, device, number of threads and set of batches."
-        raise UserError("evaluation.plots.other_machines", f"Exit profiles of {' and '.join(found)} differ. {message}")
+        message = "Repeat `mose profile` for all, on one machine and with the same device, threads and batches."
+        message = f"Exit profiles of {' and '.join(found)} are not comparable. {message}"
+        raise UserError("evaluation.plots.other_machines", message)
     if found:
         plot_quality(tables, by_latency, {name: median_latencies(one) for name, one in found.items()})
 
 
 def median_latencies(profile: ExitProfile) -> dict[int, float]:
-    """Return {exit_layer: median milliseconds} from an exit profile, for its first batch shape."""
+    """Return {exit_layer: median latency in milliseconds} for the first batch shape of an exit profile."""
     return {k: profile.measurement(k, profile.shapes[0]).latency_ms_p50 for k in profile.exits}
 
 
 def plot_quality(
     tables: Sequence[Table], path: Path, latencies: Mapping[str, Mapping[int, float]] | None = None
 ) -> None:
-    """Plot the main metric of each exit, with intervals, by its depth (the paper's Figure 4), one panel per table.
+    """Write a PNG with one panel per table, which plots the main metric of each exit, with its interval, by depth.
 
-    Dashed horizontal lines show retrievers without exits. With `latencies`, {retriever: {exit_layer: milliseconds}}
-    measured on one machine (see `median_latencies`), exits are plotted by latency; those without one are left out.
-    UserError if nothing is left to plot.
+    This is the paper's Figure 4, with a dashed horizontal line for each retriever without exits. With `latencies`,
+    {retriever: {exit_layer: milliseconds}} measured on one machine (see `median_latencies`), exits are plotted by
+    latency, without the dashed lines and without exits that have no latency. UserError if no exit is left to plot.
     """
     with naming_extra():
         from matplotlib.figure import Figure
@@ -350,7 +354,8 @@ def plot_quality(
         if axes.lines:
             axes.legend(fontsize="x-small")
     if not drawn:
-        raise UserError("evaluation.plots.empty", f"Nothing to plot in {path.name}: no exit has what the plot shows.")
+        message = f"Nothing to plot in {path.name}: the tables have no exits, or `latencies` has none of their exits."
+        raise UserError("evaluation.plots.empty", message)
     with staged_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 

@@ -3,10 +3,10 @@
 A retriever may have several *variants* that one pass over the texts computes: the exits of a model, and at each exit
 the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
 
-The cosine similarity of two unit vectors is the float64 sum of their products, added pairwise in the order of the
-components and rounded to float32. A matrix product adds them in another order, so its rounding error differs. A block
-keeps the scores of the matrix product that round to the same float32 despite this error, and computes the other scores
-in the fixed order. Scores of equal vectors are therefore equal, whatever the block size or the library.
+The cosine similarity of two unit vectors is the float64 sum of the products of their components, added pairwise in the
+order of the components and rounded to float32. A matrix product adds in another order, so its rounding error differs.
+A block keeps the scores of the matrix product that round to the same float32 despite this error, and computes the other
+scores in the fixed order. Scores of equal vectors are therefore equal, whatever the block size or the library.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer tha
 
 
 class ExitVariant(NamedTuple):
-    """An exit of a retriever (None if it has no exits) and an embedding size (None if embeddings are not truncated)."""
+    """An exit (None if the retriever has no exits) and an embedding size (None if embeddings are not truncated)."""
 
     exit_layer: int | None = None
     dimensions: int | None = None
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries and C documents, the first of which have the numbers `row` and `column`."""
+    """Scores (R, C) float32 of R queries, from number `row` on, and C documents, from number `column` on."""
 
     row: int
     column: int
@@ -47,16 +47,16 @@ class Block(NamedTuple):
 
 
 class Scores(Protocol):
-    """The scores of Q queries and D documents, computed in blocks because they may not fit into memory."""
+    """The scores (Q, D) of Q queries and D documents, computed in blocks because they may not fit into memory."""
 
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks, in any order, that together hold the score of each pair (query, document) once."""
+        """Yield blocks in any order; together they hold the score of each (query, document) pair exactly once."""
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Return the scores (P,) float32 of P pairs, given by row numbers (P,) of queries and of documents."""
+        """Return the scores (P,) float32 of P pairs; pair i is query `queries[i]` and document `documents[i]`."""
         ...
 
 
@@ -68,16 +68,16 @@ class Retriever(Protocol):
     variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available variants
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Prepare all texts for `scores` at once, for example embed them; by default do nothing."""
+        """Prepare all texts for later calls of `scores`, for example embed them; by default, do nothing."""
         return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
-        """Return the scores (Q, D) of queries and documents, all of which `prepare` has seen."""
+        """Return the scores (Q, D) of texts at one variant; `prepare` must have been called with all of them."""
         ...
 
 
 class EmbeddingRetriever(Retriever):
-    """Ranks documents by the cosine similarity of embeddings, which are kept in `cache`, by default in memory."""
+    """Ranks documents by the cosine similarity of their embeddings, which `cache` keeps (in memory by default)."""
 
     chunk = 4096  # texts per shard of the cache; an interruption loses at most one shard
 
@@ -87,12 +87,12 @@ class EmbeddingRetriever(Retriever):
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Embed all texts that are not in the cache yet, and add them to it."""
+        """Embed the texts that are not in the cache yet at the exits of `variants`, and store them there."""
         prompted = [(self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts)]
         self.embed(prompted, [variant.exit_layer for variant in variants], progress=progress)
 
     def embed(self, texts: Iterable[Prompted], exit_layers: Iterable[int | None], *, progress: bool = True) -> None:
-        """Embed the (prompt, text) pairs that are not in the cache yet, longest first, at several exits in one pass."""
+        """Embed the (prompt, text) pairs that are not cached yet, longest first, at all `exit_layers` in one pass."""
         texts = list(dict.fromkeys(texts))
         absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self._space(k), texts))}
         # A text that is missing at one exit is embedded at all: the pass to the deepest exit computes the others too.
@@ -105,11 +105,11 @@ class EmbeddingRetriever(Retriever):
                 self.cache.add(self._space(exit_layer), chunk, embeddings[exit_layer])
 
     def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
-        """Return the embeddings (N, F) of N (prompt, text) pairs, all of which `embed` has seen, at one exit."""
+        """Return the cached embeddings (N, F) of N (prompt, text) pairs at one exit; first call `embed` with them."""
         return self.cache.rows(self._space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
-        """Return the cosine similarities of queries and documents, all of which `prepare` has seen."""
+        """Return the cosine similarities (Q, D) at one variant; `prepare` must have been called with all texts."""
         asked, answers = ([(self.encoder.prompt(one), one.text) for one in texts] for texts in (queries, documents))
         rows = self.rows(asked, variant.exit_layer), self.rows(answers, variant.exit_layer)
         return CosineScores(*rows, dimensions=variant.dimensions)
@@ -119,10 +119,10 @@ class EmbeddingRetriever(Retriever):
 
 
 class CosineScores:
-    """Cosine similarities (Q, D), computed in float64 and rounded to float32; for a vector of zeros they are 0.
+    """`Scores` (Q, D): cosine similarities of queries (Q, F) and documents (D, F), in float64, rounded to float32.
 
-    Embeddings (Q, F) and (D, F) are read in slices and may be larger than memory. They are truncated to the first
-    `dimensions` components and normalised again.
+    A vector of zeros has similarity 0 to all vectors. Embeddings are read in slices, so they may be larger than memory.
+    Each is truncated to its first `dimensions` components (if not None) and scaled to length 1.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Return the cosine similarities (Q, D) float32 of unit vectors, equal to `CosineScores.of_pairs` in every bit."""
+    """Return the similarities (Q, D) of unit vectors (Q, F) and (D, F), bit for bit as `CosineScores.of_pairs`."""
     products = queries @ documents.T
     # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52
@@ -182,11 +182,11 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 
 
 class EmbeddingCache:
-    """Stores embeddings by model, exit, prompt and text, so that benchmarks with the same texts embed them once.
+    """Stores embeddings by model, exit, prompt and text, so that several benchmarks embed the same text only once.
 
-    A *space* (one model and exit) is a folder of shards, `.npy` files with the hash of a text and its embedding in each
-    row. Shards are written atomically and never change, so several processes may write while others read. They are
-    memory-mapped; without a folder they are kept in memory.
+    A *space* holds the embeddings of one model at one exit. It is a folder of shards: memory-mapped `.npy` files, in
+    which a row is the hash of a text and its embedding. Shards are written atomically and never change, so several
+    processes may read and write at once. Without `folder`, shards are in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -194,12 +194,12 @@ class EmbeddingCache:
         self._spaces: dict[str, _Space] = {}
 
     def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
-        """Return the texts without an embedding in `space` (one model and exit), in the given order."""
+        """Return the (prompt, text) pairs without an embedding in `space` (one model and exit), in the given order."""
         places = self._space(space).places
         return [text for text in texts if _key(text) not in places]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store the embeddings (N, F) float32 of N texts in `space` (one model and exit)."""
+        """Store the embeddings (N, F) float32 of N (prompt, text) pairs in `space` (one model and exit)."""
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]
@@ -219,7 +219,7 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the cached embeddings of N texts as an array (N, F) that reads rows only when they are used."""
+        """Return the embeddings (N, F) of N (prompt, text) pairs in `space`; a row is read when it is indexed."""
         found = self._space(space)
         return CachedRows(found.shards, np.array([found.places[_key(text)] for text in texts]).reshape(-1, 2))
 
@@ -230,13 +230,13 @@ class EmbeddingCache:
                 try:
                     space.append(np.load(path, mmap_mode="r", allow_pickle=False))
                 except (ValueError, OSError, EOFError, IndexError) as error:
-                    raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): remove it.") from None
+                    raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): delete it.") from None
         return self._spaces[name]
 
 
 @dataclass(slots=True)
 class _Space:
-    """Embeddings of one model and exit, in shards; `places` is {hash of a text: (number of its shard, row)}."""
+    """Embeddings of one model at one exit, in shards; `places` is {hash of a text: (number of its shard, row)}."""
 
     shards: list[np.ndarray] = field(default_factory=list)
     places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
@@ -249,7 +249,7 @@ class _Space:
 
 @dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 in several arrays (shards); `places` (N, 2) has the shard and row of each embedding."""
+    """Embeddings (N, F) float32 in several arrays (`shards`); `places` (N, 2): the shard and row of each embedding."""
 
     shards: Sequence[np.ndarray]
     places: np.ndarray

@@ -1,7 +1,7 @@
 """Evaluate retrievers on benchmarks, both given by names, and report the results.
 
-`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. In a folder `out`, each
-result is stored under a hash of everything that it depends on (texts and protocol of the task, weights of the
+`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. In a folder `out`, each result is stored in a
+file whose name is a hash of everything that the result depends on (texts and protocol of the task, weights of the
 retriever). A repeated run computes only the missing results, and overwrites none.
 """
 
@@ -56,14 +56,16 @@ def run_benchmarks(
     """Evaluate a model and baselines on benchmarks; return a report with one table per benchmark.
 
     Args:
-        model: name for `open_retriever`; in the tables, all rows are compared with its deepest exit.
+        model: a name for `open_retriever`, such as a checkpoint; the tables compare all rows with its deepest exit.
         benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
-        data: folder of the benchmarks (see `load_benchmark`).
-        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`) and embeddings; nothing is
-            written if None.
-        baselines: names of other retrievers for `open_retriever`; if None, BM25 if `out` is None too, else none.
-        untrained: also evaluate the model with random weights.
-        allow_subset: accept files with fewer rows than published, and say so below the tables.
+        data: folder of the benchmarks, or "hub" (see `load_benchmark`).
+        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`) and embeddings; if None, none of
+            them is written.
+        exit_layers: exits of the model to evaluate; all if None.
+        baselines: names of other retrievers for `open_retriever`. If None, the baseline is BM25 if `out` is None too;
+            otherwise there is none.
+        untrained: whether to evaluate the model with random weights too.
+        allow_subset: whether to accept files with fewer rows than published; a note below the tables then says so.
         cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
         command: the command line that the report shows.
     """
@@ -94,10 +96,10 @@ def run_benchmarks(
 def evaluate_tasks(
     tasks: Sequence[Task], retrievers: Sequence[Retriever], *, out: str | Path | None = None, progress: bool = True
 ) -> list[TaskResult]:
-    """Evaluate all variants of all retrievers on all tasks; return results by retriever, then task, then variant.
+    """Evaluate each variant (exit and embedding size) of each retriever on each task.
 
-    Each retriever embeds all texts in one pass. Results in `out/cells/` are reused, and new ones stored there, unless
-    `out` is None.
+    The results are ordered by retriever, then task, then variant. A retriever embeds the texts of all tasks in one
+    pass. If `out` is not None, results found in `out/cells/` are reused, and new results are stored there.
     """
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
@@ -125,7 +127,7 @@ def evaluate_tasks(
 
 
 def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> TaskResult:
-    """Evaluate one variant of a retriever on one task, whose texts `retriever.prepare` must have seen."""
+    """Evaluate one variant of a retriever on one task; first call `retriever.prepare` with the task's texts."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))
@@ -159,11 +161,11 @@ def _evaluate_pairs(
 
 
 def read_result(path: Path) -> TaskResult:
-    """Read a stored result; UserError if it is damaged."""
+    """Read a result that `evaluate_tasks` stored; UserError if the file is damaged."""
     try:
         return TypeAdapter(TaskResult).validate_python(read_json(path))
     except ValueError:
-        raise UserError("evaluation.result.damaged", f"{path} is damaged: remove it and run again.") from None
+        raise UserError("evaluation.result.damaged", f"{path} is damaged: delete it and run again.") from None
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant) -> Path | None:
@@ -176,9 +178,9 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """Open the retriever called `name`: "bm25", "tfidf", or a model that `load_encoder` loads.
+    """Open a retriever: "bm25", "tfidf", or a model by its folder, Hub id or `openai:MODEL` (see `load_encoder`).
 
-    `exit_layers` selects exits of a ModularStarEncoder, all if None. See `load_encoder` for the errors.
+    `exit_layers` selects exits of a ModularStarEncoder, all if None; UserError if the retriever has no exits.
     """
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
@@ -190,7 +192,6 @@ def open_retriever(
 def _open_all(
     model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, untrained: bool
 ) -> dict[str, Retriever]:
-    """Open the retrievers: {given name: retriever}; raise UserError if two have the same name in tables."""
     retrievers = {model: open_retriever(model, store, exit_layers)}
     if untrained:
         if not isinstance(encoder := getattr(retrievers[model], "encoder", None), ExitEncoder):
@@ -201,12 +202,11 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("evaluation.retriever.same_name", f"Two model folders end in {repeated[0]!r}: rename one.")
+        raise UserError("evaluation.retriever.same_name", f"Two models are named {repeated[0]!r}: rename a folder.")
     return retrievers
 
 
 def _without_paths(command: str) -> str:
-    """Return the command with $MOSE_DATA and $HOME in place of the values of these two environment variables."""
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
             command = command.replace(place, f"${variable}")
@@ -217,13 +217,13 @@ def _without_paths(command: str) -> str:
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Return the accuracy at each exit; also precision, recall and F1 of class 1 (as BigCloneBench since 2021-09-13).
+    """Return {exit: {metric: a fraction}} of a classifier: accuracy, and precision, recall and f1 of class 1.
+
+    F1 is that of BigCloneBench since 2021-09-13. Precision, recall and F1 are 0 where undefined.
 
     Args:
         model: a classifier with two classes, in evaluation mode.
         batches: tensors `input_ids`, `attention_mask` and `labels`, such as `ClassificationCollator` returns.
-
-    Returns {exit: {metric: a fraction between 0 and 1}}; precision, recall and F1 are 0 where undefined.
     """
     exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
     decisions, labels = [], []

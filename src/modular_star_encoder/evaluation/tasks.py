@@ -1,4 +1,4 @@
-"""Tasks to rank documents for queries or to classify pairs of texts, without a model, and the results of a task."""
+"""Tasks, which are to rank documents for queries or to classify pairs of texts, and the results of a retriever."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELD_OUT = {TEXT_TO_CODE: "held-out, text → code", CODE_TO_CODE: "held-out, co
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over queries or an F1 over pairs, with its 95 % bootstrap interval; all are fractions."""
+    """A mean over queries or an F1 over pairs, and the bounds of its 95 % bootstrap interval, as fractions."""
 
     value: float
     low: float
@@ -45,7 +45,7 @@ class TaskResult:
 
     @property
     def main(self) -> str:
-        """Return the name of the main metric."""
+        """The name of the main metric."""
         return next(iter(self.estimates))
 
 
@@ -58,18 +58,18 @@ class Judgements:
 
     @classmethod
     def one_each(cls, documents: Sequence[int] | range) -> Judgements:
-        """Make judgements by which `documents[i]` is the only relevant document of query i."""
+        """Return judgements in which `documents[i]` is the only relevant document of query i."""
         return cls(np.arange(len(documents)), np.asarray(documents, dtype=np.int64))
 
     @classmethod
     def of(cls, relevant: Sequence[Sequence[int]]) -> Judgements:
-        """Make judgements from the row numbers of each query's relevant documents."""
+        """Return judgements in which `relevant[i]` are the row numbers of the relevant documents of query i."""
         query = np.repeat(np.arange(len(relevant)), [len(documents) for documents in relevant])
         return cls(query, np.array([document for documents in relevant for document in documents], dtype=np.int64))
 
 
 class Pool(NamedTuple):
-    """Q queries that share the same D candidate documents; both are given as row numbers in a task."""
+    """Queries of a task, and the documents that are candidates of each of them, as row numbers (Q,) and (D,)."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -101,11 +101,11 @@ class RetrievalTask(_Task):
     notes: tuple[str, ...] = ()  # caveats, shown under the table
 
     def texts(self) -> list[Text]:
-        """Return all texts that a retriever must embed."""
+        """Return all texts that a retriever must embed: the queries and documents of all pools."""
         return [text for pool in self.pools for part in self.texts_of(pool) for text in part]
 
     def texts_of(self, pool: Pool) -> tuple[list[Text], list[Text]]:
-        """Return the texts of the queries and of the documents in a pool."""
+        """Return a pool's queries and its documents, as two lists of texts."""
         return [self.queries[row] for row in pool.queries], [self.documents[row] for row in pool.documents]
 
 
@@ -116,7 +116,7 @@ class PairTask(_Task):
     benchmark: str
     name: str
     documents: Sequence[Text]
-    valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; these pairs choose the threshold
+    valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; the threshold is the best for these
     valid_labels: np.ndarray  # (P,), 0 or 1
     pairs: np.ndarray  # (N, 2) int64; these pairs are classified with the threshold
     labels: np.ndarray
@@ -140,7 +140,7 @@ class RetrievalRow(NamedTuple):
 
 
 def _arrays(value: Any) -> Any:
-    """Return what stands for an array, or for judgements, in the text that is hashed."""
+    """Return JSON values that stand for an array, or for judgements, in the text that is hashed."""
     if isinstance(value, Judgements):
         return [value.query, value.document]
     return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
@@ -157,12 +157,13 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank all documents for each query, or only the documents in the batch of the query.
+    """Build a task to rank all documents for each query, or only the documents in the query's batch.
 
     Args:
         ids: ids of the queries; their row numbers if None.
-        judgements: if None, document i is the only relevant document of query i.
-        batches: row numbers (B,) of each batch, whose documents are candidates of its queries; if None, there is one.
+        judgements: which documents are relevant to a query; if None, only document i is relevant to query i.
+        batches: row numbers (B,) of each batch: the candidates of its queries are the documents with the same numbers.
+            If None, all documents are candidates of all queries.
         options: other fields of `RetrievalTask`.
     """
     rows = range(len(queries))
@@ -174,10 +175,10 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Shuffle `n` row numbers, and return them in batches of `size`; an incomplete batch at the end is left out.
+    """Return the row numbers 0 to `n` - 1, shuffled, in batches of `size`; an incomplete last batch is left out.
 
-    If there are fewer than `size` rows, one batch holds them all. CodeSearchNet and CodeBERT shuffle with the same
-    `np.random.seed(seed)`, so equal rows give the same batches.
+    If `n` is less than `size`, one batch holds all rows. The shuffle is that of CodeSearchNet and CodeBERT
+    (`np.random.seed(seed)`), so the same rows give the same batches as there. UserError if `n` or `size` is below 2.
     """
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
@@ -199,7 +200,7 @@ def pairs_task(
 
     Args:
         rows: (description, code, language), such as `RetrievalRow`s.
-        size: number of candidates of each query, in the batches of `candidate_batches`; all documents if None.
+        size: number of candidates of each query, the documents of its batch (see `candidate_batches`); all if None.
         seed: random seed of the batches.
         options: passed to `ranking_task`.
     """
@@ -230,7 +231,8 @@ def task_from_mappings(
         message = f"`relevant` names {len(unknown)} documents that are not in `corpus`, such as {unknown[0]!r}."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
-        message = f"Queries with relevant documents: {len(answered)} (needed: 1); documents: {len(places)} (needed: 2)."
+        needed = "1 or more queries with relevant documents, and 2 or more documents"
+        message = f"A task needs {needed}, not {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of(judged)
@@ -239,11 +241,12 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Build one task of text → code pairs and one of code → code pairs; a task of fewer than two pairs is left out.
+    """Build a task of text → code pairs and a task of code → code pairs; a task of fewer than two pairs is left out.
 
     Args:
         texts: the held-out rows.
-        limit: largest number of queries of a task, drawn at random; more than 1000 form complete batches of 1000.
+        limit: largest number of queries of a task, which are drawn at random. If more than 1000 are drawn, they form
+            batches of 1000, and the rest is left out.
         seed: random seed of the draw.
     """
     tasks: list[RetrievalTask] = []

@@ -26,26 +26,28 @@ def losses_from_embeddings(
 ) -> ObjectiveOutput:
     """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3) and the further terms that `settings` switches on.
 
-    Each anchor of this process is scored against the positives and negatives of all processes, column by column, and
-    each positive against the anchors of all processes; the loss is the mean cross-entropy of both directions over the
-    pairs. With several sets of pairs, each set has its own candidates.
+    Each anchor of this process is scored against the positives and negatives of all processes, and each positive of
+    this process against the anchors of all processes. The loss is the cross-entropy, averaged over both directions and
+    over the pairs. If `settings.pairs` has several sets, a text is scored only against texts of its own set.
 
     Args:
-        stacks: side → (E, B, D), L2-normalised; row b of the positives and negatives belongs to row b of the anchors.
-        exit_layers: the exits, in the order of E.
-        settings: determine which terms are computed.
-        logit_scale: a learned multiplier of similarities (1,); it replaces `settings.logit_scale`.
+        stacks: side → embeddings (E, B, D) of B texts at E exits, L2-normalised. Row b of the positives and negatives
+            belongs to row b of the anchors.
+        exit_layers: the E exits, in the order of the embeddings.
+        settings: which terms are computed, and how; by default `ContrastiveSettings()`.
+        logit_scale: a learned factor of the similarities (1,), in place of `settings.logit_scale`.
 
     Returns:
-        The losses; the terms `clip` and, where they are on, `distillation` and `alignment`, times their weights; and
-        the metrics `clip_loss`, `clip_accuracy` (share of anchors whose own positive is the most similar
-        candidate, at the largest embedding size), with several sets `clip_accuracy_{anchor}_{positive}`, and by option
-        `clip_accuracy_smallest` (at the smallest size), `distillation_loss`, `alignment_loss` (without their weights),
-        `masked_negatives` (share) and `logit_scale`.
+        `losses` (E,), the sum of the terms. `terms`: `clip`, and `distillation` and `alignment` if their weights are
+        above 0, multiplied by these weights. `metrics`: `clip_loss`, `distillation_loss` and `alignment_loss`, without
+        the weights; `clip_accuracy`, the share of anchors whose own positive is the most similar candidate, at the
+        largest embedding size; `clip_accuracy_smallest`, at the smallest size in `dimensions`;
+        `clip_accuracy_{anchor}_{positive}` for each of several sets of pairs; `masked_negatives`, the share of
+        negatives that are masked; and a learned `logit_scale`.
 
     Raises:
-        UserError: a side is missing or superfluous, the sides of a pair have different numbers of rows, or the settings
-            name an exit or a size that does not exist.
+        UserError: a side is missing or is not in `settings.pairs`, the sides of a pair have different numbers of rows,
+            or the settings name an exit or a size that does not exist.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -98,7 +100,6 @@ class _Scoring:
 
 
 def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.Tensor, scale: Any) -> _Scoring:
-    """Collect the constants for scoring a step; `stack` (E, B, D) determines embedding size, dtype and device."""
     sizes = [settings.sizes(exit_layer, stack.shape[-1]) for exit_layer in exits]
     every_size = sorted(set().union(*sizes))
     places = {size: [e for e, of_exit in enumerate(sizes) if size in of_exit] for size in every_size}
@@ -140,11 +141,10 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return each exit's loss in one direction, summed over the rows (E, B, D). The candidates are the columns
-    (E, C, D); the positive of row b is column rank × B + b.
+    """Return each exit's loss in one direction, summed over the B rows (E, B, D).
 
-    Scores are computed chunk by chunk and once more in the backward pass, so that memory grows linearly with the
-    batch, not quadratically.
+    The candidates are the columns (E, C, D); the positive of row b is column (rank of this process) × B + b. Scores
+    are computed chunk by chunk and again in the backward pass, so that memory grows linearly with the batch.
     """
     count = rows.shape[1]
     own = torch.arange(count, device=rows.device) + rank_and_count()[0] * count
@@ -160,7 +160,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return losses summed over a chunk of rows (E, R, D); `own` (R,) is each row's positive in columns (E, C, D)."""
+    """Return losses summed over a chunk of rows (E, R, D); `own` (R,): each row's positive among columns (E, C, D)."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -229,12 +229,12 @@ def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: Co
 class ContrastiveObjective:
     """Objective of `MultiExitTrainer`: the CLIP loss between descriptions and code, or code and code, at each exit.
 
-    Over several processes, candidates come from all of them and the gradients are those of the joint batch, which needs
-    batches of equal size and a wrapper that averages gradients (DDP, FSDP2). Gradient accumulation adds no negatives;
-    use `mini_batch_tokens` for large batches.
+    With several processes, the candidates come from all processes, and the gradients are those of the joint batch. This
+    needs batches of equal size, and a wrapper that averages gradients (DDP, FSDP2). Gradient accumulation adds no
+    candidates; for large batches, set `mini_batch_tokens`.
 
     Args:
-        settings: the paper's by default.
+        settings: pairs and terms of the loss; by default those of the paper.
 
     Example:
         >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
@@ -254,7 +254,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether the loss's backward pass fills the parameters' gradients itself, with no autograd graph to them."""
+        """Whether gradient caching is on: `backward` fills the gradients, but no graph leads to the parameters."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
@@ -266,17 +266,17 @@ class ContrastiveObjective:
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: the sides that `settings.pairs` names, `query` and `document` by default, each with `input_ids` and
-                `attention_mask` (B, T), padded on either side. Sides of one pair have equally many rows, and row b
-                of each belongs together; different pairs may have different numbers. Rows of a side may be of different
-                kinds (descriptions and code).
+            batch: side → inputs, for the sides in `settings.pairs`, `query` and `document` by default. Inputs are
+                `input_ids` and `attention_mask` (B, T), padded left or right. Row b of one side of a pair belongs to
+                row b of its other sides; another pair may have another B. A side may mix descriptions and code.
             exit_layers: the exits to train.
 
         Returns:
             `losses` (E,), float32 with gradient, and `metrics`; see `losses_from_embeddings`.
 
         Raises:
-            UserError: sides, rows, exits or processes do not fit together.
+            UserError: a side is missing or superfluous, sides of a pair or processes have different numbers of rows, or
+                the settings name an exit that is not trained.
         """
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
         stacks, logit_scale = self.embed(model, batch, exit_layers)
@@ -285,12 +285,12 @@ class ContrastiveObjective:
     def embed(
         self, model: nn.Module, sides: Mapping[str, Mapping[str, Any]], exit_layers: tuple[int, ...]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Return side → embeddings (E, B, D) with gradient, and the learned logit scale (1,) if there is one."""
+        """Return side → embeddings (E, B, D) with gradient, and the model's learned logit scale (1,) or None."""
 
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)
             if len(output.exit_embeddings) != len(exit_layers):
-                message = "nn.DataParallel would mix up exits and texts; start one process per device (torchrun)."
+                message = "nn.DataParallel does not work with several exits: start one process per device (torchrun)."
                 raise UserError("contrastive.data_parallel", message)
             return output.exit_embeddings, output.logit_scale
 

@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must list anchor, positive and negatives, no name twice, no anchor and positive twice")
+        raise ValueError("must not repeat a side in a set of pairs, or have two sets with the same anchor and positive")
     return pairs
 
 
@@ -25,40 +25,41 @@ Sizes = Annotated[tuple[Count, ...], Constraint(min_length=1), Different]
 
 @settings_class
 class ContrastiveSettings:
-    """Settings of `ContrastiveObjective`. The defaults are the paper's; settings from `dimensions` on extend its loss.
+    """Settings of `ContrastiveObjective`. The defaults give the paper's loss.
 
     Args:
-        pairs: sets of pairs, each of them the names of sides of a batch: anchor, positive, and any number of hard
-            negatives. `(("query", "document", "negative"),)`, or text→code and code→code pairs that share a side:
-            `(("description", "code"), ("code", "translation"))`. The loss is the mean over all pairs.
-        logit_scale: multiplies similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
+        pairs: sets of pairs. A set names sides of a batch: anchor, positive, and any number of hard negatives, such as
+            `(("query", "document", "negative"),)`. Sets may share a side, here for text → code and code → code:
+            `(("description", "code"), ("code", "translation"))`. The loss is the mean over the pairs of all sets.
+        logit_scale: factor of the similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
             learned scale (`logit_scale_init_value` in its configuration) uses its own.
-        mini_batch_tokens: embed the batch by mini-batches of at most this many tokens, padding included, and keep no
-            activations of the others (gradient caching): memory hardly grows with the batch (benchmarks/README.md),
-            and each text is embedded twice. `None` embeds each side at once. In bfloat16 on a CPU, set the environment
-            variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to 64, as `mose` does: by default torch
-            keeps up to 2,048 compiled operations, one for each length.
-        dimensions: sizes of the embedding that each exit is trained at (Matryoshka, arXiv 2205.13147): for all exits
-            alike, or by exit, `{4: (64, 256)}`. Embeddings are cut and normalised again; the loss of an exit is the
-            mean over its sizes. List the full size too if it is to be trained. `None`, or an exit without an entry: the
-            full size alone.
+        mini_batch_tokens: largest number of tokens in a mini-batch, padding included. The batch is embedded twice, one
+            mini-batch after the other, and only the activations of one are in memory (gradient caching), so memory
+            hardly grows with the batch (benchmarks/README.md). If `None`, each side is embedded once, as a whole. In
+            bfloat16 on a CPU, set the environment variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to
+            64, as `mose` does: by default torch keeps up to 2,048 compiled operations, one for each length.
+        dimensions: embedding sizes to train (Matryoshka, arXiv 2205.13147), for all exits, `(64, 256)`, or by exit,
+            `{4: (64, 256)}`. Embeddings are cut to each size and normalised again; the loss of an exit is the mean over
+            its sizes, which include the full size only if it is listed. `None`, or an exit without an entry: the full
+            size alone.
         teacher: exit whose scores the other exits learn: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of the scores
             of all exits), or an exit's number. Distillation sends no gradient to the teacher. An untrained teacher
             teaches noise (benchmarks/results/mini_parallel_ablation.md), so begin with fine-tuned models.
         distillation_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the
-            candidates, at full size, to each exit's distribution.
-        distillation_temperature: divides both logits; the divergence is multiplied by the squared temperature, which
-            preserves the size of gradients (Hinton et al., arXiv 1503.02531, section 2).
+            candidates, at full embedding size, to each exit's distribution.
+        distillation_temperature: divides the logits of teacher and exit. The divergence is multiplied by the squared
+            temperature, which preserves the size of gradients (Hinton et al., arXiv 1503.02531, section 2).
         alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings exits into one
-            space, so that queries embedded at a shallow exit can search documents embedded at a deep one.
-        alignment_target: `"deepest"`, `"next_deeper"`, or an exit's number; alignment sends no gradient to it.
-        false_negative_margin: mask a negative whose similarity at the deepest exit exceeds the positive's minus this
+            space, so that queries embedded at a shallow exit can search documents embedded at a deep exit.
+        alignment_target: exit to align with: `"deepest"`, `"next_deeper"`, or an exit's number. It gets no gradient.
+        false_negative_margin: mask a negative if its similarity at the deepest exit exceeds the positive's minus this
             margin (GISTEmbed, arXiv 2402.16829, whose guide is a separate trained model). An untrained deepest exit
             masks half the negatives, so begin with fine-tuned models.
-        false_negative_factor: mask a negative whose similarity exceeds this factor times the positive's.
+        false_negative_factor: mask a negative if its similarity at the deepest exit exceeds this factor times the
+            positive's.
 
     Raises:
-        UserError: a value is of another type or out of range (`settings.value`).
+        UserError: a value is of another type or out of range, or margin and factor are both set (`settings.value`).
 
     Example:
         >>> ContrastiveSettings(dimensions=[128, 256], mini_batch_tokens=8192).sizes(exit_layer=4, embedding_size=256)
@@ -92,15 +93,15 @@ class ContrastiveSettings:
         return self.false_negative_margin is not None or self.false_negative_factor is not None
 
     def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
-        """Return the embedding sizes that an exit is trained at, ascending."""
+        """Return the embedding sizes to train at an exit, ascending; `embedding_size` is the full size."""
         listed = self.dimensions.get(exit_layer) if isinstance(self.dimensions, Mapping) else self.dimensions
         return (embedding_size,) if listed is None else tuple(sorted(listed))
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model.
 
-        Named exits must be among the trained `exit_layers`, and sizes at most `embedding_size`. If training `rotates`,
-        teacher and target must be the deepest exit, because a step has the deepest and one other.
+        Exits in the settings must be among the trained `exit_layers`, and sizes at most `embedding_size`. If training
+        `rotates`, a step has the deepest exit and one other, so teacher and alignment target must be the deepest.
         """
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
@@ -108,11 +109,11 @@ class ContrastiveSettings:
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
             if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                message = f"{name}={getattr(self, name)!r} does not work with exit_schedule; set it to deepest."
+                message = f"{name}={getattr(self, name)!r} does not work with exit_schedule: set it to deepest."
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if teacher, target or sizes don't fit a step's exits; `dimensions` may name further exits."""
+        """Raise UserError if a step lacks the exit of teacher or alignment target, or a size is too large."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
@@ -123,7 +124,7 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError unless `rows` (side → count) has the sides of `pairs`, and equal counts within each pair."""
+        """Raise UserError unless `rows` (side → number of rows) fits `pairs`: all sides, equal numbers in a pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."
@@ -131,7 +132,7 @@ class ContrastiveSettings:
         for pair in self.pairs:
             numbers = [rows[side] for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
-                message = f"{', '.join(pair)} have {numbers} rows; give them equally many, at least 1."
+                message = f"The sides {', '.join(pair)} have {numbers} rows; give all the same number, at least 1."
                 raise UserError("contrastive.rows", message)
 
 
@@ -150,7 +151,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Gather a list of integers from every process; all lists have the same length."""
+    """Return the `numbers` of each process, in the order of ranks; every process must give equally many."""
     processes = rank_and_count()[1]
     if processes == 1:
         return [list(numbers)]
@@ -160,11 +161,11 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
 
 
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gather the embeddings of all processes, with gradient, in one collective operation for all sides and exits.
+    """Return side → the embeddings of all processes, with gradient: (E, B, D) becomes (E, processes × B, D).
 
-    Under an averaging wrapper such as DDP, a loss of local rows against these columns has the exact gradient of the
-    loss on the joint batch: the backward pass sums what every process found for a column, and needs no factor.
-    (E, B, D) becomes (E, processes × B, D); the rows of process r begin at r × B.
+    The rows of the process with rank r begin at r × B. One collective operation gathers all sides and exits. The
+    backward pass sums the gradients that all processes have for a row. If each process computes the loss of its own
+    rows, and a wrapper such as DDP averages gradients, they are exactly those of the loss on the joint batch.
     """
     if rank_and_count()[1] == 1:
         return dict(stacks)

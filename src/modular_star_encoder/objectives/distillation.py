@@ -1,4 +1,4 @@
-"""Distillation: every exit learns the vectors of an external teacher, and ranks as the teacher does."""
+"""The distillation objective: every exit learns an external teacher's vectors and, on request, similarities."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,9 +22,10 @@ class DistillationSettings:
         cosine_weight: weight of 1 - cosine(embedding, teacher's vector), the mean over all texts.
         relational_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the candidates
             of a batch to each exit's distribution, the mean of both directions (query → document and back).
-        relational_temperature: divides the logits (similarities times the logit scale) of the relational loss, which is
-            then multiplied by the square of this temperature.
-        contrastive_weight: weight of the contrastive loss; if `relational_weight` is 0 too, pairs are not compared.
+        relational_temperature: divides the logits of the relational loss, which are similarities times the logit scale.
+            The loss is multiplied by the square of this temperature.
+        contrastive_weight: weight of the contrastive loss. If this and `relational_weight` are 0, a batch needs no
+            pairs.
 
     Raises:
         UserError: a value is of another type or out of range (`settings.value`).
@@ -54,18 +55,18 @@ class DistillationObjective(ContrastiveObjective):
     masked (as in GISTEmbed, arXiv 2402.16829); a margin of 0 masks the negatives that it scores above the true pair.
 
     All exits share the teacher's space. Queries embedded at any exit may therefore be searched against documents
-    embedded at any other exit, or by the teacher itself (with centred vectors, after the same centring).
+    embedded at any other exit, or by the teacher itself (after the same centring, if training used centred vectors).
 
-    Unpaired texts form sides that no pair names; only the first term applies to them. Several processes and
-    gradient caching (`mini_batch_tokens`) work as in `ContrastiveObjective`.
+    Texts without a pair form sides of their own, which `contrastive.pairs` does not name; only the first term applies
+    to them. Several processes and gradient caching (`mini_batch_tokens`) work as in `ContrastiveObjective`.
 
     Args:
         settings: the weights of the terms.
-        contrastive: pairs, logit scale, mini-batches and masking. By default a logit scale of 20 and a margin of 0. Its
-            own terms between exits, `distillation_weight` and `alignment_weight`, must be 0.
+        contrastive: pairs, logit scale, mini-batches and masking; by default a logit scale of 20 and a margin of 0.
+            Its `distillation_weight` and `alignment_weight`, of terms between exits, must be 0.
 
     Raises:
-        UserError: `contrastive` has a term between exits (`distillation.contrastive`).
+        UserError: one of these two weights is not 0 (`distillation.contrastive`).
 
     Example:
         >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
@@ -99,18 +100,19 @@ class DistillationObjective(ContrastiveObjective):
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: the sides that the pairs name, which the last two terms need, and any others, such as `text`. Each
-                has `input_ids` and `attention_mask` (B, T), and `teacher` (B, D), the teacher's vectors, of any length
-                and floating dtype. Sides may have different B, except those of a pair.
+            batch: side → inputs, for the sides in `contrastive.pairs` (not needed if only `cosine_weight` is above 0)
+                and any further sides, such as `text`. Inputs are `input_ids` and `attention_mask` (B, T), and
+                `teacher` (B, D), vectors of the teacher with any norm and floating dtype. Sides of a pair have equal B.
             exit_layers: the exits to train.
 
         Returns:
-            `losses` (E,), float32 with gradient; the terms `cosine`, `clip` and, if it is on, `relational`, times their
-            weights; the metrics `cosine_loss`, `relational_loss`, `masked_by_teacher` (share of negatives) and those
-            of `losses_from_embeddings`.
+            `losses` (E,), float32 with gradient. The terms, multiplied by their weights: `cosine`, `clip` and, if its
+            weight is above 0, `relational`. The metrics: `cosine_loss`, `relational_loss`, `masked_by_teacher` (the
+            share of negatives that are masked) and those of `losses_from_embeddings`.
 
         Raises:
-            UserError: sides, rows, exits, processes or the teacher's vectors do not fit together.
+            UserError: a side of a pair is missing, the sides of a pair or the processes have different numbers of rows,
+                or a side lacks vectors of the teacher that have the embeddings' shape.
         """
         weights, sides = self.distillation, self.settings.sides
         inputs = {side: {name: x for name, x in own.items() if name != "teacher"} for side, own in batch.items()}
@@ -141,6 +143,6 @@ def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch
     """Return one side's teacher vectors (B, D), scaled to length 1; the student's embeddings are `stack` (E, B, D)."""
     if vectors is None or vectors.shape != stack.shape[1:]:
         found = "no `teacher`" if vectors is None else f"`teacher` of shape {tuple(vectors.shape)}"
-        message = f"Side {side!r} has {found}; it needs one teacher vector per text, shape {tuple(stack.shape[1:])}."
+        message = f"Side {side!r} has {found}; give a teacher's vector for each text, shape {tuple(stack.shape[1:])}."
         raise UserError("distillation.teacher", message)
     return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

@@ -17,8 +17,8 @@ class ObjectiveOutput:
 
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
-        metrics: name → (E,), or () for a metric of no single exit; detached, averaged over batches for the logs.
-        terms: name → (E,) with gradient, which add up to the losses; empty where the loss has no parts.
+        metrics: name → one value per exit (E,), or one for all exits (); detached. The logs show means over batches.
+        terms: name → (E,) with gradient; their sum is `losses`. Empty if the losses have no parts.
     """
 
     losses: torch.Tensor
@@ -29,13 +29,14 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    It may have two more members. When the trainer is created, it calls `check(exit_layers, embedding_size, rotates=…)`,
-    which raises a `UserError` if the objective does not fit the model, or does not fit steps that rotate (each trains
-    the deepest exit and one other). `caches_gradients` is true if no graph leads from the losses to the parameters.
+    It may have two more members. `check(exit_layers, embedding_size, rotates=…)` is called when the trainer is created.
+    It raises UserError if the objective does not fit the model, or if `rotates` is true (each step trains the deepest
+    exit and one other) and the objective needs other exits. `caches_gradients` is true if `backward` fills the
+    gradients though no graph leads from the losses to the parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
-        """Return the losses (E,) and metrics of `batch` at `exit_layers`."""
+        """Return the losses (E,) and metrics of one batch at the E exits `exit_layers`."""
 
 
 def exit_weights(
@@ -44,17 +45,17 @@ def exit_weights(
     """Return the weight of each exit's loss.
 
     Args:
-        weighting: `"paper"`: i/depth, where i is the number of layers executed (arXiv 2503.03008, pre-training loss:
-            i/36), and 1 at exit 0, which the paper does not have; `"uniform"`: 1 for every exit; `"linear"`: j/E for
-            the j-th of E exits, whatever their depths; `"geometric"`: 1, and the trainer divides each loss by its
-            current value, so that exits weigh equally however large their losses are (the gradient of the logarithm of
-            their geometric mean, times E: arXiv 1904.08492); or one non-negative number per exit.
+        weighting: a list of one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, the number of
+            layers executed (arXiv 2503.03008, pre-training loss: i/36); exit 0, which the paper does not have, weighs
+            1/depth. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits, whatever their depths. `"geometric"`: 1,
+            and the trainer divides each loss by its current value, so that exits weigh equally however large their
+            losses are (this is the gradient of the logarithm of their geometric mean, times E: arXiv 1904.08492).
         exit_layers: the exits, shallowest first.
-        depth: layers of the full model (for a slice: of its parent); 0 counts as 1.
-        normalize: divide by the sum, so that the total has the size of one loss.
+        depth: number of layers of the full model (for a slice: of its parent); 0 counts as 1.
+        normalize: whether to divide the weights by their sum.
 
     Returns:
-        (E,) float32; UserError for an unknown name and for numbers that are negative, all zero, or not one per exit.
+        (E,) float32. UserError if the name is unknown, or the numbers are negative, all zero, or not one per exit.
     """
     if weighting == "paper":
         weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])

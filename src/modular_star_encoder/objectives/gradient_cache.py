@@ -24,11 +24,11 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of one side of a batch, without the columns after the last real token of all of these rows."""
+    """Some rows of one side of a batch, cut to the first `width` columns, which hold all real tokens of these rows."""
 
     side: str
     rows: torch.Tensor  # (R,) places in the batch
-    width: int  # columns
+    width: int
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's inputs for these R rows: (B, T, …) tensors become (R, width, …), (B, …) become (R, …)."""
@@ -40,10 +40,10 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included; a longer text is one alone.
+    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included.
 
-    Texts of a side are sorted by length, longest first, so that little padding is left and a mini-batch too large for
-    the memory fails at once. Padding on the left counts as text.
+    A text with more tokens forms a mini-batch of its own. Texts of a side are sorted by length, longest first, so that
+    little padding is left and a mini-batch too large for the memory fails at once. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -64,7 +64,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """Split mini-batches until there are `count`, always halving the largest; `count` is at most the number of rows."""
+    """Halve the mini-batch with the most rows until there are `count`; `count` is at most the number of all rows."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
@@ -87,11 +87,12 @@ def embed_sides(
     Args:
         model: the model that `embed` calls, possibly wrapped; under DDP, gradients are synchronised in the last
             mini-batch only.
-        embed: called with the inputs of one side, or of a mini-batch of it.
-        sides: name → inputs, `input_ids` and `attention_mask` (B, T), with padding on either side.
-        settings: define the size of mini-batches; without a size, each side is embedded at once.
+        embed: returns the embeddings (E, B, D) and the logit scale for the inputs of a side, or of a part of its rows.
+        sides: side → inputs, which are `input_ids` and `attention_mask` (B, T), padded left or right.
+        settings: `mini_batch_tokens` is the size of mini-batches; if it is None, each side is embedded at once.
 
-    UserError if processes have different numbers of texts, or a side can't be cut into mini-batches.
+    Raises:
+        UserError: processes have different numbers of texts, or mini-batches don't work (packed texts, static graph).
     """
     tokens = settings.mini_batch_tokens
     mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
@@ -176,9 +177,9 @@ class _CachedEmbeddings(torch.autograd.Function):
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """Return states of the generators that dropout on `device` draws from (MPS has one, which takes no device)."""
     if device.type == "cpu":
         return [torch.get_rng_state()]
+    # MPS has one generator, whose functions take no device.
     place = () if device.type == "mps" else (device,)
     return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(*place)]
 
@@ -192,7 +193,6 @@ def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None
 
 @contextmanager
 def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Set these random states for a `with` block, and restore the current ones afterwards."""
     before = _random_states(device)
     _set_random_states(states, device)
     try:
@@ -202,7 +202,6 @@ def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
 
 
 def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, bool, bool]]:
-    """Return the current arguments of `torch.autocast` for the CPU and for `device`."""
     cached = torch.is_autocast_cache_enabled()
     kinds = sorted({"cpu", device.type})
     return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached) for kind in kinds]

@@ -22,18 +22,18 @@ class MultiExitContrastiveLoss(nn.Module):
     """Train every exit of a SentenceTransformer with the symmetric CLIP loss on its own projection head.
 
     The columns of the dataset are anchor, positive, and any number of hard negatives. One pass through the layers
-    embeds a column at all exits, as `encode(..., exit_layer=k)` does. With `mini_batch_tokens`, batches of any size fit
-    into the memory of a mini-batch.
+    embeds a column at all exits; the embeddings are those of `encode(…, exit_layer=k)`. With `mini_batch_tokens`, a
+    batch of any size needs only the memory of a mini-batch.
 
     Args:
         model: a SentenceTransformer whose first module is a `ModularStarEncoderForRetrieval`.
         settings: see `ContrastiveSettings`; leave `pairs` at its default, because the columns define the pairs.
-        weights, normalize_weights: weighting of the exits; see `exit_weights`.
-        exit_layers: exits to train; all of the model by default.
+        weights, normalize_weights: weights of the exits; see `exit_weights`.
+        exit_layers: exits to train; all exits of the model by default.
 
     Raises:
-        UserError: the model has another class, lacks these exits or has modules besides pooling and normalization, or
-            the settings do not fit it.
+        UserError: the model has another class, lacks an exit, or has modules other than Pooling and Normalize; or the
+            settings do not fit the model.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -62,9 +62,7 @@ class MultiExitContrastiveLoss(nn.Module):
             one for one in list(self._sentence_transformer())[1:] if type(one).__name__ not in ("Pooling", "Normalize")
         ]
         if others:
-            message = (
-                f"The loss trains exits as encode() returns them; the module {type(others[0]).__name__} changes them."
-            )
+            message = f"After the model, only Pooling and Normalize are allowed, not {type(others[0]).__name__}."
             raise UserError("contrastive.modules", message)
         config = self._encoder().config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
@@ -77,8 +75,8 @@ class MultiExitContrastiveLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Return the weighted loss terms of every exit by name, such as `clip_exit_4`; their sum is the loss.
 
-        `sentence_features` has `input_ids` and `attention_mask` (B, T) of each column; `labels` are not used. UserError
-        if the dataset has only one column, or if columns or processes have different numbers of rows.
+        `sentence_features` has `input_ids` and `attention_mask` (B, T) for each column; `labels` are not used.
+        UserError if there is only one column, or if columns or processes have different numbers of rows.
         """
         columns = list(sentence_features)
         if len(columns) < 2:
@@ -96,14 +94,13 @@ class MultiExitContrastiveLoss(nn.Module):
         }
 
     def _embed(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the embeddings (E, B, D) of one column, and the learned logit scale."""
         with self._exits_in_features():
             features = self.model({**inputs, "exit_layers": self.exit_layers})
         return features["exit_embeddings"], features["exit_logit_scale"]
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """In a `with` block, the transformer's features include the embeddings of every exit.
+        """Add the embeddings of every exit to the transformer's features in a `with` block.
 
         They must leave the wrapped model through its output, where DDP looks for used parameters.
         """
@@ -128,7 +125,6 @@ class MultiExitContrastiveLoss(nn.Module):
             del encoder.forward
 
     def _sentence_transformer(self) -> nn.Sequential:
-        """The model inside the wrappers of DDP and `torch.compile`."""
         model: Any = self.model
         while not isinstance(model, nn.Sequential):
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -144,7 +140,7 @@ class MultiExitContrastiveLoss(nn.Module):
         return encoder
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return all settings, for the model card."""
+        """Return {name: value} of the settings that the model card shows: all but `pairs`."""
         own = {"exit_layers": self.exit_layers, "weights": self.weighting, "normalize_weights": self.normalize_weights}
         settings = json.loads(json.dumps(own | asdict(self.settings)))  # lists in place of tuples
         return {name: value for name, value in settings.items() if name != "pairs"}

@@ -1,4 +1,4 @@
-"""Find and load the benchmarks. To add one, write its `load` function and add it to the list here."""
+"""Find and load the benchmarks. To add one, write a function that loads it, and add an entry to `_BENCHMARKS`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ALL = "all"
 
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
-    """Return benchmark names without repetitions; "all" stands for all benchmarks whose folders are in `data`."""
+    """Return benchmark names without repetitions; "all" stands for the benchmarks whose folders are in `data`."""
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     if unknown or not names:
         fault, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
@@ -83,15 +83,16 @@ def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -
     """Load the tasks of the benchmark `name`.
 
     Args:
-        data: the folder of the benchmark, or the folder in which that lies; or "hub" to download it from its authors'
-            Hub repository, or "hub:OWNER/NAME" from another repository with the same files.
-        allow_subset: accept files with fewer rows than published, and say so in the notes of the tasks.
+        data: the folder of the benchmark, or the folder that contains it; "hub" to download the benchmark from its
+            authors' Hub repository; or "hub:OWNER/NAME" for another repository with the same files.
+        allow_subset: whether to accept files with fewer rows than published; the tasks then have a note that says so.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            raise UserError("benchmark.not_on_hub", f"{name} has no Hub repository: give a folder or hub:OWNER/NAME.")
+            message = f"The authors of {name} have no Hub repository: give its folder, or hub:OWNER/NAME of a copy."
+            raise UserError("benchmark.not_on_hub", message)
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:

@@ -1,4 +1,4 @@
-"""Load CodeSearchNet (Husain et al. 2019) as tasks, by two protocols; the first also serves for a folder of code.
+"""Load CodeSearchNet (Husain et al. 2019) as tasks: with 999 distractors, or with all functions as candidates.
 
 Files of the authors, the Hub and CodeXGLUE are read. The data has two known flaws. First, Python's `code` holds
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
@@ -80,8 +80,8 @@ def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: boo
 
     Args:
         folder: contains `{language}_test.jsonl.gz`, or a folder per language from the Hub or the authors' archives.
-        leaky: load only Python, with the docstrings in the code, to compare with published values.
-        allow_subset: accept files with fewer rows than the official split.
+        leaky: whether to load only Python, with the docstrings in the code, to compare with published values.
+        allow_subset: whether to accept files with fewer rows than the official split.
     """
     name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
@@ -94,7 +94,7 @@ def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: boo
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Return patterns for the files of a split: JSON lines, the Hub's Parquet, or the authors' unpacked archive."""
+    """Return glob patterns for the files of a split: JSON lines, the Hub's Parquet, the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
@@ -107,7 +107,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
     """Read the documented functions of one language: {url: function}, in the order of the files.
 
-    `leaky` leaves the docstring in Python code, as most published evaluations do.
+    With `leaky`, Python code keeps its docstring, as in most published evaluations.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -127,7 +127,7 @@ def query_of(documentation: str) -> str:
 
 
 def strip_docstring(code: str) -> str:
-    """Remove the docstring from the code of a Python function, even from code that does not parse."""
+    """Return the code of a Python function without its docstring, even if the code does not parse."""
     if (stripped := without_docstring(code)) is not None:
         return stripped
     depth, in_body, passed, pieces = 0, False, False, []
@@ -144,7 +144,7 @@ def strip_docstring(code: str) -> str:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered CodeSearchNet: one task per language; candidates are all functions of the language."""
+    """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all its functions as candidates."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))

@@ -89,7 +89,7 @@ class _Exercise(FileRow):
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load AdvTest, one task to find code by its documentation; `test.jsonl` is made by the authors' preprocess.py."""
+    """Load AdvTest: one task to find functions by their documentation. The authors' preprocess.py makes test.jsonl."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, _AdvTestRow)
     ids = check_unique(path, [row.idx for row in rows], "idx")
@@ -100,7 +100,7 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
 
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CoSQA: one task whose queries are web queries and whose documents are Python functions."""
+    """Load CoSQA: one task to find Python functions that answer a query from web search."""
     base, test = (require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json"))
     codes = read_json(base, Annotated[dict[str, int], Constraint(min_length=1)])
     places = check_unique(base, list(codes.values()), "index")
@@ -140,7 +140,7 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
 
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load POJ-104: one task to find the other programs that solve the same problem as a given program."""
+    """Load POJ-104: one task whose queries are programs, to find the other programs that solve the same problem."""
     (path,) = require_files(folder, ("test.jsonl",))
     rows = read_jsonl(path, _Program)
     names, labels = list(check_unique(path, [row.index for row in rows], "index")), [row.label for row in rows]
@@ -187,10 +187,11 @@ def _read_bigclonebench(
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
-    """Load Exercism: for each language, a task to find solutions by the description of the exercise.
+    """Load Exercism: for each language, a task to find the solution of an exercise by its description.
 
-    With `from_code`, each task is to find solutions in one language by the solution in another. Candidates are the
-    solutions of all exercises that have both texts. `masked` replaces the names in code (see `mask_names`).
+    With `from_code`, there is a task for each pair of languages: find the solution in one language by the solution in
+    the other. A task has the exercises for which both texts exist; a query's candidates are all their solutions.
+    `masked` replaces the names in code (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -225,9 +226,10 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 
 @lru_cache(maxsize=1 << 14)
 def mask_names(code: str, language: str) -> str:
-    """Replace the identifiers in code by `name1`, `name2`, … in the order of their first appearance.
+    """Replace the identifiers in code by `name1`, `name2`, …, numbered by their first appearance.
 
-    Only the names of a program change. `language` is a name that Pygments knows, such as "python", "c++", "c#".
+    Builtins, `this` and `self` keep their names. Comments, docstrings and blank lines are removed. `language` is a name
+    that Pygments knows, such as "python", "c++" or "c#"; otherwise UserError.
     """
     names: dict[str, str] = {}
 
@@ -253,4 +255,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments cannot mask the names in {language!r}.") from None
+        raise UserError("benchmark.masking.language", f"Pygments does not know the language {language!r}.") from None

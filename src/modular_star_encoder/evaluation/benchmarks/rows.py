@@ -23,13 +23,13 @@ Value = TypeVar("Value")
 
 
 class FileRow(BaseModel):
-    """A row of a benchmark's file, which has the declared fields, and may have others."""
+    """A row of a benchmark's file; it must have the fields that a subclass declares, and may have further fields."""
 
     model_config = ConfigDict(strict=True)
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise a UserError that says in which file and line (or row) what was expected, and what was found."""
+    """Raise a UserError that names the file, the line or row (if not None), what was expected and what was found."""
     place = f"{path}, line {line}" if line is not None else f"{path}"
     message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
     raise UserError("benchmark.file.unexpected", message)
@@ -44,14 +44,14 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Like `find_files`, but raise FileNotFoundError if no file matches; the message names the patterns."""
+    """Return files as `find_files` does; raise FileNotFoundError with the patterns if there are none."""
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} lacks the files of the benchmark: expected {' or '.join(patterns)}.")
     return found
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line without line break) of a text file, plain or compressed with gzip."""
+    """Yield (number from 1, text without line break) of each line of a text file, plain or compressed with gzip."""
     number = total = 0
     try:
         most = MAX_LINE_BYTES + path.stat().st_size * (MAX_RATIO if path.suffix == ".gz" else 1)
@@ -70,7 +70,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def checked(path: Path, line: int | None, check: Callable[[Any], Value], data: Any) -> Value:
-    """Return `check(data)`, pydantic's; raise a UserError that names the file, the line and the first wrong field."""
+    """Return `check(data)`; if pydantic rejects the data, raise a UserError with file, line and first wrong field."""
     try:
         return check(data)
     except ValidationError as error:
@@ -94,7 +94,7 @@ def read_json(path: Path, kind: Any = Any) -> Any:
 
 
 def read_table(path: Path, kind: type[Value]) -> list[Value]:
-    """Read the rows of a Parquet file, or of a file with JSON lines if the suffix is not `.parquet`."""
+    """Read the rows of a Parquet file (suffix `.parquet`) or of a file with JSON lines (any other suffix)."""
     if path.suffix != ".parquet":
         return read_jsonl(path, kind)
     import pyarrow
@@ -108,11 +108,14 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if `found` is not `expected`; if it is smaller and `allow_subset`, return a note instead."""
+    """Raise UserError if the file's number of rows, `found`, is not `expected`.
+
+    With `allow_subset`, fewer rows are no error. Returns the notes for the table: one if there are fewer, else none.
+    """
     if found == expected:
         return ()
     if found > expected or not allow_subset:
-        hint = "; allow_subset would accept fewer" if found < expected else ""
+        hint = "; set allow_subset to accept fewer" if found < expected else ""
         refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
     return (f"{path.name}: {found:,} of {expected:,} {what}",)
 
