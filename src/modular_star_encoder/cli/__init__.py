@@ -1,4 +1,4 @@
-"""The command line, and argparse types for options of several commands; argparse reports values that do not fit."""
+"""The command line. This module has what several commands share: options, and argparse types that check values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from modular_star_encoder.inference import check_checkpoint, is_repository
 
-CHECKPOINT_HELP = "folder, Hub repository or mose-code"
+CHECKPOINT_HELP = "a checkpoint: a folder, a Hub repository, or mose-code, the model in this package"
 
 
 def number_list(text: str) -> tuple[int, ...]:
-    """Parse integers with commas: `"4,9"` → (4, 9)."""
+    """Parse integers separated by commas: `"4,9"` → (4, 9)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -26,12 +26,12 @@ def exit_list(text: str) -> tuple[int, ...] | None:
 
 
 def name_list(text: str) -> list[str]:
-    """Parse names with commas: `"bm25,tfidf"` → ["bm25", "tfidf"]."""
+    """Parse names separated by commas: `"bm25,tfidf"` → ["bm25", "tfidf"]."""
     return [name for part in text.split(",") if (name := part.strip())]
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Return an argparse type for integers from `lowest` on."""
+    """Return an argparse type for whole numbers of at least `lowest`."""
 
     def number(text: str) -> int:
         if text.strip().removeprefix("-").isdecimal() and int(text) >= lowest:
@@ -42,14 +42,14 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def existing(text: str) -> str:
-    """Return the path of a file or folder as it is; raise FileNotFoundError at once if it does not exist."""
+    """Argparse type: return the path of a file or folder unchanged; FileNotFoundError if it does not exist."""
     if os.path.exists(os.path.expanduser(text)):
         return text
     raise FileNotFoundError(f"The file or folder {text} does not exist.")
 
 
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """Return an argparse type for a form such as `NAME=FILE`: it returns what the groups of `pattern` match."""
+    """Return an argparse type for texts of a form such as `NAME=FILE`: it returns the groups of the regex `pattern`."""
 
     def groups(text: str) -> tuple[str, ...]:
         if match := re.fullmatch(pattern, text):
@@ -60,9 +60,9 @@ def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def checkpoint(text: str) -> str:
-    """Return a checkpoint's name as it is; raise OSError at once if its folder is missing or the Hub can't be reached.
+    """Argparse type: return a checkpoint's name unchanged; OSError if there is no such folder or Hub repository.
 
-    Without a connection to the Hub, a repository in its cache is used as it is there.
+    If the Hub can't be reached, but its cache has the repository, the command goes on offline (`HF_HUB_OFFLINE`).
     """
     check_checkpoint(text)
     if is_repository(text):
@@ -81,7 +81,7 @@ def checkpoint(text: str) -> str:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `setting` are examples, `out` is the help of --out."""
-    parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file or a packaged recipe, such as {recipe}")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"other settings: {setting}")
+    """Add RECIPE (its help: `recipe`), KEY=VALUE (an example: `setting`) and --out (its help: `out`) to a command."""
+    parser.add_argument("recipe", metavar="RECIPE", help=recipe)
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

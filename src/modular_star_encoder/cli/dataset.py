@@ -15,61 +15,66 @@ def add_dataset_commands(commands: Any) -> None:
     dataset = commands.add_parser("dataset", help="build a dataset of translated functions, and publish it")
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
-    build = commands.add_parser("build", help="extract, translate, near-deduplicate and split, as a recipe says")
-    folder = "where the build is; an old one is continued"
-    add_recipe_options(build, "examples/dataset/recipe.yaml", "corpus.folder=~/code", folder)
+    build = commands.add_parser("build", help="extract functions, translate, drop near-duplicates, split; by a recipe")
+    recipe, folder = "a YAML file, such as examples/dataset/recipe.yaml", "folder of the build; an old one is continued"
+    add_recipe_options(build, recipe, "corpus.folder=~/code", folder)
     build.set_defaults(run=run_dataset_build)
 
-    dedup = commands.add_parser("dedup", help="drop the near-duplicates of parquet files")
+    dedup = commands.add_parser("dedup", help="copy parquet files without near-duplicate rows")
     dedup.add_argument("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
-    dedup.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old run is continued")
-    dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare, with commas")
-    dedup.add_argument("--match", choices=("either", "both"), default="either", help="near in either column or both")
-    dedup.add_argument("--id-column", metavar="NAME", help="column of ids; the smallest id of a cluster stays")
-    dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help="smallest similarity (0.7)")
-    dedup.add_argument("--recall", choices=("default", "high"), default="default", help="how many pairs are compared")
-    near = "drop rows near these texts, such as a benchmark's: parquet, JSON Lines or a dataset of the Hub"
+    dedup.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old run is continued")
+    dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare: NAME,NAME")
+    match = "two rows are near-duplicates if either column (the default), or both, are similar"
+    dedup.add_argument("--match", choices=("either", "both"), default="either", help=match)
+    ids = "column of ids; of near-duplicates, the row with the smallest id is kept (default: the first row)"
+    dedup.add_argument("--id-column", metavar="NAME", help=ids)
+    threshold = "smallest Jaccard similarity of near-duplicates (default: 0.7)"
+    dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help=threshold)
+    recall = "high: compare more pairs of rows, and miss fewer near-duplicates"
+    dedup.add_argument("--recall", choices=("default", "high"), default="default", help=recall)
+    near = "drop rows similar to a COLUMN of texts in SOURCE, a parquet or JSON Lines file or a dataset of the Hub"
     form = "SOURCE:COLUMN"
     pairs = of_form(form, "(.+):(.+)")
     dedup.add_argument("--against", metavar=form, type=pairs, action="append", default=[], help=near)
     dedup.set_defaults(run=run_dataset_dedup)
 
-    stats = commands.add_parser("stats", help="print samples and average lengths by language")
+    stats = commands.add_parser("stats", help="print a dataset's number of samples and mean lengths by language")
     stats.add_argument("source", metavar="SOURCE", help="folder, parquet or JSON Lines file, or dataset of the Hub")
-    stats.add_argument("--split", default="train", help="train (the default), validation or another one")
+    stats.add_argument("--split", default="train", help="split to read (default: train)")
     stats.add_argument("--json", metavar="FILE", help="also write the statistics to FILE")
     stats.set_defaults(run=run_dataset_stats)
 
-    push = commands.add_parser("push", help="say what would be uploaded to the Hub; with --upload, upload it")
+    push = commands.add_parser("push", help="list what would be uploaded to the Hub; with --upload, upload it")
     push.add_argument("folder", metavar="FOLDER", help="the folder of a finished build")
     push.add_argument("repository", metavar="OWNER/NAME", help="dataset repository on the Hub")
-    push.add_argument("--upload", action="store_true", help="upload")
-    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument("--upload", action="store_true", help="upload the files that are listed without this option")
+    push.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     push.set_defaults(run=run_dataset_push)
 
     corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
     fetch = commands.add_parser("fetch", help="download the packages of a corpus that FOLDER lacks")
-    packages = "the packages, such as hub_configs/mose-code/corpus.yaml"
+    packages = "list of packages, such as hub_configs/mose-code/corpus.yaml"
     fetch.add_argument("corpus", metavar="FILE", type=existing, help=packages)
-    fetch.add_argument("--out", metavar="FOLDER", required=True, help="where to write: a folder for each package")
+    fetch.add_argument("--out", metavar="FOLDER", required=True, help="folder to write, with a folder for each package")
     fetch.set_defaults(run=run_corpus_fetch)
 
-    pairs = commands.add_parser("build", help="extract functions, drop duplicates and hold out packages")
+    pairs = commands.add_parser("build", help="extract functions of packages, drop duplicates, hold out packages")
     pairs.add_argument("corpus", metavar="FILE", type=existing, help=packages)
-    fetched = "where `fetch` wrote the packages"
+    fetched = "folder that `mose dataset corpus fetch` wrote"
     pairs.add_argument("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
-    pairs.add_argument("--out", metavar="FOLDER", required=True, help="where to write; an old build is continued")
-    pairs.add_argument("--processes", metavar="N", type=int, default=2, help="processes that extract functions (2)")
+    pairs.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old build is continued")
+    processes = "number of processes that extract functions (default: 2)"
+    pairs.add_argument("--processes", metavar="N", type=int, default=2, help=processes)
     pairs.set_defaults(run=run_corpus_build)
 
-    check = commands.add_parser("check", help="name the texts that equal or nearly equal a text of an evaluation set")
-    written = "what `build` wrote: pairs.jsonl.gz and others"
+    check = commands.add_parser("check", help="list texts of a corpus that (nearly) equal texts of evaluation sets")
+    written = "file that `mose dataset corpus build` wrote, such as pairs.jsonl.gz"
     check.add_argument("files", metavar="FILE", type=existing, nargs="+", help=written)
     against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
     check.add_argument("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
-    check.add_argument("--drop", metavar="FOLDER", help="write the files again to FOLDER, without the rows found")
-    check.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
+    check.add_argument("--drop", metavar="FOLDER", help="write the files to FOLDER without the rows that were found")
+    check.add_argument("--json", metavar="FILE", help="also write the numbers of rows that were found to FILE")
     check.set_defaults(run=run_corpus_check)
 
 
@@ -143,7 +148,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Print the texts of a corpus that are in evaluation sets; UserError if there are any, unless --drop is given."""
+    """Print the texts of a corpus that are in evaluation sets; UserError if there are any and --drop is not given."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import check_writable, write_json
 
@@ -156,5 +161,5 @@ def run_corpus_check(arguments: argparse.Namespace) -> None:
     for name, counts in report["files"].items():
         print(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set")
     if hits and not arguments.drop:
-        message = f"{len(hits)} texts are in evaluation sets: write the other rows with --drop FOLDER."
+        message = f"{len(hits)} texts are in evaluation sets; to write the rows without them, add --drop FOLDER."
         raise UserError("cli.dataset.corpus", message)

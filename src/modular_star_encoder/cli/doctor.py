@@ -14,7 +14,7 @@ CORE = (DISTRIBUTION, "torch", "transformers", "sentence-transformers", "hugging
 
 def add_doctor_command(commands: Any) -> None:
     """Add `mose doctor` to the subparsers of `mose`."""
-    doctor = commands.add_parser("doctor", help="print versions, devices, folders of caches, and what is missing")
+    doctor = commands.add_parser("doctor", help="print versions, devices, folders of caches, and missing packages")
     doctor.set_defaults(run=run_doctor)
 
 
@@ -37,7 +37,7 @@ def run_doctor(arguments: argparse.Namespace) -> None:
 
 
 def devices() -> dict[str, str]:
-    """Return what torch can compute on: the processor, and each GPU with its memory."""
+    """Return name → description of each device that torch can use: the processor, and GPUs with their memory."""
     import torch
 
     from modular_star_encoder.utils.reports import machine_kind
@@ -53,7 +53,7 @@ def devices() -> dict[str, str]:
 
 
 def folders() -> dict[str, str]:
-    """Return the folder of the shipped model, and the folders of caches with their sizes."""
+    """Return the folder of the shipped model, the caches with their sizes, and whether the Hub may be used."""
     from huggingface_hub import constants
 
     from modular_star_encoder.inference import shipped_model
@@ -68,7 +68,7 @@ def folders() -> dict[str, str]:
 
 
 def folder_size(folder: Path) -> str:
-    """Return the path of a folder and its size in MB, or that the folder does not exist yet."""
+    """Return a text with a folder's path and its size in MB, or with "not there yet" if it does not exist."""
     if not folder.is_dir():
         return f"{folder} (not there yet)"
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
@@ -76,7 +76,7 @@ def folder_size(folder: Path) -> str:
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """Return, for each extra of the package, the requirements that are missing or have a version that does not fit."""
+    """Return each extra of this package → its requirements that are not installed or have an unsuitable version."""
     from packaging.requirements import Requirement
 
     own = distribution(DISTRIBUTION)

@@ -33,39 +33,41 @@ def add_evaluate_commands(commands: Any) -> None:
     """Add `mose evaluate` and `mose profile` to the subparsers of `mose`."""
     evaluate = commands.add_parser("evaluate", help="measure every exit on benchmarks, or on a folder of code")
     evaluate.add_argument("checkpoint", metavar="MODEL", type=_model, help=CHECKPOINT_HELP)
-    names = f"a list of these, with commas (default: folder): {', '.join(BENCHMARK_NAMES)}"
+    names = f"benchmarks, separated by commas (default: folder): {', '.join(BENCHMARK_NAMES)}"
     evaluate.add_argument("--benchmark", metavar="NAMES", type=_benchmarks, default=["folder"], help=names)
-    data = "source code, or files of benchmarks; or hub, or hub:OWNER/NAME"
+    data = "folder of source code or of benchmark files; or hub, for the authors' dataset, or hub:OWNER/NAME"
     evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
-    evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
-    evaluate.add_argument("--untrained", action="store_true", help="also measure the same model with fresh weights")
+    exits = "exits to measure: all (the default), or a list such as 4,9"
+    evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)
+    evaluate.add_argument("--untrained", action="store_true", help="also measure the model with random weights")
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    evaluate.add_argument("--out", metavar="FOLDER", help="reports and plots; an interrupted run continues there")
     evaluate.add_argument(
-        "--baselines", metavar="NAMES", type=name_list, help="bm25, tfidf, other models, openai:MODEL@URL"
+        "--out", metavar="FOLDER", help="folder for reports and plots; an interrupted run is continued"
     )
-    evaluate.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files, and report it")
-    evaluate.add_argument("--cache", metavar="FOLDER", help="where to keep embeddings (default: OUT/embeddings)")
+    baselines = "also measure these, separated by commas: bm25, tfidf, other models, openai:MODEL@URL"
+    evaluate.add_argument("--baselines", metavar="NAMES", type=name_list, help=baselines)
+    subset = "accept benchmark files that lack rows; the report says so"
+    evaluate.add_argument("--allow-subset", action="store_true", help=subset)
+    evaluate.add_argument("--cache", metavar="FOLDER", help="folder for embeddings (default: OUT/embeddings)")
     evaluate.set_defaults(run=run_evaluate)
 
     profile = commands.add_parser("profile", help="measure the cost of every exit on this machine")
     profile.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
-    profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
-    profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help="default: 1,8")
-    profile.add_argument(
-        "--lengths", metavar="LIST", type=number_list, default=(128, 512), help="default: 128,512 tokens"
-    )
-    profile.add_argument(
-        "--rounds", metavar="N", type=int, default=30, help="timed runs per exit and shape (default: 30)"
-    )
+    profile.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)
+    sizes, lengths = "batch sizes to measure (default: 1,8)", "text lengths to measure, in tokens (default: 128,512)"
+    profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help=sizes)
+    profile.add_argument("--lengths", metavar="LIST", type=number_list, default=(128, 512), help=lengths)
+    rounds = "timed runs per exit, batch size and length (default: 30)"
+    profile.add_argument("--rounds", metavar="N", type=int, default=30, help=rounds)
     profile.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
     profile.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    profile.add_argument("--out", metavar="FILE", help="default: exit_profile.json in the checkpoint's folder")
+    written = "file to write (default: exit_profile.json in the checkpoint's folder)"
+    profile.add_argument("--out", metavar="FILE", help=written)
     profile.add_argument(
         "--quality",
         metavar="NAME=FILE",
         type=of_form("NAME=FILE", "([^=]+)=(.+)"),
-        help="only add the quality of each exit, as benchmark NAME, from a FILE that mose evaluate wrote",
+        help="measure nothing; add each exit's quality on benchmark NAME to the profile, from a FILE of mose evaluate",
     )
     profile.set_defaults(run=run_profile)
 

@@ -60,9 +60,10 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 after an error that the user can fix, or 130 after Ctrl-C or SIGTERM.
+    """Run one command and return its exit status.
 
-    Results go to stdout; progress, and errors as one line each, go to stderr. argparse reports wrong usage (status 2).
+    It is 0, 2 after an error that the user can fix, or 130 after Ctrl-C or SIGTERM. Results go to stdout. Progress and
+    errors go to stderr, each error in one line. Wrong usage ends the process with argparse's message and status 2.
     """
     keep_few_compiled_operations()
     if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
@@ -92,17 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def keep_few_compiled_operations() -> None:
-    """Limit the caches of compiled operations to what one batch needs, unless the environment sets their size.
+    """Limit the caches of oneDNN's and PyTorch's compiled CPU operations to 64 each, unless the environment sets them.
 
-    By default oneDNN and PyTorch each cache 1,024 operations on a CPU, one per shape of a bfloat16 matrix, and each
-    batch without padding has a new shape (benchmarks/NOTES.md). Call this before the first such operation.
+    By default each holds 1,024 operations, one per shape of a bfloat16 matrix. Without padding each batch has a new
+    shape, so memory grows (benchmarks/NOTES.md). Call this before the first such operation.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error names the command or option that a misspelt one resembles."""
+    """A parser whose errors suggest the command or option that a misspelt one resembles."""
 
     def parse_known_args(self, *words: Any, **options: Any) -> Any:
         arguments, rest = super().parse_known_args(*words, **options)
@@ -127,7 +128,7 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line; settings (`key=value`) and the folder to search may also follow options."""
+    """Return the parsed command line. A recipe's `key=value` and the folder to search may also follow options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     is_search, has_settings = hasattr(arguments, "questions"), hasattr(arguments, "overrides")
@@ -139,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parser of every command that does something, in the order of the help."""
+    """Yield the parser of every command that has no subcommands, in the order of the help."""
     groups = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not groups:
         yield parser

@@ -16,28 +16,31 @@ def add_publish_commands(commands: Any) -> None:
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
     cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
-    cut.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    cut.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     cut.set_defaults(run=run_slice)
 
-    grow = commands.add_parser("grow", help="write a checkpoint of exit 0 with new layers, which change no output yet")
-    grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a model with exit 0 alone")
-    grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help="such as 0 1 2 4 6")
-    grow.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    grow = commands.add_parser("grow", help="add layers to a checkpoint of exit 0; they change no output until trained")
+    grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
+    exits = "exits of the new checkpoint, such as 0 1 2 4 6"
+    grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help=exits)
+    grow.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     grow.set_defaults(run=run_grow)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest for its first repository")
     _add_folder_options(card)
-    card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure there instead")
+    card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure to FOLDER, not to stdout")
     card.set_defaults(run=run_card)
 
-    publish = commands.add_parser("publish", help="verify repositories and say what would change; --upload does it")
-    publish.add_argument("source", metavar="MANIFEST", help="such as hub_configs/small/publish.yaml; or a folder")
-    publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other settings: namespace=NAME")
+    publish = commands.add_parser("publish", help="verify repositories, and list what --upload would change on the Hub")
+    source = "a manifest, such as hub_configs/small/publish.yaml, or a checkpoint's folder"
+    publish.add_argument("source", metavar="MANIFEST", help=source)
+    settings = "settings that replace the manifest's, such as namespace=NAME"
+    publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=settings)
     _add_folder_options(publish)
-    publish.add_argument("--upload", action="store_true", help="upload, one commit for each repository that differs")
-    publish.add_argument("--public", action="store_true", help="make new repositories public")
-    publish.add_argument("--out", metavar="FOLDER", help="keep the prepared folders there; it must not exist")
+    publish.add_argument("--upload", action="store_true", help="upload, in one commit for each repository that differs")
+    publish.add_argument("--public", action="store_true", help="make new repositories public (default: private)")
+    publish.add_argument("--out", metavar="FOLDER", help="keep the prepared repositories in this new or empty folder")
     publish.set_defaults(run=run_publish)
 
     export = commands.add_parser("export", help="write one exit as an ONNX folder, or exit 0 as an embedding table")
@@ -46,24 +49,24 @@ def add_publish_commands(commands: Any) -> None:
         "--format",
         choices=("onnx", "static", "model2vec"),
         default="onnx",
-        help="static, model2vec: exit 0 for sentence-transformers' StaticEmbedding or model2vec (default: onnx)",
+        help="onnx (default), or exit 0 as a table: static for sentence-transformers' StaticEmbedding, or model2vec",
     )
-    export.add_argument("--exit-layer", metavar="K", type=int, help="default: the deepest")
-    export.add_argument("--out", metavar="FOLDER", help="must not exist; default: CHECKPOINT-K-FORMAT")
-    export.add_argument("--int8", action="store_true", help="also write 8-bit weights, measured on --data")
-    export.add_argument("--data", metavar="FOLDER", help="source code, or a benchmark: compare rankings on it")
-    export.add_argument("--benchmark", metavar="NAME", default="folder", help="what --data holds (default: folder)")
-    export.add_argument("--allow-subset", action="store_true", help="accept partial benchmark files")
+    export.add_argument("--exit-layer", metavar="K", type=int, help="exit to export (default: the deepest)")
+    export.add_argument("--out", metavar="FOLDER", help="new or empty folder to write (default: CHECKPOINT-K-FORMAT)")
+    export.add_argument("--int8", action="store_true", help="also write 8-bit weights; their quality needs --data")
+    data = "source code or benchmark files, on which export and checkpoint are compared"
+    export.add_argument("--data", metavar="FOLDER", help=data)
+    name = "benchmark in --data (default: folder, which is source code)"
+    export.add_argument("--benchmark", metavar="NAME", default="folder", help=name)
+    export.add_argument("--allow-subset", action="store_true", help="accept benchmark files that lack rows")
     export.set_defaults(run=run_export)
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options with which a folder is published without a manifest."""
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="of a folder: its repository on the Hub")
-    parser.add_argument("--license", metavar="NAME", help="of a folder: the Hub's name of the licence (apache-2.0)")
-    parser.add_argument(
-        "--evaluation", metavar="FILE", action="append", default=[], help="of a folder: results of mose evaluate"
-    )
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="for a folder: its repository on the Hub")
+    parser.add_argument("--license", metavar="NAME", help="for a folder: its licence by the Hub's name: apache-2.0")
+    results = "for a folder: JSON file of mose evaluate for the card; may be repeated"
+    parser.add_argument("--evaluation", metavar="FILE", action="append", default=[], help=results)
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
@@ -94,7 +97,8 @@ def run_publish(arguments: argparse.Namespace) -> None:
     is_folder = os.path.isdir(resolve_checkpoint(source))
     if misplaced := overrides if is_folder else options:
         kind = "is a folder" if is_folder else "is a manifest" if os.path.exists(source) else "does not exist"
-        message = f"{source} {kind}, so leave out {misplaced[0]}: KEY=VALUE is for manifests, --options for folders."
+        forms = "KEY=VALUE is for manifests; --repository, --license and --evaluation are for folders"
+        message = f"{source} {kind}, so leave out {misplaced[0]}: {forms}."
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     from modular_star_encoder.hub.publishing import publish
@@ -128,7 +132,7 @@ def _ranking_tasks(arguments: argparse.Namespace) -> list[Any]:
     for name in choose_benchmarks([arguments.benchmark], arguments.data):
         for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
             if not isinstance(task, RetrievalTask):
-                message = f"--benchmark {name} ranks no documents, so exports cannot be compared: name another one."
+                message = f"--benchmark {name} ranks no documents, so it can't compare exports. Name another benchmark."
                 raise UserError("cli.export.benchmark", message)
             tasks.append(task)
     return tasks

@@ -26,90 +26,97 @@ def add_search_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `mose`."""
     index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
     index.add_argument("folder", metavar="FOLDER", help="a folder of source code")
-    index.add_argument("--out", metavar="INDEX", help="a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")
+    index.add_argument("--out", metavar="INDEX", help="index: a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")
     _add_checkpoint_options(index, "mose-code, which is built in")
-    index.add_argument("--exit-layers", metavar="LIST", type=exit_list, default=(), help="several exits: 4,9 or all")
-    index.add_argument("--dimension", metavar="D", type=int, help="components to keep (default: all)")
-    index.add_argument("--languages", metavar="LIST", type=name_list, help="languages to read (default: all)")
-    index.add_argument("--docs", action="store_true", help="also read Markdown, in pieces by heading")
+    index.add_argument(
+        "--exit-layers", metavar="LIST", type=exit_list, default=(), help="exits to embed at: 4,9 or all"
+    )
+    dimension = "number of components of a vector to keep (default: all)"
+    index.add_argument("--dimension", metavar="D", type=int, help=dimension)
+    languages = "languages to read, separated by commas (default: all)"
+    index.add_argument("--languages", metavar="LIST", type=name_list, help=languages)
+    index.add_argument("--docs", action="store_true", help="also read Markdown files, split at headings")
     index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
-    index.add_argument("--vendored", action="store_true", help="also read copied and generated code")
+    index.add_argument("--vendored", action="store_true", help="also read vendored libraries and generated code")
     _add_show_skipped(index)
-    index.add_argument("--rebuild", action="store_true", help="replace the index, also with other settings")
-    index.add_argument("--json", action="store_true", help="print JSON")
+    index.add_argument("--rebuild", action="store_true", help="replace the index, even if it has other settings")
+    index.add_argument("--json", action="store_true", help="print the report as JSON")
     index.set_defaults(run=run_index)
 
     search = commands.add_parser("search", help="find functions of a code folder by questions in prose")
-    question = 'for example "parse an HTTP header"; the last may be the folder to search'
+    question = 'such as "parse an HTTP header"; the last one may be the folder to search'
     search.add_argument("questions", metavar="QUESTION", nargs="+", help=question)
     where = search.add_mutually_exclusive_group()
     _add_index(where)
-    where.add_argument("--folder", metavar="FOLDER", help="the folder to search, as after the question")
-    _add_checkpoint_options(search, "the one of the index, else mose-code")
-    search.add_argument("--languages", metavar="LIST", type=name_list, help="only these languages")
-    search.add_argument("--path", metavar="PATTERN", help="only these files, such as '*.py' or 'src/**'")
+    where.add_argument("--folder", metavar="FOLDER", help="the folder to search, if it does not follow the questions")
+    _add_checkpoint_options(search, "the index's, or mose-code for a new index")
+    only = "search only these languages, separated by commas"
+    search.add_argument("--languages", metavar="LIST", type=name_list, help=only)
+    search.add_argument("--path", metavar="PATTERN", help="search only files such as '*.py' or 'src/**'")
     search.add_argument(
         "--method",
         choices=("hybrid", "vector", "lexical"),
         default="hybrid",
-        help="hybrid: similarity, words and ranking rules (default); lexical: no model; vector: similarity alone",
+        help="hybrid (default): vectors, words and ranking rules; vector: vectors alone; lexical: no model",
     )
     deeper = "deeper exit that ranks the best hits again"
     search.add_argument("--rerank-exit-layer", metavar="K", type=at_least(1), help=deeper)
-    search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits to rank again (default: 20)")
-    margin = "re-rank only if the best similarity exceeds the second by less than X"
+    search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits that are ranked again (default: 20)")
+    margin = "rank again only if the best hit's similarity exceeds the second's by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
     _add_show_skipped(search)
-    stale = "search the index as it is: re-read no changed files"
+    stale = "search the index as it is, without reading changed files"
     search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
-    search.add_argument("--explain", action="store_true", help="show what each ranking rule added, also in JSON")
+    search.add_argument("--explain", action="store_true", help="show what each ranking rule adds to a hit's score")
     _add_output_options(search)
     search.set_defaults(run=run_search)
 
     related = commands.add_parser("related", help="find code that resembles the code at a line")
     place = of_form("FILE:LINE", r"(.+):(\d+)")
-    related.add_argument("place", metavar="FILE:LINE", type=place, help="for example src/app.py:120")
+    related.add_argument("place", metavar="FILE:LINE", type=place, help="a line of code, such as src/app.py:120")
     _add_index(related)
     _add_output_options(related)
     related.set_defaults(run=run_related)
 
     mcp = commands.add_parser("mcp", help="serve an index to agents (Model Context Protocol, stdin and stdout)")
-    mcp.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="what to serve (default: this folder)")
+    mcp.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="code folder (default: this folder)")
     mcp.set_defaults(run=run_mcp)
 
     demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
     _add_index(demo)
-    demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
+    demo.add_argument("--model", metavar="CHECKPOINT", help="new place of the index's checkpoint, if it was moved")
     host = "127.0.0.1"
-    demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, this machine alone)")
-    demo.add_argument("--port", metavar="N", type=int, help="default: the first free one from 7860 on")
+    demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, for this machine alone)")
+    demo.add_argument("--port", metavar="N", type=int, help="port to serve on (default: the first free from 7860 on)")
     source = "web address of the indexed folder, for links: https://github.com/OWNER/NAME/blob/REVISION/src"
     demo.add_argument("--source", metavar="URL", help=source)
     demo.set_defaults(run=run_demo)
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
-    what = f"folder or Hub repository (default: {default})"
+    what = f"checkpoint that embeds: a folder or Hub repository (default: {default})"
     parser.add_argument("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
     parser.add_argument(
         "--exit-layer", metavar="K", type=int, help="exit to embed at (default: 0 for mose-code, else the deepest)"
     )
-    parser.add_argument("--latency-ms", metavar="MS", type=float, help="choose the exit by its exit profile")
-    parser.add_argument("--memory-mb", metavar="MB", type=float, help="choose the exit by its peak memory")
+    parser.add_argument("--latency-ms", metavar="MS", type=float, help="use the best exit that embeds within MS")
+    parser.add_argument(
+        "--memory-mb", metavar="MB", type=float, help="use the best exit whose peak memory is within MB"
+    )
 
 
 def _add_index(parser: Any) -> None:
-    parser.add_argument("--index", metavar="INDEX", help="what mose index wrote (default: .mose here or above)")
+    parser.add_argument("--index", metavar="INDEX", help="index to search (default: .mose in this folder or one above)")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="hits per question (default: 5)")
-    parser.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines of code to show (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="number of hits (default: 5)")
+    parser.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines shown of a hit (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print the hits as JSON")
 
 
 def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--show-skipped", action="store_true", help="list the files that are left out, and why")
+    parser.add_argument("--show-skipped", action="store_true", help="list the files that are not indexed, and why")
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -162,7 +169,7 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
 
 
 def _budget(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the limits by which to choose the exit, if any; UserError if an exit is named, too."""
+    """Return the options that limit the exit's cost; UserError if an exit is named, too."""
     limits = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb")}
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if budget and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
@@ -214,7 +221,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:
-    """Move the last word from the questions to `folder` if it is one; UserError if it seems to be a misspelt one."""
+    """Move the last question to `folder` if it is a folder; UserError if it seems to be a misspelt folder."""
     *questions, last = arguments.questions
     if arguments.index is not None or arguments.folder is not None:
         return
@@ -239,7 +246,7 @@ def run_related(arguments: argparse.Namespace) -> None:
 
     path, line = arguments.place
     if not os.path.isfile(path):
-        raise UserError("cli.related.file", f"{path!r} is not a file. Name a file of the code folder, and a line.")
+        raise UserError("cli.related.file", f"{path!r} is not a file. Name a file and a line, such as src/app.py:120.")
     location = arguments.index or find_index(os.path.dirname(os.path.realpath(path)))
     index, _ = open_for_search(folder_of(path), location)
     for note in index.report.news():

@@ -12,31 +12,31 @@ from modular_star_encoder.cli import add_recipe_options
 
 
 def add_train_commands(commands: Any) -> None:
-    """Add the training commands to the subparsers of `mose`; their `--help` ends with all keys of their recipe."""
-    run_folder = "folder of the run; an existing run continues"
+    """Add the training commands and `mose recipes` to the subparsers of `mose`."""
+    recipe, run_folder = "a YAML file or a packaged recipe, such as", "folder of the run; an old run is continued"
 
-    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories, as a recipe says")
-    add_recipe_options(pretrain, "small", "corpus.folder=~/code", run_folder)
+    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories of code, by a recipe")
+    add_recipe_options(pretrain, f"{recipe} small", "corpus.folder=~/code", run_folder)
     pretrain.set_defaults(run=run_pretrain)
 
-    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs, as a recipe says")
-    add_recipe_options(finetune, "mose-code", "data.pairs=pairs.csv", run_folder)
+    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs of texts, by a recipe")
+    add_recipe_options(finetune, f"{recipe} mose-code", "data.pairs=pairs.csv", run_folder)
     finetune.set_defaults(run=run_finetune)
 
-    ablate = commands.add_parser("ablate", help="compare exits trained together and alone, and other options")
-    folder = "folder of the runs and reports; existing runs continue"
-    add_recipe_options(ablate, "small", "finetuning.max_steps=500", folder)
+    ablate = commands.add_parser("ablate", help="compare exits trained together with exits trained alone")
+    folder = "folder of runs and reports; an unfinished ablation is continued"
+    add_recipe_options(ablate, f"{recipe} small", "finetuning.max_steps=500", folder)
     ablate.set_defaults(run=run_ablate)
 
-    recipes = commands.add_parser("recipes", help="list the packaged recipes, show one, or copy one to change")
+    recipes = commands.add_parser("recipes", help="list, print or copy the packaged recipes")
     recipes.set_defaults(run=run_recipes, name=None, file=None)
     actions = recipes.add_subparsers(metavar="ACTION")
-    for action, meaning in (("list", "list all"), ("show", "print one"), ("copy", "copy one to a file")):
+    for action, meaning in (("list", "list all recipes"), ("show", "print one"), ("copy", "copy one to a file")):
         parser = actions.add_parser(action, help=meaning)
         if action != "list":
-            parser.add_argument("name", metavar="NAME", help="as in the list, or a folder's name alone: small")
+            parser.add_argument("name", metavar="NAME", help="such as small/finetune; small is its first recipe")
         if action == "copy":
-            parser.add_argument("file", metavar="FILE", help="a new YAML file")
+            parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
 
     for parser in (pretrain, finetune, ablate):
         _end_help_with_keys(parser)
@@ -64,7 +64,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         width = max(len(one.name) for one in recipes)
         for one in recipes:
             print(f"mose {one.command:8} {one.name:{width}}  {one.summary}")
-        print("\nA folder's name alone is its first recipe for the command: `mose finetune mose-code --out FOLDER`.")
+        print("\nThe part before / names the first such recipe of a command: `mose finetune mose-code --out FOLDER`.")
         return
     path = find_recipe(arguments.name)
     text = path.read_text(encoding="utf-8")

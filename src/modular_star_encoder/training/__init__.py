@@ -31,7 +31,7 @@ class PackagedRecipe:
 
 
 def packaged_recipes() -> list[PackagedRecipe]:
-    """Return all packaged recipes by folder; of each folder, the main recipe of a command comes first."""
+    """Return all packaged recipes, sorted by folder; in a folder, the main recipe of each command comes first."""
     found = []
     for path in _root().glob("*/*.yaml"):
         if key := re.search(rf"^({'|'.join(_COMMANDS)}):", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
@@ -40,10 +40,10 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Return the YAML file that `name` names: a path, or a packaged recipe such as `small` or `small/finetune`.
+    """Return the YAML file that `name` names: a path, or a packaged recipe such as `small/finetune`.
 
-    `command` is the `mose` command that runs the recipe; None for any. The error for an unknown name (`settings.file`)
-    lists the packaged recipes of the command.
+    A folder's name alone, such as `small`, names its first recipe. With `command`, only packaged recipes of this `mose`
+    command are searched. UserError (`settings.file`), which lists these recipes, if none has the name.
     """
     path = Path(name).expanduser()
     if path.is_file():

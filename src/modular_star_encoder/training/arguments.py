@@ -1,4 +1,4 @@
-"""`MultiExitTrainingArguments`: how the exits are trained, and the learning-rate schedule of the paper."""
+"""`MultiExitTrainingArguments`: how the exits are trained, and a learning rate that changes in steps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,29 +18,32 @@ class MultiExitTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
-        exit_weights: weights of the exits' losses: `"paper"` (i/depth), `"uniform"`, `"linear"`, `"geometric"`, or a
-            list of one number per exit; see `exit_weights` of `modular_star_encoder.objectives.exit_losses`.
-        normalize_exit_weights: divide the weights by their sum.
-        exit_schedule: which exits a step trains: `"all"`; `"rotate"`, the deepest and, in turn, one of the others;
-            `"alternate"`, the deepest alone and all in turn (BERxiT, Xin et al., EACL 2021); `"deepest_first"`, the
-            deepest alone in the first half of all steps, then all (the mixed regime of arXiv 2407.14320).
-        detach_shallow_exits: the losses of all exits but the deepest train their heads alone, not the trunk (the second
-            stage of DeeBERT, arXiv 2004.12993, at the same time as the first). Models with projection heads only.
-        share_heads: all exits have the deepest exit's projection head: equal weights at the start, trained by the sum
-            of the exits' gradients.
-        ema_decay: decay of an exponential moving average of the weights, which the saved model has in place of the last
-            step's weights; 0 for none. Not under FSDP.
-        log_gradient_norms: add `gradient_norm_exit_{layer}` to every log line: the norm of the trunk's gradient from
-            this exit's weighted loss; and `gradient_cosine_layer_{number}`, the mean cosine of any two exits' gradients
-            on that layer (0: token embeddings): below 0 they conflict. A logged step runs one more backward pass per
-            exit. Not under FSDP.
-        milestones: steps at which the learning rate falls to the next of `fractions`, in place of `lr_scheduler_type`;
-            see `rate_fraction`.
-        fractions: fractions of the peak learning rate, one per milestone.
+        exit_weights: weights of the exits' losses: `"paper"` (exit i has i/depth), `"uniform"`, `"linear"`,
+            `"geometric"`, or a list of one number per exit; see `exit_weights` of
+            `modular_star_encoder.objectives.exit_losses`.
+        normalize_exit_weights: divide the exits' weights by their sum.
+        exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`:
+            the deepest and one other exit, which changes from step to step. `"alternate"`: in turn the deepest alone
+            and all (BERxiT, Xin et al., EACL 2021). `"deepest_first"`: the deepest alone in the first half of all
+            steps, then all (the mixed regime of arXiv 2407.14320).
+        detach_shallow_exits: the losses of all exits but the deepest train only these exits' heads, not the trunk. This
+            is the second stage of DeeBERT (arXiv 2004.12993), at the same time as the first. The model must have
+            projection heads.
+        share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
+            are trained by the sum of the exits' gradients.
+        ema_decay: decay of an exponential moving average of the weights; 0 for none. The saved model has the average
+            in place of the last step's weights. Not under FSDP.
+        log_gradient_norms: log gradients of the exits' weighted losses. `gradient_norm_exit_{layer}` is the norm of an
+            exit's gradient on the trunk. `gradient_cosine_layer_{number}` is the mean cosine of two exits' gradients on
+            one layer (0: all weights outside the layers); where it is below 0, the exits conflict. A logged step runs
+            one more backward pass per exit. Not under FSDP.
+        milestones: ascending steps at which the learning rate changes to the next of `fractions`. They replace
+            `lr_scheduler_type`; see `rate_fraction`.
+        fractions: learning rates from the milestones on, as fractions of the peak; one per milestone.
 
     Raises:
-        UserError: `milestones` and `fractions` do not fit each other (`training.schedule`), or `exit_schedule` is
-            unknown (`training.exit_schedule`).
+        UserError: `milestones` and `fractions` do not fit each other (`training.schedule`), `exit_schedule` is unknown
+            (`training.exit_schedule`), or `ema_decay` is out of range or used with FSDP (`training.ema_decay`).
         ValueError: as `transformers.TrainingArguments`.
 
     Example:
@@ -56,7 +59,7 @@ class MultiExitTrainingArguments(TrainingArguments):
     share_heads: bool = field(default=False, metadata={"help": "one projection head for all exits"})
     ema_decay: float = field(default=0.0, metadata={"help": "decay of the average of the weights"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log each exit's gradient norm on the trunk"})
-    milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the rate falls"})
+    milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the rate changes"})
     fractions: list[float] = field(default_factory=list, metadata={"help": "fractions of the peak rate"})
 
     def __post_init__(self) -> None:
@@ -82,12 +85,14 @@ class MultiExitTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:
-        """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak; needs `milestones`.
+        """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak.
 
-        Linear warm-up, s / `warmup_steps` at step s, then a constant rate that falls in steps. The paper (arXiv
-        2503.03008, pre-training) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and 0.001 at steps 120k,
-        185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply. Here each is a fraction of the
-        peak; multiplied, they would end at 1e-9 of the peak.
+        It rises to 1 over `warmup_steps` and stays there until the first of `milestones`; from each milestone on, it is
+        that milestone's number in `fractions`.
+
+        In pre-training, the paper (arXiv 2503.03008) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and
+        0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply. Here each
+        is a fraction of the peak; multiplied, they would end at 1e-9 of the peak.
         """
         if step < self.warmup_steps:
             return step / self.warmup_steps

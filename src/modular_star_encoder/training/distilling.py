@@ -28,16 +28,18 @@ _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """A recipe's settings for learning from a teacher; its `objective` has the settings of the contrastive loss.
+    """Settings of a recipe's `distillation`: the teacher, and how the exits learn its vectors.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
-        query_prompt, document_prompt: prefix of descriptions and of code for the teacher.
-        max_characters: longer texts are cut to this length before the teacher reads them.
-        centre_by_kind: subtract from each vector the mean vector of descriptions or of code, and normalise again.
-        texts: unpaired texts to learn from too, one for every two pairs of a batch: a JSON Lines or Parquet file with
-            the column `text`.
-        start_from_teacher: begin with the teacher's vectors of single tokens; see the function `start_from_teacher`.
+        query_prompt, document_prompt: texts put before each description and before each snippet for the teacher.
+        max_characters: largest number of characters of a text for the teacher; the rest is cut off.
+        centre_by_kind: subtract the mean vector of all descriptions from each description's vector, and that of all
+            snippets from each snippet's, and normalise the results.
+        texts: file of texts without a pair to learn from, too: JSON Lines or Parquet with a column `text`. A batch has
+            one of them for every two pairs.
+        start_from_teacher: before training, set exit 0 to the teacher's vectors of single tokens. See the function
+            `start_from_teacher`.
         cache: folder of the teacher's vectors; by default in the user's cache.
     """
 
@@ -54,8 +56,8 @@ class TeacherSettings(DistillationSettings):
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of `RetrievalBatches` with the teacher's vector of each text, such as `query_teacher`, float32 (D,).
 
-    A snippet with renamed words keeps the vector of the original. With unpaired texts, every second row also has
-    `text_ids` and `text_teacher`, drawn by the seed and the row's number alone.
+    A snippet with renamed words has the vector of the original snippet. If there are `unpaired` texts, every second row
+    also has one of them, as `text_ids` and `text_teacher`; the seed and the row's number determine which one.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def load_teacher(settings: TeacherSettings, projection_size: int) -> Encoder:
-    """Load the teacher; UserError (`distillation.size`) if its vectors do not have the size `projection_size`."""
+    """Load the teacher; UserError (`distillation.size`) if its vectors do not have `projection_size` components."""
     teacher = load_encoder(settings.teacher)
     exit_layer = teacher.exit_layers[-1]
     size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
@@ -100,11 +102,15 @@ def teach(
     max_tokens: int,
     progress: bool = True,
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
-    """Add the teacher's vectors to the batches; if `settings.start_from_teacher`, also initialise the model's exit 0.
+    """Add the teacher's vectors to the training batches (`train`) and the evaluation batches (`held_out`).
+
+    If `settings.start_from_teacher` is set, also initialise the model's exit 0. The texts of `settings.texts` are cut
+    to `max_tokens` tokens.
 
     Returns:
-        The training and evaluation batches with the teacher's vectors, and, if they are centred, `teacher_means`: kind
-        (`query`, `document`) → mean vector (D,) of its training texts, as a list. `max_tokens` limits unpaired texts.
+        The training batches and the evaluation batches with the teacher's vectors, and entries for the training log.
+        If vectors are centred, the entry `teacher_means` has the mean vector of the training texts of each kind
+        (`query`, `document`), as a list of D numbers; otherwise there is no entry.
     """
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
@@ -131,7 +137,7 @@ def teach(
 
 
 def _texts_by_kind(examples: Sequence[RetrievalExample]) -> dict[str, list[str]]:
-    """Return the descriptions (`query`) and the code (`document`) of all rows, hard negatives included."""
+    """Return all descriptions (`query`) and all snippets (`document`), hard negatives included."""
     codes = [[*one.snippets, *([one.negative] if one.negative else [])] for one in examples]
     return {
         "query": [one.description for one in examples if one.description],
@@ -156,17 +162,17 @@ def start_from_teacher(
 ) -> None:
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
-    The embeddings are the teacher's vectors of the tokens, minus their mean, and the head is the identity.
-    If the model is narrower than the teacher, their principal components are used, and the head maps these back.
-    Weights are a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al.,
-    2017). Special tokens get zeros and weight 0, so that they affect no mean.
+    A token's embedding is the teacher's vector of this token minus the mean of all tokens, and the head is the
+    identity. If the model's hidden size is below D, the principal components of these vectors are the embeddings, and
+    the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
+    Sentence Embeddings" (Arora et al., 2017). Special tokens get zeros and weight 0, so that they affect no mean.
 
     Args:
         model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
         tokenizer: the model's tokenizer, of V tokens.
         vectors: (V, D), the teacher's vectors of `token_texts`.
-        token_counts: (V,), how often each token occurs in the training texts.
-        a: a frequency; tokens of this frequency get half the weight of rare ones.
+        token_counts: (V,), number of occurrences of each token in the training texts.
+        a: relative frequency of a token that gets half the weight of the rarest tokens.
 
     Raises:
         UserError: the model does not fit (`training.start_from_teacher`).
@@ -198,11 +204,11 @@ def start_from_teacher(
 
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """Return a model that adds new layers to `model`, which has only exit 0; every exit starts as good as exit 0.
+    """Return a copy of `model`, which has only exit 0, with new layers and exits.
 
-    The output projections of the new layers are zero, so that they write nothing at first, and all heads equal the head
-    of exit 0. Token embeddings are scaled to a standard deviation of 1; otherwise, after the first training steps, the
-    output of the new layers would outweigh them.
+    At first every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all heads equal
+    the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of the new layers
+    would outweigh them after the first training steps.
 
     Args:
         model: has exit 0 alone, and no exit norm.
@@ -244,7 +250,8 @@ def grow_checkpoint(
 ) -> Path:
     """Add layers (see `grow`) to a checkpoint that has only exit 0, write the result to `out`, and return `out`.
 
-    The folder `out` must be empty or not exist; it is written atomically. `seed` draws the weights of the new layers.
+    The folder `out` must be empty or not exist; it is written atomically. `seed` determines the new layers' random
+    weights.
 
     Raises:
         UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.

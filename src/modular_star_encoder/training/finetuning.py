@@ -54,9 +54,9 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a fine-tuning recipe; return the recipe and the function that runs it, `run(recipe, out, progress=…)`.
+    """Read a fine-tuning recipe; return it and the function for its task, `finetune` or `finetune_classifier`.
 
-    Arguments and errors are the same as in `load_recipe`.
+    Arguments and errors are those of `load_recipe`.
     """
     path = find_recipe(os.fspath(path), "finetune")
     content = read_mapping(path, overrides)
@@ -79,20 +79,23 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval; continue from the files that an earlier call with this recipe left in `out`.
 
-    With the recipe's `distillation`, every exit also learns the vectors of a teacher.
-    `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and in the end `model/`, a checkpoint
-    for `AutoModel` and, where its modules can compute the embeddings, `SentenceTransformer`, with `training_log.json`;
-    with `lora` also `adapter/`, and `model/` has the merged weights. If `out` holds a log, the run is finished and the
-    log is returned. With several processes (`accelerate launch`, `torchrun`), every process calls this function.
-    UserError if the recipe contradicts itself, the model or the data, or `out` holds a run with another recipe.
+    If the recipe has `distillation`, every exit also learns the vectors of a teacher.
+
+    `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and at the end `model/` with
+    `training_log.json`. `model/` is a checkpoint for `AutoModel`, and for `SentenceTransformer` if its modules can
+    compute the embeddings. With `lora`, `model/` has the merged weights, and `adapter/` the adapters. If `out` already
+    has a log, the run is finished and the log is returned.
+
+    With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
+    contradicts itself, the model or the data, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
         out: folder of this run.
-        data: prepared rows; they replace the recipe's `data`.
+        data: prepared rows, in place of the recipe's `data`.
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
-        before: whether to evaluate the starting model, too.
+        before: whether to evaluate also the model as it is before training.
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
@@ -152,7 +155,7 @@ def finetune(
 
 
 def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
-    """Return the objective of a recipe: with a teacher, distillation."""
+    """Return a recipe's objective: `DistillationObjective` if it has a teacher, otherwise `ContrastiveObjective`."""
     if recipe.distillation is None:
         return ContrastiveObjective(recipe.objective)
     return DistillationObjective(recipe.distillation, recipe.objective)
@@ -161,9 +164,9 @@ def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
 def check_recipe(
     recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
-    """Check that recipe and model fit together; return the model, with no weights loaded, and the trainer's arguments.
+    """Return the model of a recipe, without weights (on the meta device), and the trainer's arguments.
 
-    UserError if they do not fit. All checks that need neither data nor weights are made here.
+    UserError if the recipe does not fit the model. All checks that need neither data nor weights are made here.
     """
     config = starting_config(recipe)
     check_length(config, **recipe.lengths())
@@ -177,22 +180,22 @@ def check_recipe(
     check_objective(objective_of(recipe), arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
-            "SentenceTransformer's modules cannot compute this model's embeddings (pooling, projection_order or "
-            "embedding_normalization): it is saved for AutoModel alone."
+            "SentenceTransformer's modules cannot compute this model's embeddings because of its pooling, "
+            "projection_order or embedding_normalization. The model is saved for AutoModel alone."
         )
     return model, arguments
 
 
 def exit_encoder(recipe: FinetuningRecipe, model: Any, tokenizer: Any, name: str) -> ExitEncoder:
-    """Return an encoder that embeds at every exit of a model and cuts texts to the lengths of the recipe."""
+    """Return an encoder for every exit of a model; it cuts texts to the longest length of the recipe."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool, *, store: bool = True) -> RetrievalData:
-    """Prepare the retrieval data described by `FinetuningRecipe.rows`; with `progress`, print the numbers of rows.
+    """Return the data that `prepare_retrieval_data` makes of `rows`, its arguments (see `FinetuningRecipe.rows`).
 
-    Arguments and errors are those of `prepare_retrieval_data`.
+    With `progress`, also print how many rows each source has, and how many are skipped and why.
     """
     data = prepare_retrieval_data(folder=folder, progress=progress, store=store, **rows)
     if progress:
@@ -222,8 +225,9 @@ def _batches(
     if recipe.batch_size > most:
         listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
         advice = f"set batch_size={most}, or less" if most else "add rows"
-        message = f"The data has {listed or 'no pairs'} without common texts, and a batch takes one pair of a group"
-        raise UserError("data.batch_size", f"{message}: batch_size={recipe.batch_size} is too large; {advice}.")
+        message = f"batch_size={recipe.batch_size} is too large: {advice}. The data has {listed or 'no pairs'}"
+        rule = "a batch takes one pair of a group, because pairs of one group may have a text in common"
+        raise UserError("data.batch_size", f"{message}, and {rule}.")
     if not most_held_out:
         message = (
             f"{len(data.held_out)} rows are held out, too few for an evaluation on {processes} processes: add rows"
@@ -248,7 +252,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
 ) -> runs.Preflight:
-    """Estimate the size of a run; `groups` are as in `Preflight`, `tokens` the mean tokens of text and code."""
+    """Estimate the size of a run; `groups` is that of `Preflight`, `tokens` the mean tokens of a text and a snippet."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)

@@ -41,10 +41,11 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train a model; continue from the files that an earlier call with this recipe left in `out`.
 
-    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and in the end `model/`, a checkpoint
-    with `training_log.json`. If `out` holds a log, the run is finished and the log is returned. With several processes
-    (`accelerate launch`, `torchrun`), each process calls it. UserError if the recipe contradicts itself, the model or
-    the machine, or `out` holds a run with another recipe.
+    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
+    with `training_log.json`. If `out` already has a log, the run is finished and the log is returned.
+
+    With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
+    contradicts itself, the model or the machine, or `out` holds a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -54,8 +55,8 @@ def pretrain(
 
     Returns:
         The training log: the keys of `train_to_the_end`, `evaluation` (final metrics), `recipe`, `preflight`,
-        `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy of in-context classification
-        without a model) and the names of the held-out repositories.
+        `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy of in-context classification by
+        shared identifiers, without a model) and `held_out_repositories` (names).
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes
@@ -139,14 +140,14 @@ def pretrain(
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """Return the configuration that a recipe's `model` names; UserError if there is none (`config.unknown`)."""
+    """Return the configuration that a recipe's `model` names; UserError (`config.unknown`) if there is none."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> runs.Preflight:
-    """Estimate the size of a run (see `preflight`); heads run once per trained exit, at masked tokens only."""
+    """Estimate the size of a run (see `preflight`); each trained exit's heads run at masked tokens only."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return runs.preflight(

@@ -41,15 +41,15 @@ def load_config(name: str) -> ModularStarEncoderConfig:
 
 @settings_class
 class TrainingSettings:
-    """Settings of any training: all arguments of `MultiExitTrainingArguments`, with our defaults.
+    """Settings of any training: all arguments of `MultiExitTrainingArguments`, with this package's defaults.
 
     Args:
-        max_steps: optimiser steps.
-        learning_rate: peak of the schedule.
+        max_steps: number of optimiser steps.
+        learning_rate: peak of the learning-rate schedule.
         seed: seed of everything random, from 0 to 4294967295.
-        logging_steps, eval_steps, save_steps: steps from one log line, evaluation or checkpoint to the next; a number
-            below 1 is a share of all steps.
-        training: all other arguments.
+        logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
+            below 1 is a fraction of all steps.
+        training: all other arguments, by name.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -95,15 +95,15 @@ class TrainingSettings:
     ) -> MultiExitTrainingArguments:
         """Return training arguments that write checkpoints to `folder`.
 
-        UserError if the recipe sets an argument that other settings decide (`training.arguments.decided`), or a value
-        that `TrainingArguments` does not take (`training.arguments.value`).
+        `decided` are arguments that follow from other settings of the recipe. UserError if the recipe sets one of these
+        (`training.arguments.decided`), or a value that `TrainingArguments` does not take (`training.arguments.value`).
         """
         decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
         decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
         given |= given.pop("training")
         if twice := sorted(set(given) & set(decided)):
-            message = f"Leave out {', '.join(twice)}, which the recipe's other settings decide."
+            message = f"Leave out {', '.join(twice)}, which follows from the recipe's other settings."
             raise UserError("training.arguments.decided", message)
         defaults: dict[str, Any] = {
             "eval_strategy": "steps",
@@ -125,7 +125,7 @@ class TrainingRecipe(TrainingSettings):
     Args:
         model: a folder of `hub_configs`, or any folder with a config.json; training continues from its weights, if any.
         tokenizer: folder or Hub id; by default the model's own.
-        attn_implementation: attention to train with.
+        attn_implementation: Transformers' name of the attention to train with.
     """
 
     model: str
@@ -139,15 +139,15 @@ class PretrainingRecipe(TrainingRecipe):
 
     Args:
         corpus: one source of files and its options, such as `folder: PATH`; see `open_corpus`.
-        tokens_per_step: tokens per step over all processes, by gradient accumulation; each row counts as `max_tokens`.
-        rows_per_device: rows in memory at once on each device.
-        max_tokens: longest row, special tokens included.
-        mlm_probability: share of the text tokens to predict.
+        tokens_per_step: number of tokens in a step of all processes together; a row counts as `max_tokens`.
+        rows_per_device: number of rows that a device holds at once.
+        max_tokens: largest number of tokens of a row, special tokens included.
+        mlm_probability: fraction of the text tokens to predict.
         tokenizer: folder or Hub id; by default a new one with the model's vocabulary size, trained on the corpus.
         start_from_corpus: initialise token vectors by spelling and decoder biases by frequency, for small models.
-        packing: compute the rows of a batch as one flat row, without padding.
-        eval_fraction: share of the repositories kept for evaluation.
-        eval_rows: held-out rows of one evaluation.
+        packing: compute all rows of a batch as one row without padding.
+        eval_fraction: fraction of the repositories that is held out for evaluation.
+        eval_rows: number of held-out rows in an evaluation.
     """
 
     COMMAND: ClassVar[str] = "pretrain"
@@ -163,7 +163,7 @@ class PretrainingRecipe(TrainingRecipe):
     eval_rows: Count = 512
 
     def accumulation(self, processes: int) -> int:
-        """Return the number of batches of `rows_per_device` in one step on each of `processes` devices."""
+        """Return how many batches of `rows_per_device` rows each of `processes` devices computes in one step."""
         batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
         return _quotient("tokens_per_step", self.tokens_per_step, batch)
 
@@ -179,8 +179,8 @@ class StartingRecipe(TrainingRecipe):
         exit_layer: train this exit alone, with the layers up to it and no other head: a single-exit baseline.
         config: settings of the model's configuration to change, such as `residual_dropout`.
         unpad_inputs: compute padded batches without their padding; the saved model keeps its own setting.
-        lora: train low-rank adapters in place of the trunk's weights, and the heads in full: settings of
-            `peft.LoraConfig`; `{}` for the usual ones.
+        lora: train low-rank adapters in place of the trunk's weights, and the heads in full. The value has arguments of
+            `peft.LoraConfig`, or is `{}` for this package's defaults.
     """
 
     task: Literal["retrieval", "classification"] = "retrieval"
@@ -200,13 +200,14 @@ class FinetuningRecipe(StartingRecipe):
 
     Args:
         data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
-        batch_size: pairs of one step over all processes, all of them candidates for each other.
-        max_train_samples: rows to train on, drawn at random; all if None.
-        max_text_tokens, max_code_tokens: longest description and code, prompt and special tokens included.
-        identifier_rename_prob: share of the code snippets whose frequent words become random strings.
+        batch_size: number of pairs in a step of all processes together; the other pairs are a pair's negatives.
+        max_train_samples: number of rows to train on, drawn at random; all if None.
+        max_text_tokens, max_code_tokens: largest number of tokens of a description and of a code snippet, prompt and
+            special tokens included.
+        identifier_rename_prob: fraction of the code snippets whose frequent words become random strings.
         objective: settings of the loss; see `ContrastiveSettings`. Its `pairs` can't be set: they follow from the data.
-        distillation: a teacher whose vectors every exit learns, and what it teaches; see `TeacherSettings`.
-        eval_fraction: share of each source's rows, at most a fifth, kept for evaluation, by whole repositories.
+        distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.
+        eval_fraction: fraction of each source's rows held out for evaluation, by whole repositories; at most 0.2.
         eval_pairs: number of held-out pairs in each evaluation.
     """
 
@@ -245,7 +246,7 @@ class FinetuningRecipe(StartingRecipe):
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def pairs_per_device(self, processes: int) -> int:
-        """Return the number of pairs per step on each of `processes` devices; UserError if it isn't an even integer."""
+        """Return the number of pairs per step on each of `processes` devices; UserError if it is not even or whole."""
         return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
 
 
@@ -255,10 +256,11 @@ class ClassificationRecipe(StartingRecipe):
 
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
-        batch_size: pairs of one step over all processes, reached by accumulating gradients.
-        pairs_per_device: pairs in memory at once on each device; by default all of a step.
-        max_tokens: longest pair, special tokens included.
-        max_train_samples, max_eval_samples: pairs to train on and to evaluate with, drawn at random; all if None.
+        batch_size: number of pairs in a step of all processes together, reached by accumulating gradients.
+        pairs_per_device: number of pairs that a device holds at once; by default all of its pairs of a step.
+        max_tokens: largest number of tokens of a pair, special tokens included.
+        max_train_samples, max_eval_samples: number of pairs to train on and to evaluate with, drawn at random from each
+            split; all if None.
     """
 
     data: Mapping[str, Any]
@@ -269,13 +271,12 @@ class ClassificationRecipe(StartingRecipe):
     max_eval_samples: Count | None = None
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """Return how many pairs each of `processes` devices holds at once, and how many such batches make a step."""
+        """Return how many pairs each of `processes` devices holds at once, and how many such batches it adds up."""
         rows = self.pairs_per_device or max(1, self.batch_size // processes)
         return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
 
 
 def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
-    """Divide `total` by the product of `factors`; UserError if there is a remainder (`training.{name}.multiple`)."""
     product = math.prod(factors.values())
     if total % product:
         numbers = " × ".join(map(str, factors.values()))
@@ -285,7 +286,7 @@ def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:
 
 
 def check_length(config: ModularStarEncoderConfig, **lengths: int) -> None:
-    """Raise UserError if a maximum length exceeds the model's `max_position_embeddings`."""
+    """Raise UserError (`training.length.too_long`) if one of `lengths` exceeds `config.max_position_embeddings`."""
     longest = config.max_position_embeddings
     if too_long := [f"{name}={length}" for name, length in lengths.items() if length > longest]:
         message = f"{', '.join(too_long)} must be at most the model's max_position_embeddings={longest}."
@@ -301,7 +302,7 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
     Args:
         kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
         path: a YAML file, or the name of a packaged recipe (see `find_recipe`).
-        overrides: `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
+        overrides: texts `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and YAML values.
 
     Example:
         >>> load_recipe(PretrainingRecipe, "small", ["max_steps=500", "corpus.folder=~/code"]).max_steps

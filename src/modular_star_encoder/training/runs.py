@@ -86,11 +86,12 @@ def preflight(
 
     Args:
         model: with its adapters, if it has some; may be on the meta device.
-        texts: for each kind of row (all equally frequent), the mean tokens of each text of a row.
-        tokens_in_memory: tokens on one device whose activations are kept at once.
-        passes: training passes through the layers per row; 4/3 where gradients are cached.
-        head_flops, other_bytes: FLOPs of the heads per row; further bytes kept on each device.
-        groups: kind of pairs → number of groups; 0 where the data has none.
+        texts: for each kind of row, the mean number of tokens of each text in a row. All kinds are equally frequent.
+        tokens_in_memory: number of tokens on one device whose activations are kept at once.
+        passes: number of forward and backward passes through the layers per row; 4/3 with cached gradients.
+        head_flops: FLOPs of the heads per row.
+        other_bytes: further bytes kept on each device.
+        groups: kind of pairs → number of groups, or 0 if the data has none.
     """
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -117,23 +118,25 @@ def preflight(
 
 
 def processes_of_run() -> PartialState:
-    """Return accelerate's state of this run's processes, which communicate by gloo if there is no GPU."""
+    """Return accelerate's state of this run's processes. Without a GPU they communicate by gloo."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError if `out` has files, but none named `mark`. Hidden files, left by a killed run, do not matter."""
+    """Raise UserError (`training.run.not_a_run`) if `out` has files, but not `mark`. Hidden files are ignored."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if out.is_file() or (names and mark not in names):
         raise UserError("training.run.not_a_run", f"{out} is not empty and holds no {kind}; name another folder.")
 
 
 def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
-    """Check that a run's folder, if it exists, fits this recipe; return the log if the run is finished. Writes nothing.
+    """Check that a run's folder `out` fits the recipe; return the run's log, or None if the run is not finished.
 
-    `recipe.json` in the folder holds the settings. Once a checkpoint exists, all settings except `MAY_CHANGE` must be
-    the same; before that, if other files exist, only those in `until_trained`. Otherwise a UserError names those that
-    differ (`training.run.other_settings`), or says that the folder holds no run of `kind` (`training.run.not_a_run`).
+    `recipe.json` in the folder holds the settings of the run. If there is a model or a checkpoint, all settings except
+    `MAY_CHANGE` must equal the recipe's. If there are only other files, those in `until_trained` must. Nothing is
+    written.
+    UserError if settings differ (`training.run.other_settings`), or the folder has files, but no run of `kind`
+    (`training.run.not_a_run`).
     """
     check_folder(out, "recipe.json", f"run of {kind}")
     written, settings = out / "recipe.json", _plain(recipe)
@@ -151,7 +154,7 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
 
 
 def begin_run(out: Path, recipe: TrainingSettings) -> None:
-    """Create a run's folder with `recipe.json`, which holds the settings; call it when all checks have passed."""
+    """Create the folder of a run and write its settings to `recipe.json`; call this when all checks have passed."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "recipe.json", _plain(recipe))
 
@@ -170,11 +173,12 @@ def write_log(out: Path, log: Mapping[str, Any]) -> None:
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
     """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one.
 
-    Ctrl-C or SIGTERM, in a run of one process, ends it after the current step with a checkpoint and KeyboardInterrupt;
-    a second one ends it at once.
+    In a run of one process, Ctrl-C or SIGTERM ends the training after the current step: a checkpoint is written and
+    KeyboardInterrupt raised. A second signal ends it at once.
 
     Returns:
-        `log_history`: one dict per log line, `steps`, `seconds` of this call, and `resumed_from` (a step or None).
+        `log_history` (one dict per log line), `steps` (the last step), `seconds` (duration of this call) and
+        `resumed_from` (step of the checkpoint, or None).
     """
     if progress:
         trainer.remove_callback(ProgressCallback)
@@ -215,7 +219,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(number, before[number])
-        print("mose: stopping after this step, with a checkpoint; again to stop at once", file=sys.stderr)
+        print("mose: stopping after this step, with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr)
 
     trainer.add_callback(Stop())
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -229,7 +233,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the newest complete checkpoint folder (with `trainer_state.json`, which `Trainer` writes last) or None."""
+    """Return the folder of the newest checkpoint with `trainer_state.json`, which `Trainer` writes last, or None."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError):

@@ -46,8 +46,8 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
 def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
     """Return the configuration of a recipe's starting model.
 
-    UserError if settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if no folder
-    or Hub repository has this name.
+    UserError if its settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if no
+    folder or Hub repository has the name in `recipe.model`.
     """
     source, _ = starting_source(recipe.model)
     try:
@@ -59,7 +59,7 @@ def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
     except StrictDataclassError as error:
         raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
     except OSError as error:
-        message = f"The config.json of {recipe.model} could not be read; pre-train it first, or name a Hub repository"
+        message = f"The config.json of {recipe.model} can't be read. Pre-train this model, or name a Hub repository"
         raise OSError(f"{message}. {' '.join(str(error).split())}") from error
     if recipe.exit_layer is not None:
         config = config.cut(recipe.exit_layer)
@@ -68,10 +68,11 @@ def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
 
 
 def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
-    """Load a recipe's starting model, in float32, and its tokenizer; the seed initialises missing heads.
+    """Load the model that a recipe starts from, in float32, and its tokenizer.
 
-    A tokenizer without a template, such as the published one, gets this package's. Raises the errors of
-    `starting_config`, and UserError if the tokenizer does not fit the model.
+    The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer without a template of
+    special tokens, such as the published one, gets this package's. Raises the errors of `starting_config`, and
+    UserError if there is no tokenizer, or it has more tokens than the model.
     """
     source, weights = starting_source(recipe.model)
     if recipe.tokenizer is None and not weights:
@@ -102,7 +103,7 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the vocabulary projection's bias to the tokens' log frequencies, add-one smoothed.
+    """Set the bias (V,) of the vocabulary projection to the log frequencies of `token_counts` (V,), add-one smoothed.
 
     Otherwise the first hundreds of steps learn these biases, and fine-tuning a small model afterwards is slower than
     from random weights.
@@ -115,8 +116,8 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
     """Draw token vectors so that tokens with the same spelling (`token_spellings`) start out similar.
 
-    Each vector is drawn from N(0, 0.3²); any two tokens with one spelling correlate by 0.8, others by 0. The vector of
-    the padding token is left as it is.
+    Each component is drawn from N(0, 0.3²). Vectors of tokens with the same spelling correlate by 0.8, vectors of other
+    tokens are independent. The vector of the padding token is left as it is.
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"), and a description may
     use one and the code another. After 100 steps of fine-tuning a model of 1.5 million parameters, retrieval has an MRR
@@ -134,9 +135,10 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
 
 
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> nn.Module:
-    """Freeze the trunk and add LoRA adapters to its linear layers; heads are trained and saved with the adapters.
+    """Freeze the trunk of a model, add LoRA adapters to its linear layers, and return the `PeftModel`.
 
-    Return the `PeftModel`. `settings` are arguments of `peft.LoraConfig`; UserError for unknown ones (`training.lora`).
+    The heads are trained, and saved with the adapters. `settings` are arguments of `peft.LoraConfig`; UserError
+    (`training.lora`) if one is unknown.
     """
     with naming_extra():
         from peft import LoraConfig, get_peft_model
@@ -153,9 +155,9 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
 
 
 def save_trained(trainer: MultiExitTrainer, out: Path, recipe: StartingRecipe) -> None:
-    """Write model and tokenizer to `out/model/`; if adapters were trained, write `out/adapter/` and merge them.
+    """Write model and tokenizer to `out/model/`; with `lora`, adapters to `out/adapter/` and the merged model.
 
-    Every process calls this, because a model may be spread over them.
+    Every process must call this function, because the model may be spread over all processes.
     """
     trainer.save_model(os.fspath(out / (MODEL if recipe.lora is None else ADAPTER)))
     if not trainer.is_world_process_zero():

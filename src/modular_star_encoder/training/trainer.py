@@ -1,4 +1,4 @@
-"""`MultiExitTrainer`, the one subclass of `Trainer`: any objective, one loss per exit, each of them logged."""
+"""`MultiExitTrainer`, a subclass of `Trainer` for all objectives, which give one loss per exit; and its callbacks."""
 
 import os
 import shutil
@@ -33,9 +33,9 @@ MOST_MASKED_NEGATIVES = 0.1
 class MultiExitTrainer(Trainer):
     """Train every exit of a model with one objective.
 
-    The total loss is the weighted sum of the objective's losses per exit. Every metric of the objective is averaged
-    over the batches between two log lines, over all processes, and logged as `{metric}_exit_{layer}`. A loss that is
-    not finite stops the training, and its batch is written to the output folder.
+    The total loss is the weighted sum of the exits' losses. Every metric of the objective is logged as
+    `{metric}_exit_{layer}`: its mean over all batches of all processes since the last log line. If a loss is not
+    finite, its batch is written to the output folder, and a UserError (`training.loss.not_finite`) ends the training.
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
@@ -43,10 +43,10 @@ class MultiExitTrainer(Trainer):
             to False, because the objective defines the columns of a batch.
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
-        exit_layers: the exits to train; all of the model by default.
-        evaluator: for example a `MultiExitEvaluator`; at every evaluation, every process calls `evaluator(model,
-            folder, epoch, steps, across_processes=True)` once, with or without an `eval_dataset`; `folder` is None
-            except in the first process. Its metrics are logged with the prefix `eval_` and can be
+        exit_layers: the exits to train; all exits of the model by default.
+        evaluator: for example a `MultiExitEvaluator`. At every evaluation, every process calls `evaluator(model,
+            folder, epoch, steps, across_processes=True)` once, with or without an `eval_dataset`; in all processes but
+            the first, `folder` is None. The first process's metrics are logged with the prefix `eval_` and can be
             `args.metric_for_best_model`.
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
@@ -112,7 +112,7 @@ class MultiExitTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the weighted sum of the exits' losses; with `return_outputs` also the metrics, each of shape (E,)."""
+        """Return the weighted sum of the exits' losses, shape (); with `return_outputs` also a dict of the metrics."""
         exits, weights = self._exits_of_this_step(model)
         output = self.objective(model, dict(inputs), exits)
         for name, values in output.metrics.items():
@@ -141,15 +141,11 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return which weights to decay: all but biases, norms and logit scale (arXiv 2103.00020, section 2.5)."""
+        """Return the names of weights to decay: not biases, norms and logit scale (arXiv 2103.00020, section 2.5)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save what `AutoModel` and, for a retrieval model, `SentenceTransformer` load: model, tokenizer and settings.
-
-        The tokenizer is the trainer's `processing_class` or the collator's `tokenizer`. The pickled arguments that
-        `Trainer` writes are removed, so that the folder can be published as it is.
-        """
+        """Save a checkpoint for `AutoModel` and, where possible, `SentenceTransformer`, without pickled arguments."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self._folder)
@@ -159,7 +155,7 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save what a checkpoint needs to continue: random states and, with `ema_decay`, the averaged weights."""
+        """Also save the averaged weights, which a run needs to continue from a checkpoint."""
         super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir)
@@ -175,7 +171,6 @@ class MultiExitTrainer(Trainer):
         return (self.exit_layers[-1:], self.exit_weights[-1:]) if deepest else (self.exit_layers, self.exit_weights)
 
     def _stop(self, batch: Mapping[str, Any], losses: Mapping[int, float]) -> NoReturn:
-        """Write the tensors of a batch whose loss is not finite to a `.safetensors` file, and raise UserError."""
         step, rank = self.state.global_step + 1, self.args.process_index
         tensors = {name: one.detach().cpu().clone().contiguous() for name, one in _tensors(batch)}
         by_exit = ", ".join(f"exit {exit_layer}: {loss:g}" for exit_layer, loss in losses.items())
@@ -209,26 +204,25 @@ class MultiExitTrainer(Trainer):
         return norms, cosines
 
     def _add(self, name: str, exits: Sequence[int], values: torch.Tensor) -> None:
-        """Add a batch's values of a metric, one per exit or a single one for all, to its mean in the next log line."""
         keys = [f"{name}_exit_{exit_layer}" for exit_layer in exits] if values.dim() else [name]
         for key, value in zip(keys, values.detach().float().reshape(-1), strict=True):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, and add the means of each exit's metrics since the last training log."""
+        """Log as `Trainer` does; in training also each metric's mean since the last log line."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
                 logger.warning_once(
-                    "The deepest exit masks more than a tenth of all negatives as false, so it can't be relied on yet. "
-                    "First fine-tune without `false_negative_margin` and `false_negative_factor`."
+                    "The deepest exit masks more than a tenth of all negatives as false negatives, so it is not good "
+                    "enough to judge them. First fine-tune without `false_negative_margin` and `false_negative_factor`."
                 )
         super().log(logs, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
-        """Return the total loss of one batch, and keep the metrics of its exits for `evaluation_loop`."""
+        """Return (total loss, None, None) of one batch, and keep its metrics for `evaluation_loop`."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(dict(inputs)))
         assert isinstance(loss, torch.Tensor)  # because return_outputs is False
@@ -256,7 +250,6 @@ class MultiExitTrainer(Trainer):
         return output._replace(metrics={**(output.metrics or {}), **added})
 
     def _drain_metrics(self) -> dict[str, float]:
-        """Return each metric's mean over processes and over batches since the last call."""
         gathered, self._gathered = self._gathered, {}
         if not gathered:
             return {}
@@ -267,13 +260,13 @@ class MultiExitTrainer(Trainer):
 def check_objective(
     objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return the weights (E,) of the exits' losses; UserError if objective, arguments and configuration do not fit."""
+    """Return the weights (E,) of the exits' losses; UserError if objective, arguments or configuration do not fit."""
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "exit_schedule") != "all")
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
-            "`log_gradient_norms` does not work with `mini_batch_tokens`, which keeps no autograd graph; set only one.",
+            "`log_gradient_norms` can't be used with `mini_batch_tokens`, which keeps no autograd graph; set only one.",
         )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
@@ -285,12 +278,10 @@ def _option(args: TrainingArguments, name: str) -> Any:
 
 
 def _bare(model: Any) -> Any:
-    """Return the model itself of a model with adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the dotted name (`query.input_ids`) and value of each tensor in nested mappings."""
     for key, value in batch.items():
         if isinstance(value, Mapping):
             yield from _tensors(value, f"{prefix}{key}.")
@@ -299,7 +290,7 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Add the files of `SentenceTransformer` to a saved model and tokenizer if it can compute the embeddings."""
+    """Add `SentenceTransformer`'s files to the folder of a saved model if its modules can compute the embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):
@@ -308,7 +299,7 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
 
 
 class SharedHeads(TrainerCallback):
-    """Keep several heads equal: the weights of the last one at the start, the sum of all gradients in every step."""
+    """Callback that keeps heads equal: all start as copies of the last one, and all get the sum of their gradients."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
@@ -327,17 +318,17 @@ class SharedHeads(TrainerCallback):
 
 
 class AveragedWeights(TrainerCallback):
-    """Average the trained parameters after every step; at the end of training, put the average into the model.
+    """Callback that averages the trained parameters over the steps and puts the average into the model at the end.
 
-    The decay of step s is min(`decay`, (1 + s) / (10 + s)), so that the first steps are soon forgotten. Every process
-    keeps the whole average, so the model may be replicated (DDP), but not sharded (FSDP).
+    The decay of step s is min(`decay`, (1 + s) / (10 + s)), so that the first steps count little in the end. Every
+    process keeps the whole average, so the model may be replicated (DDP), but not sharded (FSDP).
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Start the average from the model's weights, or from the average stored when training continues."""
+        """Start from the model's weights or, if training continues from a checkpoint, from its stored average."""
         trained = [(name, one) for name, one in kwargs["model"].named_parameters() if one.requires_grad]
         self.parameters, self.average = dict(trained), {name: one.detach().clone() for name, one in trained}
         if state.global_step:

@@ -26,8 +26,9 @@ def crash_safe_map(
 ) -> Iterator[Result]:
     """Call `function` on chunks of `chunk_size` items in several processes, and yield the results in order.
 
-    When a process dies, the chunk that may have killed it is halved until a single item is left, and the result of that
-    item is `crashed(item)`. With 0 or 1 processes, this process does the work, without protection.
+    If a chunk kills its process, it is halved until the item that kills the process is alone. Each part has a result of
+    its own, and the result of that item is `crashed(item)`. With 0 or 1 `processes`, the calling process does the work,
+    without protection.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])

@@ -37,7 +37,7 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
-    """Return an error that names the extra to install, or None if the missing module comes with no extra."""
+    """Return an ImportError that says which extra of this package installs the missing module; None if none does."""
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
     if extra is None:
@@ -47,7 +47,7 @@ def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
 
 @contextmanager
 def naming_extra() -> Iterator[None]:
-    """Wrap imports of optional packages in a `with` block: if one is missing, the error names the extra to install."""
+    """Context manager for imports of optional packages; the ImportError of a missing one names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

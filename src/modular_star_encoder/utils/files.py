@@ -1,4 +1,4 @@
-"""Writes files and folders so that they appear complete or not at all."""
+"""Writes files and folders so that they appear complete or not at all; reads and checks JSON."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ MAX_JSON_BYTES = 2**28
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if a result file can't be written; call it before the work that produces the result."""
+    """Raise UserError (`files.not_writable`) if no file can be written to `path`; call this before long work."""
     path = Path(path).absolute()
     if path.is_dir():
         reason = "it is a folder; name a file"
@@ -36,7 +36,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def similar_files(path: str | os.PathLike[str]) -> str:
-    """Return ` (similar: NAME, NAME)` with files whose names resemble the last part of `path`, or an empty text."""
+    """Return a hint such as ` (similar: PATH, PATH)` with existing paths whose names resemble that of `path`, or ""."""
     path = Path(path).expanduser()
     there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = get_close_matches(path.name, there, n=3, cutoff=0.6)
@@ -44,7 +44,10 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; ValueError if it is not JSON in UTF-8, nests too deeply, or has a number that is too large."""
+    """Return the value of a JSON file.
+
+    ValueError if it is not JSON in UTF-8, is too large or too deeply nested, or has NaN or a number from 2**63 on.
+    """
     path = Path(path)
     if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_JSON_BYTES):  # a pipe never ends
         raise ValueError(f"not a file of at most {MAX_JSON_BYTES:,} bytes")
@@ -52,35 +55,36 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     except RecursionError:
-        raise ValueError("too many brackets inside one another") from None
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def _number(text: str) -> int | float:
     number = float(text) if {*text} & {*".eEN"} else int(text)
     if not abs(number) < 2**63:
-        raise ValueError(f"{text[:40]} is not a number that can be used")
+        raise ValueError(f"{text[:40]} is not a finite number below 2**63")
     return number
 
 
 def write_json(path: str | os.PathLike[str], data: Any, *, resumable: bool = False) -> None:
-    """Write `data` as indented UTF-8 JSON, atomically."""
+    """Write `data` as indented JSON in UTF-8, atomically; for `resumable` see `staged_file`."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # JSON writes half of a surrogate pair, which UTF-8 lacks, as Python does: `\ud800`.
     write_text(path, text.encode(errors="backslashreplace").decode(), resumable=resumable)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = False) -> None:
-    """Write UTF-8 text atomically: no reader sees half a file."""
+    """Write text in UTF-8 atomically: no reader sees half a file. For `resumable` see `staged_file`."""
     with staged_file(path, resumable=resumable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `target`; the file written there replaces `target` if no error occurs.
+    """Context manager: yield a temporary path next to `target`; what is written there replaces `target` at the end.
 
-    `resumable` is for steps of a job that is killed and resumed, one process at a time: data reaches the disk before
-    the rename, and the temporary name is always the same, so that the next attempt removes the file of a killed one.
+    After an error it is removed instead. `resumable` is for jobs that may be killed and resumed, and that run in one
+    process at a time. The data then reaches the disk before the rename. The temporary name is always the same, so that
+    the next attempt removes what a killed attempt left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -106,13 +110,14 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
 
 @contextmanager
 def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` if no error occurs; `target` must be empty or not exist.
+    """Context manager: yield a temporary folder that becomes `target` at the end, or is removed after an error.
 
-    Missing parents are created. For `resumable` see `staged_file`.
+    Missing parents of `target` are created. UserError (`files.folder.not_empty`) if `target` is a file or a folder
+    with files. For `resumable` see `staged_file`.
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("files.folder.not_empty", f"{target} already exists; name a folder that is new or empty.")
+        raise UserError("files.folder.not_empty", f"{target} already exists and is not empty; name another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(target, resumable=resumable) as temporary:
         temporary.mkdir()
@@ -121,7 +126,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Yield a new folder for temporary files. It is removed at the end or, after a kill, by the next call."""
+    """Context manager: yield a temporary folder. It is removed at the end or, after a kill, by the next call."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
@@ -132,7 +137,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what processes that no longer run have left for a target."""
+    """Remove temporary files of `target` whose process no longer runs."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         if (match := form.fullmatch(name)) and not _runs(int(match[1])):
@@ -162,7 +167,7 @@ def _remove(path: Path) -> None:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a field of a dataclass instance, or of instances inside, has not the annotated type."""
+    """Raise TypeError if a field of `record`, a dataclass instance, or of a dataclass inside lacks its type."""
     for name, kind in _hints(type(record)).items():
         if not fits(value := getattr(record, name), kind):
             raise TypeError(f"{name} must not be {str(value)[:60]}")
@@ -172,7 +177,7 @@ _hints: Any = lru_cache(get_type_hints)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether a value, such as one read from JSON, is of the type that an annotation names."""
+    """Return whether `value`, such as one read from JSON, has the type `kind`, such as `Mapping[str, list[int]]`."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in kinds)
@@ -193,7 +198,7 @@ def fits(value: Any, kind: Any) -> bool:
 def folder_checksum(
     folder: str | os.PathLike[str], patterns: Sequence[str] = ("config.json", "tokenizer.json", "model*.safetensors")
 ) -> str:
-    """Hash the names and contents of the files in `folder` that match `patterns`: 16 hexadecimal digits of SHA-256."""
+    """Return 16 hexadecimal digits of a SHA-256 over the names and contents of the files that match `patterns`."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern)}):
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""An HTTP client with time-outs, limits and retries; each failure becomes one sentence without secrets.
+"""An HTTP client with time-outs, size limits and retries, and checks of web addresses, tokens and the Hub.
 
-Requests run on an event loop in a thread of the client, so that they can be concurrent and cancelled, whether or not
-the caller has an event loop. `wrap_hub_errors` turns errors of the Hub's own client into one sentence.
+Requests run on an event loop in the client's own thread. So they can be concurrent and cancelled, whether or not the
+caller has an event loop. The message of every error is one sentence without secrets.
 """
 
 import asyncio
@@ -35,11 +35,11 @@ _LONGEST_PAUSE = 60.0
 
 
 class HTTPRequestError(UserError):
-    """Raised when a request failed and is not retried any more.
+    """Raised when a request has failed and is not sent again.
 
-    Keys: `http.status` (refused), `http.no_answer`, `http.too_slow`, `http.too_large`, `http.encoding`. From the last
-    response: `status`, `reason` ("status 401, Incorrect API key provided") and `text`, the start of its body
-    without the token.
+    Its `key` is `http.status` (the server refuses the request), `http.no_answer`, `http.too_slow`, `http.too_large` or
+    `http.encoding`. Attributes describe the last response: `status` (None if there was no response), `reason`, such as
+    "status 401, Incorrect API key provided", and `text`, the start of the body with `***` in place of the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -49,14 +49,14 @@ class HTTPRequestError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A successful response: its status, its headers (names in lower case) and its whole body."""
+    """A successful response: status, headers (names in lower case) and the whole body, decompressed."""
 
     status: int
     headers: Mapping[str, str]
     content: bytes
 
     def json(self) -> Any:
-        """Return the body's JSON value, or None if the body is not JSON or nested too deeply."""
+        """Return the body's JSON value, or None if the body is not JSON or is nested too deeply."""
         try:
             return json.loads(self.content)
         except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
@@ -69,18 +69,19 @@ _Check = Callable[[Response], bool]
 class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
-    Temporary failures (status 408, 409, 425, 429 and 5xx, time-outs, broken connections) are retried after the server's
-    `Retry-After`, or after `pause`, doubled for each further attempt and randomly varied by half; at most 60 seconds.
+    After a temporary failure (status 408, 409, 425, 429 or 5xx, a time-out, a broken connection) a request is sent
+    again. The client first waits as long as the response's `Retry-After` says, at most 60 seconds. Without this header
+    it waits `pause` seconds, doubled for each further attempt up to 60 and then varied at random by up to half.
 
     Args:
-        token: sent as bearer token; never shown in an error or `repr`.
-        concurrency: largest number of concurrent requests; further ones wait.
-        attempts: largest number of times that a request is sent.
+        token: sent as bearer token with every request, unless it is empty; no error shows it.
+        concurrency: largest number of requests at the same time; further requests wait.
+        attempts: largest number of times that one request is sent.
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
-        total_time: seconds for one request with all its attempts and pauses.
-        max_bytes: size limit of a response's body, after decompression by HTTP (gzip or deflate, once).
-        follow_redirects: whether to follow redirects; a token would then reach other hosts.
+        total_time: limit in seconds for one request with all its attempts and pauses.
+        max_bytes: largest size of a response's body after decompression; gzip or deflate may be applied once.
+        follow_redirects: whether to follow redirects, also to other hosts.
     """
 
     def __init__(
@@ -125,14 +126,14 @@ class HTTPClient:
         self._loop.close()
 
     def request(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> Response:
-        """Send a request and wait for its response; see `submit`."""
+        """Send a request, wait and return its response; arguments and errors are those of `submit`."""
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Start a request; return a future that gives a response (status below 300) or raises HTTPRequestError.
+        """Start a request; return a future: a response with a status below 300, or it raises HTTPRequestError.
 
-        `url` may hold a secret: errors name the host only. `body` is sent as JSON. `retry_if` says whether to retry a
-        response that reports a failure with a success status, as some gateways send.
+        `body` is sent as JSON. Errors name only the host of `url`, because the rest may contain a secret. Some gateways
+        report a failure with a success status: if `retry_if(response)` is true, the request is sent again.
         """
         return self._run(self._send(method, url, body, retry_if))
 
@@ -179,7 +180,6 @@ class HTTPClient:
             return Response(stream.status_code, dict(stream.headers), bytes(content))
 
     def _failure(self, response: Response) -> dict[str, Any]:
-        """Return the attributes (`reason`, `status`, `text`) of an HTTPRequestError for `response`."""
         text = hide_secrets(response.content.decode(errors="replace"), self._token)
         content = response.json()
         error = content.get("error", content) if isinstance(content, dict) else None
@@ -202,44 +202,48 @@ class HTTPClient:
 
 
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
-    """Raise UserError if these settings do not suit an `HTTPClient`."""
+    """Raise UserError (`http.settings`) if one of these arguments of `HTTPClient` is out of its range."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
-        message = "concurrency and attempts must be at least 1, pause at least 0 and timeout above 0."
-        raise UserError("http.settings", f"{message} Given: {concurrency}, {attempts}, {pause} and {timeout}.")
+        given = f"concurrency={concurrency} and attempts={attempts} must be at least 1"
+        raise UserError("http.settings", f"{given}, pause={pause} at least 0, and timeout={timeout} above 0.")
 
 
 def check_url(url: str) -> str:
-    """Raise UserError unless `url` is an http or https address; return it without slashes at its end."""
+    """Return `url` without slashes at its end; UserError (`http.url`) if it is not an http or https address."""
     with contextlib.suppress(ValueError):  # such as a port that is not a number
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url.rstrip("/")
-    raise UserError("http.url", f"{url!r} is not an http(s) address, such as https://api.openai.com/v1.")
+    raise UserError("http.url", f"{url!r} is not an http or https address such as https://api.openai.com/v1.")
 
 
 def url_host(url: str) -> str:
-    """Return the host and port of an address, without user and password."""
+    """Return the host and port of a web address, without user name and password."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """Return the token in the environment variable `variable`, without white space around it; "" without a variable."""
+    """Return the token that an environment variable holds, without white space around it; "" if `variable` is None.
+
+    UserError if the token is missing although it is `required` (`http.token.missing`), or has other characters than
+    printable ASCII (`http.token.characters`).
+    """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
     if fault or (variable and required and not token):
-        message = f"The environment variable {variable} must hold the endpoint's API key and nothing else."
+        found = "has characters other than printable ASCII" if fault else "is empty or not set"
+        message = f"The environment variable {variable} {found}. Set it to the endpoint's API key."
         raise UserError(f"http.token.{fault or 'missing'}", message)
     return token
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """Replace the token, and words that look like an OpenAI API key, by `***` in `text`."""
+    """Return `text` with `***` in place of `token` and of each word that contains `sk-`, as OpenAI's keys do."""
     text = text.replace(token, "***") if token else text
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait according to the header `Retry-After` (a number or a date), or None without it."""
     value = headers.get("retry-after", "")
     for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
         with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -256,13 +260,14 @@ def check_repository_id(repository: str) -> None:
         validate_repo_id(repository)
         if "/" in repository:
             return
-    raise UserError("hub.repository_id", f"{repository!r} is not the id of a Hub repository, such as owner/name.")
+    raise UserError("hub.repository_id", f"{repository!r} is not the id of a Hub repository of the form owner/name.")
 
 
 def check_hub(endpoint: str | None = None, *, seconds: float = 3.0) -> None:
-    """Raise OSError within `seconds` if no connection to the Hub can be made; its own client tries for a minute.
+    """Raise OSError if HF_HUB_OFFLINE is set or no connection to the Hub can be made within `seconds`.
 
-    Behind a proxy nothing is checked. `endpoint` is the Hub's address; by default HF_ENDPOINT or https://huggingface.co.
+    Without this check, huggingface_hub tries to connect for a minute. Behind a proxy nothing is checked. `endpoint` is
+    the Hub's address, by default the environment variable HF_ENDPOINT or https://huggingface.co.
     """
     url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     place = url.hostname, url.port or (80 if url.scheme == "http" else 443)
@@ -284,17 +289,17 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 3.0) -> None:
         thread.start()
         thread.join(seconds)
     if reasons:
-        how = "check the network, and the variables HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
+        how = "check the network and the environment variables HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
         raise OSError(f"{url.hostname} can't be reached ({reasons[0]}): {how}.")
 
 
 @contextlib.contextmanager
 def wrap_hub_errors(repository: str) -> Iterator[None]:
-    """Turn errors of the Hub and of the network into an OSError with one sentence, without the access token."""
+    """Context manager: turn errors of the Hub and the network into an OSError of one sentence without the token."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # The Hub's client uses httpx or httpx2, by its version; both may be installed.
+    # Which of the two the Hub's client uses depends on its version; both may be installed.
     modules = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in modules if module)
     hub_errors = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError)
@@ -306,9 +311,11 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         if isinstance(cause, LocalTokenNotFoundError):
             message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # the parent is not the newest
-            message = f"{repository} was changed by someone else; nothing was uploaded. Look at the change and repeat."
+            message = (
+                f"{repository} was changed by someone else; nothing was uploaded. Look at the change, then repeat."
+            )
         elif isinstance(cause, network_errors):
-            message = f"The Hub can't be reached ({type(cause).__name__}); repeat the upload later."
+            message = f"The Hub can't be reached ({type(cause).__name__}); upload again later."
         else:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "modular-star-encoder")
 
 
 def percent(value: float) -> str:
-    """Format a fraction × 100 with one digit after the point, without a percent sign."""
+    """Format a fraction as percent with one decimal and without the sign: 0.1234 → `12.3`."""
     return f"{100 * value:.1f}"
 
 
@@ -28,7 +28,7 @@ def metric_label(name: str) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format `rows` as lines of a Markdown table, aligned for reading as plain text; the first row is the header."""
+    """Return the lines of a Markdown table, padded so that columns align; the first of `rows` is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -39,7 +39,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return processor model, cores, torch's threads, memory in GB (10^9 bytes, or None); for `"cuda"` also the GPU."""
+    """Return `processor`, `cores`, torch's `threads`, `memory_gb` (10^9 bytes or None); on cuda the GPU, too."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -54,7 +54,7 @@ def machine_kind(device: str = "cpu") -> dict[str, Any]:
 
 
 def processor_model() -> str:
-    """Return the processor's model according to Linux; on other systems, according to Python."""
+    """Return the name of the processor's model from /proc/cpuinfo, or else from Python's `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -74,7 +74,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a model or dataset card; raise UserError(`key`) if it can't be read or lacks required metadata."""
+    """Load a card of the class `kind`; UserError with `key` if it can't be read or lacks `required` metadata."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]
@@ -87,7 +87,7 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Render a card (YAML metadata and Markdown) from a template in model_cards; a missing variable is an error."""
+    """Return a card (YAML and Markdown) from a template in model_cards; UndefinedError if `values` lacks a variable."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = PackageLoader("modular_star_encoder.model_cards", "")
@@ -99,7 +99,7 @@ def render_card(template: str, **values: Any) -> str:
 
 
 def cell(value: Any) -> str:
-    """Format a value for a cell of a Markdown table."""
+    """Format a value for a cell of a Markdown table: 1234 → `1,234`; text in one line, with `|` escaped."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return " ".join(str(value).split()).replace("|", "\\|")

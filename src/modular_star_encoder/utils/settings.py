@@ -1,7 +1,8 @@
 """Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
 A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
-It may define `OPEN_KEYS` (field, dataclass): a mapping field that collects the keys of that other dataclass.
+It may define `OPEN_KEYS = (field, dataclass)`: the fields of `dataclass` are then keys of the settings class, too, and
+its mapping `field` collects their values.
 
 YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
 `MAX_YAML_DEPTH` and `MAX_YAML_NUMBER`.
@@ -31,7 +32,7 @@ MAX_YAML_BYTES = 2**20
 MAX_YAML_NODES = 20_000
 MAX_YAML_DEPTH = 32
 MAX_YAML_NUMBER = 100
-"""The most characters of a number or a date."""
+"""Largest number of characters of a number or a date."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
@@ -80,7 +81,7 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 def settings_class(kind: type[Settings]) -> type[Settings]:
     """Class decorator: make a frozen dataclass whose keyword arguments are converted and checked by their types.
 
-    A wrong argument raises a UserError of one sentence (`settings.value`, `settings.missing`, `settings.unknown`).
+    UserError if a value is wrong (`settings.value`), missing (`settings.missing`) or not a field (`settings.unknown`).
 
     Example:
         >>> @settings_class
@@ -104,22 +105,24 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 
 
 def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file into a settings class.
+    """Return an instance of the settings class `kind` with the values of a YAML file, changed by `overrides`.
 
-    `overrides` are `key=value`, with dots for settings inside settings (`corpus.folder=~/code`); values are YAML.
+    Each override is `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and a YAML value.
+    UserError if the file can't be read (`settings.file`), an override has another form (`settings.override`), or a
+    setting is wrong (see `build_settings`).
     """
     return build_settings(kind, read_mapping(path, overrides), str(path))
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe and apply its overrides, without checking keys; arguments and errors as for `load_settings`."""
+    """Return the mapping in a recipe's YAML file, changed by `overrides` as in `load_settings`; no key is checked."""
     file = Path(path)
     if not file.is_file():
         raise UserError("settings.file", f"Recipe {path} {'is not a file' if file.exists() else 'not found'}.")
     with file.open("rb") as opened:
         content = read_yaml(opened.read(MAX_YAML_BYTES + 1), f"Recipe {path}")
     if not isinstance(content, dict):
-        raise UserError("settings.file", f"Recipe {path} must be a mapping of settings.")
+        raise UserError("settings.file", f"Recipe {path} must hold a mapping of settings, such as `seed: 1`.")
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -131,7 +134,7 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def read_yaml(data: bytes, where: str) -> Any:
-    """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or beyond a limit."""
+    """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or exceeds a limit."""
     try:
         if len(data) > MAX_YAML_BYTES:
             raise yaml.YAMLError(f"it is larger than {MAX_YAML_BYTES:,} bytes")
@@ -143,12 +146,12 @@ def read_yaml(data: bytes, where: str) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Raise YAMLError if a document is beyond the limits of this module, before anything of it is constructed."""
+    """Raise YAMLError if a document exceeds a limit of this module, before anything of it is constructed."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} deep")
+            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} levels deep")
         if count > MAX_YAML_NODES:
             raise yaml.YAMLError(f"it has more than {MAX_YAML_NODES:,} values")
         if isinstance(event, yaml.AliasEvent):
@@ -161,7 +164,7 @@ def _check_events(text: str) -> None:
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key such as `a.b.c` in nested mappings, and add mappings that are missing."""
+    """Set a dotted key such as `a.b.c` in nested mappings, and add missing ones; UserError if it can't be set."""
     *parents, last = names = key.split(".")
     fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1"
     for parent in parents if not fault else ():
@@ -175,9 +178,10 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 
 
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
-    """Make an instance of a settings class from a mapping.
+    """Return an instance of the settings class `kind` with the values of a mapping.
 
-    A wrong name or value raises a UserError that begins with `where`; it keeps the key of the UserError that caused it.
+    A wrong name or value raises a UserError that begins with `where`: with the key of the class's own UserError if it
+    raised one, otherwise `settings.value`, `settings.missing` or `settings.unknown`.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
@@ -208,7 +212,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
 
 
 def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], where: str) -> None:
-    """Raise UserError (`settings.unknown`) if a name is not known; the message names the nearest one."""
+    """Raise UserError (`settings.unknown`) if a name is not in `known`; the message suggests the most similar one."""
     for name in names:
         if name not in known:
             nearest = get_close_matches(name, known, n=1, cutoff=0.6)
@@ -217,7 +221,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 
 def _keys(kind: Any) -> list[Field[Any]]:
-    """Return the dataclass fields that are keys of a settings class, and those of the dataclass in its `OPEN_KEYS`."""
+    """Return the fields that are keys of a settings class: its own, and those of the dataclass in its `OPEN_KEYS`."""
     own = [one for one in fields(kind) if one.init]
     if collected := getattr(kind, "OPEN_KEYS", None):
         names = {one.name for one in own}
@@ -227,7 +231,7 @@ def _keys(kind: Any) -> list[Field[Any]]:
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """Return the key and the sentence of a UserError that names place, rule and value of a validation's first fault."""
+    """Return key and sentence of the UserError for a validation's first fault."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -249,9 +253,9 @@ def _sentence(fault: Any) -> str:
 
 
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield, for each setting of a settings class, its key (dotted if nested) and a text: type, default and meaning.
+    """Yield the dotted key of each setting, and a text: type, default and meaning.
 
-    For the dataclass in `OPEN_KEYS`, only keys with a description or with a default in `kind.DEFAULTS` are listed.
+    Of the dataclass in `OPEN_KEYS`, only keys with a description or with a default in `kind.DEFAULTS` are listed.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)
@@ -276,14 +280,13 @@ def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def format_reference(kind: type) -> str:
-    """Return the keys of a settings class, with type, default and meaning, as aligned lines of text."""
+    """Return a text with one line per key of a settings class: the dotted key, its type, default and meaning."""
     keys = list(_reference(kind))
     width = max(len(name) for name, _ in keys)
     return "\n".join(f"  {name:{width}}  {text}" for name, text in keys)
 
 
 def _type_name(hint: Any) -> str:
-    """Write a type for readers: `int | None` for `Optional[int]`, `tuple[int, ...]`, class names without modules."""
     if hint is type(None):
         return "None"
     if get_origin(hint) is Annotated:
