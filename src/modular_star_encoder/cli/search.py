@@ -23,7 +23,7 @@ _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "d
 
 
 def add_search_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `mose`."""
+    """Add `mose index`, `search`, `related`, `mcp` and `demo` to the subparsers of `mose`."""
     index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
     index.add_argument("folder", metavar="FOLDER", help="a folder of source code")
     index.add_argument("--out", metavar="INDEX", help="index: a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")

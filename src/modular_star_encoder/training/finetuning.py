@@ -187,7 +187,7 @@ def check_recipe(
 
 
 def exit_encoder(recipe: FinetuningRecipe, model: Any, tokenizer: Any, name: str) -> ExitEncoder:
-    """Return an encoder for every exit of a model; it cuts texts to the longest length of the recipe."""
+    """Return an encoder for every exit of a model; it cuts texts to the larger of the recipe's two lengths."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
 
@@ -252,7 +252,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
 ) -> runs.Preflight:
-    """Estimate the size of a run; `groups` is that of `Preflight`, `tokens` the mean tokens of a text and a snippet."""
+    """Estimate the size of a run; `tokens` has the mean numbers of tokens of a description and of a snippet."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)

@@ -133,8 +133,9 @@ def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: I
     """Check that a run's folder `out` fits the recipe; return the run's log, or None if the run is not finished.
 
     `recipe.json` in the folder holds the settings of the run. If there is a model or a checkpoint, all settings except
-    `MAY_CHANGE` must equal the recipe's. If there are only other files, those in `until_trained` must. Nothing is
-    written.
+    `MAY_CHANGE` must equal the recipe's. If there are only other files, only the settings named in `until_trained`
+    must. Nothing is written.
+
     UserError if settings differ (`training.run.other_settings`), or the folder has files, but no run of `kind`
     (`training.run.not_a_run`).
     """
@@ -164,8 +165,7 @@ def _plain(recipe: TrainingSettings) -> dict[str, Any]:
 
 
 def write_log(out: Path, log: Mapping[str, Any]) -> None:
-    """Write the training log, with null for infinities and NaN, which JSON does not have."""
-
+    """Write `log` to `LOG` in the folder `out`, with null in place of infinities and NaN, which JSON does not have."""
     # `json` reads what it writes, with the words NaN, Infinity and -Infinity.
     write_json(out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 

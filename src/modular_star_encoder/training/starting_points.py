@@ -97,7 +97,7 @@ def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Mo
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, but the model has only {vocab_size}; use the model's tokenizer."
+        message = f"The tokenizer has {tokens} tokens, but the model only {vocab_size}; use the model's tokenizer."
         raise UserError("training.tokenizer.too_large", message)
 
 
@@ -150,12 +150,12 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     try:
         config = LoraConfig(**{**defaults, **settings})
     except TypeError as error:
-        raise UserError("training.lora", f"`lora`: {error}.") from error
+        raise UserError("training.lora", f"`lora` must hold arguments of peft.LoraConfig: {error}.") from error
     return get_peft_model(model, config)
 
 
 def save_trained(trainer: MultiExitTrainer, out: Path, recipe: StartingRecipe) -> None:
-    """Write model and tokenizer to `out/model/`; with `lora`, adapters to `out/adapter/` and the merged model.
+    """Write the trained model, with adapters merged, and its tokenizer to `out/model/`, and adapters to `out/adapter/`.
 
     Every process must call this function, because the model may be spread over all processes.
     """

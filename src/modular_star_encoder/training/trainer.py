@@ -51,7 +51,7 @@ class MultiExitTrainer(Trainer):
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
     Raises:
-        UserError: the model does not have these exits, the weights do not fit them, or the objective does not fit the
+        UserError: the model lacks one of these exits, the weights do not fit them, or the objective does not fit the
             model, `exit_schedule`, `detach_shallow_exits` or `log_gradient_norms`.
 
     Example:
@@ -141,7 +141,7 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of weights to decay: not biases, norms and logit scale (arXiv 2103.00020, section 2.5)."""
+        """Return the names of weights with weight decay: all but biases, norms and logit scale (arXiv 2103.00020)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -182,7 +182,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return the norm (E,) of each exit's gradient on the trunk, and by layer the mean cosine of two exits' ()."""
+        """Return each exit's gradient norm on the trunk (E,), and layer → mean cosine of two exits' gradients ()."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -209,7 +209,7 @@ class MultiExitTrainer(Trainer):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does; in training also each metric's mean since the last log line."""
+        """Log as `Trainer` does; a log line of training also has each metric's mean since the line before."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:

@@ -126,7 +126,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder. It is removed at the end or, after a kill, by the next call."""
+    """Context manager: yield a temporary folder. It is removed at the end or, after a kill, by the next such call."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
@@ -167,7 +167,7 @@ def _remove(path: Path) -> None:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a field of `record`, a dataclass instance, or of a dataclass inside lacks its type."""
+    """Raise TypeError if a field of a dataclass instance, or of one inside it, has not a value of its type."""
     for name, kind in _hints(type(record)).items():
         if not fits(value := getattr(record, name), kind):
             raise TypeError(f"{name} must not be {str(value)[:60]}")

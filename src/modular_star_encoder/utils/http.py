@@ -130,7 +130,7 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Start a request; return a future: a response with a status below 300, or it raises HTTPRequestError.
+        """Start a request; return a future, which gives a response of status below 300 or raises HTTPRequestError.
 
         `body` is sent as JSON. Errors name only the host of `url`, because the rest may contain a secret. Some gateways
         report a failure with a success status: if `retry_if(response)` is true, the request is sent again.
