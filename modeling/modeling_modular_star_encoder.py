@@ -102,7 +102,7 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
         icc_logits: (E, B, 2), class 1 means "from the same repository".
         mlm_losses, mlm_accuracies: (E,), means over masked tokens; `None` without `labels`.
         icc_losses, icc_accuracies: (E,), means over the batch; `None` without `icc_labels`.
-        exit_hidden_states, hidden_states, attentions: as in the trunk's output.
+        exit_hidden_states, hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -138,7 +138,7 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
         sentence_embedding: (B, D), of the deepest requested exit, normalised (`config.embedding_normalization`).
         exit_embeddings: (E, B, D), of every requested exit, shallowest first, normalised.
         logit_scale: (1,) float32, the learned multiplier of similarities, if the model has one.
-        exit_hidden_states, residual_states, hidden_states, attentions: as in the trunk's output.
+        exit_hidden_states, residual_states, hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -169,7 +169,7 @@ class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
         loss: scalar, the sum over requested exits of `config.exit_weight` × the exit's loss; `None` without `labels`.
         logits: (B, num_labels), of the deepest requested exit.
         exit_logits: (E, B, num_labels), shallowest exit first.
-        hidden_states, attentions: as in the trunk's output.
+        hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -693,7 +693,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and deeper exits; the exits are {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and exits above it, not {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -847,7 +847,7 @@ def _rows(
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)
-            raise ValueError(f"Heads need an attention_mask of shape (B, T), not {shape}; only the trunk accepts 4D.")
+            raise ValueError(f"Heads need an attention_mask of shape (B, T), not {shape}; 4D is for the trunk alone.")
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
@@ -1011,10 +1011,10 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
         `find_unused_parameters`.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
+            input_ids, attention_mask, position_ids, inputs_embeds: as in `ModularStarEncoderModel`.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
             icc_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
-            exit_layer, exit_layers: as in the trunk; but with labels, all exits are the default.
+            exit_layer, exit_layers: as in `ModularStarEncoderModel`; but with labels, all exits are the default.
         """
         supervised = labels is not None or icc_labels is not None
         if supervised and exit_layer is None and exit_layers is None:
@@ -1092,7 +1092,7 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
         r"""Predict masked tokens at one exit.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in the trunk.
+            input_ids, attention_mask, position_ids, inputs_embeds: as in `ModularStarEncoderModel`.
             labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
                 cross-entropy over masked tokens; with `num_items_in_batch`, their sum divided by this number.
             exit_layer: by default the deepest.
@@ -1233,8 +1233,8 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         r"""Embed a batch at one exit or at several from one pass.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk. With
-                token weights (`config.token_weights`), `input_ids` only.
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in
+                `ModularStarEncoderModel`; but with token weights (`config.token_weights`), no `inputs_embeds`.
 
         Raises:
             RuntimeError: in training, `config.output_hidden_states` was set after the model was made, as
@@ -1319,7 +1319,8 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         r"""Classify a batch at one exit or at several from one pass.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in the trunk.
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in
+                `ModularStarEncoderModel`.
             labels: (B,) class indices, (B,) float targets when `num_labels` is 1, or (B, num_labels) for several
                 labels at once (`config.problem_type` as in transformers).
         """

@@ -34,7 +34,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice with these `parameters`: at its exits, it embeds as the uncut model."""
+        """Return the measurements of a slice: those at the exits in `parameters`, where it equals the uncut model."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -75,7 +75,7 @@ class StagedRepository:
 
 
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
-    """Write the card of a staged repository; once the parent's revision is known, a second call adds it."""
+    """Write the card of a staged repository. `parent_revision` is the commit of its parent model, if it is known."""
     config, measured, settings = staged.config, staged.measurements, staged.settings
     heading = "" if staged.retrieval else "pre-trained"
     heading = f"the first {settings.exit_layer} layers" if settings.slice_of else heading
@@ -112,7 +112,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot scores by latency, or by depth without a profile; return the file name, or None for one exit or no score."""
+    """Plot scores by latency, or by depth without a profile. Return the file name; None for one exit or no score."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -125,7 +125,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Return the header and rows of a card's table of measurements, which has a column per exit and other retriever."""
+    """Return header and rows of a card's table of measurements: a column for each exit and each other retriever."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))

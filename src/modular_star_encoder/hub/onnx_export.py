@@ -238,7 +238,7 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and a report with the scores of the model and its ONNX files; None without tasks."""
+    """The written folder, and a report with the scores of the model and its ONNX files (None if there are no tasks)."""
 
     folder: Path
     report: Report | None

@@ -1,4 +1,4 @@
-"""Check repositories before upload: they hold no secret, and without this package they embed like their sources."""
+"""Check repositories before upload: no secrets, and without this package the embeddings of the source checkpoint."""
 
 import json
 import os
@@ -47,7 +47,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check staged repositories; return {key: largest difference between embeddings of repository and source}."""
+    """Check staged repositories; return {key: largest difference between its embeddings and its source's}."""
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)

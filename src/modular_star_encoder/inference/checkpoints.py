@@ -281,7 +281,7 @@ def save_retrieval_checkpoint(
 
 
 def save_tokenizer(tokenizer: Any, config: PreTrainedConfig, folder: Path) -> None:
-    """Save a copy of a tokenizer that cuts texts to the model's longest input, as SentenceTransformer and `mose` do."""
+    """Save a copy of a tokenizer with a maximum length of at most the model's `max_position_embeddings`."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     tokenizer.save_pretrained(folder)

@@ -114,7 +114,7 @@ def encode_batches(
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
 ) -> list[list[int]]:
-    """Return the ids of at most `max_length` tokens for each text: of `prompt`, the text, and added special tokens.
+    """Return each text's token ids, at most `max_length`: of `prompt`, the text and the tokenizer's special tokens.
 
     A special token that is spelled in a text, such as `<mask>`, is read as ordinary characters, as in training. It is
     read as that token in three places: in `prompt`; in a published prompt at the start of a text, if `prompt` is empty;
@@ -184,7 +184,7 @@ def compile_for_inference(
     """Return a copy of the model whose MLPs are compiled; it shares the parameters of `model`, which is not changed.
 
     The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. Its compiled code runs in `torch.inference_mode()`
-    without autocast, as in `encode_exits` and `SentenceTransformer.encode`; elsewhere the plain MLPs run. Compiled MLPs
+    without autocast, as in `encode_exits` and `SentenceTransformer.encode`; otherwise the plain MLPs run. Compiled MLPs
     hold their own copies of the weights: they about double the memory for weights, and do not see later changes of the
     parameters. Compiling takes a second or more per layer, and may need a C++ compiler.
 

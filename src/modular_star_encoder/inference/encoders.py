@@ -143,7 +143,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """Embeds texts with a SentenceTransformer, or by mean pooling with a plain model of transformers."""
+    """Embeds texts with a SentenceTransformer, which may be a plain model of transformers with mean pooling."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name

@@ -184,7 +184,7 @@ def select_exit(
     exits = [k for k, of_exit in values.items() if all(_keeps(name, of_exit[name], limits[name]) for name in limits)]
     wanted = " and ".join(f"{name}={limit:g}" for name, limit in limits.items())
     if not exits:
-        where = f"{wanted} for batches of {shape[0]} × {shape[1]} tokens"
+        where = f"{wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
         raise UserError("budget.too_small", f"No exit meets {where}. Measured: {_listed_values(values)}.")
     is_known = set(exits) <= set(quality)
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
@@ -199,7 +199,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return values as text, with all digits, so that one can be given as a budget."""
+    """Return values as text, with all digits, so that a value can be given as a limit."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())

@@ -21,7 +21,7 @@ TEXTS_PER_CHUNK = 4096
 
 
 class TeacherVectors:
-    """A folder of vectors that one teacher computed for texts with one prompt, found by the hash of a text."""
+    """The vectors of texts from one teacher with one prompt, in a folder; the hash of a text finds its vector."""
 
     def __init__(self, folder: Path) -> None:
         """Open a folder that `compute_teacher_vectors` wrote, and remove its damaged files."""
@@ -61,7 +61,7 @@ class TeacherVectors:
         return self.rows(places)[0]
 
     def mean(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the mean, float32 (D,), of the stored vectors of the different `texts`; keep it in a file."""
+        """Return the mean of the stored vectors of `texts`, float32 (D,), and store it. Equal texts count once."""
         hashes, places = np.unique(text_hashes(text[: self._cut] for text in texts)), np.unique(self.places(texts))
         path = self.folder / f"mean-{hashlib.sha256(hashes.tobytes()).hexdigest()[:16]}.npy"
         if not path.is_file():
@@ -134,7 +134,10 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return a text's vector (D,) float32, minus the mean of `kind` (if None, the nearest), of length 1."""
+        """Return the vector to learn for a text, float32 (D,), of length 1.
+
+        If `kind` is None, the text is a document, and the subtracted mean is the one nearest to its vector.
+        """
         vector = self._vectors[kind or "document"].vector(text)
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))
