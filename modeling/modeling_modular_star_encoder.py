@@ -595,10 +595,8 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """In the first process, return the full tensors of a model that `fully_shard` split; `None` for other models.
-
-    Transformers gathers only tensors that it has split itself, at load.
-    """
+    """In the first process, return the full tensors of a model that `fully_shard` split; `None` for other models."""
+    # Transformers gathers only tensors that it has split itself, at load.
     if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor

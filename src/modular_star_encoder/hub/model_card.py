@@ -179,7 +179,6 @@ def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
 
 
 def _eval_results(measurements: Measurements) -> Iterator[EvalResult]:
-    """Yield each benchmark's main metric × 100 at each exit, for the metadata `model-index` of the card."""
     tasks = {"f1": ("text-classification", "Clone detection")}
     for table in measurements.tables:
         kind, name = tasks.get(table.metric, ("text-retrieval", "Code retrieval"))

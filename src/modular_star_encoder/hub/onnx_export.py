@@ -265,7 +265,6 @@ def export_onnx_folder(
             checkpoint's folder (for a repository, in the current folder).
         int8: also write a file with 8-bit weights; needs `tasks`.
         tasks: retrieval tasks on which the model and the ONNX files are evaluated.
-        progress: show progress bars.
 
     Raises UserError if the ONNX file does not agree with the model, or SentenceTransformer lacks the model's pooling.
     """

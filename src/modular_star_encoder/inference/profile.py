@@ -102,7 +102,6 @@ def profile_checkpoint(
         exit_layers: exits to measure; by default all.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's.
-        progress: show progress bars.
 
     Raises UserError if the device is not available, the dtype is unknown, or a length is more than the model accepts.
     """

@@ -92,7 +92,6 @@ def compute_teacher_vectors(
         cache: a folder; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or `~/.cache`.
         prompt: put before every text.
         max_characters: number of characters to which a longer text is cut; the teacher may cut texts further.
-        progress: show a progress bar.
 
     Raises UserError if a vector has NaN or infinity (`teacher.not_finite`).
 
