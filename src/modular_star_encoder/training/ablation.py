@@ -5,7 +5,7 @@ of training together. A cell is one kind of model with one learning rate and one
 an ablation that ends early continues where it ended. Rates are chosen on validation rows, scores come from test rows.
 
 Whether shallow exits gain from deep ones can be asked only where depth pays. So the shallowest and the deepest exit are
-trained alone first, and a start where the deepest is not better by `gate` points, with an interval above 0, ends there.
+trained alone first. A start goes on only if the deepest is better by `gate` points, with an interval above 0.
 """
 
 import copy
@@ -99,14 +99,15 @@ class AblationRecipe:
             half of these, by whole repositories, choose learning rates (validation), the others are the test rows.
         starts: name → settings in which a start differs from `finetuning`, with dots for settings inside settings, such
             as `model: runs/pretrained/model` or a teacher (`distillation.teacher`).
-        learning_rates: rates to try for each kind of model, with the first seed; the one with the best mean validation
-            MRR over exits is used with all seeds. Variants take that of `together`.
+        learning_rates: learning rates to try for each kind of model with the first seed, by default that of
+            `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
+            use the rate of training together.
         seeds: each seed trains one model of each kind and determines its new weights, batches, renaming and dropout.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: points of MRR × 100 by which the deepest exit alone must be better than the shallowest alone.
-        variants: name → settings in which a variant differs from training together. Each is compared with it and
-            with exits alone.
-        variants_on: starts to try the variants on; by default the one where training together costs most in the mean.
+        variants: name → settings in which a variant differs from training together. Each variant is compared with
+            training together and with exits alone.
+        variants_on: starts on which variants are trained, by default the one where training together costs most MRR.
     """
 
     COMMAND: ClassVar[str] = "ablate"
@@ -139,7 +140,7 @@ class AblationRecipe:
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return a cell; UserError if its settings are wrong."""
+        """Return the cell of a start, a kind of model, a rate and a seed; UserError if its settings are wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
@@ -180,10 +181,11 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and evaluate every cell that the folder `out` does not hold yet, and compare all cells.
 
-    `out` gets `data/` (rows, shared by all cells), `cells/{start}/{kind}/rate-{rate}-seed-{seed}.json`, and, now and
-    then and in the end, `ablation.json`, `ablation.md` and, where matplotlib is installed, `ablation.png`. Gates come
-    first, then exits together and alone, then variants. A later call may add starts, seeds, rates and variants. One
-    process trains.
+    `out` gets `data/` (rows, shared by all cells) and `cells/{start}/{kind}/rate-{rate}-seed-{seed}.json`. After every
+    tenth cell, and at the end, it gets the reports `ablation.json`, `ablation.md` and, if matplotlib is installed,
+    `ablation.png`. The cells of gates are trained first, then exits together and alone, then variants. A later call may
+    add starts, seeds, rates and variants. One process trains.
+
     UserError if the recipe contradicts itself or the model, or `out` holds cells of another recipe or starting point.
 
     Args:
@@ -191,7 +193,7 @@ def ablate(
         out: folder of the ablation.
         command: the command line, for the reports.
         progress: whether to show progress bars.
-        announce: called with a line about each cell.
+        announce: called with a line of text before each cell is trained.
 
     Returns:
         The content of `ablation.json`; see `summarize`.
@@ -224,7 +226,7 @@ Found = Mapping[tuple[str, str, float, int], Mapping[str, Any]]
 
 
 def _plan(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> Iterator[AblationCell]:
-    """Yield the cells in order; what comes later depends on what is found by then."""
+    """Yield the cells in the order of training; later cells depend on what `found` holds by then."""
     alone = [f"exit-{e}" for e in (exits if recipe.exit_layers is None else recipe.exit_layers)]
     ends = [f"exit-{exits[0]}", f"exit-{exits[-1]}"]
 
@@ -301,7 +303,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Return the scores of a new model: part of the rows → task → exit → reciprocal ranks; and what it took."""
+        """Return a new model's seconds, loss, cosines and scores: part of rows → task → exit → reciprocal ranks."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
         folder = self.out / "training" / cell.name
@@ -359,7 +361,7 @@ def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]
 
 
 def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> float:
-    """Return the learning rate with the best mean validation MRR over exits and tasks, of the first seed."""
+    """Return the learning rate at which the first seed has the best validation MRR, averaged over exits and tasks."""
 
     def mrr(rate: float) -> float:
         tasks = found[start, kind, rate, recipe.seeds[0]]["validation"].values()
@@ -369,7 +371,7 @@ def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> fl
 
 
 def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
-    """Return task → reciprocal ranks (seeds, queries) of test rows at the chosen rate; None if a seed is missing."""
+    """Return task → an exit's reciprocal ranks (seeds, queries) on test rows; None if a seed is missing."""
     own = TOGETHER if kind in recipe.variants else kind
     if own not in _tried(recipe, found, start):
         return None
@@ -382,16 +384,17 @@ def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_laye
 
 @cache
 def _resamples(size: int, seed: int) -> np.ndarray:
-    """Return how much each of `size` items weighs in the mean of each resample, float32 (RESAMPLES, size)."""
+    """Return the weight of each of `size` items in the mean of each resample, float32 (RESAMPLES, size)."""
     draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
     return (draws / size).astype(np.float32)
 
 
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
-    """Return the mean × 100 of values (seeds, queries), one array per task, and its interval, a two-way bootstrap.
+    """Return the mean × 100 of `values`, one array (seeds, queries) per task, with a bootstrap interval.
 
-    A resample draws seeds and, within each task, queries; differences of the same queries and seeds are so paired. The
-    interval holds at 95 % for `comparisons` of them at once (Bonferroni: each at 1 - 0.05 / comparisons).
+    Keys: `value`, `low`, `high`, and `by_seed`, the mean of each seed. A resample draws seeds and, within each task,
+    queries. Values may be differences of two models, which are so paired by seed and query. Intervals of `comparisons`
+    estimates hold together at 95 % (Bonferroni: each at 1 - 0.05 / comparisons).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)
@@ -406,7 +409,7 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
 
 
 def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
-    """Return by how much the deepest exit alone beats the shallowest, and whether that is enough (None: not run)."""
+    """Return the `estimate` of deepest exit alone − shallowest alone, and whether it has `passed` (None: not run)."""
     first, last = (ranks(recipe, found, start, f"exit-{e}", e) for e in (exits[0], exits[-1]))
     if first is None or last is None:
         return {"passed": None}
@@ -415,14 +418,14 @@ def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str)
 
 
 def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dict[str, Any]:
-    """Compare exits together and alone, and variants with both, wherever all seeds are there.
+    """Compare exits trained together and alone, and variants with these two, where the cells of all seeds exist.
 
     Returns:
         `exits`, `seeds`, `cells` (one row per cell: scores by exit, seconds, cosines between gradients), and `starts`:
-        name → `gate` (see `gate`), `rates` (kind → chosen rate), `exits` (exit → `together`, `alone`, `difference`),
+        name → `gate` (see `gate`), `rates` (kind → best rate), `exits` (exit → `together`, `alone`, `difference`),
         `mean_difference` over exits, and `variants` (name → `exits`: exit → `score`, `from_together`, `from_alone`).
-        Estimates are those of `estimate`; a difference's interval holds for all exits
-        and starts (variants: all exits and variants) at once.
+        Scores and differences are made by `estimate`. Intervals of differences hold together for all exits and starts,
+        and those of variants for all exits and variants.
     """
     rows = [
         {
@@ -497,7 +500,7 @@ def _without_places(value: Any) -> Any:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Format as tables what `summarize` returned, with `command`, `recipe` and `finished` added to it."""
+    """Return the report in Markdown; `results` is what `ablate` returns."""
     recipe, exits = results["recipe"]["finetuning"], results["exits"]
     parts = [
         "# Ablation: exits trained together and alone",
@@ -551,7 +554,10 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Plot MRR against layers, a panel per start: exits together, alone, and of the variant best at its worst exit."""
+    """Write a PNG of MRR × 100 against layers, one panel per start: exits together, exits alone, and one variant.
+
+    It is the variant whose lowest difference from exits alone is highest.
+    """
     from matplotlib.figure import Figure
 
     starts = {name: one for name, one in results["starts"].items() if any(one["exits"].values())}
