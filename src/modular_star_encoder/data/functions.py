@@ -166,8 +166,8 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 def outer_functions(files: SourceReader) -> SourceReader:
     """Return a reader that gives each function in the files of the reader `files` as a file of its own.
 
-    The path of a function is that of its file with `#L{line}` at the end. A function needs no documentation. A nested
-    function is not given by itself, because it is part of the function around it.
+    The path of a function is the path of its file with `#L{line}` at the end. Functions need no documentation. A nested
+    function is only given as a part of the function around it.
     """
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:

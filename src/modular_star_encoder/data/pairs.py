@@ -126,9 +126,10 @@ class ExampleReader:
 class TripletColumns:
     """The names of the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
-    A triplet is a description, a function (`code`) and its translation (`other_code`). If `other_code` is None, rows
-    have no translation; if `repository` is None, they have no repository. `negative` is the column of hard negatives,
-    and `negative_language` the column of their languages; if that is None, they are in the language of `code`.
+    A triplet is a description, a function (`code`) and its translation to another programming language (`other_code`).
+    If `other_code` is None, rows have no translation. If `repository` is None, they have no repository. `negative` is
+    the column of hard negatives, and `negative_language` the column of their languages. If `negative_language` is None,
+    they are in the language of `code`.
     """
 
     description: str = "func_documentation_string"

@@ -70,8 +70,8 @@ def docstring_description(docstring: str) -> str:
 def comment_description(comments: list[str], language: str) -> str:
     """Return the first paragraph of the comments before a function, as one line; "" for a licence, or without prose.
 
-    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Of tags before the prose,
-    those that introduce it (`@brief`, `@description`) are removed alone, all others with their text.
+    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Tags that introduce the
+    prose, such as `@brief`, are removed too; other tags before the prose are removed with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):

@@ -111,8 +111,7 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Return whether `text` is marked as generated and not to be edited.
 
-    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or a whole line of that form in lines 1 to
-    40.
+    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or a line of this form in lines 1 to 40.
     """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
@@ -157,7 +156,7 @@ def holds_encoded_data(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFilters:
-    """Decides which files a reader leaves out; the defaults keep ordinary source text; see `STARCODER2_FILTERS` too."""
+    """Decides which files a reader leaves out. By default, ordinary source text is kept."""
 
     max_bytes: int = 1_000_000
     max_line_length: int | None = 1000  # in characters: files with longer ones are minified or hold data
