@@ -35,7 +35,7 @@ def test_a_manifest_is_read_with_overrides(tmp_path):
         ([{**ENTRY, "slice_of": "b", "exit_layer": 2}], "hub.manifest.slice", "checkpoint"),
         ([ENTRY, {**SLICE, "recipe": "x"}], "hub.manifest.slice", "recipe"),
         ([ENTRY, {"name": "b", "slice_of": "a"}], "hub.manifest.exit_layer", "b"),
-        ([SLICE, ENTRY], "hub.manifest.parent", "b comes from a"),
+        ([SLICE, ENTRY], "hub.manifest.parent", "b is made from a"),
         ([ENTRY, ENTRY], "hub.manifest.twice", "a"),
         ([{**ENTRY, "name": "a/b/c"}], "hub.repository_id", "'me/a/b/c'"),
         ([{**ENTRY, "files": {"../model.onnx": "x"}}], "hub.manifest.files", "'../model.onnx'"),

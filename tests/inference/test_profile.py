@@ -110,7 +110,7 @@ def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_
     out = tmp_path / "profile.json"
     full, _ = profile_to_file(checkpoint, PLAN, out=out, device="cpu", progress=False)
     assert cli.main(["profile", str(checkpoint), "--out", str(out), "--exit-layers", "1"]) == 2
-    assert "also has exits 2, 4, which would be lost" in capsys.readouterr().err
+    assert "a profile of exits 2, 4, which would be overwritten" in capsys.readouterr().err
     assert ExitProfile.load(out) == full
 
 
@@ -133,7 +133,7 @@ def test_the_profile_is_stored_with_the_checkpoint_by_default(tmp_path):
         (["CHECKPOINT", "--dtype", "int8"], "must be one of float32, bfloat16, float16"),
         (["CHECKPOINT", "--device", "tpu"], "'tpu'"),
         (["CHECKPOINT", "--lengths", "129"], "at most 128 tokens, not 129"),
-        (["CHECKPOINT", "--batch-sizes", "0"], "must be positive"),
+        (["CHECKPOINT", "--batch-sizes", "0"], "only numbers above 0"),
         (["CHECKPOINT", "--exit-layers", "3"], "its exits are 1, 2, 4"),
         (["CHECKPOINT", "--out", "no-such-folder/profile.json"], "no-such-folder"),
         (["CHECKPOINT", "--quality", "csn=no-such-file"], "There is no exit profile"),
