@@ -61,7 +61,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
     """
     counts = np.bincount(judgements.query, minlength=scores.shape[0])
     if not counts.all():
-        message = f"Query {int(np.argmin(counts))} (from 0) has no relevant document: add one, or leave the query out."
+        message = f"Query {int(np.argmin(counts))}, counted from 0, has no relevant document: add one or leave it out."
         raise UserError("evaluation.query.no_relevant", message)
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)

@@ -202,7 +202,8 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError("evaluation.retriever.same_name", f"Two models are named {repeated[0]!r}: rename a folder.")
+        message = f"Two models have the name {repeated[0]!r} in the tables: rename the folder of one."
+        raise UserError("evaluation.retriever.same_name", message)
     return retrievers
 
 

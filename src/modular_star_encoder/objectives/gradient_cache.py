@@ -31,7 +31,7 @@ class MiniBatch:
     width: int
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the model's inputs for these R rows: (B, T, …) tensors become (R, width, …), (B, …) become (R, …)."""
+        """Return the model's inputs for the R `rows`: (B, T, …) tensors become (R, width, …), (B, …) become (R, …)."""
         shape, parts = inputs["input_ids"].shape[:2], dict(inputs)
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.shape[:1] == shape[:1]:
@@ -48,7 +48,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
     mini_batches = []
     for side, inputs in sides.items():
         if "cu_seq_lens_q" in inputs:
-            message = f"{side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
+            message = f"Side {side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
             raise UserError("contrastive.mini_batches.packed", message)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         lengths = mask.shape[1] - mask.flip(1).long().argmax(dim=1)

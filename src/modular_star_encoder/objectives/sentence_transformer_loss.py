@@ -56,7 +56,7 @@ class MultiExitContrastiveLoss(nn.Module):
         self.settings = settings or ContrastiveSettings()
         self.weighting, self.normalize_weights = weights, normalize_weights
         if self.settings.pairs != ContrastiveSettings().pairs:
-            message = "Leave out `pairs`: the dataset's columns are anchor, positive and negatives."
+            message = "Leave `pairs` at its default: the dataset's columns are anchor, positive and negatives."
             raise UserError("contrastive.pairs", message)
         others = [
             one for one in list(self._sentence_transformer())[1:] if type(one).__name__ not in ("Pooling", "Normalize")
@@ -80,7 +80,7 @@ class MultiExitContrastiveLoss(nn.Module):
         """
         columns = list(sentence_features)
         if len(columns) < 2:
-            raise UserError("contrastive.columns", "The dataset needs at least two columns of texts: anchor, positive.")
+            raise UserError("contrastive.columns", "The dataset needs two or more columns of texts: anchor, positive.")
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))

@@ -255,4 +255,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments does not know the language {language!r}.") from None
+        raise UserError("benchmark.masking.language", f"Pygments has no lexer for {language!r}.") from None
