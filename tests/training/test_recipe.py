@@ -21,11 +21,11 @@ def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
     lines = {line.split()[0]: line for line in format_reference(kind).splitlines()}
     assert all(";" in line for line in lines.values()), [line for line in lines.values() if ";" not in line]
     if kind is FinetuningRecipe:
-        assert "float, default 0.05; share of each source's rows" in lines["eval_fraction"]
-        assert "required; pairs of one step" in lines["batch_size"]
+        assert "float, default 0.05; fraction of each source's rows" in lines["eval_fraction"]
+        assert "required; number of pairs in a step" in lines["batch_size"]
         teachers = "'deepest' | 'next_deeper' | 'ensemble' | int"
         assert f"{teachers}, default deepest; exit whose scores" in lines["objective.teacher"]
-        assert lines["learning_rate"].endswith("required; peak of the schedule.")
+        assert lines["learning_rate"].endswith("required; peak of the learning-rate schedule.")
         assert "default paper; weights of the exits' losses" in lines["exit_weights"]
 
 
