@@ -61,8 +61,8 @@ def drop_near_duplicates(
         id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
             Without this column, the first row is kept, in the order of the file names.
         against: See `find_near_duplicates`.
-        share: (i, n): only fingerprint every n-th file from number i on, which takes most of the time, and return {}. Up
-            to n processes, also on several machines, may do so at once; a last call without `share` does the rest.
+        share: (i, n): only fingerprint every n-th file from number i on, which takes most of the time, and return {}.
+            Up to n processes, also on several machines, may do so at once; a last call without `share` does the rest.
 
     Returns:
         The content of `report.json`: `rows`; `counts`, the kept rows and the dropped rows by reason; `clusters` (of at
