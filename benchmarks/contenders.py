@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 from ratios import Seconds, figure, median_of, ratio, take_turns
-from report import write
+from report import status_bytes, write
 
 from modular_star_encoder.utils.reports import markdown_table
 
 CHECKPOINT = Path(__file__).parent.parent / "hub_configs" / "mose-code"
-MAX_TOKENS = 256
+MAX_TOKENS, SIZE = 256, 384  # of a text; of the vectors of all encoders that were compared
 QUESTION = "retry a failed request"
 Encode = Callable[[Sequence[str]], np.ndarray]
 
@@ -53,6 +53,7 @@ def main() -> None:
         encode([QUESTION])
         if arguments.texts:
             encode(arguments.texts.read_text(encoding="utf-8").split("\0"))
+            print(status_bytes("VmHWM"))
         return
     if "MOSE_DATA" not in os.environ:
         return print("skipped: set MOSE_DATA to a folder that holds codesearchnet/ruby_test.jsonl.gz")
@@ -87,7 +88,7 @@ def stock_onnx(name: str, path: Path) -> Encode:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from modular_star_encoder.inference.onnx_export import quantize_onnx
+    from modular_star_encoder.hub.onnx_export import quantize_onnx
 
     model = SentenceTransformer(name, device="cpu", model_kwargs={"attn_implementation": "eager"}).eval()
 
@@ -123,8 +124,8 @@ def ours(exit_layer: int, dtype: str) -> Encode:
 
 def ours_onnx(exit_layer: int, path: Path) -> Encode:
     """The file that `mose export --format onnx` writes, in 8 bits."""
+    from modular_star_encoder.hub.onnx_export import export_onnx, quantize_onnx
     from modular_star_encoder.inference.checkpoints import load_checkpoint
-    from modular_star_encoder.inference.onnx_export import export_onnx, quantize_onnx
 
     model, tokenizer = load_checkpoint(CHECKPOINT, exit_layer=exit_layer, device="cpu")
     if not path.exists():
@@ -135,8 +136,8 @@ def ours_onnx(exit_layer: int, path: Path) -> Encode:
 
 def by_onnxruntime(path: Path, tokenizer: Any) -> Encode:
     """Batches of texts of like length, as for `encode_exits`."""
+    from modular_star_encoder.hub.onnx_export import open_session
     from modular_star_encoder.inference.encode import encode_batches
-    from modular_star_encoder.inference.onnx_export import open_session
 
     session = open_session(path)
 
@@ -144,15 +145,15 @@ def by_onnxruntime(path: Path, tokenizer: Any) -> Encode:
         inputs = {name: np.asarray(batch[name]) for name in ("input_ids", "attention_mask")}
         return session.run(["sentence_embedding"], inputs)[0][None]
 
-    options: dict[str, Any] = {"max_length": MAX_TOKENS, "progress": False}
-    return lambda texts: encode_batches(tokenizer, list(texts), encode_batch, **options)[0]
+    options: dict[str, Any] = {"max_length": MAX_TOKENS, "progress": False, "tokens_per_batch": 2048}
+    return lambda texts: encode_batches(tokenizer, list(texts), encode_batch, (1, SIZE), **options)[0]
 
 
 def exit_zero() -> Encode:
     """As `mose search` embeds."""
-    from modular_star_encoder.inference.exit_zero import ExitZero
+    from modular_star_encoder.inference.exit_zero import NumpyEncoder
 
-    encoder = ExitZero(CHECKPOINT)
+    encoder = NumpyEncoder(CHECKPOINT)
     encoder.tokenizer.enable_truncation(MAX_TOKENS)
     return encoder.encode
 
@@ -225,14 +226,12 @@ def reciprocal_ranks(queries: np.ndarray, documents: np.ndarray) -> list[float]:
 
 
 def process(encoders: Sequence[str], name: str, folder: Path) -> tuple[dict[str, Any], int]:
-    """Seconds of a new process until one question is embedded (median of three), and its peak MiB for 200 texts."""
+    """Seconds of a new process until one question is embedded (median of two), and its peak MiB for 200 texts."""
     command = [sys.executable, __file__, *encoders, "--open", name, str(folder)]
-    first = take_turns({"one": partial(subprocess.run, command, check=True, capture_output=True)}, 3, name=name)
-    child = subprocess.Popen([*command, "--texts", str(folder / "texts")], stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise RuntimeError(f"{command} failed with status {status}")
-    return median_of(first["one"]), usage.ru_maxrss // 1024
+    run = partial(subprocess.run, command, check=True, capture_output=True)
+    first = take_turns({"one": run}, 2, warm_up=0, name=name)
+    done = subprocess.run([*command, "--texts", str(folder / "texts")], check=True, capture_output=True, text=True)
+    return median_of(first["one"]), int(done.stdout) // 2**20
 
 
 def ratios_of(seconds: Seconds, encoders: Sequence[str]) -> list[dict[str, Any]]:

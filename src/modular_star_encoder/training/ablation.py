@@ -266,7 +266,7 @@ class _Cells:
             for kind in (TOGETHER, *recipe.variants):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
-                    blueprint, _ = check_recipe(cell.recipe, out, 1, progress)
+                    blueprint, _ = check_recipe(cell.recipe, out, 1, progress, objective_of(cell.recipe))
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
         self.exits = tuple(blueprint.config.exit_layers)
@@ -307,7 +307,7 @@ class _Cells:
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
         folder = self.out / "training" / cell.name
-        _, arguments = check_recipe(recipe, folder, 1, False)
+        _, arguments = check_recipe(recipe, folder, 1, False, objective_of(recipe))
         arguments.set_evaluate(strategy="no")
         key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         prompts = model.config.instruction_prompts
@@ -326,7 +326,7 @@ class _Cells:
         trainer.remove_callback(PrinterCallback)
         log = runs.train_to_the_end(trainer, folder, progress=False)
         shutil.rmtree(folder, ignore_errors=True)  # checkpoints
-        encoder = exit_encoder(recipe, model, tokenizer, cell.name)
+        encoder = exit_encoder(model, tokenizer, cell.name, max(lengths.values()))
         scores: dict[str, Any] = {}
         for part, tasks in self.tasks.items():
             for result in evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], progress=False):

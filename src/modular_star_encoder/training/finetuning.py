@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from modular_star_encoder.data.splits import (
     store_retrieval_data,
 )
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.report import make_report
+from modular_star_encoder.evaluation.report import Report, make_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import classification_scores, evaluate_tasks
-from modular_star_encoder.evaluation.tasks import held_out_tasks
+from modular_star_encoder.evaluation.tasks import RetrievalTask, held_out_tasks
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum, is_servable, load_checkpoint
 from modular_star_encoder.inference.encoders import ExitEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderForSequenceClassification
@@ -106,12 +107,19 @@ def finetune(
     out, state = Path(out), runs.processes_of_run()
     rows, processes, stored = recipe.rows(), state.num_processes, data is None
     shown = progress and state.is_main_process
-    blueprint, arguments = check_recipe(recipe, out, processes, progress)
+    eval_pairs, seed, longest, teaching = (
+        recipe.eval_pairs,
+        recipe.seed,
+        max(recipe.lengths().values()),
+        recipe.distillation,
+    )
+    objective = objective_of(recipe)
+    blueprint, arguments = check_recipe(recipe, out, processes, progress, objective)
     if log := runs.open_run(out, recipe, "fine-tuning", until_trained=("data", *rows)):
         return log
-    teaching = recipe.distillation
     teacher = None if teaching is None else load_teacher(teaching, blueprint.config.projection_size)
-    model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
+    start = partial(starting_model, ModularStarEncoderForRetrieval, recipe)
+    model, tokenizer = start()
     adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
     with state.main_process_first():
         data = data or prepare_data(rows, out / "data", shown, store=False)
@@ -126,12 +134,11 @@ def finetune(
     batches: tuple[Any, Any, dict[str, Any]] = (train, held_out, {})
     if teaching and teacher:
         with state.main_process_first():
-            limit = max(recipe.lengths().values())
-            batches = teach(teaching, teacher, model, tokenizer, train, held_out, limit, shown)
+            batches = teach(teaching, teacher, model, tokenizer, train, held_out, longest, shown)
     trainer = MultiExitTrainer(
         adapted,
         arguments,
-        objective_of(recipe),
+        objective,
         train_dataset=batches[0],
         eval_dataset=batches[1],
         data_collator=RetrievalCollator(tokenizer),
@@ -141,17 +148,27 @@ def finetune(
     model.config.unpad_inputs = blueprint.config.unpad_inputs
     save_trained(trainer, out, recipe)
     if state.is_main_process:
-        encoders = [exit_encoder(recipe, *load_checkpoint(out / runs.MODEL), "trained")]
-        if before:
-            start = starting_model(ModularStarEncoderForRetrieval, recipe)
-            encoders.append(exit_encoder(recipe, *start, "before training"))
-        tasks = held_out_tasks(data.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
-        results = evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], progress=progress)
-        report = make_report(tasks, results, checksum=checkpoint_checksum(out / runs.MODEL))
-        log |= {"data": data.report, "retrieval": report.to_dict()}
+        models = {"trained": partial(load_checkpoint, out / runs.MODEL)} | (
+            {"before training": start} if before else {}
+        )
+        tasks = held_out_tasks(data.held_out, limit=eval_pairs, seed=seed)
+        report = evaluate_exits(tasks, models, longest, progress)
+        log |= {
+            "data": data.report,
+            "retrieval": replace(report, checksum=checkpoint_checksum(out / runs.MODEL)).to_dict(),
+        }
         runs.write_log(out, log)
     state.wait_for_everyone()
     return log
+
+
+def evaluate_exits(
+    tasks: Sequence[RetrievalTask], models: Mapping[str, Callable[[], tuple[Any, Any]]], longest: int, progress: bool
+) -> Report:
+    """Evaluate BM25 and every exit of some models; `models` has a function for each that loads model and tokenizer."""
+    encoders = [exit_encoder(*load(), name, longest) for name, load in models.items()]
+    results = evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], progress=progress)
+    return make_report(tasks, results)
 
 
 def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
@@ -162,7 +179,7 @@ def objective_of(recipe: FinetuningRecipe) -> ContrastiveObjective:
 
 
 def check_recipe(
-    recipe: FinetuningRecipe, out: Path, processes: int, progress: bool
+    recipe: FinetuningRecipe, out: Path, processes: int, progress: bool, objective: ContrastiveObjective
 ) -> tuple[ModularStarEncoderForRetrieval, MultiExitTrainingArguments]:
     """Return the model of a recipe, without weights (on the meta device), and the trainer's arguments.
 
@@ -177,7 +194,7 @@ def check_recipe(
     planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
     rows = recipe.pairs_per_device(processes)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, rows, progress=progress, **planned)
-    check_objective(objective_of(recipe), arguments, config, config.exit_layers)
+    check_objective(objective, arguments, config, config.exit_layers)
     if not is_servable(config):
         logger.warning_once(
             "SentenceTransformer's modules cannot compute this model's embeddings because of its pooling, "
@@ -186,10 +203,10 @@ def check_recipe(
     return model, arguments
 
 
-def exit_encoder(recipe: FinetuningRecipe, model: Any, tokenizer: Any, name: str) -> ExitEncoder:
-    """Return an encoder for every exit of a model; it cuts texts to the larger of the recipe's two lengths."""
+def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> ExitEncoder:
+    """Return an encoder for every exit of a model, on a GPU if there is one."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return ExitEncoder(model, tokenizer, name, max_length=max(recipe.lengths().values()))
+    return ExitEncoder(model, tokenizer, name, max_length=max_length)
 
 
 def prepare_data(rows: Mapping[str, Any], folder: Path, progress: bool, *, store: bool = True) -> RetrievalData:
