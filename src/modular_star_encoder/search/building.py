@@ -39,7 +39,7 @@ _ROWS_PER_BATCH_IN_A_HURRY = 32
 _ROWS_PER_EMBEDDING = 256  # at most a batch; few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
 _FRESH_NS = 2_000_000_000
-"""A file that changed so shortly before it was read may change again without another size or time."""
+"""A file that changed so shortly before it was read may change again and keep its size and time of change."""
 
 _Piece = tuple[Snippet, str]  # with its words
 _Changed = tuple[SourceFile, list[_Piece]]
@@ -47,15 +47,15 @@ _Changed = tuple[SourceFile, list[_Piece]]
 
 @dataclass(slots=True)
 class UpdateReport:
-    """Counts what one update of an index read, embedded, removed and left out.
+    """What one update of an index read, embedded, removed and left out.
 
     Attributes:
-        files: number of source files read.
-        embedded_files, embedded_rows: number of new or changed files, and of their rows.
-        removed_files: number of files removed from the index, because they are deleted or can't be read.
+        files: number of source files that were read, or are known to be unchanged.
+        embedded_files, embedded_rows: number of new or changed files that were embedded, and number of their rows.
+        removed_files: number of files removed from the index, because they are deleted or are now left out.
         rows: number of rows in the index after the update.
-        postponed_files: number of files that may have changed but were not read, for lack of time.
-        skipped_files: the skipped files, as (path, reason).
+        postponed_files: number of files that may have changed but were not embedded, for lack of time.
+        skipped_files: the files left out, as (path, reason).
         guessed_files: paths of the files read as Latin-1, because they are not UTF-8 and declare no encoding.
         seconds: duration of the update.
     """
@@ -72,7 +72,7 @@ class UpdateReport:
 
     @property
     def skipped(self) -> Counter[str]:
-        """Reason → number of skipped files."""
+        """Reason → number of files left out for this reason."""
         return Counter(reason for _, reason in self.skipped_files)
 
     def notes(self) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return the lines to print on unread files: one with their numbers, or with `show_skipped` one for each."""
+        """Return notes to print on files left out, read as Latin-1 or postponed; a line per file if `show_skipped`."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -95,12 +95,12 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return the same lines for a search: without `show_skipped`, none unless the update changed something."""
+        """Return `lines(show_skipped)`; without `show_skipped`, [] if no file was embedded or postponed."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes as JSON values, without the lists `skipped_files` and `guessed_files`."""
+        """Return the numbers of the report as JSON values, and `skipped`: reason → number of files left out."""
         values = asdict(self)
         del values["skipped_files"], values["guessed_files"]
         return {**values, "skipped": dict(self.skipped)}
@@ -113,7 +113,7 @@ def _files(count: int) -> str:
 SEARCH_FILTERS = FileFilters(
     max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
 )
-"""What search leaves out, besides what git ignores."""
+"""Which files search leaves out; it also leaves out files that git ignores."""
 
 
 def update_store(
@@ -136,7 +136,7 @@ def update_store(
         processes: number of processes that parse files; with 0 or 1, a crash of the parser ends this process.
         progress: whether to show a progress bar.
         seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
-            With a limit, files that an earlier update read and left out are neither read again nor reported.
+            With a limit, unchanged files that an earlier update read and left out are neither read nor reported again.
 
     Raises:
         UserError: the folder does not exist.
@@ -169,7 +169,6 @@ def update_store(
 
 @contextmanager
 def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
-    """Yield a function to call after each file: it advances a progress bar, or does nothing if none is shown."""
     if not is_shown:
         yield lambda: None
         return
@@ -182,7 +181,7 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
 def _divided(files: Iterator[SourceFile], processes: int, exits: tuple[int, ...]) -> Iterator[list[_Changed]]:
     """Divide files into pieces in worker processes, and yield lists of a few files with their pieces.
 
-    Meanwhile numpy computes exit 0 in one thread: a second one mostly waits, on a processor that could parse.
+    At exit 0, numpy uses one thread meanwhile: a second one would mostly wait, on a core that could parse.
     """
     for first in files:  # once: what runs processes is imported only if there is a file
         from threadpoolctl import threadpool_limits
@@ -215,7 +214,7 @@ class _Writer:
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
     def is_known(self, path: str, location: Path) -> bool:
-        """Return whether to leave a file unread, because it hasn't changed since last time or because time is up."""
+        """Return whether to leave a file unread, because it is as the last update found it or because time is up."""
         key = file_id(path)
         try:
             status = os.stat(location)
@@ -254,7 +253,7 @@ class _Writer:
                 yield file
 
     def add(self, file: SourceFile, pieces: list[_Piece]) -> None:
-        """Collect the pieces of one file; embed them, and write rows, if there are enough."""
+        """Collect the pieces of one file; when a batch is full, embed the collected pieces and write their rows."""
         if self._is_late():
             self.report.postponed_files += 1
             return
@@ -277,7 +276,6 @@ class _Writer:
         self._keys, self._rows = [], []
 
     def _embed(self) -> None:
-        """Turn the pieces of the collected files into rows."""
         snippets = [snippet for _, found in self._files for snippet, _ in found]
         settings = self._settings
         vectors = self._embedder.snippets(snippets, settings.exit_layers, settings.dimension) if snippets else {}
@@ -292,7 +290,7 @@ class _Writer:
         self._files, self._pieces = [], 0
 
     def finish(self) -> None:
-        """Remove the files that the reader did not find, write what is left, and store what the next update needs."""
+        """Remove the files that the reader did not find, write the collected rows, and store stamps."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
@@ -314,7 +312,7 @@ def _blocks(file: SourceFile) -> list[_Changed]:
 
 
 def _divide(file: SourceFile, language: str) -> _Changed:
-    """Return a file and its pieces; boilerplate pieces are left out unless the file has no others."""
+    """Return a file and its pieces; boilerplate pieces are left out if the file has other pieces."""
     found = file_pieces(readable_path(file.path), language, file.text)
     kept = [piece for piece in found if not is_boilerplate(piece)] or found
     return file, [(piece, snippet_words(piece)) for piece in kept]

@@ -20,14 +20,14 @@ from modular_star_encoder.utils.files import folder_checksum
 
 _KEPT_EMBEDDINGS = 20_000
 _FEW_TEXTS = 64
-"""So many texts are embedded by numpy at the deeper exits, too, because importing torch would take longer."""
+"""Up to so many texts are embedded by numpy at deeper exits, too, because importing torch would take longer."""
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → exit_layer → embeddings (N, D) float32
 
 
 class Embedder:
-    """Embeds questions and code with one checkpoint; whatever it needs of the checkpoint is read at the first use.
+    """Embeds questions and code with one checkpoint, whose files are read at the first use.
 
     It loads only the layers up to the deepest exit in use, and imports torch only for what numpy can't do.
 
@@ -89,12 +89,14 @@ class Embedder:
         exit_layers: Sequence[int] | None = None,
         budget: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Return the exits to index, ascending: those given; else exit 0 if numpy can compute it, else the deepest.
+        """Return the exits to index, ascending: those given; if none is given, exit 0 or the deepest exit.
 
-        With a `budget`, limits such as `latency_ms`, it is the best exit (of `exit_layers`) by the exit profile.
+        Exit 0 is taken if numpy can compute it. `budget` holds limits for `select_exit`, such as `latency_ms`: the
+        result is then the best exit within the limits, of the exits given or else of all exits of the checkpoint.
 
         Raises:
-            UserError: the checkpoint has no such exit; or no exit keeps to the budget, or the profile lacks the exits.
+            UserError: both `exit_layer` and `exit_layers` are given, the checkpoint has no such exit, no exit is
+                within the budget, or the exit profile has none of the exits.
             FileNotFoundError: there is a budget, and the checkpoint has no exit profile.
         """
         if exit_layers and exit_layer is not None:
@@ -123,7 +125,8 @@ class Embedder:
         profile = checkpoint_profile(self._folder)
         exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
         if not exits:
-            message = f"The exit profile of {self.checkpoint} lacks the exits {exit_layers}. Run `mose profile`."
+            names = ", ".join(map(str, exit_layers))
+            message = f"The exit profile of {self.checkpoint} has none of the exits {names}. Run `mose profile`."
             raise UserError("search.profile.exits", message)
         return select_exit(replace(profile, exits=exits), **budget)
 
@@ -155,7 +158,7 @@ class Embedder:
     ) -> dict[int, np.ndarray]:
         """Embed N pieces of code; return exit_layer → (N, dimension) float32, scaled to length 1.
 
-        A piece equal to a recently embedded one is not embedded again: in some large projects, a third are copies.
+        A piece equal to a recently embedded one is not embedded again: in some large projects a third are copies.
         """
         exits = tuple(exit_layers)
         texts = [code_prompt(one.language, instructions=self._instructions) + one.embedded() for one in snippets]
@@ -177,9 +180,10 @@ class Embedder:
         self._known.clear()
 
     def encoder(self, exit_layers: Sequence[int], texts: int | None = None) -> _Encoder:
-        """Return the function that embeds `texts` texts (None: many) at these exits, with the weights that it needs.
+        """Return a function that embeds a list of N texts: texts → exit_layer → (N, D) float32.
 
-        It is numpy's for exit 0 and, at deeper exits, for few texts as long as torch is not imported; else torch's.
+        `texts` is the number of texts to expect; None for many. Where numpy supports the checkpoint, it computes exit
+        0, and few texts at deeper exits on a CPU while no torch model is loaded. Otherwise torch computes.
 
         Raises:
             OSError: the weights can't be read.

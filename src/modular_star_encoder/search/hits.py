@@ -15,8 +15,8 @@ class Hit:
         path: path of the file, relative if it is below the working folder, else absolute.
         line: 1-based line at which the definition begins.
         name: name of the function or class; empty for other lines.
-        score: cosine similarity in a vector search; otherwise the sum of what the ranking rules gave, of which
-            the rule `similarity and words` gives at most 1.
+        score: cosine similarity in a search with the method `vector`; otherwise the sum of `reasons`, of which
+            `similarity and words` is at most 1.
         exit_layer: the exit whose embeddings ranked the hit; None if it was ranked without embeddings.
         last_line: 1-based last line of the definition; 0 if unknown.
         language: lower-case name of the programming language.
@@ -64,7 +64,7 @@ class Answer:
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
         """Return the attributes of the answer and of its hits as JSON values; `reasons` of hits only with `explain`.
 
-        `mose search --json` prints a list of these, one for each question. Later versions may add keys.
+        `mose search --json` prints a list of these dictionaries, one for each question. Later versions may add keys.
         """
         values = asdict(self)
         if not explain:

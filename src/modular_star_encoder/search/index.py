@@ -43,9 +43,9 @@ class CodeIndex:
     """The functions, classes and other lines of a code folder with their embeddings, and the search over them.
 
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
-    Of several processes, one writes an index in a folder at a time; a second one waits for 3 s, then raises UserError,
-    but `refresh` leaves the index as it is, and `open_for_search` waits until the first build has ended. A search in
-    another process finds each file as it was before the change or after it, never a part of it.
+    Only one process at a time writes an index in a folder. `build` and `update` wait 3 s for another writer, then raise
+    UserError; `refresh` leaves the index as it is; `open_for_search` waits up to ten minutes for a first build. Other
+    processes can search meanwhile: they find each file as it was before the change or after it, never a part of it.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -86,7 +86,7 @@ class CodeIndex:
     ) -> Self:
         """Index a folder, or update its index: only files that changed are embedded.
 
-        An interrupted call leaves an index of whole files, and the next call continues.
+        After an interruption, the index holds each file as a whole or not at all, and the next call continues.
 
         Args:
             folder: a folder of source code; `data.sources.repositories.folder_repositories` describes which files are
@@ -97,7 +97,7 @@ class CodeIndex:
             exit_layers: several exits, from one pass over the code; `search` chooses one of them.
             dimension: number of components to keep, if the model was trained for it; all if None.
             languages: languages to read; all but `markdown` if None.
-            tests, vendored: read test code (`tests`); read copies of other projects and generated code (`vendored`).
+            tests, vendored: whether to read test code (`tests`); copies of other projects, generated code (`vendored`).
             rebuild: replace an existing index; data of other programs is never replaced.
             device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
@@ -238,7 +238,7 @@ class CodeIndex:
         Args:
             questions: one or more questions.
             top_k: number of hits for each question.
-            exit_layer: one of the index's exits; if None, the deepest, but with a cascade the shallowest.
+            exit_layer: one of the index's exits; if None, the deepest without a cascade, the shallowest with one.
             method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` leaves out similarity
                 and needs no model; `vector` ranks by similarity alone.
             cascade: rank the best hits of `exit_layer` again at a deeper exit.
@@ -249,8 +249,8 @@ class CodeIndex:
             One answer per question.
 
         Raises:
-            UserError: an argument is invalid, the index (for a cascade, the model) lacks the exit, another checkpoint
-                built the index, or the index was rebuilt after it was opened.
+            UserError: an argument is invalid, the index lacks `exit_layer`, the model lacks the cascade's exit, another
+                checkpoint built the index, or the index was rebuilt after it was opened.
         """
         where = check_search(questions, top_k, method, languages, path)
         with self._lock:
@@ -280,7 +280,7 @@ class CodeIndex:
             exit_layer: one of the index's exits; the deepest if None.
 
         Raises:
-            UserError: the index has no code at that line, or no such exit.
+            UserError: the index has no code at that line, lacks the exit, or was rebuilt after it was opened.
         """
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
         this_file = re.compile(re.escape(readable_path(path).encode()) + rb"\Z")
@@ -290,7 +290,8 @@ class CodeIndex:
             pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=this_file))
             here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
             if not here:
-                raise UserError("search.related.missing", f"The index has no code at line {line} of {path!r}.")
+                message = f"The index has no code at line {line} of {path!r}. Name a line of code in an indexed file."
+                raise UserError("search.related.missing", message)
             found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
             others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
             return self._hits(others[:top_k])
@@ -337,7 +338,7 @@ class CodeIndex:
         for exit_layer in self.settings.exit_layers:  # damaged settings may name any
             embedder.check_exit(exit_layer)
         if dict(self.settings.prompts) != embedder.prompts():
-            message = f"The index {self.store.location} was built with older prompts. Rebuild it (--rebuild)."
+            message = f"The index {self.store.location} was built with other prompts. Rebuild it (--rebuild)."
             raise UserError("search.index.prompts", message)
         return embedder
 
@@ -363,7 +364,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
     Raises:
         ImportError: the extra `qdrant` is not installed.
-        UserError: the location has none of these forms.
+        UserError: the location has none of these forms, or is a file or a folder with other things.
     """
     if not isinstance(location, str | os.PathLike):
         return location
@@ -373,7 +374,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
         return QdrantStore(*connect(location), location)
     if "://" in location and location != MEMORY:
-        message = f"{location!r} is no place for an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
+        message = f"{location!r} cannot hold an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
         raise UserError("search.index.location", message)
     return LocalStore(None if location == MEMORY else location)
 
@@ -399,8 +400,8 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an index that is up to date, and the exit to search it at (None: the default of `CodeIndex.search`).
 
-    It is the index at `location`; else the one in `folder`, or without a folder the one in the working folder or above;
-    else one that is kept in the user's cache and is made now if it is missing.
+    With `location`, it is the index there. Otherwise it is the one in `folder` (if None: in the working folder or the
+    nearest folder above). If there is none, it is the one in the user's cache, which is built now if it is missing.
 
     Args:
         folder: the folder to search; the working folder if None.
@@ -410,11 +411,11 @@ def open_for_search(
         budget: limits for `select_exit`, such as `latency_ms`, that choose the exit instead.
         cascade: the cascade of the search; its exit must be one of the checkpoint's.
         languages: languages to read for a new index.
-        refresh: whether to update an existing index, see `CodeIndex.refresh` for `seconds`.
+        refresh, seconds: whether to update an existing index, and for how long (see `CodeIndex.refresh`).
 
     Raises:
-        UserError: an exit does not exist (before anything is indexed), the folder holds no source code, or a reason
-            that `CodeIndex` lists.
+        UserError: an exit does not exist (raised before a new index is built), the folder holds no source code, or a
+            reason that `CodeIndex.build` or `CodeIndex.open` lists.
         OSError: see `CodeIndex.open`.
     """
     location = location or (find_index() if folder is None else _own_index(folder))
@@ -461,7 +462,7 @@ def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequ
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
-    """Return the folder in which to search for code like the code of `file`, if no `.mose` index contains this file.
+    """Return the folder to search for code like that of `file`, a file that no `.mose` index contains.
 
     It is the nearest folder above the file that is a git repository or has a cached index; else the working folder if
     the file is inside it; else the file's own folder.
@@ -485,7 +486,6 @@ def _cached_location(folder: str, *options: Any) -> str:
 
 
 def _shown_folder(folder: str) -> str:
-    """Return a folder's path to show: relative if it is below the working folder, else absolute."""
     relative = os.path.relpath(folder)
     if relative == ".":
         return ""

@@ -39,9 +39,9 @@ APPROXIMATE_ROWS = 100_000
 """If a search considers more rows, the signs of their vectors choose the rows that are compared exactly."""
 _BEST_BY_SIGNS = 4000
 MOST_ROWS = 65_536
-"""Most rows of a segment: 16 bits number them, and merging needs memory for no more."""
+"""Most rows of a segment: 16 bits number its rows, and merging needs memory for no more rows than these."""
 LARGE_SEGMENT = 50_000
-"""A segment of so many rows is no longer merged with others, unless a third of it is deleted."""
+"""A segment of at least so many rows is merged with others only if over a third of its rows are deleted."""
 _SMALL_SEGMENTS = 32  # an update merges smaller segments when there are so many
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
@@ -66,7 +66,7 @@ def _damage_reported(location: str) -> Iterator[None]:
 
 
 def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that reads segments: damage is a UserError."""
+    """Decorate a method that reads segments: a damaged file becomes a UserError."""
 
     @wraps(method)
     def reported(self: Any, *arguments: Any) -> Any:
@@ -87,7 +87,7 @@ class LocalStore:
         self._segments: dict[str, _Segment] = {}
         self._stamps: Stamps = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            message = f"{location} is not an index; it is a file or holds other things. Name another folder."
+            message = f"{location} is not an index: it is a file, or holds other things. Name another folder."
             raise UserError("search.index.foreign", message)
 
     @contextmanager
@@ -102,7 +102,7 @@ class LocalStore:
         try:  # the worker processes of a killed process hold its lock for a moment longer
             lock.acquire(timeout=seconds)
         except Timeout as error:
-            message = f"Another process writes the index {self.location}. Wait until it ends."
+            message = f"Another process is writing the index {self.location}. Try again when it has ended."
             raise UserError("search.index.locked", message) from error
         try:
             yield
@@ -228,7 +228,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the manifest, read anew if another process has replaced it; an empty one if there is no index."""
+        """Return the manifest, read again if another process has replaced it; an empty one if there is no index."""
         if self.folder is None:
             return self._manifest
         path = self.folder / MANIFEST
@@ -321,7 +321,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows that contain a word, and how often each contains it."""
+        """Return the rows (P,) that contain a word, and how often each row contains it (P,), at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -331,7 +331,6 @@ class _Segment:
 
     @_reading
     def snippet(self, place: int) -> Snippet:
-        """Return the piece of code in the row at `place`."""
         first, last = self["row_starts"][place : place + 2]
         values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
         values[-1] = tuple(values[-1])  # `defines`
@@ -341,12 +340,11 @@ class _Segment:
 
     @cached_property
     def words(self) -> int:
-        """Number of words of all rows."""
+        """Total number of words in all rows together."""
         return int(self["lengths"].sum(dtype=np.int64))
 
     @cached_property
     def exits(self) -> list[int]:
-        """The exits of which the segment has embeddings."""
         return [int(name.removeprefix("vectors_")) for name in self._arrays if name.startswith("vectors_")]
 
 
@@ -354,7 +352,7 @@ _Places = list[tuple[_Segment, np.ndarray]]
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the chosen rows whose vectors differ in sign from `unit`, the question's, in the fewest components."""
+    """Return the `_BEST_BY_SIGNS` chosen rows (more if tied) that differ in sign from `unit` in fewest components."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -465,11 +463,7 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
 
 
 def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Return the arrays of a segment, mapped into memory, and facts on the source files that its rows come from.
-
-    Raises:
-        OSError, ValueError, KeyError: the segment is missing or damaged.
-    """
+    """Return a segment's arrays, memory-mapped, and its files; OSError, ValueError or KeyError if it is damaged."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a file")
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

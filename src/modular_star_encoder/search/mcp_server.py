@@ -44,24 +44,24 @@ def build_server(index: CodeIndex) -> Any:
 
     @server.tool()
     def search(question: str, top_k: int = 5, path: str | None = None) -> str:
-        """Find code by a question in prose or by a symbol's name; path limits it to files such as 'src/**'."""
+        """Find code by a question in prose or by a symbol's name; `path` limits it to files such as 'src/**'."""
         index.refresh()
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         return shown(answer.hits)
 
     @server.tool()
     def related(path: str, line: int, top_k: int = 5) -> str:
-        """Find code that resembles the code at a line of a file; the path is relative to the repository."""
+        """Find code that resembles the code at a line of a file; `path` is relative to the repository."""
         return shown(index.related(path, line, top_k=min(max(top_k, 1), MOST_HITS)))
 
     @server.tool()
     def read(path: str, first_line: int = 1, last_line: int = MOST_LINES) -> str:
-        """Read lines of a file of the repository; the path is relative to it."""
+        """Read the lines `first_line` to `last_line`, at most 400, of a file; `path` is relative to the repository."""
         file = Path(os.path.normpath(root / path))
         if not file.is_relative_to(root) or file.resolve() != file or not file.is_file():  # no link leads out either
-            raise UserError("search.mcp.path", f"{path!r} is not a file of the repository.")
+            raise UserError("search.mcp.path", f"{path!r} is not a file of the repository. Name one by its path in it.")
         if file.stat().st_size > _LARGEST_FILE:
-            raise UserError("search.mcp.size", f"{path!r} is larger than {_LARGEST_FILE:,} bytes.")
+            raise UserError("search.mcp.size", f"{path!r} has more than {_LARGEST_FILE:,} bytes, too many to read.")
         lines = LINE_END.split(decode_source(file.read_bytes())[0])
         first = max(first_line, 1)
         chosen = lines[first - 1 : min(last_line, first + MOST_LINES - 1)]

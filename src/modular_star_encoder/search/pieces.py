@@ -44,10 +44,10 @@ class Snippet:
     path: str  # path of the file relative to the indexed folder, with forward slashes
     language: str  # lower-case name; empty if the language is unknown
     name: str  # dotted name of what it defines, or of the class around it; empty for other lines
-    first_line: int  # 1-based; both lines are included
+    first_line: int  # 1-based; `first_line` and `last_line` are both included
     last_line: int
     text: str  # the lines
-    line: int = 0  # where the definition itself begins, after comments and decorators
+    line: int = 0  # 1-based line where the definition itself begins, after comments and decorators
     defines: tuple[str, ...] = ()  # names that it defines, such as `push` for `Stack.push`
 
     def embedded(self) -> str:
@@ -209,7 +209,6 @@ def stems(text: str) -> list[str]:
 
 
 def _words_of(text: str) -> str:
-    """Return the stems of all words of a text, with spaces between."""
     runs = text.translate(_SEPARATORS).split() if text.isascii() else _WORD.findall(text)
     return " ".join(filter(None, map(_joined_stems.__getitem__, runs)))
 
@@ -227,7 +226,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def telling_parts(question: str) -> set[str]:
-    """Return the stems of the parts of a question's words; leave out stop words, and parts of under 3 letters."""
+    """Return the stems of the parts of a question's words; leave out stop words, and parts of fewer than 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))
     return {_stem(part.lower()) for part in _PART.findall(words) if len(part) > 2}
 
@@ -240,7 +239,7 @@ def definition_word(name: str) -> str:
 def snippet_words(snippet: Snippet) -> str:
     """Return a piece's words for BM25, with spaces between.
 
-    They are the words of its text, name, file name (twice) and folder name, and the names that it defines.
+    They are the stems of its text, name, file name (twice) and folder name, and a word for each name that it defines.
     """
     words = _words_of(f"{snippet.text} {snippet.name} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])

@@ -68,7 +68,7 @@ def _wrap_errors(method: Callable) -> Callable:
 class QdrantStore(VectorStore):
     """The rows of an index in a collection of a Qdrant server.
 
-    It has no lock, and no stamps: other machines, whose files have other times, use the collection too.
+    It has no lock. It has no stamps, because other machines, whose files have other times, may use the collection.
 
     Args:
         client: a `QdrantClient`, for a server or in memory.
@@ -213,7 +213,7 @@ def _word_place(word: str) -> int:
 
 
 def _word_weights(words: Sequence[str]) -> dict[int, float]:
-    """Return a document's BM25 weight for each term, without the inverse document frequency."""
+    """Return term's number → its BM25 weight in a document, without the inverse document frequency."""
     norm = _K1 * (1 - _B + _B * len(words) / _AVERAGE_WORDS)
     counts = Counter(map(_word_place, words))
     return {place: count * (_K1 + 1) / (count + norm) for place, count in counts.items()}

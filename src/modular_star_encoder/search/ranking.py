@@ -28,7 +28,7 @@ class Cascade:
     Attributes:
         exit_layer: the deeper exit.
         candidates: number of the best hits that are ranked again.
-        margin: re-rank only if the best similarity at the first exit is less than this above the second; None: always.
+        margin: re-rank only if the two best similarities at the first exit differ by less than this; None: always.
     """
 
     exit_layer: int
@@ -46,7 +46,7 @@ class Cascade:
 class Ranked:
     """The rows found for one question, best first."""
 
-    found: list[Found]  # first the candidates that a cascade ranked again, then the others
+    found: list[Found]  # from `by_similarity`, first those that a cascade ranked again
     margin: float | None  # best similarity at the first exit minus the second best; None if there are not two
     reranked: bool = False  # whether a cascade ranked the best again
 
@@ -66,7 +66,7 @@ class Ranker:
         self._store, self._settings, self._embedder = store, settings, embedder
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Embed each question at the first and the cascade's exit, in one forward pass: exit_layer → (D,) float32."""
+        """Return, for each question, exit_layer → (D,) float32 at the first exit and the cascade's, from one pass."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
@@ -87,7 +87,8 @@ class Ranker:
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
         """Return the best `limit` rows for a question by the ranking rules over similarity and words (`rules.place`).
 
-        A cascade replaces the similarities of the best rows by rescaled ones of the deeper exit, and ranks all again.
+        With a cascade, the best rows get their similarities at the deeper exit, rescaled to the mean and deviation of
+        the old ones. Then all rows are ranked again.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
@@ -119,7 +120,6 @@ class Ranker:
         return found
 
     def _cascade_for(self, margin: float | None) -> Cascade | None:
-        """Return the cascade if `margin`, best similarity minus second best, is small enough to re-rank, else None."""
         if self.cascade is None or margin is None:  # None: fewer than two hits
             return None
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
@@ -147,9 +147,9 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> li
 def _candidates(
     store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
-    """Return the candidate rows (N) of a question, their BM25 scores (N,), and name → numbers of rows that define it.
+    """Return the candidate rows (N) of a question, their BM25 scores (N,), and name → indices of rows that define it.
 
-    The BM25 score of a row is 0 if it has none of the question's words.
+    The BM25 score of a row is 0 if the row has none of the question's words.
     """
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where)
     names = [definition_word(name) for name in question.names]

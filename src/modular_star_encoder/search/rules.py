@@ -64,7 +64,10 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return how far each weighted sum (N,) of standardised scores exceeds the median; `words` without similarities."""
+    """Return scores (N,): weighted sums of standardised similarities and `words` (BM25 scores), minus their median.
+
+    Negative scores become 0. Similarities weigh `weight`, words 1 - `weight`; without similarities, return `words`.
+    """
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -77,7 +80,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return what each piece (N,) gains for defining a name in the question; more if its file has that name, too."""
+    """Return gains (N,) of pieces that define a name in the question; higher if the piece's file has that name."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -96,7 +99,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return each file's gain (F,) for words of the question in its name; words in its folder's name count half."""
+    """Return gains (F,) of files whose name has words of the question; a word in the folder's name counts half."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -115,18 +118,19 @@ def paths(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _named(path: str) -> tuple[set[str], set[str]]:
-    """Return the stems of the parts of a file's name, and of the name of its folder."""
     return parts(PurePosixPath(path).stem), parts(PurePosixPath(path).parent.name)
 
 
 def _alike(word: str, other: str) -> bool:
-    """Return whether two words are equal, or one begins with the other."""
     begins = word.startswith(other) or other.startswith(word)
     return begins and (word == other or min(len(word), len(other)) >= _SHORTEST_PREFIX)
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return gains (N,) for each file's best piece: the sum of its file's best scores relative to the largest sum."""
+    """Return gains (N,), which only the best piece of each file by `gained`, the scores so far, receives.
+
+    Its gain is the sum of its file's five best `scores`, divided by the largest such sum. `file_of`: numbers of files.
+    """
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
@@ -142,7 +146,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return a factor (F,) per file: below 1 for re-exports, type declarations, and unrequested tests or examples."""
+    """Return factors (F,): below 1 for files of re-exports, type declarations, and unrequested tests or examples."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -155,7 +159,7 @@ def _kinds(path: str) -> tuple[bool, bool, bool]:
 
 
 def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return factors (N,) that lower the second, third and further pieces of a file, each more than the last."""
+    """Return factors (N,): 1 for a file's best piece, 0.8 for its second, 0.64 for its third, and so on."""
     return FURTHER_PIECE ** _place_in_file(scores, file_of)
 
 

@@ -44,8 +44,8 @@ class Row:
 class Found:
     """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
 
-    The piece itself is read when it is first used: of hundreds of candidates only a few are shown. `exit_layer` is the
-    exit that ranked it, None if only words did; `reasons` maps a ranking rule to what it added.
+    The piece itself is read when `snippet` is used: of hundreds of candidates only a few are shown. `exit_layer` is the
+    exit that ranked the row, None if only words did; `reasons` maps a ranking rule to what it added.
     """
 
     row_id: Hashable  # names the row within its store until the store is changed
@@ -89,7 +89,7 @@ class VectorStore(Protocol):
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Let no other process write the index meanwhile; if one writes it, wait so long for its end.
+        """Return a context in which no other process writes the index; wait up to `seconds` for one that writes now.
 
         Raises:
             UserError: another process still writes the index.
@@ -104,14 +104,14 @@ class VectorStore(Protocol):
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Make an empty index, also in place of an index that can't be read.
+        """Make an empty index with these settings; it replaces an existing index, even one that can't be read.
 
         Raises:
             UserError: the place holds data of another program, which is never replaced.
         """
 
     def files(self) -> dict[str, str | None]:
-        """Return file_id → hash of the file's content; None if rows are missing or come from different contents."""
+        """Return file_id → hash of the file's content, or None if its rows are incomplete or of different contents."""
 
     def stamps(self) -> Stamps:
         """Return what `keep_stamps` stored last; empty if the store keeps no stamps."""
@@ -125,8 +125,8 @@ class VectorStore(Protocol):
         """Replace all rows of some files.
 
         Args:
-            known: ids of the files that may have rows in the store; without new rows they are removed.
-            rows: all rows of each of their files; files that are not in `known` are new to the store.
+            known: ids of the files whose stored rows are deleted; without new rows, the files are removed.
+            rows: new rows, for each file all its rows. A file that has rows in the store must be in `known`.
         """
 
     def finish(self) -> None:
@@ -140,10 +140,10 @@ class VectorStore(Protocol):
         """Return the `limit` rows with the highest BM25 scores for `words`, best first; only scores above 0."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of rows that this store found; zeros for a row deleted since."""
+        """Return the embeddings (N, D) float32 of rows that this store found; zeros for rows deleted since then."""
 
     def count(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
 
 
 def file_id(path: str) -> str:
