@@ -29,14 +29,14 @@ _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 class ExitCosts:
     """The exit profile of a checkpoint, or the reason why it can't be shown."""
 
-    profile: ExitProfile | None  # None if there is none that was measured with these weights
-    note: str = ""  # why `profile` is None and how to measure one; or a warning that another machine was measured
+    profile: ExitProfile | None  # None if it is missing, unreadable or of other weights
+    note: str = ""  # why `profile` is None and how to get one; or that it was measured on another machine; or empty
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint (folder or Hub id), unless other weights were measured."""
+        """Load the exit profile of a checkpoint (folder or Hub id) if it was measured with weights of this checksum."""
         name = short_name(checkpoint)
-        advice = f"“mose profile {name}” measures the cost of each exit, and with --quality its quality."
+        advice = f"“mose profile {name}” measures the cost of each exit, and with --quality also its quality."
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -52,13 +52,13 @@ class ExitCosts:
 
 
 def short_name(checkpoint: str) -> str:
-    """Return a checkpoint's Hub id, or only the last part of its path, because the page may be public."""
+    """Return a checkpoint's Hub id or, of a folder, only the last part of the path: the page may be public."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with the latency, memory, size and quality of one exit, as bars relative to the largest value."""
+    """Return HTML with the costs and quality of one exit, as bars; the highest value of all exits fills a bar."""
     if costs.profile is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     profile = costs.profile
@@ -84,7 +84,7 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
 
 
 def circumstances(costs: ExitCosts) -> str:
-    """Return a line of HTML that says how and on which machine the costs were measured; empty without a profile."""
+    """Return a line of HTML on how and on which machine the costs were measured; empty without a profile."""
     if costs.profile is None:
         return ""
     profile = costs.profile
@@ -100,7 +100,6 @@ def circumstances(costs: ExitCosts) -> str:
 
 
 def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, pattern: str, *, kind: str = "cost") -> str:
-    """Return HTML with a label, the value of `exit_layer`, and a bar that is full at the largest of the `values`."""
     value = values[exit_layer]
     largest = max((abs(one) for one in values.values() if one is not None), default=0.0)
     share = 0.0 if value is None or not largest else min(max(value / largest, 0.0), 1.0)
@@ -120,15 +119,15 @@ class SearchPage:
 
     Attributes:
         exit_layers: exits of the index, ascending.
-        rerank_exit_layers: exits of the checkpoint deeper than the index's shallowest exit; empty if the checkpoint
-            can't be used.
+        rerank_exit_layers: trained exits of the checkpoint deeper than the index's shallowest exit; empty if the
+            checkpoint can't be used.
         problem: one sentence that says why the checkpoint can't be used; empty if it can be used.
-        sides: how many exits the page shows side by side: two, or one if the index has only one.
+        sides: number of exits that the page shows side by side: two, or one if the index has one exit.
 
     Args:
-        index: an index from `CodeIndex.open`; its checkpoint is opened here.
-        link_to: gives the address of a hit's file.
-        checkpoint: folder or Hub id of the index's checkpoint, if it was moved.
+        index: an index from `CodeIndex.open`; its checkpoint is loaded here.
+        link_to: returns the web address of a hit's file; see `LinkTo`.
+        checkpoint: folder or Hub id of the index's checkpoint if it was moved; by default the one that the index names.
     """
 
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
@@ -150,7 +149,7 @@ class SearchPage:
             self.problem = _one_sentence(error)
 
     def header(self) -> str:
-        """Return HTML with the searched folder, its number of snippets, the exits and the checkpoint."""
+        """Return HTML with the searched folder's name, its number of pieces of code, the exits and the checkpoint."""
         folder = os.path.basename(self.index.folder)
         facts = (
             f"{self.index.store.count():,} pieces of code",
@@ -162,21 +161,21 @@ class SearchPage:
         return f'<div class="mose-header">{head}</div>{problem}'
 
     def costs_at(self, position: Any) -> str:
-        """Return HTML with the costs of the exit at a slider position (0 for the shallowest exit of the index)."""
+        """Return HTML with the costs of the exit at a slider position, which counts the index's exits from 0."""
         exit_layer = self._exit_at(position)
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
     def footer(self) -> str:
-        """Return HTML that says how the costs were measured, and how to add exits to an index with only one."""
+        """Return HTML that says how the costs were measured and, if the index has one exit, how to add others."""
         return circumstances(self.costs) + (message_html(_ONE_EXIT) if self.sides == 1 else "")
 
     def answer(
         self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each slider position; return HTML for each.
+        """Search at the exit of each of `positions`, which count the index's exits from 0; return HTML for each.
 
-        Without a question the first is an instruction, and after an error one sentence. `languages` and `path` select
-        files, all if empty; `rerank` is an exit that ranks the best hits again, or 0.
+        If the question is empty or an error occurs, the first text says what to do, and the others are "". `languages`
+        and the pattern `path` select files, all if empty. `rerank`, unless 0, is a deeper exit that re-ranks the hits.
         """
         if not question or not question.strip():
             return [message_html(_ASK), *[""] * (len(positions) - 1)]
@@ -193,7 +192,7 @@ class SearchPage:
 
     def _ask(self, question: str, exit_layer: int, rerank: int, where: dict[str, Any]) -> Reply:
         if len(question) > LONGEST_QUESTION:
-            message = f"Type what the code should do, in at most {LONGEST_QUESTION:,} characters."
+            message = f"The question has {len(question):,} characters; shorten it to at most {LONGEST_QUESTION:,}."
             raise UserError("demo.question", message)
         if self.problem:
             raise UserError("demo.checkpoint", self.problem)
@@ -204,7 +203,6 @@ class SearchPage:
         return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))
 
     def _exit_at(self, position: Any) -> int:
-        """Return the exit at a slider position, or at the nearest valid position."""
         return self.exit_layers[min(max(int(position or 0), 0), len(self.exit_layers) - 1)]
 
 
@@ -213,7 +211,7 @@ def _one_sentence(error: BaseException) -> str:
 
 
 def build_blocks(page: SearchPage) -> Any:
-    """Lay out a page as `gradio.Blocks`; raise ImportError if Gradio is not installed."""
+    """Return the layout of a page as `gradio.Blocks`; ImportError if Gradio is not installed."""
     gradio = import_gradio()
     last = len(page.exit_layers) - 1
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
@@ -247,7 +245,7 @@ def build_blocks(page: SearchPage) -> Any:
 
 
 def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any, Any]:
-    """Add a column with slider, costs and hits of one exit to the page; return the slider and the hits."""
+    """Add a column with a slider, the costs and the hits of one exit to the page; return the slider and the hits."""
     exits = page.exit_layers
     with gradio.Column(min_width=420, elem_classes="mose-side"):
         with gradio.Column(elem_classes="mose-exit", elem_id=f"exit-{side + 1}"):
@@ -271,7 +269,7 @@ def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any,
 
 
 def import_gradio() -> Any:
-    """Import Gradio with its analytics switched off; raise ImportError if it is not installed."""
+    """Return the module `gradio`, its analytics switched off; ImportError names the extra if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio also reads it at import
     with naming_extra():
         import gradio

@@ -20,7 +20,7 @@ MOST_LINES = 200
 _LONGEST_LINE = 1000
 
 LinkTo = Callable[[str, Hit], str | None]
-"""Takes a hit and its path in the indexed folder; returns the web address of its file, or None."""
+"""Called with a path in the indexed folder and a hit in this file; returns the hit's web address, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Reply:
 
     Attributes:
         answer: the hits.
-        exit_layer: the exit that was searched, before any re-ranking.
-        milliseconds: wall-clock time to embed the question and to rank; no cached embeddings are used.
+        exit_layer: the exit whose vectors were searched; a deeper exit may have re-ranked the hits.
+        milliseconds: wall-clock time to embed the question, search and re-rank, without cached embeddings.
     """
 
     answer: Answer
@@ -39,16 +39,16 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of a reply; if there is an `other` reply, each hit also shows its rank in that one.
+    """Return HTML with the hits of `reply`; each hit also shows its rank in `other`, the reply of another exit, if any.
 
-    Paths are shown relative to `folder`, the indexed one.
+    The paths of hits are shown relative to `folder`, the indexed folder.
     """
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"
     head = f'<p class="mose-asked"><b>{asked}</b> · this question took {reply.milliseconds:,.0f} ms</p>'
     if not reply.answer.hits:
-        return head + message_html("Nothing was found: allow more languages or more files.")
+        return head + message_html("Nothing was found. Choose more languages or more files.")
     ranks = {} if other is None else {_place(hit): rank for rank, hit in enumerate(other.answer.hits, 1)}
     hits = []
     for rank, hit in enumerate(reply.answer.hits, 1):
@@ -59,13 +59,13 @@ def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo
 
 
 def message_html(text: str, *, error: bool = False) -> str:
-    """Return HTML of a note or, with `error`, of an error message that screen readers announce."""
+    """Return HTML with `text` as a note or, if `error`, as an error message, which screen readers announce."""
     kind, role = ("mose-error", "alert") if error else ("mose-note", "status")
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
 def lexer_for(language: str) -> Lexer:
-    """Return the Pygments lexer of a language; the lexer of plain text if Pygments does not know it."""
+    """Return the Pygments lexer of a language, or that of plain text if Pygments does not know the language."""
     if language == "php":
         return PhpLexer(startinline=True, stripnl=False)
     try:
@@ -75,14 +75,14 @@ def lexer_for(language: str) -> Lexer:
 
 
 def code_html(text: str, language: str) -> str:
-    """Return HTML of highlighted code, without a `<pre>` around it; unprintable characters are replaced."""
+    """Return HTML of highlighted code, without a `<pre>` around it. A � replaces each unprintable character."""
     # Split only at line feeds, as files do: `splitlines` also splits at characters that are to be replaced.
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").split("\n")]
     return highlight("\n".join(lines), lexer_for(language), HtmlFormatter(nowrap=True)).rstrip("\n")
 
 
 def code_styles() -> str:
-    """Return the CSS that colours highlighted code, for light and dark pages."""
+    """Return the CSS rules that colour the HTML of `code_html`, on light and dark pages."""
     light = HtmlFormatter(style="friendly").get_style_defs(".mose-code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".dark .mose-code")
     return f"{light}\n{dark}"
@@ -103,7 +103,6 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
 
 
 def _code_block(hit: Hit) -> str:
-    """Return HTML with the first lines of a hit; a click opens up to 200 lines."""
     lines = hit.text.rstrip().split("\n")
     first = code_html("\n".join(lines[:FIRST_LINES]), hit.language)
     block = f'<pre class="mose-code">{first}</pre>'
@@ -118,7 +117,6 @@ def _code_block(hit: Hit) -> str:
 
 
 def _badge(rank: int, other_rank: int | None, other: Reply) -> str:
-    """Return HTML with the rank of the same hit in the other reply, or a note that it is missing there."""
     if other_rank is None:
         count = len(other.answer.hits)
         return f'<span class="mose-badge mose-new">not among the {count} found at exit {other.exit_layer}</span>'

@@ -1,7 +1,7 @@
 """Serve the demo page, by default to this machine alone, and the source files that its search results link to.
 
-A browser opens no `file://` link from a page that came over HTTP, so the server of the page also shows source files,
-but only files of the index inside the indexed folder. The page loads nothing from other servers.
+A browser opens no `file://` link from a page that came over HTTP. So the page's server also shows source files, but
+only those that are in the index and in the indexed folder. The page loads nothing from other servers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LONGEST_LINE = 2000
 
 
 def serve(index: CodeIndex, **options: Any) -> None:
-    """Serve the demo page of an index until Ctrl-C; `options` and errors are those of `served`."""
+    """Serve the demo page of an index until Ctrl-C, and print its address; `options` and errors: see `served`."""
     with served(index, **options) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -68,18 +68,18 @@ def served(
 
     Args:
         index: an index from `CodeIndex.open`.
-        checkpoint: folder or Hub id of the index's checkpoint, if it was moved; the page says if it is another one.
-        host: address to listen at; if None, GRADIO_SERVER_NAME of the environment (a Space sets it), else this machine.
-        port: if None, GRADIO_SERVER_PORT of the environment, else the first free port from 7860 on.
-        source: web address of the indexed folder at a revision of a repository; hits then link there. If None, hits
+        checkpoint: folder or Hub id of the index's checkpoint if it was moved. The page says if it is a different one.
+        host: IPv4 address or name to listen at; if None, environment variable GRADIO_SERVER_NAME, else 127.0.0.1.
+        port: port to listen at; if None, environment variable GRADIO_SERVER_PORT, else the first free from 7860 on.
+        source: web address of the indexed folder at a revision of a repository, to which hits then link. If None, hits
             link to the files on this machine.
 
     Raises:
         ImportError: Gradio is not installed.
-        UserError: the host is not this machine, the port is taken or invalid, or `source` is no web address.
+        UserError: `host` is not this machine, `port` is taken or invalid, or `source` is not a web address.
     """
     if port is not None and not 1 <= port <= 65535:
-        raise UserError("demo.port", f"port={port} must be a number from 1 to 65535.")
+        raise UserError("demo.port", f"--port must be from 1 to 65535, not {port}.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     _check_host(host)
     links = repository_links(source) if source else LocalFiles(index)
@@ -113,7 +113,7 @@ def served(
 
 
 def _check_host(host: str) -> None:
-    """Raise UserError unless this machine can listen at `host`; without this check, Gradio tries a hundred ports."""
+    """Raise UserError if this machine can't listen at `host`; without this check, Gradio tries a hundred ports."""
     with socket.socket(socket.AF_INET) as trial:
         try:
             trial.bind((host, 0))
@@ -123,7 +123,6 @@ def _check_host(host: str) -> None:
 
 
 def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
-    """Return options for Gradio's web application: allowed host names, security headers, pages of source files."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
@@ -151,8 +150,6 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], HTMLResponse]:
 
 
 class _PolicyMiddleware:
-    """Adds a content security policy to the headers of every web response."""
-
     def __init__(self, app: _Call) -> None:
         self._app = app
 
@@ -170,11 +167,11 @@ class _PolicyMiddleware:
 
 
 def repository_links(address: str) -> LinkTo:
-    """Return a function that links search results to a repository; `address` is that of the folder at a revision."""
+    """Return a `LinkTo` for the web address of the indexed folder at a revision; UserError if it is not one."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         example = "https://github.com/OWNER/NAME/blob/REVISION/src"
-        raise UserError("demo.source", f"{address!r} is not the web address of a folder, such as {example}.")
+        raise UserError("demo.source", f"--source must be a folder's web address, such as {example}, not {address!r}.")
 
     def link_to(path: str, hit: Hit) -> str:
         lines = f"L{hit.line}" + (f"-L{hit.last_line}" if hit.last_line > hit.line else "")
@@ -184,7 +181,7 @@ def repository_links(address: str) -> LinkTo:
 
 
 class LocalFiles:
-    """Links search results to the indexed files on this machine, and renders these files as HTML pages."""
+    """A `LinkTo` that links hits to the indexed files on this machine, and shows these files as HTML pages."""
 
     def __init__(self, index: CodeIndex) -> None:
         self._index = index
@@ -192,17 +189,17 @@ class LocalFiles:
         self._known: set[str] = set()
 
     def __call__(self, path: str, hit: Hit) -> str | None:
-        """Return the address of a hit's lines on this server; None if the file no longer exists."""
+        """Return the address of a hit's lines, relative to the page's; None if the file no longer exists."""
         if self._file(path) is None:
             return None
         query = urlencode({"path": path, "first": hit.line, "last": max(hit.last_line, hit.line)})
         return f"{ROUTE.removeprefix('/')}?{query}#L-{hit.line}"
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page that shows a file of the index, with the lines from `first` to `last` marked.
+        """Return an HTML page that shows a file of the index, with the lines `first` to `last` (from 1) marked.
 
         Raises:
-            UserError: the file is not in the index, is outside its folder, or is too large to show.
+            UserError: the file is not in the index, not in the indexed folder, too large, or not a regular file.
         """
         file = self._file(path)
         if file is None or not self._is_indexed(path):
@@ -211,13 +208,13 @@ class LocalFiles:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-                message = f"The file cannot be shown: it has more than {LARGEST_FILE:,} bytes or is not a regular file."
+                message = f"The file can't be shown: it has more than {LARGEST_FILE:,} bytes or is not a regular file."
                 raise UserError("demo.file.large", message)
             text = opened.read().decode("utf-8", "replace")
         return _source_page(path, text, first, last)
 
     def _file(self, path: str) -> Path | None:
-        """Return the file at a path in the indexed folder; None if it is missing or reached by a symbolic link."""
+        """Return the file at a path in the indexed folder; None if missing, outside, or behind a symbolic link."""
         try:
             file = self._root / path
             resolved = file.resolve(strict=True)

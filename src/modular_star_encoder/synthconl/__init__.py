@@ -1,1 +1,1 @@
-"""Build a dataset like SynthCoNL: functions are extracted, translated, near-deduplicated, split and published."""
+"""Build a dataset like SynthCoNL: extract functions, translate them, drop near-duplicates, split, publish."""

@@ -1,7 +1,6 @@
-"""Completes prompts by any endpoint of OpenAI's chat protocol.
+"""Completes prompts by any server with OpenAI's chat protocol.
 
-A request carries the id of its row, and its completion returns with that id: completions are never matched by their
-text or their position.
+Each completion has the id of its request's row. Completions are matched to rows by this id, never by text or position.
 """
 
 import operator
@@ -27,15 +26,15 @@ from modular_star_encoder.utils.http import (
 from modular_star_encoder.utils.settings import Count, NonNegative, Positive
 
 ERROR, TOO_LONG = "error", "too_long"
-# Options of `OpenAIBackend` that do not change the answers, up to rounding.
+# Arguments of `OpenAIBackend` that do not change the answers, except through rounding in the server.
 RUN_OPTIONS = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A prompt to complete, and the id by which its completion is recognised."""
+    """A prompt to complete, and the id of its row, which its completion will have."""
 
-    id: str  # of its row
+    id: str  # id of the row
     prompt: str  # the user's message, without a chat template
 
 
@@ -45,27 +44,28 @@ class Completion:
 
     id: str  # id of the request
     text: str  # the answer
-    finish_reason: str  # a word of OpenAI's protocol; `TOO_LONG` for a prompt without room for an answer; or `ERROR`
-    prompt_tokens: int = 0  # chat template included; 0 if an endpoint does not report it
-    completion_tokens: int = 0  # the final token included; 0 if an endpoint does not report it
+    finish_reason: str  # as in OpenAI's protocol, or `TOO_LONG` (the prompt leaves no room for an answer), or `ERROR`
+    prompt_tokens: int = 0  # chat template included; 0 if the server does not report it
+    completion_tokens: int = 0  # the final token included; 0 if the server does not report it
     error: str = ""  # why the request failed; empty otherwise
 
 
 class OpenAIBackend:
     """Let a server complete prompts greedily: `vllm serve`, `transformers serve`, llama.cpp, Ollama, a hosted service.
 
-    A request that temporarily fails is sent again (see `HTTPClient`); a failure that every further request would repeat
-    stops the run. Nothing is sent before the first prompt. Source of the protocol: OpenAI's API reference,
+    A request that fails temporarily is sent again (see `HTTPClient`). A failure that would also hit all later requests,
+    such as a wrong key, stops the run. Nothing is sent before the first prompt. Protocol: OpenAI's API reference,
     `POST /chat/completions`.
 
     Args:
-        model, revision: The server's name of the model; its revision, which is only shown in the dataset's card.
+        model: The server's name of the model.
+        revision: Revision of the model. It is not sent, only shown in the dataset's card.
         max_tokens: Largest number of tokens of an answer.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
-        api_key_variable: Environment variable with the API key; None for an endpoint that needs none.
+        api_key_variable: Environment variable with the API key; None if the server needs no key.
         concurrency, attempts, pause, timeout: See `HTTPClient`.
-        body: Fields that are added to the body of every request or replaced in it, such as
-            `{"repetition_penalty": 1.0}`; a field with the value None is not sent.
+        body: Fields to add to or replace in the body of every request, such as `{"repetition_penalty": 1.0}`. A field
+            with the value None is not sent.
     """
 
     @validate_call
@@ -84,7 +84,7 @@ class OpenAIBackend:
         body: Mapping[str, Any] | None = None,
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
-            raise UserError("synthconl.backend.body", f"`body` must not set {', '.join(fixed)}; remove it.")
+            raise UserError("synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it.")
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         self._url = check_url(base_url) + "/chat/completions"
         http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
@@ -95,11 +95,11 @@ class OpenAIBackend:
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """Yield one completion for each request, in any order, as soon as it arrives.
+        """Yield one completion for each request, in the order in which they arrive.
 
-        At most `concurrency` requests are taken from the iterable before their completions are yielded; a kill of the
-        process loses at most these. A UserError, such as for a wrong key or an endpoint that is down, means that no
-        further request can be answered; before it is raised, the completions of all pending requests are yielded.
+        At most `concurrency` requests are pending at a time; a kill of the process loses only their answers. UserError
+        if no further request can be answered, as with a wrong key or a server that is down. Before it is raised, the
+        completions of the other pending requests are yielded.
         """
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
@@ -120,7 +120,7 @@ class OpenAIBackend:
             raise failure
 
     def describe(self) -> dict[str, Any]:
-        """Describe the model for a dataset's card; `served` are the names that the server has put into its answers."""
+        """Return {`backend`, `model`, `revision`, `served`}; `served` lists the model names in the server's answers."""
         served = sorted(self._served)
         return {"backend": "openai", "model": self._model, "revision": self._revision, "served": served}
 
@@ -142,7 +142,7 @@ class OpenAIBackend:
                 raise ValueError("no numbers of tokens")
             self._served.add(str(content.get("model") or self._model))
         except (TypeError, LookupError, AttributeError, ValueError):
-            message = f"{url_host(self._url)} does not answer in OpenAI's chat protocol; check `base_url`."
+            message = f"{url_host(self._url)} does not answer as OpenAI's chat protocol says; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
         return Completion(request.id, str(text), str(reason), asked, written)
 

@@ -1,6 +1,6 @@
-"""Build a dataset from a recipe, stage by stage, continuing where an earlier call was interrupted.
+"""Build a dataset from a recipe, stage by stage; a repeated call continues one that was interrupted.
 
-Each stage writes a folder with the name of the stage, which has a `report.json` once the stage is finished.
+Each stage writes a folder with the name of the stage. The stage is finished if this folder has a `report.json`.
 """
 
 import json
@@ -62,9 +62,9 @@ class CardSettings:
     Args:
         name: title of the card.
         corpus: a sentence that says where the functions come from.
-        license: the dataset's licence, as the Hub spells it.
-        license_name, license_link: name and address of a licence that the Hub does not know (`license: other`).
-        tags: further tags.
+        license: the Hub's id of the dataset's licence, such as `mit`, or `other`.
+        license_name, license_link: name and web address of the licence; only used with `license: other`.
+        tags: tags in addition to `code` and `code-search`.
     """
 
     name: str = "SynthCoNL, rebuilt"
@@ -77,10 +77,10 @@ class CardSettings:
 
 @settings_class
 class NearDuplicateSettings(DuplicateSettings):
-    """See `DuplicateSettings`.
+    """`DuplicateSettings` and the columns to compare.
 
     Args:
-        columns: columns of code to compare.
+        columns: `func1_CSN` (the functions), `func2` (their translations), or both.
     """
 
     columns: Annotated[Sequence[Literal["func1_CSN", "func2"]], Constraint(min_length=1)] = ("func1_CSN", "func2")
@@ -88,7 +88,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
     if not {"source", "column"} <= set(options):
-        raise UserError("synthconl.recipe.against", f"A benchmark needs `source` and `column`, not {options}.")
+        raise UserError("synthconl.recipe.against", f"A benchmark needs keys `source` and `column`, not {options}.")
     return options
 
 
@@ -102,23 +102,24 @@ Benchmarks = Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_check_ben
 
 @settings_class
 class DatasetRecipe:
-    """Settings that say how `build_dataset` builds a dataset.
+    """Settings of `build_dataset`.
 
     Args:
         corpus: a source of functions with its options, or a list of such sources; see `extraction.open_source`.
-        translation: see `TranslationSettings`.
-        languages: languages whose functions are extracted.
+        translation: the model and its prompt; see `TranslationSettings`.
+        languages: languages of the functions to extract.
         max_characters: largest number of characters of a function; longer functions are left out.
         max_syntax_error_share: largest share of a translation that may fail to parse; 1 accepts any syntax.
         near_duplicates: see `NearDuplicateSettings`.
-        against: benchmarks whose near-duplicates are dropped, as name: {`source`, `column`}; further keys are arguments
-            of `open_dataset_rows`.
-        validation_rows: the validation split has at least this many rows, or a fifth of all rows if that is less; it
-            consists of whole repositories.
-        max_repository_share: repositories with a larger share of all rows are in validation only if others are too few.
+        against: {benchmark: {`source`, `column`}}. Rows near a text in this column are dropped. Further keys are
+            arguments of `open_dataset_rows`.
+        validation_rows: whole repositories are held out for validation until they have this many rows, or a fifth of
+            all rows if that is less.
+        max_repository_share: a repository with a larger share of all rows is only used for validation if the smaller
+            ones have too few rows.
         card: see `CardSettings`.
         processes: number of processes that extract functions.
-        seed: seed of all random draws.
+        seed: seed of all random draws: target languages and the validation split.
     """
 
     corpus: Corpora
@@ -139,7 +140,7 @@ class DatasetRecipe:
             target_language("", language, seed=0, targets=self.translation.targets)
 
     def stage_settings(self) -> dict[str, dict[str, Any]]:
-        """Return {stage: the settings that decide its result, as JSON values}, in the order of the stages."""
+        """Return {stage: {setting: JSON value}}, stages in order, with the settings that change a stage's result."""
 
         def own(*names: str) -> dict[str, Any]:
             return {name: getattr(self, name) for name in names}
@@ -156,23 +157,24 @@ class DatasetRecipe:
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Build a dataset, or continue what an earlier call with this recipe left in `out`.
+    """Build a dataset, or continue an interrupted build with the same recipe.
 
-    One process builds in a folder at a time. After a kill at any point, the same call continues: no finished stage is
-    repeated, no row is lost or duplicated, and at most the pending translations are requested again.
+    After a kill at any point, the same call continues. It repeats no finished stage, loses and duplicates no row, and
+    requests only pending translations again. One process at a time can build in a folder.
 
     Args:
         recipe: What to build.
-        out: The folder to work in: one that does not exist, is empty, or was begun with the same settings. It gets a
-            folder for each of `STAGES`.
+        out: The folder to work in: new, empty, or left by an earlier call with the same settings. It gets a folder for
+            each of `STAGES`.
+        progress: Whether to show progress bars.
 
     Returns:
-        The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and a card,
+        The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and the card
         `README.md`.
 
     Raises:
-        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the back end can't continue, in
-            which case its earlier answers are kept.
+        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the translating model fails.
+            Its answers before that are kept.
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _check_settings(build, _read_log(build.out))
@@ -205,7 +207,7 @@ class Build:
 
 
 def functions(build: Build, out: Path) -> Report:
-    """Extract the documented functions of the recipe's corpora to `out`."""
+    """Extract the documented functions of the recipe's corpora to row files in `out`; report their counts."""
     recipe, counts = build.recipe, Counter[str]()
     rows = function_rows(
         recipe.corpus,
@@ -216,23 +218,23 @@ def functions(build: Build, out: Path) -> Report:
         progress=build.progress,
     )
     if not write_rows(out, rows, FUNCTION_SCHEMA):
-        message = f"The corpus has no documented function to translate ({_listed(counts)})."
+        message = f"`corpus` has no documented function to translate ({_listed(counts)})."
         raise UserError("synthconl.build.empty", message)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # checked before the translation is paid for
-        message = f"All functions are in repository {repositories.pop()!r}; the validation split needs another."
+        message = f"All functions are in repository {repositories.pop()!r}. The validation split needs a second one."
         raise UserError("synthconl.build.one_repository", message)
     return {"counts": dict(sorted(counts.items(), key=_place))}
 
 
 def translations(build: Build, out: Path) -> Report:
-    """Ask the model to translate every extracted function, and write its answers to `out`."""
+    """Ask the model to translate each extracted function; write its answers to `out`. Report: see `translate`."""
     settings, seed = build.recipe.translation, build.recipe.seed
     return translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
 
 
 def triplets(build: Build, out: Path) -> Report:
-    """Take the code out of the model's answers, and write each accepted translation together with its function."""
+    """Take the code out of the model's answers; write each accepted translation and its function as one row."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe
@@ -269,7 +271,7 @@ def triplets(build: Build, out: Path) -> Report:
 
 
 def near_duplicates(build: Build, out: Path) -> Report:
-    """Write the triplets to `out`, leaving out near-duplicates."""
+    """Copy the triplets to `out` without near-duplicates. Report: see `drop_near_duplicates`."""
     settings = build.recipe.near_duplicates
     return drop_near_duplicates(
         build.out / "triplets",
@@ -283,7 +285,7 @@ def near_duplicates(build: Build, out: Path) -> Report:
 
 
 def split(build: Build, out: Path) -> Report:
-    """Draw the repositories of the validation split at random, and report their names."""
+    """Draw the repositories of the validation split at random; report their names and the sizes of both splits."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share
@@ -294,7 +296,7 @@ def split(build: Build, out: Path) -> Report:
 
 
 def dataset(build: Build, out: Path) -> Report:
-    """Write the finished dataset: its splits, statistics and card."""
+    """Write the files of the finished dataset to `out`: both splits, `statistics.json` and the card."""
     report = build.report("split")
     held_out, licenses = set(report["validation"]), Counter[str]()
 
@@ -325,23 +327,23 @@ def dataset(build: Build, out: Path) -> Report:
 
 Stage = Callable[[Build, Path], Report]
 STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates, split, dataset)
-"""All stages in order; each writes to a folder of its name, and returns the content of its `report.json`."""
-_CONTINUED = (translations, near_duplicates)  # they continue what they find in their folders; others write them at once
+"""All stages in order; each writes to a folder with its name, and returns the content of its `report.json`."""
+_CONTINUED = (translations, near_duplicates)  # these continue in their folders; other stages begin again
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield each extracted function with the model's answer, both as rows."""
+    """Yield (row of an extracted function, row of the model's answer)."""
     for file in row_files(out / "functions"):
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            message = f"{answers_file} has answers to other rows than {file}; remove {answers_file.parent}."
+            message = f"The rows of {answers_file} don't belong to those of {file}; remove {answers_file.parent}."
             raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return a key that sorts counts: files first, then functions, dropped functions (most first), kept functions."""
+    """Return a key that sorts (name, count) for a report: files, functions, dropped (most first), kept."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -352,7 +354,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _check_inputs(build: Build) -> None:
-    """Open what the remaining stages need, so that a mistake is reported before hours of translation."""
+    """Open the inputs of all unfinished stages, so that a mistake is reported before hours of translation."""
     recipe = build.recipe
     if not build.is_done("translations"):
         recipe.translation.open()
@@ -378,7 +380,6 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _settings_up_to(recipe: DatasetRecipe, stage: str) -> dict[str, Any]:
-    """Return the settings that decide the result of a stage, which include the settings of all earlier stages."""
     settings = recipe.stage_settings()
     names = list(settings)
     return {name: settings[name] for name in names[: names.index(stage) + 1]}
@@ -390,7 +391,7 @@ def _read_log(out: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     ours = (LOCK, f".{LOG}.")
     if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
-        message = f"{out} contains files that no dataset build wrote; choose an empty or a new folder."
+        message = f"{out} contains files that no dataset build wrote; choose an empty or new folder."
         raise UserError("synthconl.build.out", message)
     return {}
 
@@ -400,12 +401,12 @@ def _check_settings(build: Build, log: dict[str, Any]) -> None:
         other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
         if other and (build.out / name).exists():
             made = f"{build.out / name} was made with other values of {', '.join(other)}"
-            message = f"{made}; choose another folder, or remove this one and the folders of later stages."
+            message = f"{made}. Choose another folder to build in, or remove this one and those of later stages."
             raise UserError("synthconl.build.other_settings", message)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names of the settings that differ."""
+    """Yield the dotted names, such as `dataset.card.name`, of settings that differ; `name` is the prefix."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         if before != now:
             yield name

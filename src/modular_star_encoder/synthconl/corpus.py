@@ -1,11 +1,11 @@
 """Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
-    fetch_packages   packages by name and version → archives, through the registries' own clients
+    fetch_packages   names and versions of packages → their archives, by the registries' own clients
     build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs and other texts
     check_corpus     the corpus → its texts that equal, or nearly equal, a text of an evaluation set
 
-Fetching and extraction continue after any interruption. One process builds in a folder at a time. Equal packages give
-an equal corpus.
+An interrupted call continues if it is repeated. One process at a time works in a folder. Equal packages give an equal
+corpus.
 """
 
 import gzip
@@ -53,11 +53,11 @@ _PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<l
 _MEMBER = re.compile(rb"(?P<name>[\w.-]+)[ /]+(?:\d+ +){4}(?P<size>\d{1,10}) *`\n")
 
 MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
-MAX_PACKAGE_ROWS = 7000  # pairs, and as many texts without a pair
-MAX_SAME_DESCRIPTION = 3  # pairs with one description
-NEAR_DUPLICATE = 0.8  # Jaccard similarity of character 5-grams from which two functions are one
-VALIDATION_PAIRS = 8800  # or a fifth of all if that is less
-NEAR_EVALUATION = 0.7  # Jaccard similarity of token 5-grams from which a text is near one of an evaluation set
+MAX_PACKAGE_ROWS = 7000  # pairs of one package; also its largest number of texts without a pair
+MAX_SAME_DESCRIPTION = 3  # pairs with the same description
+NEAR_DUPLICATE = 0.8  # smallest Jaccard similarity of character 5-grams at which two functions are near-duplicates
+VALIDATION_PAIRS = 8800  # or a fifth of all pairs if that is less
+NEAR_EVALUATION = 0.7  # smallest Jaccard similarity of token 5-grams at which a text is near an evaluation text
 _TOKEN = {"code": re.compile(r"\w+|[^\w\s]"), "description": re.compile(r"\w+")}
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return the path, in the corpus folder, of the package's archives; its rows are in the file PATH.jsonl.gz."""
+        """The relative path of its folder of archives and, with `.jsonl.gz`, of its rows: REGISTRY/NAME=VERSION."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
@@ -81,14 +81,14 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
     """Read packages from a YAML file, {registry: lines}; each line holds the name, version and licence of a package.
 
     Raises:
-        UserError: `settings.unknown` for another registry, `corpus.package` for a line that is not a package.
+        UserError: a registry is unknown (`settings.unknown`), or a line is not a package (`corpus.package`).
     """
     content = read_mapping(path)
     check_names(list(content), _CLIENTS, str(path))
     packages = []
     for registry, line in ((registry, line) for registry, lines in content.items() for line in str(lines).splitlines()):
         if not (match := _PACKAGE.fullmatch(line)):
-            message = f"{path}: {registry} lists {line!r}, which must have the form NAME VERSION LICENCE."
+            message = f"{path}: {line!r}, in the list of {registry}, must have the form NAME VERSION LICENCE."
             raise UserError("corpus.package", message)
         packages.append(Package(registry, **match.groupdict()))
     return packages
@@ -97,7 +97,7 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
     """Download the packages that `out` lacks, each to its own folder in `out`; return {outcome: packages}.
 
-    Outcomes are "fetched", "fetched before", and the reasons why packages are missing.
+    An outcome is "fetched", "fetched before", or the reason why the packages can't be downloaded.
     """
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
     options: Row = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _FETCH_SECONDS, "check": True}
@@ -123,18 +123,19 @@ def build_corpus(
 ) -> Row:
     """Extract a corpus of functions from downloaded packages to `out`; return statistics, also stored in `stats.json`.
 
-    Pairs (`pairs.jsonl.gz`) have `package`, `language`, `name`, `description` and `code`. Whole packages are held out
-    for validation (`pairs_valid.jsonl.gz`). Texts (`texts.jsonl.gz`), functions without a usable description, have
-    `package`, `language`, `kind` ("code") and `text`. Packages with a file in `out/packages` are not read again.
+    `pairs.jsonl.gz` has rows of `package`, `language`, `name`, `description` and `code`. `pairs_valid.jsonl.gz` has
+    such rows of other packages, for validation. `texts.jsonl.gz` has the functions without a usable description, as
+    `package`, `language`, `kind` ("code") and `text`. A package with a file in `out/packages` is not read again.
 
     Args:
-        source: The folder that `fetch_packages` filled; `stats.json` lists the packages that are not there.
+        packages: The packages to read, at least two; `stats.json` lists those that `source` lacks.
+        source: The folder that `fetch_packages` filled.
         processes: Number of parsing processes; with 0 or 1, a file that crashes the parser ends the build.
     """
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
     if len(files) < 2:
-        message = f"{source} holds {len(files)} of {len(packages)} packages; fetch at least two, to hold one out."
+        message = f"{source} has {len(files)} of {len(packages)} packages; fetch two or more: one is for validation."
         raise UserError("corpus.packages", message)
     with locked(out):
         _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
@@ -145,7 +146,7 @@ def build_corpus(
 
 
 def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> None:
-    """For each package in `targets`, write its file: a line of counts, then one line for each pair or text."""
+    """Write the file of each package in `targets`: a line of counts, then one line for each pair or text."""
     packages = list(targets)
 
     def items() -> Iterator[tuple[int, SourceFile | Counter[str]]]:
@@ -173,7 +174,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`; but if it has a Debian package, return `temporary` with a copy of the package's data archive."""
+    """Return `folder` or, if it has a Debian package, `temporary` with a copy of the package's data archive."""
     for deb in folder.glob("*.deb"):
         folder = temporary
         with deb.open("rb") as archive:
@@ -189,7 +190,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; a row is a function and, if any, its description."""
+    """Return (package number, counts, rows) for each item; a row is a pair, or a function as text."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -211,7 +212,7 @@ def _line(row: Row) -> bytes:
 
 
 def _write_rows(target: Path, rows: Iterable[Row]) -> str:
-    """Write rows as gzipped JSON lines, and return the SHA-256 of the uncompressed lines."""
+    """Write rows as gzipped JSON lines; return the SHA-256 of the lines before compression."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with (
@@ -226,7 +227,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' files into a corpus without equal or nearly equal rows, write it and return its statistics."""
+    """Join the packages' files to a corpus without equal or near rows; write it, and return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -283,18 +284,18 @@ def _key(text: str) -> bytes:
 
 
 class EvaluationTexts:
-    """Finds texts that equal, or nearly equal, a text of an evaluation set (whole, or cut to the length in the corpus).
+    """Finds the texts that equal, or nearly equal, a text of an evaluation set, whole or cut to `MAX_CHARACTERS`.
 
-    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files. From rows of
-    CodeSearchNet, the benchmark's code and query are read; from other rows `code` (a text, a list, or texts by
-    language), `description` and `query`, also paragraph by paragraph. A set is named by its file or folder.
+    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files; the name of
+    the file or folder names the set. From rows of CodeSearchNet, the benchmark's code and query are read. From other
+    rows, `code` (text, list or {language: text}), `description` and `query` are read, these two also by paragraph.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
-        self.counts: Counter[str] = Counter()  # texts, by "set kind"
+        self.counts: Counter[str] = Counter()  # "SET KIND" → number of texts
         self._equal: dict[tuple[str, bytes], str] = {}  # (kind, key) → set
         self._grams: dict[str, dict[int, list[int]]] = {kind: defaultdict(list) for kind in _TOKEN}  # → numbers
-        self._texts: list[tuple[str, int]] = []  # by number: set, 5-grams
+        self._texts: list[tuple[str, int]] = []  # text number → (set, number of 5-grams)
         for source in map(Path, sources):
             for path in sorted(source.rglob("*.json*")) if source.is_dir() else [source]:
                 for kind, text in dict.fromkeys(_evaluation_texts(path)):
@@ -313,7 +314,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return `"equal SET"` or `"near SET"` if evaluation set SET has an equal or near text of `kind`."""
+        """Return "equal SET" or "near SET" if SET has such a text of `kind` ("code" or "description"), else None."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -327,13 +328,12 @@ class EvaluationTexts:
 
 
 def _grams(text: str, kind: str) -> set[int]:
-    """Return the hashes of all 5-grams of the text's lower-case tokens."""
     tokens = _TOKEN[kind].findall(text.lower())
     return set(map(hash, zip(*(tokens[start:] for start in range(5)), strict=False)))
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code sample, description and query in a file; prose is also yielded by paragraph."""
+    """Yield (kind, text) for each code, description and query in a file, and for each paragraph of the latter two."""
     rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
     if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -353,10 +353,12 @@ def check_corpus(
 
     Args:
         files: Files that `build_corpus` wrote.
-        drop: Folder for copies of the files without the rows that are found; None writes no copies.
+        texts: The evaluation texts.
+        drop: Folder for copies of `files` without the rows in which a text was found; None writes no copies.
 
     Returns:
-        Counts by file and set, for a model's card; and for each text that is found, a line with its place and the set.
+        A report with the numbers of rows and of found texts in each file, for a model's card; and a line for each found
+        text, with its place and the evaluation set.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
@@ -373,14 +375,14 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
+    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, matches to `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
         if "text" in row:
             kinds = [(row.get("kind"), row["text"])]
         if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
-            raise UserError("corpus.row", f"{place} must have `code` and `description`, or else `kind` and `text`.")
+            raise UserError("corpus.row", f"{place} needs texts in `code` and `description`, or `kind` and `text`.")
         found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
         hits += [f"{place} ({row.get('package')}): {one}" for one in found]
         counts.update(found, rows=1, rows_found=bool(found))

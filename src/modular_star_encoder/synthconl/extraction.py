@@ -44,7 +44,8 @@ Row = dict[str, str | None]
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: return a reader of source files or, for CodeSearchNet, its rows as (place, row).
 
-    `corpus` has settings of `open_corpus`, or the setting `codesearchnet` and further arguments of `open_dataset_rows`.
+    `corpus` holds either the settings of `open_corpus` or `codesearchnet`, a file, folder or Hub dataset of
+    CodeSearchNet's rows. With `codesearchnet`, its other keys are passed to `open_dataset_rows`.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)
@@ -64,9 +65,10 @@ def function_rows(
 ) -> Iterator[Row]:
     """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
-    Functions in other languages than `languages`, or of more than `max_characters`, are dropped; of functions that only
-    differ in white space, the first is kept. `counts` receives the numbers of rows or files read, functions kept, and
-    dropped functions by reason. A digest of each function is kept in memory.
+    A function is dropped if its language is not in `languages`, if its code has more than `max_characters` characters,
+    or if an earlier function differs from it only in white space. To compare them, 16 bytes of each kept function stay
+    in memory. `counts` is updated with the number of rows or files read, the number of functions kept, and the number
+    of functions dropped for each reason.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -122,7 +124,7 @@ def _row(function: DocumentedFunction, url: str | None = None) -> Row:
 
 
 def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
-    """Return why a row is dropped, or None if it is kept; the code of kept rows is added to `seen`."""
+    """Return why a row is dropped, or None if it is kept; a digest of a kept row's code is added to `seen`."""
     code, description = row["func1_CSN"] or "", row["func_documentation_string"] or ""
     if not code.strip() or not description.strip():
         return "without code or description"
@@ -153,7 +155,7 @@ REASONS = (
     *_REASON_OF_FINISH.values(),
     *("empty", "same as the source", "not the target language", "unparsable", "no function"),
 )
-"""Why a translation is rejected, in the order of the checks."""
+"""All reasons to reject a translation, in the order of the checks."""
 
 # Tags of code blocks that are neither names nor suffixes of their languages.
 _TAGS = {"python3": "python", "golang": "go", "node": "javascript"}
@@ -200,14 +202,15 @@ def clean_translation(
 ) -> Translation:
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
-    The code is the answer's code block, or the longest in the target language if there are several; without a block, or
-    if the answer is itself a function that parses, it is the answer without the sentences before and after the code.
-    Reasoning (`<think>…</think>`) and the indentation that all lines share are removed. The code is accepted if it
-    contains a function and parses as the target language, or if at most `max_error_share` of it fails to parse and it
-    does not parse as the source language. `max_error_share=1` skips these checks. Grammars are tolerant: of 200
-    functions of one language, up to 72 % parse as another language with few errors (JavaScript as C++). This rule
-    accepts at most 23 % of them as another language (Java as C++), and every function as its own language. An answer of
-    more than `MAX_ANSWER_CHARACTERS` is rejected unread.
+    The code is the answer's code block; of several blocks, the longest in the target language. Without a block, or if
+    the answer is itself a function that parses, the code is the answer without the sentences before and after the code.
+    Reasoning (`<think>…</think>`) and the indentation shared by all lines are removed.
+
+    The code is accepted if it contains a function and parses as the target language. It may fail to parse in at most
+    `max_error_share` of its bytes, but then it must not parse as the source language; 1 skips all these checks. An
+    answer of more than `MAX_ANSWER_CHARACTERS` is rejected unread. Grammars are tolerant: of 200 functions in one
+    language, up to 72 % parse as another language with few errors (JavaScript as C++). This rule accepts at most 23 %
+    of them as another language (Java as C++), and every function as its own language.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
@@ -237,11 +240,11 @@ def clean_translation(
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
-    """Return the tag (in lower case) and the code of each fenced code block in a Markdown text.
+    """Return (tag in lower case, code) for each fenced code block in a Markdown text.
 
-    A closing fence is indented at most as far as its opening fence, so that a block may hold indented fences, as
-    docstrings do. A block without a closing fence ends at the next opening fence with as little indentation, or with
-    the text; if an odd number of fences is left in such a block, the last one ends its code.
+    A fence that is indented further than the block's opening fence belongs to the code, as in docstrings. A block
+    without a closing fence ends at the next opening fence that is not indented further, or at the end of the text. If
+    the code of such a block contains an odd number of fences, the last of these fences ends the code.
     """
     blocks: list[tuple[str, str]] = []
     opening, start, lines = None, 0, text.split("\n")

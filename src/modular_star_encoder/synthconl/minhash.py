@@ -31,13 +31,13 @@ _FILLER = "\U0010ffff"  # Unicode never assigns it
 
 @dataclass(frozen=True, slots=True)
 class Banding:
-    """Groups a MinHash signature into `bands` bands of `rows` values; texts with an equal band are compared."""
+    """A split of a MinHash signature into `bands` bands of `rows` values; texts with an equal band are compared."""
 
     bands: int
     rows: int
 
     def candidate_probability(self, jaccard: float | np.ndarray) -> float | np.ndarray:
-        """Return the probability that texts of this Jaccard similarity are compared: 1 − (1 − jaccard^rows)^bands.
+        """Return the probability that two texts of this similarity are compared: 1 − (1 − jaccard^rows)^bands.
 
         Source: Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4.2.
         """
@@ -48,8 +48,8 @@ class Banding:
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
     """Return the banding with the smallest error at `threshold`, for pairs with similarities spread evenly from 0 to 1.
 
-    The error is the share of pairs below the threshold that are compared, times 1 − `miss_weight`, plus the share of
-    pairs above it that are missed, times `miss_weight`, as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
+    The error is (1 − `miss_weight`) × (share of pairs that are below the threshold and compared) + `miss_weight` ×
+    (share of pairs that reach it and are not compared), as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 
@@ -68,18 +68,19 @@ class DuplicateSettings:
     """Settings that define which rows are near-duplicates.
 
     Args:
-        threshold: smallest Jaccard similarity of the sets of shingles at which two texts are near-duplicates.
-        recall: `"default"` weighs a missed pair as much as a needless comparison: 25 bands of 10 hashes at a threshold
-            of 0.7, which compare 94 % of the pairs of similarity 0.8 and half of the pairs at the threshold. `"high"`
-            weighs a missed pair nineteen times as much: 36 bands of 7 hashes, which compare 95 % of the pairs at the
-            threshold, and many more pairs below it.
-        match: rows with several columns are near-duplicates if one column is near (`"either"`), or all are (`"both"`).
-        bucket_limit: a row is compared with at most this many rows that share a band with it, smallest ids first. So
-            the work is linear in the number of rows: at worst bands × `bucket_limit` pairs of eight bytes for each row.
-            Ordinary corpora have less than one pair for each row.
-        giant_cluster: a cluster of at most this many different rows keeps one row. Similarity is not transitive: chains
-            of near-duplicates join unlike rows, and boilerplate can chain a whole corpus. In a larger cluster, a row
-            is kept unless it is near a kept row of smaller id.
+        threshold: smallest Jaccard similarity at which two texts are near-duplicates; the sets compared are those of
+            the texts' shingles, all substrings of 5 characters.
+        recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, this gives 25
+            bands of 10 hashes: 94 % of the pairs of similarity 0.8 are compared, and half of those of similarity 0.7.
+            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the pairs of
+            similarity 0.7, and many more pairs below it.
+        match: two rows are near-duplicates if the texts in one column are (`"either"`), or in all columns (`"both"`).
+        bucket_limit: in each band, a row is compared with at most this many of the rows with the same hashes, smallest
+            ids first. So there are at most bands × `bucket_limit` pairs of eight bytes per row; ordinary corpora have
+            less than one pair per row.
+        giant_cluster: a cluster is a group of rows linked by near pairs, directly or through other rows. With at most
+            this many different rows, it keeps one row. A larger one can join unlike rows, because boilerplate links
+            them; it drops a row only if it is near a kept row of smaller id.
     """
 
     threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7
@@ -90,18 +91,18 @@ class DuplicateSettings:
 
     @property
     def banding(self) -> Banding:
-        """The banding that `threshold` and `recall` ask for."""
+        """The banding for `threshold` and `recall`; see `optimal_banding`."""
         return optimal_banding(self.threshold, _MISS_WEIGHTS[self.recall])
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hash the shingles of `texts`, one text after the other; repeated shingles are kept.
+    """Hash the shingles of each text; repeated shingles are kept.
 
-    A shingle is `SHINGLE_CHARACTERS` code points; a shorter text is one shingle, a blank text has none.
+    A shingle is a substring of `SHINGLE_CHARACTERS` code points. A shorter text is one shingle; a blank text has none.
 
     Returns:
-        `hashes`, uint64 (shingles,), and `bounds`, int64 (texts + 1,): the hashes of text i are
-        `hashes[bounds[i]:bounds[i + 1]]`.
+        `hashes`, uint64 (number of shingles in all texts,), and `bounds`, int64 (number of texts + 1,): the hashes of
+        text i are `hashes[bounds[i]:bounds[i + 1]]`.
     """
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
@@ -126,7 +127,7 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
-    """Return for each text the hashes of its distinct shingles, ascending, uint64 (distinct shingles,)."""
+    """Return one array per text: the hashes of its distinct shingles, ascending, uint64 (distinct shingles,)."""
     sets: list[np.ndarray] = []
     for batch in _batches(texts):
         hashes, bounds = hash_shingles(batch)
@@ -135,13 +136,12 @@ def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the Jaccard similarity of two sets from `shingle_sets`; 0 if one of them is empty."""
+    """Return the Jaccard similarity of two arrays from `shingle_sets`; 0 if either is empty."""
     common = len(np.intersect1d(first, second, assume_unique=True))
     return common / max(len(first) + len(second) - common, 1)
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
-    """Yield batches of up to `_TEXTS_PER_BATCH` texts, `_CHARACTERS_PER_BATCH` characters; a longer text is alone."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -156,13 +156,13 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return the texts with their fingerprints, in the order of the texts; None is treated as a blank text.
+    """Return one element per text, in the order of the texts; None is treated as a blank text.
 
     Each element has the fields
 
-    - `text`, in UTF-8 that may contain lone surrogates;
-    - `digest`, two uint64: equal for equal texts, and zero for blank ones;
-    - `keys`, a uint64 for each band: texts that share a key are compared; meaningless for blank texts.
+    - `text`: the text in UTF-8, which may contain lone surrogates;
+    - `digest`: two uint64, the same for equal texts and zero for blank texts;
+    - `keys`: a uint64 per band; two texts with the same key in a band are compared. Meaningless for blank texts.
     """
     contents: list[bytes] = []
     digests = bytearray()
@@ -181,7 +181,7 @@ def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray
 
 
 def _band_keys(batch: list[str], banding: Banding) -> np.ndarray:
-    """Return the hashes of the bands of each text, uint64 (texts, bands)."""
+    """Return one hash per text and band, uint64 (texts, bands)."""
     hashes, bounds = hash_shingles(batch)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, _SEED)
     # `array` reads a list of integers in half the time that numpy takes.

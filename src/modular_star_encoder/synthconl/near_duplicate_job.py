@@ -1,8 +1,8 @@
 """Drop near-duplicate rows of parquet files; a repeated call continues one that was interrupted.
 
-What is done is on disk: a file of fingerprints for each file of rows in the folder `WORK`, then the files of kept rows,
-and last the report. Every file appears by a rename, and the decision between these steps depends on the fingerprints
-alone, so that a repetition reaches the same one.
+A call writes a file of fingerprints for each file of rows to the folder `WORK`, then the files of kept rows, and last
+the report. Each file appears complete, by a rename. Which rows are kept depends on the fingerprints alone, so that a
+repeated call keeps the same rows.
 """
 
 import json
@@ -48,34 +48,35 @@ def drop_near_duplicates(
     share: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Copy parquet files to files of the same names, leaving out near-duplicate rows.
+    """Copy parquet files without near-duplicate rows; the copies have the same names.
 
-    `out` also gets `report.json` and `dropped.jsonl`, with a line for each dropped row: `id`, `reason`, `cluster` (the
-    smallest id in it), `nearest` (the id of the most similar row, or the 0-based number of the near text in another
-    set) and `similarity`. This takes a few hundred bytes of memory for each row and column, and disk space for a copy
-    of the texts until the end.
+    `dropped.jsonl` in `out` gets a line for each dropped row: `id`; `reason`; `cluster` (the smallest id in the row's
+    cluster); `nearest` (the id of the most similar row, or the number, from 0, of the near text in another set); and
+    `similarity`. The job takes a few hundred bytes of memory per row and column and, until its end, disk space for a
+    copy of the texts.
 
     Args:
-        source, out: The folder of parquet files; the folder to write, which is new, empty, or begun by the same call.
+        source: The folder of parquet files.
+        out: The folder to write: new, empty, or left by an interrupted call with the same arguments.
         columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
-        id_column: A column of unique texts or integers; of near-duplicates, the row with the smallest id is kept.
-            Without this column, the first row is kept, in the order of the file names.
+        id_column: A column of different texts or integers; of near-duplicates, the row with the smallest id is kept.
+            If None, the first row is kept, in the order of the file names.
         against: See `find_near_duplicates`.
-        share: (i, n): only fingerprint every n-th file from number i on, which takes most of the time, and return {}.
-            Up to n processes, also on several machines, may do so at once; a last call without `share` does the rest.
+        share: (i, n): only fingerprint the files i, i + n, i + 2n, … (from 0), and return {}. Fingerprinting takes most
+            of the time; n processes, also on several machines, may share it. A last call without `share` does the rest.
 
     Returns:
-        The content of `report.json`: `rows`; `counts`, the kept rows and the dropped rows by reason; `clusters` (of at
-        least two rows) and the sizes of the twenty `largest_clusters`; `giant_clusters`, `largest_bucket` and
-        `rows_over_limit` of `NearDuplicates`; `pairs_compared`, the candidates, and `near_pairs`, those that reach the
-        threshold; and `job`, a description of input and settings.
+        The content of `report.json` in `out`: `rows`, their number; `counts`, {"kept" or the reason of dropping: number
+        of rows}; `clusters`, the number of clusters of two or more rows; `largest_clusters`, the sizes of the twenty
+        largest; `pairs_compared` and `near_pairs`, the numbers of pairs of rows that were compared and that are near;
+        `giant_clusters`, `largest_bucket` and `rows_over_limit` as in `NearDuplicates`; `job`, the input and settings.
 
     Raises:
-        UserError: files, columns or ids can't be used; `out` has other files or was begun with other input or settings;
-            or another process works in `out`.
+        UserError: files, columns or ids can't be used; `out` has other files or was begun with other arguments; or
+            another process works in `out`.
     """
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
-        message = f"`columns` must be a list of one or more different names, not {columns!r}."
+        message = f"`columns` must be a list of one or more column names, none of them twice; not {columns!r}."
         raise UserError("synthconl.near_duplicates.columns", message)
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
@@ -114,11 +115,11 @@ def drop_near_duplicates(
 
 
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
-    """Return whether an earlier call began this job in `out`; raise UserError if `out` holds anything else."""
+    """Return whether an earlier call began this job in `out`; UserError if `out` contains anything else."""
     begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
     used = out.is_file() or (out.is_dir() and any(one.name != WORK for one in out.iterdir()))
     if (used and not begun) or out == source or out in source.parents or source in out.parents:
-        message = f"{out}, the folder to write, must be empty or not exist; it must not lie in {source} or contain it."
+        message = f"The folder to write, {out}, must be new or empty, and must neither be in {source} nor contain it."
         raise UserError("synthconl.near_duplicates.out", message)
     if begun:
         try:
@@ -128,7 +129,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
             raise UserError("synthconl.near_duplicates.damaged", message) from error
         before = content.get("job", {}) if begun[0].name == REPORT else content
         if changed := [name for name in job if before.get(name) != job[name]]:
-            changes = f"other {', '.join(changed)}; name another folder, or remove this one and start again"
+            changes = f"other {', '.join(changed)}. Name another folder, or remove this one to start again"
             raise UserError("synthconl.near_duplicates.other_job", f"{out} was begun with {changes}.")
     return bool(begun)
 
@@ -141,7 +142,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write the fingerprints of each shard to a file, unless it exists; return them by column, mapped into memory."""
+    """Write each shard's fingerprints to a file if it is missing; return the parts of each column, memory-mapped."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []
@@ -186,7 +187,6 @@ def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
 
 
 def _dropped_lines(result: NearDuplicates, ids: pa.ChunkedArray) -> Iterator[bytes]:
-    """Yield the lines of `dropped.jsonl` in the order of the rows; see `drop_near_duplicates`."""
     names = ids.to_pylist()
     for row in np.flatnonzero(~result.kept).tolist():
         reason, nearest = result.reasons[result.reason[row]], int(result.nearest[row])

@@ -1,7 +1,7 @@
 """Find near-duplicate texts: MinHash bands propose pairs, and the Jaccard similarity of each pair's shingles decides.
 
-A pair is a uint64: the number of the first row in the upper 32 bits, the number of the second in the lower. Rows are
-the distinct rows, numbered in the order of their ids, so that no result depends on the order of the input.
+Distinct rows are numbered in the order of their ids, so that no result depends on the order of the input. A pair of
+them is one uint64: the number of the first row in the upper 32 bits, that of the second row in the lower 32 bits.
 """
 
 import warnings
@@ -25,26 +25,27 @@ _BYTES_AT_A_TIME, _BYTES_OF_PAIR = 1 << 23, 1 << 10  # a byte of text becomes up
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """Says which of n rows are kept, and why; rows are named by their position in the input."""
+    """Says which of n rows are kept, and why the others are dropped. A row is given by its position in the input."""
 
     kept: np.ndarray  # bool (n,)
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is the reason for row i
     reason: np.ndarray  # int64 (n,)
     clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i if row i is alone
-    # int64 (n,): the most similar row, or the number of the near text in another set; −1 if row i is kept
+    # int64 (n,): the row most similar to row i, or the number of the near text in another set; −1 if row i is kept
     nearest: np.ndarray
-    similarity: np.ndarray  # float64 (n,): the Jaccard similarity to `nearest`; 0 if it is kept
-    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, the smaller id first
-    pair_similarities: np.ndarray  # float64 (pairs,)
-    # For each cluster too large for one row: `cluster` (its row of smallest id), `rows` and `kept` (counts)
+    similarity: np.ndarray  # float64 (n,): the Jaccard similarity of row i and `nearest[i]`; 0 if row i is kept
+    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, none near another set; smaller id first
+    pair_similarities: np.ndarray  # float64 (pairs,): the Jaccard similarity of each of `pairs`
+    # For each cluster of more than `giant_cluster` different rows: {`cluster`: its row of smallest id, `rows`: number
+    # of its rows, `kept`: number of its rows that are kept}
     giant_clusters: tuple[dict[str, int], ...]
-    compared: int  # number of pairs compared
-    largest_bucket: int  # the most distinct rows that share a band
-    rows_over_limit: int  # the most rows in one band that were compared with only a part of their bucket
+    compared: int  # number of pairs of rows that were compared; with `match="either"`, the sum over the columns
+    largest_bucket: int  # largest number of distinct rows with the same key in a band
+    rows_over_limit: int  # number of rows, in the band with most, that were compared with only a part of their bucket
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of rows for each of `reasons`, as {reason: number}."""
+        """{reason: number of rows}, for each of `reasons`."""
         return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
 
     @property
@@ -62,16 +63,16 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,
     progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among n rows with one or more columns of text; blank texts are near no text.
+    """Find the near-duplicates among n rows with one or more columns of text. A blank text makes no row near.
 
-    Which rows are kept depends on their texts and ids alone, not on their order.
+    Which rows are kept depends on the texts and ids of the rows, not on their order.
 
     Args:
-        columns: The texts of each column, from `fingerprint` with `settings.banding`, in one part or several.
-        order: The rows in the order of their ids, int64 (n,); by default as they are. Of near-duplicates, the row with
-            the smallest id is kept.
-        against: Texts of other sets, by the name of the set. A row that is near one of these texts in any column is
-            dropped. Whole texts are compared: a long text that contains a short one is not near it.
+        columns: For each column, the results of `fingerprint` (with `settings.banding`) on consecutive parts of it.
+        order: The positions of the rows in the order of their ids, int64 (n,); by default 0 to n − 1. Of
+            near-duplicates, the row with the smallest id is kept.
+        against: {name of a set: its texts}. A row is dropped if the text in any of its columns is near one of these.
+            Whole texts are compared: a long text that contains a short one is not near it.
     """
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
@@ -105,13 +106,13 @@ def find_near_duplicates(
 
 
 def _matrix(part: pa.StructArray, name: str) -> np.ndarray:
-    """Return the numbers in a field of fingerprints, uint64 (texts, numbers per text)."""
+    """Return a field of fingerprints, `digest` or `keys`, as uint64 (texts, numbers per text)."""
     numbers = part.field(name)
     return numbers.flatten().to_numpy().reshape(len(part), numbers.type.list_size)
 
 
 class _Column:
-    """One column's texts and fingerprints in the distinct `rows`, int64 (m,)."""
+    """The texts and fingerprints of one column in the m distinct rows, whose positions are `rows`, int64 (m,)."""
 
     def __init__(self, parts: Sequence[pa.StructArray], rows: np.ndarray) -> None:
         self._parts, self._rows = parts, rows
@@ -124,20 +125,15 @@ class _Column:
         return [self._texts[row].as_py().decode("utf-8", "surrogatepass") for row in self._rows[numbers].tolist()]
 
     def keys(self) -> np.ndarray:
-        """Return the keys of each band, uint64 (bands, m)."""
+        """Return the band keys of the m rows, uint64 (bands, m)."""
         return np.concatenate([_matrix(part, "keys") for part in self._parts])[self._rows].T
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the m distinct rows among n rows by the digests of their texts; rows without any text are never equal.
+    """Find the m distinct rows among n by `digests`, uint64 (n, two per column); `order` has the rows sorted by id.
 
-    Args:
-        digests: uint64 (n, two for each column).
-        order: The rows in the order of their ids, int64 (n,).
-
-    Returns:
-        The distinct rows, int64 (m,), in the order of their ids: of equal rows, the one with the smallest id; and for
-        each row the number of the distinct row that it equals, int64 (n,).
+    Of equal rows, the one with the smallest id is the distinct row; a row with only blank texts equals no other row.
+    Return the positions of the distinct rows sorted by id, int64 (m,); for each row, its number in these, int64 (n,).
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
@@ -151,10 +147,11 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return pairs (row, other row) with an equal band key: each row with the first `limit` other rows of its bucket.
+    """Return (candidate pairs, size of the largest bucket, number of rows over the limit in the band with most).
 
-    If `others` is `column`, the pairs are (earlier row, row). Also return the size of the largest bucket, and how many
-    rows of a band, at most, have more than `limit` others in their bucket.
+    A bucket holds the rows of `others` with the same key in a band. Each row of `column` is paired with the first
+    `limit` rows of its bucket as (row, other row). If `others` is `column`, it is paired with the first `limit` earlier
+    rows as (earlier row, row). A row is over the limit if its bucket has more than `limit` such rows.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -181,14 +178,17 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first rows and the second rows of pairs, int64."""
+    """Return the first row and the second row of each pair, as two arrays int64 (pairs,)."""
     return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 
 def _near_pairs(
     pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `pairs` that reach the threshold in all columns, and their smallest similarities."""
+    """Return the `pairs` near in all columns, and the smallest similarity of each.
+
+    A pair's first row is in the columns `firsts`, its second row in the columns `seconds`.
+    """
     smallest = np.ones(len(pairs))
     for first, second in zip(firsts, seconds, strict=True):
         smallest = np.minimum(smallest, _similarities(pairs, first, second, progress))
@@ -198,7 +198,7 @@ def _near_pairs(
 
 
 def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: bool) -> np.ndarray:
-    """Return each pair's Jaccard similarity, float64 (pairs,); 1 for equal texts, also for two blank texts."""
+    """Return the Jaccard similarity of each pair, float64 (pairs,); 1 for equal texts, even if both are blank."""
     left, right = _ends(pairs)
     result = (first.digests[left] == second.digests[right]).all(axis=1).astype(np.float64)
     unequal = np.flatnonzero(result == 0)
@@ -221,7 +221,7 @@ def _shingle_sets(numbers: np.ndarray, column: _Column) -> dict[int, np.ndarray]
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs of several columns, ascending and without repetition, each with its largest similarity."""
+    """Join the (pairs, similarities) of all columns: each pair once, ascending, with its largest similarity."""
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))
     pairs, first = np.unique(pairs[sorting], return_index=True)
@@ -237,17 +237,18 @@ def _decide(
     giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
-    """Decide which rows are kept, given the near pairs of distinct rows and their similarities.
+    """Decide which rows are kept.
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
-    2. Clusters are the connected components of the remaining rows, over near pairs and equality.
-    3. Each cluster keeps its row of smallest id. A cluster of more than `giant_cluster` distinct rows drops
-       only rows equal or near to a kept one; rows are taken in the order of their ids.
+    2. The remaining rows that are linked by near pairs or by equality, directly or through other rows, are a cluster.
+    3. Each cluster keeps its row of smallest id. In a cluster of more than `giant_cluster` distinct rows, taken in the
+       order of their ids, a row is dropped only if it is equal or near to a row kept before it.
 
     Args:
-        distinct, numbers: See `_distinct_rows`.
-        near, near_others: Pairs of distinct rows; pairs (distinct row, text), with texts numbered through all sets.
-        counts: Counts of the search, passed on to the result.
+        distinct, numbers: The results of `_distinct_rows`.
+        near: Near pairs of distinct rows, and their similarities.
+        near_others: Near pairs (distinct row, number of a text, counted through all sets), and their similarities.
+        counts: Further fields of the result.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -294,8 +295,8 @@ def _decide(
         members = reasons[row_clusters == row]
         giants.append({"cluster": row, "rows": len(members), "kept": int((members == _KEPT).sum())})
     if giants:
-        message = f"{len(giants)} clusters have more than {giant_cluster} different rows; these drop"
-        warnings.warn(f"{message} only rows near a kept one.", stacklevel=2)
+        message = f"{len(giants)} clusters have more than {giant_cluster} different rows. In these clusters,"
+        warnings.warn(f"{message} a row is dropped only if it is near a kept row.", stacklevel=2)
     return NearDuplicates(
         kept=reasons == _KEPT,
         reasons=(KEPT, EQUAL, NEAR, *(f"near a text of {name}" for name in against)),
@@ -313,7 +314,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each node its partner with the highest value (if equal, the smallest; −1 if none) and this value."""
+    """Return each node's partner of highest value (of several, the smallest; −1 if none), and that value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

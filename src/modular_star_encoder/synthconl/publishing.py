@@ -32,14 +32,14 @@ MEANINGS = {
     "id": "id of the row, which depends on the place and the code of the function",
     "license": "licence of the repository or file, if the source states one",
 }
-"""The columns of the dataset."""
+"""{column of the dataset: its meaning}."""
 
 DATASET_SCHEMA = pa.schema([(name, pa.string()) for name in MEANINGS])
 
 
 @dataclass(frozen=True, slots=True)
 class CodeCounts:
-    """The number and the average length of the code samples in one language."""
+    """The number of code samples in one language, and their average length in characters."""
 
     samples: int
     average_characters: float
@@ -47,15 +47,15 @@ class CodeCounts:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStatistics:
-    """Numbers and average lengths of a dataset's original functions, translations and descriptions."""
+    """The numbers and average lengths of a dataset's original functions, translations and descriptions."""
 
     rows: int
-    original: dict[str, CodeCounts]  # by language, the functions as people wrote them
-    synthetic: dict[str, CodeCounts]  # by language, the translations
+    original: dict[str, CodeCounts]  # {language: the functions that people wrote}
+    synthetic: dict[str, CodeCounts]  # {language: the translations}
     average_description_characters: float
 
     def to_markdown(self) -> str:
-        """Return a Markdown table with one line per language and one for all languages."""
+        """Return a Markdown table with one line for each language and a last line for all languages together."""
         lines = [
             "| language | original samples | average characters | synthetic samples | average characters |",
             "|---|---:|---:|---:|---:|",
@@ -73,7 +73,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Count triplets, and the code samples and their characters in each language, in constant memory."""
+    """Return the statistics of `triplets`, each a description, a function and its translation."""
     rows = description_characters = 0
     samples, characters = ({"original": Counter[str](), "synthetic": Counter[str]()} for _ in range(2))
     for triplet in triplets:
@@ -93,7 +93,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def size_category(rows: int) -> str:
-    """Return the Hub's name for the size of a dataset of `rows` rows, such as `1K<n<10K`."""
+    """Return the Hub's size category of a dataset of `rows` rows, such as `1K<n<10K`."""
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
@@ -124,8 +124,9 @@ def dataset_card(
 ) -> str:
     """Return the text of a dataset's card: YAML metadata and Markdown.
 
-    `settings` (see `DatasetRecipe.stage_settings`) and `reports` have an entry for each stage. `splits` has the numbers
-    of `rows` and `repositories` of each split. The other arguments describe all splits together.
+    `settings` and `reports` map each stage to its settings (see `DatasetRecipe.stage_settings`) and its report;
+    `splits` maps each split to its numbers of `rows` and `repositories`; `licenses` maps each licence to its number of
+    rows; `versions` maps the name of software to its version.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -153,7 +154,6 @@ def dataset_card(
 
 
 def _model_rows(translation: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) rows of the card's table on the model: its settings, back ends and numbers of tokens."""
     yield "model", f"`{translation['model']}`"
     yield "largest answer", f"{translation['max_tokens']} tokens"
     for name, value in translation["options"].items():
@@ -177,14 +177,14 @@ def _pair_rows(languages: Sequence[str], pairs: Mapping[str, Mapping[str, int]])
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The files of a dataset that were uploaded, or would be by `push_dataset(upload=True)`."""
+    """The files that `push_dataset` uploaded or, with `upload=False`, would upload."""
 
     repository: str  # id of the dataset repository
-    files: tuple[tuple[str, int], ...]  # (path in the repository, bytes) of every file
-    url: str = ""  # the address of the uploaded dataset; empty if nothing was uploaded
+    files: tuple[tuple[str, int], ...]  # (path in the repository, number of bytes) for each file
+    url: str = ""  # web address of the dataset; empty if nothing was uploaded
 
     def __str__(self) -> str:
-        """List each file with its size, the total, and whether the files were uploaded."""
+        """Return lines with the size and path of each file, the total size, and whether the files were uploaded."""
         lines = [f"{size:>14,}  {name}" for name, size in self.files]
         total = f"{sum(size for _, size in self.files):>14,}  bytes in {len(self.files)} files"
         end = f"uploaded to {self.url}" if self.url else f"nothing was uploaded to {self.repository}: a dry run"
@@ -194,18 +194,18 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a dataset with its card, or report what would be uploaded.
+    """Upload a built dataset with its card to the Hub, or only list the files.
 
     Args:
-        folder: The folder that `build_dataset` returned, or its argument `out`.
+        folder: The folder that `build_dataset` returned, or the folder `out` that was passed to it.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
-        private: Whether a new repository is private.
+        private: Whether the repository is private if it is created now.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
-        message = f"{folder} holds no finished dataset; build one with `mose dataset build`."
+        message = f"{folder} contains no finished dataset; build one with `mose dataset build`."
         raise UserError("synthconl.push.no_dataset", message)
     required = ("license", "task_categories", "configs", "size_categories")
     load_card(DatasetCard, root / CARD, required, "synthconl.push.card")

@@ -1,4 +1,4 @@
-"""Read and write rows in parquet files. A dataset's build numbers its files; a file from a user is called a shard."""
+"""Read and write rows in parquet files: numbered files of a dataset's build, and a user's files, called shards."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +26,13 @@ Item = TypeVar("Item")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; raise UserError if another process holds it for `LOCK_SECONDS`."""
+    """Context manager: hold the lock of a folder; UserError if another process holds it for `LOCK_SECONDS` more."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
             yield
     except Timeout:
-        raise UserError("synthconl.build.running", f"Another process builds in {folder}; wait for it.") from None
+        raise UserError("synthconl.build.running", f"Another process works in {folder}; wait for it.") from None
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -42,7 +42,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write tables as the row groups of one file, which appears when it is complete; return the number of rows."""
+    """Write tables to one file, each as a row group; return the number of rows. The file appears complete."""
     rows = 0
     with (
         staged_file(path, resumable=True) as temporary,
@@ -56,7 +56,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
-    """Write rows to `rows-00000.parquet`, … in an empty folder, `ROWS_PER_FILE` to each; return the number of rows."""
+    """Write rows to an empty folder, `ROWS_PER_FILE` each to `rows-00000.parquet`, …; return their total number."""
     total = 0
     for number, batch in enumerate(batches(rows, ROWS_PER_FILE)):
         table = pa.Table.from_pylist(batch, schema)
@@ -65,7 +65,7 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
 
 
 def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write the rows of split `name` as `{name}-00000-of-00002.parquet`, …, names by which the Hub finds a split."""
+    """Write the rows of split `name` to `{name}-00000-of-00002.parquet`, …, as the Hub names the files of a split."""
     tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
     written: list[Path] = []
     for some in batches(tables, ROWS_PER_PUBLISHED_FILE // ROWS_PER_FILE):
@@ -76,56 +76,56 @@ def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], sche
 
 
 def row_files(folder: Path) -> list[Path]:
-    """Return the files that `write_rows` wrote to a folder, in order."""
+    """Return the paths of the files that `write_rows` wrote to a folder, in the order of their rows."""
     return sorted(folder.glob("rows-*.parquet"))
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows that `write_rows` wrote to a folder, in order."""
+    """Yield the rows that `write_rows` wrote to a folder, in order; all columns if `columns` is None."""
     for file in row_files(folder):
         yield from read_file(file, columns)
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a parquet file, with all columns if `columns` is None."""
+    """Return the rows of a parquet file; all columns if `columns` is None. UserError if it can't be read."""
     with _unreadable(file):
         return pq.read_table(file, columns=list(columns) if columns else None, partitioning=None).to_pylist()
 
 
 def count_rows(folder: Path) -> int:
-    """Return the number of rows that `write_rows` wrote to a folder, from the metadata of the files."""
+    """Return how many rows `write_rows` wrote to a folder, from the metadata of the files."""
     return sum(_opened(file).metadata.num_rows for file in row_files(folder))
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A user's parquet file: its path, its name relative to the folder of all files, and its number of rows."""
+    """A user's parquet file: its path, its path in the searched folder (`name`), and its number of rows."""
 
     path: Path
     name: str
     rows: int
 
     def identity(self) -> dict[str, object]:
-        """Return properties of the file by which a later call notices that it was replaced."""
+        """Return name, rows, size and time of change of the file; a later call compares them to notice a change."""
         status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def find_shards(folder: Path) -> tuple[Shard, ...]:
-    """Return the parquet files in a folder and its subfolders, in the order of their names."""
+    """Return the parquet files in a folder and its subfolders, in the order of their names; UserError if none."""
     paths = sorted(folder.rglob("*.parquet"))
     if not paths:
-        raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file.")
+        raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file (*.parquet).")
     return tuple(Shard(path, path.relative_to(folder).as_posix(), _opened(path).metadata.num_rows) for path in paths)
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
-    """Raise UserError unless all files have `columns`, with texts, and `id_column`, with texts or integers."""
+    """Raise UserError if a file lacks a column, `columns` are not of text, or `id_column` not of text or integers."""
     for shard in shards:
         schema = _opened(shard.path).schema_arrow
         for name in (*columns, *([] if id_column is None else [id_column])):
             if name not in schema.names:
-                message = f"{shard.name} has no column {name!r}; it has {', '.join(schema.names)}."
+                message = f"{shard.name} has no column {name!r}. Its columns: {', '.join(schema.names)}."
                 raise UserError("synthconl.shards.column_missing", message)
             kind = schema.field(name).type
             if not _is_text(kind) and (name in columns or not pa.types.is_integer(kind)):
@@ -135,16 +135,17 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
 
 
 def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
-    """Yield, for some rows at a time, the texts of each column."""
+    """Yield the texts of up to 1,024 rows at a time, as one list for each of `columns`."""
     with _unreadable(shard.path):
         for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
             yield [batch.column(name).to_pylist() for name in columns]
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return the ids of all rows, and the numbers of the rows, int64 (rows,), in the order of their ids.
+    """Return the ids of the rows of all files, in order; and the rows' positions sorted by id, int64 (rows,).
 
-    If `id_column` is None, an id is "FILE:NUMBER", with NUMBER from 0, and the order is that of the rows.
+    If `id_column` is None, the ids are "FILE:NUMBER", with NUMBER from 0 in each file, and the rows stay in their
+    order. UserError if an id is missing or repeated.
     """
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
@@ -167,7 +168,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
-    """Write to `target`, with all columns, the rows of a shard for which `kept`, bool (rows,), is true."""
+    """Copy a shard to `target` with all columns, but only the rows for which `kept`, bool (rows,), is true."""
     file = _opened(shard.path)
 
     def tables() -> Iterator[pa.Table]:

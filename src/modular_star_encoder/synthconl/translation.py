@@ -1,4 +1,4 @@
-"""Translate functions with a language model: write prompts and collect one answer to each, in one or more runs."""
+"""Translate functions with a language model: one prompt and one answer for each function, in one or more runs."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ from modular_star_encoder.utils.files import check_types, read_json, write_json
 from modular_star_encoder.utils.settings import Count, NonNegative, settings_class
 
 LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
-"""The names of the languages in prompts and tables."""
+"""{language: its name in prompts and tables}."""
 
 PROMPT = """\
 Translate the function below from {source_language} to {target_language}. Keep what it does and the idiom of the \
@@ -57,26 +57,26 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw the language to translate a row to: one of `targets` except `source_language`, all with equal probability.
+    """Draw the language to translate a row to from `targets` without `source_language`, with equal probabilities.
 
-    The draw depends on the seed and the row's id alone: neither the order nor the number of the rows matters.
+    The draw depends only on the arguments, not on other rows. UserError if `targets` has no other language.
     """
     others = sorted(set(targets) - {source_language})
     if not others:
-        message = f"`targets` must have a language other than {source_language}, not only {', '.join(targets)}."
+        message = f"`targets` must name a language other than {source_language}, not only {', '.join(targets)}."
         raise UserError("synthconl.targets", message)
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
     return others[int.from_bytes(digest[:8]) % len(others)]
 
 
 def check_prompt(prompt: str) -> str:
-    """Return `prompt` if it is a template with exactly the fields of `PROMPT`; raise UserError if not."""
+    """Return `prompt` unchanged; UserError if the fields in it are not exactly those of `PROMPT`."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
     except ValueError as error:
         fields = {str(error)}
     if fields != {"source_language", "target_language", "code"}:
-        wanted = "the fields {source_language}, {target_language} and {code}; write other braces twice"
+        wanted = "the fields {source_language}, {target_language} and {code}, and other braces doubled"
         raise UserError("synthconl.prompt", f"`prompt` must have {wanted}. Found: {', '.join(sorted(fields))}.")
     return prompt
 
@@ -84,7 +84,7 @@ def check_prompt(prompt: str) -> str:
 def translation_request(
     row_id: str, code: str, source_language: str, target: str, prompt: str = PROMPT
 ) -> CompletionRequest:
-    """Return the request to translate one row's code to `target`; `prompt` is a template as in `check_prompt`."""
+    """Return the request to translate the code of row `row_id` to the language `target` (see `check_prompt`)."""
     names = {"source_language": LANGUAGE_NAMES[source_language], "target_language": LANGUAGE_NAMES[target]}
     return CompletionRequest(row_id, prompt.format(**names, code=code))
 
@@ -94,13 +94,13 @@ class TranslationSettings:
     """Settings that say which model translates functions, and how.
 
     Args:
-        backend: `openai`, which is any endpoint of that protocol, such as that of `vllm serve` or `transformers serve`.
-        model: name of the model at the server.
-        max_tokens: largest number of tokens of an answer; longer answers are cut and rejected.
+        backend: `openai`: any server with OpenAI's chat protocol, such as `vllm serve` or `transformers serve`.
+        model: the server's name of the model.
+        max_tokens: largest number of tokens of an answer; longer answers are cut by the server and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
-        targets: languages to translate to; each row is translated to one other than its own.
-        options: further arguments of the back end; see `OpenAIBackend`.
-        prompt_price, completion_price: price of a million tokens of prompts or answers, for the report.
+        targets: languages to translate to; each function is translated to one of these that is not its own.
+        options: further arguments of `OpenAIBackend`.
+        prompt_price, completion_price: prices of a million tokens of prompts and of answers, for the report.
     """
 
     backend: Literal["openai"]
@@ -113,52 +113,52 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide translations, up to rounding: all except prices and `RUN_OPTIONS`."""
+        """Return the settings that can change the translations: all but the prices and the options `RUN_OPTIONS`."""
         own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
         options = {name: value for name, value in self.options.items() if name not in RUN_OPTIONS}
         return {**own, "targets": sorted(self.targets), "options": options}
 
     def open(self) -> OpenAIBackend:
-        """Return the back end; UserError if an option is wrong."""
+        """Return the back end; UserError if one of `options` is unknown, missing or invalid."""
         try:
             return OpenAIBackend(self.model, self.max_tokens, **self.options)
         except ValidationError as error:
             fault = error.errors()[0]
-            message = f"`translation.options`: {fault['loc'][-1]}: {fault['msg']}, not {str(fault['input'])[:60]!r}."
+            message = f"translation.options.{fault['loc'][-1]}: {fault['msg']}. Given: {str(fault['input'])[:60]!r}."
             raise UserError("synthconl.backend.options", message) from error
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Return the price of this many tokens."""
+        """Return the price of `prompt_tokens` tokens of prompts and `completion_tokens` tokens of answers."""
         return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
 
 
 def translate(
     functions: Path, out: Path, settings: TranslationSettings, *, seed: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Ask a model for the translation of every function, continuing from what an earlier call left in `out`.
+    """Ask a model to translate every function that has no answer from an earlier call in `out`.
 
     Args:
-        functions: Folder of row files with the columns `id`, `language1_CSN` and `func1_CSN`.
+        functions: Folder of files from `write_rows` with the columns `id`, `language1_CSN` and `func1_CSN`.
         out: Existing folder; it gets one file of completions for each file of functions.
-        settings, seed: The same as in earlier calls, which the caller checks; the seed decides the target languages.
+        settings, seed: As in all earlier calls, which the caller checks. `seed` decides the target languages.
 
     Returns:
-        The report of all calls together: `completions`, `errors`, `prompt_tokens`, `completion_tokens`, `cost`,
-        `seconds`, `completions_per_second`, and `backends`, the description of each back end used.
+        A report on this call and all earlier ones: `completions` and `errors` (numbers of answers and of failed
+        requests among them), `prompt_tokens`, `completion_tokens`, `cost`, `seconds`, `completions_per_second`, and
+        `backends`, the description of each back end used.
 
     Raises:
-        UserError: The back end can't continue, or answers only errors; its earlier answers are kept. Or answers that an
-            earlier call left are damaged or belong to other rows (`synthconl.journal`).
+        UserError: The back end can't continue or answers only errors; all answers before that are kept. Or an answer of
+            an earlier call is damaged or belongs to no row (`synthconl.journal`).
     """
     backend = settings.open()
     if not (total := count_rows(functions)):
-        raise UserError("synthconl.translation.empty", f"{functions} holds no function to translate.")
+        raise UserError("synthconl.translation.empty", f"{functions} contains no function to translate.")
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)
 
     def requests() -> Iterator[CompletionRequest]:
-        """Yield a request for each row without a completion, whose file is then in `files`."""
         for path in row_files(functions):
             target = out / path.name
             if target.is_file():
@@ -194,9 +194,9 @@ def translate(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield completions in lists; errors are held back until an answer shows that the back end still works.
+    """Yield lists of completions; errors are held back until an answer shows that the back end still works.
 
-    `answered` says whether an earlier call has received an answer.
+    `answered` is whether an earlier call received an answer.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -218,7 +218,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
 
 
 class _Session:
-    """Counts of one call of `translate`; about every 30 seconds, they are saved together with earlier calls' counts."""
+    """Counts the completions of one call of `translate`; saves the counts of all calls about every 30 seconds."""
 
     def __init__(self, path: Path, backend: OpenAIBackend) -> None:
         self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
@@ -249,11 +249,10 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
             return list(sessions)
     except (ValueError, TypeError, LookupError):
         pass
-    raise UserError("synthconl.journal", f"{path} is damaged; remove the file: it only counts the answers so far.")
+    raise UserError("synthconl.journal", f"{path} is damaged. Remove it: it holds counts and times, but no answers.")
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    """Return the report of `translate`: counts of all completions in `out`, and the speed of all calls."""
     table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
     tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
     errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
@@ -272,7 +271,7 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
 
 
 class _CompletionFile:
-    """Collects the completions of one file of rows: in a journal until every row has one, then in a parquet file."""
+    """Stores the completions of one file of rows: in a journal until no row lacks one, then in a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids = target, ids
@@ -282,8 +281,8 @@ class _CompletionFile:
         self._finish()
 
     def add(self, completion: Completion) -> None:
-        """Append a completion to the journal, which a kill of this process does not harm."""
-        # Question marks replace lone surrogates, which JSON can escape and parquet can't hold.
+        """Append a completion to the journal, where it survives a kill of this process."""
+        # JSON can escape lone surrogates but parquet can't hold them; question marks replace them.
         texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
         texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
         self._answered[completion.id] = completion = replace(completion, **texts)
@@ -304,7 +303,7 @@ def _journal(target: Path) -> Path:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal file, all of whose ids must be in `ids`; cut off an incomplete last line."""
+    """Return {id: completion} of a journal; cut off an incomplete last line. UserError if an id is not in `ids`."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -318,7 +317,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged or belongs to no row; delete the line to repeat the request."
+            message = f"Line {number} of {path} is damaged or belongs to no row; delete the line to ask again."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered
