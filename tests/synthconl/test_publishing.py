@@ -112,9 +112,9 @@ def test_the_card_says_how_the_dataset_was_made(built):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({}, "translated once, greedily, to a language drawn uniformly from the others: a function"),
+        ({}, "translated once, greedily, to a language drawn uniformly from the others."),
         ({"options": {"body": {"temperature": 0.7}}}, "translated once, to"),
-        ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own: a function"),
+        ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own."),
     ],
 )
 def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(built, arguments, changes, sentence):
