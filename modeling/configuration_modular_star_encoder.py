@@ -46,6 +46,12 @@ PUBLISHED_WITHOUT_EFFECT = (
 # Bounds of a learned logit scale; the upper one is CLIP's (arXiv 2103.00020, section 2.5).
 LOGIT_SCALE_BOUNDS = (1.0, 100.0)
 
+# Larger numbers are mistakes or attacks: they cost all memory before anything else could fail.
+LARGEST_SIZES = {"vocab_size": 1 << 24, "hidden_size": 1 << 16, "intermediate_size": 1 << 20, "num_hidden_layers": 1024}
+LARGEST_SIZES |= {"num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 24}
+LARGEST_SIZES |= {"projection_size": 1 << 16, "exit_embedding_size": 1 << 16, "exit_embedding_rows": 1024}
+LARGEST_SIZES |= {"parent_num_hidden_layers": 1024, "num_labels": 1 << 16}
+
 # The paper's exits 4, 9, 18, 27 and 36 as shares of its 36 layers.
 DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
@@ -234,6 +240,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             self.parent_num_hidden_layers = self.num_hidden_layers
         if self.architectures is None:
             self.architectures = ["ModularStarEncoderModel"]
+        if (labels := kwargs.get("num_labels")) is not None and not 0 <= labels <= LARGEST_SIZES["num_labels"]:
+            raise ValueError(f"num_labels={labels} must be from 0 to {LARGEST_SIZES['num_labels']}.")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -265,6 +273,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             )
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
+
+    def validate_sizes(self) -> None:
+        for name, largest in LARGEST_SIZES.items():
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {largest}.")
 
     def validate_pooling(self) -> None:
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from safetensors import SafetensorError
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.cli import doctor
@@ -173,6 +174,9 @@ def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypa
         (KeyboardInterrupt(), 130, "interrupted"),
         (ImportError("Install the extra."), 2, "error: Install the extra."),
         (ModuleNotFoundError(name="mteb"), 2, "modular-star-encoder[mteb]"),
+        (ValueError("named \x1b[2J\u202e"), 2, "named �[2J�"),
+        (MemoryError(), 2, "memory"),
+        (SafetensorError("No space left on device"), 2, "No space left"),
         (ModuleNotFoundError(name="modular_star_encoder.no_such_module"), None, ""),
         (ImportError("cannot import name", name="mteb"), None, ""),
         (TypeError("a mistake of ours"), None, ""),

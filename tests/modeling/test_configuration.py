@@ -35,12 +35,18 @@ def test_the_defaults_are_the_papers_model():
         ({"projection_size": 0}, r"'projection_size'.*\n.*at least 1, got 0"),
         ({"vocab_size": -1}, r"'vocab_size'.*\n.*at least 1, got -1"),
         ({"hidden_size": "32"}, "expected int"),
+        ({"vocab_size": 10**18}, "from 0 to 16777216"),
         ({"parent_exit_layers": (2, 4)}, r"among parent_exit_layers=\(2, 4\)"),
     ],
 )
 def test_a_contradiction_is_refused_at_construction(changes, sentence):
     with pytest.raises(StrictDataclassError, match=sentence):
         tiny_config(**changes)
+
+
+def test_too_many_labels_are_refused_before_their_names_are_made():
+    with pytest.raises(ValueError, match=r"num_labels=10{18} must be from 0 to 65536"):
+        tiny_config(num_labels=10**18)
 
 
 @pytest.mark.parametrize("name", ["hidden_act", "projection_act"])

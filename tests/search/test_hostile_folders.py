@@ -1,11 +1,15 @@
 import errno
+import json
 import os
+import zlib
 
+import numpy as np
 import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, PointStruct, VectorParams
 
-from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search import local_store
+from modular_star_encoder.search.index import CodeIndex, open_for_search
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.vector_store import file_id
 from tests.errors import raises
@@ -150,3 +154,45 @@ def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, 
             build(code, location, checkpoint, rebuild=rebuild)
     assert {path.name: path.read_text() for path in (tmp_path / "theirs").iterdir()} == {"snippets.db": "mine"}
     assert [point.payload for point in client.scroll("theirs")[0]] == [{"mine": 1}]
+
+
+def forged(folder, checkpoint, of):
+    """A folder with an index that claims to be of the folder `of`."""
+    folder.mkdir()
+    (folder / "a.py").write_text(function("good"))
+    build(folder, folder / ".mose", checkpoint)
+    manifest = folder / ".mose" / "index.json"
+    content = json.loads(manifest.read_text())
+    content["settings"]["folder"] = str(of)
+    manifest.write_text(json.dumps(content))
+    (folder / ".mose" / "stamps.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("of", ["../../outside", "/"])
+def test_an_index_that_came_with_a_folder_reads_nothing_outside_it(hostile, tmp_path, checkpoint, monkeypatch, of):
+    forged(tmp_path / "clone", checkpoint, of)
+    monkeypatch.chdir(tmp_path / "clone")
+    with raises("search.index.outside"):
+        open_for_search()
+    assert {row["name"] for row in stored_rows(tmp_path / "clone" / ".mose")} == {"good"}
+
+
+def test_an_update_follows_no_link_in_its_index_and_removes_only_its_own_files(hostile, tmp_path, checkpoint):
+    victim, folder = tmp_path / "victim", tmp_path / "clone"
+    victim.write_text("mine")
+    (folder / ".mose").mkdir(parents=True)
+    (folder / "a.py").write_text(function("good"))
+    os.symlink(victim, folder / ".mose" / ".gitignore")
+    (folder / ".mose" / "rows-2024.csv").write_text("mine")
+    build(folder, folder / ".mose", checkpoint)
+    assert victim.read_text() == (folder / ".mose" / "rows-2024.csv").read_text() == "mine"
+    assert (folder / ".mose" / ".gitignore").read_text() == "*\n"
+
+
+@pytest.mark.parametrize("row", [b"1" * (1 << 27), b"[" * 200_000], ids=["too large", "too deep"])
+def test_a_row_that_unpacks_to_too_much_is_damage(row):
+    packed = np.frombuffer(zlib.compress(row), np.uint8)
+    arrays = {"rows": packed, "row_starts": np.array([0, len(packed)]), "lengths": np.zeros(1, np.int64)}
+    segment = local_store._Segment("rows-1", arrays, [])
+    with raises("search.index.unreadable"):
+        segment.snippet(0)

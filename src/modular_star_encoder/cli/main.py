@@ -22,7 +22,7 @@ from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
 from modular_star_encoder.utils.errors import missing_extra
 
-EXPECTED_ERRORS = (ValueError, OSError)
+EXPECTED_ERRORS = (ValueError, OSError, MemoryError)
 
 EXAMPLES = {
     "mose index": 'mose index ~/code/requests\nmose search "merge two headers" --index ~/code/requests/.mose',
@@ -68,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_few_compiled_operations()
     if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    room = ""  # of the command: the last part of its module's name
     try:
         arguments = parse(argv)
+        room = arguments.run.__module__.rpartition(".")[2]
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -78,13 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; without this, Python reports the closed pipe again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (*EXPECTED_ERRORS, ImportError) as error:
+    except Exception as error:
+        # safetensors has a class of its own for a full disk.
+        if not isinstance(error, (*EXPECTED_ERRORS, ImportError)) and type(error).__name__ != "SafetensorError":
+            raise
         shown: Exception | None = error
         if isinstance(error, ImportError) and error.name:  # a module fails to import: a missing extra, or a bug
-            shown = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+            shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:
             raise
-        sentence = " ".join(str(shown).split())
+        words = " ".join((str(shown) or "Not enough memory.").split())
+        sentence = "".join(one if one.isprintable() else "�" for one in words)  # a file's text may control a terminal
         if len(sentence) > 2000:  # a long value
             sentence = f"{sentence[:1500]} … {sentence[-400:]}"
         print(f"mose: error: {sentence}", file=sys.stderr)

@@ -178,8 +178,10 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = f"Two repositories must each have 2 texts of {MIN_SNIPPET_TOKENS} tokens or more in one language."
-            message += f" Only {qualified} of {len(np.unique(repository))} qualify: add code to the corpus."
+            message = "Pairs in context need two repositories in one language, both to train on and held out, each with"
+            message += f" 2 texts of {MIN_SNIPPET_TOKENS} tokens or more. Of these, "
+            message += f"{qualified} of {len(np.unique(repository))} qualify ({', '.join(corpus.repositories[:4])}): "
+            message += "give at least four repositories in one language."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]

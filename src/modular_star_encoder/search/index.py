@@ -380,10 +380,22 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in a folder, or in its nearest parent that has one; None if there is none."""
+    """Return the path of the index in a folder, or in its nearest parent that has one; None if there is none.
+
+    UserError if it is an index of another folder than its own or one inside: it may have come with foreign code, and an
+    update would read files there.
+    """
     start = Path(folder).expanduser().absolute()
-    places = (place / INDEX_FOLDER for place in (start, *start.parents))
-    return next((str(place) for place in places if place.is_dir()), None)
+    for parent in (start, *start.parents):
+        location = str(parent / INDEX_FOLDER)
+        if os.path.isdir(location):
+            stored, own = open_store(location).settings(), os.path.realpath(parent)
+            of = own if stored is None else os.path.realpath(IndexSettings.from_dict(stored, location).folder)
+            if os.path.commonpath([of, own]) != own:
+                message = f"The index {location} is of the folder {of}, which is not inside {own}"
+                raise UserError("search.index.outside", f"{message}. If you trust it, name it: --index {location}.")
+            return location
+    return None
 
 
 def open_for_search(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,10 @@ _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _STAMPS = "stamps.json"
 _OWN_FILES = {".gitignore", ".lock", _STAMPS}
 
+_OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
+_SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}\b")
+_LARGEST_ROW = 1 << 26  # bytes; a file of 5 MB in one piece is less
+
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
 _ROWS_PER_BLOCK = 1024  # vectors that are compared at once: as float32, they stay in the processor's cache
@@ -60,7 +65,7 @@ def _damage_reported(location: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, UserError):
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, zlib.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_OTHER_DAMAGE) as error:
         message = f"The index {location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
         raise UserError("search.index.unreadable", message) from error
 
@@ -116,7 +121,7 @@ class LocalStore:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
-                (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
+                write_text(self.folder / ".gitignore", "*\n")  # a link there is replaced, not followed
         self._write({"settings": dict(settings), "segments": {}})
 
     @_reading
@@ -249,7 +254,7 @@ class LocalStore:
             return
         write_text(self.folder / MANIFEST, json.dumps(manifest))  # ASCII: names of folders need not be Unicode
         for path in self.folder.glob("rows-*"):
-            if path.stem not in manifest["segments"]:
+            if path.stem not in manifest["segments"] and _SEGMENT_NAME.match(path.name):
                 path.unlink(missing_ok=True)
         self._version = None
 
@@ -332,7 +337,11 @@ class _Segment:
     @_reading
     def snippet(self, place: int) -> Snippet:
         first, last = self["row_starts"][place : place + 2]
-        values = json.loads(zlib.decompress(self["rows"][first:last].tobytes()))
+        unpacking = zlib.decompressobj()
+        content = unpacking.decompress(self["rows"][first:last].tobytes(), _LARGEST_ROW)
+        if not unpacking.eof:
+            raise ValueError(f"row {place} is cut or takes more than {_LARGEST_ROW:,} bytes")
+        values = json.loads(content)
         values[-1] = tuple(values[-1])  # `defines`
         snippet = Snippet(*values)
         check_types(snippet)

@@ -36,10 +36,16 @@ _MODULES = {
 _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in modules.split()}
 
 
-def missing_extra(error: ModuleNotFoundError) -> ImportError | None:
-    """Return an ImportError that says which extra of this package installs the missing module; None if none does."""
+def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
+    """Return an ImportError that says which extra of this package installs the missing module; None if none does.
+
+    If `command` is the name of an extra, `train` or `dataset`, it is named in place of the other of the two: both bring
+    the modules that they share.
+    """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
+    if command in ("train", "dataset") and extra in ("train", "dataset"):
+        extra = command
     if extra is None:
         return None
     return ImportError(f"{module} is not installed. Install it with: pip install 'modular-star-encoder[{extra}]'")

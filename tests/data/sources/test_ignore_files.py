@@ -2,11 +2,13 @@
 
 import os
 import random
+import re
 import subprocess
 import time
 
 import pytest
 
+from modular_star_encoder.data.sources.ignore_files import glob_expression
 from modular_star_encoder.data.sources.repositories import folder_repositories
 
 IGNORES = {
@@ -172,3 +174,9 @@ def test_our_own_ignore_file_counts_too_and_git_is_not_needed(tmp_path):
 
 def test_training_reads_what_is_ignored(repository):
     assert len(list(folder_repositories(repository, depth=0, languages=["python"]))) > len(read(repository))
+
+
+@pytest.mark.parametrize(("glob", "path"), [(b"**/" * 20 + b"b", b"a/" * 120), (b"**/a*/" * 12 + b"b", b"aa/" * 200)])
+def test_a_hostile_pattern_does_not_take_exponential_time(glob, path):
+    assert re.fullmatch(glob_expression(glob), path + b"c") is None
+    assert re.fullmatch(glob_expression(glob), path + b"b") is not None

@@ -169,21 +169,30 @@ _GLOB = re.compile(
 )
 _LITERAL = re.compile(rb"[^*?\[\\]*")
 _SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]"}
+# The same for a wildcard with another one of its kind behind it. The first match of what is between the two is as good
+# as any, because the second one reaches further. Nothing else is tried, so matching takes no exponential time.
+_FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]*?"}
 
 
 def glob_expression(glob: bytes) -> bytes:
     """Return a regular expression for a git pattern, read as in git's wildmatch.c; re.error if it never matches."""
     start = _LITERAL.findall(glob)[0]  # git compares it first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
-    star = None  # place of the star before
+    # Place and kind of the wildcard before: one that stays in a folder, one that does not.
+    star: tuple[int, str] | None = None
+    wide: tuple[int, str] | None = None
     while at < len(glob):
         if (match := _GLOB.match(glob, at)) is None:
             raise re.error("a backslash at the end")
         kind, at = str(match.lastgroup), match.end()
-        if kind == "some" and star is not None:  # the first match of what is between two stars is as good as any
-            parts[star] = b"(?>[^/]*?"
+        before = star if kind == "some" else wide if kind in ("folders", "all") else None
+        if before is not None:
+            parts[before[0]] = _FIRST_MATCH[before[1]]
             parts.append(b")")
-        star = len(parts) if kind == "some" else None if kind in ("folders", "all") else star
+        if kind == "some":
+            star = len(parts), kind
+        elif kind in ("folders", "all"):
+            star, wide = None, (len(parts), kind)
         if kind == "set":
             values, at = _set(glob, at)
             parts.append(b"[%s]" % b"".join(b"\\x%02x" % value for value in values) if values else b"(?!)")
