@@ -97,8 +97,8 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: scalar, the sum over exits of `config.exit_weight` × (the exit's MLM loss + its ICC loss).
-        logits: (B, T, V), predicted tokens at the deepest requested exit. `None` with `labels`: the loss needs logits
-            at masked positions only, and does not keep them.
+        logits: (B, T, V), predicted tokens at the deepest requested exit. `None` with `labels`, because then only
+            the logits at masked positions are computed, and not kept.
         icc_logits: (E, B, 2), class 1 means "from the same repository".
         mlm_losses, mlm_accuracies: (E,), means over masked tokens; `None` without `labels`.
         icc_losses, icc_accuracies: (E,), means over the batch; `None` without `icc_labels`.
@@ -1061,8 +1061,8 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
 class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
     """Model for masked language modelling at one exit, with the loss and logits that every fill-mask script expects.
 
-    It loads pre-training checkpoints without their heads for in-context classification. It computes logits of all
-    tokens; `ModularStarEncoderForPreTraining` trains all exits together in less memory.
+    It also loads pre-training checkpoints, and leaves out their heads for in-context classification. It computes logits
+    of all tokens; `ModularStarEncoderForPreTraining` trains all exits together in less memory.
 
     Example:
         >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2])

@@ -63,7 +63,7 @@ def add_publish_commands(commands: Any) -> None:
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="for a folder: its repository on the Hub")
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="repository OWNER/NAME to publish a folder to")
     parser.add_argument("--license", metavar="NAME", help="for a folder: its licence by the Hub's name: apache-2.0")
     results = "for a folder: JSON file of mose evaluate for the card; may be repeated"
     parser.add_argument("--evaluation", metavar="FILE", action="append", default=[], help=results)

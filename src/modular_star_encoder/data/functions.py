@@ -133,7 +133,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], processes: int = 2
 ) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield (functions, counts) of a few files at a time, as in `collect_functions`, but equal code may repeat."""
+    """Yield functions and counts as `collect_functions`, for a few files at a time; equal code may repeat."""
     yield from crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
 
 

@@ -132,7 +132,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks of all queries and some of the documents, so that each document is read only once."""
+        """Yield the scores of all queries for some documents at a time, so that each document is read only once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))

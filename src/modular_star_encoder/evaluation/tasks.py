@@ -69,7 +69,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Queries of a task, and the documents that are candidates of each of them, as row numbers (Q,) and (D,)."""
+    """Q queries of a task and the D documents that they all have as candidates, as row numbers (Q,) and (D,)."""
 
     queries: np.ndarray
     documents: np.ndarray

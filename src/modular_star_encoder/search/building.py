@@ -290,7 +290,7 @@ class _Writer:
         self._files, self._pieces = [], 0
 
     def finish(self) -> None:
-        """Remove the files that the reader did not find, write the collected rows, and store stamps."""
+        """Write the collected rows, remove vanished files from the index, and store the files' sizes and times."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])

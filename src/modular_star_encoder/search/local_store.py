@@ -427,7 +427,7 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the id, hash, path and language of each file of a segment, in the order of `file_of_row`."""
+    """Return the id, hash, path and language of each file that `rows` come from, once per file."""
     first_rows = {row.file_id: row for row in reversed(rows)}
     return [
         {"id": key, "hash": row.file_hash, "path": row.snippet.path, "language": row.snippet.language}

@@ -127,7 +127,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return gains (N,), which only the best piece of each file by `gained`, the scores so far, receives.
+    """Return the gains of N pieces: only the best piece of each file, by `gained` (the scores so far), gets one.
 
     Its gain is the sum of its file's five best `scores`, divided by the largest such sum. `file_of`: numbers of files.
     """

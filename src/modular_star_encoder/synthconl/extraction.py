@@ -44,8 +44,8 @@ Row = dict[str, str | None]
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: return a reader of source files or, for CodeSearchNet, its rows as (place, row).
 
-    `corpus` holds either the settings of `open_corpus` or `codesearchnet`, a file, folder or Hub dataset of
-    CodeSearchNet's rows. With `codesearchnet`, its other keys are passed to `open_dataset_rows`.
+    `corpus` has one of two forms: the settings of `open_corpus`; or the key `codesearchnet`, whose value is a file,
+    folder or Hub dataset of CodeSearchNet's rows, with other keys that are passed to `open_dataset_rows`.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)

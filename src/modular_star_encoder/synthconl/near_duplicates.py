@@ -112,7 +112,7 @@ def _matrix(part: pa.StructArray, name: str) -> np.ndarray:
 
 
 class _Column:
-    """The texts and fingerprints of one column in the m distinct rows, whose positions are `rows`, int64 (m,)."""
+    """The texts and fingerprints of one column, in m rows; `rows`, int64 (m,), are their positions in the input."""
 
     def __init__(self, parts: Sequence[pa.StructArray], rows: np.ndarray) -> None:
         self._parts, self._rows = parts, rows

@@ -136,7 +136,7 @@ class AblationRecipe:
         return self.learning_rates or (self.base().learning_rate,)
 
     def base(self) -> FinetuningRecipe:
-        """Return the recipe that all cells share; its seed decides which rows are held out."""
+        """Return the recipe that all cells (training runs) start from; its seed decides which rows are held out."""
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
@@ -424,8 +424,8 @@ def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dic
         `exits`, `seeds`, `cells` (one row per cell: scores by exit, seconds, cosines between gradients), and `starts`:
         name → `gate` (see `gate`), `rates` (kind → best rate), `exits` (exit → `together`, `alone`, `difference`),
         `mean_difference` over exits, and `variants` (name → `exits`: exit → `score`, `from_together`, `from_alone`).
-        Scores and differences are made by `estimate`. Intervals of differences hold together for all exits and starts,
-        and those of variants for all exits and variants.
+        Scores and differences are made by `estimate`. The intervals are simultaneous: those of differences over all
+        exits and starts, those of variants over all exits and variants.
     """
     rows = [
         {

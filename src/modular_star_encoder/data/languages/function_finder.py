@@ -221,7 +221,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the name of the function or scope that a query matched, with dots if the text qualifies it.
+    """Return the name of the function or scope that a query matched; a qualified name such as `A::b` as `A.b`.
 
     None for a match that is not a function: a macro, or a statement that error recovery took for a function.
     """

@@ -73,7 +73,7 @@ _ENTRIES = tuple(Language(name=name, **table) for name, table in _TABLES.items()
 _LANGUAGE = {one.name: one for one in _ENTRIES}
 ALL_LANGUAGES = tuple(_LANGUAGE)
 """Our names of all languages."""
-SEARCH_LANGUAGES = ALL_LANGUAGES[:-1]
+SEARCH_LANGUAGES = tuple(name for name in ALL_LANGUAGES if name != "markdown")
 """The languages that search reads unless others are named: all but Markdown."""
 LANGUAGES = SEARCH_LANGUAGES[:8]
 """The languages of ModularStarEncoder, which training and the data sets use."""
@@ -81,7 +81,12 @@ LANGUAGES = SEARCH_LANGUAGES[:8]
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
 _LANGUAGE_OF_INTERPRETER = {name: one.name for one in _ENTRIES for name in one.interpreters}
 _SHEBANG = re.compile(rb"#![^\n]*?(?:/|\benv (?:-\S+ )?)(?!env\b)([a-z]+)[\d.]*(?:\s|$)")
-_LANGUAGE_OF_NAME = {name: one.name for one in _ENTRIES[:-1] for name in (one.name, one.display_name) if name}
+_LANGUAGE_OF_NAME = {
+    name: one.name
+    for one in map(_LANGUAGE.__getitem__, SEARCH_LANGUAGES)
+    for name in (one.name, one.display_name)
+    if name
+}
 
 # The signs of C++ by which GitHub's linguist classifies headers (its heuristics.yml, `.h`).
 _CPP_LINE = re.compile(

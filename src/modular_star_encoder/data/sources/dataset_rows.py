@@ -189,7 +189,7 @@ def _shown(source: Source) -> str:
 
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
-    """List the files that `source` names, of a folder only those of `split`; return [] for a dataset of the Hub."""
+    """List the files of a file or folder, of a folder only those of `split`; return [] for a Hub dataset."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))
