@@ -238,7 +238,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             self.exit_embedding_rows = len(self.parent_exit_layers)
         if self.parent_num_hidden_layers is None:
             self.parent_num_hidden_layers = self.num_hidden_layers
-        if self.architectures is None:
+        if not self.architectures:
             self.architectures = ["ModularStarEncoderModel"]
         if (labels := kwargs.get("num_labels")) is not None and not 0 <= labels <= LARGEST_SIZES["num_labels"]:
             raise ValueError(f"num_labels={labels} must be from 0 to {LARGEST_SIZES['num_labels']}.")
@@ -254,6 +254,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
                 return value[0]
             return value
 
+        if methods := [key for key in config_dict if callable(getattr(cls, key, None))]:
+            raise ValueError(f"{methods[0]} is the name of a method of the configuration, not of a setting.")
         if "exit_layer" in kwargs:
             kwargs["exit_layer"] = as_int(kwargs["exit_layer"])
         return super().from_dict({key: unwrap(key, value) for key, value in config_dict.items()}, **kwargs)

@@ -44,6 +44,12 @@ def test_a_contradiction_is_refused_at_construction(changes, sentence):
         tiny_config(**changes)
 
 
+def test_a_key_may_not_replace_a_method_and_no_architecture_is_the_trunk():
+    with pytest.raises(ValueError, match="check_exit is the name of a method"):
+        ModularStarEncoderConfig.from_dict({"check_exit": 1})
+    assert ModularStarEncoderConfig.from_dict({"architectures": []}).architectures == ["ModularStarEncoderModel"]
+
+
 def test_too_many_labels_are_refused_before_their_names_are_made():
     with pytest.raises(ValueError, match=r"num_labels=10{18} must be from 0 to 65536"):
         tiny_config(num_labels=10**18)

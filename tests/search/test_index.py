@@ -267,6 +267,7 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         ({"questions": []}, "search.questions", ""),
         ({"questions": "push"}, "search.questions", ""),
         ({"questions": [" "]}, "search.questions", ""),
+        ({"questions": ["push \udcff"]}, "search.questions", "Unicode"),
         ({"top_k": 0}, "search.top_k", "not 0"),
         ({"exit_layer": 2}, "search.index.exit_layer", "exit 1, 4, not 2"),
         ({"method": "magic"}, "search.method", "magic"),

@@ -350,6 +350,10 @@ def check_search(
     if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
         message = "`questions` must be a list of at least one question, none of them blank."
         raise UserError("search.questions", message)
+    if broken := [one for one in questions if one.encode(errors="replace").decode() != one]:
+        raise UserError(
+            "search.questions", f"The question {broken[0]!a} must be Unicode text, without lone surrogates."
+        )
     if top_k < 1:
         raise UserError("search.top_k", f"`top_k` must be at least 1, not {top_k}.")
     if method not in get_args(Method):
