@@ -1,6 +1,7 @@
 """Loading, and slices: the exit of the full model, bit for bit, by every way of loading."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -173,6 +174,14 @@ def test_a_missing_folder_a_file_in_its_place_and_missing_files_are_named(copy, 
         (copy / name).unlink()
         with pytest.raises(FileNotFoundError, match=problem):
             load_checkpoint(copy)
+
+
+def test_a_pipe_in_place_of_a_file_is_reported_and_not_read(copy):
+    folder = copy
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(FileNotFoundError, match=r"its tokenizer\.json is not a file"):
+        load_checkpoint(folder)
 
 
 def test_a_model_without_projection_heads_is_an_error(tmp_path):

@@ -59,6 +59,8 @@ def check_checkpoint(name: str | os.PathLike[str]) -> None:
         fault = f"{name} is not a checkpoint: it has no config.json."
     elif not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
+    elif odd := [one.name for one in folder.glob("*.json") if not one.is_file()]:  # a pipe would wait for ever
+        fault = f"{name} is not a checkpoint: its {odd[0]} is not a file."
     if fault:
         raise FileNotFoundError(fault)
 
