@@ -193,6 +193,16 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(mose, mo
         assert (found, out, err.count("\n"), named in err) == (status, "", 1, True)
 
 
+def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(mose, monkeypatch):
+    def fail(arguments):
+        raise ModuleNotFoundError(name="pyarrow")
+
+    for room, command in (("train", "finetune small --out out"), ("dataset", "dataset stats rows.jsonl")):
+        fail.__module__ = f"modular_star_encoder.cli.{room}"
+        monkeypatch.setattr(cli, "parse", lambda argv: Mock(run=fail))
+        assert f"modular-star-encoder[{room}]" in mose(*command.split())[2]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -189,7 +189,10 @@ def test_an_update_follows_no_link_in_its_index_and_removes_only_its_own_files(h
     assert (folder / ".mose" / ".gitignore").read_text() == "*\n"
 
 
-@pytest.mark.parametrize("row", [b"1" * (1 << 27), b"[" * 200_000], ids=["too large", "too deep"])
+LARGE = json.dumps(["a.py", "python", "f", 1, 1, "x" * (1 << 27), 1, ["f"]]).encode()
+
+
+@pytest.mark.parametrize("row", [LARGE, b"[" * 200_000], ids=["too large", "too deep"])
 def test_a_row_that_unpacks_to_too_much_is_damage(row):
     packed = np.frombuffer(zlib.compress(row), np.uint8)
     arrays = {"rows": packed, "row_starts": np.array([0, len(packed)]), "lengths": np.zeros(1, np.int64)}
