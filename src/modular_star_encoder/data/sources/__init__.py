@@ -84,7 +84,7 @@ _MAX_ENCODED_CHARACTERS, _MAX_ENCODED_SHARE = 1024, 0.5
 
 
 def is_vendored(path: PurePath, language: str) -> bool:
-    """Return whether a folder in `path` has a name that stands for copies of other projects, such as `vendor`."""
+    """Return whether a folder in `path` has a name used for copies of other projects, such as `vendor`."""
     more = set() if language == "python" else _VENDOR_FOLDERS_EXCEPT_IN_PYTHON
     return not (_VENDOR_FOLDERS | INSTALL_FOLDERS | more).isdisjoint(path.parts[:-1])
 
