@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +18,12 @@ def model():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a model that no test changes."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,6 @@
-"""What the README and the documentation tell people to type works: Python runs, command lines are accepted."""
-
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -77,3 +76,29 @@ def test_every_command_has_an_example_which_it_accepts(monkeypatch):
     assert {command.prog for command in cli.all_commands(cli.build_parser())} == cli.EXAMPLES.keys()
     for example in "\n".join(cli.EXAMPLES.values()).splitlines():
         cli.parse(shlex.split(example)[1:])
+
+
+def run(name, monkeypatch, raised=None):
+    """The exit status of the documented command, its recipe missing; or of one that raises in place of reading it."""
+    path = ROOT / "examples" / f"{name}.py"
+    line = next(line for line in path.read_text().splitlines() if line.startswith("    python examples/"))
+    _, script, recipe, *others = shlex.split(line)
+    assert script == f"examples/{name}.py"
+    assert find_recipe(recipe, name).is_file()
+    main = runpy.run_path(str(path))["main"]
+    if raised is not None:
+
+        def load(*arguments):
+            raise raised
+
+        monkeypatch.setitem(main.__globals__, {"finetune": "load_finetuning"}.get(name, "load_recipe"), load)
+    monkeypatch.setattr("sys.argv", [script, "nowhere.yaml", *others])
+    return main()
+
+
+@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+def test_the_documented_command_is_understood_and_a_missing_package_is_reported_in_one_line(name, monkeypatch, capsys):
+    assert run(name, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"{name}: error: Recipe nowhere.yaml not found.")
+    assert run(name, monkeypatch, ImportError("lora needs\npeft: pip install it.")) == 2
+    assert capsys.readouterr().err == f"{name}: error: lora needs peft: pip install it.\n"

@@ -1,5 +1,3 @@
-"""The package as installed: complete, quick to import, without a network, and its exported names documented."""
-
 import doctest
 import inspect
 import shutil
@@ -15,9 +13,14 @@ import pytest
 
 import modular_star_encoder
 from modular_star_encoder.modeling import configuration_modular_star_encoder, modeling_modular_star_encoder
-from tests.tiny import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
+NO_NETWORK = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("a connection was attempted")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+"""
 # Without accelerate and datasets, which transformers and sentence-transformers may import themselves.
 EXTRAS = ("bm25s", "evaluate", "gradio", "pydantic", "pygments", "tree_sitter")
 
@@ -68,14 +71,9 @@ def test_wheel_and_source_distribution_hold_model_code_weights_recipes_cards_and
 
 
 def test_importing_the_package_opens_no_connection_and_loads_neither_torch_nor_transformers():
-    result = run("""
-import socket, sys
-def refuse(*args, **kwargs):
-    raise AssertionError("a connection was attempted")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+    result = run(f"""{NO_NETWORK}
 import modular_star_encoder
-print(modular_star_encoder.__version__, {'torch', 'transformers'} & set(sys.modules))
-import modular_star_encoder.search.index, modular_star_encoder.inference.checkpoints
+print(modular_star_encoder.__version__, {{'torch', 'transformers'}} & set(sys.modules))
 """)
     assert result.stdout.strip() == f"{version('modular-star-encoder')} set()", result.stderr
 
@@ -115,9 +113,8 @@ def test_the_auto_classes_know_our_model_in_any_order_of_imports(order):
 
 
 @pytest.mark.slow
-def test_embedding_needs_none_of_the_extras_and_a_missing_one_is_named(tmp_path):
+def test_embedding_needs_none_of_the_extras_and_no_network_and_a_missing_one_is_named(checkpoint):
     program = """
-import sys
 from importlib.abc import MetaPathFinder
 class Blocker(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -133,6 +130,6 @@ assert AutoModel.from_pretrained(sys.argv[1], exit_layer=2).config.num_hidden_la
 print(SentenceTransformer(sys.argv[1], trust_remote_code=True).encode(["a"], exit_layer=2).shape)
 modular_star_encoder.CodeIndex
 """
-    result = run(program.replace("EXTRAS", repr(EXTRAS)), save_tiny_checkpoint(tmp_path / "model"))
+    result = run(NO_NETWORK + program.replace("EXTRAS", repr(EXTRAS)), checkpoint)
     assert result.stdout.strip() == "(1, 16)", result.stderr
     assert "modular-star-encoder[search]" in result.stderr

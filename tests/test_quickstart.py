@@ -1,5 +1,3 @@
-"""The quickstart as a user runs it, on a small folder of repositories."""
-
 import json
 import re
 import subprocess

@@ -1,5 +1,3 @@
-"""The model that comes with the package: it loads without a network, in every way, and ranks."""
-
 import json
 import os
 import subprocess

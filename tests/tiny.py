@@ -7,7 +7,9 @@ import torch
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import train_tokenizer
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
+from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+from modular_star_encoder.utils.reports import machine_kind
 
 EXIT_LAYERS = (1, 2, 4)
 PROJECTION_SIZE = 16
@@ -62,3 +64,26 @@ def run(model, **inputs):
 
 def save_tiny_checkpoint(folder: Path) -> Path:
     return save_retrieval_checkpoint(tiny_model(), tiny_tokenizer(), folder)
+
+
+def tiny_profile(fingerprint, exits=EXIT_LAYERS, quality=True, machine=None):
+    """Exit k takes k × 1.23 ms and 100 + k MB, has k × 1.1 million parameters and a quality of k / 9."""
+    return ExitProfile(
+        exits={
+            k: ProfiledExit(
+                parameters=k * 1_100_000,
+                weights_mb=4.4 * k,
+                measurements=(Measurement(1, 32, 1e6, 1.23 * k, 2.0 * k, 10.0, 320.0, 100.0 + k, 5),),
+                quality={"tiny-mrr": k / 9} if quality else {},
+            )
+            for k in exits
+        },
+        device="cpu",
+        dtype="float32",
+        attn_implementation="sdpa",
+        checkpoint=fingerprint,
+        base_memory_mb=50.0,
+        machine=machine or machine_kind(),
+        versions={"torch": "2.13.0"},
+        date="2026-01-02",
+    )

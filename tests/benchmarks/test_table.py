@@ -2,22 +2,7 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    import table
-
-    yield table
-    # Plain names such as `report` must not stay for other tests to find.
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+from tests.benchmarks.conftest import BENCHMARKS
 
 
 def results(folder: Path, **row):

@@ -1,7 +1,7 @@
 import pytest
 
 from modular_star_encoder.cli.main import main
-from tests.search.conftest import checkpoint, code, shared_index  # noqa: F401 (fixtures)
+from tests.search.conftest import code, shared_index  # noqa: F401 (fixtures)
 
 
 @pytest.fixture

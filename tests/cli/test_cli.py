@@ -16,37 +16,24 @@ import modular_star_encoder.cli.main as cli
 from modular_star_encoder.cli import doctor
 from modular_star_encoder.cli.evaluate import BENCHMARK_NAMES
 from modular_star_encoder.evaluation.benchmarks import ALL, BENCHMARKS
+from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.training import hub_config_folder
 from tests.cli.test_dataset_commands import write_recipe as write_dataset_recipe
+from tests.evaluation.benchmarks.published import code_folder
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
-
-FUNCTION = '''\
-def {verb}_{noun}(value):
-    """{verb} the {noun} of a value."""
-    result = {noun}(value)
-    return {verb}(result)
-
-
-'''
-
-
-@pytest.fixture(scope="module")
-def code(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("code")
-    pairs = [(verb, noun) for verb in ("add", "find", "show") for noun in ("file", "name")]
-    (folder / "module.py").write_text("".join(FUNCTION.format(verb=verb, noun=noun) for verb, noun in pairs))
-    return str(folder)
 
 
 def test_help_and_version_do_not_import_torch():
-    program = "import sys, modular_star_encoder.cli.main as cli\ntry: cli.main([{!r}])\nexcept SystemExit: pass\n"
-    program += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
-    for option in ("--help", "--version"):
-        output = subprocess.run(
-            [sys.executable, "-c", program.format(option)], capture_output=True, text=True, check=True
-        )
-        assert output.stdout.splitlines()[-1] == "[]"
-        assert "mose" in output.stdout
+    program = """import sys, modular_star_encoder.cli.main as cli
+for option in ("--help", "--version"):
+    try:
+        cli.main([option])
+    except SystemExit:
+        print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert [line for line in output.splitlines() if line.startswith("[")] == ["[]"] * 2
+    assert output.startswith("usage: mose ")
+    assert f"mose {metadata.version('modular-star-encoder')}\n" in output
 
 
 def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_extra(mose, monkeypatch):
@@ -67,31 +54,23 @@ def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_e
     assert "gradio" not in lines["search"]
 
 
-def test_search_prints_path_line_score_name_and_exit(mose, checkpoint, code):
-    status, out, _ = mose("search", "add", "--folder", code, "--model", checkpoint, "--exit-layer", "2", "--top-k", "3")
-    assert status == 0
-    hits = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert len(hits) == 3
-    assert all(re.fullmatch(rf"{code}/module\.py:\d+  [█▉-▏ ]+ -?\d\.\d\d\d  \w+  \(exit 2\)", line) for line in hits)
-    _, out, _ = mose("search", "add", "--folder", code, "--model", checkpoint, "--json", "--explain")
-    assert json.loads(out)[0]["hits"][0]["reasons"]
-
-
-def test_evaluate_prints_the_table_and_writes_the_same_figures(mose, checkpoint, code, tmp_path):
+def test_evaluate_prints_the_table_and_writes_the_same_figures(mose, checkpoint, tmp_path):
     file = tmp_path / "results.json"
-    status, out, _ = mose("evaluate", checkpoint, "--data", code, "--exit-layers", "1,2", "--untrained", "--json", file)
+    code_folder(tmp_path)
+    options = ("--data", tmp_path, "--exit-layers", "1,2", "--untrained", "--json", file)
+    status, out, _ = mose("evaluate", checkpoint, *options)
     assert status == 0
     results = json.loads(file.read_text())
     (table,) = results["tables"]
     assert [row["exit_layer"] for row in table["rows"]] == [1, 2, 1, 2, None]
-    assert "6 candidates each" in out
+    assert "4 candidates each" in out
     line = next(line for line in out.splitlines() if "exit 2" in line)
     assert f"{100 * table['rows'][1]['mean']['value']:.1f}" in line
-    assert "only 6 documented functions" in out
+    assert "only 4 documented functions" in out
 
 
 def test_evaluate_measures_all_exits_and_reads_every_language_by_default(mose, checkpoint, tmp_path):
-    (tmp_path / "a.py").write_text(FUNCTION.format(verb="add", noun="file"))
+    (tmp_path / "a.py").write_text('def add(x):\n    """Adds one to x."""\n    y = x + 1\n    return y\n')
     (tmp_path / "b.go").write_text("package b\n\n// Find looks for a name.\nfunc Find() int {\n\treturn 1\n}\n")
     (tmp_path / "c.h").write_text("/* Shows the name of a file. */\nint show(void)\n{ return 1;\n}\n")
     status, out, _ = mose("evaluate", checkpoint, "--data", tmp_path)
@@ -116,12 +95,12 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("slice no_weights --exit-layer 2 out", "has no weights"),
         ("slice empty --exit-layer 2 out", "has no config.json"),
         ("slice CHECKPOINT --exit-layer 2 no_weights", "already exists"),
-        ("search add --folder CODE --model ./no-such-folder", "There is no checkpoint folder"),
-        ("search ' ' --folder CODE --model CHECKPOINT", "blank"),
-        ("evaluate CHECKPOINT --data CODE --exit-layers 1,3", "its exits are 1, 2, 4"),
-        ("evaluate CHECKPOINT --data CODE --json no-such-folder/results.json", "does not exist"),
+        ("search add --folder FOLDER --model ./no-such-folder", "There is no checkpoint folder"),
+        ("search ' ' --folder FOLDER --model CHECKPOINT", "blank"),
+        ("evaluate CHECKPOINT --data . --exit-layers 1,3", "its exits are 1, 2, 4"),
+        ("evaluate CHECKPOINT --data . --json no-such-folder/results.json", "does not exist"),
         ("evaluate CHECKPOINT --data ./no-such-folder", "does not exist"),
-        ("evaluate CHECKPOINT --data . --json results.json", "holds 0 documented functions"),
+        ("evaluate CHECKPOINT --data FOLDER --json results.json", "holds 0 documented functions"),
         ("finetune missing.yaml --out run", "small/finetune"),
         ("ablate missing.yaml --out run", "mini/ablation"),
         (f"recipes show {'x' * 5000}", "xxx"),
@@ -134,22 +113,47 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("dataset build none.yaml --out out", "none.yaml"),
         ("dataset stats out.parquet", "cannot be read"),
         ("dataset push out.parquet owner/name", "no finished dataset"),
+        ("index FOLDER --model CHECKPOINT --exit-layer 2 --out INDEX", "was built with exit 1, 4, not 2"),
+        ("index FOLDER --model CHECKPOINT --exit-layers all --latency-ms 9", "not both"),
+        ("index FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
+        ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
+        ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
+        ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
+        ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
+        ("related FOLDER/nowhere.py:3", "is not a file"),
+        ("search x --folder FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
+        ("search x --folder FOLDER --model CHECKPOINT --exit-layer 0", "its exits are 1, 2, 4"),
+        ("search x --folder FOLDER --model CHECKPOINT --rerank-exit-layer 3", "its exits are 1, 2, 4"),
+        ("search x --folder empty --model CHECKPOINT", "holds no source code"),
+        ("search x --index FOLDER", "holds other things"),
+        ("search x --index FOLDER/src/nowhere", "There is no index"),
+        ("profile owner/name", "owner/name"),
+        ("profile CHECKPOINT --dtype int8", "must be one of float32, bfloat16, float16"),
+        ("profile CHECKPOINT --device tpu", "'tpu'"),
+        ("profile CHECKPOINT --lengths 129", "at most 128 tokens, not 129"),
+        ("profile CHECKPOINT --batch-sizes 0", "only numbers above 0"),
+        ("profile CHECKPOINT --exit-layers 3", "its exits are 1, 2, 4"),
+        ("profile CHECKPOINT --out no-such-folder/profile.json", "no-such-folder"),
+        ("profile CHECKPOINT --quality csn=no-such-file", "There is no exit profile"),
     ],
 )
 def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
-    mose, checkpoint, code, tmp_path, monkeypatch, words, message
+    mose, checkpoint, shared_index, tmp_path, monkeypatch, words, message
 ):
-    places = {"CHECKPOINT": checkpoint, "CODE": code, "MANIFEST": hub_config_folder("small") / "publish.yaml"}
+    places = {"INDEX": shared_index.store.location, "FOLDER": shared_index.folder, "CHECKPOINT": checkpoint}
+    places["MANIFEST"] = hub_config_folder("small") / "publish.yaml"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("no_weights", "empty"):
         (tmp_path / name).mkdir()
     shutil.copy(Path(checkpoint, "config.json"), tmp_path / "no_weights")
     (tmp_path / "README.md").touch()
-    (tmp_path / "constants.py").write_text("PI = 3\n")
+    code_folder(tmp_path)
     write_dataset_recipe(tmp_path, "http://127.0.0.1:1/v1")
     before = sorted(tmp_path.rglob("*"))
-    status, out, err = mose(*(places.get(word, word) for word in shlex.split(words)))
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    status, out, err = mose(*shlex.split(words))
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]
     assert line.startswith("mose: error: ")
@@ -157,6 +161,7 @@ def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
     assert len(line) < 2000
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+    assert not (checkpoint / PROFILE_NAME).exists()
 
 
 def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypatch):
@@ -215,10 +220,16 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
         ("evaluate mose-code --data hub --benchmark cosqa,advtext", "'advtext'"),
         ("pretrain recipe.yaml --out run --seed=1", "--seed=1"),
         ("pretrain recipe.yaml --out run seed", "seed"),
-        ("dataset build recipe.yaml --out out --outt x", "did you mean --out?"),
+        ("dataset build recipe.yaml --out out --outt=x", "did you mean --out?"),
         ("dataset build recipe.yaml --out out a=b -x", "-x"),
         ("dataset stats rows.jsonl a=b", "a=b"),
         ("dataset dedup . --out out --against file", "SOURCE:COLUMN"),
+        ("search x --index a --folder b", "not allowed with"),
+        ("related add.go", "'add.go' is not of the form FILE:LINE"),
+        ("search x . --top-k 0", "argument --top-k: '0' must be"),
+        ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
+        ("search x . --toplk 3", "did you mean --top-k?"),
+        ("index . --exit-layer=0 --exlt-layers=2", "did you mean --exit-layers?"),
     ],
 )
 def test_wrong_usage_has_status_2_and_names_what_is_wrong(words, named, capsys):
@@ -230,12 +241,6 @@ def test_wrong_usage_has_status_2_and_names_what_is_wrong(words, named, capsys):
 
 def test_the_names_of_benchmarks_in_the_help_are_those_that_there_are():
     assert (*BENCHMARKS, ALL) == BENCHMARK_NAMES
-
-
-def test_settings_may_stand_before_and_after_options():
-    arguments = cli.parse(["pretrain", "recipe.yaml", "max_steps=3", "--out", "run", "corpus.folder=code", "seed=1"])
-    assert (arguments.recipe, arguments.out) == ("recipe.yaml", "run")
-    assert arguments.overrides == ["max_steps=3", "corpus.folder=code", "seed=1"]
 
 
 def test_finetune_trains_what_the_recipe_says(mose, tmp_path):

@@ -1,5 +1,3 @@
-"""The commands of `mose dataset`."""
-
 import json
 
 import pytest
@@ -70,17 +68,8 @@ def test_push_tells_what_it_would_upload(mose, built):
 
 
 def test_dedup_writes_the_rows_that_are_kept(mose, built, tmp_path):
-    status, out, _ = mose(
-        "dataset",
-        "dedup",
-        built[0] / "triplets",
-        "--out",
-        tmp_path / "out",
-        "--columns",
-        "func1_CSN",
-        "--id-column",
-        "id",
-    )
+    options = ("--out", tmp_path / "out", "--columns", "func1_CSN", "--id-column", "id")
+    status, out, _ = mose("dataset", "dedup", built[0] / "triplets", *options)
     assert status == 0
     counts = {line.split(maxsplit=1)[1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()}
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]["kept"]

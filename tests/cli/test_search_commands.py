@@ -1,15 +1,12 @@
-"""`mose index` and `mose search` as they are typed."""
-
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-import modular_star_encoder.cli.main as cli
 from modular_star_encoder.inference import PROFILE_NAME
-from tests.demo.conftest import profile_of
 from tests.search.conftest import build, write_code
+from tests.tiny import tiny_profile
 
 
 @pytest.fixture
@@ -69,39 +66,10 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
 ):
     built_with, moved = tmp_path / "model", tmp_path / "moved"
     index = build(code, tmp_path / "index", shutil.copytree(checkpoint, built_with), exit_layers=(1, 4))
-    profile_of(index.settings.checksum).save(built_with.rename(moved) / PROFILE_NAME)
+    tiny_profile(index.settings.checksum).save(built_with.rename(moved) / PROFILE_NAME)
     search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
     status, out, _ = mose(*search, "--latency-ms", milliseconds)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("index FOLDER --model MODEL --exit-layer 2 --out INDEX", "was built with exit 1, 4, not 2"),
-        ("index FOLDER --model MODEL --exit-layers all --latency-ms 9", "not both"),
-        ("index FOLDER/nowhere --model MODEL", "is not a folder"),
-        ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
-        ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
-        ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
-        ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
-        ("related FOLDER/nowhere.py:3", "is not a file"),
-        ("search x --folder FOLDER/nowhere --model MODEL", "is not a folder"),
-        ("search x --folder FOLDER --model MODEL --exit-layer 0", "its exits are 1, 2, 4"),
-        ("search x --folder FOLDER --model MODEL --rerank-exit-layer 3", "its exits are 1, 2, 4"),
-        ("search x --folder EMPTY --model MODEL", "holds no source code"),
-        ("search x --index FOLDER", "holds other things"),
-        ("search x --index FOLDER/src/nowhere", "There is no index"),
-    ],
-)
-def test_what_an_index_cannot_do_is_one_sentence(shared_index, checkpoint, tmp_path, mose, arguments, message):
-    places = {"MODEL": checkpoint, "INDEX": shared_index.store.location, "FOLDER": shared_index.folder}
-    for name, value in {**places, "EMPTY": tmp_path}.items():
-        arguments = arguments.replace(name, str(value))
-    status, out, err = mose(*arguments.split())
-    assert (status, out) == (2, "")
-    assert message in err.splitlines()[-1]
-    assert err.splitlines()[-1].startswith("mose: error: ")
 
 
 def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkpoint, shared_index, mose):
@@ -123,25 +91,6 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
         assert places[0] == places[1]
         assert places[0]
     assert sorted(code.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("search x --index a --folder b", "not allowed with"),
-        ("related add.go", "'add.go' is not of the form FILE:LINE"),
-        ("search x . --top-k 0", "argument --top-k: '0' must be"),
-        ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
-        ("search x . --toplk 3", "(did you mean --top-k?)"),
-        ("index . --exit-layer=0 --exlt-layers=2", "(did you mean --exit-layers?)"),
-        ("dataset build recipe.yaml --out a --oot=b", "(did you mean --out?)"),
-    ],
-)
-def test_wrong_usage_is_reported(capsys, words, named):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words.split())
-    assert ended.value.code == 2
-    assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--path", "["), ("--languages", "cobol"), ("--rerank-exit-layer", "5")])
@@ -202,8 +151,10 @@ def test_a_last_argument_that_looks_like_a_path_is_no_question(code, mose, monke
 
 
 def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, mose, monkeypatch):
-    status, out, _ = mose("search", "split a header into names", code, "--explain", "--top-k", "1")
+    explained = ("search", "split a header into names", code, "--explain", "--top-k", "1")
+    status, out, _ = mose(*explained)
     assert (status, "parseHeader.js:2 " in out, "similarity and words" in out) == (0, True, True)
+    assert "similarity and words" in json.loads(mose(*explained, "--json")[1])[0]["hits"][0]["reasons"]
     monkeypatch.chdir(code)
     assert mose("search", "split a header into names", "--top-k", "1")[1].startswith("src/parseHeader.js:2 ")
     assert mose("search", "split a header into names", "--top-k", "1", "src")[1].startswith("src/parseHeader.js:2 ")

@@ -1,5 +1,3 @@
-"""The fetched suite is whole and comes from the archive alone; transformers' linter finds nothing in modeling/."""
-
 import io
 import tarfile
 

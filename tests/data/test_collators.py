@@ -1,5 +1,3 @@
-"""Packed batches: what they hold, and that training sees no difference to padded ones."""
-
 import pytest
 import torch
 

@@ -12,7 +12,6 @@ from modular_star_encoder.data.functions import (
     codesearchnet_function,
     collect_functions,
     description_key,
-    documentation_summary,
     drop_reason,
     extract_functions,
     function_id,
@@ -128,14 +127,6 @@ def test_functions_carry_what_their_file_says():
 )  # fmt: skip
 def test_python_2_is_read_and_trailing_comments_are_not(text, code):
     assert extract_one(text).code == code
-
-
-def test_a_header_is_c_or_cpp_by_its_text():
-    def header(text):
-        return extract_functions(SourceFile("r", "a.h", "c", text), documented_only=False)[0].language
-
-    assert header("/* class of functions */\nstatic inline int f(int class) { return class; }\n") == "c"
-    assert header("namespace a {\ninline int f() { return 1; }\n}\n") == "cpp"
 
 
 def test_collecting_filters_drops_repeated_code_and_counts_everything():
@@ -263,14 +254,6 @@ PYTHON = {
     "func_code_string": 'def a(self):\n        """Does it."""\n        return 1',
     "func_documentation_string": "Does it.",
 }
-
-
-@pytest.mark.parametrize(
-    "documentation",
-    ["Reads a\nfile.", "Reads a\nfile.\n \nMore.", "Reads a\nfile. @param path", "\n\nReads a\nfile.\n@see\n\nMore."],
-)
-def test_the_query_ends_at_the_first_blank_line_or_tag(documentation):
-    assert documentation_summary(documentation) == "Reads a\nfile."
 
 
 def test_both_published_formats_give_the_same_function():

@@ -1,5 +1,3 @@
-"""The law of the pairs: what is seen of a row besides its content tells nothing about the label."""
-
 from collections import Counter
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Sources of fine-tuning: what is read, what is skipped and counted, what is refused."""
-
 import csv
 import gzip
 import json

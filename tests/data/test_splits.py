@@ -1,5 +1,3 @@
-"""Which rows train, which evaluate, and which meet in one batch."""
-
 import json
 from collections import Counter
 from dataclasses import replace

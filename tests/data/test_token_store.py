@@ -1,5 +1,3 @@
-"""Corpora on disk: what is stored, resuming after a process dies, and the same pairs as from memory."""
-
 import dataclasses
 import json
 import multiprocessing

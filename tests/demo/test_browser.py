@@ -1,5 +1,3 @@
-"""The page in a real Chromium without a window."""
-
 import shutil
 
 import pytest
@@ -7,7 +5,8 @@ import pytest
 from modular_star_encoder.demo.serving import served
 from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.search.index import CodeIndex
-from tests.demo.conftest import HOSTILE_NAME, profile_of
+from tests.demo.conftest import HOSTILE_NAME
+from tests.tiny import tiny_profile
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUESTION = "#question textarea, #question input"
@@ -34,7 +33,7 @@ def browser():
 def address(index, checkpoint, tmp_path_factory):
     """The page of an index at exits 1 and 4 whose checkpoint has a profile."""
     model = shutil.copytree(checkpoint, tmp_path_factory.mktemp("profiled") / "model")
-    profile_of(index.settings.checksum).save(model / PROFILE_NAME)
+    tiny_profile(index.settings.checksum).save(model / PROFILE_NAME)
     with served(CodeIndex.open(index.store), checkpoint=str(model)) as address:
         yield address
 

@@ -1,5 +1,3 @@
-"""Metrics against their definitions, also through `evaluate`; intervals and tests against resampling by hand."""
-
 import itertools
 import socket
 
@@ -46,12 +44,6 @@ def test_every_metric_is_what_its_definition_says(metric, kind):
     scores, gains = cases(kind)
     expected = [METRICS[metric](*query) for query in zip(scores, gains, strict=True)]
     assert query_values(rank_matrix(scores, gains), metric) == pytest.approx(expected, abs=1e-9)
-
-
-def test_ties_count_against_the_retriever():
-    ranking = rank_matrix([np.zeros(4)], [np.array([0, 1, 0, 0])])
-    assert query_values(ranking, "mrr") == [1 / 4]
-    assert query_values(ranking, "ndcg@3") == [0]
 
 
 def test_a_query_without_relevant_documents_is_an_error():

@@ -1,5 +1,3 @@
-"""mteb's own retrieval task type at two exits, on a local task, without network."""
-
 import json
 import runpy
 import sys
@@ -14,6 +12,7 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.encoders import ExitEncoder
 from tests.errors import raises
+from tests.evaluation.benchmarks.published import code_folder
 from tests.evaluation.samples import code_rows, reciprocal_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -57,7 +56,7 @@ def expected_mrr(exit_layer):
 def test_mteb_runs_its_retrieval_task_at_two_exits_and_reads_the_results_back(checkpoint, tmp_path, passes):
     local = task()
     assert isinstance(local, AbsTaskRetrieval)
-    scores = run_mteb(checkpoint, local, (1, 4), tmp_path, progress=False)
+    scores = run_mteb(str(checkpoint), local, (1, 4), tmp_path, progress=False)
     assert passes == [(1, 4)] * 2  # queries and documents, both exits at once
     assert scores == {k: {"LocalTask": expected_mrr(k)} for k in (1, 4)}
     assert scores[1] != scores[4]
@@ -70,7 +69,7 @@ def test_mteb_runs_its_retrieval_task_at_two_exits_and_reads_the_results_back(ch
         meta = json.loads((folder / "model_meta.json").read_text())
         assert (meta["name"], meta["embed_dim"]) == (f"local/model-exit-{exit_layer}", 16)
         assert meta["n_parameters"] == tiny_model(exit_layer=exit_layer).num_parameters()
-        assert checkpoint not in (folder / "model_meta.json").read_text()
+        assert str(checkpoint) not in (folder / "model_meta.json").read_text()
     loaded = mteb.ResultCache(tmp_path).load_results(tasks=[local])
     assert [[result.task_name for result in one.task_results] for one in loaded.model_results] == [["LocalTask"]] * 2
 
@@ -82,7 +81,7 @@ def test_results_of_the_same_weights_and_data_are_kept(checkpoint, tmp_path, pas
         local, evaluated = task(rows), []
         evaluate = type(local).evaluate
         monkeypatch.setattr(type(local), "evaluate", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
-        scores = run_mteb(checkpoint, local, exit_layers, tmp_path, progress=False, **options)
+        scores = run_mteb(str(checkpoint), local, exit_layers, tmp_path, progress=False, **options)
         return scores, len(evaluated), list(passes)
 
     first, *effort = run(ROWS, (1, 4))
@@ -104,7 +103,7 @@ def test_the_data_of_a_task_are_loaded_once_for_all_exits_and_then_dropped(check
             self.dataset, self.data_loaded = task().dataset, True
 
     local = Loaded()
-    run_mteb(checkpoint, local, (1, 4), tmp_path, progress=False)
+    run_mteb(str(checkpoint), local, (1, 4), tmp_path, progress=False)
     assert (local.loads, local.data_loaded) == (1, False)
 
 
@@ -148,25 +147,22 @@ def test_a_side_of_a_task_is_prompted_as_what_it_is(model, tokenizer, task, subs
 @pytest.mark.slow
 def test_mistakes_are_reported_before_anything_is_run(checkpoint, tmp_path):
     with raises("mteb.task.unknown", "'CosQB'", "Did you mean: 'CosQA'"):
-        run_mteb(checkpoint, ["CosQA", "CosQB"], out=tmp_path / "out")
+        run_mteb(str(checkpoint), ["CosQA", "CosQB"], out=tmp_path / "out")
     with raises("mteb.task.missing"):
-        run_mteb(checkpoint, [], out=tmp_path / "out")
+        run_mteb(str(checkpoint), [], out=tmp_path / "out")
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        run_mteb(checkpoint, task(), (3,), tmp_path / "out")
+        run_mteb(str(checkpoint), task(), (3,), tmp_path / "out")
     with raises("mteb.model_name", "mine"):
-        run_mteb(checkpoint, task(), model_name="mine", out=tmp_path / "out")
+        run_mteb(str(checkpoint), task(), model_name="mine", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path, monkeypatch, capsys):
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "mteb_exits.py"))
-    function = 'def {0}_{1}(value):\n    """{0} the {1} of a value."""\n    n = {1}(value)\n    return {0}(n)\n\n\n'
-    names = [(verb, noun) for verb in ("add", "find", "show") for noun in ("file", "name")]
     code = tmp_path / "code"
-    code.mkdir()
-    (code / "module.py").write_text("".join(function.format(*pair) for pair in names))
+    code_folder(code)
     out = tmp_path / "out"
-    arguments = ["mteb_exits.py", checkpoint, "--data", str(code), "--exit-layers", "1,4", "--out", str(out)]
+    arguments = ["mteb_exits.py", str(checkpoint), "--data", str(code), "--exit-layers", "1,4", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
     assert example["main"]() == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]

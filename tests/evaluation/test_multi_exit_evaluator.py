@@ -1,5 +1,3 @@
-"""The evaluator inside both trainers, and what it refuses."""
-
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -49,7 +47,7 @@ class SpoilLastStep(TrainerCallback):
 
 @pytest.fixture
 def sentence_transformer(checkpoint):
-    return SentenceTransformer(checkpoint, device="cpu")
+    return SentenceTransformer(str(checkpoint), device="cpu")
 
 
 def trainer(folder, tokenizer, **changes):

@@ -1,5 +1,3 @@
-"""Tasks from pairs, mappings and held-out rows."""
-
 import numpy as np
 import pytest
 

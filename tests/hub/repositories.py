@@ -6,9 +6,8 @@ import shutil
 
 from modular_star_encoder.hub.manifest import Manifest
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
-from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_profile, tiny_tokenizer
 
 REPOSITORY = "some-org/tiny.star-encoder"
 
@@ -30,13 +29,7 @@ def write_finetuned(folder):
     """A fine-tuned checkpoint with its exit profile, and report.json in its parent folder."""
     save_tiny_checkpoint(folder)
     fingerprint = checkpoint_checksum(folder)
-    exits = {}
-    for k in EXIT_LAYERS:
-        measured = Measurement(1, 128, 1e6 * k, 2.0 * k, 2.5 * k, 500 / k, 64000 / k, 300.0 + k, 20)
-        exits[k] = ProfiledExit(1000 * k, 0.004 * k, (measured,))
-    machine, versions = {"processor": "a processor", "threads": 1}, {"torch": "2.13.0"}
-    profile = ExitProfile(exits, "cpu", "float32", "sdpa", fingerprint, 200.0, machine, versions, "2026-01-01")
-    profile.save(folder / "exit_profile.json")
+    tiny_profile(fingerprint, quality=False).save(folder / "exit_profile.json")
     rows = [row("model", k, 0.1 * k) for k in EXIT_LAYERS] + [row("other", 2, 0.9), row("BM25", None, 0.5)]
     rows[2]["difference"] = None
     table = {"title": "CoSQA", "benchmark": "cosqa", "metric": "mrr", "rows": rows, "reference": "model, exit 4"}

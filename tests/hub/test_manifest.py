@@ -1,10 +1,11 @@
-"""Manifests and configurations: their content, and the errors in it."""
+from pathlib import Path
 
 import pytest
 import torch
 
 from modular_star_encoder import modeling
 from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
+from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.training.recipes import hub_config_folder, load_config
 from tests.errors import raises
@@ -115,3 +116,23 @@ def test_a_manifest_publishes_every_exit_of_its_model(name, repositories):
     sliced = [entry.exit_layer for entry in manifest.repositories if entry.only_exit]
     # The deepest exit is the fine-tuned model itself, or a slice without the other heads.
     assert sliced in (exits, exits[:-1])
+
+
+FOLDER = hub_config_folder("mose-code")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_folder_is_what_the_publisher_writes_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (staged,) = stage_repositories(load_manifest(FOLDER / "publish.yaml", ["namespace=YOUR-NAME"]), tmp_path / "staged")
+    written = {path.relative_to(staged.folder).as_posix(): path for path in staged.folder.rglob("*") if path.is_file()}
+    kept = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.rglob("*") if path.is_file()}
+    code = {"configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py"}
+    assert set(written) - set(kept) == code
+    assert set(kept) - set(written) == {"publish.yaml", "exit-0.yaml", "recipe.yaml", "finetune.yaml"}
+    # Only these two name the code, or how the tokenizer was loaded.
+    for name in sorted((set(kept) & set(written)) - {"config.json", "tokenizer_config.json", "exit_profile.json"}):
+        if name.endswith(".png"):
+            continue  # another version of the plotting library may draw it differently
+        assert written[name].read_bytes() == kept[name].read_bytes(), name

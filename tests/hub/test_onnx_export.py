@@ -1,5 +1,3 @@
-"""Folders for ONNX servers: each exit as torch computes it, readable by those who serve, or nothing at all."""
-
 import json
 import os
 import subprocess
@@ -37,6 +35,7 @@ from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.inference.encoders import ExitEncoder, Text, load_encoder
 from modular_star_encoder.search.embedder import Embedder
 from tests.errors import raises
+from tests.evaluation.benchmarks.published import code_folder
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -47,11 +46,6 @@ SHAPE = {"num_hidden_layers": 2, "exit_layers": EXITS}
 VERBS, NOUNS = ("add", "find", "show", "drop", "sort", "read"), ("file", "name", "list", "tree", "word")
 ROWS = [RetrievalRow(f"{v} the {n}", f"def {v}_{n}(x):\n    return {n}(x)\n", "python") for v in VERBS for n in NOUNS]
 TASK = pairs_task("tests", "python", ROWS, size=len(ROWS))
-FUNCTION = '''def {verb}_{noun}(value):
-    """{verb} the {noun} of a value."""
-    result = {noun}(value)
-    return {verb}(result)
-'''
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +68,7 @@ def encoder(model):
 @pytest.fixture(scope="module")
 def code(tmp_path_factory):
     folder = tmp_path_factory.mktemp("code")
-    functions = [FUNCTION.format(verb=verb, noun=noun) for verb in VERBS[:3] for noun in NOUNS[:4]]
-    (folder / "module.py").write_text("\n\n".join(functions))
+    code_folder(folder)
     return folder
 
 
@@ -305,6 +298,18 @@ def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
             expected = model(**batch, exit_layer=1).sentence_embedding.numpy()
         np.testing.assert_allclose(run_onnx(folder, batch)[1], expected, rtol=0, atol=2e-6)
     assert model.config.unpad_inputs
+
+
+def test_8_bit_weights_of_a_linear_head_that_is_used_twice(tmp_path):
+    head = {"projection_head": "linear", "projection_order": "pool_then_project", "projection_size": 32}
+    model = tiny_model(**head, pooling="mean").eval()
+    export_onnx(model, tmp_path / "model.onnx")
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    inputs = {name: value.numpy() for name, value in tiny_batch().items()}
+    exact, small = (
+        open_session(tmp_path / file).run(["sentence_embedding"], inputs)[0] for file in ("model.onnx", "int8.onnx")
+    )
+    assert ((exact * small).sum(axis=1) > 0.98).all()
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,3 @@
-"""From checkpoints to a Hub and back: a download has the embeddings of its source."""
-
 import json
 import re
 import subprocess

@@ -1,5 +1,3 @@
-"""Uploads: one commit or none, and after every fault the old or the new revision, whole."""
-
 import shutil
 from dataclasses import replace
 

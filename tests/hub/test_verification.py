@@ -1,5 +1,3 @@
-"""What must never go up is found before anything does."""
-
 import json
 import pickle
 import shutil
@@ -18,7 +16,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, Modu
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
 from tests.hub.repositories import manifest
-from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ONNX = "onnx/model.onnx"
 
@@ -29,9 +27,8 @@ def stage(checkpoint, staging, *slices, **changes):
 
 
 @pytest.fixture(scope="module")
-def staged(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("staged")
-    return stage(save_tiny_checkpoint(folder / "checkpoint"), folder)[0]
+def staged(checkpoint, tmp_path_factory):
+    return stage(checkpoint, tmp_path_factory.mktemp("staged"))[0]
 
 
 @pytest.fixture

@@ -1,5 +1,3 @@
-"""Loading, and slices: the exit of the full model, bit for bit, by every way of loading."""
-
 import json
 import os
 import shutil
@@ -17,14 +15,9 @@ from modular_star_encoder.modeling import ModularStarEncoderModel
 from tests.errors import raises
 from tests.hub.repositories import REPOSITORY, cache_repository
 from tests.published.stand_in import write_stand_in
-from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, tiny_model, tiny_tokenizer
 
 TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("full") / "model")
 
 
 @pytest.fixture

@@ -1,5 +1,3 @@
-"""Embeddings of every exit from one pass."""
-
 import numpy as np
 import pytest
 import torch

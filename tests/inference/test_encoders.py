@@ -1,5 +1,3 @@
-"""Encoders of every kind behind one protocol."""
-
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -18,16 +16,11 @@ from modular_star_encoder.inference.encoders import (
     load_encoder,
 )
 from tests.errors import raises
-from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.utils.http_server import LocalServer
 
 PROSE = [Text(f"{verb} the file") for verb in ("open", "close", "read", "write")]
 CODE = [Text(f"def {verb}(file):\n    return {verb}er", "python") for verb in ("open", "close", "read", "write")]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("encoders") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +92,16 @@ def test_a_sentence_transformer_gets_its_own_prompts(plain):
 
 
 def test_a_folder_is_opened_as_what_it_is(checkpoint, plain):
-    ours, theirs = load_encoder(checkpoint), load_encoder(plain)
+    ours, theirs = load_encoder(str(checkpoint)), load_encoder(plain)
     assert (ours.exit_layers, ours.name.split("/")[-1]) == ((1, 2, 4), "model")
     assert isinstance(theirs, SentenceTransformerEncoder)
-    assert load_encoder(checkpoint, (1, 2)).exit_layers == (1, 2)
+    assert load_encoder(str(checkpoint), (1, 2)).exit_layers == (1, 2)
     assert open_retriever("bm25").name == "BM25"
     for name in (plain, "bm25"):
         with raises("encoder.no_exits", name):
             open_retriever(name, exit_layers=(1,))
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        load_encoder(checkpoint, (3,))
+        load_encoder(str(checkpoint), (3,))
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         open_retriever("./nothing-here")
 

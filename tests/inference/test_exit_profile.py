@@ -1,5 +1,3 @@
-"""The file of the profile, the choice of an exit by budgets, and the models loaded at it."""
-
 import dataclasses
 import json
 import shutil

@@ -1,5 +1,3 @@
-"""A small checkpoint measured for real, how the measuring goes about it, and the count of operations."""
-
 import dataclasses
 import inspect
 import platform
@@ -30,11 +28,6 @@ from tests.inference.test_exit_profile import results_file
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model
 
 PLAN = ProfilePlan(batch_sizes=(2, 1), lengths=(8, 64), rounds=6, memory=False)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
 @pytest.mark.slow
@@ -124,27 +117,6 @@ def test_the_profile_is_stored_with_the_checkpoint_by_default(tmp_path):
     weights[-1] ^= 1
     (checkpoint / "model.safetensors").write_bytes(weights)
     assert checkpoint_checksum(checkpoint) != before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["owner/name"], "owner/name"),
-        (["CHECKPOINT", "--dtype", "int8"], "must be one of float32, bfloat16, float16"),
-        (["CHECKPOINT", "--device", "tpu"], "'tpu'"),
-        (["CHECKPOINT", "--lengths", "129"], "at most 128 tokens, not 129"),
-        (["CHECKPOINT", "--batch-sizes", "0"], "only numbers above 0"),
-        (["CHECKPOINT", "--exit-layers", "3"], "its exits are 1, 2, 4"),
-        (["CHECKPOINT", "--out", "no-such-folder/profile.json"], "no-such-folder"),
-        (["CHECKPOINT", "--quality", "csn=no-such-file"], "There is no exit profile"),
-    ],
-)
-def test_mistakes_are_reported_before_anything_is_measured(capsys, checkpoint, arguments, message):
-    assert cli.main(["profile", *(str(checkpoint) if word == "CHECKPOINT" else word for word in arguments)]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("mose: error: ")
-    assert message in line
-    assert not (checkpoint / "exit_profile.json").exists()
 
 
 def test_a_process_that_cannot_measure_memory_is_reported_in_a_sentence(tmp_path, monkeypatch):

@@ -1,5 +1,3 @@
-"""A teacher's vectors: each text computed once, whatever kills the job, and never mixed with other settings."""
-
 import pickle
 
 import numpy as np

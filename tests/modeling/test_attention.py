@@ -1,5 +1,3 @@
-"""Attention: bidirectional, blind to padding, the same on every backend; texts packed into one row are kept apart."""
-
 from itertools import pairwise
 
 import pytest
@@ -188,10 +186,3 @@ def test_only_a_causal_model_hides_later_tokens_in_every_form(packing, is_causal
     difference = (run(model, **packing | {"input_ids": changed})[0] - expected).abs().amax(-1)[0]
     assert bool(difference[:5].max() < 1e-5) is is_causal
     assert difference[5:12].min() > 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("unpad_inputs", [False, True])
-def test_a_batch_of_nothing_but_padding_embeds_to_zeros_in_any_precision(unpad_inputs, dtype):
-    batch = dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(2, 5, dtype=torch.long))
-    assert not run(tiny_model(unpad_inputs=unpad_inputs).to(dtype), **batch).sentence_embedding.any()

@@ -1,5 +1,3 @@
-"""The configuration: what it refuses, and what it reads of the published ones."""
-
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 

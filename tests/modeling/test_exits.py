@@ -1,5 +1,3 @@
-"""Exits: what runs, what comes out, and that a cut model is the beginning of the full one. Exit 0 and token weights."""
-
 import re
 from itertools import pairwise
 
@@ -77,12 +75,19 @@ def test_one_pass_gives_every_exit_bit_for_bit_shallowest_first(form, unpad_inpu
 @pytest.mark.parametrize(
     ("model_class", "form"),
     [
-        *((ModularStarEncoderForRetrieval, {"exit_norm": exit_norm}) for exit_norm in ("last", "all", "none")),
+        (ModularStarEncoderForRetrieval, {"exit_norm": "last"}),
         (ModularStarEncoderForRetrieval, ZERO),
-        (ModularStarEncoderModel, {"exit_norm": "last"}),
-        (ModularStarEncoderModel, {"exit_norm": "all"}),
         (ModularStarEncoderForPreTraining, {}),
-        (ModularStarEncoderForSequenceClassification, {}),
+        *(
+            pytest.param(model_class, form, marks=pytest.mark.slow)
+            for model_class, form in [
+                (ModularStarEncoderForRetrieval, {"exit_norm": "all"}),
+                (ModularStarEncoderForRetrieval, {"exit_norm": "none"}),
+                (ModularStarEncoderModel, {"exit_norm": "last"}),
+                (ModularStarEncoderModel, {"exit_norm": "all"}),
+                (ModularStarEncoderForSequenceClassification, {}),
+            ]
+        ),
     ],
 )
 def test_slices_and_cuts_equal_the_full_model_bit_for_bit(tmp_path, model_class, form):
@@ -155,24 +160,26 @@ def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, ar
         model.slice(3)
 
 
-@pytest.mark.parametrize("wrong", [2.0, True, "2", torch.tensor(2), None])
-def test_an_exit_is_an_integer_also_of_numpy(model, tmp_path, wrong):
-    model.save_pretrained(tmp_path)
-    calls = [model.slice, model.config.cut, model.config.exit_weight]
-    calls += [lambda exit_layer: run(model, **tiny_batch(), exit_layers=(1, exit_layer))]
-    if wrong is not None:
-        calls += [lambda exit_layer: run(model, **tiny_batch(), exit_layer=exit_layer)]
-    for call in calls:
-        with pytest.raises(ValueError, match=rf"exit_layer {re.escape(repr(wrong))} of type .* 1, 2, 4\."):
-            call(wrong)
+def test_an_exit_is_an_integer_also_of_numpy(model, checkpoint, tmp_path):
+    def one(exit_layer):
+        return run(model, **tiny_batch(), exit_layer=exit_layer)
+
+    def several(exit_layer):
+        return run(model, **tiny_batch(), exit_layers=(1, exit_layer))
+
+    wrong = [2.0, True, "2", torch.tensor(2)]
+    for call in (model.slice, model.config.cut, model.config.exit_weight, several, one):
+        for value in wrong if call is one else [*wrong, None]:
+            with pytest.raises(ValueError, match=rf"exit_layer {re.escape(repr(value))} of type .* 1, 2, 4\."):
+                call(value)
         call(np.int64(2))
     for load in (AutoModel.from_pretrained, ModularStarEncoderForRetrieval.from_pretrained):
-        cut = load(tmp_path, exit_layer=np.int64(2))
+        cut = load(checkpoint, exit_layer=np.int64(2))
         assert type(cut.config.num_hidden_layers) is int
         cut.save_pretrained(tmp_path / "cut")
-        if wrong is not None:
+        for value in wrong:
             with pytest.raises((ValueError, StrictDataclassError), match="exit_layer"):
-                load(tmp_path, exit_layer=wrong)
+                load(checkpoint, exit_layer=value)
 
 
 def test_embeddings_are_linear_heads_of_means_weighted_by_token():
@@ -262,12 +269,15 @@ def test_new_tokens_have_weight_1(tmp_path):
     assert model.model.token_weights.weight.shape == (VOCAB_SIZE - 5, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("unpad_inputs", [False, True])
 @pytest.mark.parametrize("length", [0, 5])
-def test_a_text_without_tokens_embeds_to_zeros(length, unpad_inputs):
-    nothing = torch.zeros(2, length, dtype=torch.long)
-    output = run(zero_model(unpad_inputs=unpad_inputs), input_ids=nothing, attention_mask=nothing, exit_layers=EXITS)
-    equal(output.exit_embeddings, torch.zeros(4, 2, 16))
+def test_a_text_without_tokens_embeds_to_zeros_in_any_precision(length, unpad_inputs, dtype):
+    nothing = dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(2, length, dtype=torch.long))
+    for model in (zero_model(unpad_inputs=unpad_inputs), tiny_model(unpad_inputs=unpad_inputs)):
+        exits = model.config.exit_layers
+        output = run(model.to(dtype), **nothing, exit_layers=exits)
+        equal(output.exit_embeddings, torch.zeros(len(exits), 2, 16, dtype=dtype))
 
 
 @pytest.mark.parametrize("order", ["pool_then_project", "project_then_pool"])

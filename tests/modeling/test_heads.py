@@ -1,5 +1,3 @@
-"""Heads: shared ones read the exit, losses are those of the formulas."""
-
 from contextlib import nullcontext
 
 import pytest

@@ -1,5 +1,3 @@
-"""Checkpoints: complete, self-contained, and safe to overwrite."""
-
 import json
 import os
 import re

@@ -1,5 +1,3 @@
-"""What torch and transformers do with a model: compile, checkpoint activations, export, split, serve in pipelines."""
-
 import pytest
 import torch
 from torch import nn

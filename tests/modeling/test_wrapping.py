@@ -1,5 +1,3 @@
-"""Models that other libraries have wrapped, FSDP2 and peft, save as whole checkpoints of ours."""
-
 import json
 import os
 import sys

@@ -1,5 +1,3 @@
-"""Distillation: its terms against their formulas in numpy, who gets gradients, and mini-batches."""
-
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,3 @@
-"""Weights of the exits, and the objectives whose losses the model computes."""
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-"""Gradient caching: the losses and gradients of plain autograd, in the memory of one mini-batch."""
-
 import pytest
 import torch
 

@@ -7,7 +7,6 @@ import pytest
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.pieces import Snippet
-from tests.tiny import save_tiny_checkpoint
 
 FILES = {
     "stack.py": '''\
@@ -55,11 +54,6 @@ def stored_rows(location):
 def embedded(row):
     """What is embedded of a row, without the prompt."""
     return Snippet(row["path"], "", row["name"], 1, 1, row["text"]).embedded()
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
 @pytest.fixture

@@ -273,22 +273,12 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         ({"method": "magic"}, "search.method", "magic"),
         ({"languages": ["cobol"]}, "data.language.unknown", "cobol"),
         ({"path": "[a"}, "search.path.bracket", "[a"),
+        ({"path": " "}, "search.path.blank", ""),
     ],
 )
 def test_bad_questions_are_refused(shared_index, options, key, named):
     with raises(key, named):
         shared_index.search(**{"questions": ["push"], **options})
-
-
-def test_what_is_not_there_is_said(tmp_path, checkpoint, code):
-    with raises("search.index.missing"):
-        CodeIndex.open(tmp_path / "absent")
-    assert not (tmp_path / "absent").exists()
-    with raises("search.folder.missing"):
-        build(tmp_path / "absent", tmp_path / "index", checkpoint)
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-        build(code, tmp_path / "index", tmp_path / "absent")
-    assert not (tmp_path / "index").exists()
 
 
 def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_index):

@@ -1,5 +1,3 @@
-"""Indexing is killed with SIGKILL, again and again, and never leaves anything that isn't whole."""
-
 import contextlib
 import multiprocessing
 import os

@@ -1,5 +1,3 @@
-"""Every odd file is indexed, or named with the reason why it is not."""
-
 import os
 import socket
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""An index is brought up to date before a search: cheaply, within a time, and never in the way of another process."""
-
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor

@@ -284,9 +284,3 @@ PATHS = ["a.py", "src/a.py", "src/deep/b.py", "src/it's (1).go", "src/[x].js", "
 )
 def test_patterns_choose_paths(pattern, expected):
     assert {path for path in PATHS if path_expression(pattern).match(path.encode())} == expected
-
-
-@pytest.mark.parametrize(("pattern", "key"), [(" ", "blank"), ("src/[ab.py", "bracket")])
-def test_patterns_without_meaning_are_refused(pattern, key):
-    with raises(f"search.path.{key}"):
-        path_expression(pattern)

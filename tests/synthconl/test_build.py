@@ -1,5 +1,3 @@
-"""Recipes, and builds that are finished, killed at every renaming, or stopped by an endpoint."""
-
 import json
 import shutil
 from collections import Counter

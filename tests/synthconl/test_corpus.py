@@ -1,5 +1,3 @@
-"""The corpus of packages: fetched by their clients, built once and resumably, and checked against evaluation sets."""
-
 import gzip
 import io
 import json

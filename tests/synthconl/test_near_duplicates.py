@@ -1,5 +1,3 @@
-"""Shingles, fingerprints and the search in memory, against Python's sets of strings."""
-
 import random
 from itertools import combinations
 

@@ -1,5 +1,3 @@
-"""Statistics, card and upload of a built dataset."""
-
 from itertools import pairwise
 from unittest.mock import create_autospec
 

@@ -1,5 +1,3 @@
-"""Prompts, the code of an answer, and a stage of translation that loses nothing whatever interrupts it."""
-
 import json
 import time
 from collections import Counter

@@ -1,5 +1,3 @@
-"""The ablation: the order of cells, the gate, rates by validation, intervals, and that finished cells are kept."""
-
 import json
 import os
 

@@ -1,5 +1,3 @@
-"""Clone detection: its data, its rows, its scores, and a classifier trained at every exit."""
-
 import json
 from types import SimpleNamespace
 

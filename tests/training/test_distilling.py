@@ -1,5 +1,3 @@
-"""A small model from a teacher: its first weights, layers that grow from exit 0, averaged weights, whole recipes."""
-
 import json
 
 import numpy as np
@@ -19,7 +17,7 @@ from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
-from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
+from tests.tiny import tiny_batch, tiny_config, tiny_model
 from tests.training.retrieval_runs import end_by_signals, finetuning_settings, write_recipe, write_triplets
 from tests.training.test_finetuning import straight_and_interrupted
 
@@ -133,13 +131,14 @@ def test_each_text_of_a_batch_has_its_own_vector_and_every_second_row_an_unpaire
 
 
 @pytest.mark.slow
-def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_for_bit(tmp_path, monkeypatch):
-    teacher = save_tiny_checkpoint(tmp_path / "teacher")
+def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_for_bit(
+    checkpoint, tmp_path, monkeypatch
+):
     tiny_config(**STUDENT).save_pretrained(tmp_path / "student")
     (tmp_path / "texts.jsonl").write_text('{"text": "a text of its own"}\n{"text": "and another"}')
-    distillation = {"teacher": str(teacher), "relational_weight": 0.5, "texts": str(tmp_path / "texts.jsonl")}
+    distillation = {"teacher": str(checkpoint), "relational_weight": 0.5, "texts": str(tmp_path / "texts.jsonl")}
     distillation |= {"start_from_teacher": True, "cache": str(tmp_path / "cache")}
-    settings = finetuning_settings(tmp_path / "student", write_triplets(tmp_path)) | {"tokenizer": str(teacher)}
+    settings = finetuning_settings(tmp_path / "student", write_triplets(tmp_path)) | {"tokenizer": str(checkpoint)}
     settings |= {"exit_layer": 0, "exit_weights": "uniform", "ema_decay": 0.9, "distillation": distillation}
     settings["objective"] = {"logit_scale": 20, "false_negative_margin": 0.0}
     first = write_recipe(tmp_path / "first.yaml", settings)
@@ -165,26 +164,24 @@ def test_exit_0_is_taught_then_grows_and_both_runs_survive_an_interruption_bit_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["contrastive", "distillation"])
-def test_a_run_that_signals_end_at_random_moments_is_continued_to_the_same_weights(tmp_path, kind):
-    teacher = save_tiny_checkpoint(tmp_path / "teacher")
-    settings = finetuning_settings(teacher, write_triplets(tmp_path)) | {"max_steps": 60, "save_steps": 20}
+def test_a_run_that_signals_end_at_random_moments_is_continued_to_the_same_weights(checkpoint, tmp_path, kind):
+    settings = finetuning_settings(checkpoint, write_triplets(tmp_path)) | {"max_steps": 60, "save_steps": 20}
     settings |= {"config": {"residual_dropout": 0.1}, "ema_decay": 0.9, "eval_steps": 100}
     if kind == "distillation":
-        settings["distillation"] = {"teacher": str(teacher), "cache": str(tmp_path / "cache")}
+        settings["distillation"] = {"teacher": str(checkpoint), "cache": str(tmp_path / "cache")}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
     end_by_signals("finetune", recipe, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(tmp_path):
-    teacher = save_tiny_checkpoint(tmp_path / "teacher")
-    settings = finetuning_settings(teacher, write_triplets(tmp_path))
-    settings["distillation"] = {"teacher": str(teacher), "cache": str(tmp_path / "cache")}
+def test_a_teacher_of_another_size_and_adapters_of_a_new_table_are_refused(checkpoint, tmp_path):
+    settings = finetuning_settings(checkpoint, write_triplets(tmp_path))
+    settings["distillation"] = {"teacher": str(checkpoint), "cache": str(tmp_path / "cache")}
     file = write_recipe(tmp_path / "recipe.yaml", settings)
     with raises("training.lora", "start_from_teacher"):
         load_recipe(FinetuningRecipe, file, ["lora={}", "distillation.start_from_teacher=true"])
     tiny_config(projection_size=8).save_pretrained(tmp_path / "narrow")
-    recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={teacher}", f"model={tmp_path / 'narrow'}"])
+    recipe = load_recipe(FinetuningRecipe, file, [f"tokenizer={checkpoint}", f"model={tmp_path / 'narrow'}"])
     with raises("distillation.size", "16", "8"):
         finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
     assert not (tmp_path / "run").exists()

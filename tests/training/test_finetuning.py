@@ -1,5 +1,3 @@
-"""Fine-tuning from a recipe: what it makes, what it refuses, and that nothing that happens to it is lost."""
-
 import json
 import math
 

@@ -1,5 +1,3 @@
-"""Pre-training from a recipe: what it makes, draws and refuses, and that nothing that happens to it is lost."""
-
 import re
 import shutil
 

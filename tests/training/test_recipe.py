@@ -1,5 +1,3 @@
-"""Recipes and configurations that ship with the package, the schedule of pre-training, and what is logged."""
-
 import pytest
 
 from modular_star_encoder.cli.main import main

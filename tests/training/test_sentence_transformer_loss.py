@@ -1,5 +1,3 @@
-"""The contrastive loss of all exits under sentence-transformers' own trainer."""
-
 import json
 
 import pytest

@@ -1,5 +1,3 @@
-"""The trainer: logs of every exit, the weighted total, resuming, gradient caching in its loop, and bad batches."""
-
 import json
 
 import pytest

@@ -1,5 +1,3 @@
-"""Settings: conversions, checks, messages and the reference."""
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -4,7 +4,6 @@ import os
 import random
 import re
 import subprocess
-import time
 
 import pytest
 
@@ -156,14 +155,6 @@ def test_random_patterns_are_read_as_git_reads_them(tmp_path, seed):
     assert read(folder) == listed(folder)
 
 
-def test_patterns_with_many_stars_take_no_time(tmp_path):
-    folder = make(tmp_path / "repository", ["a" * 240 + ".py"])
-    (folder / ".gitignore").write_text("*a" * 30 + "*b\n")
-    start = time.perf_counter()
-    assert len(read(folder)) == 1
-    assert time.perf_counter() - start < 5
-
-
 def test_our_own_ignore_file_counts_too_and_git_is_not_needed(tmp_path):
     for name in ("a.py", "b.py", "sub/c.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -176,7 +167,10 @@ def test_training_reads_what_is_ignored(repository):
     assert len(list(folder_repositories(repository, depth=0, languages=["python"]))) > len(read(repository))
 
 
-@pytest.mark.parametrize(("glob", "path"), [(b"**/" * 20 + b"b", b"a/" * 120), (b"**/a*/" * 12 + b"b", b"aa/" * 200)])
+@pytest.mark.parametrize(
+    ("glob", "path"),
+    [(b"**/" * 20 + b"b", b"a/" * 120), (b"**/a*/" * 12 + b"b", b"aa/" * 200), (b"*a" * 30 + b"*b", b"a" * 240)],
+)
 def test_a_hostile_pattern_does_not_take_exponential_time(glob, path):
     assert re.fullmatch(glob_expression(glob), path + b"c") is None
     assert re.fullmatch(glob_expression(glob), path + b"b") is not None

@@ -1,4 +1,4 @@
-"""Every loader reads its authors' format, and what it makes of it is the protocol."""
+import re
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from modular_star_encoder.evaluation.benchmarks import BENCHMARKS, choose_benchmarks, load_benchmark
 from modular_star_encoder.evaluation.benchmarks import codesearchnet as codesearchnet_999
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import query_of, strip_docstring
+from modular_star_encoder.evaluation.benchmarks.codexglue import mask_names
 from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from tests.errors import raises
@@ -75,7 +76,14 @@ def test_docstrings_go_from_python_2_too_and_from_what_does_not_parse(code, expe
 
 @pytest.mark.parametrize(
     ("documentation", "query"),
-    [("Reads a\nfile.\n \nMore.", "Reads a\nfile."), ("Reads. @see me", "Reads."), ("@return it\n", "@return it")],
+    [
+        *(
+            (f"Reads a\nfile.{rest}", "Reads a\nfile.")
+            for rest in ("", "\n \nMore.", " @param path", "\n@see\n\nMore.")
+        ),
+        ("\n\nReads. @see me", "Reads."),
+        ("@return it\n", "@return it"),
+    ],
 )
 def test_the_query_ends_at_the_first_blank_line_or_tag_unless_it_begins_with_one(documentation, query):
     assert query_of(documentation) == query
@@ -172,3 +180,56 @@ def test_a_benchmark_on_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
     assert asked == [BENCHMARKS["codesearchnet-999"].hub, "me/mine"]
     with raises("benchmark.not_on_hub", "poj104"):
         load_benchmark("poj104", "hub")
+
+
+SNIPPETS = {
+    "python": (
+        "import heapq\n\n# largest first\ndef pick_largest(items, *, limit):\n    '''Pick them.'''\n"
+        "    if limit is None: return len(items)\n"
+        "    return [heapq.nlargest(limit, items) for item in items if not item]\n",
+        "import def if is None return for in not len",
+    ),
+    "java": (
+        "/** Picks. */\npublic class Picker {\n  private final int limit;\n  int pickLargest(List<String> items) {"
+        " return this.limit == 0 ? null : items.size(); }\n}\n",
+        "public class private final int return this null",
+    ),
+    "php": (
+        "<?php\nclass Picker {\n  public function pickLargest($items) { foreach ($items as $item) {"
+        " return $this->limit; } }\n}\n",
+        "class public function foreach as return this",
+    ),
+    "ruby": (
+        "class Picker\n  attr_reader :limit\n  def pick_largest(items)\n"
+        "    return nil unless items.any? && @limit\n  end\nend\n",
+        "class def return nil unless end",
+    ),
+    "c": (
+        '#include <stdio.h>\n#include "picker.h"\n#define LIMIT 3\n'
+        "static int pick_largest(char *items) { while (1) return LIMIT; }\n",
+        "include stdio define static int char while return",
+    ),
+}
+
+
+@pytest.mark.parametrize("language", SNIPPETS)
+def test_names_go_whatever_they_are_and_keywords_stay(language):
+    code, keywords = SNIPPETS[language]
+    masked = mask_names(code, language)
+    words = re.findall(r"\w+", masked)
+    assert not re.search(r"pick|largest|item|limit", masked, re.IGNORECASE)
+    assert set(keywords.split()) <= set(words)
+    assert "name1" in words
+    renamed = re.sub(r"\bitems\b", "zebras", code)
+    assert renamed != code
+    assert mask_names(renamed, language) == masked
+
+
+def test_comments_go_strings_stay_and_confused_names_give_other_code():
+    masked = mask_names(SNIPPETS["python"][0] + 'print("items left")  # done\n', "python")
+    assert "largest first" not in masked
+    assert "done" not in masked
+    assert '"items left"' in masked
+    assert mask_names("return a - b", "python") != mask_names("return b - b", "python")
+    with raises("benchmark.masking.language", "'klingon'"):
+        mask_names("x", "klingon")

@@ -1,5 +1,3 @@
-"""Wrong and partial files are refused with the file, the line, and what is wrong there."""
-
 import gzip
 import json
 import re

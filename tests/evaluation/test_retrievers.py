@@ -1,14 +1,23 @@
+import multiprocessing
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.evaluation import retrievers
-from modular_star_encoder.evaluation.lexical import BM25, TfIdf
+from modular_star_encoder.evaluation.lexical import (
+    BM25,
+    TfIdf,
+    identifier_overlap,
+    identifier_overlap_accuracy,
+    identifier_tokens,
+)
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import CosineScores, ExitVariant, similarities
+from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache, ExitVariant, similarities
 from modular_star_encoder.evaluation.tasks import Judgements
 from modular_star_encoder.inference.encoders import Text
+from tests.data.samples import corpus_of
 from tests.errors import raises
 from tests.evaluation import brute_force
 
@@ -126,3 +135,125 @@ def test_the_matrix_of_all_scores_is_never_in_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.9 * 8 * 6000 * 6000
+
+
+TEXTS = [("", "alpha"), ("", "beta"), ("query: ", "alpha"), ("", "query: alpha")]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path, on_disk):
+    cache, values = EmbeddingCache(tmp_path if on_disk else None), embeddings(len(TEXTS), 8)
+    cache.add("m/full", TEXTS[:2], values[:2])
+    assert cache.missing("m/full", TEXTS) == TEXTS[2:]
+    cache.add("m/full", TEXTS[2:], values[2:])
+    assert cache.missing("m/full", TEXTS) == []
+    rows = cache.rows("m/full", [TEXTS[i] for i in (3, 0, 3, 1)])
+    assert len(rows) == 4
+    assert np.array_equal(rows[:], values[[3, 0, 3, 1]])
+    assert np.array_equal(rows[np.array([2, 1])], values[[3, 0]])
+    assert np.array_equal(rows[1:3], values[[0, 3]])
+    if on_disk:  # another process finds them, mapped and not read
+        again = EmbeddingCache(tmp_path).rows("m/full", TEXTS)
+        assert np.array_equal(again[:], values)
+        assert all(isinstance(shard, np.memmap) for shard in again.shards)
+    assert cache.missing("m/exit-9", TEXTS) == TEXTS
+
+
+def test_damaged_shards_and_pickles_are_an_error_by_name(tmp_path):
+    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(len(TEXTS), 8))
+    (path,) = tmp_path.glob("m/*.npy")
+    damages = [b"", path.read_bytes()[:100], path.read_bytes()[:-1], b"\x80\x04N."]
+    for other in (np.array([{"a": 1}], dtype=object), np.ones((4, 8), dtype=np.float32)):
+        np.save(path, other, allow_pickle=True)
+        damages.append(path.read_bytes())
+    for damage in damages:
+        path.write_bytes(damage)
+        with raises("evaluation.cache.damaged", path):
+            EmbeddingCache(tmp_path).missing("m", TEXTS)
+
+
+def test_wrong_embeddings_are_an_error_and_not_stored(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    cache.add("m", [("", "first")], np.ones((1, 8)))
+    for values in (np.ones((3, 8)), np.ones(4), np.ones((4, 5))):
+        with raises("evaluation.embeddings.shape"):
+            cache.add("m", TEXTS, values)
+    with raises("evaluation.embeddings.not_finite"):
+        cache.add("m", TEXTS, np.full((4, 8), np.nan))
+    assert EmbeddingCache(tmp_path).missing("m", TEXTS) == TEXTS
+
+
+def _fill(folder):
+    cache = EmbeddingCache(folder)
+    for start in range(0, 60, 5):
+        texts = [("", f"text {i}") for i in range(start, start + 5)]
+        cache.add("m", texts, np.array([[i] for i in range(start, start + 5)]))
+
+
+def test_processes_that_write_the_same_at_once_leave_a_whole_cache(tmp_path):
+    with multiprocessing.get_context("fork").Pool(4) as workers:
+        workers.map(_fill, [tmp_path] * 4, chunksize=1)
+    texts = [("", f"text {i}") for i in range(60)]
+    assert EmbeddingCache(tmp_path).rows("m", texts)[:].ravel().tolist() == list(range(60))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def bm25_scores(queries, documents):
+    queries, documents = ([Text(text) for text in texts] for texts in (queries, documents))
+    return np.concatenate([block.scores for block in BM25().scores(queries, documents, ExitVariant()).blocks()])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("parseHTTPHeader", "parse http header"),
+        ("parse_http_header(line)", "parse http header line"),
+        ("HTTPServer2", "http server 2"),
+        ("utf8Decode URLs", "utf 8 decode ur ls"),
+        ("Größe und Länge", "größe und länge"),
+        ("+ - {}", ""),
+    ],
+)
+def test_identifiers_are_split_at_case_underscores_and_digits(text, tokens):
+    assert identifier_tokens(text) == tokens.split()
+
+
+def test_scores_are_lucenes_bm25():
+    # idf = ln(1 + (N - n + ½) / (n + ½)), times tf / (tf + k1 (1 - b + b · length / mean length)): worked out by hand
+    documents = ["read file", "read read socket stream", "close"]
+    mean_length = 7 / 3
+    idf = np.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    expected = [idf * tf / (tf + 1.2 * (0.25 + 0.75 * length / mean_length)) for tf, length in ((1, 2), (2, 4), (0, 1))]
+    assert bm25_scores(["read"], documents)[0] == pytest.approx(expected, rel=1e-5)
+    assert np.array_equal(bm25_scores(["read read"], documents), bm25_scores(["read"], documents))
+
+
+def test_queries_and_documents_without_words_score_zero():
+    assert bm25_scores(["", "unknown"], ["read file", ""]).tolist() == [[0, 0], [0, 0]]
+    assert bm25_scores(["read"], ["", "{}"]).tolist() == [[0, 0]]
+
+
+def test_overlap_is_jaccard_of_identifiers():
+    assert identifier_overlap("parse(tree)", "tree.parse") == 1
+    assert identifier_overlap("parse tree", "parse file") == pytest.approx(1 / 3)
+    assert identifier_overlap("a + b == 12", "x") == identifier_overlap("_private1", "_private2") == 0
+
+
+def pairs(tokenizer, same_words, seed):
+    """Repositories whose functions share words of their own, or share nothing."""
+    texts = {
+        f"repository {r}": [
+            " ".join(f"word{chr(97 + (r if same_words else 7 * f + r) % 26)}{i} = {i}" for i in range(6))
+            for f in range(6)
+        ]
+        for r in range(4)
+    }
+    return InContextPairs(corpus_of(texts, tokenizer), tokenizer, length=200, max_tokens=128, seed=seed)
+
+
+def test_repositories_with_words_of_their_own_are_distinguished_and_others_are_not(tokenizer):
+    clear = identifier_overlap_accuracy(pairs(tokenizer, True, 0), pairs(tokenizer, True, 1), tokenizer)
+    assert clear["accuracy"] > 0.95
+    assert 0 <= clear["threshold"] < 1
+    blind = identifier_overlap_accuracy(pairs(tokenizer, False, 0), pairs(tokenizer, False, 1), tokenizer)
+    assert blind["accuracy"] < 0.7
