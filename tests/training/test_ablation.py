@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def test_real_cells_are_trained_kept_and_continued(recipe_file, tmp_path, monkey
     assert len(cell["test"]) == 2
     assert start["exits"]["1"]["difference"]["value"] == pytest.approx(100 * difference, abs=0.02)
     assert not list(out.rglob("*.safetensors"))
+    shutil.rmtree(out / "data")  # as where cells come from another machine
     again, trained = run(recipe_file, out, "variants={alternate: {exit_schedule: alternate, max_steps: 2}}")
     assert trained == ["start/alternate/rate-0.003-seed-0"]
     assert again["starts"]["start"]["exits"] == results["starts"]["start"]["exits"]
@@ -210,6 +212,14 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
     with raises(key, value):
         run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_variant_must_fit_only_the_starts_that_train_it(recipe_file, tmp_path):
+    starts = "starts={start: {}, taught: {distillation: {teacher: none}}}"
+    overrides = [starts, "variants={own-teacher: {objective.distillation_weight: 1}}", "variants_on=[start]"]
+    ablation_module._Cells(load_recipe(AblationRecipe, recipe_file, overrides), tmp_path / "run", False, print)
+    with raises("distillation.contrastive", "taught/own-teacher"):
+        run(recipe_file, tmp_path / "other", *overrides[:2])
 
 
 def test_exits_alone_have_no_options_about_other_exits(recipe_file):

@@ -263,7 +263,8 @@ class _Cells:
         self._texts: dict[str, RetrievalTexts] = {}
         self.trained = 0
         for start in recipe.starts:
-            for kind in (TOGETHER, *recipe.variants):
+            varied = recipe.variants if start in (recipe.variants_on or recipe.starts) else ()
+            for kind in (TOGETHER, *varied):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
                     blueprint, _ = check_recipe(cell.recipe, out, 1, progress, objective_of(cell.recipe))
@@ -273,7 +274,8 @@ class _Cells:
         if unknown := sorted(set(recipe.exit_layers or ()) - set(self.exits)):
             message = f"`exit_layers` names {unknown}, but the model's exits are {list(self.exits)}."
             raise UserError("ablation.exit_layers", message)
-        runs.check_folder(out, "data", "ablation")
+        if not (out / "cells").is_dir():  # Cells may come from another machine, without the data.
+            runs.check_folder(out, "data", "ablation")
         self.data = prepare_data(base.rows(), out / "data", progress)
         self.groups = PairGroups(self.data.train)
         self.tasks = {
