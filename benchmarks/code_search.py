@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.search import rules
+from modular_star_encoder.search import ranking
 from modular_star_encoder.search.hits import Answer
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.local_store import LocalStore
@@ -93,14 +93,14 @@ def main() -> None:
 
 def with_rules(changes: Mapping[str, Any], run: Callable[[], list[Answer]]) -> list[Answer]:
     """What `run` gives while rules have other weights."""
-    before = {name: getattr(rules, name) for name in changes}
+    before = {name: getattr(ranking, name) for name in changes}
     try:
         for name, value in changes.items():
-            setattr(rules, name, value)
+            setattr(ranking, name, value)
         return run()
     finally:
         for name, value in before.items():
-            setattr(rules, name, value)
+            setattr(ranking, name, value)
 
 
 def score(answer: Answer, question: Mapping[str, Any], root: Path) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.search import rules
+from modular_star_encoder.search import ranking
 from modular_star_encoder.search.pieces import Snippet, question_stems, snippet_words, stems
-from modular_star_encoder.search.rules import Question
+from modular_star_encoder.search.ranking import Question
 
 
 def piece(path, *defines, text="x"):
@@ -18,7 +18,7 @@ def order(question, snippets, similarities=None, words=None):
 
 def placed(question, snippets, similarities, words):
     candidates = [one.path for one in snippets]
-    return rules.place(question, candidates, definers(snippets), similarities, words, len(snippets))
+    return ranking.place(question, candidates, definers(snippets), similarities, words, len(snippets))
 
 
 def definers(snippets):
@@ -51,26 +51,26 @@ def test_identifiers_are_words_with_their_parts_and_stems():
 
 def test_both_lists_count_by_how_sure_they_are():
     similarities, words = np.array([0.9, 0.5, 0.5, 0.5]), np.array([0.0, 3.0, 2.9, 2.8])
-    scores = rules.fused(similarities, words, 0.5)
+    scores = ranking.fused(similarities, words, 0.5)
     assert scores[0] != scores.max() or scores[1] < scores[0]
     assert (
-        np.argsort(-rules.fused(similarities, words, 1.0))[0],
-        np.argsort(-rules.fused(similarities, words, 0.0))[0],
+        np.argsort(-ranking.fused(similarities, words, 1.0))[0],
+        np.argsort(-ranking.fused(similarities, words, 0.0))[0],
     ) == (0, 1)
-    assert rules.fused(None, words, 0.5).tolist() == words.tolist()
+    assert ranking.fused(None, words, 0.5).tolist() == words.tolist()
     assert scores.min() == 0
 
 
 def test_the_definition_of_a_symbol_comes_first_and_most_of_all_in_its_own_file():
     snippets = [piece("a.py"), piece("b.py", "Stack"), piece("stack.py", "Stack")]
     assert order("Stack", snippets, words=[3, 1, 1]) == [2, 1, 0]
-    gains = rules.definitions(Question.of("Stack"), [one.path for one in snippets], definers(snippets))
-    assert gains.tolist() == [0, rules.DEFINITION, rules.DEFINITION * rules.OWN_FILE]
+    gains = ranking.definitions(Question.of("Stack"), [one.path for one in snippets], definers(snippets))
+    assert gains.tolist() == [0, ranking.DEFINITION, ranking.DEFINITION * ranking.OWN_FILE]
 
 
 def test_a_sentence_finds_the_file_that_is_named_like_it():
     snippets = [piece("src/util.py"), piece("src/parsers.py"), piece("parse/other.py")]
-    gains = rules.paths(Question.of("how the parser works"), [one.path for one in snippets])
+    gains = ranking.paths(Question.of("how the parser works"), [one.path for one in snippets])
     assert gains[1] > gains[2] > gains[0] == 0
     assert order("how the parser works", snippets)[0] == 1
 
@@ -89,12 +89,12 @@ def test_tests_and_re_exports_count_less_unless_they_are_asked_for():
 def test_the_path_says_what_a_test_is():
     side = ["tests/a.py", "src/a_test.go", "pkg/test_a.py", "src/a.spec.ts", "src/StackTest.java", "examples/a.py"]
     plain = ["src/testimony.py", "src/latest.py", "src/contest/a.py", "src/Inspec.cs"]
-    factors = rules.priors(Question.of("close a socket"), side + plain)
+    factors = ranking.priors(Question.of("close a socket"), side + plain)
     assert (factors < 1).tolist() == [True] * len(side) + [False] * len(plain)
 
 
 def test_further_pieces_of_a_file_give_way_to_other_files():
-    factors = rules.diversity(np.array([2.0, 4.0, 3.0, 1.0]), np.array([0, 0, 0, 1]))
+    factors = ranking.diversity(np.array([2.0, 4.0, 3.0, 1.0]), np.array([0, 0, 0, 1]))
     assert factors.tolist() == pytest.approx([0.64, 1, 0.8, 1])
 
 

@@ -239,8 +239,8 @@ class CodeIndex:
             questions: one or more questions.
             top_k: number of hits for each question.
             exit_layer: one of the index's exits; if None, the deepest without a cascade, the shallowest with one.
-            method: `hybrid` ranks by similarity, words and the rules of `search.rules`; `lexical` leaves out similarity
-                and needs no model; `vector` ranks by similarity alone.
+            method: `hybrid` ranks by similarity, words and the rules of `search.ranking`; `lexical` leaves out
+                similarity and needs no model; `vector` ranks by similarity alone.
             cascade: rank the best hits of `exit_layer` again at a deeper exit.
             languages: search only code in these languages.
             path: search only files that match this pattern, such as `*.py` or `src/**` (see `path_expression`).

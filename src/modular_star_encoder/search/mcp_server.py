@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.data.sources.decoding import decode_source
+from modular_star_encoder.data.sources import decode_source
 from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.pieces import LINE_END

@@ -1,16 +1,23 @@
-"""Rank rows for a question by similarity at one exit, by words, or by rules over both; re-rank at a deeper exit."""
+"""Rank rows for a question by similarity at one exit, by words, or by rules over both; re-rank at a deeper exit.
+
+Each ranking rule is one function of the question and its candidates; benchmarks/README.md measures the effect of each.
+All languages and repositories share the same weights. The rules reimplement those of semble (MinishLab, 2026), but fuse
+standardised scores instead of ranks, because ranks do not say how far candidates are apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
 
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.pieces import definition_word, question_stems
-from modular_star_encoder.search.rules import Question, place
+from modular_star_encoder.search.pieces import definition_word, parts, question_stems, telling_parts
 from modular_star_encoder.search.vector_store import Filter, Found, IndexSettings, VectorStore
 from modular_star_encoder.utils.errors import UserError
 
@@ -85,7 +92,7 @@ class Ranker:
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the best `limit` rows for a question by the ranking rules over similarity and words (`rules.place`).
+        """Return the best `limit` rows for a question by the ranking rules over similarity and words (see `place`).
 
         With a cascade, the best rows get their similarities at the deeper exit, rescaled to the mean and deviation of
         the old ones. Then all rows are ranked again.
@@ -166,3 +173,199 @@ def _candidates(
 
 def _lead(found: Sequence[Found]) -> float | None:
     return found[0].score - found[1].score if len(found) > 1 else None
+
+
+SIMILARITY_WEIGHT, SIMILARITY_WEIGHT_OF_SYMBOLS = 0.5, 0.3
+DEFINITION, OWN_FILE, INSIDE_A_SENTENCE = 1.5, 1.5, 0.5
+PATH, FOLDER = 1.5, 0.5
+GOOD_FILE, PIECES_OF_A_FILE = 1.0, 5
+SIDE_FILES, INITIAL_FILES, DECLARATIONS = 0.5, 0.5, 0.7
+FURTHER_PIECE = 0.8
+_SHORTEST_PREFIX = 3
+
+_SEPARATOR = re.compile(r"::|->|\.|\\|#|/")
+_SYMBOL = re.compile(r"[\w$]+(?:(?:::|->|\.|\\|#|/)[\w$]+)*[!?]?")
+_SIGN_OF_SYMBOL = re.compile(r"[A-Z_]|::|->|\.|\\")
+_NAME_IN_SENTENCE = re.compile(r"[A-Za-z_$][\w$]*[!?]?")
+_SIGN_OF_NAME = re.compile(r"[a-z][A-Z]|_\w|[A-Z]{2}")
+_CAPITALISED = re.compile(r"[A-Z][a-z]+")
+_SIDE_FILE = re.compile(
+    r"(^|/)(_?examples?|samples?|demo|docs?(_src)?|legacy|compat|deprecated|bench(marks?)?|fixtures|mocks?|testdata"
+    r"|testing|__tests__|test_suite|tests?|specs?)(/|$)"
+    r"|(^|/)(test_[^/]*|conftest\.py)$|[._-](tests?|specs?|bench|stories)\.[^/]*$"
+    r"|[a-z0-9](Tests?|Spec|TestCase)\.\w+$",
+)
+_ABOUT_TESTS = re.compile(r"\b(tests?|specs?|testing|examples?|benchmarks?|mocks?)", re.IGNORECASE)
+_INITIAL_FILE = re.compile(r"(^|/)(__init__\.py|package-info\.java)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, and the names of code in it."""
+
+    text: str
+    is_symbol: bool  # whether it is a name alone, such as `Router::Match` or `parse_header`
+    names: Mapping[str, float]  # lower-case name whose definition is wanted → its weight
+
+    @classmethod
+    def of(cls, text: str) -> Question:
+        """Make a question from a text, with the identifiers that the text contains."""
+        plain = text.strip()
+        if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
+            return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
+        names = {}
+        for match in _NAME_IN_SENTENCE.finditer(plain):
+            is_first = match.start() == 0
+            if _SIGN_OF_NAME.search(match[0]) or (_CAPITALISED.fullmatch(match[0]) and not is_first):
+                names[match[0].lower().rstrip("!?")] = INSIDE_A_SENTENCE
+        return cls(text, False, names)
+
+
+def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
+    """Return scores (N,): weighted sums of standardised similarities and `words` (BM25 scores), minus their median.
+
+    Negative scores become 0. Similarities weigh `weight`, words 1 - `weight`; without similarities, return `words`.
+    """
+    if similarities is None:
+        return words.astype(np.float64)
+    scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
+    middle = np.sort(scores)[[(len(scores) - 1) // 2, len(scores) // 2]].mean()  # np.median imports masked arrays
+    return np.maximum(scores - middle, 0)
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    return (values - values.mean()) / (values.std() + 1e-9)
+
+
+def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
+    """Return gains (N,) of pieces that define a name in the question; higher if the piece's file has that name."""
+    gains = np.zeros(len(paths))
+    for name, weight in question.names.items():
+        for number in definers.get(name, ()):
+            own = OWN_FILE if _plain(_file_name(paths[number])) == _plain(name) else 1.0
+            gains[number] = max(gains[number], DEFINITION * weight * own)
+    return gains
+
+
+def _file_name(path: str) -> str:
+    """Return a file's name without endings: `Formatter` for `src/Formatter.cs` and for ``src/Formatter`1.cs``."""
+    return re.split(r"[^\w-]", PurePosixPath(path).name)[0]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_-]", "", name.lower())
+
+
+def paths(question: Question, files: Sequence[str]) -> np.ndarray:
+    """Return gains (F,) of files whose name has words of the question; a word in the folder's name counts half."""
+    wanted = telling_parts(question.text)
+    if question.is_symbol or not wanted:
+        return np.zeros(len(files))
+    named = [_named(path) for path in files]
+    every = {part for both in named for one in both for part in one}
+    met = np.zeros(len(files))
+    for word in wanted:
+        like = {part for part in every if _alike(word, part)}
+        for number, (file, folder) in enumerate(named):
+            if not like.isdisjoint(file):
+                met[number] += 1.0
+            elif not like.isdisjoint(folder):
+                met[number] += FOLDER
+    return PATH * met / len(wanted)
+
+
+@lru_cache(maxsize=100_000)
+def _named(path: str) -> tuple[set[str], set[str]]:
+    return parts(PurePosixPath(path).stem), parts(PurePosixPath(path).parent.name)
+
+
+def _alike(word: str, other: str) -> bool:
+    begins = word.startswith(other) or other.startswith(word)
+    return begins and (word == other or min(len(word), len(other)) >= _SHORTEST_PREFIX)
+
+
+def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
+    """Return the gains of N pieces: only the best piece of each file, by `gained` (the scores so far), gets one.
+
+    Its gain is the sum of its file's five best `scores`, divided by the largest such sum. `file_of`: numbers of files.
+    """
+    counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
+    sums = np.bincount(file_of[counted], weights=scores[counted])
+    return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
+
+
+def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
+    """Return, for each piece (N,), how many pieces of the same file have a better score."""
+    order = np.lexsort((-scores, file_of))
+    starts = np.searchsorted(file_of[order], file_of[order])
+    places = np.empty(len(scores), dtype=np.int64)
+    places[order] = np.arange(len(scores)) - starts
+    return places
+
+
+def priors(question: Question, files: Sequence[str]) -> np.ndarray:
+    """Return factors (F,): below 1 for files of re-exports, type declarations, and unrequested tests or examples."""
+    kinds = np.array([_kinds(path) for path in files], dtype=bool)
+    kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
+    return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
+
+
+@lru_cache(maxsize=100_000)
+def _kinds(path: str) -> tuple[bool, bool, bool]:
+    """Return whether a file is (1) a test, example or doc, (2) one of re-exports, (3) one of type declarations."""
+    return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
+
+
+def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
+    """Return factors (N,): 1 for a file's best piece, 0.8 for its second, 0.64 for its third, and so on."""
+    return FURTHER_PIECE ** _place_in_file(scores, file_of)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A ranked candidate: its number, its score, and what each rule added to the score or subtracted from it."""
+
+    candidate: int
+    score: float
+    reasons: Mapping[str, float]
+
+
+def place(
+    question: Question,
+    candidates: Sequence[str],
+    definers: Mapping[str, Collection[int]],
+    similarities: np.ndarray | None,
+    words: np.ndarray,
+    limit: int,
+) -> list[Placed]:
+    """Return the best `limit` candidates of a question, best first.
+
+    Args:
+        question: the question.
+        candidates: the paths (N) of the pieces.
+        definers: name in the question → indices of the candidates that define it.
+        similarities: (N,) cosine similarities to the question; None to rank without a model.
+        words: (N,) BM25 scores; 0 for a piece without a word of the question.
+        limit: number of candidates to return.
+    """
+    if not candidates:
+        return []
+    weight = SIMILARITY_WEIGHT_OF_SYMBOLS if question.is_symbol else SIMILARITY_WEIGHT
+    scores = fused(similarities, words, weight)
+    scores = scores / (scores.max() or 1.0)
+    files = list(dict.fromkeys(candidates))
+    numbers = {path: number for number, path in enumerate(files)}
+    file_of = np.array([numbers[path] for path in candidates])
+    reasons = {"similarity and words": scores, "definition": definitions(question, candidates, definers)}
+    reasons["path"] = paths(question, files)[file_of]
+    total = np.sum(list(reasons.values()), axis=0)
+    reasons["good file"] = good_files(scores, total, file_of)
+    total = total + reasons["good file"]
+    factors = priors(question, files)[file_of]
+    reasons["kind of file"], total = total * (factors - 1), total * factors
+    factors = diversity(total, file_of)
+    reasons["diversity"], total = total * (factors - 1), total * factors
+    return [
+        Placed(int(one), float(total[one]), {name: float(gains[one]) for name, gains in reasons.items() if gains[one]})
+        for one in np.argsort(-total, kind="stable")[:limit]
+    ]

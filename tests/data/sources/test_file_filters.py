@@ -7,6 +7,7 @@ from modular_star_encoder.data.sources import (
     STARCODER2_FILTERS,
     FileFilters,
     alphabetic_share,
+    decode_source,
     holds_encoded_data,
     is_generated,
     is_marked_generated,
@@ -14,7 +15,6 @@ from modular_star_encoder.data.sources import (
     is_test,
     is_vendored,
 )
-from modular_star_encoder.data.sources.decoding import decode_source
 
 CODE = "def run(first, second):\n    return first + second\n"
 

@@ -1,8 +1,9 @@
-"""Readers of source code: `SourceFile`, `SourceReader`, and the filters by path and by text.
+"""Readers of source code: `SourceFile`, `SourceReader`, the filters by path and by text, and the decoding of bytes.
 
 The readers are in `repositories` (folders, installed packages, archives) and `dataset_files` (data sets, The Stack v2).
 """
 
+import codecs
 import re
 import string
 from collections import Counter
@@ -11,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from modular_star_encoder.data.languages.registry import language_entry
-from modular_star_encoder.data.sources.decoding import decode_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,40 @@ def holds_encoded_data(text: str) -> bool:
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
             return True
     return False
+
+
+# The longer marks first: UTF-16 begins like UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# PEP 263, in the first two lines; editors read it in the comments of other languages too.
+_CODING_LINE = re.compile(
+    rb"(?:[^\r\n]*(?:\r\n|\r|\n))?[ \t\f]*(?:#|//|/\*|--|;|%)[^\r\n]*?coding[:=][ \t]*([-\w.]+)", re.ASCII
+)
+_NO_SOURCE = ("idna", "punycode")  # of domain names
+
+
+def decode_source(content: bytes) -> tuple[str, str | None]:
+    """Return (text without byte-order mark, encoding) for the bytes of a source file.
+
+    The encoding is that of a byte-order mark, else that of a coding line (PEP 263) if it fits the bytes, else UTF-8. If
+    UTF-8 does not fit either, the text is read as Latin-1, which may be wrong, and the encoding is None.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding, errors="replace"), encoding
+    declared = _CODING_LINE.match(content)
+    for encoding in (declared[1].decode() if declared else "utf-8", "utf-8"):
+        try:
+            if codecs.lookup(encoding).name not in _NO_SOURCE:
+                return content.decode(encoding), encoding
+        except (UnicodeError, LookupError):  # LookupError: unknown, or not an encoding of text
+            continue
+    return content.decode("latin-1"), None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,9 +27,9 @@ from modular_star_encoder.data.sources import (
     FileFilters,
     SourceFile,
     SourceReader,
+    decode_source,
     is_closed,
 )
-from modular_star_encoder.data.sources.decoding import decode_source
 from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
 from modular_star_encoder.utils.errors import UserError
 
