@@ -81,8 +81,7 @@ def _rensa_deduplicator(texts: Sequence[str]) -> Any:
 
 
 def _ours(texts: Sequence[str]) -> Any:
-    from modular_star_encoder.synthconl.minhash import DuplicateSettings
-    from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates
 
     return find_near_duplicates([[_ours_signatures(texts)]], DuplicateSettings())
 
@@ -96,7 +95,7 @@ def _rensa_strings(texts: Sequence[str]) -> Any:
 
 
 def _ours_signatures(texts: Sequence[str]) -> Any:
-    from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
+    from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, fingerprint
 
     return fingerprint(texts, DuplicateSettings().banding)
 

@@ -72,8 +72,7 @@ def installed_version(name: str) -> str | None:
 
 def measure_recall(rows: list[str], planted: list[Planted], recall: str) -> dict:
     """Which of the planted pairs are compared, and which found; and whether any pair found is none."""
-    from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
-    from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 
     settings = DuplicateSettings(recall=recall)
     prints = fingerprint(rows, settings.banding)
@@ -118,8 +117,7 @@ def compare_with_brute_force(rows: list[str], planted: list[Planted], count: int
     """All pairs of a sample, by a product of sparse matrices, against what is found, in both modes."""
     from scipy.sparse import csr_array
 
-    from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
-    from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 
     rng = random.Random(0)
     ends = {row for pair in rng.sample(planted, min(count // 10, len(planted))) for row in (pair.first, pair.second)}
@@ -268,7 +266,7 @@ def plot(figures: dict) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from modular_star_encoder.synthconl.minhash import Banding
+    from modular_star_encoder.synthconl.near_duplicates import Banding
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     curve = np.linspace(0.45, 1, 200)

@@ -10,9 +10,8 @@ import pytest
 
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
-from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from tests.errors import raises
 from tests.synthconl import samples
 

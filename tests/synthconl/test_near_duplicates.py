@@ -5,15 +5,17 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.synthconl import near_duplicates
-from modular_star_encoder.synthconl.minhash import (
+from modular_star_encoder.synthconl.near_duplicates import (
     Banding,
     DuplicateSettings,
+    _Column,
+    _near_pairs,
+    find_near_duplicates,
     fingerprint,
     jaccard,
     optimal_banding,
     shingle_sets,
 )
-from modular_star_encoder.synthconl.near_duplicates import _Column, _near_pairs, find_near_duplicates
 from tests.synthconl.samples import code, mutated, rows_with_near_duplicates, shingle_set, sliding_windows, true_jaccard
 
 

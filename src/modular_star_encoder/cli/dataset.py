@@ -87,8 +87,8 @@ def run_dataset_build(arguments: argparse.Namespace) -> None:
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.data.sources.dataset_rows import open_texts
-    from modular_star_encoder.synthconl.minhash import DuplicateSettings
     from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
+    from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
 
     report = drop_near_duplicates(
         arguments.source,

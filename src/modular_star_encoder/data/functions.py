@@ -116,14 +116,10 @@ def collect_functions(
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
-    found, total = 0, length_hint(files) or None
-    with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
-        for functions, chunk_counts in filtered_functions(files, processes):
-            counts += chunk_counts
-            found += len(functions)
-            for function in functions:
-                kept.setdefault(code_key(function.code), function)
-            bar.update(chunk_counts["files"])
+    found = 0
+    for function in filtered_functions(files, counts, processes, progress):
+        found += 1
+        kept.setdefault(code_key(function.code), function)
     if found > len(kept):
         counts["dropped: same code as an earlier function"] = found - len(kept)
     counts["functions kept"] = len(kept)
@@ -131,10 +127,16 @@ def collect_functions(
 
 
 def filtered_functions(
-    files: Iterable[SourceFile], processes: int = 2
-) -> Iterator[tuple[list[DocumentedFunction], Counter[str]]]:
-    """Yield functions and counts as `collect_functions`, for a few files at a time; equal code may repeat."""
-    yield from crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
+    files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
+) -> Iterator[DocumentedFunction]:
+    """Yield functions as `collect_functions`, but also those with equal code; update `counts`."""
+    chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
+    total = length_hint(files) or None
+    with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
+        for functions, chunk_counts in chunks:
+            counts.update(chunk_counts)
+            yield from functions
+            bar.update(chunk_counts["files"])
 
 
 def _filtered(files: list[SourceFile]) -> tuple[list[DocumentedFunction], Counter[str]]:

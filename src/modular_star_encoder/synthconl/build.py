@@ -32,8 +32,8 @@ from modular_star_encoder.synthconl.extraction import (
     function_rows,
     open_source,
 )
-from modular_star_encoder.synthconl.minhash import DuplicateSettings
 from modular_star_encoder.synthconl.near_duplicate_job import REPORT, drop_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
 from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.row_files import (
     LOCK,

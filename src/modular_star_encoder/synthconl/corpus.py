@@ -32,8 +32,7 @@ from modular_star_encoder.data.sources.repositories import archive_repositories
 from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import read_json, read_jsonl
-from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
-from modular_star_encoder.synthconl.near_duplicates import find_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from modular_star_encoder.synthconl.row_files import locked
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError

@@ -5,13 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from operator import length_hint
 from pathlib import PurePath
 from textwrap import dedent
 from typing import Any
 
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from modular_star_encoder.data.functions import (
     DocumentedFunction,
@@ -87,18 +85,12 @@ def function_rows(
 def _file_rows(
     reader: SourceReader, languages: Sequence[str], counts: Counter[str], processes: int, progress: bool
 ) -> Iterator[Row]:
-    total = length_hint(reader) or None
-    with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
-        for functions, some in filtered_functions(reader, processes):
-            counts.update(some)
-            for function in functions:
-                if function.language in languages:
-                    yield _row(function)
-                else:
-                    counts["dropped: another language"] += 1
-            bar.update(some["files"])
-    for reason, count in reader.skipped.items():
-        counts[f"files left out: {reason}"] += count
+    for function in filtered_functions(reader, counts, processes, progress):
+        if function.language in languages:
+            yield _row(function)
+        else:
+            counts["dropped: another language"] += 1
+    counts.update({f"files left out: {reason}": count for reason, count in reader.skipped.items()})
 
 
 def _codesearchnet_rows(

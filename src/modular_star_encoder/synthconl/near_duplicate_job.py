@@ -19,8 +19,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from modular_star_encoder.synthconl.minhash import DuplicateSettings, fingerprint
-from modular_star_encoder.synthconl.near_duplicates import EQUAL, NEAR, NearDuplicates, find_near_duplicates
+from modular_star_encoder.synthconl.near_duplicates import (
+    EQUAL,
+    NEAR,
+    DuplicateSettings,
+    NearDuplicates,
+    find_near_duplicates,
+    fingerprint,
+)
 from modular_star_encoder.synthconl.row_files import (
     Shard,
     check_columns,
