@@ -203,21 +203,18 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
     Rows with the same description or the same code are in one group. If A has a code of B, and B the description of C,
     then all three are in one group. Texts are the same if their `description_key` or `code_key` is equal.
     """
-    parents = list(range(len(texts)))
-
-    def root(row: int) -> int:
-        while parents[row] != row:
-            parents[row] = row = parents[parents[row]]
-        return row
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     first_with: dict[bytes, int] = {}
+    links: list[int] = []
     for row, text in enumerate(texts):
         for key in [description_key(text.description), *(code_key(snippet.code) for snippet in text.snippets)]:
-            if key:
-                a, b = root(first_with.setdefault(_digest(key), row)), root(row)
-                parents[max(a, b)] = min(a, b)
-    numbers: dict[int, int] = {}
-    return np.array([numbers.setdefault(root(row), len(numbers)) for row in range(len(texts))], dtype=np.int64)
+            if key and (first := first_with.setdefault(_digest(key), row)) < row:
+                links += [first, row]
+    ends = np.array(links, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(ends.shape[1], bool), tuple(ends)), shape=(len(texts), len(texts)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:

@@ -4,8 +4,6 @@ Files are written in batches, one transaction each. After an interrupted update,
 not at all, and the next update continues.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter
@@ -47,28 +45,18 @@ _Changed = tuple[SourceFile, list[_Piece]]
 
 @dataclass(slots=True)
 class UpdateReport:
-    """What one update of an index read, embedded, removed and left out.
+    """What one update of an index read, embedded, removed and left out, in numbers of files and rows."""
 
-    Attributes:
-        files: number of source files that were read, or are known to be unchanged.
-        embedded_files, embedded_rows: number of new or changed files that were embedded, and number of their rows.
-        removed_files: number of files removed from the index, because they are deleted or are now left out.
-        rows: number of rows in the index after the update.
-        postponed_files: number of files that may have changed but were not embedded, for lack of time.
-        skipped_files: the files left out, as (path, reason).
-        guessed_files: paths of the files read as Latin-1, because they are not UTF-8 and declare no encoding.
-        seconds: duration of the update.
-    """
-
-    files: int = 0
-    embedded_files: int = 0
-    embedded_rows: int = 0
-    removed_files: int = 0
-    rows: int = 0
-    postponed_files: int = 0
-    skipped_files: list[tuple[str, str]] = field(default_factory=list)
+    files: int = 0  # source files that were read, or are known to be unchanged
+    embedded_files: int = 0  # new or changed files that were embedded
+    embedded_rows: int = 0  # the rows of these files
+    removed_files: int = 0  # files removed from the index, because they are deleted or are now left out
+    rows: int = 0  # rows in the index after the update
+    postponed_files: int = 0  # files that may have changed but were not embedded, for lack of time
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of each file left out
+    # Paths of the files read as Latin-1, because they are not UTF-8 and declare no encoding.
     guessed_files: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # duration of the update
 
     @property
     def skipped(self) -> Counter[str]:

@@ -1,7 +1,5 @@
 """Embed questions and snippets at the exits of a checkpoint."""
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -138,8 +136,7 @@ class Embedder:
     def check_dimension(self, dimension: int | None) -> int:
         """Return `dimension`, or the full size of an embedding if it is None.
 
-        Raises:
-            UserError: the model was not trained with embeddings of this size.
+        UserError if the model was not trained with embeddings of this size.
         """
         sizes = sorted({*(self._facts.get("nested_dimensions") or ()), self._facts["projection_size"]})
         if dimension is not None and dimension not in sizes:
@@ -183,10 +180,8 @@ class Embedder:
         """Return a function that embeds a list of N texts: texts → exit_layer → (N, D) float32.
 
         `texts` is the number of texts to expect; None for many. Where numpy supports the checkpoint, it computes exit
-        0, and few texts at deeper exits on a CPU while no torch model is loaded. Otherwise torch computes.
-
-        Raises:
-            OSError: the weights can't be read.
+        0, and few texts at deeper exits on a CPU while no torch model is loaded. Otherwise torch computes. OSError if
+        the weights can't be read.
         """
         is_short = texts is not None and texts <= _FEW_TEXTS and self._model is None and self._device in (None, "cpu")
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):

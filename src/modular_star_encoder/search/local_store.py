@@ -4,8 +4,6 @@ Every change replaces the manifest atomically, so a process killed before leaves
 safetensors file that is mapped into memory: a search reads only the parts it needs, and imports no database.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -24,14 +22,7 @@ from uuid import uuid4
 import numpy as np
 
 from modular_star_encoder.search.pieces import Memo, Snippet
-from modular_star_encoder.search.vector_store import (
-    INDEX_FOLDER,
-    MEMORY,
-    Filter,
-    Found,
-    Row,
-    Stamps,
-)
+from modular_star_encoder.search.vector_store import INDEX_FOLDER, MEMORY, Filter, Found, Row, Stamps
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types, read_json, write_text
 
@@ -58,25 +49,18 @@ _values = attrgetter(*(one.name for one in fields(Snippet)))
 _ROWS_PER_BLOCK = 1024  # vectors that are compared at once: as float32, they stay in the processor's cache
 
 
-@contextmanager
-def _damage_reported(location: str) -> Iterator[None]:
-    """Raise UserError for the errors that a damaged file causes; let FileNotFoundError pass."""
-    try:
-        yield
-    except (FileNotFoundError, UserError):
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_OTHER_DAMAGE) as error:
-        message = f"The index {location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
-        raise UserError("search.index.unreadable", message) from error
-
-
 def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that reads segments: a damaged file becomes a UserError."""
+    """Decorate a method that reads files of an index: a damaged file becomes a UserError, a missing one does not."""
 
     @wraps(method)
     def reported(self: Any, *arguments: Any) -> Any:
-        with _damage_reported(self.location):
+        try:
             return method(self, *arguments)
+        except (FileNotFoundError, UserError):
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_OTHER_DAMAGE) as error:
+            message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
+            raise UserError("search.index.unreadable", message) from error
 
     return reported
 
@@ -114,6 +98,7 @@ class LocalStore:
         finally:
             lock.release()
 
+    @_reading
     def settings(self) -> dict[str, Any] | None:
         return self._read()["settings"]
 
@@ -221,7 +206,7 @@ class LocalStore:
     def count(self) -> int:
         return sum(int(one.alive.sum()) for one in self._alive())
 
-    def _alive(self) -> Iterator[_Segment]:
+    def _alive(self) -> Iterator["_Segment"]:
         """Yield the segments that the manifest lists, each with its deleted files marked."""
         try:
             segments = [(self._segment(name), dead) for name, dead in self._read()["segments"].items()]
@@ -239,12 +224,11 @@ class LocalStore:
         path = self.folder / MANIFEST
         if not path.exists():
             return _NO_INDEX
-        with _damage_reported(self.location):
-            status = path.stat()
-            if self._version != (status.st_mtime_ns, status.st_ino):
-                manifest = read_json(path)
-                self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
-                self._version = (status.st_mtime_ns, status.st_ino)
+        status = path.stat()
+        if self._version != (status.st_mtime_ns, status.st_ino):
+            manifest = read_json(path)
+            self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
+            self._version = (status.st_mtime_ns, status.st_ino)
         return self._manifest
 
     def _write(self, manifest: dict[str, Any]) -> None:
@@ -273,11 +257,10 @@ class LocalStore:
             os.replace(path.with_suffix(".tmp"), path)
         return name
 
-    def _segment(self, name: str) -> _Segment:
+    def _segment(self, name: str) -> "_Segment":
         if name not in self._segments and self.folder is not None:
-            with _damage_reported(self.location):
-                path = self.folder / f"{name}.safetensors"
-                self._segments[name] = _Segment(name, *_mapped(path), location=self.location)
+            path = self.folder / f"{name}.safetensors"
+            self._segments[name] = _Segment(name, *_mapped(path), location=self.location)
         return self._segments[name]
 
     def _strange_files(self) -> bool:
@@ -428,11 +411,11 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the id, hash, path and language of each file that `rows` come from, once per file."""
-    first_rows = {row.file_id: row for row in reversed(rows)}
-    return [
-        {"id": key, "hash": row.file_hash, "path": row.snippet.path, "language": row.snippet.language}
-        for key, row in ((key, first_rows[key]) for key in dict.fromkeys(row.file_id for row in rows))
-    ]
+    files: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        own = {"hash": row.file_hash, "path": row.snippet.path, "language": row.snippet.language}
+        files.setdefault(row.file_id, {"id": row.file_id, **own})
+    return list(files.values())
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:

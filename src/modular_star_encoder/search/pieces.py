@@ -1,7 +1,5 @@
 """Divide files into pieces (functions, classes, other lines), which become rows of an index, and find their words."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence

@@ -7,8 +7,6 @@ Words are ranked as Qdrant recommends for BM25: the server multiplies a sparse v
 fixed average length, by inverse document frequencies (Modifier.IDF).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter
@@ -55,7 +53,7 @@ def _wrap_errors(method: Callable) -> Callable:
     """Decorate a method of `QdrantStore`: errors of the server become an `OSError` with a message of one sentence."""
 
     @wraps(method)
-    def wrapped(self: QdrantStore, *arguments: Any, **options: Any) -> Any:
+    def wrapped(self: "QdrantStore", *arguments: Any, **options: Any) -> Any:
         try:
             return method(self, *arguments, **options)
         except _import_client().http.exceptions.ApiException as error:

@@ -5,8 +5,6 @@ All languages and repositories share the same weights. The rules reimplement tho
 standardised scores instead of ranks, because ranks do not say how far candidates are apart.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,17 +28,11 @@ _DEFINERS = 1000  # most rows that are known to define a name
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
-    """Settings to rank the best hits again at a deeper exit; UserError if `candidates` < 2 or `margin` is NaN.
+    """Settings to rank the best hits again at a deeper exit; UserError if `candidates` < 2 or `margin` is NaN."""
 
-    Attributes:
-        exit_layer: the deeper exit.
-        candidates: number of the best hits that are ranked again.
-        margin: re-rank only if the two best similarities at the first exit differ by less than this; None: always.
-    """
-
-    exit_layer: int
-    candidates: int = 20
-    margin: float | None = None
+    exit_layer: int  # the deeper exit
+    candidates: int = 20  # number of the best hits that are ranked again
+    margin: float | None = None  # only if the two best similarities at the first exit differ by less; None: always
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
@@ -152,7 +144,7 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> li
 
 
 def _candidates(
-    store: VectorStore, question: Question, where: Filter, nearest: Sequence[Found]
+    store: VectorStore, question: "Question", where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
     """Return the candidate rows (N) of a question, their BM25 scores (N,), and name → indices of rows that define it.
 
@@ -208,7 +200,7 @@ class Question:
     names: Mapping[str, float]  # lower-case name whose definition is wanted → its weight
 
     @classmethod
-    def of(cls, text: str) -> Question:
+    def of(cls, text: str) -> "Question":
         """Make a question from a text, with the identifiers that the text contains."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):

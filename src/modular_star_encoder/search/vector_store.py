@@ -91,23 +91,20 @@ class VectorStore(Protocol):
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
         """Return a context in which no other process writes the index; wait up to `seconds` for one that writes now.
 
-        Raises:
-            UserError: another process still writes the index.
+        UserError if another process still writes the index.
         """
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that `create` stored; None if there is no index yet.
 
-        Raises:
-            UserError: the index can't be read, or the place holds data of another program.
+        UserError if the index can't be read, or the place holds data of another program.
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
         """Make an empty index with these settings; it replaces an existing index, even one that can't be read.
 
-        Raises:
-            UserError: the place holds data of another program, which is never replaced.
+        UserError if the place holds data of another program, which is never replaced.
         """
 
     def files(self) -> dict[str, str | None]:
@@ -166,9 +163,7 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
 
     `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
-
-    Raises:
-        UserError: the pattern is blank, or a bracket isn't closed.
+    UserError if the pattern is blank, or a bracket isn't closed.
     """
     if not pattern.strip():
         raise UserError("search.path.blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'.")
@@ -223,8 +218,7 @@ class IndexSettings:
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
         """Restore settings from the result of `to_dict`.
 
-        Raises:
-            UserError: another version of this package made the index at `location`, or the settings are damaged.
+        UserError if another version of this package made the index at `location`, or the settings are damaged.
         """
         if (found := values.get("format")) != FORMAT:
             message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it (--rebuild)."

@@ -79,8 +79,7 @@ class Package(NamedTuple):
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
     """Read packages from a YAML file, {registry: lines}; each line holds the name, version and licence of a package.
 
-    Raises:
-        UserError: a registry is unknown (`settings.unknown`), or a line is not a package (`corpus.package`).
+    UserError if a registry is unknown (`settings.unknown`), or a line is not a package (`corpus.package`).
     """
     content = read_mapping(path)
     check_names(list(content), _CLIENTS, str(path))

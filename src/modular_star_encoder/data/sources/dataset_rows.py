@@ -254,15 +254,11 @@ def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
         with _open_text(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{file}, line {number}", _json_object(line)
-
-
-def _json_object(line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # too deeply nested brackets
-        return BadLine("no JSON", line.strip())
-    return row if isinstance(row, dict) else BadLine("no JSON object", line.strip())
+                    try:
+                        row, fault = json.loads(line), "no JSON object"
+                    except (ValueError, RecursionError):  # too deeply nested brackets
+                        row, fault = None, "no JSON"
+                    yield f"{file}, line {number}", row if isinstance(row, dict) else BadLine(fault, line.strip())
 
 
 def table_rows(rows: datasets.IterableDataset, batch_size: int = _ROWS_PER_BATCH) -> Iterator[dict[str, Any]]:
