@@ -77,7 +77,7 @@ def size_of_run(ranks: int, tokens_per_second: float) -> dict[str, float]:
         "activations and logits (GiB)": round((kept + logits) / GIB, 2),
         "in all (GiB)": round((state + gathered + kept + logits) / GIB, 1),
         "tokens per step": recipe.tokens_per_step,
-        "accumulated batches": recipe.accumulation(ranks),
+        "accumulated batches": recipe.batches(ranks)["gradient_accumulation_steps"],
         "steps": recipe.max_steps,
         "days": round(recipe.tokens_per_step * recipe.max_steps / ranks / tokens_per_second / 86400, 1),
     }

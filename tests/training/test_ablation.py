@@ -141,7 +141,7 @@ def test_intervals_cover_queries_and_seeds_and_widen_with_the_number_of_comparis
 
 def test_validation_and_test_rows_share_no_repository(recipe_file, tmp_path):
     recipe = load_recipe(AblationRecipe, recipe_file).base()
-    data = ablation_module.prepare_data(recipe.rows(), tmp_path / "data", False)
+    data = ablation_module.prepare_retrieval_data(**recipe.rows(), folder=tmp_path / "data", progress=False)
     parts = ablation_module._parts(data.held_out)
     names = [{row.repository for row in rows} for rows in parts.values()]
     assert names[0]

@@ -12,7 +12,8 @@ from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.report import TABLES
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training.finetuning import finetune, finetuning_preflight, load_finetuning
+from modular_star_encoder.training import runs
+from modular_star_encoder.training.finetuning import finetune, load_finetuning
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from tests.errors import raises
 from tests.processes import run_processes
@@ -227,7 +228,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("gradient_accumulation_steps=2", "training.arguments.decided", "gradient_accumulation_steps"),
         ("lora.speed=3", "training.lora", "speed"),
         ("data.rows=x", "data.sources", "rows"),
-        ("batch_size=96", "data.batch_size", "batch_size=44"),
+        ("batch_size=96", "data.batch_size", "from 2 to 44 pairs"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_trained(recipe_file, tmp_path, override, key, value):
@@ -281,7 +282,7 @@ def test_our_small_recipe_fits_its_model_and_each_kind_of_pairs_is_counted():
     with torch.device("meta"):
         model = ModularStarEncoderForRetrieval(load_config("small"))
     text, code, both = (
-        finetuning_preflight(model, recipe, 1, dict.fromkeys(kinds, 20_000), (40.0, 120.0))
+        runs.finetuning_preflight(model, recipe, 1, dict.fromkeys(kinds, 20_000), (40.0, 120.0))
         for kinds in (("text → code",), ("code → code",), ("text → code", "code → code"))
     )
     assert text.epochs == {"text → code": recipe.max_steps * recipe.batch_size / 20_000}

@@ -156,7 +156,7 @@ def test_a_folder_that_happens_to_be_there_is_not_taken_for_a_configuration_of_o
 def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
     assert load_recipe(PretrainingRecipe, recipe_file, ["adam_epsilon=1e-6"]).training["adam_epsilon"] == 1e-6
     recipe = load_recipe(PretrainingRecipe, recipe_file, ["milestones=[1e3, 2000]", "fractions=[1e-1, 0]"])
-    arguments = recipe.arguments(recipe_file.parent, 2, progress=False)
+    arguments = recipe.arguments(recipe_file.parent, progress=False)
     assert (arguments.milestones, arguments.fractions) == ([1000, 2000], [0.1, 0.0])
 
 
@@ -166,7 +166,7 @@ def test_the_papers_recipe_is_the_papers():
     assert (recipe.max_steps, recipe.max_tokens) == (245_000, 2048)
     expected = {"learning_rate": 6.24e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
     assert (expected | {"weight_decay": 0.1, "exit_weights": "paper"}).items() <= recipe.to_dict().items()
-    assert recipe.accumulation(processes=8) == recipe.tokens_per_step // (8 * 4 * 2048)
+    assert recipe.batches(8)["gradient_accumulation_steps"] == recipe.tokens_per_step // (8 * 4 * 2048)
     assert model_config(recipe).num_hidden_layers == 36
 
 

@@ -97,23 +97,40 @@ def prepare_retrieval_data(
         eval_fraction: Share of each source's rows to hold out; above 0.2, it counts as 0.2.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; None for all.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars, and then how many rows each source has, how many are skipped, and why.
         store: Whether to write new rows. If False, `store_retrieval_data` can write them later.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
     requested = json.loads(json.dumps({"data": dict(settings), **arguments}, default=str))
-    if not (folder / REPORT).is_file():
-        sources = read_retrieval_examples(settings, progress=progress)
-        data = _split_sources(sources, requested)
-        if not store:
-            return data
-        store_retrieval_data(data, folder)
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    if report["settings"] != requested:
-        other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
-        raise UserError("data.split.other_settings", f"{folder} was made with another {other}: name another folder.")
-    return RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
+    if (folder / REPORT).is_file():
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if report["settings"] != requested:
+            other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
+            message = f"{folder} was made with another {other}: name another folder."
+            raise UserError("data.split.other_settings", message)
+        data = RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
+    else:
+        data = _split_sources(read_retrieval_examples(settings, progress=progress), requested)
+        if store:
+            store_retrieval_data(data, folder)
+    if progress:
+        _print_counts(data.report)
+    return data
+
+
+def _print_counts(report: Mapping[str, Any]) -> None:
+    for name, source in report["sources"].items():
+        print(f"{name}: {source['rows']:,} rows")
+        if name == "pairs":
+            named = report["settings"]["data"][name]["columns"]
+            columns = [f"{role}: {column}" for role, column in named.items() if column]
+            print(f"  columns {', '.join(columns)}; to change them: data.columns={{query: NAME, positive: NAME}}")
+        for reason, count in source["skipped"].items():
+            print(f"  skipped {count:,}: {reason}")
+            for example in source["examples"].get(reason, ()):
+                print(f"    {example}")
+    print(f"{report['train']:,} rows to train on, {report['held_out']:,} held out")
 
 
 def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
@@ -298,7 +315,7 @@ class BatchPlan:
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
-            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}."
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change it, or add rows."
             message += f" A batch takes one pair of a group of rows; the data has {listed or 'no pairs'}{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])
@@ -362,3 +379,19 @@ class BatchPlan:
             places[index] = place
             used.add(int(numbers[place]))
         return places
+
+
+def evaluation_plan(
+    groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
+) -> tuple[BatchPlan, int]:
+    """Return a plan, and the number of its batches, to evaluate at most `pairs` pairs, none of them twice.
+
+    Batches have `batch_size` pairs, or fewer if the data does not have enough groups. Each of `processes` processes
+    gets an even number of a batch's pairs. UserError (`training.held_out.too_few`) if the data is too small for that.
+    """
+    step = 2 * processes
+    if not (largest := groups.largest_batch // step * step):
+        message = f"{len(groups.of_rows)} rows are held out, too few for an evaluation on {processes} processes"
+        raise UserError("training.held_out.too_few", f"{message}: add rows, or raise `eval_fraction` (at most 0.2).")
+    size, there = min(batch_size, largest), min(groups.counts.values()) * len(groups.counts)
+    return BatchPlan(groups, size, seed), max(1, min(pairs, there) // size)

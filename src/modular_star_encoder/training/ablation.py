@@ -31,7 +31,7 @@ from transformers import PrinterCallback
 from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.pairs import RetrievalExample
-from modular_star_encoder.data.splits import BatchPlan, PairGroups, hashed_order
+from modular_star_encoder.data.splits import BatchPlan, PairGroups, hashed_order, prepare_retrieval_data
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
 from modular_star_encoder.evaluation.report import versions
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
@@ -41,10 +41,10 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training import runs
 from modular_star_encoder.training.distilling import load_teacher, teach
-from modular_star_encoder.training.finetuning import check_recipe, exit_encoder, objective_of, prepare_data
+from modular_star_encoder.training.finetuning import exit_encoder
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
-from modular_star_encoder.training.starting_points import add_adapters, starting_model, starting_source
-from modular_star_encoder.training.trainer import MultiExitTrainer
+from modular_star_encoder.training.starting_points import StartingPoint, add_adapters, starting_source
+from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import markdown_table
@@ -267,20 +267,28 @@ class _Cells:
             for kind in (TOGETHER, *varied):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
-                    blueprint, _ = check_recipe(cell.recipe, out, 1, progress, objective_of(cell.recipe))
+                    self.exits = tuple(self._start(cell, out)[0].config.exit_layers)
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
-        self.exits = tuple(blueprint.config.exit_layers)
         if unknown := sorted(set(recipe.exit_layers or ()) - set(self.exits)):
             message = f"`exit_layers` names {unknown}, but the model's exits are {list(self.exits)}."
             raise UserError("ablation.exit_layers", message)
         if not (out / "cells").is_dir():  # Cells may come from another machine, without the data.
             runs.check_folder(out, "data", "ablation")
-        self.data = prepare_data(base.rows(), out / "data", progress)
+        self.data = prepare_retrieval_data(**base.rows(), folder=out / "data", progress=progress)
         self.groups = PairGroups(self.data.train)
         self.tasks = {
             part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data.held_out).items()
         }
+
+    @staticmethod
+    def _start(cell: AblationCell, folder: Path) -> tuple[StartingPoint[ModularStarEncoderForRetrieval], Any, Any]:
+        """Check a cell's recipe; return its starting point, arguments and objective."""
+        start = StartingPoint(ModularStarEncoderForRetrieval, cell.recipe)
+        arguments = cell.recipe.arguments(folder, progress=False)
+        objective = cell.recipe.make_objective()
+        check_objective(objective, arguments, start.config, start.config.exit_layers)
+        return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
         """Train and evaluate a cell unless its file exists; return whether it was trained."""
@@ -307,9 +315,9 @@ class _Cells:
     def _train(self, cell: AblationCell) -> dict[str, Any]:
         """Return a new model's seconds, loss, cosines and scores: part of rows → task → exit → reciprocal ranks."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
-        model, tokenizer = starting_model(ModularStarEncoderForRetrieval, recipe)
         folder = self.out / "training" / cell.name
-        _, arguments = check_recipe(recipe, folder, 1, False, objective_of(recipe))
+        start, arguments, objective = self._start(cell, folder)
+        model, tokenizer = start.load()
         arguments.set_evaluate(strategy="no")
         key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         prompts = model.config.instruction_prompts
@@ -323,8 +331,8 @@ class _Cells:
             teacher = load_teacher(settings, model.config.projection_size)
             rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, max(lengths.values()), False)
         collator = RetrievalCollator(tokenizer)
-        adapted = model if recipe.lora is None else add_adapters(model, recipe.lora)
-        trainer = MultiExitTrainer(adapted, arguments, objective_of(recipe), train_dataset=rows, data_collator=collator)
+        adapted = add_adapters(model, recipe.lora)
+        trainer = MultiExitTrainer(adapted, arguments, objective, train_dataset=rows, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         log = runs.train_to_the_end(trainer, folder, progress=False)
         shutil.rmtree(folder, ignore_errors=True)  # checkpoints

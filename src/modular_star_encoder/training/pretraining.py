@@ -66,8 +66,7 @@ def pretrain(
     check_length(config, max_tokens=recipe.max_tokens)
     with torch.device("meta"):
         ModularStarEncoderForPreTraining(config).set_attn_implementation(recipe.attn_implementation)
-    accumulation = {"gradient_accumulation_steps": recipe.accumulation(processes)}
-    arguments = recipe.arguments(out / runs.CHECKPOINTS, recipe.rows_per_device, progress=progress, **accumulation)
+    arguments = recipe.arguments(out / runs.CHECKPOINTS, processes, progress=progress)
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
     if repositories is not None and len(repositories) < 4:  # some corpora know the number only after reading
@@ -76,15 +75,16 @@ def pretrain(
             f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
             "and two to hold out, so that both sets have pairs of snippets from two different repositories.",
         )
-    if log := runs.open_run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model")):
-        return log
+    run = runs.Run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
+    if run.log is not None:
+        return run.log
     own = recipe.tokenizer or (source if weights else None)
     given = load_tokenizer(own) if own else None
     if given is not None:
         check_special_tokens(given)
     with state.main_process_first():
         if state.is_main_process:
-            runs.begin_run(out, recipe)
+            run.begin()
         tokenizer = given or load_tokenizer(_train_tokenizer(recipe.corpus, config, out / "tokenizer", progress_here))
         collator = (PackingCollator if recipe.packing else PaddingCollator)(tokenizer)
         reader = open_corpus(recipe.corpus)
@@ -101,7 +101,7 @@ def pretrain(
         model = ModularStarEncoderForPreTraining(config)
     check_vocabulary(len(tokenizer), model.config.vocab_size)
     model.set_attn_implementation(recipe.attn_implementation)
-    estimate = pretraining_preflight(model, recipe, processes)
+    estimate = runs.pretraining_preflight(model, recipe, processes)
     if state.is_main_process:
         announce(estimate)
 
@@ -127,7 +127,7 @@ def pretrain(
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {
         "evaluation": trainer.evaluate(),
-        "recipe": recipe.to_dict(),
+        "recipe": run.settings,
         "preflight": asdict(estimate),
         "unigram_entropy": torch.special.entr(counts.double() / counts.sum()).sum().item(),
         "identifier_overlap": overlap,
@@ -135,30 +135,13 @@ def pretrain(
     }
     trainer.save_model(os.fspath(out / runs.MODEL))
     if state.is_main_process:
-        runs.write_log(out, log)
+        run.end(log)
     return log
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
     """Return the configuration that a recipe's `model` names; UserError (`config.unknown`) if there is none."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
-
-
-def pretraining_preflight(
-    model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
-) -> runs.Preflight:
-    """Estimate the size of a run (see `preflight`); each trained exit's heads run at masked tokens only."""
-    exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
-    heads = sum(parameter.numel() for parameter in model.heads.parameters())
-    return runs.preflight(
-        model,
-        rows_per_step=recipe.tokens_per_step // recipe.max_tokens,
-        steps=recipe.max_steps,
-        processes=processes,
-        texts=[[recipe.max_tokens]],
-        tokens_in_memory=recipe.rows_per_device * recipe.max_tokens,
-        head_flops=6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens,
-    )
 
 
 def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig, folder: Path, progress: bool) -> Path:

@@ -16,7 +16,9 @@ from pydantic import Field as Constraint
 from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
 from modular_star_encoder.data.pairs import have_negatives, resolve_pairs
 from modular_star_encoder.modeling import ModularStarEncoderConfig
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
+from modular_star_encoder.objectives.distillation import DistillationObjective
 from modular_star_encoder.training import find_recipe, hub_config_folder
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.distilling import TeacherSettings
@@ -85,21 +87,27 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
+    def batches(self, processes: int) -> dict[str, Any]:
+        """Return the training arguments that decide the batches of each of `processes` devices.
+
+        UserError (`training.NAME.multiple`) if the size of a batch can't be divided among the devices.
+        """
+        return {"per_device_train_batch_size": 1}
+
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain values, in one mapping as in the YAML file."""
         settings = asdict(self)
         return {**settings.pop("training"), **settings}
 
-    def arguments(
-        self, folder: Path, rows_per_device: int, *, progress: bool, **decided: Any
-    ) -> MultiExitTrainingArguments:
-        """Return training arguments that write checkpoints to `folder`.
+    def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
+        """Return the arguments to train on `processes` devices and to write checkpoints to `folder`.
 
-        `decided` are arguments that follow from other settings of the recipe. UserError if the recipe sets one of these
-        (`training.arguments.decided`), or a value that `TrainingArguments` does not take (`training.arguments.value`).
+        UserError if `batches` refuses the number of processes, or the recipe sets an argument that follows from its
+        other settings (`training.arguments.decided`), or a value that `TrainingArguments` does not take
+        (`training.arguments.value`).
         """
-        decided |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows_per_device)
-        decided |= {"output_dir": os.fspath(folder), "auto_find_batch_size": False}
+        decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
+        decided["per_device_eval_batch_size"] = decided["per_device_train_batch_size"]
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
         given |= given.pop("training")
         if twice := sorted(set(given) & set(decided)):
@@ -162,10 +170,10 @@ class PretrainingRecipe(TrainingRecipe):
     eval_fraction: Share = 0.05
     eval_rows: Count = 512
 
-    def accumulation(self, processes: int) -> int:
-        """Return how many batches of `rows_per_device` rows each of `processes` devices computes in one step."""
+    def batches(self, processes: int) -> dict[str, Any]:
         batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
-        return _quotient("tokens_per_step", self.tokens_per_step, batch)
+        steps = _quotient("tokens_per_step", self.tokens_per_step, batch)
+        return {"per_device_train_batch_size": self.rows_per_device, "gradient_accumulation_steps": steps}
 
 
 @settings_class
@@ -188,6 +196,10 @@ class StartingRecipe(TrainingRecipe):
     config: Mapping[str, Any] = field(default_factory=dict)
     unpad_inputs: Switch = True
     lora: Mapping[str, Any] | None = None
+
+    def lengths(self) -> dict[str, int]:
+        """Return the settings that limit the tokens of a text."""
+        return {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,6 +249,12 @@ class FinetuningRecipe(StartingRecipe):
             raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
+    def make_objective(self) -> ContrastiveObjective:
+        """Return the objective to train with: `DistillationObjective` if there is a teacher."""
+        if self.distillation is None:
+            return ContrastiveObjective(self.objective)
+        return DistillationObjective(self.distillation, self.objective)
+
     def rows(self) -> dict[str, Any]:
         """Return this recipe's arguments for `prepare_retrieval_data`."""
         names = ("eval_fraction", "seed", "max_train_samples")
@@ -245,9 +263,11 @@ class FinetuningRecipe(StartingRecipe):
     def lengths(self) -> dict[str, int]:
         return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
-    def pairs_per_device(self, processes: int) -> int:
-        """Return the number of pairs per step on each of `processes` devices; UserError if it is not even or whole."""
-        return 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
+    def batches(self, processes: int) -> dict[str, Any]:
+        pairs = 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
+        # Batches are planned: the trainer must keep their order and take one batch per step.
+        planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
+        return {"per_device_train_batch_size": pairs, **planned}
 
 
 @settings_class
@@ -270,10 +290,13 @@ class ClassificationRecipe(StartingRecipe):
     max_train_samples: Count | None = None
     max_eval_samples: Count | None = None
 
-    def accumulation(self, processes: int) -> tuple[int, int]:
-        """Return how many pairs each of `processes` devices holds at once, and how many such batches it adds up."""
-        rows = self.pairs_per_device or max(1, self.batch_size // processes)
-        return rows, _quotient("batch_size", self.batch_size, {"pairs_per_device": rows, "processes": processes})
+    def lengths(self) -> dict[str, int]:
+        return {"max_tokens": self.max_tokens}
+
+    def batches(self, processes: int) -> dict[str, Any]:
+        pairs = self.pairs_per_device or max(1, self.batch_size // processes)
+        steps = _quotient("batch_size", self.batch_size, {"pairs_per_device": pairs, "processes": processes})
+        return {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": steps}
 
 
 def _quotient(name: str, total: int, factors: Mapping[str, int]) -> int:

@@ -19,8 +19,13 @@ import torch
 from accelerate import PartialState
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 
-from modular_star_encoder.modeling import ModularStarEncoderPreTrainedModel
-from modular_star_encoder.training.recipes import TrainingSettings
+from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE
+from modular_star_encoder.modeling import (
+    ModularStarEncoderForPreTraining,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderPreTrainedModel,
+)
+from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, TrainingSettings
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
 from modular_star_encoder.utils.settings import build_settings
@@ -117,6 +122,50 @@ def preflight(
     )
 
 
+def pretraining_preflight(
+    model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
+) -> Preflight:
+    """Estimate the size of a run (see `preflight`); each trained exit's heads run at masked tokens only."""
+    exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
+    heads = sum(parameter.numel() for parameter in model.heads.parameters())
+    return preflight(
+        model,
+        rows_per_step=recipe.tokens_per_step // recipe.max_tokens,
+        steps=recipe.max_steps,
+        processes=processes,
+        texts=[[recipe.max_tokens]],
+        tokens_in_memory=recipe.rows_per_device * recipe.max_tokens,
+        head_flops=6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens,
+    )
+
+
+def finetuning_preflight(
+    model: ModularStarEncoderForRetrieval,
+    recipe: FinetuningRecipe,
+    processes: int,
+    groups: Mapping[str, int],
+    tokens: tuple[float, float],
+) -> Preflight:
+    """Estimate the size of a run; `tokens` has the mean numbers of tokens of a description and of a snippet."""
+    text, code = tokens
+    settings, sides = recipe.objective, len(recipe.objective.sides)
+    negatives = [code] * (sides - 2)
+    kinds = {TEXT_TO_CODE: [text, code, *negatives], CODE_TO_CODE: [code, code, *negatives]}
+    in_batch = sides * recipe.batch_size // processes * max(recipe.lengths().values())
+    embeddings = len(model.config.exit_layers) * sides * recipe.batch_size * model.config.projection_size
+    return preflight(
+        model,
+        rows_per_step=recipe.batch_size,
+        steps=recipe.max_steps,
+        processes=processes,
+        texts=[kinds[kind] for kind in groups],
+        tokens_in_memory=min(settings.mini_batch_tokens or in_batch, in_batch),
+        passes=1.0 if settings.mini_batch_tokens is None else 4 / 3,
+        other_bytes=2 * 4 * embeddings,
+        groups={kind: groups.get(kind, 0) for kind in kinds},
+    )
+
+
 def processes_of_run() -> PartialState:
     """Return accelerate's state of this run's processes. Without a GPU they communicate by gloo."""
     return PartialState(cpu=not torch.cuda.is_available())
@@ -129,45 +178,46 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
         raise UserError("training.run.not_a_run", f"{out} is not empty and holds no {kind}; name another folder.")
 
 
-def open_run(out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str]) -> dict[str, Any] | None:
-    """Check that a run's folder `out` fits the recipe; return the run's log, or None if the run is not finished.
+class Run:
+    """The folder of a run: `recipe.json` (its settings), `checkpoints/`, and `model/` with the log, written last.
 
-    `recipe.json` in the folder holds the settings of the run. If there is a model or a checkpoint, all settings except
-    `MAY_CHANGE` must equal the recipe's. If there are only other files, only the settings named in `until_trained`
-    must. Nothing is written.
+    `log` is the log of a finished run, otherwise None. If there is a model or a checkpoint, all settings but
+    `MAY_CHANGE` must equal those in `recipe.json`. If there are only other files, only the settings named in
+    `until_trained` must. Nothing is written before `begin` is called.
 
     UserError if settings differ (`training.run.other_settings`), or the folder has files, but no run of `kind`
     (`training.run.not_a_run`).
     """
-    check_folder(out, "recipe.json", f"run of {kind}")
-    written, settings = out / "recipe.json", _plain(recipe)
-    if written.is_file():
-        before: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
-        with contextlib.suppress(UserError):  # adds the defaults of settings that are newer than the run
-            before = _plain(build_settings(type(recipe), before, str(written)))
-        trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
-        begun = any(path != written for path in out.iterdir())
-        names = {*settings, *before} if trained else set(until_trained) if begun else set()
-        if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != settings.get(name)):
-            message = f"{out} holds a run with other values of {', '.join(other)}; name another folder."
-            raise UserError("training.run.other_settings", message)
-    return json.loads((out / LOG).read_text(encoding="utf-8")) if (out / LOG).is_file() else None
 
+    def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
+        check_folder(out, "recipe.json", f"run of {kind}")
+        self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
+        if self._written.is_file():
+            before: dict[str, Any] = json.loads(self._written.read_text(encoding="utf-8"))
+            with contextlib.suppress(UserError):  # adds the defaults of settings that are newer than the run
+                before = _plain(build_settings(type(recipe), before, str(self._written)))
+            trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
+            begun = any(path != self._written for path in out.iterdir())
+            names = {*self.settings, *before} if trained else set(until_trained) if begun else set()
+            if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != self.settings.get(name)):
+                message = f"{out} holds a run with other values of {', '.join(other)}; name another folder."
+                raise UserError("training.run.other_settings", message)
+        log = out / LOG
+        self.log: dict[str, Any] | None = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else None
 
-def begin_run(out: Path, recipe: TrainingSettings) -> None:
-    """Create the folder of a run and write its settings to `recipe.json`; call this when all checks have passed."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "recipe.json", _plain(recipe))
+    def begin(self) -> None:
+        """Create the folder and write `recipe.json`; call this when all checks have passed."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        write_json(self._written, self.settings)
+
+    def end(self, log: Mapping[str, Any]) -> None:
+        """Write `log` to `LOG`, with null in place of infinities and NaN, which JSON does not have."""
+        # `json` reads what it writes, with the words NaN, Infinity and -Infinity.
+        write_json(self._out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 
 
 def _plain(recipe: TrainingSettings) -> dict[str, Any]:
     return json.loads(json.dumps(recipe.to_dict(), default=str))
-
-
-def write_log(out: Path, log: Mapping[str, Any]) -> None:
-    """Write `log` to `LOG` in the folder `out`, with null in place of infinities and NaN, which JSON does not have."""
-    # `json` reads what it writes, with the words NaN, Infinity and -Infinity.
-    write_json(out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 
 
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:

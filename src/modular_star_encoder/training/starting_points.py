@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,7 +16,7 @@ from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
 from modular_star_encoder.inference.checkpoints import keep_only_exit, save_tokenizer
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
 from modular_star_encoder.training import hub_config_folder
-from modular_star_encoder.training.recipes import StartingRecipe
+from modular_star_encoder.training.recipes import StartingRecipe, check_length
 from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer, write_serving_files
 from modular_star_encoder.utils.errors import UserError, naming_extra
@@ -43,56 +43,85 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
     return folder, any(folder.glob("model*.safetensors"))
 
 
-def starting_config(recipe: StartingRecipe) -> ModularStarEncoderConfig:
-    """Return the configuration of a recipe's starting model.
+class StartingPoint(Generic[Model]):
+    """The model and the tokenizer that a fine-tuning recipe starts from.
 
-    UserError if its settings contradict each other, ValueError if the model lacks the recipe's exit, OSError if no
-    folder or Hub repository has the name in `recipe.model`.
+    `config` is the model's configuration, with the recipe's changes, cut at the recipe's exit. Nothing but
+    configurations is read before `load` is called.
+
+    Raises:
+        UserError: the settings contradict each other or the model.
+        ValueError: the model lacks the recipe's exit.
+        OSError: no folder or Hub repository has the name in `recipe.model`.
     """
-    source, _ = starting_source(recipe.model)
-    try:
-        config = ModularStarEncoderConfig.from_pretrained(source, **{**recipe.config, "dtype": torch.float32})
-        in_training = copy.deepcopy(config)
-        in_training.unpad_inputs = recipe.unpad_inputs
-        # Values given to `from_pretrained` are set after the configuration's own validation.
-        in_training.validate()
-    except StrictDataclassError as error:
-        raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        message = f"The config.json of {recipe.model} can't be read. Pre-train this model, or name a Hub repository"
-        raise OSError(f"{message}. {' '.join(str(error).split())}") from error
-    if recipe.exit_layer is not None:
-        config = config.cut(recipe.exit_layer)
-        config.exit_layers = [recipe.exit_layer]
-    return config
 
-
-def starting_model(model_class: type[Model], recipe: StartingRecipe) -> tuple[Model, PreTrainedTokenizerFast]:
-    """Load the model that a recipe starts from, in float32, and its tokenizer.
-
-    The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer without a template of
-    special tokens, such as the published one, gets this package's. Raises the errors of `starting_config`, and
-    UserError if there is no tokenizer, or it has more tokens than the model.
-    """
-    source, weights = starting_source(recipe.model)
-    if recipe.tokenizer is None and not weights:
-        message = f"{recipe.model} has no weights and no tokenizer; set `tokenizer` in the recipe."
-        raise UserError("training.tokenizer.missing", message)
-    tokenizer = with_template(load_tokenizer(recipe.tokenizer or source))
-    torch.manual_seed(recipe.seed)
-    if weights:
-        cut = {} if recipe.exit_layer is None else {"exit_layer": recipe.exit_layer}
-        model = model_class.from_pretrained(source, **{**recipe.config, **cut, "dtype": torch.float32})
+    def __init__(self, model_class: type[Model], recipe: StartingRecipe) -> None:
+        self._class, self._recipe = model_class, recipe
+        self.source, self.has_weights = starting_source(recipe.model)
+        try:
+            config = ModularStarEncoderConfig.from_pretrained(self.source, **{**recipe.config, "dtype": torch.float32})
+            in_training = copy.deepcopy(config)
+            in_training.unpad_inputs = recipe.unpad_inputs
+            # Values given to `from_pretrained` are set after the configuration's own validation.
+            in_training.validate()
+        except StrictDataclassError as error:
+            raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            message = f"The config.json of {recipe.model} can't be read. Pre-train this model, or name a Hub repository"
+            raise OSError(f"{message}. {' '.join(str(error).split())}") from error
         if recipe.exit_layer is not None:
-            keep_only_exit(model, recipe.exit_layer)
-    else:
-        config = starting_config(recipe)
-        config.vocab_size = max(len(tokenizer), config.vocab_size)
-        model = model_class(config)
-    check_vocabulary(len(tokenizer), model.config.vocab_size)
-    model.set_attn_implementation(recipe.attn_implementation)
-    model.config.unpad_inputs = recipe.unpad_inputs
-    return model, tokenizer
+            config = config.cut(recipe.exit_layer)
+            config.exit_layers = [recipe.exit_layer]
+        self.config = config
+        check_length(config, **recipe.lengths())
+        with torch.device("meta"):
+            model_class(copy.deepcopy(config)).set_attn_implementation(recipe.attn_implementation)
+
+    def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
+        """Load the model, in float32, and its tokenizer; every call returns the same weights.
+
+        The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer without a template of
+        special tokens, such as the published one, gets this package's. UserError if there is no tokenizer, or it has
+        more tokens than the model.
+        """
+        recipe, exit_layer = self._recipe, self._recipe.exit_layer
+        if recipe.tokenizer is None and not self.has_weights:
+            message = f"{recipe.model} has no weights and no tokenizer; set `tokenizer` in the recipe."
+            raise UserError("training.tokenizer.missing", message)
+        tokenizer = with_template(load_tokenizer(recipe.tokenizer or self.source))
+        torch.manual_seed(recipe.seed)
+        if self.has_weights:
+            cut = {} if exit_layer is None else {"exit_layer": exit_layer}
+            model = self._class.from_pretrained(self.source, **{**recipe.config, **cut, "dtype": torch.float32})
+            if exit_layer is not None:
+                keep_only_exit(model, exit_layer)
+        else:
+            config = copy.deepcopy(self.config)
+            config.vocab_size = max(len(tokenizer), config.vocab_size)
+            model = self._class(config)
+        check_vocabulary(len(tokenizer), model.config.vocab_size)
+        model.set_attn_implementation(recipe.attn_implementation)
+        model.config.unpad_inputs = recipe.unpad_inputs
+        return model, tokenizer
+
+    def save(self, trainer: MultiExitTrainer, out: Path) -> None:
+        """Write the trained model, adapters merged, and its tokenizer to `out/model/`, and adapters to `out/adapter/`.
+
+        Every process must call this function, because the model may be spread over all processes.
+        """
+        lora = self._recipe.lora is not None
+        trainer.save_model(os.fspath(out / (ADAPTER if lora else MODEL)))
+        if not lora or (out / MODEL).exists() or not trainer.is_world_process_zero():
+            return
+        from peft import PeftModel
+
+        with staged_folder(out / MODEL) as staging:
+            start, tokenizer = self.load()
+            merged = PeftModel.from_pretrained(start, os.fspath(out / ADAPTER)).merge_and_unload()
+            merged.config.unpad_inputs = self.config.unpad_inputs
+            merged.save_pretrained(staging)
+            save_tokenizer(tokenizer, merged.config, staging)
+            write_serving_files(merged, staging)
 
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
@@ -134,12 +163,14 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
     embedding.weight.copy_(vectors)
 
 
-def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any]) -> nn.Module:
+def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any] | None) -> nn.Module:
     """Freeze the trunk of a model, add LoRA adapters to its linear layers, and return the `PeftModel`.
 
     The heads are trained, and saved with the adapters. `settings` are arguments of `peft.LoraConfig`; UserError
-    (`training.lora`) if one is unknown.
+    (`training.lora`) if one is unknown. If they are None, the model is returned as it is.
     """
+    if settings is None:
+        return model
     with naming_extra():
         from peft import LoraConfig, get_peft_model
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
@@ -152,25 +183,3 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     except TypeError as error:
         raise UserError("training.lora", f"`lora` must hold arguments of peft.LoraConfig: {error}.") from error
     return get_peft_model(model, config)
-
-
-def save_trained(trainer: MultiExitTrainer, out: Path, recipe: StartingRecipe) -> None:
-    """Write the trained model, with adapters merged, and its tokenizer to `out/model/`, and adapters to `out/adapter/`.
-
-    Every process must call this function, because the model may be spread over all processes.
-    """
-    trainer.save_model(os.fspath(out / (MODEL if recipe.lora is None else ADAPTER)))
-    if not trainer.is_world_process_zero():
-        return
-    if recipe.lora is not None and not (out / MODEL).exists():
-        from peft import PeftModel
-
-        model: Any = trainer.model
-        trained = model.get_base_model()
-        with staged_folder(out / MODEL) as staging:
-            start, tokenizer = starting_model(type(trained), recipe)
-            merged = PeftModel.from_pretrained(start, os.fspath(out / ADAPTER)).merge_and_unload()
-            merged.config.unpad_inputs = trained.config.unpad_inputs
-            merged.save_pretrained(staging)
-            save_tokenizer(tokenizer, merged.config, staging)
-            write_serving_files(merged, staging)
