@@ -188,7 +188,7 @@ def test_the_picture_has_a_line_together_alone_and_for_the_best_variant(tmp_path
 def test_reports_hold_no_places_of_this_machine(monkeypatch):
     monkeypatch.setenv("MOSE_DATA", "/srv/data")
     home = os.environ.get("HOME", "")
-    found = ablation_module._without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
+    found = ablation_module.without_places({"a": ["/srv/data/x", 3], "b": f"{home}/y"})
     assert found == {"a": ["$MOSE_DATA/x", 3], "b": "$HOME/y" if home else "/y"}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -34,6 +33,7 @@ from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json, write_json
+from modular_star_encoder.utils.reports import without_places
 
 PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
@@ -82,7 +82,7 @@ def run_benchmarks(
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, progress=progress)
     is_ours = isinstance(getattr(retrievers[model], "encoder", None), ExitEncoder)
     checksum = checkpoint_checksum(model) if is_ours or Path(model).expanduser().is_dir() else None
-    report = make_report(tasks, results, command=_without_paths(command), checksum=checksum)
+    report = make_report(tasks, results, command=without_places(command), checksum=checksum)
     if folder is not None:
         report.write(folder)
         profiles = {one.name: Path(resolve_checkpoint(name), PROFILE_NAME) for name, one in retrievers.items()}
@@ -205,13 +205,6 @@ def _open_all(
         message = f"Two models have the name {repeated[0]!r} in the tables: rename the folder of one."
         raise UserError("evaluation.retriever.same_name", message)
     return retrievers
-
-
-def _without_paths(command: str) -> str:
-    for variable in ("MOSE_DATA", "HOME"):
-        if place := os.environ.get(variable, "").rstrip("/"):
-            command = command.replace(place, f"${variable}")
-    return command
 
 
 @torch.inference_mode()

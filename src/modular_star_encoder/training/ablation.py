@@ -10,7 +10,6 @@ trained alone first. A start goes on only if the deepest is better by `gate` poi
 
 import copy
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -33,10 +32,10 @@ from modular_star_encoder.data.finetuning_rows import RetrievalBatches, Retrieva
 from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.splits import BatchPlan, PairGroups, hashed_order, prepare_retrieval_data
 from modular_star_encoder.evaluation.benchmarks.rows import read_json
-from modular_star_encoder.evaluation.report import versions
+from modular_star_encoder.evaluation.report import Row, Table, plot_quality, versions
 from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
-from modular_star_encoder.evaluation.tasks import held_out_tasks
+from modular_star_encoder.evaluation.tasks import Estimate, held_out_tasks
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training import runs
@@ -46,8 +45,8 @@ from modular_star_encoder.training.recipes import ClassificationRecipe, Finetuni
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters, starting_source
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, write_json, write_text
-from modular_star_encoder.utils.reports import markdown_table
+from modular_star_encoder.utils.files import write_json, write_text
+from modular_star_encoder.utils.reports import markdown_table, without_places
 from modular_star_encoder.utils.settings import (
     Count,
     Different,
@@ -201,7 +200,7 @@ def ablate(
     cells = _Cells(recipe, Path(out), progress, announce)
 
     def report(done: bool) -> dict[str, Any]:
-        found = {"command": _without_places(command), "recipe": _without_places(recipe.to_dict())}
+        found = {"command": without_places(command), "recipe": without_places(recipe.to_dict())}
         results = {
             **found,
             "finished": done,
@@ -294,7 +293,7 @@ class _Cells:
         """Train and evaluate a cell unless its file exists; return whether it was trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
-        made_from = _without_places(recipe.to_dict())
+        made_from = without_places(recipe.to_dict())
         made_from["checksum"] = checkpoint_checksum(source) if weights else None
         key = (cell.start, cell.kind, recipe.learning_rate, recipe.seed)
         known = path.is_file()
@@ -500,15 +499,6 @@ def _difference(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) 
     return [own[task] - other[task] for task in own]
 
 
-def _without_places(value: Any) -> Any:
-    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace the paths that these variables hold."""
-    text = json.dumps(value, default=str)
-    for variable in ("MOSE_DATA", "HOME"):
-        if place := os.environ.get(variable, "").rstrip("/"):
-            text = text.replace(json.dumps(place)[1:-1], f"${variable}")
-    return json.loads(text)
-
-
 def to_markdown(results: Mapping[str, Any]) -> str:
     """Return the report in Markdown; `results` is what `ablate` returns."""
     recipe, exits = results["recipe"]["finetuning"], results["exits"]
@@ -564,18 +554,12 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of MRR × 100 against layers, one panel per start: exits together, exits alone, and one variant.
+    """Write a PNG of MRR × 100 by depth, one panel per start: exits together, exits alone, and one variant.
 
-    It is the variant whose lowest difference from exits alone is highest.
+    It is the variant whose lowest difference from exits alone is highest. Without any score, no file is written.
     """
-    from matplotlib.figure import Figure
-
-    starts = {name: one for name, one in results["starts"].items() if any(one["exits"].values())}
-    if not starts:
-        return
-    figure = Figure(figsize=(3.6 * len(starts), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(starts), squeeze=False, sharey=True)[0]
-    for axes, (name, found) in zip(panels, starts.items(), strict=True):
+    tables = []
+    for name, found in results["starts"].items():
         lines = {
             kind: {e: one[kind] for e, one in found["exits"].items() if kind in one} for kind in (TOGETHER, "alone")
         }
@@ -583,14 +567,12 @@ def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
         if variants and all("alone" in one for one in found["exits"].values()):
             best = max(variants, key=lambda kind: min(one["from_alone"]["value"] for one in variants[kind].values()))
             lines[best] = {e: one["score"] for e, one in variants[best].items()}
-        for kind, points in lines.items():
-            if points:
-                value, low, high = ([one[bound] for one in points.values()] for bound in ("value", "low", "high"))
-                (line,) = axes.plot([int(e) for e in points], value, marker="o", label=kind)
-                axes.fill_between([int(e) for e in points], low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        axes.set(xlabel="layers", title=name, xticks=results["exits"])
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("MRR × 100")
-    with staged_file(path) as staging:
-        figure.savefig(staging, format="png", dpi=120)
+        rows = [
+            Row(kind, int(e), None, {}, Estimate(*(one[bound] / 100 for bound in ("value", "low", "high"))), {}, None)
+            for kind, points in lines.items()
+            for e, one in points.items()
+        ]
+        if rows:
+            tables.append(Table(name, "mrr", rows, "", "", ()))
+    if tables:
+        plot_quality(tables, path)

@@ -1,5 +1,6 @@
 """Helpers for reports and cards: numbers and tables as text, the kind of machine (without its name), versions."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -71,6 +72,15 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
         except PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def without_places(value: Any) -> Any:
+    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace the paths that these variables hold."""
+    text = json.dumps(value, default=str)
+    for variable in ("MOSE_DATA", "HOME"):
+        if place := os.environ.get(variable, "").rstrip("/"):
+            text = text.replace(json.dumps(place)[1:-1], f"${variable}")
+    return json.loads(text)
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
