@@ -12,9 +12,10 @@ from modular_star_encoder.data.pairs import RetrievalExample, Snippet, open_trip
 from modular_star_encoder.data.splits import BatchPlan, PairGroups
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
-from modular_star_encoder.training.distilling import TaughtBatches, grow, grow_checkpoint, start_from_teacher
+from modular_star_encoder.training.distilling import TaughtBatches
 from modular_star_encoder.training.finetuning import finetune
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_recipe
+from modular_star_encoder.training.starting_points import grow, grow_checkpoint, start_from_teacher
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_config, tiny_model

@@ -77,7 +77,7 @@ def run_slice(arguments: argparse.Namespace) -> None:
 
 
 def run_grow(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.training.distilling import grow_checkpoint
+    from modular_star_encoder.training.starting_points import grow_checkpoint
 
     print(grow_checkpoint(arguments.checkpoint, arguments.exit_layers, arguments.out))
 

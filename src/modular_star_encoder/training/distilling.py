@@ -1,56 +1,36 @@
-"""Distillation: add a teacher's vectors to batches, start a model from its teacher, and add layers to a model."""
+"""Distillation: store a teacher's vectors (embeddings) of many texts, and add them to the batches of a student model.
 
+A teacher's vectors are in a folder of `.npy` files. Each is a chunk of rows: the hash of a text, and its vector. A file
+appears whole or not at all, so a killed job continues with the missing texts; a damaged file is removed, and its texts
+are computed again.
+"""
+
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.sources.dataset_rows import open_texts
-from modular_star_encoder.data.tokenizer import special_token_ids
-from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.inference.encoders import Encoder, load_encoder
-from modular_star_encoder.inference.teacher_vectors import TeacherTargets, compute_teacher_vectors
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.objectives.distillation import DistillationSettings
+from modular_star_encoder.training.recipes import TeacherSettings
+from modular_star_encoder.training.starting_points import start_from_teacher
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import Count, Switch, settings_class
+from modular_star_encoder.utils.files import staged_file, write_json
 
+TEXTS_PER_CHUNK = 4096
 PAIRS_PER_TEXT = 2
 _UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
-
-
-@settings_class
-class TeacherSettings(DistillationSettings):
-    """Settings of a recipe's `distillation`: the teacher, and how the exits learn its vectors.
-
-    Args:
-        teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
-        query_prompt, document_prompt: texts put before each description and before each snippet for the teacher.
-        max_characters: largest number of characters of a text for the teacher; the rest is cut off.
-        centre_by_kind: subtract the mean vector of all descriptions from each description's vector, and that of all
-            snippets from each snippet's, and normalise the results.
-        texts: file of texts without a pair to learn from, too: JSON Lines or Parquet with a column `text`. A batch has
-            one of them for every two pairs.
-        start_from_teacher: before training, set exit 0 to the teacher's vectors of single tokens. See the function
-            `start_from_teacher`.
-        cache: folder of the teacher's vectors; by default in the user's cache.
-    """
-
-    teacher: str
-    query_prompt: str = ""
-    document_prompt: str = ""
-    max_characters: Count = 1200
-    centre_by_kind: Switch = True
-    texts: str | None = None
-    start_from_teacher: Switch = False
-    cache: str | None = None
 
 
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
@@ -61,7 +41,7 @@ class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(
-        self, batches: RetrievalBatches, targets: TeacherTargets, unpaired: RetrievalTexts | None = None
+        self, batches: RetrievalBatches, targets: "TeacherTargets", unpaired: RetrievalTexts | None = None
     ) -> None:
         self._batches, self._targets, self._unpaired = batches, targets, unpaired
         self.batch_size = batches.batch_size
@@ -151,111 +131,138 @@ def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [text.removeprefix("##") if len(text) > 2 else text for text in texts]
 
 
-@torch.no_grad()
-def start_from_teacher(
-    model: ModularStarEncoderForRetrieval,
-    tokenizer: PreTrainedTokenizerFast,
-    vectors: np.ndarray,
-    token_counts: np.ndarray,
+class TeacherVectors:
+    """The vectors of texts from one teacher with one prompt, in a folder; the hash of a text finds its vector."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder that `compute_teacher_vectors` wrote, and remove its damaged files."""
+        self.folder = folder
+        self._cut: int | None = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["max_characters"]
+        self._chunks: list[np.ndarray] = []
+        for path in sorted(folder.glob("chunk-*.npy")):
+            try:
+                self._chunks.append(np.load(path, mmap_mode="r", allow_pickle=False))
+            except (ValueError, EOFError):
+                path.unlink()
+        hashes = np.concatenate([np.empty(0, np.uint64), *(chunk["hash"] for chunk in self._chunks)])
+        order = np.argsort(hashes, kind="stable")
+        # The last entry stands for all hashes above the largest: they have no row.
+        self._hashes, self._places = np.append(hashes[order], np.uint64(2**64 - 1)), np.append(order, -1)
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def __reduce__(self) -> tuple[type["TeacherVectors"], tuple[Path]]:
+        return type(self), (self.folder,)  # a copy for another process maps the files again
+
+    def places(self, texts: Iterable[str]) -> np.ndarray:
+        """Return the row number of the stored vector of each of N texts, int64 (N,); -1 for a text without a vector."""
+        hashes = text_hashes(text[: self._cut] for text in texts)
+        found = np.searchsorted(self._hashes, hashes)
+        return np.where(self._hashes[found] == hashes, self._places[found], -1)
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Return the vectors at these row numbers, float32 (N, D), of length 1 up to the rounding of float16."""
+        chunks = np.searchsorted(self._starts, places, side="right") - 1
+        pairs = zip(chunks.tolist(), (places - self._starts[chunks]).tolist(), strict=True)
+        return np.array([self._chunks[chunk]["vector"][row] for chunk, row in pairs], dtype=np.float32)
+
+    def vector(self, text: str) -> np.ndarray:
+        """Return the vector of a text, float32 (D,); raise KeyError if it is not stored."""
+        if (places := self.places([text]))[0] < 0:
+            raise KeyError(f"{self.folder} holds no vector of the text {text[:40]!r}.")
+        return self.rows(places)[0]
+
+    def mean(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the mean of the stored vectors of `texts`, float32 (D,), and store it. Equal texts count once."""
+        hashes, places = np.unique(text_hashes(text[: self._cut] for text in texts)), np.unique(self.places(texts))
+        path = self.folder / f"mean-{hashlib.sha256(hashes.tobytes()).hexdigest()[:16]}.npy"
+        if not path.is_file():
+            parts = np.array_split(places, len(places) // TEXTS_PER_CHUNK + 1)
+            total = sum(self.rows(part).sum(axis=0, dtype=np.float64) for part in parts)
+            _write(path, (total / len(places)).astype(np.float32))
+        return np.load(path, allow_pickle=False)
+
+
+def compute_teacher_vectors(
+    teacher: Encoder,
+    texts: Iterable[str],
+    cache: str | os.PathLike[str] | None = None,
     *,
-    a: float = 1e-3,
-) -> None:
-    """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
+    prompt: str = "",
+    max_characters: int | None = None,
+    progress: bool = True,
+) -> TeacherVectors:
+    """Embed the texts whose vectors the cache lacks at the teacher's deepest exit, and return the stored vectors.
 
-    A token's embedding is the teacher's vector of this token minus the mean of all tokens, and the head is the
-    identity. If the model's hidden size is below D, the principal components of these vectors are the embeddings, and
-    the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
-    Sentence Embeddings" (Arora et al., 2017). Special tokens get zeros and weight 0, so that they affect no mean.
-
-    Args:
-        model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
-        tokenizer: the model's tokenizer, of V tokens.
-        vectors: (V, D), the teacher's vectors of `token_texts`.
-        token_counts: (V,), number of occurrences of each token in the training texts.
-        a: relative frequency of a token that gets half the weight of the rarest tokens.
-
-    Raises:
-        UserError: the model does not fit (`training.start_from_teacher`).
-    """
-    config, size = model.config, vectors.shape[1]
-    needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
-    wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
-    if wrong or 0 not in config.exit_layers:
-        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in `config`."
-        raise UserError("training.start_from_teacher", message)
-    table = torch.from_numpy(vectors).float()
-    special = special_token_ids(tokenizer)
-    real = torch.ones(len(table), dtype=torch.bool)
-    real[special] = False
-    table = (table - table[real].mean(dim=0)) * real[:, None]
-    width = min(config.hidden_size, size)
-    basis = torch.eye(size)
-    if width < size:
-        basis = torch.linalg.svd(table, full_matrices=False).Vh[:width].T
-    counts = torch.from_numpy(token_counts).double()
-    weights = (a / (a + counts / counts.sum().clamp(min=1))).float() * real
-    head = model.projection_heads["0"].dense
-    for parameter in (model.model.embed_tokens.weight, model.model.token_weights.weight, head.weight, head.bias):
-        parameter.zero_()
-    model.model.embed_tokens.weight[: len(table), :width] = table @ basis
-    model.model.token_weights.weight[: len(table), 0] = weights
-    head.weight[:, :width] = basis
-
-
-@torch.no_grad()
-def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """Return a copy of `model`, which has only exit 0, with new layers and exits.
-
-    At first every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all heads equal
-    the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of the new layers
-    would outweigh them after the first training steps.
+    Each teacher, prompt and `max_characters` has its own folder in the cache, named by their hash. A teacher counts as
+    changed if its weights, tokenizer or configuration do; one behind an endpoint, if its model or URL does. Only one
+    process at a time may compute the same texts.
 
     Args:
-        model: has exit 0 alone, and no exit norm.
-        exit_layers: the exits of the new model, ascending: the first is 0, the last is the number of layers.
+        teacher: the encoder that embeds the texts.
+        texts: texts without `prompt`.
+        cache: a folder; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or `~/.cache`.
+        prompt: put before every text.
+        max_characters: number of characters to which a longer text is cut; the teacher may cut texts further.
 
-    Raises:
-        UserError: the model or the exits do not fit (`training.grow`).
+    Raises UserError if a vector has NaN or infinity (`teacher.not_finite`).
+
+    Example:
+        >>> teacher = load_encoder("BAAI/bge-small-en-v1.5")  # doctest: +SKIP
+        >>> compute_teacher_vectors(teacher, ["read a file"]).vector("read a file").shape  # doctest: +SKIP
+        (384,)
     """
-    config, exits = model.config, list(exit_layers)
-    for name, needed in (("exit_layers", [0]), ("exit_norm", "none"), ("projection_head", "linear")):
-        found = getattr(config, name)
-        if (list(found) if needed == [0] else found) != needed:
-            message = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
-            how = " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
-            raise UserError("training.grow", message + how)
-    if exits != sorted({0, *exits}) or len(exits) < 2:
-        raise UserError("training.grow", f"The new exits must be 0 and at least one more, ascending, not {exits}.")
-    changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
-    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
-    config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
-    grown = type(model)(config)
-    grown.load_state_dict(model.state_dict(), strict=False)
-    for layer in grown.model.layers:
-        for projection in (layer.self_attn.o_proj, layer.mlp.c_proj):
-            for parameter in projection.parameters():
-                parameter.zero_()
-    table, head = grown.model.embed_tokens.weight, grown.projection_heads["0"].dense
-    scale = 1 / table[table.any(dim=1)].std()
-    table.mul_(scale)
-    head.bias.mul_(scale)  # embeddings are normalised: scaling states and bias alike changes nothing
-    for other in grown.projection_heads.values():
-        other.dense.load_state_dict(head.state_dict())
-    grown.set_attn_implementation(model.config._attn_implementation)
-    return grown
+    root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
+    exit_layer = teacher.exit_layers[-1]
+    key = {"checksum": teacher.checksum, "exit_layer": exit_layer, "prompt": prompt, "max_characters": max_characters}
+    folder = root.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", {"teacher": teacher.name, **key})
+    different = list(dict.fromkeys(text[:max_characters] for text in texts))
+    missing = [different[place] for place in np.flatnonzero(TeacherVectors(folder).places(different) < 0)]
+    starts = range(0, len(missing), TEXTS_PER_CHUNK)
+    for start in tqdm(starts, f"{teacher.name}, vectors", unit=f" × {TEXTS_PER_CHUNK} texts", disable=not progress):
+        chunk = missing[start : start + TEXTS_PER_CHUNK]
+        vectors = teacher.encode([(prompt, text) for text in chunk], [exit_layer], progress=False)[exit_layer]
+        if not np.isfinite(vectors).all():
+            message = f"{teacher.name} computed a vector with NaN or infinity: check its weights or use float32."
+            raise UserError("teacher.not_finite", message)
+        rows = np.empty(len(chunk), [("hash", "<u8"), ("vector", "<f2", vectors.shape[1:])])
+        rows["hash"], rows["vector"] = text_hashes(chunk), _unit(vectors)
+        _write(folder / f"chunk-{hashlib.sha256(rows['hash'].tobytes()).hexdigest()[:16]}.npy", rows)
+    return TeacherVectors(folder)
 
 
-def grow_checkpoint(
-    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
-) -> Path:
-    """Add layers (see `grow`) to a checkpoint that has only exit 0, write the result to `out`, and return `out`.
+class TeacherTargets:
+    """The vectors that a student learns to reproduce: those of a teacher for texts of the kinds `query` and `document`.
 
-    The folder `out` must be empty or not exist; it is written atomically. `seed` determines the new layers' random
-    weights.
-
-    Raises:
-        UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.
+    `means` maps kinds to mean vectors (D,). If given, the mean of its kind is subtracted from each vector, and the
+    result is scaled to length 1: what all texts of a kind share does not distinguish them (bge-small on held-out pairs:
+    MRR 75.8 without, 81.5 with means).
     """
-    model, tokenizer = load_checkpoint(checkpoint)
-    torch.manual_seed(seed)
-    return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)
+
+    def __init__(self, vectors: Mapping[str, TeacherVectors], means: Mapping[str, np.ndarray] | None = None) -> None:
+        self._vectors, self.means = vectors, means or {}
+
+    def of(self, text: str, kind: str | None = None) -> np.ndarray:
+        """Return the vector to learn for a text, float32 (D,), of length 1.
+
+        If `kind` is None, the text is a document, and the subtracted mean is the one nearest to its vector.
+        """
+        vector = self._vectors[kind or "document"].vector(text)
+        nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
+        return _unit(vector - self.means.get(nearest, 0))
+
+
+def text_hashes(texts: Iterable[str]) -> np.ndarray:
+    """Return a hash of each text, uint64 (N,)."""
+    digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    with staged_file(path, resumable=True) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)

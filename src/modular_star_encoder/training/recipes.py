@@ -18,10 +18,9 @@ from modular_star_encoder.data.pairs import have_negatives, resolve_pairs
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-from modular_star_encoder.objectives.distillation import DistillationObjective
+from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
 from modular_star_encoder.training import find_recipe, hub_config_folder
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
-from modular_star_encoder.training.distilling import TeacherSettings
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import (
     Count,
@@ -204,6 +203,33 @@ class StartingRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(list(self.config), [one.name for one in fields(ModularStarEncoderConfig)], "config")
+
+
+@settings_class
+class TeacherSettings(DistillationSettings):
+    """Settings of a recipe's `distillation`: the teacher, and how the exits learn its vectors.
+
+    Args:
+        teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
+        query_prompt, document_prompt: texts put before each description and before each snippet for the teacher.
+        max_characters: largest number of characters of a text for the teacher; the rest is cut off.
+        centre_by_kind: subtract the mean vector of all descriptions from each description's vector, and that of all
+            snippets from each snippet's, and normalise the results.
+        texts: file of texts without a pair to learn from, too: JSON Lines or Parquet with a column `text`. A batch has
+            one of them for every two pairs.
+        start_from_teacher: before training, set exit 0 to the teacher's vectors of single tokens. See
+            `start_from_teacher`.
+        cache: folder of the teacher's vectors; by default in the user's cache.
+    """
+
+    teacher: str
+    query_prompt: str = ""
+    document_prompt: str = ""
+    max_characters: Count = 1200
+    centre_by_kind: Switch = True
+    texts: str | None = None
+    start_from_teacher: Switch = False
+    cache: str | None = None
 
 
 @settings_class

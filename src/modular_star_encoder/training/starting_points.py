@@ -1,4 +1,4 @@
-"""Load the model and tokenizer that training starts from, set initial weights, add adapters, and save the result."""
+"""Load the model and tokenizer that training starts from, set initial weights, add layers or adapters, and save."""
 
 import copy
 import os
@@ -7,14 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.tokenizer import load_tokenizer, with_template
-from modular_star_encoder.inference.checkpoints import keep_only_exit, save_tokenizer
-from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderPreTrainedModel
+from modular_star_encoder.data.tokenizer import load_tokenizer, special_token_ids, with_template
+from modular_star_encoder.inference.checkpoints import (
+    keep_only_exit,
+    load_checkpoint,
+    save_retrieval_checkpoint,
+    save_tokenizer,
+)
+from modular_star_encoder.modeling import (
+    ModularStarEncoderConfig,
+    ModularStarEncoderForRetrieval,
+    ModularStarEncoderPreTrainedModel,
+)
 from modular_star_encoder.training import hub_config_folder
 from modular_star_encoder.training.recipes import StartingRecipe, check_length
 from modular_star_encoder.training.runs import ADAPTER, MODEL
@@ -161,6 +171,116 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
     if embedding.padding_idx is not None:
         vectors[embedding.padding_idx] = embedding.weight[embedding.padding_idx].cpu()
     embedding.weight.copy_(vectors)
+
+
+@torch.no_grad()
+def start_from_teacher(
+    model: ModularStarEncoderForRetrieval,
+    tokenizer: PreTrainedTokenizerFast,
+    vectors: np.ndarray,
+    token_counts: np.ndarray,
+    *,
+    a: float = 1e-3,
+) -> None:
+    """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
+
+    A token's embedding is the teacher's vector of this token minus the mean of all tokens, and the head is the
+    identity. If the model's hidden size is below D, the principal components of these vectors are the embeddings, and
+    the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
+    Sentence Embeddings" (Arora et al., 2017). Special tokens get zeros and weight 0, so that they affect no mean.
+
+    Args:
+        model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
+        tokenizer: the model's tokenizer, of V tokens.
+        vectors: (V, D), the teacher's vectors of `token_texts`.
+        token_counts: (V,), number of occurrences of each token in the training texts.
+        a: relative frequency of a token that gets half the weight of the rarest tokens.
+
+    Raises:
+        UserError: the model does not fit (`training.start_from_teacher`).
+    """
+    config, size = model.config, vectors.shape[1]
+    needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
+    wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
+    if wrong or 0 not in config.exit_layers:
+        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in `config`."
+        raise UserError("training.start_from_teacher", message)
+    table = torch.from_numpy(vectors).float()
+    special = special_token_ids(tokenizer)
+    real = torch.ones(len(table), dtype=torch.bool)
+    real[special] = False
+    table = (table - table[real].mean(dim=0)) * real[:, None]
+    width = min(config.hidden_size, size)
+    basis = torch.eye(size)
+    if width < size:
+        basis = torch.linalg.svd(table, full_matrices=False).Vh[:width].T
+    counts = torch.from_numpy(token_counts).double()
+    weights = (a / (a + counts / counts.sum().clamp(min=1))).float() * real
+    head = model.projection_heads["0"].dense
+    for parameter in (model.model.embed_tokens.weight, model.model.token_weights.weight, head.weight, head.bias):
+        parameter.zero_()
+    model.model.embed_tokens.weight[: len(table), :width] = table @ basis
+    model.model.token_weights.weight[: len(table), 0] = weights
+    head.weight[:, :width] = basis
+
+
+@torch.no_grad()
+def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
+    """Return a copy of `model`, which has only exit 0, with new layers and exits.
+
+    At first every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all heads equal
+    the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of the new layers
+    would outweigh them after the first training steps.
+
+    Args:
+        model: has exit 0 alone, and no exit norm.
+        exit_layers: the exits of the new model, ascending: the first is 0, the last is the number of layers.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow`).
+    """
+    config, exits = model.config, list(exit_layers)
+    for name, needed in (("exit_layers", [0]), ("exit_norm", "none"), ("projection_head", "linear")):
+        found = getattr(config, name)
+        if (list(found) if needed == [0] else found) != needed:
+            message = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
+            how = " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
+            raise UserError("training.grow", message + how)
+    if exits != sorted({0, *exits}) or len(exits) < 2:
+        raise UserError("training.grow", f"The new exits must be 0 and at least one more, ascending, not {exits}.")
+    changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
+    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
+    config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
+    grown = type(model)(config)
+    grown.load_state_dict(model.state_dict(), strict=False)
+    for layer in grown.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.c_proj):
+            for parameter in projection.parameters():
+                parameter.zero_()
+    table, head = grown.model.embed_tokens.weight, grown.projection_heads["0"].dense
+    scale = 1 / table[table.any(dim=1)].std()
+    table.mul_(scale)
+    head.bias.mul_(scale)  # embeddings are normalised: scaling states and bias alike changes nothing
+    for other in grown.projection_heads.values():
+        other.dense.load_state_dict(head.state_dict())
+    grown.set_attn_implementation(model.config._attn_implementation)
+    return grown
+
+
+def grow_checkpoint(
+    checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
+) -> Path:
+    """Add layers (see `grow`) to a checkpoint that has only exit 0, write the result to `out`, and return `out`.
+
+    The folder `out` must be empty or not exist; it is written atomically. `seed` determines the new layers' random
+    weights.
+
+    Raises:
+        UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.
+    """
+    model, tokenizer = load_checkpoint(checkpoint)
+    torch.manual_seed(seed)
+    return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)
 
 
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any] | None) -> nn.Module:

@@ -3,8 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from modular_star_encoder.inference import teacher_vectors
-from modular_star_encoder.inference.teacher_vectors import TeacherTargets, TeacherVectors, compute_teacher_vectors
+from modular_star_encoder.training import distilling
+from modular_star_encoder.training.distilling import TeacherTargets, TeacherVectors, compute_teacher_vectors
 from tests.errors import raises
 
 TEXTS = [f"read file {number} of the table" for number in range(10)]
@@ -26,7 +26,7 @@ class Teacher:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(teacher_vectors, "TEXTS_PER_CHUNK", 4)
+    monkeypatch.setattr(distilling, "TEXTS_PER_CHUNK", 4)
 
 
 def compute(teacher, texts, cache, **options):
@@ -59,7 +59,7 @@ def test_after_a_kill_whole_chunks_count_and_a_torn_one_is_computed_again(tmp_pa
     (folder / f".{chunks[2].name}.tmp").write_bytes(b"half")
     teacher.asked.clear()
     compute(teacher, TEXTS, tmp_path)
-    assert teacher_vectors.text_hashes(teacher.asked).tolist() == lost
+    assert distilling.text_hashes(teacher.asked).tolist() == lost
     assert {path: path.read_bytes() for path in sorted(folder.glob("chunk-*.npy"))} == whole
 
 
