@@ -15,9 +15,8 @@ import modular_star_encoder.cli.main as cli
 from modular_star_encoder.data.prompts import text_prompt
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.hub import publishing, subprocess_check
-from modular_star_encoder.hub.publishing import publish
+from modular_star_encoder.hub.publishing import TEXTS, publish
 from modular_star_encoder.hub.subprocess_check import ReloadRequest
-from modular_star_encoder.hub.verification import TEXTS
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import TOKEN, StandInHub

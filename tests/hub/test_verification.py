@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modular_star_encoder.hub import verification
+from modular_star_encoder.hub import publishing
+from modular_star_encoder.hub.publishing import TEXTS, check_files, verify_repositories
 from modular_star_encoder.hub.staging import stage_repositories
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, verify_reload
-from modular_star_encoder.hub.verification import TEXTS, check_files, verify_repositories
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.files import write_text
@@ -94,9 +94,9 @@ def test_the_own_token_and_a_place_of_this_machine_are_found(folder, monkeypatch
 
 
 def test_other_embeddings_than_the_sources_are_found(staged, monkeypatch):
-    own, _ = verification._source_embeddings(staged)
+    own, _ = publishing._source_embeddings(staged)
     reloaded = {name: embeddings.copy() for name, embeddings in own.items()}
-    monkeypatch.setattr(verification, "verify_reload", lambda *_, **__: [reloaded])
+    monkeypatch.setattr(publishing, "verify_reload", lambda *_, **__: [reloaded])
     assert verify_repositories([staged]) == {"tiny": 0}
     for change, sentence in ((1e-3, "exit-2 differs by 0.001"), (np.nan, "exit-2 differs by nan")):
         reloaded["exit-2"][0, 0] += change

@@ -13,6 +13,11 @@ from modular_star_encoder.utils.settings import Switch, load_settings, settings_
 MAIN = "main"
 
 
+def _is_inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts and "\\" not in path
+
+
 @settings_class
 class RepositorySettings:
     """An entry of a manifest: one repository, or one branch of a repository.
@@ -57,19 +62,19 @@ class RepositorySettings:
 
     def __post_init__(self) -> None:
         own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
-        if self.slice_of and (given := [name for name in own if getattr(self, name)]):
-            message = f"{self.key} is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}."
-            raise UserError("hub.manifest.slice", message)
-        if self.slice_of is None and self.checkpoint is None:
-            raise UserError("hub.manifest.checkpoint", f"{self.key} needs one of `checkpoint` and `slice_of`.")
-        if (self.slice_of is None) != (self.exit_layer is None):
-            message = f"{self.key} needs both `slice_of` and `exit_layer`, or neither."
-            raise UserError("hub.manifest.exit_layer", message)
-        for path in self.files:
-            parts = PurePosixPath(path).parts
-            if not parts or parts[0] == "/" or ".." in parts or "\\" in path:
-                message = f"`files` of {self.key}: {path!r} must be a path inside the repository."
-                raise UserError("hub.manifest.files", message)
+        given = [name for name in own if getattr(self, name)]
+        outside = [path for path in self.files if not _is_inside(path)]
+        key, fault = "", ""
+        if self.slice_of and given:
+            key, fault = "slice", f"is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}"
+        elif self.slice_of is None and self.checkpoint is None:
+            key, fault = "checkpoint", "needs one of `checkpoint` and `slice_of`"
+        elif (self.slice_of is None) != (self.exit_layer is None):
+            key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
+        elif outside:
+            key, fault = "files", f"lists {outside[0]!r} in `files`, which must be paths inside the repository"
+        if key:
+            raise UserError(f"hub.manifest.{key}", f"{self.key} {fault}.")
 
     @property
     def key(self) -> str:

@@ -69,19 +69,19 @@ class MultiExitTrainingArguments(TrainingArguments):
             fits = len(self.milestones) == len(self.fractions)
         except ValidationError:
             fits = False
-        steps = list(self.milestones) if fits else []
+        steps, key, message = list(self.milestones) if fits else [], "", ""
         if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
-            raise UserError(
-                "training.schedule",
-                f"milestones={self.milestones!r} must be ascending steps, from warmup_steps={self.warmup_steps} on, "
-                f"and fractions={self.fractions!r} must have one number of at least 0 for each milestone.",
-            )
-        if not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
+            key, first = "schedule", f"warmup_steps={self.warmup_steps}"
+            message = f"milestones={self.milestones!r} must be ascending steps, from {first} on, and "
+            message += f"fractions={self.fractions!r} must have one number of at least 0 for each milestone."
+        elif not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
+            key = "ema_decay"
             message = f"ema_decay={self.ema_decay} must be at least 0 and below 1, and with fsdp it must be 0."
-            raise UserError("training.ema_decay", message)
-        if self.exit_schedule not in EXIT_SCHEDULES:
-            message = f"exit_schedule={self.exit_schedule!r} must be one of {', '.join(EXIT_SCHEDULES)}."
-            raise UserError("training.exit_schedule", message)
+        elif self.exit_schedule not in EXIT_SCHEDULES:
+            key, allowed = "exit_schedule", ", ".join(EXIT_SCHEDULES)
+            message = f"exit_schedule={self.exit_schedule!r} must be one of {allowed}."
+        if key:
+            raise UserError(f"training.{key}", message)
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:

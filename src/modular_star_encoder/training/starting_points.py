@@ -239,15 +239,16 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     Raises:
         UserError: the model or the exits do not fit (`training.grow`).
     """
-    config, exits = model.config, list(exit_layers)
-    for name, needed in (("exit_layers", [0]), ("exit_norm", "none"), ("projection_head", "linear")):
+    config, exits, fault = model.config, list(exit_layers), ""
+    if exits != sorted({0, *exits}) or len(exits) < 2:
+        fault = f"The new exits must be 0 and at least one more, ascending, not {exits}."
+    for name, needed in (("projection_head", "linear"), ("exit_norm", "none"), ("exit_layers", [0])):
         found = getattr(config, name)
         if (list(found) if needed == [0] else found) != needed:
-            message = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
-            how = " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
-            raise UserError("training.grow", message + how)
-    if exits != sorted({0, *exits}) or len(exits) < 2:
-        raise UserError("training.grow", f"The new exits must be 0 and at least one more, ascending, not {exits}.")
+            fault = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
+            fault += " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
+    if fault:
+        raise UserError("training.grow", fault)
     changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
     changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
     config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})

@@ -136,31 +136,30 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 def read_yaml(data: bytes, where: str) -> Any:
     """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or exceeds a limit."""
     try:
-        if len(data) > MAX_YAML_BYTES:
-            raise yaml.YAMLError(f"it is larger than {MAX_YAML_BYTES:,} bytes")
-        text = data.decode("utf-8-sig")
-        _check_events(text)
-        return yaml.safe_load(text)
+        if fault := f"it is larger than {MAX_YAML_BYTES:,} bytes" if len(data) > MAX_YAML_BYTES else _yaml_fault(data):
+            raise yaml.YAMLError(fault)
+        return yaml.safe_load(data.decode("utf-8-sig"))
     except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
         raise UserError("settings.file", f"{where} is not a YAML file: {' '.join(str(error).split())}") from error
 
 
-def _check_events(text: str) -> None:
-    """Raise YAMLError if a document exceeds a limit of this module, before anything of it is constructed."""
+def _yaml_fault(data: bytes) -> str:
+    """Say which limit of this module a document exceeds, before anything of it is constructed; "" if none."""
     depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+    for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} levels deep")
+            return f"it is nested more than {MAX_YAML_DEPTH} levels deep"
         if count > MAX_YAML_NODES:
-            raise yaml.YAMLError(f"it has more than {MAX_YAML_NODES:,} values")
+            return f"it has more than {MAX_YAML_NODES:,} values"
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"it has the alias *{event.anchor}; write the value again instead")
+            return f"it has the alias *{event.anchor}; write the value again instead"
         if isinstance(event, yaml.ScalarEvent):
             if "\0" in event.value:
-                raise yaml.YAMLError("it has a text with a null character")
+                return "it has a text with a null character"
             if event.style is None and re.fullmatch(rf"[-+.\d][-+.:\w]{{{MAX_YAML_NUMBER},}}", event.value):
-                raise yaml.YAMLError(f"it has a number or date of more than {MAX_YAML_NUMBER} characters")
+                return f"it has a number or date of more than {MAX_YAML_NUMBER} characters"
+    return ""
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
