@@ -14,6 +14,15 @@ from modular_star_encoder.utils.reports import machine_kind
 EXIT_LAYERS = (1, 2, 4)
 PROJECTION_SIZE = 16
 VOCAB_SIZE = 300
+# The form of `mose-code`; the default form is the published models'.
+ZERO = {
+    "exit_layers": (0, 1, 2, 4),
+    "exit_norm": "none",
+    "projection_head": "linear",
+    "projection_order": "pool_then_project",
+    "token_weights": True,
+}
+NO_DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
 
 
 def tiny_tokenizer():
@@ -43,10 +52,10 @@ def tiny_model(model_class=ModularStarEncoderForRetrieval, **changes):
     return model_class(tiny_config(**changes))
 
 
-def tiny_batch(padding_side="left", lengths=(12, 7, 3)):
-    """Token ids and attention mask of rows with these lengths; the rows are the same whatever the side."""
-    generator = torch.Generator().manual_seed(1)
-    width = max(lengths)
+def tiny_batch(padding_side="left", lengths=(12, 7, 3), seed=1, more=0):
+    """Token ids and attention mask of rows with these lengths, and `more` columns; the same rows whatever the side."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) + more
     input_ids = torch.zeros(len(lengths), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for row, length in enumerate(lengths):
@@ -87,3 +96,8 @@ def tiny_profile(fingerprint, exits=EXIT_LAYERS, quality=True, machine=None):
         versions={"torch": "2.13.0"},
         date="2026-01-02",
     )
+
+
+def contents(folder):
+    """The bytes of every file below a folder, by its path there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

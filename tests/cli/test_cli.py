@@ -253,17 +253,11 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 
 
-@pytest.mark.parametrize(
-    ("command", "key"),
-    [
-        ("pretrain", "tokens_per_step  "),
-        ("finetune", "objective.mini_batch_tokens  "),
-        ("finetune", "pairs_per_device  "),
-        ("ablate", "learning_rates  "),
-    ],
-)
-def test_help_of_training_lists_the_keys_of_its_recipe(capsys, command, key):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
-    assert stopped.value.code == 0
-    assert key in capsys.readouterr().out
+def test_help_of_training_lists_the_keys_of_its_recipe(capsys):
+    keys = {"pretrain": ["tokens_per_step  "], "ablate": ["learning_rates  "]}
+    keys["finetune"] = ["objective.mini_batch_tokens  ", "pairs_per_device  "]
+    for command, shown in keys.items():
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        out = capsys.readouterr().out
+        assert [key for key in shown if key not in out] == []

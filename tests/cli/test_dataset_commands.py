@@ -34,10 +34,11 @@ def built(tmp_path_factory):
     return out, printed
 
 
-def test_build_prints_where_the_dataset_is(built):
-    out, printed = built
-    assert [str(word) for words in printed for word in words] == [str(out / "dataset")]
-    assert (out / "dataset" / "README.md").is_file()
+def test_build_prints_where_the_dataset_is_and_push_what_it_would_upload(mose, built):
+    folder, printed = built
+    assert [str(word) for words in printed for word in words] == [str(folder / "dataset")]
+    status, out, _ = mose("dataset", "push", folder, "owner/name")
+    assert (status, "README.md" in out, "a dry run" in out) == (0, True, True)
 
 
 def test_stats_prints_the_table_and_writes_the_same_figures(mose, built, tmp_path):
@@ -58,13 +59,6 @@ def test_stats_says_what_it_left_out(mose, tmp_path):
     assert "| all | 1 | 1 | 1 | 1 |" in out
     assert "1 rows left out (empty func2), such as" in err
     assert "line 2" in err
-
-
-def test_push_tells_what_it_would_upload(mose, built):
-    status, out, _ = mose("dataset", "push", built[0], "owner/name")
-    assert status == 0
-    assert "README.md" in out
-    assert "a dry run" in out
 
 
 def test_dedup_writes_the_rows_that_are_kept(mose, built, tmp_path):

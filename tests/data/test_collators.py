@@ -11,22 +11,17 @@ from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.data.samples import WORDS, corpus_of
 from tests.errors import raises
-from tests.tiny import tiny_model
-
-NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
-
-
-def pairs_of_many_lengths(tokenizer, length=8):
-    texts = {
-        f"repo{r}": [" ".join(WORDS[(r + i + j) % len(WORDS)] for j in range(6 + 4 * i)) for i in range(8)]
-        for r in range(4)
-    }
-    return InContextPairs(corpus_of(texts, tokenizer), tokenizer, length=length, max_tokens=100, seed=0)
+from tests.tiny import NO_DROPOUT, tiny_model
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    return list(pairs_of_many_lengths(tokenizer))
+    """Of many lengths."""
+    texts = {
+        f"repo{r}": [" ".join(WORDS[(r + i + j) % len(WORDS)] for j in range(6 + 4 * i)) for i in range(8)]
+        for r in range(4)
+    }
+    return list(InContextPairs(corpus_of(texts, tokenizer), tokenizer, length=8, max_tokens=100, seed=0))
 
 
 def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):

@@ -100,10 +100,12 @@ def test_a_folder_gives_the_files_of_a_split(tmp_path):
         open_triplets(tmp_path, split="test")
 
 
-def test_a_folder_without_splits_is_read_whole_in_order_and_so_are_files_without_rows(tmp_path):
+def test_a_folder_without_splits_or_a_list_of_files_is_read_whole_in_order(tmp_path, monkeypatch):
     write(tmp_path / "b" / "c.jsonl", [row(1)])
     write(tmp_path / "a.jsonl.gz", [row(0)])
     assert repositories(open_triplets(tmp_path)) == ["0", "1"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert repositories(open_triplets(["~/b/c.jsonl", "~/a.jsonl.gz"])) == ["1", "0"]
     write(tmp_path / "parquet" / "a.parquet", [row(2)])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "parquet" / "b.parquet")
     write(tmp_path / "parquet" / "c.parquet", [row(3)])
@@ -112,12 +114,6 @@ def test_a_folder_without_splits_is_read_whole_in_order_and_so_are_files_without
     assert repositories(open_triplets(tmp_path / "parquet")) == ["2", "3"]
     write(tmp_path / "alone" / "dropped.jsonl", [row(4)])
     assert repositories(open_triplets(tmp_path / "alone")) == ["4"]
-
-
-def test_a_list_of_files_may_begin_at_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "a.jsonl", [row(0)])
-    assert repositories(open_triplets(["~/a.jsonl"])) == ["0"]
 
 
 BAD = {
@@ -184,6 +180,8 @@ def test_sources_without_rows_are_refused(tmp_path):
         TripletColumns(language=None)
     with raises("data.source.no_files"):
         open_triplets(tmp_path / "none.jsonl")
+    with raises("data.row", "line 2", "func2"):
+        list(open_texts(write(tmp_path / "texts.jsonl", [row(), row(func2=5)]), "func2"))
     (tmp_path / "folder").mkdir()
     with raises("data.source.no_files"):
         open_triplets(tmp_path / "folder")
@@ -191,11 +189,6 @@ def test_sources_without_rows_are_refused(tmp_path):
         write(tmp_path / "folder" / name, [row()])
     with raises("data.source.no_files"):
         open_triplets(tmp_path / "folder")
-
-
-def test_a_row_without_a_text_is_named(tmp_path):
-    with raises("data.row", "line 2", "func2"):
-        list(open_texts(write(tmp_path / "a.jsonl", [row(), row(func2=5)]), "func2"))
 
 
 def read(settings):
@@ -323,11 +316,7 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
         ({}, "data.sources", "triplets, functions, parallel"),
         ({"tripletz": "x"}, "data.sources", "tripletz"),
         ({"triplets": {"source": None}}, "data.source.options", "data.triplets"),
-        (
-            {"triplets": {"source": "FOLDER/a.jsonl", "columns": {"text": "x"}}},
-            "data.source.options",
-            "data.triplets",
-        ),
+        ({"triplets": {"source": "FOLDER/a.jsonl", "columns": {"text": "x"}}}, "data.source.options", "data.triplets"),
         ({"functions": "code"}, "data.source.missing", "code"),
         ({"triplets": "FOLDER/a.jsonl"}, "data.source.empty", "1 × empty func2"),
         ({"parallel": "missing.jsonl"}, "data.source.no_files", "missing.jsonl"),

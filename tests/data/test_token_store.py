@@ -179,20 +179,17 @@ def test_resuming_with_other_files_is_refused(tmp_path, tokenizer, changed):
     build(tmp_path, tokenizer)
 
 
-def test_folders_without_a_store_are_refused(tmp_path, tokenizer):
+def test_folders_without_a_whole_store_are_refused_and_a_store_of_nothing_opens(tmp_path, tokenizer):
     with raises("data.token_store.missing"):
         TokenStore(tmp_path / "missing")
     (tmp_path / "notes.txt").write_text("mine")
     with raises("data.token_store.other_content"):
         build(tmp_path, tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_store_that_was_cut_short_is_refused_and_one_of_nothing_opens(tmp_path, tokenizer):
-    build(tmp_path, tokenizer)
-    os.truncate(tmp_path / "tokens.bin", 100)
+    build(tmp_path / "cut", tokenizer)
+    os.truncate(tmp_path / "cut" / "tokens.bin", 100)
     with raises("data.token_store.damaged"):
-        TokenStore(tmp_path)
+        TokenStore(tmp_path / "cut")
     assert len(build(tmp_path / "empty", tokenizer, [])) == 0
 
 

@@ -31,21 +31,15 @@ def ndcg(scores, gains, k):
     return dcg(ranked(scores, gains)) / dcg(sorted(gains, reverse=True))
 
 
-def map_at_r_of_answers(relevant, answers):
+def map_at_r(scores, gains):
     """POJ-104's evaluator as described: of R answers, the precision at each hit, summed and divided by R."""
-    assert len(answers) == len(relevant)
+    relevant = sum(gain > 0 for gain in gains)
     hits, total = 0, 0.0
-    for place, answer in enumerate(answers, start=1):
-        if answer in relevant:
+    for place, gain in enumerate(ranked(scores, gains)[:relevant], start=1):
+        if gain > 0:
             hits += 1
             total += hits / place
-    return total / len(relevant)
-
-
-def map_at_r(scores, gains):
-    relevant = {place for place, gain in enumerate(gains) if gain > 0}
-    order = sorted(range(len(scores)), key=lambda place: (-float32(scores[place]), gains[place]))
-    return map_at_r_of_answers(relevant, order[: len(relevant)])
+    return total / relevant
 
 
 def f1(decisions, labels):

@@ -157,6 +157,7 @@ def test_mistakes_are_reported_before_anything_is_run(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_example_runs_mteb_on_the_functions_of_a_folder(checkpoint, tmp_path, monkeypatch, capsys):
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "mteb_exits.py"))
     code = tmp_path / "code"

@@ -31,11 +31,6 @@ def judgements(queries, documents, per_query=3, seed=0):
     return Judgements.of([generator.choice(documents, per_query, replace=False).tolist() for _ in range(queries)])
 
 
-def small_blocks(monkeypatch, block, wide):
-    monkeypatch.setattr(retrievers, "BLOCK", block)
-    monkeypatch.setattr(retrievers, "HELD", wide * 24)  # components of an embedding
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("metric", ["mrr", "recall@5", "ndcg@10", "map@r"])
 def test_ranks_are_those_of_a_brute_force_ranking(metric, tied):
@@ -58,7 +53,8 @@ def test_ranks_do_not_depend_on_the_size_of_a_block(monkeypatch, block, wide, ex
     documents[40:60] = documents[5]  # twenty that tie
     scores, judged = CosineScores(documents, documents), Judgements.one_each([(i + 1) % 90 for i in range(90)])
     whole = rank_judged(scores, judged, exclude_self=exclude_self)
-    small_blocks(monkeypatch, block, wide)
+    monkeypatch.setattr(retrievers, "BLOCK", block)
+    monkeypatch.setattr(retrievers, "HELD", wide * 24)  # components of an embedding
     assert sum(1 for _ in scores.blocks()) > 1
     assert np.array_equal(rank_judged(scores, judged, exclude_self=exclude_self).rank, whole.rank)
 

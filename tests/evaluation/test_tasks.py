@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.evaluation.tasks import candidate_batches, held_out_tasks, pairs_task, task_from_mappings
+from tests.data.test_splits import exercise, triplet
 from tests.errors import raises
 
 PAIRS = [(f"text {i}", f"code {i}", "python") for i in range(12)]
@@ -45,23 +45,13 @@ def from_ids(documents, relevant):
     return task_from_mappings({"q": ""}, dict.fromkeys(documents, ""), relevant)
 
 
-def triplet(number, description=None):
-    return RetrievalExample(
-        description or f"Does {number}.", (Snippet("go", f"func f{number}() {{}}"), Snippet("c", f"void f{number}();"))
-    )
-
-
-def exercise(number):
-    return RetrievalExample("", tuple(Snippet(name, f"{name} {number}") for name in ("java", "php", "ruby")))
-
-
 def test_descriptions_find_their_code_and_code_the_same_in_another_language():
     text, code = held_out_tasks([triplet(i) for i in range(5)] + [exercise(i) for i in range(4)])
     assert [task.benchmark for task in (text, code)] == ["held-out, text → code", "held-out, code → code"]
     assert (len(text.queries), len(code.queries)) == (5, 9)
     for query, document in zip(text.queries, text.documents, strict=True):
         number = query.text.removeprefix("Does ").removesuffix(".")
-        assert (query.language, document) == (None, (f"func f{number}() {{}}", "go"))
+        assert (query.language, document) == (None, (f"def f{number}(): ...", "python"))
     for query, document in zip(code.queries, code.documents, strict=True):
         assert None not in (query.language, document.language)
         assert query.language != document.language

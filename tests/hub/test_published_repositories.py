@@ -28,10 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    return {
-        "pretrained": write_pretrained(root / "pretrained"),
-        "finetuned": write_finetuned(root / "model"),
-    }
+    return {"pretrained": write_pretrained(root / "pretrained"), "finetuned": write_finetuned(root / "model")}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from modular_star_encoder.hub.staging import stage_repositories
 from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
+from tests.tiny import contents
 
 pytestmark = pytest.mark.slow
 
@@ -38,15 +39,6 @@ def staged(plan, tmp_path_factory):
     (folder / "README.md").write_text((folder / "README.md").read_text() + "Second.\n")
     (folder / "exit_profile.json").unlink()
     return first, replace(first, folder=folder)
-
-
-@pytest.fixture
-def unverified(monkeypatch):
-    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: {})
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_dry_run_reports_what_differs_and_writes_nothing(hub, api, staged):
@@ -158,8 +150,9 @@ def test_a_refused_token_writes_nothing_and_is_not_repeated_and_a_hub_may_be_awa
 
 
 def test_branches_start_empty_slices_name_their_parents_revision_and_the_same_again_is_nothing(
-    hub, api, plan, unverified, tmp_path
+    hub, api, plan, monkeypatch, tmp_path
 ):
+    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: {})
     publications = publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     places = [f"{one.repository} {one.branch}" for one in publications]
     assert places == ["me/pre main", "me/tiny main", "me/tiny-1 main", "me/tiny exit-2"]

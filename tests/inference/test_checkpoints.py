@@ -46,20 +46,16 @@ def test_token_embeddings_of_short_texts_hold_no_padding(checkpoint):
     assert [len(one) for one in model.encode(TEXTS, output_value="token_embeddings")] == lengths
 
 
-def test_a_slice_has_its_shallower_exits_and_a_slice_of_it_is_the_slice(checkpoint, tmp_path):
+def test_a_slice_has_its_shallower_exits_names_its_parent_and_a_slice_of_it_is_the_slice(checkpoint, tmp_path):
     sliced, direct = (slice_checkpoint(checkpoint, k, tmp_path / str(k)) for k in (2, 1))
     assert np.array_equal(load(sliced).encode(TEXTS, exit_layer=1), load(checkpoint).encode(TEXTS, exit_layer=1))
     twice = slice_checkpoint(sliced, 1, tmp_path / "twice")
     assert (direct / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
-
-
-def test_the_configuration_of_a_slice_describes_it(checkpoint, tmp_path):
-    config = json.loads((slice_checkpoint(checkpoint, 2, tmp_path / "slice") / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["exit_layers"], config["exit_norm"]) == (2, [1, 2], "none")
-    assert (config["parent_num_hidden_layers"], config["parent_exit_layers"]) == (4, [1, 2, 4])
-    assert (config["exit_layer"], config["parent_model"]) == (None, "model")
-    twice = json.loads((slice_checkpoint(tmp_path / "slice", 1, tmp_path / "twice") / "config.json").read_text())
-    assert (twice["parent_model"], twice["auto_map"]) == ("model", config["auto_map"])
+    first, second = (json.loads((folder / "config.json").read_text()) for folder in (sliced, twice))
+    assert (first["num_hidden_layers"], first["exit_layers"], first["exit_norm"]) == (2, [1, 2], "none")
+    assert (first["parent_num_hidden_layers"], first["parent_exit_layers"]) == (4, [1, 2, 4])
+    assert (first["exit_layer"], first["parent_model"], second["parent_model"]) == (None, "model", "model")
+    assert first["auto_map"] == second["auto_map"]
 
 
 def test_only_exit_keeps_one_head_and_the_same_embedding(checkpoint, tmp_path):

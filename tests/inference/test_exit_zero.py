@@ -14,7 +14,7 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint, save_ret
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
 from tests.errors import raises
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import ZERO, tiny_model, tiny_tokenizer
 
 MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
 TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍", "a <mask> <pad>"]
@@ -33,24 +33,8 @@ def test_numpy_embeds_what_the_model_embeds():
 def test_words_have_the_tokens_of_the_whole_text():
     model = NumpyEncoder(MODEL)
     assert model._has_words
-    pieces = [
-        "HTTPServer",
-        "aB",
-        "A1b_c",
-        "<mask>",
-        "<",
-        "ma",
-        "é",
-        "Ⅻ",
-        "e\u0301",
-        "\u0301",
-        "\xa0",
-        "\u2003",
-        "ß",
-        "中文",
-        "ǅ",
-    ]
-    pieces += [chr(code) for code in range(128)] + ["x" * 70, "ß", "中文", "ǅ", "日本Go", "__", "!!!!", "->"]
+    pieces = ["HTTPServer", "aB", "A1b_c", "<mask>", "<", "ma", "é", "Ⅻ", "e\u0301", "\u0301", "\xa0", "\u2003"]
+    pieces += ["ß", "中文", "ǅ", "x" * 70, "日本Go", "__", "!!!!", "->"] + [chr(code) for code in range(128)]
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(pieces, size)) for size in generator.integers(1, 60, 3000)]
     texts += [text for text in TEXTS if text] + ["word " * 9000, "größe " * 9000]
@@ -86,15 +70,7 @@ def test_search_imports_no_framework(tmp_path):
     assert printed.stdout.splitlines()[-1] == "0 []"
 
 
-STATIC = {
-    "exit_layers": (0, 2),
-    "num_hidden_layers": 2,
-    "projection_head": "linear",
-    "projection_order": "pool_then_project",
-    "pooling": "mean",
-    "exit_norm": "none",
-    "token_weights": True,
-}
+STATIC = ZERO | {"exit_layers": (0, 2), "num_hidden_layers": 2}
 SHORT = [
     "read the <mask> of a file",
     "",

@@ -10,7 +10,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderForSequenceClassification,
     ModularStarEncoderModel,
 )
-from tests.tiny import EXIT_LAYERS, run, tiny_batch, tiny_model
+from tests.tiny import EXIT_LAYERS, NO_DROPOUT, run, tiny_batch, tiny_model
 
 LENGTHS = (12, 7, 11, 3, 12)
 BACKENDS = ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
@@ -169,7 +169,7 @@ def test_leaving_padding_out_changes_no_real_token_and_no_embedding(backend, pad
 def test_leaving_padding_out_gives_the_same_gradients():
     gradients = []
     for unpad_inputs in (False, True):
-        model = tiny_model(unpad_inputs=unpad_inputs, attention_dropout=0, residual_dropout=0, embedding_dropout=0)
+        model = tiny_model(unpad_inputs=unpad_inputs, **NO_DROPOUT)
         model.train()(**TEXTS, exit_layers=EXIT_LAYERS).exit_embeddings[..., 0].sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)

@@ -9,6 +9,7 @@ def test_the_defaults_are_the_papers_model():
     config = ModularStarEncoderConfig()
     assert config.exit_layers == [4, 9, 18, 27, 36]
     assert ModularStarEncoderConfig(num_hidden_layers=0).exit_layers == [0]
+    assert ModularStarEncoderConfig.from_dict({"architectures": []}).architectures == ["ModularStarEncoderModel"]
     assert [config.exit_weight(exit_layer) for exit_layer in config.exit_layers] == [4 / 36, 0.25, 0.5, 0.75, 1.0]
     assert (config.head_dim, config.projection_head, config.token_weights) == (64, "mlp", False)
     assert config.rope_parameters["rope_theta"] == 999999.4420358813
@@ -42,21 +43,18 @@ def test_a_contradiction_is_refused_at_construction(changes, sentence):
         tiny_config(**changes)
 
 
-def test_a_key_may_not_replace_a_method_and_no_architecture_is_the_trunk():
-    with pytest.raises(ValueError, match="check_exit is the name of a method"):
-        ModularStarEncoderConfig.from_dict({"check_exit": 1})
-    assert ModularStarEncoderConfig.from_dict({"architectures": []}).architectures == ["ModularStarEncoderModel"]
-
-
-def test_too_many_labels_are_refused_before_their_names_are_made():
-    with pytest.raises(ValueError, match=r"num_labels=10{18} must be from 0 to 65536"):
-        tiny_config(num_labels=10**18)
-
-
-@pytest.mark.parametrize("name", ["hidden_act", "projection_act"])
-def test_an_unknown_activation_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"{name}='leaky' must be one of .*leaky_relu"):
-        tiny_model(**{name: "leaky"})
+@pytest.mark.parametrize(
+    ("build", "changes", "sentence"),
+    [
+        (tiny_config, {"check_exit": 1}, "check_exit is the name of a method"),
+        (tiny_config, {"num_labels": 10**18}, r"num_labels=10{18} must be from 0 to 65536"),
+        (tiny_model, {"hidden_act": "leaky"}, "hidden_act='leaky' must be one of .*leaky_relu"),
+        (tiny_model, {"projection_act": "leaky"}, "projection_act='leaky' must be one of .*leaky_relu"),
+    ],
+)
+def test_names_of_methods_too_many_labels_and_unknown_activations_are_refused(build, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(**changes)
 
 
 def test_published_keys_are_read_and_not_written():

@@ -18,18 +18,9 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderModel,
 )
 from tests.errors import raises
-from tests.tiny import EXIT_LAYERS, VOCAB_SIZE, run, tiny_batch, tiny_config, tiny_model
+from tests.tiny import EXIT_LAYERS, NO_DROPOUT, VOCAB_SIZE, ZERO, run, tiny_batch, tiny_config, tiny_model
 
-# The form of `mose-code`; the default form is the published models'.
-ZERO = {
-    "exit_layers": (0, 1, 2, 4),
-    "exit_norm": "none",
-    "projection_head": "linear",
-    "projection_order": "pool_then_project",
-    "token_weights": True,
-}
 EXITS = ZERO["exit_layers"]
-NO_DROPOUT = {"attention_dropout": 0, "residual_dropout": 0, "embedding_dropout": 0}
 
 
 def zero_model(model_class=ModularStarEncoderForRetrieval, **changes):

@@ -25,7 +25,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderModel,
 )
 from modular_star_encoder.utils.files import staged_folder
-from tests.tiny import run, tiny_batch, tiny_model
+from tests.tiny import contents, run, tiny_batch, tiny_model
 
 CODE_FILES = {"configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py"}
 CHECKPOINT_FILES = CODE_FILES | {"config.json", "model.safetensors"}
@@ -33,10 +33,6 @@ CHECKPOINT_FILES = CODE_FILES | {"config.json", "model.safetensors"}
 
 class UserModel(ModularStarEncoderForRetrieval):
     """A subclass defined in a user's script."""
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(

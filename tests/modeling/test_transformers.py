@@ -1,13 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForMaskedLM,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline
 from transformers.models.starcoder2 import Starcoder2Config
 
 from modular_star_encoder.modeling import (
@@ -17,7 +11,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderForSequenceClassification,
     ModularStarEncoderModel,
 )
-from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, run, tiny_batch, tiny_model
+from tests.tiny import EXIT_LAYERS, NO_DROPOUT, PROJECTION_SIZE, run, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +61,7 @@ def gradients(model, call):
 
 
 def test_a_compiled_model_trains_with_equal_gradients():
-    model = tiny_model(attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
+    model = tiny_model(**NO_DROPOUT)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def loss_of(callable_model):
@@ -187,8 +181,7 @@ def unequal_rows(kind):
 )
 def test_accumulated_batches_train_the_stock_trainer_like_one(tmp_path, model_class, kind, exact):
     def step(batch, accumulated):
-        dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout", "classifier_dropout"), 0)
-        model = tiny_model(model_class, **dropout)
+        model = tiny_model(model_class, **NO_DROPOUT, classifier_dropout=0)
         start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "max_steps": 1}
         step = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}

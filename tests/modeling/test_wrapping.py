@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from tests.modeling.test_saving import CHECKPOINT_FILES, contents
+from tests.modeling.test_saving import CHECKPOINT_FILES
 from tests.processes import leave_together, run_processes
-from tests.tiny import EXIT_LAYERS, run, tiny_batch, tiny_model
+from tests.tiny import EXIT_LAYERS, contents, run, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import torch
 
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
-from tests.tiny import PROJECTION_SIZE, VOCAB_SIZE, tiny_model
+from tests.tiny import NO_DROPOUT, PROJECTION_SIZE, tiny_batch, tiny_model
 
 EVERY_OPTION = {
     "pairs": (("query", "document", "negative"), ("document", "translation")),
@@ -25,14 +25,7 @@ def every_option(**changes):
 
 def texts(lengths, seed, side="right"):
     """Random texts of these lengths, padded on one side two columns beyond the longest."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths) + 2
-    input_ids, attention_mask = torch.zeros(2, len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        place = slice(width - length, width) if side == "left" else slice(0, length)
-        input_ids[row, place] = torch.randint(4, VOCAB_SIZE, (length,), generator=generator)
-        attention_mask[row, place] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    return tiny_batch(side, lengths, seed, more=2)
 
 
 def every_side():
@@ -61,7 +54,7 @@ def taught_batch():
 
 
 def with_dropout(rate, model_class=ModularStarEncoderForRetrieval, **changes):
-    rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), rate)
+    rates = dict.fromkeys(NO_DROPOUT, rate)
     return tiny_model(model_class, **rates, **changes).train()
 
 

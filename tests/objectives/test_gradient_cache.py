@@ -34,6 +34,9 @@ def losses_of_mini_batches_in_one_graph(model, batch, settings, tokens):
 
 
 def cached_backward(model, batch, settings):
+    """The losses, after a backward pass with the same dropout each time from empty gradients."""
+    model.zero_grad()
+    torch.manual_seed(5)
     losses = ContrastiveObjective(settings)(model, batch, EXIT_LAYERS).losses
     (losses * WEIGHTS).sum().backward()
     return losses.detach()
@@ -47,8 +50,6 @@ def test_any_mini_batch_size_gives_plain_autograds_losses_and_gradients_with_dro
     expected_losses = losses_of_mini_batches_in_one_graph(model, batch, settings, tokens)
     (expected_losses * WEIGHTS).sum().backward()
     expected, state_after = gradients(model), torch.get_rng_state()
-    model.zero_grad()
-    torch.manual_seed(5)
     losses = cached_backward(model, batch, settings)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
     assert "logit_scale.log_scale" in expected
@@ -63,7 +64,6 @@ def test_without_dropout_mini_batches_give_what_whole_sides_give(changes):
     model, batch = with_dropout(0.0, **changes), every_side()
     expected_losses = cached_backward(model, batch, every_option())
     expected = gradients(model)
-    model.zero_grad()
     losses = cached_backward(model, batch, every_option(mini_batch_tokens=20))
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(model), expected, relative=1e-5)
@@ -112,13 +112,10 @@ def test_autocast_is_on_in_the_second_pass_as_in_the_first(whole_step_under_auto
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(use_reentrant):
     settings, batch, model = ContrastiveSettings(mini_batch_tokens=20), pair_batch(), with_dropout(0.2)
-    torch.manual_seed(5)
     cached_backward(model, batch, settings)
     expected = gradients(model)
-    model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    torch.manual_seed(5)
     cached_backward(model, batch, settings)
     assert_same_gradients(gradients(model), expected)
 

@@ -152,9 +152,11 @@ def test_a_checkpoint_that_was_trained_on_is_refused_when_it_is_first_used(code,
     assert index.search(["push"], method="lexical")[0].hits
 
 
-def test_embeddings_are_cut_where_the_model_was_trained_to_be(code, tmp_path):
-    nested = save_retrieval_checkpoint(tiny_model(nested_dimensions=[8, 16]), tiny_tokenizer(), tmp_path / "nested")
+def test_embeddings_are_of_the_deepest_exit_and_cut_where_the_model_was_trained_to_be(code, tmp_path):
+    model = tiny_model(nested_dimensions=[8, 16], output_all_exits=True)
+    nested = save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "nested")
     index = build(code, tmp_path / "index", nested, dimension=8)
+    assert index.settings.exit_layers == (4,)
     vectors = np.stack([row["vector_4"] for row in stored_rows(tmp_path / "index")])
     assert vectors.shape == (5, 8)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=0.01)
@@ -292,11 +294,6 @@ def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_ind
     write_code(code, {"stack.py": "def peek(self):\n    return self.items[-1]\n"})
     assert index.update(processes=1, progress=False).embedded_files == 1
     assert CodeIndex.open(store).search(["x"], path="stack.py")[0].hits[0].name == "peek"
-
-
-def test_only_the_deepest_exit_is_indexed_unless_others_are_named_though_the_model_gives_all(code, tmp_path):
-    checkpoint = save_retrieval_checkpoint(tiny_model(output_all_exits=True), tiny_tokenizer(), tmp_path / "model")
-    assert build(code, tmp_path / "index", checkpoint).settings.exit_layers == (4,)
 
 
 def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, checkpoint, monkeypatch):

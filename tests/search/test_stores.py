@@ -10,14 +10,9 @@ from modular_star_encoder.search.index import open_store
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.pieces import Snippet, snippet_words
 from modular_star_encoder.search.qdrant_store import QdrantStore, connect
-from modular_star_encoder.search.vector_store import (
-    Filter,
-    Row,
-    file_id,
-    path_expression,
-)
+from modular_star_encoder.search.vector_store import Filter, Row, file_id, path_expression
 from tests.errors import raises
-from tests.loopback import LoopbackHandler, LoopbackServer
+from tests.utils.http_server import LocalServer
 
 SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "prompts": {"query": "é"}}
 
@@ -248,15 +243,8 @@ def test_a_server_is_named_by_collection_and_url_without_a_password(location, ke
     assert connect("qdrant:code@http://localhost:1")[1] == "code"
 
 
-class Refusing(LoopbackHandler):
-    """A server of something else."""
-
-    def do_GET(self):
-        self.reply(403, b"no\nentry", {})
-
-
 def test_a_server_that_refuses_or_is_gone_is_reported_in_one_sentence():
-    with LoopbackServer(Refusing, None) as server:
+    with LocalServer(lambda request: (403, b"no\nentry", {})) as server:
         store = open_store(f"qdrant:i@http://127.0.0.1:{server.server_port}")
         with pytest.raises(OSError, match=r"^.*qdrant:i@http://127.0.0.1:\d+ .*403.*$"):
             store.settings()

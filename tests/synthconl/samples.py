@@ -16,6 +16,7 @@ from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES, TranslationSettings
+from tests.data.samples import WORDS
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_CSN", "func1_CSN")])
 
@@ -43,7 +44,7 @@ def endpoint_settings(server, **changes):
 def start_process(target, *arguments, **options):
     """Start `target(*arguments, **options)` in a process of its own that has the modules loaded already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.synthconl.samples"])
+    context.set_forkserver_preload(["tests.search.conftest", "tests.synthconl.samples"])
     process = context.Process(target=target, args=arguments, kwargs=options)
     process.start()
     return process
@@ -55,8 +56,6 @@ def ended_by_sigkill(process):
     return process.exitcode == -signal.SIGKILL
 
 
-WORDS = ["load", "save", "parse", "build", "merge", "split", "index", "count", "table", "column", "buffer", "stream"]
-
 TRANSLATIONS = {
     "python": ("def run(a):", "    a = a + {0}", "    return a"),
     "javascript": ("function run(a) {{", "  a = a + {0};", "  return a;\n}}"),
@@ -67,6 +66,9 @@ TRANSLATIONS = {
     "c": ("int run(int a) {{", "    a = a + {0};", "    return a;\n}}"),
     "cpp": ("auto run(std::vector<int> a) -> int {{", "    a = a + {0};", "    return a;\n}}"),
 }
+
+
+CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "license_link": "https://example.org/terms"}
 
 
 def _names(rng, count):
@@ -114,9 +116,11 @@ def translation(prompt):
 
 def small_recipe(corpus, base_url, **changes):
     """A recipe that asks the endpoint at `base_url`."""
-    options = {"base_url": base_url, "concurrency": 4, "pause": 0.01} | changes.pop("options", {})
+    options = {"base_url": base_url, "concurrency": 4, "pause": 0.01, "body": {"seed": 7}, "revision": "a1b2c3"}
+    options |= changes.pop("options", {})
     settings = {
         "corpus": {"folder": str(corpus)},
+        "card": CARD,
         "translation": {"backend": "openai", "model": "model", "options": options, **changes.pop("translation", {})},
         "validation_rows": 5,
         "max_repository_share": 0.5,

@@ -40,27 +40,7 @@ SEED = 3
 NOWHERE = "http://127.0.0.1:1/v1"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "repositories")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with OpenAIServer(translation) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, server, tmp_path_factory):
-    """A build that nothing interrupted."""
-    out = tmp_path_factory.mktemp("build") / "out"
-    assert build_quietly(small_recipe(corpus, server.base_url), out) == out / "dataset"
-    return out
-
-
-def build_quietly(recipe, out):
-    return build.build_dataset(recipe, out, progress=False)
+build_quietly = partial(build.build_dataset, progress=False)
 
 
 def report(out, stage):

@@ -14,6 +14,7 @@ from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicat
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from tests.errors import raises
 from tests.synthconl import samples
+from tests.tiny import contents
 
 AGAINST = {"bench": ["x = 1", ""]}
 
@@ -50,11 +51,6 @@ def written_order(source):
     return [
         row for path in sorted(source.rglob("*.parquet")) for row in pq.read_table(path, partitioning=None).to_pylist()
     ]
-
-
-def content(out):
-    """Everything in a folder but its name: file contents, by path."""
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def drop(source, out, **options):
@@ -102,9 +98,9 @@ def test_files_keep_their_names_columns_and_schema_however_many_rows_are_read_at
 
 def test_every_row_dropped_has_a_line_that_says_why(source, finished):
     report, out = finished
-    before = content(out)
+    before = contents(out)
     assert drop(source, out) == report  # finished already
-    assert content(out) == before
+    assert contents(out) == before
     rows = {row["id"]: row for row in written_order(source)}
     kept = {row["id"] for row in written_order(out)}
     lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -146,7 +142,7 @@ def test_killed_at_every_renaming_and_restarted_it_gives_the_same(source, finish
         assert deaths < 30
     assert process.exitcode == 0
     assert deaths >= 6
-    assert content(tmp_path / "out") == content(finished[1])
+    assert contents(tmp_path / "out") == contents(finished[1])
 
 
 @pytest.mark.parametrize(
@@ -212,9 +208,9 @@ def test_shares_may_be_fingerprinted_before_by_several_callers(source, finished,
         assert drop(source, tmp_path / "rows", share=(number, 3)) == {}
     monkeypatch.setattr("modular_star_encoder.synthconl.near_duplicate_job.read_texts", None)  # nothing is left to read
     assert drop(source, tmp_path / "rows") == report
-    assert content(tmp_path / "rows") == content(out)
+    assert contents(tmp_path / "rows") == contents(out)
     assert drop(source, tmp_path / "rows", share=(0, 3)) == {}  # a late task does no harm
-    assert content(tmp_path / "rows") == content(out)
+    assert contents(tmp_path / "rows") == contents(out)
 
 
 def test_datatroves_tasks_write_the_same_files(source, finished, tmp_path):
@@ -224,4 +220,4 @@ def test_datatroves_tasks_write_the_same_files(source, finished, tmp_path):
     for shared, tasks in ((True, 3), (False, 1)):
         steps = [step(source, tmp_path / "rows", shared, **options)]
         local.LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=str(tmp_path / f"logs-{shared}")).run()
-    assert content(tmp_path / "rows") == content(finished[1])
+    assert contents(tmp_path / "rows") == contents(finished[1])

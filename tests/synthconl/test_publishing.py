@@ -5,9 +5,7 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi
 
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
-from modular_star_encoder.synthconl import build as stages
 from modular_star_encoder.synthconl import publishing
-from modular_star_encoder.synthconl.build import build_dataset
 from modular_star_encoder.synthconl.publishing import (
     CodeCounts,
     dataset_card,
@@ -16,28 +14,9 @@ from modular_star_encoder.synthconl.publishing import (
     size_category,
 )
 from tests.errors import raises
-from tests.synthconl.openai_server import OpenAIServer
-from tests.synthconl.samples import small_recipe, translation, write_corpus
+from tests.synthconl.samples import CARD
 
-CARD = {"name": "Mine | ours", "corpus": "Functions of six repositories.", "license_link": "https://example.org/terms"}
 FILES = {"README.md", "statistics.json", "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"}
-
-
-@pytest.fixture(scope="module")
-def arguments():
-    """What the card of `built` is made of."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory, arguments):
-    folder = tmp_path_factory.mktemp("build")
-    write_corpus(folder / "corpus")
-    changes = {"card": CARD, "options": {"body": {"seed": 7}, "revision": "a1b2c3"}}
-    with pytest.MonkeyPatch.context() as patch, OpenAIServer(translation) as server:
-        patch.setattr(stages, "dataset_card", lambda **given: arguments.update(given) or dataset_card(**given))
-        build_dataset(small_recipe(folder / "corpus", server.base_url, **changes), folder / "out", progress=False)
-    return folder / "out"
 
 
 @pytest.fixture
@@ -49,31 +28,31 @@ def hub(monkeypatch):
     return api
 
 
-def test_a_dry_run_lists_the_files_and_sends_nothing(built, monkeypatch, tmp_path):
+def test_a_dry_run_lists_the_files_and_sends_nothing(finished, monkeypatch, tmp_path):
     monkeypatch.setattr(publishing, "HfApi", None)
-    upload = push_dataset(built, "owner/name")
+    upload = push_dataset(finished, "owner/name")
     assert {name for name, _ in upload.files} == FILES
-    assert all(size == (built / "dataset" / name).stat().st_size for name, size in upload.files)
+    assert all(size == (finished / "dataset" / name).stat().st_size for name, size in upload.files)
     assert str(upload).splitlines()[-1] == "nothing was uploaded to owner/name: a dry run"
-    assert upload == push_dataset(built / "dataset", "owner/name")
+    assert upload == push_dataset(finished / "dataset", "owner/name")
     with raises("synthconl.push.no_dataset", tmp_path):
         push_dataset(tmp_path, "owner/name")
     with raises("hub.repository_id", "'name'"):
-        push_dataset(built, "name")
+        push_dataset(finished, "name")
 
 
-def test_an_upload_sends_these_files_alone_to_a_private_repository(built, hub):
-    upload = push_dataset(built, "owner/name", upload=True)
+def test_an_upload_sends_these_files_alone_to_a_private_repository(finished, hub):
+    upload = push_dataset(finished, "owner/name", upload=True)
     hub.create_repo.assert_called_once_with("owner/name", repo_type="dataset", private=True, exist_ok=True)
     options = hub.upload_folder.call_args.kwargs
     assert (options["repo_id"], options["repo_type"]) == ("owner/name", "dataset")
-    assert options["folder_path"] == built / "dataset"
+    assert options["folder_path"] == finished / "dataset"
     assert set(options["allow_patterns"]) == FILES
     assert str(upload).endswith("uploaded to https://hub.example/datasets/owner/name")
 
 
-def test_the_card_has_the_metadata_of_the_hub(built):
-    data = DatasetCard.load(built / "dataset" / "README.md").data.to_dict()
+def test_the_card_has_the_metadata_of_the_hub(finished):
+    data = DatasetCard.load(finished / "dataset" / "README.md").data.to_dict()
     assert data["license"] == "other"
     assert (data["license_name"], data["license_link"]) == ("as-in-the-repositories", CARD["license_link"])
     assert data["size_categories"] == ["n<1K"]
@@ -84,8 +63,8 @@ def test_the_card_has_the_metadata_of_the_hub(built):
     assert {rows: size_category(rows) for rows in sizes} == sizes
 
 
-def test_the_card_says_how_the_dataset_was_made(built):
-    card = (built / "dataset" / "README.md").read_text()
+def test_the_card_says_how_the_dataset_was_made(finished):
+    card = (finished / "dataset" / "README.md").read_text()
     for text in (
         "# Mine | ours",
         "Functions of six repositories.",
@@ -115,15 +94,15 @@ def test_the_card_says_how_the_dataset_was_made(built):
         ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own."),
     ],
 )
-def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(built, arguments, changes, sentence):
-    settings = {**arguments["settings"], "translations": arguments["settings"]["translations"] | changes}
-    assert sentence in dataset_card(**arguments | {"settings": settings})
+def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(finished, card_arguments, changes, sentence):
+    settings = {**card_arguments["settings"], "translations": card_arguments["settings"]["translations"] | changes}
+    assert sentence in dataset_card(**card_arguments | {"settings": settings})
 
 
-def test_a_card_without_rejected_answers_has_no_empty_table(built, arguments):
-    reports = arguments["reports"]
+def test_a_card_without_rejected_answers_has_no_empty_table(finished, card_arguments):
+    reports = card_arguments["reports"]
     without = {**reports, "triplets": reports["triplets"] | {"rejected": {}}}
-    rejected, none = dataset_card(**arguments), dataset_card(**arguments | {"reports": without})
+    rejected, none = dataset_card(**card_arguments), dataset_card(**card_arguments | {"reports": without})
     assert "rejected for these reasons:\n\n| reason |" in rejected
     assert "taken out of its block.\n" in none
     assert "| reason |" not in none

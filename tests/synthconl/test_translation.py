@@ -22,12 +22,7 @@ from modular_star_encoder.synthconl.translation import (
 )
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
-from tests.synthconl.samples import (
-    FUNCTION_SCHEMA,
-    echo,
-    endpoint_settings,
-    function_rows,
-)
+from tests.synthconl.samples import FUNCTION_SCHEMA, echo, endpoint_settings, function_rows
 
 ROWS = 30
 SEED = 5

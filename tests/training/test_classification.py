@@ -12,7 +12,6 @@ from modular_star_encoder.data.finetuning_rows import ClassificationRows
 from modular_star_encoder.data.pairs import read_labelled_pairs
 from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.training.finetuning import finetune_classifier, load_finetuning
-from modular_star_encoder.training.recipes import ClassificationRecipe, hub_config_folder
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS
 from tests.training.retrieval_runs import WORDS, write_checkpoint, write_recipe
@@ -103,11 +102,8 @@ def test_damaged_files_are_refused_by_line(tmp_path, file, text, key, value):
     pairs = dict.fromkeys(("train", "valid"), folder / file)
     with raises(key, value):
         read_labelled_pairs(pairs if file == "pairs.jsonl" else {"bigclonebench": folder})
-
-
-def test_other_sources_of_pairs_are_refused():
-    for settings, value in (({"pairs": "x"}, "not pairs"), ({"bigclonebench": None}, "not bigclonebench=None")):
-        with raises("data.pairs.settings", value):
+    for settings, shown in (({"pairs": "x"}, "not pairs"), ({"bigclonebench": None}, "not bigclonebench=None")):
+        with raises("data.pairs.settings", shown):
             read_labelled_pairs(settings)
 
 
@@ -173,10 +169,3 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
         recipe, finetune = load_finetuning(recipe_file, [override])
         finetune(recipe, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_papers_recipe_holds_its_figures():
-    recipe, _ = load_finetuning(hub_config_folder("finetuned") / "clone_detection.yaml")
-    assert isinstance(recipe, ClassificationRecipe)
-    assert (recipe.max_steps, recipe.batch_size) == (14_000, 64)
-    assert {"warmup_steps": 2000, "learning_rate": 1e-5}.items() <= recipe.to_dict().items()

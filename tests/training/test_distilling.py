@@ -18,20 +18,11 @@ from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_f
 from modular_star_encoder.training.starting_points import grow, grow_checkpoint, start_from_teacher
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
-from tests.tiny import tiny_batch, tiny_config, tiny_model
+from tests.tiny import NO_DROPOUT, ZERO, tiny_batch, tiny_config, tiny_model
 from tests.training.retrieval_runs import end_by_signals, finetuning_settings, write_recipe, write_triplets
 from tests.training.test_finetuning import straight_and_interrupted
 
-STUDENT = {
-    "exit_layers": (0, 1, 2),
-    "num_hidden_layers": 2,
-    "token_weights": True,
-    "projection_head": "linear",
-    "projection_order": "pool_then_project",
-    "exit_norm": "none",
-    "instruction_prompts": False,
-    **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0),
-}
+STUDENT = ZERO | NO_DROPOUT | {"exit_layers": (0, 1, 2), "num_hidden_layers": 2, "instruction_prompts": False}
 EXIT_0 = STUDENT | {"exit_layers": (0,), "num_hidden_layers": 0}
 
 

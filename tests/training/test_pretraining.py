@@ -160,16 +160,6 @@ def test_numbers_that_yaml_reads_as_words_are_numbers(recipe_file):
     assert (arguments.milestones, arguments.fractions) == ([1000, 2000], [0.1, 0.0])
 
 
-def test_the_papers_recipe_is_the_papers():
-    recipe = load_recipe(PretrainingRecipe, hub_config_folder("pretrained") / "recipe.yaml")
-    assert recipe.tokens_per_step == pytest.approx(3.99e6, rel=0.005)
-    assert (recipe.max_steps, recipe.max_tokens) == (245_000, 2048)
-    expected = {"learning_rate": 6.24e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
-    assert (expected | {"weight_decay": 0.1, "exit_weights": "paper"}).items() <= recipe.to_dict().items()
-    assert recipe.batches(8)["gradient_accumulation_steps"] == recipe.tokens_per_step // (8 * 4 * 2048)
-    assert model_config(recipe).num_hidden_layers == 36
-
-
 def test_ended_at_random_moments_and_restarted_it_ends_with_the_same_weights(recipe_file, tmp_path):
     settings = yaml.safe_load(recipe_file.read_text()) | {"max_steps": 40, "save_steps": 8}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)

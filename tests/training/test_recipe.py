@@ -4,11 +4,7 @@ from modular_star_encoder.cli.main import main
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
-from modular_star_encoder.training.recipes import (
-    ClassificationRecipe,
-    FinetuningRecipe,
-    PretrainingRecipe,
-)
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
 from modular_star_encoder.training.runs import format_log
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
@@ -98,3 +94,36 @@ def test_recipes_are_listed_shown_and_copied_but_no_file_is_replaced(tmp_path, c
     (tmp_path / "my.yaml").write_text("mine")
     assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 2
     assert (tmp_path / "my.yaml").read_text() == "mine"
+
+
+PAPER = {
+    "pretrained/recipe": (
+        PretrainingRecipe,
+        {"max_steps": 245_000, "max_tokens": 2048, "learning_rate": 6.24e-4, "weight_decay": 0.1, "adam_beta1": 0.9}
+        | {"adam_beta2": 0.95, "adam_epsilon": 1e-6, "exit_weights": "paper"},
+    ),
+    "finetuned/recipe": (
+        FinetuningRecipe,
+        {"max_steps": 20_000, "batch_size": 2048, "max_train_samples": 635_404, "max_code_tokens": 2048}
+        | {"learning_rate": 1e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
+        | {"exit_weights": "paper", "identifier_rename_prob": 0.3},
+    ),
+    "finetuned/clone_detection": (
+        ClassificationRecipe,
+        {"max_steps": 14_000, "batch_size": 64, "warmup_steps": 2000, "learning_rate": 1e-5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_hold_its_figures(name):
+    kind, figures = PAPER[name]
+    recipe = load_recipe(kind, find_recipe(name))
+    assert figures.items() <= recipe.to_dict().items()
+    if kind is PretrainingRecipe:
+        assert recipe.tokens_per_step == pytest.approx(3.99e6, rel=0.005)
+        assert recipe.batches(8)["gradient_accumulation_steps"] == recipe.tokens_per_step // (8 * 4 * 2048)
+    if kind is FinetuningRecipe:  # ours learns a scale from 30
+        assert recipe.objective.logit_scale == 10.0
+        changes = {"config": {"logit_scale_init_value": 30.0}, "exit_weights": "uniform"}
+        assert load_recipe(kind, find_recipe("finetuned/recommended")).to_dict() == recipe.to_dict() | changes

@@ -128,7 +128,7 @@ def test_a_parse_that_takes_too_long_is_given_up_and_the_next_is_not_disturbed(m
 
 
 def test_threads_may_parse_at_the_same_time():
-    texts = {"c": "int f() { return 1; }\n" * 2000, "python": "def f(x):\n    return x\n" * 1000}
+    texts = {"c": "int f() { return 1; }\n" * 400, "python": "def f(x):\n    return x\n" * 200}
     expected = {language: find_functions(text, language) for language, text in texts.items()}
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -154,7 +154,7 @@ def test_headers_and_an_upper_case_suffix_of_c_are_cpp_if_they_hold_it():
         assert language_of_text("c", path, "int a;\n") == "c"
 
 
-MUTATIONS = int(os.environ.get("MOSE_MUTATIONS", "400"))  # files
+MUTATIONS = int(os.environ.get("MOSE_MUTATIONS", "200"))  # files
 SNIPPETS = [
     *"(){}[]<>;:,\"'`#@$\\/%\t\n\r",
     *('"""', "'''", "/*", "*/", "/**", "//", "<<~EOS\n", "<<<EOT\n", "?>", "<?php", "=begin\n", "=end\n", "\r\n", "#{"),
