@@ -46,7 +46,7 @@ def test_a_contradiction_is_refused_at_construction(changes, sentence):
 @pytest.mark.parametrize(
     ("build", "changes", "sentence"),
     [
-        (tiny_config, {"check_exit": 1}, "check_exit is the name of a method"),
+        (ModularStarEncoderConfig.from_dict, {"config_dict": {"check_exit": 1}}, "check_exit is the name of a method"),
         (tiny_config, {"num_labels": 10**18}, r"num_labels=10{18} must be from 0 to 65536"),
         (tiny_model, {"hidden_act": "leaky"}, "hidden_act='leaky' must be one of .*leaky_relu"),
         (tiny_model, {"projection_act": "leaky"}, "projection_act='leaky' must be one of .*leaky_relu"),
