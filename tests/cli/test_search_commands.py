@@ -211,6 +211,18 @@ def test_related_code_needs_no_index_and_no_working_folder(code, mose, monkeypat
     assert len(list((tmp_path / "cache").glob("*/*/*/index.json"))) == 1
 
 
+def test_json_and_text_show_a_terminal_no_character_that_steers_it(code, mose):
+    write_code(code, {"a\u202e\x1b[2Jb.py": "def turned():\n    return '\u2066\x9b'\n", "c\x1b[2J.py": "x = 1\n"})
+    name = "a\u202e\x1b[2Jb.py"
+    shown = [mose("index", code, "--json", "--show-skipped")[1], mose("search", "turned", code, "--json")[1]]
+    assert json.loads(shown[1])[0]["hits"][0]["path"].endswith(name)
+    assert json.loads(shown[1])[0]["hits"][0]["text"] == "def turned():\n    return '\u2066\x9b'"
+    shown += [mose("search", "turned", code)[1], *mose("index", code, "--show-skipped")[1:]]
+    shown += [mose("related", f"{code / name}:1", *options)[1] for options in ((), ("--json",))]
+    for text in shown:
+        assert text.translate({10: "", 13: ""}).isprintable()  # 13: of the progress bar
+
+
 def test_the_skill_file_shows_the_schema_of_json(code, mose):
     skill = Path("examples/search/SKILL.md").read_text()
     (answer,) = json.loads(mose("search", "push", code, "--json")[1])

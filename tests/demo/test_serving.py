@@ -1,8 +1,11 @@
+import json
 import re
 import runpy
 import socket
 import sys
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -13,7 +16,9 @@ from packaging.version import Version
 
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.demo import serving
-from modular_star_encoder.demo.serving import served
+from modular_star_encoder.demo.serving import LARGEST_REQUEST, served
+from modular_star_encoder.search.index import LONGEST_QUESTION
+from modular_star_encoder.search.vector_store import LONGEST_PATH
 from tests.demo.conftest import HOSTILE_NAME
 from tests.errors import raises
 
@@ -49,6 +54,83 @@ def test_files_of_the_index_are_served_and_others_are_not(address, index):
         assert httpx.get(f"{address}source", params={"path": path}).status_code == 404
     assert httpx.get(f"{address}source", params={"path": "stack.py", "first": "x"}).status_code == 404
     assert httpx.get(f"{address}gradio_api/file={index.folder}/stack.py").status_code in (403, 404)
+
+
+def asked(address, data, session):
+    """Ask a question as the page does; return the HTML of both sides, or the status and the reason if it is refused."""
+    dependencies = httpx.get(f"{address}config", timeout=300).json()["dependencies"]
+    function = next(one["id"] for one in dependencies if len(one["inputs"]) == 6)
+    body = {"data": data, "fn_index": function, "session_hash": session}
+    joined = httpx.post(f"{address}gradio_api/queue/join", json=body, timeout=300)
+    if joined.status_code != 200:
+        return joined.status_code, joined.text
+    with httpx.stream(
+        "GET", f"{address}gradio_api/queue/data", params={"session_hash": session}, timeout=300
+    ) as events:
+        for line in events.iter_lines():
+            message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {"msg": ""}
+            if message["msg"] == "process_completed":
+                return message["output"].get("data") or message["output"]
+
+
+def resident_mb():
+    return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+
+def test_fifty_clients_are_answered_in_bounded_memory(address, index):
+    big = Path(index.folder, "settings.py")
+    before, was = resident_mb(), big.read_text()
+    big.write_text("".join(f"OPTION_{number} = {number} * (a[{number}] + b({number}))\n" for number in range(30_000)))
+    with ThreadPoolExecutor(50) as pool:
+        pages = pool.map(lambda _: httpx.get(f"{address}source?path=settings.py&first=9000", timeout=300), range(15))
+        answers = pool.map(lambda n: asked(address, ["push an item", [], "", 0, 0, 1], f"client{n}"), range(50))
+        assert all("mose-hit" in html for sides in answers for html in sides)
+        assert {(page.status_code, "OPTION_8999" in page.text, len(page.text) < 1_000_000) for page in pages} == {
+            (200, True, True)
+        }
+    big.write_text(was)
+    assert resident_mb() - before < 300  # with the clients, which are in this process
+
+
+def test_questions_over_the_limit_are_refused_and_none_skips_the_queue(index, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.demo.page.MOST_WAITING", 5)
+    question = ["add", [], "", 0, 0, 1]
+    with served(index) as address, ThreadPoolExecutor(12) as pool:
+        with index._lock:  # no question is answered
+            waiting = [pool.submit(asked, address, question, f"client{n}") for n in range(12)]
+            while sum(one.done() for one in waiting) < 5:
+                time.sleep(0.05)
+        replies = [one.result() for one in waiting]
+        refused = [reply for reply in replies if reply[0] == 503]
+        assert all("Queue is full" in text for _, text in refused)
+        assert len(refused) >= 5
+        assert all("mose-hit" in html for reply in replies if reply[0] != 503 for html in reply)
+        direct = httpx.post(f"{address}gradio_api/run/answer", json={"data": question})
+        assert direct.status_code == 404
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_is_refused_however_it_is_sent(address, chunked):
+    body = b"x" * (LARGEST_REQUEST + 1)
+    for path in ("queue/join", "run/answer", "upload", "component_server", "cancel"):
+        sent = (body[start : start + 10_000] for start in range(0, len(body), 10_000)) if chunked else body
+        answer = httpx.post(f"{address}gradio_api/{path}", content=sent, headers={"content-type": "application/json"})
+        # Gradio turns every error of reading these two into 400.
+        assert answer.status_code in ((400, 413) if path in ("upload", "component_server") else (413,)), path
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (["x" * (LONGEST_QUESTION + 1), [], "", 0, 0, 1], "2,000"),
+        (["add", [], "x" * (LONGEST_PATH + 1), 0, 0, 1], "4,096"),
+        (["add", [], "[", 0, 0, 1], "["),
+    ],
+)
+def test_a_client_that_sends_too_much_gets_a_sentence(address, data, named):
+    left, right = asked(address, data, "long")
+    assert named in re.fullmatch('<p class="mose-error" role="alert">([^<]*)</p>', left)[1]
+    assert right == ""
 
 
 def test_a_port_that_is_taken_is_one_sentence(index):

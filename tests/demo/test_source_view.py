@@ -1,11 +1,16 @@
 import os
-from types import SimpleNamespace
+import re
+from html import unescape
+from unittest.mock import Mock
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from modular_star_encoder.demo.serving import LARGEST_FILE, LocalFiles, repository_links
+from modular_star_encoder.demo import serving
+from modular_star_encoder.demo.serving import LocalFiles, repository_links
+from modular_star_encoder.search.building import SEARCH_FILTERS
 from modular_star_encoder.search.hits import Hit
+from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import file_id
 from tests.demo.conftest import HOSTILE_NAME
 from tests.errors import raises
@@ -27,8 +32,9 @@ def folder(tmp_path):
 
 
 def files_of(folder, *known):
-    store = SimpleNamespace(files=lambda: {file_id(path): None for path in known})
-    return LocalFiles(SimpleNamespace(folder=str(folder), store=store))
+    store, settings = Mock(), Mock(folder=str(folder))
+    store.files.return_value = {file_id(path): None for path in known}
+    return LocalFiles(CodeIndex(store, settings))
 
 
 def test_a_file_of_the_index_is_shown_escaped_with_its_lines_marked(folder, index):
@@ -49,15 +55,46 @@ OUTSIDE = ["../secret.py", "sub/../../secret.py", "link.py", "linked/secret.py",
 @pytest.mark.parametrize("path", [*OUTSIDE, "sub", "", "a\0b", "gone.py"])
 def test_nothing_but_indexed_files_inside_the_folder_is_shown(folder, path):
     known = {path} - {"unindexed.env", "sub", ""}  # even if an index claimed to hold the file
-    with raises("demo.file.missing"):
+    with raises("search.file.missing", repr(path)):
         files_of(folder, *known).page(path)
     for absolute in (folder / "link.py", folder / "sub" / "a b.py"):
-        with raises("demo.file.missing"):
+        with raises("search.file.missing"):
             files_of(folder, "sub/a b.py").page(str(absolute))
+
+
+def test_a_file_that_an_index_may_no_longer_hold_is_not_shown(folder, monkeypatch):
     with open(folder / "huge.py", "wb") as file:
-        file.truncate(LARGEST_FILE + 1)
-    with raises("demo.file.large"):
+        file.truncate(SEARCH_FILTERS.max_bytes + 1)
+    with raises("search.file.left_out", "huge.py"):
         files_of(folder, "huge.py").page("huge.py")
+    os.mkfifo(folder / "pipe.py")
+    with raises("search.file.missing"):
+        files_of(folder, "pipe.py").page("pipe.py")
+    monkeypatch.setattr("modular_star_encoder.search.index.file_inside", lambda *_: folder / "pipe.py")  # swapped later
+    with raises("search.file.left_out", "pipe.py"):
+        files_of(folder, "pipe.py").page("pipe.py")
+
+
+@pytest.mark.parametrize(("most_lines", "most_characters"), [(3, 50_000), (1000, 30)])
+def test_a_long_file_is_shown_in_parts_that_link_to_one_another(folder, monkeypatch, most_lines, most_characters):
+    monkeypatch.setattr(serving, "MOST_LINES", most_lines)
+    monkeypatch.setattr(serving, "MOST_CHARACTERS", most_characters)
+    (folder / "long.py").write_text("\n".join(f"line_{n:02} = 1" for n in range(1, 11)))  # 11 characters each
+    files, seen, first = files_of(folder, "long.py"), [], 1
+    while True:
+        page = files.page("long.py", first, first)
+        seen += re.findall(r"line_(\d\d)", page)
+        assert f"line_{first:02}" in re.sub("<[^>]*>", "", page.split('class="hll"')[1].split("\n")[0])
+        links = {
+            name: parse_qs(urlsplit(unescape(to)).query)["first"][0]
+            for to, name in re.findall('href="([^"]*)">(earlier|later) lines', page)
+        }
+        assert links.get("earlier") == (str(first - 1) if first > 1 else None)
+        if "later" not in links:
+            break
+        first = int(links["later"])
+    assert seen == [f"{n:02}" for n in range(1, 11)]
+    assert "line_10" in files.page("long.py", 10**9, 10**9)
 
 
 def test_links_lead_to_the_page_of_the_file_and_are_absent_where_it_is_gone(folder):

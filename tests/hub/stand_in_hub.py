@@ -95,7 +95,7 @@ class _Handler(LoopbackHandler):
         body = self._body()
         with hub.lock:
             hub.requests.append((self.command, path))
-            fault = hub.fault(self.command, path) if hub.fault else None
+        fault = hub.fault(self.command, path) if hub.fault else None  # it may wait for another request
         try:
             if isinstance(fault, int):
                 raise Refusal(fault, "A fault of the stand-in")

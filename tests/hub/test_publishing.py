@@ -1,4 +1,6 @@
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -137,6 +139,31 @@ def test_a_commit_of_someone_else_is_not_overwritten(hub, api, staged):
     hub.fault = None
     assert "-" in {change.kind for change in push(second, api, upload=True).changes}
     assert hub.files("me/tiny") == contents(second.folder)
+
+
+def test_of_two_uploads_at_once_one_is_whole_and_the_other_changes_nothing(hub, api, staged):
+    both_are_ready = threading.Barrier(2)
+
+    def wait(method, path):
+        if "/commit/" in path:
+            both_are_ready.wait(60)
+
+    def upload(one):
+        try:
+            return push(one, HfApi(endpoint=hub.endpoint, token=TOKEN), upload=True).uploaded
+        except OSError as error:
+            return str(error)
+
+    hub.fault = wait
+    with ThreadPoolExecutor(2) as pool:
+        results = [*pool.map(upload, staged)]
+    hub.fault = None
+    assert results.count(True) == 1, results
+    assert any("me/tiny was changed by someone else" in str(one) for one in results), results
+    winner = results.index(True)
+    assert hub.files("me/tiny") == contents(staged[winner].folder)
+    assert push(staged[1 - winner], api, upload=True).uploaded
+    assert hub.files("me/tiny") == contents(staged[1 - winner].folder)
 
 
 def test_a_refused_token_writes_nothing_and_is_not_repeated_and_a_hub_may_be_away(hub, staged):

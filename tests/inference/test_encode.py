@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,18 @@ def test_every_exit_equals_the_model_called_with_one_text(model, tokenizer):
                 alone = model(inputs["input_ids"], inputs["attention_mask"], exit_layer=exit_layer).sentence_embedding
             assert np.allclose(alone[0].numpy(), embedding, atol=1e-5)
     assert not np.allclose(embeddings[1], embeddings[4], atol=0.1)
+
+
+def test_threads_may_share_a_model_and_its_tokenizer(model, tokenizer, tmp_path):
+    model.eval()
+    stock = SentenceTransformer(str(save_retrieval_checkpoint(model, tokenizer, tmp_path / "model")))
+    texts = [[*TEXTS[number % 3 :], "x = 1\n" * (1 + number % 7)] for number in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        ours = pool.map(lambda some: encode(model, tokenizer, some, max_length=12)[4], texts)
+        theirs = pool.map(lambda some: stock.encode(some, exit_layer=1 + len(some) % 2), texts)
+        for some, one, other in zip(texts, ours, theirs, strict=True):
+            assert np.allclose(one, encode(model, tokenizer, some, max_length=12)[4], atol=1e-6)
+            assert np.allclose(other, stock.encode(some, exit_layer=1 + len(some) % 2), atol=1e-6)
 
 
 def test_batches_keep_to_the_token_budget_and_a_long_text_goes_alone(model, tokenizer):

@@ -32,5 +32,6 @@ def test_bars(share, bar):
 
 def test_what_steers_a_terminal_is_not_printed():
     assert printable("\x1b[31m\u202ered\n\t\udcff") == "�[31m�red�    �"
+    assert "\x1b" not in str(hit(0.5, "\x1b[2J"))
     assert "\x1b" not in format_answer(Answer("?", [hit(0.5, "\x1b[2J", "\x1b]0;title\x07 = 1")]))
     assert max(map(len, format_answer(Answer("?", [hit(0.5, text="x" * 500)]), width=80).splitlines())) == 80

@@ -6,6 +6,7 @@ import sys
 import pytest
 from mcp import Client, StdioServerParameters
 
+from modular_star_encoder.cli.main import main
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.mcp_server import MOST_CHARACTERS, build_server
 from tests.search.conftest import build, write_code
@@ -42,14 +43,59 @@ def test_an_agent_searches_reads_and_finds_what_is_alike(index, code):
     assert lines == ("3\tfunc Add(a int, b int) int {\n4\t    return a + b", False)
 
 
-@pytest.mark.parametrize("path", ["../secret.py", "/etc/hostname", "link.py", "linked/secret.py", "nothing.py", "src"])
-def test_nothing_outside_the_folder_is_read(index, code, path):
-    (code.parent / "secret.py").write_text("SECRET = 1\n")
+UNREAD = ["../secret.py", "/etc/hostname", "link.py", "linked/secret.py", "nothing.py", "src", "pipe.py", "a\0.py", ""]
+UNREAD += [".env", ".mose/secret.py", ".git/config", ".git/secret.py", "ignored.py", "\ud800.py", "src/../.env"]
+
+
+def test_only_what_the_index_may_hold_is_read_or_shown(code, checkpoint):
+    write_code(code, {".gitignore": "ignored.py\n"})
+    for path in ("../secret.py", ".env", ".git/config", ".git/secret.py", "ignored.py"):
+        write_code(code, {path: "SECRET = 'secret of the machine'\n"})
     os.symlink(code.parent / "secret.py", code / "link.py")
     os.symlink(code.parent, code / "linked")
-    ((text, is_error),) = ask(build_server(index), ("read", {"path": path}))
-    assert is_error
-    assert "SECRET" not in text
+    os.mkfifo(code / "pipe.py")
+    index = build(code, code / ".mose", checkpoint)
+    write_code(code, {".mose/secret.py": "SECRET = 'secret of the machine'\n"})
+    calls = [
+        (tool, {"path": path, **more}) for path in UNREAD for tool, more in (("read", {}), ("related", {"line": 1}))
+    ]
+    calls += [("search", {"question": "secret of the machine", "top_k": 20, "path": path}) for path in (None, "**")]
+    for (tool, arguments), (text, is_error) in zip(calls, ask(build_server(index), *calls), strict=True):
+        assert is_error is (tool != "search"), (tool, arguments)
+        assert "SECRET" not in text, (tool, arguments)
+        assert not is_error or repr(arguments["path"]).encode(errors="replace").decode() in text
+
+
+@pytest.mark.parametrize(
+    ("tool", "name", "length"),
+    [("search", "question", 2000), ("search", "path", 4096), ("related", "path", 4096), ("read", "path", 4096)],
+)
+def test_a_long_argument_is_refused_with_its_limit(index, tool, name, length):
+    others = {"search": {"question": "x"}, "related": {"line": 1}, "read": {}}[tool]
+    longest, longer = ask(build_server(index), *((tool, {**others, name: "x" * size}) for size in (length, length + 1)))
+    assert f"at most {length} characters" not in longest[0]
+    assert (longer[1], f"at most {length} characters" in longer[0], len(longer[0]) < 500) == (True, True, True)
+
+
+def test_names_and_code_that_steer_a_terminal_are_shown_harmlessly(code, tmp_path, checkpoint):
+    name = "a\x1b[2J\u202e\nb.py"
+    write_code(code, {name: "def turned():\n    return '\u202e\x1b]0;title\x07\u2066'\n"})
+    index = build(code, tmp_path / "index", checkpoint)
+    calls = [
+        ("search", {"question": "turned", "top_k": 1}),
+        ("read", {"path": name}),
+        ("read", {"path": name + "\x1b"}),
+    ]
+    for text, _ in ask(build_server(index), *calls):
+        assert "\u202e" not in text
+        assert text.replace("\n", "").replace("\t", "").isprintable(), text
+
+
+def test_an_index_that_came_with_a_folder_serves_no_other_folder(code, tmp_path, checkpoint, capsys):
+    write_code(tmp_path / "outside", {"secret.py": "SECRET = 'secret of the machine'\n"})
+    build(tmp_path / "outside", code / ".mose", checkpoint)
+    assert main(["mcp", str(code)]) == 2
+    assert str(tmp_path / "outside") in capsys.readouterr().err
 
 
 def test_answers_are_cut(index, code):

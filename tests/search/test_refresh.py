@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -131,6 +133,30 @@ def test_threads_share_an_index_while_its_files_change(code, tmp_path, checkpoin
         names, alike = zip(*pool.map(ask, range(8)), strict=True)
     assert names == tuple(f"brand_new_{number}" for number in range(8))
     assert min(alike) >= 4
+
+
+@pytest.mark.slow
+def test_two_indexings_at_once_leave_a_whole_index_and_searches_meanwhile_find_whole_files(tmp_path):
+    code, parts, files = tmp_path / "code", 60, 60  # more rows than a transaction takes
+    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "index", str(code)]
+    for version in range(3):
+        text = "".join(f"def part_{place}():\n    return 'version {version}'\n\n\n" for place in range(parts))
+        for number in range(files):
+            write_code(tmp_path, {"new": f"# {number}\n{text}"})
+            code.mkdir(exist_ok=True)
+            os.replace(tmp_path / "new", code / f"file_{number}.py")  # no indexing reads half of it
+        writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        index = CodeIndex.open(code / ".mose") if version else None
+        while any(writer.poll() is None for writer in writers):
+            for number in range(0, files if index else 0, 7):
+                hits = index.search(["part version"], top_k=999, path=f"file_{number}.py")[0].hits
+                assert len(hits) == parts
+                assert len({hit.text.split("version ")[1] for hit in hits}) == 1
+        for writer in writers:
+            error = writer.communicate()[1]
+            assert writer.returncode == 0 or (writer.returncode == 2 and "Another process is writing" in error)
+        assert CodeIndex.open(code / ".mose").store.count() == files * parts
+    assert {hit.text.split("version ")[1][0] for hit in index.search(["part version"], top_k=9999)[0].hits} == {"2"}
 
 
 def test_a_second_search_of_an_unindexed_folder_waits_for_the_first(code, tmp_path, checkpoint, monkeypatch):

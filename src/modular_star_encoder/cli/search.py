@@ -137,7 +137,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         values = {"index": index.store.location, **report.to_dict()}
         if arguments.show_skipped:
             values["skipped_files"] = dict(report.notes())
-        print(json.dumps(values, indent=2, ensure_ascii=False))
+        print(json.dumps(values, indent=2))
     else:
         exits = ", ".join(map(str, index.settings.exit_layers))
         print(
@@ -209,7 +209,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     answers = index.search(arguments.questions, exit_layer=exit_layer, cascade=cascade, **options)
     if arguments.json:
         shown = [answer.to_dict(explain=arguments.explain) for answer in answers]
-        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        print(json.dumps(shown, indent=2))
         return
     for answer in answers:
         if len(answers) > 1:
@@ -254,7 +254,7 @@ def run_related(arguments: argparse.Namespace) -> None:
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
     answer = Answer(f"{path}:{line}", index.related(inside, int(line), top_k=arguments.top_k), method="vector")
     if arguments.json:
-        print(json.dumps(answer.to_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(answer.to_dict(), indent=2))
     else:
         print(format_answer(answer, lines=arguments.lines))
 
@@ -264,9 +264,12 @@ def run_mcp(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.mcp_server import build_server
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
-    store = open_store(os.path.join(os.path.expanduser(arguments.folder), INDEX_FOLDER))
+    folder = os.path.expanduser(arguments.folder)
+    store = open_store(os.path.join(folder, INDEX_FOLDER))
     has_index = store.settings() is not None  # an index keeps its settings
-    index = CodeIndex.open(store) if has_index else CodeIndex.build(arguments.folder, store, progress=False)
+    index = CodeIndex.open(store) if has_index else CodeIndex.build(folder, store, progress=False)
+    # An index that came with foreign code may be of another folder, whose files would be read.
+    index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
     build_server(index).run("stdio")
 
 

@@ -13,13 +13,15 @@ from typing import Any
 
 from modular_star_encoder.demo.results import LinkTo, Reply, message_html, results_html
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, checkpoint_profile
-from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.hits import printable
+from modular_star_encoder.search.index import LONGEST_QUESTION, CodeIndex
 from modular_star_encoder.search.ranking import Cascade
-from modular_star_encoder.search.vector_store import readable_path
+from modular_star_encoder.search.vector_store import LONGEST_PATH, readable_path
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 TOP_K = 5
-LONGEST_QUESTION = 2000
+MOST_WAITING = 100
+"""Most questions that wait for an answer; further ones are refused (HTTP status 503)."""
 _CANDIDATES = 50
 # Errors that a user can fix: the page shows one sentence instead of a traceback.
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
@@ -156,7 +158,8 @@ class SearchPage:
             f"exit{'s' if self.sides > 1 else ''} {', '.join(map(str, self.exit_layers))}",
             f"checkpoint {short_name(self.checkpoint)}",
         )
-        head = f"<h1>Search <em>{escape(folder)}</em></h1><p>{' · '.join(map(escape, facts))}</p>"
+        named, line = (escape(printable(text)) for text in (folder, " · ".join(facts)))
+        head = f"<h1>Search <em>{named}</em></h1><p>{line}</p>"
         problem = message_html(self.problem, error=True) if self.problem else ""
         return f'<div class="mose-header">{head}</div>{problem}'
 
@@ -223,7 +226,8 @@ def build_blocks(page: SearchPage) -> Any:
         with gradio.Row():
             known = list(page.index.settings.languages)
             languages = gradio.Dropdown(known, multiselect=True, label="Languages (all if none is chosen)")
-            path = gradio.Textbox(label="Files", placeholder="all, or a pattern: *.py or src/**", max_lines=1)
+            options = {"label": "Files", "placeholder": "all, or a pattern: *.py or src/**", "max_lines": 1}
+            path = gradio.Textbox(max_length=LONGEST_PATH, **options)
             deeper = page.rerank_exit_layers
             choices = [("no", 0), *((f"by exit {one}", one) for one in deeper)]
             rerank = gradio.Dropdown(choices, value=0, label="Re-rank the best", visible=bool(deeper))
@@ -241,6 +245,8 @@ def build_blocks(page: SearchPage) -> Any:
         gradio.on([button.click, question.submit], page.answer, **options)
         changes = [languages.change, path.submit, rerank.change, *(slider.change for slider in sliders)]
         gradio.on(changes, page.answer, trigger_mode="always_last", **options)
+    # Without the queue, a client could ask any number of questions at once.
+    blocks.queue(max_size=MOST_WAITING, api_open=False)
     return blocks
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
 
-from pygments import highlight
+from pygments import format
 from pygments.formatters import HtmlFormatter
 from pygments.lexer import Lexer
 from pygments.lexers import PhpLexer, TextLexer, get_lexer_by_name
+from pygments.token import Text, _TokenType
 from pygments.util import ClassNotFound
 
 from modular_star_encoder.search.hits import Answer, Hit, printable
 
 FIRST_LINES = 9
-MOST_LINES = 200
+MOST_CHARACTERS = 10_000
+"""Most characters of the code of a hit; in HTML, each may take twenty."""
 _LONGEST_LINE = 1000
+_SECONDS, _SECONDS_PER_CHARACTER = 0.1, 2e-5
 
 LinkTo = Callable[[str, Hit], str | None]
 """Called with a path in the indexed folder and a hit in this file; returns the hit's web address, or None."""
@@ -61,7 +65,7 @@ def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo
 def message_html(text: str, *, error: bool = False) -> str:
     """Return HTML with `text` as a note or, if `error`, as an error message, which screen readers announce."""
     kind, role = ("mose-error", "alert") if error else ("mose-note", "status")
-    return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
+    return f'<p class="{kind}" role="{role}">{escape(printable(text))}</p>'
 
 
 def lexer_for(language: str) -> Lexer:
@@ -74,11 +78,29 @@ def lexer_for(language: str) -> Lexer:
         return TextLexer(stripnl=False)
 
 
+def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
+    """Return code as `formatter` writes it, the rest without colours when the time for its length is over.
+
+    Some lexers need a time that grows with the square of a hostile text's length.
+    """
+    text += "\n"  # some lexers need the end of the last line
+    end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
+
+    def tokens() -> Iterator[tuple[_TokenType, str]]:
+        for place, kind, value in lexer_for(language).get_tokens_unprocessed(text):
+            if time.thread_time() > end:
+                yield Text, text[place:]
+                return
+            yield kind, value
+
+    return str(format(tokens(), formatter))
+
+
 def code_html(text: str, language: str) -> str:
     """Return HTML of highlighted code, without a `<pre>` around it. A � replaces each unprintable character."""
     # Split only at line feeds, as files do: `splitlines` also splits at characters that are to be replaced.
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").split("\n")]
-    return highlight("\n".join(lines), lexer_for(language), HtmlFormatter(nowrap=True)).rstrip("\n")
+    return highlighted("\n".join(lines), language, HtmlFormatter(nowrap=True)).rstrip("\n")
 
 
 def code_styles() -> str:
@@ -98,19 +120,18 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
         f'<article class="mose-hit"><header><span class="mose-rank">{rank}</span><b class="mose-name">{name}</b>'
         f'{badge}<span class="mose-score" title="cosine similarity"><span class="mose-bar">'
         f'<i style="width:{100 * share:.1f}%"></i></span>{hit.score:.3f}</span></header>'
-        f'<div class="mose-place">{place} · {escape(hit.language)}</div>{_code_block(hit)}</article>'
+        f'<div class="mose-place">{place} · {escape(printable(hit.language))}</div>{_code_block(hit)}</article>'
     )
 
 
 def _code_block(hit: Hit) -> str:
-    lines = hit.text.rstrip().split("\n")
-    first = code_html("\n".join(lines[:FIRST_LINES]), hit.language)
+    text = hit.text[:MOST_CHARACTERS].rstrip()
+    lines = code_html(text, hit.language).split("\n")  # no tag of Pygments goes over the end of a line
+    first = "\n".join(lines[:FIRST_LINES])
     block = f'<pre class="mose-code">{first}</pre>'
     if len(lines) <= FIRST_LINES:
         return block
-    whole = code_html("\n".join(lines[:MOST_LINES]), hit.language)
-    if len(lines) > MOST_LINES:
-        whole += f"\n… {len(lines) - MOST_LINES:,} more lines in the file"
+    whole = "\n".join(lines) + ("\n… more in the file" if len(hit.text) > MOST_CHARACTERS else "")
     hidden = len(lines) - FIRST_LINES
     more = f"{hidden:,} more line{'s' if hidden > 1 else ''}"
     return f'<details><summary>{block}<span>{more}</span></summary><pre class="mose-code">{whole}</pre></details>'

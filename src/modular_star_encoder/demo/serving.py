@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from html import escape
 from importlib.resources import files
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import TextLexer, get_lexer_for_filename
-from pygments.util import ClassNotFound
 
+from modular_star_encoder.data.languages.registry import language_of
 from modular_star_encoder.demo.page import SearchPage, build_blocks, import_gradio
-from modular_star_encoder.demo.results import LinkTo, code_styles
+from modular_star_encoder.demo.results import LinkTo, code_styles, highlighted
 from modular_star_encoder.search.hits import Hit, printable
-from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.search.vector_store import file_id
+from modular_star_encoder.search.index import CodeIndex, file_inside
+from modular_star_encoder.search.pieces import LINE_END
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +41,10 @@ _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _Scope = MutableMapping[str, Any]
 _Call = Callable[..., Awaitable[None]]
 ROUTE = "/source"
-LARGEST_FILE = 2_000_000
+LARGEST_REQUEST = 100_000
+"""Most bytes of a request's body; larger ones are refused (HTTP status 413)."""
+MOST_LINES, MOST_CHARACTERS = 1000, 50_000
+"""Most lines and characters of a file on one page; in HTML, a character may take twenty."""
 _LONGEST_LINE = 2000
 
 
@@ -124,10 +124,11 @@ def _check_host(host: str) -> None:
 
 def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
     from starlette.middleware import Middleware
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
-    middleware = [Middleware(_PolicyMiddleware)]
+    middleware = [Middleware(_PolicyMiddleware), Middleware(RequestBodyLimitMiddleware, max_body_size=LARGEST_REQUEST)]
     if host in _LOOPBACK_NAMES:
         # A hostile web page could make its own host name mean 127.0.0.1 and read this page (DNS rebinding).
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES))
@@ -135,14 +136,18 @@ def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
     return {"middleware": middleware, "routes": routes, "openapi_url": None}
 
 
-def _source_endpoint(local: LocalFiles) -> Callable[[Request], HTMLResponse]:
+def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLResponse]]:
+    from anyio import CapacityLimiter, to_thread
     from starlette.responses import HTMLResponse
 
-    def show(request: Request) -> HTMLResponse:
+    one_at_a_time = CapacityLimiter(1)  # so that many requests need the memory of one, and leave threads for questions
+
+    async def show(request: Request) -> HTMLResponse:
         query = request.query_params
         try:
             first, last = (int(query.get(name, "0")) for name in ("first", "last"))
-            return HTMLResponse(local.page(query.get("path", ""), first, last))
+            page = to_thread.run_sync(local.page, query.get("path", ""), first, last, limiter=one_at_a_time)
+            return HTMLResponse(await page)
         except (ValueError, OSError):
             return HTMLResponse("<!doctype html><title>mose</title><p>There is no such file in the index.</p>", 404)
 
@@ -185,64 +190,50 @@ class LocalFiles:
 
     def __init__(self, index: CodeIndex) -> None:
         self._index = index
-        self._root = Path(os.path.realpath(index.folder))
-        self._known: set[str] = set()
 
     def __call__(self, path: str, hit: Hit) -> str | None:
         """Return the address of a hit's lines, relative to the page's; None if the file no longer exists."""
-        if self._file(path) is None:
+        if file_inside(self._index.folder, path) is None:
             return None
-        query = urlencode({"path": path, "first": hit.line, "last": max(hit.last_line, hit.line)})
-        return f"{ROUTE.removeprefix('/')}?{query}#L-{hit.line}"
+        return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page that shows a file of the index, with the lines `first` to `last` (from 1) marked.
+        """Return an HTML page with lines of a file of the index; `first` to `last` (from 1) are marked.
+
+        A file of more than `MOST_LINES` or `MOST_CHARACTERS` is divided; the page is the part with line `first`.
 
         Raises:
-            UserError: the file is not in the index, not in the indexed folder, too large, or not a regular file.
+            UserError, OSError: see `CodeIndex.read_file`.
         """
-        file = self._file(path)
-        if file is None or not self._is_indexed(path):
-            raise UserError("demo.file.missing", "There is no such file in the index.")
-        # O_NOFOLLOW: a link may have replaced the file after the check.
-        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
-            status = os.fstat(opened.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-                message = f"The file can't be shown: it has more than {LARGEST_FILE:,} bytes or is not a regular file."
-                raise UserError("demo.file.large", message)
-            text = opened.read().decode("utf-8", "replace")
-        return _source_page(path, text, first, last)
-
-    def _file(self, path: str) -> Path | None:
-        """Return the file at a path in the indexed folder; None if missing, outside, or behind a symbolic link."""
-        try:
-            file = self._root / path
-            resolved = file.resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):
-            return None
-        plain = os.path.normpath(file)
-        return resolved if str(resolved) == plain and resolved.is_relative_to(self._root) else None
-
-    def _is_indexed(self, path: str) -> bool:
-        wanted = file_id(path)
-        if wanted not in self._known:
-            self._known = set(self._index.store.files())
-        return wanted in self._known
+        return _source_page(path, LINE_END.split(self._index.read_file(path)), first, last)
 
 
-def _source_page(path: str, text: str, first: int, last: int) -> str:
-    lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    try:
-        lexer = get_lexer_for_filename(path, stripnl=False)
-    except ClassNotFound:
-        lexer = TextLexer(stripnl=False)
-    marked = list(range(max(first, 1), min(last, len(lines)) + 1))
-    formatter = HtmlFormatter(linenos="inline", linespans="L", hl_lines=marked, cssclass="code", style="friendly")
+def _page_address(path: str, first: int, last: int = 0) -> str:
+    return f"{ROUTE.removeprefix('/')}?{urlencode({'path': path, 'first': first, 'last': last})}#L-{first}"
+
+
+def _source_page(path: str, lines: list[str], first: int, last: int) -> str:
+    start = end = characters = 0  # the lines to show, from 0; `end` is not among them
+    for end, line in enumerate(lines):
+        characters += min(len(line), _LONGEST_LINE)
+        if end - start == MOST_LINES or characters > MOST_CHARACTERS:
+            if end >= first:
+                break
+            start, characters = end, min(len(line), _LONGEST_LINE)
+    else:
+        end = len(lines)
+    marked = range(max(first - start, 1), min(last, end) - start + 1)
+    formatter = HtmlFormatter(
+        linenos="inline", linenostart=start + 1, linespans="L", hl_lines=[*marked], cssclass="code", style="friendly"
+    )
+    shown = (printable(line)[:_LONGEST_LINE] for line in lines[start:end])
+    code = highlighted("\n".join(shown), language_of(PurePath(path)) or "", formatter)
+    earlier = f'<a href="{escape(_page_address(path, start))}">earlier lines</a> ' if start else ""
+    later = f'<a href="{escape(_page_address(path, end + 1))}">later lines</a>' if end < len(lines) else ""
     title = escape(printable(path))
-    code = highlight("\n".join(lines), lexer, formatter)
     style = f"<style>{_css('source.css')}\n{formatter.get_style_defs('.code')}</style>"
     head = f'<head><meta charset="utf-8"><title>{title}</title>{style}</head>'
-    return f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>{code}</body></html>'
+    return f'<!doctype html><html lang="en">{head}<body><h1>{title} {earlier}{later}</h1>{code}</body></html>'
 
 
 def _css(name: str) -> str:

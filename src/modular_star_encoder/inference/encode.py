@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from modular_star_encoder.data.tokenizer import ContentEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
+_tokenizing = threading.Lock()  # a call with truncation changes the tokenizer, also for the calls of other threads
 _INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
 _PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
 
@@ -101,7 +103,8 @@ def encode_batches(
     if broken := [text for text in unique if not_unicode(text)]:
         message = f"Remove the {not_unicode(broken[0])} in {len(broken)} of the texts, such as {broken[0][:40]!a}."
         raise UserError("encode.texts.not_unicode", message)
-    token_ids = tokenize(tokenizer, list(unique), max_length, progress, prompt)
+    with _tokenizing:
+        token_ids = tokenize(tokenizer, list(unique), max_length, progress, prompt)
     embeddings = np.empty((shape[0], len(unique), shape[1]), dtype=np.float32)
     with tqdm(total=len(unique), desc="encoding", unit="text", disable=not progress, leave=False) as bar:
         for rows in length_batches([len(ids) for ids in token_ids], tokens_per_batch):

@@ -35,7 +35,7 @@ class Hit:
     reasons: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}  {self.summary()}"
+        return printable(f"{self.path}:{self.line}  {self.summary()}")
 
     def summary(self) -> str:
         """Return score, name, and what ranked the hit: `0.512  Stack.push  (exit 9)`."""
@@ -108,4 +108,5 @@ def score_bar(share: float, width: int = 10) -> str:
 
 def printable(text: str) -> str:
     """Replace unprintable characters by `�`: untrusted code or file names could control the terminal with them."""
-    return "".join(character if character.isprintable() else "�" for character in text.replace("\t", _INDENT))
+    text = text.replace("\t", _INDENT)
+    return text if text.isprintable() else "".join(one if one.isprintable() else "�" for one in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
-from modular_star_encoder.search.building import UpdateReport, update_store
+from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, update_store
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.local_store import LocalStore
@@ -28,6 +29,7 @@ from modular_star_encoder.search.vector_store import (
     IndexSettings,
     VectorStore,
     content_hash,
+    file_id,
     path_expression,
     readable_path,
 )
@@ -35,6 +37,8 @@ from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
+LONGEST_QUESTION = 2000
+"""Most characters of a question to the page or to an agent's tool."""
 _MOST_PIECES = 10_000
 """Most pieces of one file that `related` reads to find the code at a line."""
 
@@ -296,6 +300,31 @@ class CodeIndex:
             others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
             return self._hits(others[:top_k])
 
+    def read_file(self, path: str) -> str:
+        """Return the text of an indexed file as it is now; `path` is as for `related`.
+
+        What the index does not hold is not read, be it in the folder or outside: ignored files, `.env`, `.git`, links.
+
+        Raises:
+            UserError: the index doesn't hold the file, or it is no longer one that an index may hold, such as a link.
+            OSError: the file can't be read.
+        """
+        file = file_inside(self.folder, path)
+        with self._lock:
+            held = self.store.files()
+        if file is None or file_id(path) not in held:
+            message = f"{path!r} is not a file of the index. Name one by its path in the indexed folder."
+            raise UserError("search.file.missing", message)
+        # O_NOFOLLOW, O_NONBLOCK: a link or a pipe may have replaced the file after the check.
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
+            is_regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+            content = opened.read(SEARCH_FILTERS.max_bytes + 1) if is_regular else b""
+        text, reason = SEARCH_FILTERS.decode(content)
+        if reason or not is_regular:
+            message = f"{path!r} can't be shown: {reason or 'not a regular file'}."
+            raise UserError("search.file.left_out", message)
+        return text
+
     def _ranker(self, exit_layer: int | None, cascade: Cascade | None) -> Ranker:
         if cascade is not None and exit_layer is None:
             exit_layer = self.settings.exit_layers[0]
@@ -341,6 +370,17 @@ class CodeIndex:
             message = f"The index {self.store.location} was built with other prompts. Rebuild it (--rebuild)."
             raise UserError("search.index.prompts", message)
         return embedder
+
+
+def file_inside(folder: str, path: str) -> Path | None:
+    """Return the regular file at a path in a folder; None if it is missing, outside, or behind a symbolic link."""
+    root = os.path.realpath(folder)
+    try:
+        file = Path(os.path.normpath(os.path.join(root, path)))
+        is_plain = file.is_relative_to(root) and file.is_file() and os.path.realpath(file) == str(file)
+    except (OSError, ValueError):  # ValueError: a NUL, or half of a surrogate pair
+        return None
+    return file if is_plain else None
 
 
 def check_search(

@@ -23,6 +23,8 @@ QDRANT, MEMORY = "qdrant:", "memory://"
 FORMAT = 4
 DEFAULT_CHECKPOINT = "mose-code"
 """The model that is packaged with the code."""
+LONGEST_PATH = 4096
+"""Most characters of a path or of a pattern of paths, as on Linux."""
 INDEX_FOLDER = ".mose"
 """Name of the folder that holds the index of a code folder by default; it is hidden, so no index reads it."""
 
@@ -163,8 +165,11 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
 
     `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
-    UserError if the pattern is blank, or a bracket isn't closed.
+    UserError if the pattern is blank or too long, or a bracket isn't closed.
     """
+    if len(pattern) > LONGEST_PATH:
+        message = f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
+        raise UserError("search.path.long", message)
     if not pattern.strip():
         raise UserError("search.path.blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'.")
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
