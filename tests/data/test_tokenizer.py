@@ -1,9 +1,12 @@
+import base64
 import json
+import os
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from modular_star_encoder.data import tokenizer_files
 from modular_star_encoder.data.prompts import (
     LANGUAGES,
     SPECIAL_TOKENS,
@@ -147,3 +150,115 @@ def test_a_model_without_instructions_keeps_the_prompt_names_and_empties_the_pro
     assert set(empty) == set(sentence_transformer_prompts())
     assert set(empty.values()) == {""}
     assert text_prompt(instructions=False) == code_prompt("python", instructions=False) == ""
+
+
+def sequence(steps, *, name="normalizers"):
+    return {"type": "Sequence", name: steps}
+
+
+def replaces(new, **pattern):
+    return {"type": "Replace", "pattern": pattern, "content": new}
+
+
+def splits(pattern):
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return sequence([step, {"type": "ByteLevel"}], name="pretokenizers")
+
+
+def template(names, ids=(1,)):
+    pieces = [{"SpecialToken": {"id": name, "type_id": 0}} if name else {"Sequence": {"id": "A"}} for name in names]
+    special = {"<s>": {"id": "<s>", "ids": list(ids), "tokens": ["<s>"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": special}
+
+
+def charsmap(text):
+    """Return the step that T5 and XLM-R begin with, its map with an empty trie and one text."""
+    content = (4).to_bytes(4, "little") + bytes(4) + text.encode() + bytes(1)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + SPACES
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+DEEPSEEK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s+"
+)
+PUBLISHED = {  # what published tokenizers have
+    "bert": {"normalizer": {"type": "BertNormalizer"}, "post_processor": template(["<s>", "", "<s>"])},
+    "minilm": {
+        "padding": {"strategy": {"Fixed": 128}, "pad_to_multiple_of": None, "pad_token": "[PAD]"},
+        "truncation": {"max_length": 128, "strategy": "LongestFirst", "stride": 0},
+    },
+    "llama-2": {"normalizer": sequence([{"type": "Prepend", "prepend": "▁"}, replaces("▁", String=" ")])},
+    "llama-3, qwen": {"pre_tokenizer": splits(LLAMA_3)},
+    "o200k": {"pre_tokenizer": splits(O200K)},
+    "deepseek": {"pre_tokenizer": splits(DEEPSEEK)},
+    "albert": {
+        "normalizer": sequence(
+            [replaces('"', String="``"), {"type": "NFKD"}, charsmap("صلى الله عليه وسلم"), replaces(" ", Regex=" {2,}")]
+        ),
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
+    },
+    "without post-processor": {"post_processor": None},
+}
+HOSTILE = {
+    "a million tokens": {"post_processor": template(["<s>"] * 1000, [1] * 1000)},
+    "a text 1,000 times": {"post_processor": template([""] * 1000)},
+    "a long content": {"normalizer": replaces("x" * 5000, String="a")},
+    "a megabyte before": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "no type": {"normalizer": {"prepend": "x" * 5000}},
+    "doubled 30 times": {"normalizer": sequence([replaces("aa", String="a")] * 30)},
+    "doubled by bytes": {"pre_tokenizer": sequence([{"type": "ByteLevel"}] * 30, name="pretokenizers")},
+    "doubled when decoded": {"decoder": sequence([replaces("aa", String="a")] * 30, name="decoders")},
+    "a long entry": {"normalizer": charsmap("x" * 5000)},
+    "thousands of steps": {"normalizer": sequence([{"type": "NFC"}] * 5000)},
+    "nested repetition": {"pre_tokenizer": splits("(a+)+$")},
+    "same alternatives": {"pre_tokenizer": splits("(a|a)*c")},
+    "three runs": {"normalizer": replaces("", Regex="a*a*a*c")},
+    "many options": {"normalizer": replaces("", Regex="a?" * 30 + "b")},
+    "a backward reference": {"pre_tokenizer": splits(r"(a+)\1+")},
+    "padded to a billion": {"padding": {"strategy": {"Fixed": 10**9}}},
+    "padded to a multiple": {"padding": {"strategy": "BatchLongest", "pad_to_multiple_of": 2**40}},
+    "a stride without progress": {"truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 5}},
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a large id": {"added_tokens": [{"id": 2**24, "content": "a"}]},
+    "many added tokens": {"added_tokens": [{"id": 1, "content": "a"}] * 20_000},
+    "words of any length": {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}},
+    "another type": {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": 5}},
+    "another version's file": {"tokenizer_config.json": {"fast_tokenizer_files": ["tokenizer.1.0.json"]}},
+    "many special tokens": {"tokenizer_config.json": {"extra_special_tokens": [f"<{n}>" for n in range(5000)]}},
+    "a large template": {"chat_template.jinja": " " * 2**21},
+    "brackets": {"tokenizer_config.json": "[" * 10**5},
+    "a pipe": {"special_tokens_map.json": os.mkfifo},
+    "a folder": {"added_tokens.json": os.mkdir},
+}
+
+
+def write_changed(folder, tokenizer, changes):
+    tokenizer.save_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    for name, value in changes.items():
+        if "." not in name:
+            state[name] = value
+        elif callable(value):
+            value(folder / name)
+        else:
+            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("changes", PUBLISHED.values(), ids=PUBLISHED)
+def test_what_published_tokenizers_have_is_allowed(tokenizer, tmp_path, changes):
+    write_changed(tmp_path, tokenizer, changes | {"tokenizer_config.json": {"model_max_length": int(1e30)}})
+    assert tokenizer_files.check_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_files_that_cost_more_than_a_sentence_are_refused_unread(tokenizer, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(tokenizer_files, "_MAX_BYTES", 2**20)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", None)
+    write_changed(tmp_path, tokenizer, changes)
+    with raises("checkpoint.tokenizer", tmp_path):
+        load_tokenizer(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 
@@ -76,6 +77,11 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def change_tokenizer(folder, **changes):
+    state = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(state | changes))
+
+
 def write(name, content):
     return lambda folder: (folder / name).write_text(content)
 
@@ -84,6 +90,15 @@ def change(**changes):
     return lambda folder: change_config(folder, **changes)
 
 
+@pytest.fixture
+def reported(monkeypatch):
+    """A list that gets the records that transformers' loader of models logs."""
+    records = []
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "callHandlers", records.append)
+    return records
+
+
+PANIC = {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8A"}  # its trie refers to places beyond its end
 HEAD, LAYER = "projection_heads.2.", "model.layers.4.mlp.c_fc.bias"
 DAMAGES = [
     (write("model.safetensors", "not a tensor"), "damaged", ""),
@@ -97,16 +112,18 @@ DAMAGES = [
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", ""),
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
+    (lambda folder: change_tokenizer(folder, normalizer=PANIC), "tokenizer", "out of bounds"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "fault", "value"), DAMAGES)
 @pytest.mark.parametrize("use", [load_checkpoint, lambda copy: slice_checkpoint(copy, 2, copy.parent / "slice")])
-def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(copy, damage, fault, value, use):
+def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(copy, damage, fault, value, use, reported):
     damage(copy)
     with raises(f"checkpoint.{fault}", copy, value.format(copy)) as error:
         use(copy)
     assert "\n" not in str(error.value)
+    assert not reported  # transformers' table of tensors
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 

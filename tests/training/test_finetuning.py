@@ -227,6 +227,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("train_sampling_strategy=random", "training.arguments.decided", "train_sampling_strategy"),
         ("gradient_accumulation_steps=2", "training.arguments.decided", "gradient_accumulation_steps"),
         ("lora.speed=3", "training.lora", "speed"),
+        ("config.intermediate_size=65", "checkpoint.shapes", "do not fit"),
         ("data.rows=x", "data.sources", "rows"),
         ("batch_size=96", "data.batch_size", "from 2 to 44 pairs"),
     ],

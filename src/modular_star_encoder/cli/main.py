@@ -20,7 +20,7 @@ from modular_star_encoder.cli.evaluate import add_evaluate_commands
 from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
-from modular_star_encoder.utils.errors import missing_extra
+from modular_star_encoder.utils.errors import is_panic, missing_extra
 
 EXPECTED_ERRORS = (ValueError, OSError, MemoryError)
 
@@ -80,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; without this, Python reports the closed pipe again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        # safetensors has a class of its own for a full disk.
-        if not isinstance(error, (*EXPECTED_ERRORS, ImportError)) and type(error).__name__ != "SafetensorError":
+    except BaseException as error:
+        # safetensors has a class of its own for a full disk, and tokenizers panics at texts that it can't read.
+        is_known = isinstance(error, (*EXPECTED_ERRORS, ImportError)) or is_panic(error)
+        if not is_known and type(error).__name__ != "SafetensorError":
             raise
-        shown: Exception | None = error
+        shown: BaseException | None = error
         if isinstance(error, ImportError) and error.name:  # a module fails to import: a missing extra, or a bug
             shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:

@@ -25,6 +25,7 @@ from modular_star_encoder.data.prompts import (
     SINGLE_TEMPLATE,
     SPECIAL_TOKENS,
 )
+from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.utils.errors import UserError
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -72,17 +73,15 @@ def train_tokenizer(
     )
 
 
-MAX_TOKEN_ID = 2**24
-
-
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or Hub repository, exactly as its `tokenizer.json` defines it."""
+    """Load the tokenizer of a folder or Hub repository, exactly as its `tokenizer.json` defines it.
+
+    UserError (`checkpoint.tokenizer`) if a file of the tokenizer is missing or unsafe; see `check_tokenizer`.
+    """
+    if not check_tokenizer(path):  # else transformers would look for files of other kinds
+        raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json.")
     # `AutoTokenizer` uses GPT-2's class, which StarCoder2's descendants name; it doesn't split numbers into digits.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    if (last := max(tokenizer.get_vocab().values(), default=0)) >= MAX_TOKEN_ID:
-        # tokenizers would write a line for every number up to it.
-        raise UserError("tokenizer.ids", f"Token id {last} in {path} is too large; the limit is {MAX_TOKEN_ID - 1}.")
-    return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

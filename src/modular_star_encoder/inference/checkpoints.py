@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, is_panic
 from modular_star_encoder.utils.files import folder_checksum, read_json, staged_folder, write_json
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -89,7 +90,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
     """Load the configuration of a checkpoint without its weights, for example to read the exits or the prompts."""
     check_checkpoint(path)
     path = resolve_checkpoint(path)
-    with _clear_errors(path):
+    with clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
         raise UserError("checkpoint.other_model", f"{path} is of type {config.model_type!r}, not a ModularStarEncoder.")
@@ -115,20 +116,20 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
     missing = LocalEntryNotFoundError if constants.HF_HUB_OFFLINE else RemoteEntryNotFoundError
-    with _clear_errors(path), suppress(missing):
+    with clear_errors(path), suppress(missing):
         return Path(hf_hub_download(path, name))
     return None
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
     """Load a model; raise UserError if its weight files lack a tensor, or have layers beyond those of the model."""
-    with _clear_errors(path):
+    with clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
-    # A published model may lack the bias of its vocabulary; this bias is then zero.
-    missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
-    if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
-        message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
-        raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
+        # A published model may lack the bias of its vocabulary; this bias is then zero.
+        missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
+        if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
+            message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
+            raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
     return model
 
 
@@ -137,16 +138,32 @@ def _load_tokenizer(path: str) -> Any:
         tokenizer = load_tokenizer(path)
         tokenizer("a")  # it may load and yet have settings of other types
         return tokenizer
-    except Exception as error:  # for a damaged file, tokenizers raises no narrower class
+    except UserError:
+        raise
+    except BaseException as error:  # for a damaged file, tokenizers raises no narrower class
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
         raise UserError("checkpoint.tokenizer", message) from error
 
 
 @contextmanager
-def _clear_errors(path: str) -> Iterator[None]:
-    """Raise an error of one sentence in place of any that transformers and the Hub raise for bad or missing files."""
+def clear_errors(path: str) -> Iterator[None]:
+    """Raise an error of one sentence in place of any that transformers and the Hub raise for bad or missing files.
+
+    What transformers reports of a model's tensors is logged only if there is no error.
+    """
+    log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
+
+    def keep(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return False
+
+    log.addFilter(keep)
     try:
         yield
+        for record in records:
+            log.callHandlers(record)
     except UserError:
         raise
     except _DAMAGED as error:
@@ -161,9 +178,11 @@ def _clear_errors(path: str) -> Iterator[None]:
             raise
         message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
         raise OSError(message) from error
+    finally:
+        log.removeFilter(keep)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

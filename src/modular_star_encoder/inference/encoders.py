@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
@@ -81,6 +82,8 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
         return EndpointEncoder(model, url or OPENAI_URL)
     from sentence_transformers import SentenceTransformer
 
+    for one in (Path(source), *Path(source).glob("*/")):  # modules may have folders of their own
+        check_tokenizer(one)
     return SentenceTransformerEncoder(SentenceTransformer(source), label)
 
 

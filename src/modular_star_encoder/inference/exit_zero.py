@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.data.tokenizer_files import check_tokenizer
+from modular_star_encoder.utils.errors import UserError, is_panic
 from modular_star_encoder.utils.files import read_json, scratch_folder, staged_folder, write_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
@@ -59,7 +60,9 @@ def _damage_reported(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
             return read(self, argument)
         except (OSError, UserError):
             raise
-        except Exception as error:  # tokenizers raises no narrower class
+        except BaseException as error:  # tokenizers raises no narrower class
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             folder = getattr(self, "folder", argument)
             raise UserError("checkpoint.damaged", f"{folder} cannot be used: {error}") from error
 
@@ -88,6 +91,7 @@ class NumpyEncoder:
         self._tensors: dict[str, np.ndarray] = {}
         self._tokens = self._tensor("model.embed_tokens.weight")
         self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
+        check_tokenizer(folder)
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         settings = read_json(self.folder / "tokenizer_config.json")
         split = settings.get("split_special_tokens", not self._config.get("instruction_prompts", True))

@@ -14,6 +14,7 @@ from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.data.token_store import build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
+from modular_star_encoder.inference.checkpoints import clear_errors
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.training import runs
@@ -95,7 +96,8 @@ def pretrain(
             print(f"{len(store):,} files of {len(store.repositories):,} repositories")
     torch.manual_seed(recipe.seed)
     if weights:
-        model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
+        with clear_errors(os.fspath(source)):
+            model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
     else:
         config.vocab_size = max(len(tokenizer), config.vocab_size if recipe.tokenizer else 0)
         model = ModularStarEncoderForPreTraining(config)

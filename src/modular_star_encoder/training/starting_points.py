@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import load_tokenizer, special_token_ids, with_template
 from modular_star_encoder.inference.checkpoints import (
+    clear_errors,
     keep_only_exit,
     load_checkpoint,
     save_retrieval_checkpoint,
@@ -102,7 +103,8 @@ class StartingPoint(Generic[Model]):
         torch.manual_seed(recipe.seed)
         if self.has_weights:
             cut = {} if exit_layer is None else {"exit_layer": exit_layer}
-            model = self._class.from_pretrained(self.source, **{**recipe.config, **cut, "dtype": torch.float32})
+            with clear_errors(os.fspath(self.source)):
+                model = self._class.from_pretrained(self.source, **{**recipe.config, **cut, "dtype": torch.float32})
             if exit_layer is not None:
                 keep_only_exit(model, exit_layer)
         else:

@@ -20,6 +20,11 @@ class UserError(ValueError):
         return type(self), (self.key, str(self))
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether `error` is a panic of a library in Rust, such as tokenizers, which is not an `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 # Extra → modules that come with it; if several extras have a module, the one that most users need.
 _MODULES = {
     "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",

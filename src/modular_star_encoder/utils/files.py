@@ -43,17 +43,18 @@ def similar_files(path: str | os.PathLike[str]) -> str:
     return f" (similar: {', '.join(str(path.parent / name) for name in near)})" if near else ""
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
     """Return the value of a JSON file.
 
-    ValueError if it is not JSON in UTF-8, is too large or too deeply nested, or has NaN or a number from 2**63 on.
+    ValueError if it is not JSON in UTF-8, is too large or too deeply nested, or, if `finite`, has NaN or a number from
+    2**63 on.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_JSON_BYTES):  # a pipe never ends
-        raise ValueError(f"not a file of at most {MAX_JSON_BYTES:,} bytes")
+    if path.exists() and not (path.is_file() and path.stat().st_size <= most_bytes):  # a pipe never ends
+        raise ValueError(f"not a file of at most {most_bytes:,} bytes")
+    checks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number) if finite else {}
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+        return json.loads(path.read_text(encoding="utf-8"), **checks)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
 

@@ -1,0 +1,190 @@
+"""Checks the files of a tokenizer before `tokenizers` and transformers read them.
+
+A tokenizer's file is a program: its steps replace, split and add text. The check bounds what these steps can make of a
+text. It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import read_json
+
+MAX_TOKEN_ID = 2**24  # tokenizers writes a line for every number up to the largest id
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MAX_BYTES = 2**26
+_MAX_TEXT = 10_000  # characters of a token, a pattern or another text of a step
+_MAX_ADDED = 2**14  # added tokens
+_MAX_SPECIAL = 1000  # special tokens: those named in the settings, and those that a post-processor adds to a text
+_MAX_PARTS = 1000  # mappings in the description of the steps
+_MAX_GROWTH = 256
+_MAX_WAYS, _RUN = 1e8, 1000
+_MAX_PADDING = 2**17
+_MAX_PREFIX, _MAX_WORD = 100, 1000
+# Settings with which transformers reads another file than tokenizer.json, or takes a part of it from the settings.
+_FOREIGN = {"fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "post_processor", "tokenizer_object", "vocab"}
+_FOREIGN |= {"tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation"}
+# The items of a regular expression: flags, a group's beginning, its end, an alternative, a quantifier, a character.
+_ITEMS = re.compile(
+    r"\(\?[a-z-]+\)|\((?:\?(?:[a-z-]*:|[=!>]|<[=!]|<\w+>))?(?![?*])|\)|\|"
+    r"|(?:[*+?]|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\d*)\})(?P<other>(?<=[*+?])\+)?\??"
+    r"|\\[pPx]\{[^}]*\}|\\[^gk1-9]|\[\^?\]?(?:\\.|\[[^\]]*\]|[^\]\\])*\]|[^\\(\[]",
+    re.DOTALL,
+)
+
+
+def check_tokenizer(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder or Hub repository has a tokenizer.json.
+
+    UserError (`checkpoint.tokenizer`) if a file of its tokenizer is too large, no JSON, or describes steps that could
+    take hours, fill the memory or end the process. What published tokenizers need is allowed.
+    """
+    folder, found = os.fspath(path), []
+    for name in _FILES:
+        file: Any = os.path.join(folder, name)
+        if not os.path.isdir(folder):
+            from transformers.utils import cached_file
+
+            file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None and os.path.lexists(file):
+            found.append(name)
+            try:
+                content = read_json(file, most_bytes=_MAX_BYTES, finite=False)
+                fault = _state_fault(content) if name == _FILES[0] else _settings_fault(content)
+            except (TypeError, AttributeError, LookupError, OSError) as error:
+                fault = f"it is damaged ({error})"
+            except ValueError as error:
+                fault = str(error)
+            if fault:
+                raise UserError("checkpoint.tokenizer", f"{file} is not a tokenizer's file that can be used: {fault}.")
+    for file in chain.from_iterable(map(Path(folder).glob, ("*.jinja", "*/*.jinja"))):
+        if not file.is_file() or file.stat().st_size > _MAX_BYTES:
+            raise UserError("checkpoint.tokenizer", f"{file} is not a file of at most {_MAX_BYTES:,} bytes.")
+    return _FILES[0] in found
+
+
+def _settings_fault(settings: dict[str, Any]) -> str:
+    """Return what is wrong with the settings of a tokenizer, or an empty text."""
+    if odd := _FOREIGN & settings.keys():
+        return f"it has the setting {min(odd)}; store the tokenizer in tokenizer.json alone"
+    lists = {name: len(settings.get(name) or ()) for name in ("extra_special_tokens", "additional_special_tokens")}
+    lists["added_tokens_decoder"] = len(settings.get("added_tokens_decoder") or ()) * _MAX_SPECIAL // _MAX_ADDED
+    if max(lists.values()) > _MAX_SPECIAL or len(settings) > _MAX_ADDED:
+        return f"it has more than {_MAX_SPECIAL:,} special or {_MAX_ADDED:,} added tokens"
+    return ""
+
+
+def _state_fault(state: dict[str, Any]) -> str:
+    """Return what is wrong with the content of a tokenizer.json, or an empty text."""
+    model, added = state["model"], state.get("added_tokens") or []
+    vocabulary = model["vocab"]
+    is_map = isinstance(vocabulary, dict)
+    ids = [one["id"] for one in added] + (list(vocabulary.values()) if is_map else [len(vocabulary)])
+    if not all(type(one) is int for one in ids) or not 0 <= min(ids, default=0) <= max(ids, default=0) < MAX_TOKEN_ID:
+        return f"token ids must be from 0 to {MAX_TOKEN_ID - 1:,}"
+    tokens = [one["content"] for one in added] + [one if is_map else one[0] for one in vocabulary]
+    if len(added) > _MAX_ADDED or max(map(len, tokens), default=0) > _MAX_TEXT:
+        return f"it has more than {_MAX_ADDED:,} added tokens, or a token of more than {_MAX_TEXT:,} characters"
+    affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    if max(map(len, affixes)) > _MAX_PREFIX or (model.get("max_input_chars_per_word") or 0) > _MAX_WORD:
+        return f"a word may have {_MAX_WORD:,} characters, and its prefix and suffix {_MAX_PREFIX}"
+    padding, truncation = state.get("padding") or {}, state.get("truncation") or {}
+    strategy = padding.get("strategy")
+    lengths = (padding.get("pad_to_multiple_of") or 0, *(strategy.values() if isinstance(strategy, dict) else ()))
+    if max(lengths) > _MAX_PADDING:
+        return f"it pads texts to {max(lengths)} tokens; the limit is {_MAX_PADDING:,}"
+    if truncation and not 0 <= truncation["stride"] < max(truncation["max_length"], 1):
+        return f"it truncates with a stride of {truncation['stride']}, which must be less than max_length"
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if fault := _step_fault(list(_parts(state.get(name))), is_text=name != "post_processor"):
+            return f"its {name} {fault}"
+    return ""
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every mapping in a value of JSON, outermost first."""
+    if isinstance(value, dict):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(one)
+
+
+def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
+    """Return what is wrong with a step, which may be a sequence of steps, or an empty text.
+
+    The keys say what a mapping is, because `tokenizers` reads steps without a `type` too.
+    """
+    growth, tokens = 1.0, 0
+    if len(parts) > _MAX_PARTS:
+        return f"has more than {_MAX_PARTS:,} parts"
+    for part in parts:
+        for key, value in part.items():
+            is_long = isinstance(value, str) and len(value) > _MAX_TEXT and key != "precompiled_charsmap"
+            if is_long or (isinstance(value, int) and not 0 <= value < MAX_TOKEN_ID) or (key, value) == ("length", 0):
+                return f"has {str(value)[:40]} as {key}"
+        if isinstance(pattern := part.get("Regex"), str) and (ways := _ways(pattern)) > _MAX_WAYS:
+            return f"has the pattern {pattern[:200]}, which reads a run of {_RUN:,} characters in {ways:.0e} ways"
+        growth *= _growth(part) if is_text else 1
+        for form in ("single", "pair") if "special_tokens" in part else ():
+            names = [one["SpecialToken"]["id"] for one in part[form] if "SpecialToken" in one]
+            tokens += sum(len(part["special_tokens"][name]["ids"]) for name in names)
+            if len(part[form]) - len(names) > len(("A", "B")):
+                return "repeats a text"
+    if growth > _MAX_GROWTH:
+        return f"can make a text {growth:.0e} times longer; the limit is {_MAX_GROWTH}"
+    return f"adds {tokens:,} tokens to a text; the limit is {_MAX_SPECIAL:,}" if tokens > _MAX_SPECIAL else ""
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """Return how many times longer a step can make a text of one character."""
+    if part.get("type") == "ByteLevel" or {"add_prefix_space", "replacement"} & part.keys():
+        return 2
+    if "precompiled_charsmap" in part:
+        content = base64.b64decode(part["precompiled_charsmap"] or "")
+        texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")  # they follow the size and a trie
+        return max(1, *(len(text.decode(errors="replace")) for text in texts), 1)
+    if "pattern" in part and "content" in part:
+        pattern, new = part["pattern"], len(part["content"])
+        old = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
+        return max(1, new / old if old else 1 + new)  # a regular expression may match nothing
+    return 1 + len(part.get("prepend") or "")
+
+
+def _ways(pattern: str) -> float:
+    """Return a bound of the ways in which a regular expression can read a run of `_RUN` characters; infinity if none.
+
+    The ways of alternatives add, those of successive items multiply. Nested repetitions are therefore far above any
+    limit, as are backward references and calls, which are not counted.
+    """
+    # Of each open group: the ways of its former alternatives, of this one without its last item, and of the last item.
+    groups, end = [(0.0, 1.0, 1.0)], 0
+    while item := _ITEMS.match(pattern, end):  # not `finditer`, which would search on after an item that it can't read
+        text, end = item[0], item.end()
+        total, before, last = groups[-1]
+        if text[0] == "(" and text[-1] != ")":
+            groups.append((0.0, 1.0, 1.0))
+        elif text == ")" and len(groups) > 1:
+            groups.pop()
+            outer, ahead, previous = groups[-1]
+            groups[-1] = (outer, ahead * previous, total + before * last)
+        elif text == "|":
+            groups[-1] = (total + before * last, 1.0, 1.0)
+        elif text[0] in "*+?" or item["low"] or item["high"]:
+            low, high = int(text[0] == "+"), 1 if text[0] == "?" else _RUN
+            if item["low"] is not None:  # ten digits are enough to be above the limit
+                low = int(item["low"][:10] or 0)
+                high = int(item["high"][:10] or (_RUN if item["comma"] else low))
+            if last > 1 and high * len(f"{last:.0f}") > 300:
+                return float("inf")
+            groups[-1] = (total, before, (abs(high - low) + 1) * last**high)
+        else:
+            groups[-1] = (total, before * last, 1.0)
+    total, before, last = groups[0]
+    return total + before * last if end == len(pattern) else float("inf")
