@@ -310,6 +310,26 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "key", "value"),
+    [
+        ("a.csv", b"", "empty", "it is empty"),
+        ("a.csv", b"query,code\n", "empty", "skipped: nothing"),
+        ("a.csv", b'query,code\nx,y = 1,z\n"add,x = 1\nsub,x = 2\n', "empty", "a.csv, line 2"),
+        ("a.csv", b'query,code\n"add,x = 1\nsub,x = 2\n', "empty", "quotation mark"),
+        ("a.jsonl", b"", "empty", "it is empty"),
+        ("a.jsonl", b'{"query": ' + b"[" * 100_000, "empty", "a.jsonl, line 1: no JSON"),
+        ("a.parquet", b"PAR1", "unreadable", "not parquet"),
+        ("a.csv.gz", b"query,code\n", "damaged", "Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"query": "a", "code": "x = 1"}\n' * 200)[:-9], "damaged", "ended before"),
+    ],
+)
+def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, content, key, value):
+    (tmp_path / name).write_bytes(content)
+    with raises(f"data.source.{key}", tmp_path / name, value):
+        read({"pairs": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize(
     ("settings", "key", "value"),
     [
         ({"triplets": None}, "data.sources", "none"),

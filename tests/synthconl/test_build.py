@@ -17,7 +17,7 @@ from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import build, near_duplicate_job, row_files
 from modular_star_encoder.synthconl.build import SPLITS, STAGES, DatasetRecipe
 from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
-from modular_star_encoder.synthconl.near_duplicate_job import WORK, drop_near_duplicates
+from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_rows, write_split
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
@@ -193,7 +193,7 @@ def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(c
     corpus_at = partial(build_corpus, read_packages(write_packages(tmp_path / "corpus")))
     for folder, second in (
         (tmp_path / "out", lambda: build_quietly(recipe, tmp_path / "out")),
-        (tmp_path / "dedup" / WORK, dedup),
+        (tmp_path / "dedup", dedup),
         (tmp_path / "pairs", lambda: corpus_at(tmp_path / "corpus" / "raw", tmp_path / "pairs", processes=0)),
     ):
         folder.mkdir(exist_ok=True)

@@ -93,7 +93,7 @@ def test_files_keep_their_names_columns_and_schema_however_many_rows_are_read_at
     for name in names:
         before, after = pq.read_schema(source / name), pq.read_schema(out / name)
         assert after.equals(before, check_metadata=True)
-    assert sorted(path.name for path in out.iterdir()) == ["dropped.jsonl", "part-0", "part-1", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "dropped.jsonl", "part-0", "part-1", "report.json"]
 
 
 def test_every_row_dropped_has_a_line_that_says_why(source, finished):

@@ -54,6 +54,13 @@ def test_a_resumable_write_removes_what_a_killed_one_left(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["rows", "rows.txt", "whole"]
 
 
+def test_of_two_runs_that_write_a_folder_the_second_is_told(tmp_path):
+    with raises("files.folder.not_empty", tmp_path / "out"), staged_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs.txt").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "theirs.txt"]
+
+
 def test_a_folder_with_content_is_not_replaced(tmp_path):
     (tmp_path / "mine.txt").touch()
     with raises("files.folder.not_empty", tmp_path), staged_folder(tmp_path):

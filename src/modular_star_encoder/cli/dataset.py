@@ -115,6 +115,8 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
     statistics = dataset_statistics(triplets)
     for reason, count in triplets.skipped.most_common():
         print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason][0]}", file=sys.stderr)
+    if not statistics.rows:
+        raise UserError("data.source.empty", f"{arguments.source} has no row with a description, code and translation.")
     if arguments.json:
         write_json(arguments.json, asdict(statistics))
     print(statistics.to_markdown())

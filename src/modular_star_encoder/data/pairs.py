@@ -242,7 +242,11 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             raise UserError("data.source.options", f"The options of data.{name} are invalid: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
-            raise UserError("data.source.empty", f"data.{name} has no usable row (skipped: {reasons or 'nothing'}).")
+            first = "; the first: " + next(iter(found[name].examples.values()))[0] if found[name].examples else ""
+            message = (
+                f"data.{name} ({options.get(default)}) has no usable row (skipped: {reasons or 'nothing'}{first})."
+            )
+            raise UserError("data.source.empty", message)
     return found
 
 

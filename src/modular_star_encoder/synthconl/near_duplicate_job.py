@@ -28,6 +28,7 @@ from modular_star_encoder.synthconl.near_duplicates import (
     fingerprint,
 )
 from modular_star_encoder.synthconl.row_files import (
+    LOCK,
     Shard,
     check_columns,
     find_shards,
@@ -96,34 +97,33 @@ def drop_near_duplicates(
         "settings": {one.name: getattr(settings, one.name) for one in fields(DuplicateSettings)},
         "versions": {"rensa": version("rensa")},
     }
-    work, begun = out / WORK, _is_begun(source, out, job)
-    finished = (out / REPORT).exists()
-    if not finished:
+    work = out / WORK
+    _is_begun(source, out, job)
+    if not (out / REPORT).exists():
         ids, order = read_ids(shards, id_column)
-        if not begun:
-            work.mkdir(parents=True, exist_ok=True)  # perhaps in several processes, which write the same
-            write_json(work / "job.json", job)
-        if share is not None:
-            _fingerprinted(shards[share[0] :: share[1]], columns, work, settings, progress)
-            return {}
-        with locked(work):
-            if not (out / REPORT).exists():  # else another process has finished meanwhile
+        with locked(out):
+            if not _is_begun(source, out, job):  # perhaps another process has begun or finished meanwhile
+                work.mkdir(parents=True, exist_ok=True)
+                write_json(work / "job.json", job)
+            if share is None and not (out / REPORT).exists():
                 parts = _fingerprinted(shards, columns, work, settings, progress)
                 result = find_near_duplicates(parts, settings, order=order, against=other_sets, progress=progress)
                 _write_kept(shards, out, result.kept, progress)
                 with staged_file(out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
                     output.writelines(_dropped_lines(result, ids))
                 write_json(out / REPORT, _report(result, ids) | {"job": job}, resumable=True)
-    if share is not None:
-        return {}
-    shutil.rmtree(work, ignore_errors=True)
-    return read_json(out / REPORT)
+    if share is None:
+        shutil.rmtree(work, ignore_errors=True)
+        return read_json(out / REPORT)
+    if not (out / REPORT).exists():
+        _fingerprinted(shards[share[0] :: share[1]], columns, work, settings, progress)
+    return {}
 
 
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; UserError if `out` contains anything else."""
     begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
-    used = out.is_file() or (out.is_dir() and any(one.name != WORK for one in out.iterdir()))
+    used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
     if (used and not begun) or out == source or out in source.parents or source in out.parents:
         message = f"The folder to write, {out}, must be new or empty, and must neither be in {source} nor contain it."
         raise UserError("synthconl.near_duplicates.out", message)

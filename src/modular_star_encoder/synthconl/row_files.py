@@ -32,7 +32,9 @@ def locked(folder: Path) -> Iterator[None]:
         with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
             yield
     except Timeout:
-        raise UserError("synthconl.build.running", f"Another process works in {folder}; wait for it.") from None
+        raise UserError(
+            "synthconl.build.running", f"Another run is writing {folder}. Wait for its end, or name another folder."
+        ) from None
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -117,12 +117,17 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     with files. For `resumable` see `staged_file`.
     """
     target = Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("files.folder.not_empty", f"{target} already exists and is not empty; name another folder.")
+
+    def check() -> None:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError("files.folder.not_empty", f"{target} already exists and is not empty; name another folder.")
+
+    check()
     target.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(target, resumable=resumable) as temporary:
         temporary.mkdir()
         yield temporary
+        check()  # another run may have written it meanwhile
 
 
 @contextmanager

@@ -162,13 +162,21 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return the names of a dataset's columns, of JSON Lines those in the first 100 rows; see `open_dataset_rows`."""
+    """Return the names of a dataset's columns, of JSON Lines those in the first 100 rows; see `open_dataset_rows`.
+
+    UserError (`data.source.empty`) if there are none.
+    """
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
-        with _open_text(files[0]) as lines:
-            return _csv_header(lines)[0]
-    rows = (row for _, row in islice(open_dataset_rows(source, [], **options), _ROWS_WITH_NAMES))
-    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+        rows: Rows = _DatasetRows(files[0], partial(_csv_names, files[0]))
+    else:
+        rows = open_dataset_rows(source, [], **options)
+    read = list(islice(rows, _ROWS_WITH_NAMES))
+    if names := list(dict.fromkeys(name for _, row in read if isinstance(row, dict) for name in row)):
+        return names
+    fault = f"{read[0][0]}: {read[0][1]}" if read else "it is empty"
+    message = f"{_shown(source)} has no row with named columns ({fault}). Name the columns in the first line of a CSV"
+    raise UserError("data.source.empty", f"{message} file or, in JSON Lines, in each row: {{NAME: VALUE, …}}.")
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -234,6 +242,12 @@ def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
     return next(csv.reader([header], delimiter=delimiter), []), delimiter
 
 
+def _csv_names(file: str) -> Iterator[tuple[str, Row]]:
+    with _open_text(file) as lines:
+        if names := _csv_header(lines)[0]:
+            yield f"{file}, line 1", dict.fromkeys(names)
+
+
 def _csv_rows(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """Read CSV files whose first line names the columns; commas, semicolons or tabs separate the fields."""
     csv.field_size_limit(_MAX_FIELD)
@@ -241,12 +255,15 @@ def _csv_rows(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
         with _open_text(file) as lines:
             names, delimiter = _csv_header(lines)
             reader = csv.reader(lines, delimiter=delimiter)
+            end = 1
             for values in reader:
-                place = f"{file}, line {reader.line_num + 1}"
+                begin, end = end + 1, reader.line_num + 1
+                place = f"{file}, line {begin}"
                 if len(values) == len(names):
                     yield place, dict(zip(names, values, strict=True))
                 elif values:
-                    yield place, BadLine(f"not {len(names)} fields", delimiter.join(values))
+                    hint = "; is a quotation mark not closed?" if end > begin else ""
+                    yield place, BadLine(f"not {len(names)} fields{hint}", delimiter.join(values))
 
 
 def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
