@@ -170,7 +170,6 @@ def open_triplets(
     `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
-
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
     return ExampleReader(rows, lambda row: [_triplet(row, columns, fault)], strict)
 
@@ -282,10 +281,8 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("data.pairs.columns", "data.pairs must name a source, and data.columns must be a mapping.")
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
-        hub = {
-            name: value for name, value in options.items() if name not in ("source", "columns", "min_score", "strict")
-        }
-        there = column_names(source, **hub)
+        own = {"source", "columns", "min_score", "strict"}
+        there = column_names(source, **{name: value for name, value in options.items() if name not in own})
         if missing := [name for name in columns.values() if name is not None and name not in there]:
             message = f"{source} has no column {', '.join(map(str, missing))}; its columns are {', '.join(there)}."
             raise UserError("data.source.column", message)
@@ -423,7 +420,7 @@ def _not_code(code: Any, description: str = "") -> str | None:
     return "prose in place of code" if reads_as_prose(code) else not_unicode(code)
 
 
-_LABELLED_SPLITS = ("train", "valid", "test")
+_LABELLED_SPLITS, _LABELLED_COLUMNS = ("train", "valid", "test"), ("first", "second", "label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,8 +455,8 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
         message = "`data` must have bigclonebench=FOLDER, or the files train=FILE, valid=FILE and (optional) test=FILE"
         raise UserError("data.pairs.settings", f"{message}; not {given}.")
     if "bigclonebench" not in names:
-        files = {split: settings[split] for split in _LABELLED_SPLITS if split in names}
-        return {split: _labelled_pairs(_rows(file), file) for split, file in files.items()}
+        files = [(split, settings[split]) for split in _LABELLED_SPLITS if split in names]
+        return {split: _labelled_pairs(open_dataset_rows(file, _LABELLED_COLUMNS), file) for split, file in files}
     folder = Path(settings["bigclonebench"]).expanduser()
     rows = [row for _, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]) if isinstance(row, dict)]
     functions = {str(row.get("idx")): row.get("func") for row in rows}
@@ -468,27 +465,21 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
     return {split: _labelled_pairs(_lines(path, functions), path) for split, path in present.items()}
 
 
-_Pair = tuple[str, Any, Any, Any]  # place in the file; two snippets and the label, unchecked
-
-
-def _rows(source: Source) -> Iterator[_Pair]:
-    for place, row in open_dataset_rows(source, ["first", "second", "label"]):
-        values = row if isinstance(row, dict) else {}
-        yield place, values.get("first"), values.get("second"), values.get("label")
-
-
-def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[_Pair]:
+def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a list of BigCloneBench as rows with their places, as `open_dataset_rows` gives them."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()
             first, second, label = parts if len(parts) == 3 else ("", "", "")
-            yield f"{path}, line {number}", functions.get(first), functions.get(second), {"0": 0, "1": 1}.get(label)
+            snippets = {"first": functions.get(first), "second": functions.get(second)}
+            yield f"{path}, line {number}", snippets | {"label": {"0": 0, "1": 1}.get(label)}
 
 
-def _labelled_pairs(pairs: Iterable[_Pair], source: Source) -> LabelledPairs:
+def _labelled_pairs(rows: Rows, source: Source) -> LabelledPairs:
     places: dict[str, int] = {}
     table = []
-    for place, first, second, label in pairs:
+    for place, row in rows:
+        first, second, label = (row.get(name) if isinstance(row, dict) else None for name in _LABELLED_COLUMNS)
         if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
             message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, two ids of data.jsonl)."
             raise UserError("data.row", f"{message} The label must be 0 or 1.")

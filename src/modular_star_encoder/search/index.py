@@ -433,8 +433,8 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)
         if os.path.isdir(location):
-            stored, own = open_store(location).settings(), os.path.realpath(parent)
-            of = own if stored is None else os.path.realpath(IndexSettings.from_dict(stored, location).folder)
+            own = os.path.realpath(parent)
+            of = _indexed_folder(location) or own
             if os.path.commonpath([of, own]) != own:
                 message = f"The index {location} is of the folder {of}, which is not inside {own}"
                 raise UserError("search.index.outside", f"{message}. If you trust it, name it: --index {location}.")
@@ -495,11 +495,15 @@ def open_for_search(
 
 def _own_index(folder: str) -> str | None:
     """Return the path of the index in a folder; None if there is none, or if it is of another folder."""
-    location = os.path.join(os.path.expanduser(folder), INDEX_FOLDER)
-    if not os.path.isdir(location) or (stored := open_store(location).settings()) is None:
-        return None
-    is_own = IndexSettings.from_dict(stored, location).folder == os.path.realpath(os.path.expanduser(folder))
+    folder = os.path.expanduser(folder)
+    location = os.path.join(folder, INDEX_FOLDER)
+    is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(folder)
     return location if is_own else None
+
+
+def _indexed_folder(location: str) -> str | None:
+    stored = open_store(location).settings()
+    return None if stored is None else os.path.realpath(IndexSettings.from_dict(stored, location).folder)
 
 
 def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None) -> CodeIndex:

@@ -65,15 +65,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Says which rows a search considers.
+    """Says which rows a search considers."""
 
-    Attributes:
-        languages: names of languages; empty for all.
-        path: regular expression that the bytes of a path must match, or None.
-    """
-
-    languages: tuple[str, ...] = ()
-    path: re.Pattern[bytes] | None = None
+    languages: tuple[str, ...] = ()  # names of languages; empty for all
+    path: re.Pattern[bytes] | None = None  # regular expression that the bytes of a path must match, or None
 
     def fits_file(self, path: str, language: str) -> bool:
         """Return whether the filter accepts the rows of a file."""
@@ -182,30 +177,18 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class IndexSettings:
-    """The settings that an index was built with.
+    """The settings that an index was built with."""
 
-    Attributes:
-        checkpoint: absolute path of a folder, or a repository's name.
-        checksum: checksum of the checkpoint's weights, configuration and tokenizer (see `checkpoint_checksum`).
-        exit_layers: exits of which the index has embeddings, ascending.
-        dimension: number of components of an embedding.
-        prompts: `query` and `document`, the prompts put before questions and code.
-        folder: absolute path of the indexed folder; stored relative to an index inside it, so that both can be moved.
-        languages: languages that are read, in the order of `ALL_LANGUAGES`.
-        tests, vendored: whether test code (`tests`) and copied or generated code (`vendored`) are read.
-        format: version of the form in which the index is stored.
-    """
-
-    checkpoint: str
-    checksum: str
-    exit_layers: tuple[int, ...]
-    dimension: int
-    prompts: Mapping[str, str]
-    folder: str
-    languages: tuple[str, ...]
-    tests: bool = True
-    vendored: bool = False
-    format: int = FORMAT
+    checkpoint: str  # absolute path of a folder, or a repository's name
+    checksum: str  # of the checkpoint's weights, configuration and tokenizer (see `checkpoint_checksum`)
+    exit_layers: tuple[int, ...]  # exits of which the index has embeddings, ascending
+    dimension: int  # number of components of an embedding
+    prompts: Mapping[str, str]  # `query` and `document`, the prompts put before questions and code
+    folder: str  # absolute path of the indexed folder; an index inside it stores it relative, so that both can be moved
+    languages: tuple[str, ...]  # languages that are read, in the order of `ALL_LANGUAGES`
+    tests: bool = True  # whether test code is read
+    vendored: bool = False  # whether copied and generated code is read
+    format: int = FORMAT  # version of the form in which the index is stored
 
     def __post_init__(self) -> None:
         languages = tuple(name for name in ALL_LANGUAGES if name in self.languages)

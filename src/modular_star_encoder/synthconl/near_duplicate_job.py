@@ -108,7 +108,11 @@ def drop_near_duplicates(
             if share is None and not (out / REPORT).exists():
                 parts = _fingerprinted(shards, columns, work, settings, progress)
                 result = find_near_duplicates(parts, settings, order=order, against=other_sets, progress=progress)
-                _write_kept(shards, out, result.kept, progress)
+                start = 0
+                for shard in tqdm(shards, desc="Writing", unit=" files", disable=not progress):
+                    if not (out / shard.name).exists():
+                        write_kept(shard, out / shard.name, result.kept[start : start + shard.rows])
+                    start += shard.rows
                 with staged_file(out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
                     output.writelines(_dropped_lines(result, ids))
                 write_json(out / REPORT, _report(result, ids) | {"job": job}, resumable=True)
@@ -167,14 +171,6 @@ def _fingerprinted(
             bar.update(shard.rows)
             tables.append(pa.ipc.open_file(pa.memory_map(str(target))).read_all())
     return [[empty, *pa.concat_tables(tables)[name].chunks] for name in columns]
-
-
-def _write_kept(shards: Sequence[Shard], out: Path, kept: np.ndarray, progress: bool) -> None:
-    start = 0
-    for shard in tqdm(shards, desc="Writing", unit=" files", disable=not progress):
-        if not (out / shard.name).exists():
-            write_kept(shard, out / shard.name, kept[start : start + shard.rows])
-        start += shard.rows
 
 
 def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
