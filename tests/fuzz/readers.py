@@ -21,9 +21,8 @@ from modular_star_encoder.data.pairs import read_labelled_pairs, read_retrieval_
 from modular_star_encoder.evaluation.benchmarks import load_benchmark
 from modular_star_encoder.inference.encoders import EndpointEncoder
 from modular_star_encoder.synthconl import build
-from modular_star_encoder.synthconl.backends import CompletionRequest, OpenAIBackend
 from modular_star_encoder.synthconl.row_files import write_rows
-from modular_star_encoder.synthconl.translation import TranslationSettings, translate
+from modular_star_encoder.synthconl.translation import CompletionRequest, OpenAIBackend, TranslationSettings, translate
 from modular_star_encoder.training import ablation, runs
 from modular_star_encoder.utils.errors import UserError
 from tests.data.polyglot import SOURCES

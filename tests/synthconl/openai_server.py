@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from modular_star_encoder.synthconl.backends import TOO_LONG, Completion
+from modular_star_encoder.synthconl.translation import TOO_LONG, Completion
 from tests.utils.http_server import LocalServer, Request
 
 Reply = tuple[int, Any, dict[str, str]]

@@ -12,10 +12,9 @@ import pyarrow as pa
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
-from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES, TranslationSettings
+from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES, Completion, TranslationSettings
 from tests.data.samples import WORDS
 
 FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_CSN", "func1_CSN")])

@@ -9,8 +9,7 @@ from itertools import islice
 
 import pytest
 
-from modular_star_encoder.synthconl.backends import Completion, CompletionRequest, OpenAIBackend
-from modular_star_encoder.synthconl.translation import TranslationSettings
+from modular_star_encoder.synthconl.translation import Completion, CompletionRequest, OpenAIBackend, TranslationSettings
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 

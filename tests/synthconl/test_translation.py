@@ -9,12 +9,12 @@ import pytest
 from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.backends import Completion
 from modular_star_encoder.synthconl.extraction import MAX_ANSWER_CHARACTERS, REASONS, clean_translation
 from modular_star_encoder.synthconl.row_files import read_rows
 from modular_star_encoder.synthconl.translation import (
     LANGUAGE_NAMES,
     PROMPT,
+    Completion,
     TranslationSettings,
     target_language,
     translate,

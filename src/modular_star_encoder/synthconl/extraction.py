@@ -23,7 +23,7 @@ from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named, language_of
 from modular_star_encoder.data.sources import SourceReader
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl.backends import ERROR, TOO_LONG
+from modular_star_encoder.synthconl.translation import ERROR, TOO_LONG
 from modular_star_encoder.utils.errors import UserError
 
 _COLUMNS = (
