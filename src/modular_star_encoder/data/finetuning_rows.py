@@ -150,8 +150,8 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         names = np.random.default_rng((self._plan.seed, _NAMES, index))
         found = {}
         for side, (row, number) in self._places(index).items():
-            renaming = None if number is None else self._renaming(names)
-            found[f"{side}_ids"] = self.rows.tokens(row, number, renaming)
+            renames = number is not None and names.random() < self._identifier_rename_prob
+            found[f"{side}_ids"] = self.rows.tokens(row, number, names if renames else None)
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
@@ -169,10 +169,6 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
             first, second = drawing.choice(len(self.rows.texts[row].snippets), size=2, replace=False).tolist()
             places = {"query": (row, first), "document": (row, second)}
         return places if negative is None else places | {"negative": (negative, -1)}
-
-    def _renaming(self, generator: np.random.Generator) -> np.random.Generator | None:
-        """Return `generator` with the probability `identifier_rename_prob`, otherwise None."""
-        return generator if generator.random() < self._identifier_rename_prob else None
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:

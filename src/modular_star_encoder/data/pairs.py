@@ -479,7 +479,8 @@ def _labelled_pairs(rows: Rows, source: Source) -> LabelledPairs:
     places: dict[str, int] = {}
     table = []
     for place, row in rows:
-        first, second, label = (row.get(name) if isinstance(row, dict) else None for name in _LABELLED_COLUMNS)
+        values: list[Any] = [row.get(name) if isinstance(row, dict) else None for name in _LABELLED_COLUMNS]
+        first, second, label = values
         if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
             message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, two ids of data.jsonl)."
             raise UserError("data.row", f"{message} The label must be 0 or 1.")

@@ -351,16 +351,13 @@ def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarra
         found = [pairs]
         for leader in range(min(limit, int(counts.max(initial=0)))):
             paired = np.flatnonzero(counts > leader)
-            ends = rows[paired], in_order[first[paired] + leader]
-            found.append(_joined(*(reversed(ends) if within else ends)))
+            left, right = rows[paired], in_order[first[paired] + leader]
+            left, right = (right, left) if within else (left, right)
+            found.append((left.astype(np.uint64) << _SHIFT) | right.astype(np.uint64))
         pairs = np.unique(np.concatenate(found))
         largest = max(largest, int(counts.max(initial=-1)) + 1)
         most_over = max(most_over, int(np.count_nonzero(counts > limit)))
     return pairs, largest, most_over
-
-
-def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return (first.astype(np.uint64) << _SHIFT) | second.astype(np.uint64)
 
 
 def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
