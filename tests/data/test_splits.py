@@ -155,7 +155,11 @@ def test_a_second_call_reads_what_the_first_one_wrote_and_refuses_other_settings
 def test_samples_are_drawn_by_seed_in_the_order_of_the_sources(tmp_path):
     settings = write_rows(tmp_path)
     all_rows = prepare(settings, tmp_path / "all").train
-    some = [prepare(settings, tmp_path / f"some{i}", max_train_samples=20).train for i in range(2)]
+    drawn = [prepare(settings, tmp_path / f"some{i}", max_train_samples=20) for i in range(2)]
+    some = [data.train for data in drawn]
+    counts = ("train", "held_out", "shared_with_held_out", "not_drawn")
+    assert sum(drawn[0].report[name] for name in counts) == 80
+    assert drawn[0].report["not_drawn"] > 0
     assert some[0] == some[1] == [text for text in all_rows if text in some[0]]
     assert len(some[0]) == 20
     with raises("data.split.max_train_samples", 1000):

@@ -1,11 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
+from transformers import TrainerState
 
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
-from modular_star_encoder.training.runs import format_log
+from modular_star_encoder.training.runs import ExitProgressCallback, format_log
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
 
@@ -26,6 +29,23 @@ def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
 def test_a_log_line_is_short_and_names_each_exit():
     logs = {"loss": 1.5, "learning_rate": 1e-3, "clip_loss_exit_1": 2.0, "clip_loss_exit_12": 1.0, "epoch": 1}
     assert format_log(logs) == "loss 1.500 · learning_rate 1.0e-03 · clip_loss 1: 2.000, 12: 1.000"
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "said"), [("cpu", 60, "max_steps=30 "), ("cpu", 1, ""), ("cuda", 60, "")]
+)
+def test_a_long_run_on_a_cpu_names_the_number_of_steps_that_shortens_it(monkeypatch, capsys, device, seconds, said):
+    bar, arguments = ExitProgressCallback(), SimpleNamespace(device=SimpleNamespace(type=device))
+    state = TrainerState(global_step=40, max_steps=100)  # resumed from step 40
+    monkeypatch.setattr("time.perf_counter", lambda: state.global_step * seconds)
+    bar.on_train_begin(arguments, state, None)
+    for state.global_step in range(41, 46):
+        bar.on_step_end(arguments, state, None)
+    assert (bar.training_bar.initial, bar.training_bar.n) == (40, 45)
+    bar.on_train_end(arguments, state, None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "max_steps=" in line]
+    assert len(lines) == bool(said)
+    assert all(said in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +108,11 @@ def test_recipes_are_listed_shown_and_copied_but_no_file_is_replaced(tmp_path, c
     assert all(len(one.summary) > 20 for one in packaged_recipes())
     assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 0
     text = (tmp_path / "my.yaml").read_text()
-    capsys.readouterr()
+    note = "small/finetune (mose finetune), small/recipe (mose pretrain), small/ablation (mose ablate)"
+    assert note in capsys.readouterr().err
     assert main(["recipes", "show", "small/finetune"]) == 0
-    assert capsys.readouterr().out == text == find_recipe("small").read_text()
+    assert capsys.readouterr() == (text, "")
+    assert text == find_recipe("small").read_text()
     (tmp_path / "my.yaml").write_text("mine")
     assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 2
     assert (tmp_path / "my.yaml").read_text() == "mine"

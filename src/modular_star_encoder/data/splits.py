@@ -130,7 +130,12 @@ def _print_counts(report: Mapping[str, Any]) -> None:
             print(f"  skipped {count:,}: {reason}")
             for example in source["examples"].get(reason, ()):
                 print(f"    {example}")
-    print(f"{report['train']:,} rows to train on, {report['held_out']:,} held out")
+    parts = [f"{report['train']:,} rows to train on", f"{report['held_out']:,} held out"]
+    left_out = {
+        "share a text or a repository with a held-out row": report["shared_with_held_out"],
+        f"beyond max_train_samples={report['settings']['max_train_samples']}": report.get("not_drawn", 0),
+    }
+    print(", ".join(parts + [f"{count:,} left out ({reason})" for reason, count in left_out.items() if count]))
 
 
 def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
@@ -168,6 +173,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
             for name, found in sources.items()
         },
         "shared_with_held_out": int(leaked.sum()),
+        "not_drawn": len(texts) - len(unseen) - int(leaked.sum()) - len(train),
         "train": len(train),
         "held_out": len(unseen),
         "held_out_repositories": sorted(repositories),

@@ -67,5 +67,24 @@ def hub_config_folder(name: str) -> Path:
     return _root() / name
 
 
+def starting_source(name: str) -> tuple[str | Path, bool]:
+    """Return the folder or Hub id that a recipe's `model` names, and whether it has weights.
+
+    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
+    UserError if none of these fits (`config.unknown`).
+    """
+    folder = Path(name).expanduser()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
+        return name, True
+    try:
+        folder = hub_config_folder(name)
+    except UserError as error:
+        if not (folder / "config.json").is_file():
+            advice = f"No folder {name} with a config.json exists. Run `mose pretrain` first, or set `model` to "
+            advice += "a Hub id owner/name or to mose-code, the trained model of this package."
+            raise UserError(error.key, f"{error} {advice}") from error
+    return folder, any(folder.glob("model*.safetensors"))
+
+
 def _root() -> Path:
     return Path(str(files("modular_star_encoder.hub_configs")))

@@ -38,11 +38,11 @@ from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import Estimate, held_out_tasks
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import runs
+from modular_star_encoder.training import runs, starting_source
 from modular_star_encoder.training.distilling import load_teacher, teach
 from modular_star_encoder.training.finetuning import exit_encoder
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe
-from modular_star_encoder.training.starting_points import StartingPoint, add_adapters, starting_source
+from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json, write_text

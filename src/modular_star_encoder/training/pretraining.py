@@ -17,13 +17,12 @@ from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
 from modular_star_encoder.inference.checkpoints import clear_errors
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import InContextObjective
-from modular_star_encoder.training import runs
+from modular_star_encoder.training import runs, starting_source
 from modular_star_encoder.training.recipes import PretrainingRecipe, check_length
 from modular_star_encoder.training.starting_points import (
     check_vocabulary,
     start_from_spellings,
     start_from_unigrams,
-    starting_source,
 )
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError

@@ -37,6 +37,9 @@ LOG = Path(MODEL, "training_log.json")
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that do not influence what is learned, so that a run may continue with others."""
 
+LONG_RUN = 30 * 60
+"""Seconds after which a run on a CPU is long."""
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -55,7 +58,7 @@ class Preflight:
 
     def __str__(self) -> str:
         rows = self.rows_per_step * self.steps
-        tokens = f"{rows:,} rows of {self.tokens_per_row:.0f} tokens, {rows * self.tokens_per_row / 1e9:,.3f} billion"
+        tokens = f"{rows:,} rows of {self.tokens_per_row:.0f} tokens, {rows * self.tokens_per_row / 1e6:,.1f} million"
         each = f"{self.rows_per_step // self.processes:,} on each of {self.processes} processes"
         kinds = dict.fromkeys(self.groups, "none in this data")
         for kind, epochs in self.epochs.items():
@@ -305,7 +308,34 @@ def format_log(logs: dict[str, float]) -> str:
 
 
 class ExitProgressCallback(ProgressCallback):
-    """`Trainer`'s progress bar, with readable log lines."""
+    """`Trainer`'s progress bar, with the time left and readable log lines.
+
+    After three steps on a CPU, a run that will take longer than `LONG_RUN` is announced on stderr.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._first_step, self._first_end = state.global_step + 1, 0.0
+        if self.training_bar is not None:
+            self.training_bar.unit = "step"
+            self.training_bar.bar_format = "{l_bar}{bar}| {n_fmt} of {total_fmt} steps, {remaining} left, {rate_fmt}"
+            # The steps before a resumed run's checkpoint take no time.
+            bar, self.current_step = self.training_bar, state.global_step
+            bar.initial = bar.n = bar.last_print_n = self.current_step
+            bar.refresh()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step == self._first_step:  # slower than the others
+            self._first_end = time.perf_counter()
+        if self.training_bar is None or args.device.type != "cpu" or state.global_step != self._first_step + 2:
+            return
+        step = (time.perf_counter() - self._first_end) / 2
+        if (left := step * (state.max_steps - state.global_step)) > LONG_RUN:
+            short = max(1, int(LONG_RUN / step))
+            message = f"mose: the run will take about {left / 3600:.1f} hours on this CPU. To train for only "
+            message += f"{LONG_RUN // 60} minutes, stop it and start again with max_steps={short} and another --out."
+            self.training_bar.write(message, file=sys.stderr)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a log entry as one line above the progress bar, but leave out the summary at the end of training."""

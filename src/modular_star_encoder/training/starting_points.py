@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,7 +25,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderForRetrieval,
     ModularStarEncoderPreTrainedModel,
 )
-from modular_star_encoder.training import hub_config_folder
+from modular_star_encoder.training import starting_source
 from modular_star_encoder.training.recipes import StartingRecipe, check_length
 from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer, write_serving_files
@@ -34,24 +33,6 @@ from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_folder
 
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
-
-
-def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return the folder or Hub id that a recipe's `model` names, and whether it has weights.
-
-    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
-    UserError if none of these fits (`config.unknown`).
-    """
-    folder = Path(name).expanduser()
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
-        return name, True
-    try:
-        folder = hub_config_folder(name)
-    except UserError as error:
-        if not (folder / "config.json").is_file():
-            advice = f"No folder {name} with a config.json exists. Pre-train first, or give a Hub id owner/name."
-            raise UserError(error.key, f"{error} {advice}") from error
-    return folder, any(folder.glob("model*.safetensors"))
 
 
 class StartingPoint(Generic[Model]):
