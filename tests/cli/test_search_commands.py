@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from qdrant_client import QdrantClient
 
 from modular_star_encoder.inference import PROFILE_NAME
 from tests.search.conftest import build, write_code
@@ -43,6 +44,16 @@ def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, 
     status, _, err = mose("index", code, "--model", checkpoint)
     assert (status, "was built with exit 1, 4, not 4; languages python, go, not " in err) == (2, True)
     assert mose("index", code, *made[:-1], "go,python")[0] == 0
+
+
+def test_a_qdrant_collection_is_searched_by_its_location_without_the_folder(code, checkpoint, mose, monkeypatch):
+    client = QdrantClient(":memory:")
+    monkeypatch.setattr("qdrant_client.QdrantClient", lambda **_: client)
+    place = "qdrant:i@http://localhost:6333"
+    assert mose("index", code, "--model", checkpoint, "--out", place)[0] == 0
+    shutil.rmtree(code)
+    status, out, _ = mose("search", "add two numbers", "--index", place, "--languages", "go")
+    assert (status, "add.go:3 " in out.splitlines()[0]) == (0, True)
 
 
 def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):

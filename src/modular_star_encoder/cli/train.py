@@ -67,6 +67,10 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         print("\nThe part before / names the first such recipe of a command: `mose finetune mose-code --out FOLDER`.")
         return
     path = find_recipe(arguments.name)
+    in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]
+    if len(in_folder) > 1:
+        names = ", ".join(f"{one.name} (mose {one.command})" for one in in_folder)
+        print(f"mose: note: {arguments.name} names the first of {names}", file=sys.stderr)
     text = path.read_text(encoding="utf-8")
     if arguments.file is None:
         print(text, end="")
@@ -79,14 +83,17 @@ def run_recipes(arguments: argparse.Namespace) -> None:
 
 
 def _check_early(arguments: argparse.Namespace, command: str) -> None:
-    """Check the recipe's name, the form of KEY=VALUE, and the files of pairs, before torch is imported."""
+    """Check the recipe's name, the form of KEY=VALUE, the model and the files of pairs, before torch is imported."""
     from modular_star_encoder.data.pairs import check_sources
-    from modular_star_encoder.training import find_recipe
+    from modular_star_encoder.training import find_recipe, starting_source
     from modular_star_encoder.utils.settings import read_mapping
 
     content = read_mapping(find_recipe(arguments.recipe, command), arguments.overrides)
     finetuning = content.get("finetuning") if command == "ablate" else content
-    data = finetuning.get("data") if isinstance(finetuning, dict) else None
+    settings = finetuning if isinstance(finetuning, dict) else {}
+    if isinstance(model := settings.get("model"), str) and not os.path.exists(arguments.out):
+        starting_source(model)
+    data = settings.get("data")
     # A run that has its rows no longer needs their source.
     if isinstance(data, dict) and not os.path.exists(os.path.join(arguments.out, "data")):
         check_sources(data)

@@ -4,6 +4,7 @@
 requests.json in FOLDER, and writes one file of arrays for each request. Only `verify_reload` may import this package.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -50,14 +51,22 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
         # The same number of threads as here, because it affects the last bits of sums.
         own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **own, "HF_MODULES_CACHE": str(Path(folder, "modules"))}
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         command = [sys.executable, "-P", __file__, str(folder)]
-        with tqdm(desc="loading in a clean process", bar_format="{desc}…", disable=not progress, leave=False):
-            process = subprocess.run(command, env=environment, **options)  # noqa: S603 - our own script
         results = [Path(folder, f"{number}.npz") for number in range(len(requests))]
+        bar = tqdm(total=len(requests), desc="loading in a clean process", disable=not progress, leave=False)
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)  # noqa: S603 - our own script
+        errors = None
+        with bar, process, contextlib.ExitStack() as stack:
+            stack.callback(process.kill)  # if this process is interrupted; otherwise it has ended
+            while errors is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    errors = process.communicate(timeout=1)[1]
+                bar.n = sum(map(Path.is_file, results))
+                bar.refresh()
         if process.returncode:
             failed = requests[min(sum(map(Path.is_file, results)), len(requests) - 1)]
-            tail = " ".join(" ".join(process.stderr.strip().splitlines()[-5:]).split())
+            tail = " ".join(" ".join(errors.strip().splitlines()[-5:]).split())
             message = f"{failed.checkpoint} can't be loaded without this package: {tail}"
             raise UserError("hub.reload.failed", message)
         return [dict(np.load(result, allow_pickle=False)) for result in results]
