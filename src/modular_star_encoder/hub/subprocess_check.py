@@ -56,10 +56,10 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
         results = [Path(folder, f"{number}.npz") for number in range(len(requests))]
         bar = tqdm(total=len(requests), desc="loading in a clean process", disable=not progress, leave=False)
         process = subprocess.Popen(command, env=environment, text=True, **pipes)  # noqa: S603 - our own script
-        errors = None
+        errors = ""
         with bar, process, contextlib.ExitStack() as stack:
             stack.callback(process.kill)  # if this process is interrupted; otherwise it has ended
-            while errors is None:
+            while process.returncode is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     errors = process.communicate(timeout=1)[1]
                 bar.n = sum(map(Path.is_file, results))
