@@ -320,7 +320,7 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
         ("a.jsonl", b'{"query": ' + b"[" * 100_000, "empty", "a.jsonl, line 1: no JSON"),
         ("a.parquet", b"PAR1", "unreadable", "not parquet"),
         ("a.csv.gz", b"query,code\n", "damaged", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"query": "a"}\n' * 200, mtime=0)[:-9], "damaged", "ended before"),
+        ("a.jsonl.gz", gzip.compress(b'{"query": "a", "code": "1"}\n' * 200, mtime=0)[:-9], "damaged", "ended before"),
     ],
 )
 def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, content, key, value):
