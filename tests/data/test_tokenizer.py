@@ -177,6 +177,14 @@ def charsmap(text):
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
 
 
+def unigram(words, unk_id):
+    return {"type": "Unigram", "unk_id": unk_id, "vocab": [[word, -1.0] for word in words]}
+
+
+def bpe(merges):
+    return {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": merges}
+
+
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + SPACES
 O200K = (
@@ -201,6 +209,9 @@ PUBLISHED = {  # what published tokenizers have
         ),
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
     },
+    "gpt-2": {"model": bpe([]) | {"unk_token": None}},
+    "t5": {"model": unigram(["<pad>", "</s>", "<unk>"], unk_id=2), "post_processor": template(["", "<s>"])},
+    "starcoder": {"model": bpe([]) | {"vocab": {"a": 0, "Ġ" * 1024: 1}}},
     "without post-processor": {"post_processor": None},
 }
 HOSTILE = {
@@ -225,7 +236,34 @@ HOSTILE = {
     "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "a large id": {"added_tokens": [{"id": 2**24, "content": "a"}]},
     "many added tokens": {"added_tokens": [{"id": 1, "content": "a"}] * 20_000},
-    "words of any length": {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}},
+    "words of any length": {"model": {"vocab": {"a": 0}, "unk_token": "a", "max_input_chars_per_word": 10**9}},
+    "a map of another size": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAA"}},
+    "a map of no words": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BQAAAAAAAAAA"}},
+    "a map without a trie": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},
+    "a short map": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}},
+    "a map in no base64": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAA*"}},
+    "no map": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": None}},
+    "spaces around signs": {"normalizer": sequence([{"type": "BertNormalizer", "handle_chinese_chars": True}] * 900)},
+    "a long token": {"model": {"type": "WordLevel", "vocab": {"a": 0, "b" * 5000: 1}, "unk_token": "a"}},
+    "a long piece": {"model": unigram(["a" * 300], unk_id=0)},
+    "long tokens": {"model": unigram([f"{n}" * 50 for n in range(2000)], unk_id=0)},
+    "long added tokens": {"added_tokens": [{"id": n, "content": "a" * 1500} for n in range(100)]},
+    "a long added token": {"added_tokens": [{"id": 1, "content": "a" * 3000}]},
+    "a long merge": {"model": bpe([["a", "b" * 5000]])},
+    "a long merge in a text": {"model": bpe(["a " + "b" * 5000])},
+    "many merges": {"model": bpe([""] * 70_000)},
+    "many words": {"model": unigram([""] * 70_000, unk_id=0)},
+    "a long special token": {"tokenizer_config.json": {"bos_token": "a" * 3000}},
+    "a long special token in a map": {"special_tokens_map.json": {"bos_token": {"content": "a" * 3000}}},
+    "a long token in a list": {"tokenizer_config.json": {"extra_special_tokens": ["a" * 3000]}},
+    "a long token of another file": {"added_tokens.json": {"a" * 3000: 1}},
+    "long tokens of another file": {"added_tokens.json": {f"{n}" * 400: n for n in range(200)}},
+    "nothing for unknown text": {"model": unigram(["a"], unk_id=None)},
+    "an unknown id for unknown text": {"model": unigram(["a"], unk_id=1)},
+    "an unknown token for unknown text": {"model": bpe([]) | {"unk_token": "c"}},
+    "an unknown word for unknown text": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "c"}},
+    "an unknown id in the template": {"post_processor": template(["<s>", ""], [2**20])},
+    "an unknown id at the end": {"post_processor": {"type": "BertProcessing", "sep": ["a", 2**20], "cls": ["a", 0]}},
     "another type": {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": 5}},
     "another version's file": {"tokenizer_config.json": {"fast_tokenizer_files": ["tokenizer.1.0.json"]}},
     "many special tokens": {"tokenizer_config.json": {"extra_special_tokens": [f"<{n}>" for n in range(5000)]}},
@@ -257,7 +295,13 @@ def test_what_published_tokenizers_have_is_allowed(tokenizer, tmp_path, changes)
 
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
 def test_files_that_cost_more_than_a_sentence_are_refused_unread(tokenizer, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(tokenizer_files, "_MAX_BYTES", 2**20)
+    for name, smaller in {
+        "_MAX_BYTES": 2**20,
+        "_MAX_TOKENS": 2**17,
+        "_MAX_SETTINGS": 2**17,
+        "_MAX_ENTRIES": 2**16,
+    }.items():
+        monkeypatch.setattr(tokenizer_files, name, smaller)
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", None)
     write_changed(tmp_path, tokenizer, changes)
     with raises("checkpoint.tokenizer", tmp_path):

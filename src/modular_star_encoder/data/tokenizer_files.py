@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from modular_star_encoder.utils.files import read_json
 MAX_TOKEN_ID = 2**24  # tokenizers writes a line for every number up to the largest id
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MAX_BYTES = 2**26
-_MAX_TEXT = 10_000  # characters of a token, a pattern or another text of a step
+_MAX_TEXT = 10_000  # characters of a pattern or another text of a step
+_MAX_TOKEN, _MAX_PIECE = 2000, 256  # characters of a token; of one that Unigram tries at each place of a text
+_MAX_TOKENS, _MAX_SETTINGS = 2**23, 2**21  # characters of a vocabulary or its merges; of added tokens and settings
+_MAX_ENTRIES = 2**21  # of a vocabulary, and of a list of merges
 _MAX_ADDED = 2**14  # added tokens
 _MAX_SPECIAL = 1000  # special tokens: those named in the settings, and those that a post-processor adds to a text
 _MAX_PARTS = 1000  # mappings in the description of the steps
@@ -78,20 +81,46 @@ def _settings_fault(settings: dict[str, Any]) -> str:
     lists["added_tokens_decoder"] = len(settings.get("added_tokens_decoder") or ()) * _MAX_SPECIAL // _MAX_ADDED
     if max(lists.values()) > _MAX_SPECIAL or len(settings) > _MAX_ADDED:
         return f"it has more than {_MAX_SPECIAL:,} special or {_MAX_ADDED:,} added tokens"
-    return ""
+    texts = _texts({name: one for name, one in settings.items() if name != "chat_template"})
+    return _size_fault(texts, _MAX_TOKEN, _MAX_SETTINGS)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a value of JSON, the keys of mappings too."""
+    if isinstance(value, str):
+        yield value
+    for one in chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(one)
+
+
+def _size_fault(tokens: Iterable[str], most: int, total: int) -> str:
+    """Return what is wrong with the numbers of characters of tokens, or an empty text."""
+    sizes = [len(token) for token in tokens]
+    is_wrong = max(sizes, default=0) > most or sum(sizes) > total
+    return f"its tokens or settings may have {most:,} characters each, and {total:,} together" if is_wrong else ""
 
 
 def _state_fault(state: dict[str, Any]) -> str:
     """Return what is wrong with the content of a tokenizer.json, or an empty text."""
     model, added = state["model"], state.get("added_tokens") or []
-    vocabulary = model["vocab"]
+    vocabulary, merges = model["vocab"], model.get("merges") or []
+    if max(len(vocabulary), len(merges)) > _MAX_ENTRIES or len(added) > _MAX_ADDED:
+        return f"it has more than {_MAX_ENTRIES:,} tokens or merges, or {_MAX_ADDED:,} added tokens"
     is_map = isinstance(vocabulary, dict)
-    ids = [one["id"] for one in added] + (list(vocabulary.values()) if is_map else [len(vocabulary)])
+    ids = [one["id"] for one in added] + list(vocabulary.values() if is_map else range(len(vocabulary)))
     if not all(type(one) is int for one in ids) or not 0 <= min(ids, default=0) <= max(ids, default=0) < MAX_TOKEN_ID:
         return f"token ids must be from 0 to {MAX_TOKEN_ID - 1:,}"
-    tokens = [one["content"] for one in added] + [one if is_map else one[0] for one in vocabulary]
-    if len(added) > _MAX_ADDED or max(map(len, tokens), default=0) > _MAX_TEXT:
-        return f"it has more than {_MAX_ADDED:,} added tokens, or a token of more than {_MAX_TEXT:,} characters"
+    words = vocabulary if is_map else [one[0] for one in vocabulary]
+    pairs = (" ".join(one) if isinstance(one, list) else one for one in merges)
+    if fault := (
+        _size_fault(words, _MAX_TOKEN if is_map else _MAX_PIECE, _MAX_TOKENS)
+        or _size_fault(pairs, 2 * _MAX_TOKEN, _MAX_TOKENS)
+        or _size_fault([one["content"] for one in added], _MAX_TOKEN, _MAX_SETTINGS)
+    ):
+        return fault
+    unknown = model.get("unk_token" if is_map else "unk_id")
+    if (unknown or "merges" not in model) and unknown not in (vocabulary if is_map else range(len(vocabulary))):
+        return f"its token for unknown text, {unknown}, is not in its vocabulary"
     affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     if max(map(len, affixes)) > _MAX_PREFIX or (model.get("max_input_chars_per_word") or 0) > _MAX_WORD:
         return f"a word may have {_MAX_WORD:,} characters, and its prefix and suffix {_MAX_PREFIX}"
@@ -105,6 +134,10 @@ def _state_fault(state: dict[str, Any]) -> str:
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if fault := _step_fault(list(_parts(state.get(name))), is_text=name != "post_processor"):
             return f"its {name} {fault}"
+    for part in _parts(state.get("post_processor")):
+        ends = [part[name][1] for name in ("sep", "cls") if isinstance(part.get(name), list)]
+        if max(*part.get("ids", ()), *ends, 0, 0) > max(ids):
+            return f"its post_processor adds an id above the largest, {max(ids)}"
     return ""
 
 
@@ -144,11 +177,15 @@ def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
 
 def _growth(part: dict[str, Any]) -> float:
     """Return how many times longer a step can make a text of one character."""
-    if part.get("type") == "ByteLevel" or {"add_prefix_space", "replacement"} & part.keys():
-        return 2
-    if "precompiled_charsmap" in part:
-        content = base64.b64decode(part["precompiled_charsmap"] or "")
-        texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")  # they follow the size and a trie
+    keys = {"add_prefix_space", "replacement", "handle_chinese_chars"}
+    if part.get("type") in ("ByteLevel", "BertNormalizer") or keys & part.keys():
+        return 3
+    if part.get("type") == "Precompiled" or "precompiled_charsmap" in part:
+        content = base64.b64decode(part["precompiled_charsmap"], validate=True)
+        size = int.from_bytes(content[:4], "little")
+        if not 0 < size <= len(content) - 4 or size % 4:
+            raise ValueError("its precompiled_charsmap is cut")
+        texts = content[4 + size :].split(b"\0")  # they follow the size and a trie
         return max(1, *(len(text.decode(errors="replace")) for text in texts), 1)
     if "pattern" in part and "content" in part:
         pattern, new = part["pattern"], len(part["content"])
