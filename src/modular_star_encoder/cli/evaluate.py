@@ -73,7 +73,7 @@ def add_evaluate_commands(commands: Any) -> None:
 
 
 def _model(text: str) -> str:
-    """Like `checkpoint`, but accept any model of an endpoint and any folder of sentence-transformers."""
+    """Return the name of a model: `openai:…` at an endpoint, a SentenceTransformer folder, or a checkpoint."""
     is_other = text.startswith("openai:") or os.path.isfile(os.path.join(os.path.expanduser(text), "modules.json"))
     return text if is_other else checkpoint(text)
 

@@ -127,11 +127,11 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """A dataset of the rows of `steps` planned batches, one batch after another; read it with a sequential sampler.
+    """The rows of `steps` batches, in the order that `plan` chose: batch after batch. Needs a sequential sampler.
 
-    Row `i` depends only on the data, the plan and `i`. It holds `query_ids` and `document_ids`, int64 (T,): a
-    description and its first snippet, or two random snippets of one row of `texts`. It also holds `negative_ids` if
-    every row of `texts` has a hard negative.
+    Row `i` depends only on the data, the plan and `i`. It holds `query_ids` and `document_ids`, int64 (T,). For a
+    text → code pair, these are a description and its first snippet; for a code → code pair, two random snippets of one
+    row of `texts`. It also holds `negative_ids` if every row of `texts` has a hard negative.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     known = [entry["content"] for entry in state["added_tokens"]]
     taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
     if taken:
-        raise UserError("data.tokenizer.spelling", f"Another token of the tokenizer is named {taken[0]}: rename it.")
+        raise UserError("data.tokenizer.spelling", f"The tokenizer already has another token {taken[0]}: rename it.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)

@@ -55,7 +55,7 @@ class RetrievalMetric(evaluate.Metric):
 
 
 class _Given:
-    """Implements `Scores` for an array (Q, D), as a single block."""
+    """Scores that are known already, an array (Q, D), in the form that `retrievers.Scores` describes: one block."""
 
     def __init__(self, scores: np.ndarray) -> None:
         self.scores, self.shape = scores, scores.shape

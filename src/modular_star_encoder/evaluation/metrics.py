@@ -274,7 +274,10 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return each query's part (Q,) of the mean of the tasks' means; `differences` is {query: difference} per task."""
+    """Split the mean over tasks of each task's mean difference into terms (Q,), one per query, that sum to it.
+
+    `differences` has a dict {query: difference} for each task. A query of several tasks has one term.
+    """
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

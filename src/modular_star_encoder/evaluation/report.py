@@ -269,7 +269,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
     tables = read_tables(path, checkpoint)
     own = _own_exits(next((one for one in tables if one.benchmark == benchmark), tables[0]))
     if not own:
-        raise UserError("evaluation.report.no_exits", f"{path} has no exits: evaluate a model with exits.")
+        raise UserError("evaluation.report.no_exits", f"{path} has no results of exits: evaluate a model with exits.")
     return {exit_layer: row.mean.value for exit_layer, row in own.items()}
 
 

@@ -72,7 +72,7 @@ class Retriever(Protocol):
         return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
-        """Return the scores (Q, D) of texts at one variant; `prepare` must have been called with all of them."""
+        """Return the scores (Q, D) of a variant, such as one exit; call `prepare` with all texts first."""
         ...
 
 
@@ -87,7 +87,7 @@ class EmbeddingRetriever(Retriever):
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Embed the texts that are not in the cache yet at the exits of `variants`, and store them there."""
+        """Embed the texts that the cache lacks, at the exit of each variant, and store them in the cache."""
         prompted = [(self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts)]
         self.embed(prompted, [variant.exit_layer for variant in variants], progress=progress)
 
@@ -109,7 +109,7 @@ class EmbeddingRetriever(Retriever):
         return self.cache.rows(self._space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
-        """Return the cosine similarities (Q, D) at one variant; `prepare` must have been called with all texts."""
+        """Return the cosine similarities (Q, D) of a variant, such as one exit; call `prepare` with all texts first."""
         asked, answers = ([(self.encoder.prompt(one), one.text) for one in texts] for texts in (queries, documents))
         rows = self.rows(asked, variant.exit_layer), self.rows(answers, variant.exit_layer)
         return CosineScores(*rows, dimensions=variant.dimensions)

@@ -140,7 +140,7 @@ class RetrievalRow(NamedTuple):
 
 
 def _arrays(value: Any) -> Any:
-    """Return JSON values that stand for an array, or for judgements, in the text that is hashed."""
+    """Convert an array or judgements to JSON values, for the text whose hash identifies a task."""
     if isinstance(value, Judgements):
         return [value.query, value.document]
     return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]

@@ -185,7 +185,11 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check staged repositories; return {key: largest difference between its embeddings and its source's}."""
+    """Check staged repositories: files, card, tokenizer, and that each loads without this package.
+
+    Returns {key of the repository: largest difference between its embeddings and those of its source checkpoint}.
+    UserError if a check fails.
+    """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
         check_card(one.folder / CARD)

@@ -254,7 +254,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether gradient caching is on: `backward` fills the gradients, but no graph leads to the parameters."""
+        """Whether gradients are cached. If so, only `backward` gives gradients of parameters, not `autograd.grad`."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
@@ -266,9 +266,10 @@ class ContrastiveObjective:
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: side → inputs, for the sides in `settings.pairs`, `query` and `document` by default. Inputs are
-                `input_ids` and `attention_mask` (B, T), padded left or right. Row b of one side of a pair belongs to
-                row b of its other sides; another pair may have another B. A side may mix descriptions and code.
+            batch: {name of a side: inputs} for every side that `settings.pairs` names, by default `query` and
+                `document`. Inputs are `input_ids` and `attention_mask` (B, T), padded left or right. Row b of one side
+                of a pair matches row b of the other. Different pairs may have different B. A side may mix descriptions
+                and code.
             exit_layers: the exits to train.
 
         Returns:

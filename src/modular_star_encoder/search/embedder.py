@@ -176,14 +176,16 @@ class Embedder:
         """Clear the cache of embeddings."""
         self._known.clear()
 
-    def encoder(self, exit_layers: Sequence[int], texts: int | None = None) -> _Encoder:
-        """Return a function that embeds a list of N texts: texts → exit_layer → (N, D) float32.
+    def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
+        """Return a function from a list of N texts to {exit_layer: embeddings (N, D) float32}.
 
-        `texts` is the number of texts to expect; None for many. Where numpy supports the checkpoint, it computes exit
-        0, and few texts at deeper exits on a CPU while no torch model is loaded. Otherwise torch computes. OSError if
-        the weights can't be read.
+        `expected` is how many texts will be embedded; None means many. If numpy supports the checkpoint, it computes
+        exit 0. It also computes deeper exits if the texts are few, the device is a CPU and torch has not loaded the
+        model yet. In all other cases torch computes. OSError if the weights can't be read.
         """
-        is_short = texts is not None and texts <= _FEW_TEXTS and self._model is None and self._device in (None, "cpu")
+        is_short = (
+            expected is not None and expected <= _FEW_TEXTS and self._model is None and self._device in (None, "cpu")
+        )
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode
             return lambda texts: {0: encode(texts)}

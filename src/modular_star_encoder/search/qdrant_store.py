@@ -164,7 +164,7 @@ class QdrantStore(VectorStore):
         return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
 
     def _filter(self, where: Filter) -> Any:
-        """Translate `where` to Qdrant's form: None if it accepts all rows, an empty `must` if it accepts none."""
+        """Return Qdrant's form of `where`: None if it accepts all rows, an empty list `must` if it accepts none."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))

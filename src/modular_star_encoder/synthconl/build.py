@@ -228,7 +228,7 @@ def functions(build: Build, out: Path) -> Report:
 
 
 def translations(build: Build, out: Path) -> Report:
-    """Ask the model to translate each extracted function; write its answers to `out`. Report: see `translate`."""
+    """Have the model translate each extracted function, write its answers to `out`, return `translate`'s report."""
     settings, seed = build.recipe.translation, build.recipe.seed
     return translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
 

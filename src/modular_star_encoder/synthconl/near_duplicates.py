@@ -316,10 +316,11 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the m distinct rows among n by `digests`, uint64 (n, two per column); `order` has the rows sorted by id.
+    """Find the m distinct rows among n by the hashes of their texts, `digests` uint64 (n, 2 × columns).
 
-    Of equal rows, the one with the smallest id is the distinct row; a row with only blank texts equals no other row.
-    Return the positions of the distinct rows sorted by id, int64 (m,); for each row, its number in these, int64 (n,).
+    `order`, int64 (n,), lists the rows by ascending id. Of equal rows, the first in it is the distinct one; a row with
+    only blank texts equals no other. Return the distinct rows by ascending id, int64 (m,), and for each of the n rows
+    the index of its equal among these, int64 (n,).
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))

@@ -275,11 +275,11 @@ def translate(
     Args:
         functions: Folder of files from `write_rows` with the columns `id`, `language1_CSN` and `func1_CSN`.
         out: Existing folder; it gets one file of completions for each file of functions.
-        settings, seed: As in all earlier calls, which the caller checks. `seed` decides the target languages.
+        settings, seed: The same as in all earlier calls; the caller checks this. `seed` decides the target languages.
 
     Returns:
-        A report on this call and all earlier ones: `completions` and `errors` (numbers of answers and of failed
-        requests among them), `prompt_tokens`, `completion_tokens`, `cost`, `seconds`, `completions_per_second`, and
+        A report on this call and all earlier ones: `completions` (number of requests that were sent) and `errors` (how
+        many of these failed), `prompt_tokens`, `completion_tokens`, `cost`, `seconds`, `completions_per_second`, and
         `backends`, the description of each back end used.
 
     Raises:

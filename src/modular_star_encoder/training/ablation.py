@@ -547,7 +547,7 @@ def _score(found: Mapping[str, Any] | None) -> str:
 
 
 def _signed(found: Mapping[str, Any] | None) -> list[str]:
-    """Return an estimate and its interval with signs; empty texts for what was not run."""
+    """Format an estimate and its interval with + or − signs; two empty texts if it was not measured."""
     if not found or "value" not in found:
         return ["", ""]
     return [f"{found['value']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}"]

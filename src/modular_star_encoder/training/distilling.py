@@ -68,7 +68,7 @@ def load_teacher(settings: TeacherSettings, projection_size: int) -> Encoder:
     size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
     if size != projection_size:
         message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
-        raise UserError("distillation.size", f"{message} Its projection_size is {projection_size}.")
+        raise UserError("distillation.size", f"{message} The model's projection_size is {projection_size}.")
     return teacher
 
 

@@ -215,10 +215,10 @@ class TeacherSettings(DistillationSettings):
         max_characters: largest number of characters of a text for the teacher; the rest is cut off.
         centre_by_kind: subtract the mean vector of all descriptions from each description's vector, and that of all
             snippets from each snippet's, and normalise the results.
-        texts: file of texts without a pair to learn from, too: JSON Lines or Parquet with a column `text`. A batch has
-            one of them for every two pairs.
-        start_from_teacher: before training, set exit 0 to the teacher's vectors of single tokens. See
-            `start_from_teacher`.
+        texts: file of single texts that the exits also learn from: JSON Lines or Parquet with a column `text`. A batch
+            has one of them for every two pairs.
+        start_from_teacher: before training, set exit 0 to the teacher's vectors of single tokens, by the function
+            `starting_points.start_from_teacher`.
         cache: folder of the teacher's vectors; by default in the user's cache.
     """
 

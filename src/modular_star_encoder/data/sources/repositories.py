@@ -365,7 +365,7 @@ def archive_repositories(
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
     if not found:
         message = f"{os.fspath(source)!r} is neither an archive nor a folder that holds one."
-        raise UserError("data.source.no_files", f"{message} Archives are named {', '.join(ARCHIVE_SUFFIXES)}.")
+        raise UserError("data.source.no_files", f"{message} Names of archives end in {', '.join(ARCHIVE_SUFFIXES)}.")
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())
     archives = sorted((name if counts[short[name]] > 1 else short[name], path) for name, path in found.items())

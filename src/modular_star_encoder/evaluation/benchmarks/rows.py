@@ -108,9 +108,9 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if the file's number of rows, `found`, is not `expected`.
+    """Raise UserError if a file has `found` rows of `what` instead of `expected`; `allow_subset` permits fewer.
 
-    With `allow_subset`, fewer rows are no error. Returns the notes for the table: one if there are fewer, else none.
+    Returns notes that are printed with the results: one if there are fewer rows, otherwise none.
     """
     if found == expected:
         return ()
