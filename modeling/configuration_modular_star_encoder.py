@@ -246,7 +246,11 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as transformers does, after unwrapping the values that published files wrap in a list of one item."""
+        """Load as transformers does, after unwrapping the values that published files wrap in a list of one item.
+
+        A file must not choose other weights, which may be pickled, or an attention, which may compile code: such keys
+        are ignored.
+        """
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
         def unwrap(key: str, value: Any) -> Any:
@@ -258,7 +262,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             raise ValueError(f"{methods[0]} is the name of a method of the configuration, not of a setting.")
         if "exit_layer" in kwargs:
             kwargs["exit_layer"] = as_int(kwargs["exit_layer"])
-        return super().from_dict({key: unwrap(key, value) for key, value in config_dict.items()}, **kwargs)
+        ignored = {"transformers_weights", "attn_implementation", "_attn_implementation"}
+        known = {key: unwrap(key, value) for key, value in config_dict.items() if key not in ignored}
+        return super().from_dict(known, **kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -261,3 +261,12 @@ def test_help_of_training_lists_the_keys_of_its_recipe(capsys):
             cli.main([command, "--help"])
         out = capsys.readouterr().out
         assert [key for key in shown if key not in out] == []
+
+
+def test_a_terminal_of_few_characters_and_a_closed_output_get_a_plain_answer():
+    program = [sys.executable, "-c", "from modular_star_encoder.cli.main import main; main(['profile', 'no-\\u2192'])"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    answer = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert answer.stderr.startswith("mose: error: There is no checkpoint folder no-?")
+    script = "import sys; sys.stdout = None; from modular_star_encoder.cli.main import main; sys.exit(main(['doctor']))"
+    assert "Traceback" not in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stderr

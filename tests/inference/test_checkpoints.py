@@ -1,7 +1,9 @@
 import json
 import logging
 import os
+import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -182,12 +184,59 @@ def test_a_missing_folder_a_file_in_its_place_and_missing_files_are_named(copy, 
             load_checkpoint(copy)
 
 
-def test_a_pipe_in_place_of_a_file_is_reported_and_not_read(copy):
-    folder = copy
-    (folder / "tokenizer.json").unlink()
-    os.mkfifo(folder / "tokenizer.json")
-    with pytest.raises(FileNotFoundError, match=r"its tokenizer\.json is not a file"):
-        load_checkpoint(folder)
+def _pipe(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+
+
+def _index(folder, shard):
+    (folder / "model.safetensors").rename(folder.parent / "foreign.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+
+
+def _link(folder):
+    (folder.parent / "secret").write_text("{}")
+    (folder / "modules.json").symlink_to(folder.parent / "secret")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (partial(_pipe, name="tokenizer.json"), "its tokenizer.json is not a file"),
+        (partial(_pipe, name="other.safetensors"), "its other.safetensors is not a file"),
+        (partial(_index, shard="../foreign.safetensors"), "its weights ../foreign.safetensors"),
+        (partial(_index, shard="/dev/zero"), "its weights /dev/zero"),
+        (partial(_index, shard=["a"]), "its weights"),
+        (_link, "its modules.json is a link to a file outside"),
+    ],
+)
+def test_pipes_and_files_outside_the_folder_are_reported_and_not_read(copy, change, problem):
+    (copy / "modules.json").unlink(missing_ok=True)
+    change(copy)
+    with pytest.raises(FileNotFoundError, match=re.escape(problem)):
+        load_checkpoint(copy)
+
+
+def test_a_link_to_the_blobs_of_the_hub_s_cache_is_followed(copy):
+    (copy.parent / "blobs").mkdir()
+    (copy / "config.json").rename(copy.parent / "blobs" / "1")
+    (copy / "config.json").symlink_to("../blobs/1")
+    load_checkpoint(copy)
+
+
+def test_a_configuration_chooses_neither_other_weights_nor_an_attention(copy):
+    config = json.loads((copy / "config.json").read_text())
+    hostile = {"transformers_weights": "adapter_model.bin", "attn_implementation": "flex_attention"}
+    (copy / "config.json").write_text(json.dumps(config | hostile))
+    loaded = load_checkpoint(copy)[0].config
+    assert loaded._attn_implementation == "sdpa"
+    assert not hasattr(loaded, "transformers_weights")
+
+
+def test_a_deeply_nested_configuration_is_damaged(copy):
+    (copy / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
+    with raises("checkpoint.damaged", copy):
+        load_checkpoint(copy)
 
 
 def test_a_model_without_projection_heads_is_an_error(tmp_path):

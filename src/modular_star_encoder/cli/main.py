@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from modular_star_encoder import __version__
@@ -66,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors go to stderr, each error in one line. Wrong usage ends the process with argparse's message and status 2.
     """
     keep_few_compiled_operations()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # None if it is closed
+            stream.reconfigure(errors="replace")  # a terminal may know fewer characters
     if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     room = ""  # of the command: the last part of its module's name
@@ -73,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(argv)
         room = arguments.run.__module__.rpartition(".")[2]
         arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("mose: interrupted", file=sys.stderr)
         return 130

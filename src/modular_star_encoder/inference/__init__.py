@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import read_json
 
 PROFILE_NAME = "exit_profile.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -59,10 +60,30 @@ def check_checkpoint(name: str | os.PathLike[str]) -> None:
         fault = f"{name} is not a checkpoint: it has no config.json."
     elif not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
-    elif odd := [one.name for one in folder.glob("*.json") if not one.is_file()]:  # a pipe would wait for ever
-        fault = f"{name} is not a checkpoint: its {odd[0]} is not a file."
+    elif odd := _unsafe_file(folder):
+        fault = f"{name} is not a checkpoint: {odd}."
     if fault:
         raise FileNotFoundError(fault)
+
+
+def _unsafe_file(folder: Path) -> str:
+    """Return which file of a checkpoint would hang its reader or is not the checkpoint's own; "" if there is none."""
+    texts = [*folder.glob("*.json"), *folder.glob("*.jinja")]
+    for file in (*texts, *folder.glob("*.safetensors")):
+        if not file.is_file():  # a pipe would wait for ever
+            return f"its {file.name} is not a file"
+    for file in texts:  # these are copied; the Hub's cache links to its folder blobs
+        target = file.resolve()
+        if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
+            return f"its {file.name} is a link to a file outside the folder"
+    if not (folder / WEIGHT_FILES[0]).is_file():
+        try:
+            shards = {str(shard) for shard in read_json(folder / WEIGHT_FILES[1])["weight_map"].values()}
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return f"its {WEIGHT_FILES[1]} does not name its weights"
+        if odd := sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
+            return f"its weights {odd[0]} are not a file in the folder"
+    return ""
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:

@@ -48,7 +48,7 @@ MODULES = (
 
 # What transformers raises for damaged files, and for values of other types or sizes than it expects.
 _OF_VALUES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError)
-_DAMAGED = (SafetensorError, StrictDataclassError, *_OF_VALUES)
+_DAMAGED = (SafetensorError, StrictDataclassError, RecursionError, *_OF_VALUES)
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
 
 
