@@ -49,7 +49,8 @@ class CodeIndex:
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
     Only one process at a time writes an index in a folder. `build` and `update` wait 3 s for another writer, then raise
     UserError; `refresh` leaves the index as it is; `open_for_search` waits up to ten minutes for a first build. Other
-    processes can search meanwhile: they find each file as it was before the change or after it, never a part of it.
+    processes can search meanwhile: they find each file as it was before the change or after it (or both, if it changes
+    during the search), never a part of it.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
