@@ -1147,8 +1147,8 @@ class ClampWithInwardGradient(torch.autograd.Function):
 class ModularStarEncoderLogitScale(nn.Module):
     """A learned multiplier of similarities, stored as its logarithm.
 
-    The model stores it and its forward returns it, so that DDP, FSDP2, peft (`modules_to_save=["logit_scale"]`) and
-    checkpoints handle it like any parameter.
+    It is a module of the model, and its `forward` returns the multiplier, so that DDP, FSDP2, checkpoints and peft
+    (`modules_to_save=["logit_scale"]`) handle it like any parameter.
     """
 
     def __init__(self) -> None:

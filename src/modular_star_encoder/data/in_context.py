@@ -217,7 +217,9 @@ class PairSampler:
             if repositories is not None:
                 break
         else:
-            raise RuntimeError("Hardly any two repositories have texts in the same language: leave out rare languages.")
+            raise RuntimeError(
+                "Too few repositories have texts in the same language: leave out languages that few repositories have."
+            )
         first, partner = self._draw_texts(rng, repositories[0], cell)
         first_alternative, stranger = self._draw_texts(rng, repositories[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))

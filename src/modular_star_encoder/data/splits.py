@@ -280,7 +280,7 @@ class PairGroups:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kind of pair → number of groups that can give such a pair."""
+        """{kind of pair, such as `TEXT_TO_CODE`: number of groups (see `PairGroups`) that have such a pair}."""
         return {kind: len(numbers) for kind, numbers in self.numbers.items()}
 
     @property

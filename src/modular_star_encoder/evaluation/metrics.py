@@ -176,7 +176,7 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the outcomes (N,) int64, such as `TRUE_POSITIVE`, of N decisions with N true labels; all are 0 or 1."""
+    """Compare N decisions with N labels, each 0 or 1; return their outcomes (N,) int64, as `TRUE_POSITIVE`."""
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 

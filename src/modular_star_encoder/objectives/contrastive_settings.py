@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must not repeat a side in a set of pairs, or have two sets with the same anchor and positive")
+        raise ValueError("must have different names in each entry, and a different anchor and positive in every entry")
     return pairs
 
 

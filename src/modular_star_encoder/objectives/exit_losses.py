@@ -45,11 +45,12 @@ def exit_weights(
     """Return the weight of each exit's loss.
 
     Args:
-        weighting: a list of one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, the number of
-            layers executed (arXiv 2503.03008, pre-training loss: i/36); exit 0, which the paper does not have, weighs
-            1/depth. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits, whatever their depths. `"geometric"`: 1,
-            and the trainer divides each loss by its current value, so that exits weigh equally however large their
-            losses are (this is the gradient of the logarithm of their geometric mean, times E: arXiv 1904.08492).
+        weighting: a list of one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, where i is the
+            number of layers executed (arXiv 2503.03008, pre-training loss: i/36); exit 0, which the paper does not
+            have, weighs 1/depth. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits, whatever their depths.
+            `"geometric"`: 1, and the trainer divides each loss by its current value, as a constant, so that large and
+            small losses count equally. The gradient is then E times that of the logarithm of the losses' geometric
+            mean (arXiv 1904.08492).
         exit_layers: the exits, shallowest first.
         depth: number of layers of the full model (for a slice: of its parent); 0 counts as 1.
         normalize: whether to divide the weights by their sum.

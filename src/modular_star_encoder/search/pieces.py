@@ -230,7 +230,7 @@ def telling_parts(question: str) -> set[str]:
 
 
 def definition_word(name: str) -> str:
-    """Return the word that `snippet_words` adds to the words of pieces that define `name`."""
+    """Return the extra word by which a search finds pieces that define `name`; `snippet_words` adds it to them."""
     return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 

@@ -86,8 +86,8 @@ class Ranker:
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
         """Return the best `limit` rows for a question by the ranking rules over similarity and words (see `place`).
 
-        With a cascade, the best rows get their similarities at the deeper exit, rescaled to the mean and deviation of
-        the old ones. Then all rows are ranked again.
+        With a cascade (see `Cascade`), the best rows get new similarities, at the cascade's exit, rescaled to the mean
+        and standard deviation of those at the first exit. Then all rows are ranked again.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)

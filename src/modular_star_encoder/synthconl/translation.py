@@ -112,10 +112,10 @@ class OpenAIBackend:
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """Yield one completion for each request, in the order in which they arrive.
+        """Yield one completion for each request as soon as it is there, so not in the order of `requests`.
 
-        At most `concurrency` requests are pending at a time; a kill of the process loses only their answers. UserError
-        if no further request can be answered, as with a wrong key or a server that is down. Before it is raised, the
+        At most `concurrency` requests are pending at a time; a killed process loses only the answers to these.
+        UserError if no further request can be answered, as with a wrong key or a server that is down. Before it is raised, the
         completions of the other pending requests are yielded.
         """
         failure: UserError | None = None

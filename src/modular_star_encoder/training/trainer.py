@@ -290,7 +290,10 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Add the files by which `SentenceTransformer` loads a saved model; none if it cannot compute its embeddings."""
+    """Add the files with which `SentenceTransformer` loads a saved model.
+
+    Add none if `SentenceTransformer` could not compute this model's embeddings.
+    """
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):

@@ -44,8 +44,8 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
     """Return an ImportError that says which extra of this package installs the missing module; None if none does.
 
-    If `command` is the name of an extra, `train` or `dataset`, it is named in place of the other of the two: both bring
-    the modules that they share.
+    Some modules are in both extras `train` and `dataset`. For these, the error names the extra called `command`, if
+    `command` is one of the two.
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)

@@ -254,7 +254,8 @@ def _sentence(fault: Any) -> str:
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted key of each setting, and a text: type, default and meaning.
 
-    Of the dataclass in `OPEN_KEYS`, only keys with a description or with a default in `kind.DEFAULTS` are listed.
+    Of the dataclass in `OPEN_KEYS` (see the top of this file), such as `TrainingArguments`, only fields with a
+    description or with a default in `kind.DEFAULTS` are listed.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)
