@@ -69,9 +69,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
                 raise UserError("checkpoint.tokenizer", f"{file} is not a tokenizer's file that can be used: {fault}.")
     for file in chain.from_iterable(map(Path(folder).glob, ("*.jinja", "*/*.jinja"))):
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-            raise UserError(
-                "checkpoint.tokenizer", f"{file} is not a regular file, or has more than {_MAX_BYTES:,} bytes."
-            )
+            raise UserError("checkpoint.tokenizer", f"{file} must be a regular file of at most {_MAX_BYTES:,} bytes.")
     return _FILES[0] in found
 
 

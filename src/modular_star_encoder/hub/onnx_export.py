@@ -205,9 +205,7 @@ def check_onnx(
             difference = float((values - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
                 size = f"{difference:.2g} (allowed: {tolerance:g}), for {real.shape[0]} texts of {real.shape[1]} tokens"
-                raise UserError(
-                    "onnx.difference", f"{path}, output {name}, differs from the model by {size}: don't use it."
-                )
+                raise UserError("onnx.difference", f"Do not use {path}: its {name} differs from the model's by {size}.")
             largest[name] = max(largest[name], difference)
     return largest
 

@@ -115,8 +115,8 @@ class OpenAIBackend:
         """Yield one completion for each request as soon as it is there, so not in the order of `requests`.
 
         At most `concurrency` requests are pending at a time; a killed process loses only the answers to these.
-        UserError if no further request can be answered, as with a wrong key or a server that is down. Before it is raised, the
-        completions of the other pending requests are yielded.
+        UserError if no further request can be answered, as with a wrong key or a server that is down. Before it is
+        raised, the completions of the other pending requests are yielded.
         """
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
