@@ -194,9 +194,10 @@ def _index(folder, shard):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
 
 
-def _link(folder):
+def _link(folder, name):
     (folder.parent / "secret").write_text("{}")
-    (folder / "modules.json").symlink_to(folder.parent / "secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder.parent / "secret")
 
 
 @pytest.mark.parametrize(
@@ -207,11 +208,11 @@ def _link(folder):
         (partial(_index, shard="../foreign.safetensors"), "its weights ../foreign.safetensors"),
         (partial(_index, shard="/dev/zero"), "its weights /dev/zero"),
         (partial(_index, shard=["a"]), "its weights"),
-        (_link, "its modules.json is a link to a file outside"),
+        (partial(_link, name="modules.json"), "its modules.json is a link to a file outside"),
+        (partial(_link, name="1_Pooling/config.json"), "its config.json is a link to a file outside"),
     ],
 )
 def test_pipes_and_files_outside_the_folder_are_reported_and_not_read(copy, change, problem):
-    (copy / "modules.json").unlink(missing_ok=True)
     change(copy)
     with pytest.raises(FileNotFoundError, match=re.escape(problem)):
         load_checkpoint(copy)

@@ -68,7 +68,7 @@ def check_checkpoint(name: str | os.PathLike[str]) -> None:
 
 def _unsafe_file(folder: Path) -> str:
     """Return which file of a checkpoint would hang its reader or is not the checkpoint's own; "" if there is none."""
-    texts = [*folder.glob("*.json"), *folder.glob("*.jinja")]
+    texts = [*folder.glob("*.json"), *folder.glob("*/*.json"), *folder.glob("*.jinja")]
     for file in (*texts, *folder.glob("*.safetensors")):
         if not file.is_file():  # a pipe would wait for ever
             return f"its {file.name} is not a file"

@@ -151,7 +151,7 @@ def _load_tokenizer(path: str) -> Any:
 def clear_errors(path: str) -> Iterator[None]:
     """Raise an error of one sentence in place of any that transformers and the Hub raise for bad or missing files.
 
-    What transformers reports of a model's tensors is logged only if there is no error.
+    transformers' messages about a model's tensors are logged only if there is no error.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
