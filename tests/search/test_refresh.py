@@ -152,8 +152,7 @@ def test_two_indexings_at_once_leave_a_whole_index_and_searches_meanwhile_find_w
             for number in range(0, files if index else 0, 7):
                 hits = index.search(["part version"], top_k=999, path=f"file_{number}.py")[0].hits
                 versions = Counter(hit.text.split("version ")[1][0] for hit in hits)
-                assert set(versions.values()) == {parts}  # both versions if the file changes during the search
-                assert set(versions) <= {str(version - 1), str(version)}
+                assert versions in ({str(version - 1): parts}, {str(version): parts})
         for writer in writers:
             error = writer.communicate()[1]
             assert writer.returncode == 0 or (writer.returncode == 2 and "Another process is writing" in error)

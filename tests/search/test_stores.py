@@ -207,6 +207,22 @@ def test_an_open_store_sees_what_another_writes(tmp_path):
     assert other.lexical(["first"], 9, Filter()) == []
 
 
+def test_a_snapshot_of_a_folder_sees_nothing_that_another_writes(tmp_path):
+    one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
+    one.create(SETTINGS)
+    for path in ("a.py", "b.py"):
+        one.replace_files([], rows(path, [f"first {path}"]))
+    with other.snapshot():
+        one.replace_files([file_id("a.py")], rows("a.py", ["second"], "2"))
+        one.finish()  # removes the files of both segments
+        assert sorted(found_texts(other.nearest(np.ones(8, np.float32), 1, 9, Filter()))) == [
+            "first a.py",
+            "first b.py",
+        ]
+        assert other.lexical(["second"], 9, Filter()) == []
+    assert found_texts(other.lexical(["second"], 9, Filter())) == ["second"]
+
+
 def test_a_reader_survives_a_merge_between_its_manifest_and_its_segments(tmp_path, monkeypatch):
     one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
     one.create(SETTINGS)

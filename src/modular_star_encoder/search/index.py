@@ -49,8 +49,8 @@ class CodeIndex:
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
     Only one process at a time writes an index in a folder. `build` and `update` wait 3 s for another writer, then raise
     UserError; `refresh` leaves the index as it is; `open_for_search` waits up to ten minutes for a first build. Other
-    processes can search meanwhile: they find each file as it was before the change or after it (or both, if it changes
-    during the search), never a part of it.
+    processes can search meanwhile: in a local index, each call sees every file whole, as it was before a change or after
+    it. On a Qdrant server, a search may find both forms of a file that changes during the search.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -258,7 +258,7 @@ class CodeIndex:
                 checkpoint built the index, or the index was rebuilt after it was opened.
         """
         where = check_search(questions, top_k, method, languages, path)
-        with self._lock:
+        with self._lock, self.store.snapshot():
             self._check_unchanged()
             if method == "lexical":
                 words = [by_words(self.store, question, top_k, where) for question in questions]
@@ -289,7 +289,7 @@ class CodeIndex:
         """
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
         this_file = re.compile(re.escape(readable_path(path).encode()) + rb"\Z")
-        with self._lock:
+        with self._lock, self.store.snapshot():
             self._check_unchanged()
             exit_layer = self.settings.check_exit(exit_layer, self.store.location)
             pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=this_file))

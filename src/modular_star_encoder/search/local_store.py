@@ -74,6 +74,7 @@ class LocalStore:
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
         self._segments: dict[str, _Segment] = {}
+        self._is_snapshot = False
         self._stamps: Stamps = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
             message = f"{location} is not an index: it is a file, or holds other things. Name another folder."
@@ -97,6 +98,15 @@ class LocalStore:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        self.count()  # maps every segment, so that a merge in another process can't remove one before it is read
+        self._is_snapshot = True
+        try:
+            yield
+        finally:
+            self._is_snapshot = False
 
     @_reading
     def settings(self) -> dict[str, Any] | None:
@@ -208,21 +218,26 @@ class LocalStore:
 
     def _alive(self) -> Iterator["_Segment"]:
         """Yield the segments that the manifest lists, each with its deleted files marked."""
-        try:
-            segments = [(self._segment(name), dead) for name, dead in self._read()["segments"].items()]
-        except FileNotFoundError:  # merged by another process since the manifest was read
-            self._version = None
-            segments = [(self._segment(name), dead) for name, dead in self._read()["segments"].items()]
+        while True:
+            listed = self._read()["segments"]
+            try:
+                segments = [(self._segment(name), dead) for name, dead in listed.items()]
+                break
+            except FileNotFoundError:  # merged by another process since the manifest was read
+                self._version = None
+                if self._read()["segments"] == listed:
+                    raise
         for segment, dead in segments:
             segment.mark(dead)
             yield segment
 
     def _read(self) -> dict[str, Any]:
         """Return the manifest, read again if another process has replaced it; an empty one if there is no index."""
-        if self.folder is None:
+        if self.folder is None or self._is_snapshot:
             return self._manifest
         path = self.folder / MANIFEST
         if not path.exists():
+            self._manifest, self._version = _NO_INDEX, None
             return _NO_INDEX
         status = path.stat()
         if self._version != (status.st_mtime_ns, status.st_ino):

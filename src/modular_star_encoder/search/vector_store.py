@@ -92,6 +92,10 @@ class VectorStore(Protocol):
         """
         return nullcontext()
 
+    def snapshot(self) -> AbstractContextManager[None]:
+        """Return a context whose reads see the rows of its start; of a server that has no snapshots, those of now."""
+        return nullcontext()
+
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that `create` stored; None if there is no index yet.
 
