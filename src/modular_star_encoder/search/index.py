@@ -49,8 +49,8 @@ class CodeIndex:
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
     Only one process at a time writes an index in a folder. `build` and `update` wait 3 s for another writer, then raise
     UserError; `refresh` leaves the index as it is; `open_for_search` waits up to ten minutes for a first build. Other
-    processes can search meanwhile: in a local index, each call sees every file whole, as it was before a change or after
-    it. On a Qdrant server, a search may find both forms of a file that changes during the search.
+    processes can search meanwhile: in a local index, each call sees every file whole, as it was before a change or
+    after it. On a Qdrant server, a search may find both forms of a file that changes meanwhile.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
