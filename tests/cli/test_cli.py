@@ -164,6 +164,16 @@ def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
     assert not (checkpoint / PROFILE_NAME).exists()
 
 
+def test_an_upload_without_a_hub_or_a_token_fails_before_anything_heavy(mose, checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modular_star_encoder.hub.publishing", None)  # its import would fail
+    words = ("publish", str(checkpoint), "--repository", "me/model", "--upload")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in mose(*words)[2]
+    monkeypatch.setattr("modular_star_encoder.utils.http.check_hub", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "hf auth login" in mose(*words)[2]
+
+
 def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypatch):
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # so that it is put back
     monkeypatch.delenv("LRU_CACHE_CAPACITY")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from modular_star_encoder.cli.main import main
 from modular_star_encoder.data.collators import ClassificationCollator
 from modular_star_encoder.data.finetuning_rows import ClassificationRows
 from modular_star_encoder.data.pairs import read_labelled_pairs
@@ -169,3 +170,13 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
         recipe, finetune = load_finetuning(recipe_file, [override])
         finetune(recipe, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_rows_labels_and_scores(recipe_file, tmp_path, capsys):
+    settings = ("max_steps=1", "eval_steps=1", "save_steps=1", "max_train_samples=16")
+    assert main(["finetune", str(recipe_file), "--out", str(tmp_path / "run"), *settings]) == 0
+    printed = capsys.readouterr().out
+    labels = read_labelled_pairs({"bigclonebench": recipe_file.parent / "data"})["train"].sample(16, seed=0).labels
+    train = f"train: 16 rows, of which {sum(labels)} have label 1, 44 left out (beyond max_train_samples=16)"
+    assert train in printed.splitlines()
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("| test")] == ["test"]

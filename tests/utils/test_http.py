@@ -1,5 +1,6 @@
 import asyncio
 import gzip
+import socket
 import time
 from email.utils import formatdate
 
@@ -8,6 +9,7 @@ import pytest
 from modular_star_encoder.utils.http import (
     HTTPClient,
     HTTPRequestError,
+    check_hub,
     check_url,
     token_from_environment,
     wrap_hub_errors,
@@ -173,3 +175,16 @@ def test_network_errors_of_both_clients_of_the_hub_become_one_sentence(client):
     assert raised.value.__cause__ is error
     with pytest.raises(OSError, match="can't be reached"), wrap_hub_errors("me/tiny"):
         raise RuntimeError("a file failed") from error
+
+
+def test_a_hub_that_is_switched_off_refuses_or_never_answers_is_named_in_one_sentence(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        check_hub("http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1 can't be reached .*refused"):
+        check_hub("http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are made, but nobody reads
+        for scheme in ("http", "https"):
+            with pytest.raises(OSError, match=r"no answer within 0\.3 seconds"):
+                check_hub(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)

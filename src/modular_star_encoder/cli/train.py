@@ -112,11 +112,16 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "finetune")
     from modular_star_encoder.evaluation.report import TABLES, Report
     from modular_star_encoder.training.finetuning import load_finetuning
+    from modular_star_encoder.utils.reports import markdown_table, percent
 
     recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
     log = finetune(recipe, arguments.out)
     if log.get("retrieval"):
         print(f"\n{Report(TABLES.validate_python(log['retrieval']['tables']), ()).to_markdown()}")
+    for split, scores in log.get("scores", {}).items():  # of a classifier
+        header = [f"{split} (%), exit", *next(iter(scores.values()))]
+        rows = [[str(exit_layer), *map(percent, values.values())] for exit_layer, values in scores.items()]
+        print("", *markdown_table([header, *rows]), sep="\n")
     print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
 
 

@@ -186,9 +186,14 @@ def finetune_classifier(
     model, tokenizer = start.load()
     splits = {}
     for split, pairs in read_labelled_pairs(recipe.data).items():
-        limit = recipe.max_train_samples if split == "train" else recipe.max_eval_samples
+        setting = "max_train_samples" if split == "train" else "max_eval_samples"
+        limit = getattr(recipe, setting)
         chosen = pairs if limit is None else pairs.sample(limit, recipe.seed)
         shown = progress and state.is_main_process
+        if shown:
+            counts = f"{len(chosen):,} rows, of which {chosen.labels.sum():,} have label 1"
+            left_out = f", {len(pairs) - len(chosen):,} left out (beyond {setting}={limit})"
+            print(f"{split}: {counts}{left_out if len(chosen) < len(pairs) else ''}")
         splits[split] = ClassificationRows(chosen, tokenizer, max_tokens=recipe.max_tokens, progress=shown)
     if state.is_main_process:
         run.begin()

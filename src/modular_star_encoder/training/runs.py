@@ -317,10 +317,10 @@ class ExitProgressCallback(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self._first_step, self._first_end = state.global_step + 1, 0.0
         if self.training_bar is not None:
-            self.training_bar.unit = "step"
-            self.training_bar.bar_format = "{l_bar}{bar}| {n_fmt} of {total_fmt} steps, {remaining} left, {rate_fmt}"
-            # The steps before a resumed run's checkpoint take no time.
             bar, self.current_step = self.training_bar, state.global_step
+            bar.unit = "step"
+            bar.bar_format = "{l_bar}{bar}| {n_fmt} of {total_fmt} steps, {remaining} left, then evaluation, {rate_fmt}"
+            # The steps before a resumed run's checkpoint take no time.
             bar.initial = bar.n = bar.last_print_n = self.current_step
             bar.refresh()
 
@@ -333,7 +333,7 @@ class ExitProgressCallback(ProgressCallback):
         step = (time.perf_counter() - self._first_end) / 2
         if (left := step * (state.max_steps - state.global_step)) > LONG_RUN:
             short = max(1, int(LONG_RUN / step))
-            message = f"mose: the run will take about {left / 3600:.1f} hours on this CPU. To train for only "
+            message = f"mose: training will take about {left / 3600:.1f} hours on this CPU. To train for only "
             message += f"{LONG_RUN // 60} minutes, stop it and start again with max_steps={short} and another --out."
             self.training_bar.write(message, file=sys.stderr)
 

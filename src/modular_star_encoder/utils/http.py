@@ -6,10 +6,11 @@ caller has an event loop. The message of every error is one sentence without sec
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import random
-import socket
+import ssl
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _ENCODINGS = "gzip, deflate"
 _DECODED = frozenset({"", "identity", "gzip", "deflate"})
 _LONGEST_PAUSE = 60.0
+LOG_IN = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
 
 
 class HTTPRequestError(UserError):
@@ -263,29 +265,36 @@ def check_repository_id(repository: str) -> None:
     raise UserError("hub.repository_id", f"{repository!r} is not the id of a Hub repository of the form owner/name.")
 
 
-def check_hub(endpoint: str | None = None, *, seconds: float = 3.0) -> None:
-    """Raise OSError if HF_HUB_OFFLINE is set or no connection to the Hub can be made within `seconds`.
+def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
+    """Raise OSError if HF_HUB_OFFLINE is set or the Hub does not answer a request within `seconds`.
 
-    Without this check, huggingface_hub tries to connect for a minute. Behind a proxy nothing is checked. `endpoint` is
-    the Hub's address, by default the environment variable HF_ENDPOINT or https://huggingface.co.
+    Without this check, huggingface_hub tries to connect for a minute, and waits for an answer without end. Behind a
+    proxy nothing is checked. `endpoint` is the Hub's address, by default the environment variable HF_ENDPOINT or
+    https://huggingface.co.
     """
     url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    place = url.hostname, url.port or (80 if url.scheme == "http" else 443)
-    reasons = [f"no connection within {seconds:g} seconds"]
+    reasons = [f"no answer within {seconds:g} seconds"]
 
-    def connect() -> None:
+    def ask() -> None:
+        kind = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
         try:
-            socket.create_connection(place, timeout=seconds).close()
+            with contextlib.closing(kind(url.hostname or "", url.port, timeout=seconds)) as connection:
+                connection.request("HEAD", url.path or "/")
+                connection.getresponse()
             reasons.clear()
-        except OSError as error:
-            reasons[:] = [error.strerror or str(error)]
+        except (ssl.SSLError, http.client.HTTPException):  # it answers; the Hub's client has its own certificates
+            reasons.clear()
+        except TimeoutError:
+            pass
+        except (OSError, ValueError) as error:
+            reasons[:] = [getattr(error, "strerror", None) or str(error)]
 
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         reasons = ["HF_HUB_OFFLINE is set"]
     elif url.scheme in urllib.request.getproxies():
         return
     else:
-        thread = threading.Thread(target=connect, daemon=True)  # finding the host's address has no time-out of its own
+        thread = threading.Thread(target=ask, daemon=True)  # finding the host's address has no time-out of its own
         thread.start()
         thread.join(seconds)
     if reasons:
@@ -309,7 +318,7 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         # The client wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, LocalTokenNotFoundError):
-            message = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
+            message = LOG_IN
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # the parent is not the newest
             message = (
                 f"{repository} was changed by someone else; nothing was uploaded. Look at the change, then repeat."
