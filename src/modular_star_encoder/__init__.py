@@ -1,8 +1,8 @@
 """Multi-exit code encoders for Hugging Face Transformers.
 
-Importing this package is quick and loads no torch: the names below are imported when they are first used. It also
-registers ModularStarEncoder with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining`, `AutoModelForMaskedLM` and
-`AutoModelForSequenceClassification`, so that checkpoints load with our classes and run no code from the Hub.
+Importing this package does not import torch: each public name is imported when it is first used. The import registers
+ModularStarEncoder with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining`, `AutoModelForMaskedLM` and
+`AutoModelForSequenceClassification`, so that checkpoints load with this package's classes and run no code from the Hub.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot read a computed `__all__`
+if TYPE_CHECKING:  # `X as X` exports a name to type checkers, because they cannot read a computed `__all__`
     from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator as MultiExitEvaluator
     from modular_star_encoder.hub.onnx_export import export_onnx as export_onnx
     from modular_star_encoder.hub.publishing import publish as publish
@@ -91,7 +91,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """The configurations registered with `AutoConfig`; looking up ours imports it, which registers all our classes."""
+    """`AutoConfig`'s mapping from model types to configuration classes. Looking up ModularStarEncoder imports it."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:
@@ -112,7 +112,7 @@ class _RegisteredWhenUsed(dict):
 
 
 class _RegisterWithAutoConfig(MetaPathFinder):
-    """Adds our model type to `AutoConfig` right after transformers defines it, without importing a model."""
+    """An import hook that adds ModularStarEncoder to `AutoConfig` when transformers defines it; imports no model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO_CONFIG:

@@ -1,4 +1,4 @@
-"""Training: finds packaged configurations and recipes by name. Importing this package does not import torch."""
+"""Find packaged model configurations and training recipes by name. Importing this module does not import torch."""
 
 import re
 import textwrap
@@ -10,7 +10,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import similar_files
 
 _COMMANDS = {"corpus": "pretrain", "data": "finetune", "finetuning": "ablate"}
-# The first of these files is the recipe that a folder's name alone names.
+# If only a folder is named, such as `small`, the first of these recipes in the folder is used.
 _MAIN = {command: place for place, command in enumerate(("finetune", "recipe", "ablation"))}
 
 
@@ -24,14 +24,14 @@ class PackagedRecipe:
 
     @property
     def summary(self) -> str:
-        """Return the beginning of the comment at the top of the recipe, in one line."""
+        """Return the first sentence of the comment at the top of the recipe's file, cut to 90 characters."""
         comment = re.match(r"(?:#.*\n)*", self.path.read_text(encoding="utf-8"))
         text = " ".join(line.lstrip("# ") for line in (comment[0] if comment else "").splitlines())
         return textwrap.shorten(re.split(r"[.:] |:$| mose ", text)[0], 90, placeholder=" …")
 
 
 def packaged_recipes() -> list[PackagedRecipe]:
-    """Return all packaged recipes, sorted by folder; in a folder, the main recipe of each command comes first."""
+    """Return all packaged recipes, sorted by folder. In each folder, finetune, recipe and ablation come first."""
     found = []
     for path in _root().glob("*/*.yaml"):
         if key := re.search(rf"^({'|'.join(_COMMANDS)}):", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
@@ -40,15 +40,15 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Return the YAML file that `name` names: a path, or a packaged recipe such as `small/finetune`.
+    """Return the path of a recipe. `name` is the path of a YAML file, or a packaged recipe such as `small/finetune`.
 
-    A folder's name alone, such as `small`, names its first recipe. With `command`, only packaged recipes of this `mose`
-    command are searched. UserError (`settings.file`), which lists these recipes, if none has the name.
+    A folder alone, such as `small`, means its first recipe. If `command` is given, only packaged recipes for this
+    `mose` command are searched. UserError (`settings.file`) if no recipe is found; the message lists these recipes.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    # Also the path that a packaged recipe has in a clone.
+    # In a clone of this repository, the path of a packaged recipe is hub_configs/small/finetune.yaml.
     wanted = name.removeprefix("hub_configs/").removesuffix(".yaml")
     recipes = [one for one in packaged_recipes() if command in (None, one.command)]
     for one in recipes:
@@ -60,7 +60,7 @@ def find_recipe(name: str, command: str | None = None) -> Path:
 
 
 def hub_config_folder(name: str) -> Path:
-    """Return the folder of a packaged configuration such as `"small"`; UserError if unknown (`config.unknown`)."""
+    """Return the folder of a packaged model configuration, such as `"small"`; UserError (`config.unknown`) if none."""
     names = sorted(path.parent.name for path in _root().glob("*/config.json"))
     if name not in names:
         raise UserError("config.unknown", f"Configuration {name!r} not found. Available: {', '.join(names)}.")
@@ -68,10 +68,10 @@ def hub_config_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return the folder or Hub id that a recipe's `model` names, and whether it has weights.
+    """Return (folder or Hub id, whether it has weights) for `name`, the value of a recipe's `model`.
 
-    A name is first looked up among the packaged configurations, then as a folder, then as a Hub id `owner/name`.
-    UserError if none of these fits (`config.unknown`).
+    `name` is a packaged configuration such as `small`, a folder with a config.json, or a Hub id `owner/name`. A Hub
+    repository is assumed to have weights. UserError (`config.unknown`) if `name` is none of these.
     """
     folder = Path(name).expanduser()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
@@ -80,8 +80,8 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
         folder = hub_config_folder(name)
     except UserError as error:
         if not (folder / "config.json").is_file():
-            advice = f"No folder {name} with a config.json exists. Run `mose pretrain` first, or set `model` to "
-            advice += "a Hub id owner/name or to mose-code, the trained model of this package."
+            advice = f"No folder {name} with a config.json exists. Run `mose pretrain` first, or set the recipe's "
+            advice += "`model` to a Hub id owner/name or to mose-code, the trained model of this package."
             raise UserError(error.key, f"{error} {advice}") from error
     return folder, any(folder.glob("model*.safetensors"))
 

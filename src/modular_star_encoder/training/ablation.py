@@ -1,11 +1,11 @@
-"""The ablation of the paper's Table 5: is an exit that was trained together with others better than one trained alone?
+"""The ablation of the paper's Table 5 (arXiv 2503.03008): is an exit better if it is trained together with others?
 
-For each *start* (a checkpoint and an objective), cells are trained: all exits together, each exit alone, and variants
-of training together. A cell is one kind of model with one learning rate and one seed. It has a file of its own, so that
-an ablation that ends early continues where it ended. Rates are chosen on validation rows, scores come from test rows.
-
-Whether shallow exits gain from deep ones can be asked only where depth pays. So the shallowest and the deepest exit are
-trained alone first. A start goes on only if the deepest is better by `gate` points, with an interval above 0.
+A *start* is a checkpoint and an objective. From each start, models of several *kinds* are trained: all exits together,
+each exit alone, and variants of training together. A *cell* is one training run: a start, a kind, a learning rate and a
+seed. Each result is stored in its own file, so that an interrupted ablation trains only what is missing. Learning rates
+are chosen on validation rows, and scores come from test rows. The question makes sense only if deep exits are better.
+So the shallowest and the deepest exit are trained alone first. The other models of a start are trained only if the
+deepest exit is better by at least `gate` points of MRR × 100, and the interval of this difference is above 0.
 """
 
 import copy
@@ -63,12 +63,12 @@ TOGETHER = "together"
 RESAMPLES = 10_000
 CELLS_PER_REPORT = 10
 
-# Cells that differ in these settings are not comparable.
+# Settings that no start and no variant may change, because the results would not be comparable.
 _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "eval_pairs", "task", "learning_rate"}
 
 
 def _name(name: str) -> str:
-    """Return the name of a start or a variant; ValueError if it can't name a folder or names another kind of model."""
+    """Return the name of a start or variant unchanged; ValueError if it can't name a folder, or names another kind."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
         raise ValueError(f"must be one word, not {TOGETHER}, and must not begin with exit-")
     return name
@@ -78,7 +78,7 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class AblationCell(NamedTuple):
-    """One model to train: its start, its kind (`together`, `exit-4` for exit 4 alone, or a variant), and its recipe."""
+    """One training run: its start, its kind of model (`together`, `exit-4` alone, or a variant), and its recipe."""
 
     start: str
     kind: str
@@ -91,22 +91,22 @@ class AblationCell(NamedTuple):
 
 @settings_class
 class AblationRecipe:
-    """The models to train and to compare.
+    """Settings of an ablation: the models to train and to compare.
 
     Args:
-        finetuning: settings that all cells share (see `FinetuningRecipe`). Its seed decides which rows are held out;
-            half of these, by whole repositories, choose learning rates (validation), the others are the test rows.
-        starts: name → settings in which a start differs from `finetuning`, with dots for settings inside settings, such
-            as `model: runs/pretrained/model` or a teacher (`distillation.teacher`).
-        learning_rates: learning rates to try for each kind of model with the first seed, by default that of
+        finetuning: settings that all models share; see `FinetuningRecipe`. Its seed decides which rows are held out.
+            About half of these, in whole repositories, are validation rows (for learning rates), the others test rows.
+        starts: {name of a start: settings that replace those of `finetuning`}, such as `model: runs/pretrained/model`.
+            A dot separates nested settings, as in `distillation.teacher`.
+        learning_rates: learning rates to try for each kind of model, with the first seed; by default only that of
             `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
-            use the rate of training together.
-        seeds: each seed trains one model of each kind and determines its new weights, batches, renaming and dropout.
+            use the rate that is chosen for training all exits together.
+        seeds: one model of each kind is trained with each seed, which sets new weights, batches, renaming and dropout.
         exit_layers: exits to train alone; all exits of the model if None.
-        gate: points of MRR × 100 by which the deepest exit alone must be better than the shallowest alone.
-        variants: name → settings in which a variant differs from training together. Each variant is compared with
-            training together and with exits alone.
-        variants_on: starts on which variants are trained, by default the one where training together costs most MRR.
+        gate: points of MRR × 100 by which the deepest exit must be better than the shallowest, both trained alone;
+            otherwise no other model of the start is trained.
+        variants: {name of a variant: settings that replace those of training all exits together}.
+        variants_on: names of the starts with variants; by default the one where training together lowers MRR most.
     """
 
     COMMAND: ClassVar[str] = "ablate"
@@ -125,25 +125,25 @@ class AblationRecipe:
     def __post_init__(self) -> None:
         for changes in (*self.starts.values(), *self.variants.values()):
             if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
-                message = f"`starts` and `variants` must not change {', '.join(sorted(fixed))}: all models share these."
+                message = f"Remove {', '.join(sorted(fixed))} from `starts` and `variants`: all models share these."
                 raise UserError("ablation.variants", message)
         if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
-            raise UserError("ablation.starts", f"`variants_on` names {', '.join(unknown)}, which `starts` lacks.")
+            raise UserError("ablation.starts", f"`variants_on` must name keys of `starts`, not {', '.join(unknown)}.")
 
     @property
     def rates(self) -> tuple[float, ...]:
         return self.learning_rates or (self.base().learning_rate,)
 
     def base(self) -> FinetuningRecipe:
-        """Return the recipe that all cells (training runs) start from; its seed decides which rows are held out."""
+        """Return `finetuning` as a recipe, the base of all training runs; its seed decides which rows are held out."""
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return the cell of a start, a kind of model, a rate and a seed; UserError if its settings are wrong."""
+        """Return one training run; UserError if the settings of its start or variant are wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
-            # No weight, no term and no schedule that speaks of other exits.
+            # Switch off all weights, schedules and terms of the loss that involve other exits.
             changes |= {
                 "exit_layer": int(kind.removeprefix("exit-")),
                 "exit_weights": "uniform",
@@ -178,14 +178,14 @@ def ablate(
     progress: bool = True,
     announce: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and evaluate every cell that the folder `out` does not hold yet, and compare all cells.
+    """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
-    `out` gets `data/` (rows, shared by all cells) and `cells/{start}/{kind}/rate-{rate}-seed-{seed}.json`. After every
-    tenth cell, and at the end, it gets the reports `ablation.json`, `ablation.md` and, if matplotlib is installed,
-    `ablation.png`. The cells of gates are trained first, then exits together and alone, then variants. A later call may
-    add starts, seeds, rates and variants. One process trains.
+    The rows are stored in `out/data/`, the result of each training run in `out/cells/{start}/{kind}/`. The reports
+    `ablation.json`, `ablation.md` and, if matplotlib is installed, `ablation.png` are written after every ten runs and
+    at the end. The order is: the shallowest and the deepest exit alone, all exits together, the other exits alone,
+    variants. A later call may add starts, seeds, learning rates and variants. Only one process trains.
 
-    UserError if the recipe contradicts itself or the model, or `out` holds cells of another recipe or starting point.
+    UserError if the recipe contradicts itself or the model, or `out` has results of other settings or weights.
 
     Args:
         recipe: the settings.
@@ -220,12 +220,12 @@ def ablate(
     return report(done=True)
 
 
-# (start, kind, rate, seed) → what the file of a cell holds
+# {(start, kind of model, learning rate, seed): content of the file with the result of this training run}
 Found = Mapping[tuple[str, str, float, int], Mapping[str, Any]]
 
 
 def _plan(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> Iterator[AblationCell]:
-    """Yield the cells in the order of training; later cells depend on what `found` holds by then."""
+    """Yield the training runs in order. The caller adds each result to `found`, because later runs depend on it."""
     alone = [f"exit-{e}" for e in (exits if recipe.exit_layers is None else recipe.exit_layers)]
     ends = [f"exit-{exits[0]}", f"exit-{exits[-1]}"]
 
@@ -253,7 +253,7 @@ def _plan(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> Iterato
 
 
 class _Cells:
-    """The cells of a folder: trains what is missing, and holds what was found."""
+    """Trains the runs whose results are missing in an ablation's folder; `found` has the results of all runs."""
 
     def __init__(self, recipe: AblationRecipe, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
         base = recipe.base()
@@ -272,7 +272,7 @@ class _Cells:
         if unknown := sorted(set(recipe.exit_layers or ()) - set(self.exits)):
             message = f"`exit_layers` names {unknown}, but the model's exits are {list(self.exits)}."
             raise UserError("ablation.exit_layers", message)
-        if not (out / "cells").is_dir():  # Cells may come from another machine, without the data.
+        if not (out / "cells").is_dir():  # `cells` may have been copied from another machine, without `data`
             runs.check_folder(out, "data", "ablation")
         self.data = prepare_retrieval_data(**base.rows(), folder=out / "data", progress=progress)
         self.groups = PairGroups(self.data.train)
@@ -282,7 +282,7 @@ class _Cells:
 
     @staticmethod
     def _start(cell: AblationCell, folder: Path) -> tuple[StartingPoint[ModularStarEncoderForRetrieval], Any, Any]:
-        """Check a cell's recipe; return its starting point, arguments and objective."""
+        """Check a cell's recipe; return its starting point, training arguments and objective."""
         start = StartingPoint(ModularStarEncoderForRetrieval, cell.recipe)
         arguments = cell.recipe.arguments(folder, progress=False)
         objective = cell.recipe.make_objective()
@@ -301,7 +301,7 @@ class _Cells:
             content = read_json(path)
             before = content["recipe"]
             if other := sorted(name for name in made_from if before.get(name, made_from[name]) != made_from[name]):
-                message = f"{path} was trained with other values of {', '.join(other)}; name another folder."
+                message = f"{path} is the result of other values of {', '.join(other)}; choose another folder."
                 raise UserError("training.run.other_settings", message)
         else:
             self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
@@ -312,7 +312,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Return a new model's seconds, loss, cosines and scores: part of rows → task → exit → reciprocal ranks."""
+        """Train a model; return time, last loss, gradient cosines, {"validation", "test": {task: {exit: ranks}}}."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)
@@ -334,13 +334,13 @@ class _Cells:
         trainer = MultiExitTrainer(adapted, arguments, objective, train_dataset=rows, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         log = runs.train_to_the_end(trainer, folder, progress=False)
-        shutil.rmtree(folder, ignore_errors=True)  # checkpoints
+        shutil.rmtree(folder, ignore_errors=True)  # the folder of checkpoints
         encoder = exit_encoder(model, tokenizer, cell.name, max(lengths.values()))
         scores: dict[str, Any] = {}
         for part, tasks in self.tasks.items():
             for result in evaluate_tasks(tasks, [EmbeddingRetriever(encoder)], progress=False):
                 of_task = scores.setdefault(part, {}).setdefault(result.benchmark, {})
-                # Embeddings that can be cut have one result per size; the full size comes last.
+                # A model with nested embedding sizes has one result per size. The last, of the full size, is kept.
                 of_task[str(result.exit_layer)] = [round(float(value), 5) for value in result.values]
         history = [line for line in log["log_history"] if "loss" in line]
         cosines = {name for line in history for name in line if name.startswith("gradient_cosine")}
@@ -370,7 +370,7 @@ def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]
 
 
 def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> float:
-    """Return the learning rate at which the first seed has the best validation MRR, averaged over exits and tasks."""
+    """Return the learning rate with the best validation MRR of the first seed, averaged over exits and tasks."""
 
     def mrr(rate: float) -> float:
         tasks = found[start, kind, rate, recipe.seeds[0]]["validation"].values()
@@ -380,7 +380,7 @@ def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> fl
 
 
 def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
-    """Return task → an exit's reciprocal ranks (seeds, queries) on test rows; None if a seed is missing."""
+    """Return {task: reciprocal ranks of an exit on test rows, (seeds, queries)}; None if a seed's result is missing."""
     own = TOGETHER if kind in recipe.variants else kind
     if own not in _tried(recipe, found, start):
         return None
@@ -393,7 +393,7 @@ def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_laye
 
 @cache
 def _resamples(size: int, seed: int) -> np.ndarray:
-    """Return the weight of each of `size` items in the mean of each resample, float32 (RESAMPLES, size)."""
+    """Return the weight of each of `size` items in each bootstrap mean, float32 (RESAMPLES, size); rows sum to 1."""
     draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
     return (draws / size).astype(np.float32)
 
@@ -402,8 +402,8 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
     """Return the mean × 100 of `values`, one array (seeds, queries) per task, with a bootstrap interval.
 
     Keys: `value`, `low`, `high`, and `by_seed`, the mean of each seed. A resample draws seeds and, within each task,
-    queries. Values may be differences of two models, which are so paired by seed and query. Intervals of `comparisons`
-    estimates hold together at 95 % (Bonferroni: each at 1 - 0.05 / comparisons).
+    queries. To compare two models, pass the differences of their values: these are paired by seed and query. The
+    intervals of `comparisons` estimates all hold with 95 % confidence (Bonferroni: each has 1 - 0.05 / comparisons).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)
@@ -418,7 +418,7 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
 
 
 def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
-    """Return the `estimate` of deepest exit alone − shallowest alone, and whether it has `passed` (None: not run)."""
+    """Return `passed` (None if a result is missing) and the `estimate` of deepest exit alone − shallowest alone."""
     first, last = (ranks(recipe, found, start, f"exit-{e}", e) for e in (exits[0], exits[-1]))
     if first is None or last is None:
         return {"passed": None}
@@ -427,14 +427,14 @@ def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str)
 
 
 def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dict[str, Any]:
-    """Compare exits trained together and alone, and variants with these two, where the cells of all seeds exist.
+    """Compare exits trained together, exits trained alone, and variants, where the results of all seeds exist.
 
     Returns:
-        `exits`, `seeds`, `cells` (one row per cell: scores by exit, seconds, cosines between gradients), and `starts`:
-        name → `gate` (see `gate`), `rates` (kind → best rate), `exits` (exit → `together`, `alone`, `difference`),
-        `mean_difference` over exits, and `variants` (name → `exits`: exit → `score`, `from_together`, `from_alone`).
-        Scores and differences are made by `estimate`. The intervals are simultaneous: those of differences over all
-        exits and starts, those of variants over all exits and variants.
+        `exits`, `seeds`, `cells` (one dict per training run: scores by exit, seconds, gradient cosines) and `starts`.
+        `starts` has for each name: `gate` (see `gate`), `rates` {kind of model: best learning rate}, `exits` {exit:
+        `together`, `alone`, `difference`}, `mean_difference` (over exits), and `variants` {name: `exits` {exit:
+        `score`, `from_together`, `from_alone`}}. Each score and difference is an `estimate`. The intervals of
+        `difference` hold simultaneously for all exits and starts, those of variants for all exits and variants.
     """
     rows = [
         {
@@ -452,7 +452,7 @@ def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dic
 
 
 def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Return each exit's mean over tasks of the mean score, × 100."""
+    """Return {exit: score × 100}, where the score is the mean over tasks of the mean over queries."""
     exits = next(iter(tasks.values()))
     return {e: round(100 * float(np.mean([np.mean(task[e]) for task in tasks.values()])), 2) for e in exits}
 
@@ -554,9 +554,9 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of MRR × 100 by depth, one panel per start: exits together, exits alone, and one variant.
+    """Write a PNG of MRR × 100 by depth, one panel per start: exits together, exits alone, and the best variant.
 
-    It is the variant whose lowest difference from exits alone is highest. Without any score, no file is written.
+    The best variant is the one whose smallest gain over exits alone is largest. Without scores, no file is written.
     """
     tables = []
     for name, found in results["starts"].items():

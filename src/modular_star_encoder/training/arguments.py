@@ -18,28 +18,28 @@ class MultiExitTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
-        exit_weights: weights of the exits' losses: `"paper"` (exit i has i/depth), `"uniform"`, `"linear"`,
-            `"geometric"`, or a list of one number per exit; see `exit_weights` of
+        exit_weights: weights of the exits' losses: `"paper"` (exit i has i / number of layers), `"uniform"`,
+            `"linear"`, `"geometric"`, or a list of one number per exit; see `exit_weights` of
             `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the exits' weights by their sum.
         exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`:
             the deepest and one other exit, which changes from step to step. `"alternate"`: in turn the deepest alone
             and all (BERxiT, Xin et al., EACL 2021). `"deepest_first"`: the deepest alone in the first half of all
             steps, then all (the mixed regime of arXiv 2407.14320).
-        detach_shallow_exits: the losses of all exits but the deepest train only these exits' heads, not the trunk. This
-            is the second stage of DeeBERT (arXiv 2004.12993), at the same time as the first. The model must have
-            projection heads.
+        detach_shallow_exits: only the deepest exit's loss trains the trunk; the losses of the other exits train their
+            own heads alone. DeeBERT (arXiv 2004.12993) does so in two stages, here both happen at once. The model must
+            have projection heads.
         share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
             are trained by the sum of the exits' gradients.
         ema_decay: decay of an exponential moving average of the weights; 0 for none. The saved model has the average
-            in place of the last step's weights. Not under FSDP.
+            in place of the last step's weights. Not supported with FSDP.
         log_gradient_norms: log gradients of the exits' weighted losses. `gradient_norm_exit_{layer}` is the norm of an
-            exit's gradient on the trunk. `gradient_cosine_layer_{number}` is the mean cosine of two exits' gradients on
-            one layer (0: all weights outside the layers); where it is below 0, the exits conflict. A logged step runs
-            one more backward pass per exit. Not under FSDP.
+            exit's gradient on the trunk. `gradient_cosine_layer_{number}` is the cosine of two exits' gradients on one
+            layer, averaged over all pairs of exits; below 0, the exits conflict. Layer 0 means all weights outside the
+            layers. A logged step runs one more backward pass per exit. Not supported with FSDP.
         milestones: ascending steps at which the learning rate changes to the next of `fractions`. They replace
             `lr_scheduler_type`; see `rate_fraction`.
-        fractions: learning rates from the milestones on, as fractions of the peak; one per milestone.
+        fractions: for each milestone, the learning rate from that step on, as a fraction of the peak.
 
     Raises:
         UserError: `milestones` and `fractions` do not fit each other (`training.schedule`), `exit_schedule` is unknown
@@ -87,12 +87,12 @@ class MultiExitTrainingArguments(TrainingArguments):
     def rate_fraction(self, step: int) -> float:
         """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak.
 
-        It rises to 1 over `warmup_steps` and stays there until the first of `milestones`; from each milestone on, it is
-        that milestone's number in `fractions`.
+        The fraction rises to 1 over `warmup_steps` and stays 1 until the first milestone. From each of `milestones` on,
+        it is the number at the same position of `fractions`.
 
         In pre-training, the paper (arXiv 2503.03008) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and
-        0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. It does not say whether the factors multiply. Here each
-        is a fraction of the peak; multiplied, they would end at 1e-9 of the peak.
+        0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. The paper does not say whether the factors multiply.
+        Here each is a fraction of the peak; multiplied, they would end at 1e-9 of the peak.
         """
         if step < self.warmup_steps:
             return step / self.warmup_steps
@@ -101,10 +101,10 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def bf16_is_faster() -> bool:
-    """Return whether this machine's default device has instructions that multiply matrices in bfloat16.
+    """Return whether the GPU, or without a GPU the CPU, has instructions that multiply matrices in bfloat16.
 
-    Other devices emulate it, and autocast would slow training down. The answer comes from the machine's flags (Linux),
-    not from a measurement, so that an interrupted run gets the same answer when it is resumed.
+    Other devices emulate bfloat16, so that autocast would slow training down. For a CPU, the answer comes from
+    /proc/cpuinfo, not from a measurement, so that an interrupted run gets the same answer when it is resumed.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

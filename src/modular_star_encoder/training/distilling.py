@@ -1,8 +1,8 @@
 """Distillation: store a teacher's vectors (embeddings) of many texts, and add them to the batches of a student model.
 
-A teacher's vectors are in a folder of `.npy` files. Each is a chunk of rows: the hash of a text, and its vector. A file
-appears whole or not at all, so a killed job continues with the missing texts; a damaged file is removed, and its texts
-are computed again.
+A teacher's vectors are stored in a folder of `.npy` files. Each row of a file has the hash of a text and its vector.
+A file is written atomically, so a killed job continues with the missing texts. A damaged file is removed, and the
+vectors of its texts are computed again.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ from modular_star_encoder.utils.files import staged_file, write_json
 
 TEXTS_PER_CHUNK = 4096
 PAIRS_PER_TEXT = 2
-_UNPAIRED = 12  # random stream besides the streams of `RetrievalBatches`
+_UNPAIRED = 12  # number of the random stream that draws unpaired texts; `RetrievalBatches` uses other numbers
 
 
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of `RetrievalBatches` with the teacher's vector of each text, such as `query_teacher`, float32 (D,).
 
     A snippet with renamed words has the vector of the original snippet. If there are `unpaired` texts, every second row
-    also has one of them, as `text_ids` and `text_teacher`; the seed and the row's number determine which one.
+    also has the tokens (`text_ids`) and the vector (`text_teacher`) of one of them, which depends on seed and row.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ def teach(
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
     """Add the teacher's vectors to the training batches (`train`) and the evaluation batches (`held_out`).
 
-    If `settings.start_from_teacher` is set, also initialise the model's exit 0. The texts of `settings.texts` are cut
-    to `max_tokens` tokens.
+    If `settings.start_from_teacher` is set, also initialise the model's exit 0 from the teacher. The unpaired texts
+    (`settings.texts`) are cut to `max_tokens` tokens.
 
     Returns:
         The training batches and the evaluation batches with the teacher's vectors, and entries for the training log.
-        If vectors are centred, the entry `teacher_means` has the mean vector of the training texts of each kind
-        (`query`, `document`), as a list of D numbers; otherwise there is no entry.
+        With `settings.centre_by_kind`, these are `teacher_means`, {`query`, `document`: mean vector of the training
+        texts of this kind, as a list of D numbers}; otherwise there are none.
     """
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
@@ -117,7 +117,7 @@ def teach(
 
 
 def _texts_by_kind(examples: Sequence[RetrievalExample]) -> dict[str, list[str]]:
-    """Return all descriptions (`query`) and all snippets (`document`), hard negatives included."""
+    """Return {"query": all descriptions, "document": all code snippets, hard negatives included}."""
     codes = [[*one.snippets, *([one.negative] if one.negative else [])] for one in examples]
     return {
         "query": [one.description for one in examples if one.description],
@@ -126,13 +126,13 @@ def _texts_by_kind(examples: Sequence[RetrievalExample]) -> dict[str, list[str]]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the text of each token, by id, without the spaces around it and without WordPiece's `##`."""
+    """Return the text of each token, ordered by token id, without surrounding spaces and WordPiece's prefix `##`."""
     texts = (str(tokenizer.decode([index])).strip() for index in range(len(tokenizer)))
     return [text.removeprefix("##") if len(text) > 2 else text for text in texts]
 
 
 class TeacherVectors:
-    """The vectors of texts from one teacher with one prompt, in a folder; the hash of a text finds its vector."""
+    """The stored vectors of one teacher with one prompt, in a folder; a vector is looked up by its text."""
 
     def __init__(self, folder: Path) -> None:
         """Open a folder that `compute_teacher_vectors` wrote, and remove its damaged files."""
@@ -146,12 +146,12 @@ class TeacherVectors:
                 path.unlink()
         hashes = np.concatenate([np.empty(0, np.uint64), *(chunk["hash"] for chunk in self._chunks)])
         order = np.argsort(hashes, kind="stable")
-        # The last entry stands for all hashes above the largest: they have no row.
+        # `searchsorted` finds the added last entry for a hash above all others; -1 means that no vector is stored.
         self._hashes, self._places = np.append(hashes[order], np.uint64(2**64 - 1)), np.append(order, -1)
         self._starts = np.cumsum([0, *map(len, self._chunks)])
 
     def __reduce__(self) -> tuple[type["TeacherVectors"], tuple[Path]]:
-        return type(self), (self.folder,)  # a copy for another process maps the files again
+        return type(self), (self.folder,)  # another process maps the files itself, instead of receiving the vectors
 
     def places(self, texts: Iterable[str]) -> np.ndarray:
         """Return the row number of the stored vector of each of N texts, int64 (N,); -1 for a text without a vector."""
@@ -160,7 +160,7 @@ class TeacherVectors:
         return np.where(self._hashes[found] == hashes, self._places[found], -1)
 
     def rows(self, places: np.ndarray) -> np.ndarray:
-        """Return the vectors at these row numbers, float32 (N, D), of length 1 up to the rounding of float16."""
+        """Return the vectors in N rows, given by number, float32 (N, D); their length is 1, up to float16 rounding."""
         chunks = np.searchsorted(self._starts, places, side="right") - 1
         pairs = zip(chunks.tolist(), (places - self._starts[chunks]).tolist(), strict=True)
         return np.array([self._chunks[chunk]["vector"][row] for chunk, row in pairs], dtype=np.float32)
@@ -172,7 +172,7 @@ class TeacherVectors:
         return self.rows(places)[0]
 
     def mean(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the mean of the stored vectors of `texts`, float32 (D,), and store it. Equal texts count once."""
+        """Return the mean vector of `texts`, float32 (D,), and store it in the folder. Equal texts count once."""
         hashes, places = np.unique(text_hashes(text[: self._cut] for text in texts)), np.unique(self.places(texts))
         path = self.folder / f"mean-{hashlib.sha256(hashes.tobytes()).hexdigest()[:16]}.npy"
         if not path.is_file():
@@ -191,18 +191,18 @@ def compute_teacher_vectors(
     max_characters: int | None = None,
     progress: bool = True,
 ) -> TeacherVectors:
-    """Embed the texts whose vectors the cache lacks at the teacher's deepest exit, and return the stored vectors.
+    """Return stored vectors of a teacher's deepest exit; texts that are not in the cache yet are embedded first.
 
-    Each teacher, prompt and `max_characters` has its own folder in the cache, named by their hash. A teacher counts as
-    changed if its weights, tokenizer or configuration do; one behind an endpoint, if its model or URL does. Only one
-    process at a time may compute the same texts.
+    The cache has one folder for each combination of teacher, prompt and `max_characters`. A teacher is identified by
+    its weights, tokenizer and configuration, or, behind an endpoint, by its model's name and URL. Only one process at a
+    time may compute the same texts.
 
     Args:
         teacher: the encoder that embeds the texts.
         texts: texts without `prompt`.
         cache: a folder; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or `~/.cache`.
-        prompt: put before every text.
-        max_characters: number of characters to which a longer text is cut; the teacher may cut texts further.
+        prompt: prefix of every text.
+        max_characters: longer texts are cut to this number of characters; the teacher may cut them further.
 
     Raises UserError if a vector has NaN or infinity (`teacher.not_finite`).
 
@@ -233,11 +233,11 @@ def compute_teacher_vectors(
 
 
 class TeacherTargets:
-    """The vectors that a student learns to reproduce: those of a teacher for texts of the kinds `query` and `document`.
+    """The vectors that a student learns: a teacher's vectors of descriptions (`query`) and code snippets (`document`).
 
-    `means` maps kinds to mean vectors (D,). If given, the mean of its kind is subtracted from each vector, and the
-    result is scaled to length 1: what all texts of a kind share does not distinguish them (bge-small on held-out pairs:
-    MRR 75.8 without, 81.5 with means).
+    `means` maps `query` and `document` to mean vectors (D,). If it is given, the mean is subtracted from each vector,
+    and the difference is scaled to length 1, because what all vectors have in common does not help to rank them. The
+    MRR of bge-small on held-out pairs is 75.8 without the subtraction, 81.5 with it.
     """
 
     def __init__(self, vectors: Mapping[str, TeacherVectors], means: Mapping[str, np.ndarray] | None = None) -> None:
@@ -246,7 +246,7 @@ class TeacherTargets:
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
         """Return the vector to learn for a text, float32 (D,), of length 1.
 
-        If `kind` is None, the text is a document, and the subtracted mean is the one nearest to its vector.
+        If `kind` is None, the text's vector as a document is used, and the mean nearest to this vector is subtracted.
         """
         vector = self._vectors[kind or "document"].vector(text)
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
@@ -254,7 +254,7 @@ class TeacherTargets:
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:
-    """Return a hash of each text, uint64 (N,)."""
+    """Return a 64-bit hash of each of N texts, uint64 (N,)."""
     digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), dtype="<u8")
 

@@ -55,7 +55,7 @@ def load_finetuning(
         return build_settings(FinetuningRecipe, content, str(path)), finetune
     if task == "classification":
         return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
-    raise UserError("training.task", f"`task` must be retrieval or classification, not {task!r}.")
+    raise UserError("training.task", f"The recipe's `task` must be retrieval or classification, not {task!r}.")
 
 
 def finetune(
@@ -72,12 +72,12 @@ def finetune(
     If the recipe has `distillation`, every exit also learns the vectors of a teacher.
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and at the end `model/` with
-    `training_log.json`. `model/` is a checkpoint for `AutoModel`, and for `SentenceTransformer` if its modules can
-    compute the embeddings. With `lora`, `model/` has the merged weights, and `adapter/` the adapters. If `out` already
-    has a log, the run is finished and the log is returned.
+    `training_log.json`. `AutoModel` can load `model/`, and so can `SentenceTransformer`, if its modules support the
+    model's pooling. With `lora`, `model/` has the merged weights, and `adapter/` the adapters. If `out` already has a
+    training log, nothing is trained, and this log is returned.
 
     With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
-    contradicts itself, the model or the data, or `out` holds a run with another recipe.
+    contradicts itself, the model or the data, or if `out` has a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -85,18 +85,18 @@ def finetune(
         data: prepared rows, in place of the recipe's `data`.
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
-        before: whether to evaluate also the model as it is before training.
+        before: whether to also evaluate the model before training.
 
     Returns:
-        The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on held-out pairs),
-        `retrieval` (the report on held-out rows, see `Report.to_dict`: the exits of the trained model and of the model
-        before training, and BM25), `recipe`, `preflight`, `data` (numbers of rows read, skipped and held out) and, if
-        a teacher's vectors are centred, `teacher_means` (see `teach`).
+        The training log: what `train_to_the_end` returns, `evaluation` (final losses and accuracies on held-out pairs),
+        `retrieval` (scores on held-out rows of all exits after and before training, and of BM25; see `Report.to_dict`),
+        `recipe`, `preflight`, `data` (numbers of rows read, skipped and held out) and, if a teacher's vectors are
+        centred, `teacher_means` (see `teach`).
     """
     out, state = Path(out), runs.processes_of_run()
     processes, shown = state.num_processes, progress and state.is_main_process
     teaching, longest = recipe.distillation, max(recipe.lengths().values())
-    # All checks that need neither data nor weights come first.
+    # Run all checks that need neither data nor weights before reading them.
     start = StartingPoint(ModularStarEncoderForRetrieval, recipe)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, processes, progress=progress)
     objective = recipe.make_objective()
@@ -161,7 +161,7 @@ def finetune(
 
 
 def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> ExitEncoder:
-    """Return an encoder for every exit of a model, on a GPU if there is one."""
+    """Return an encoder for all exits of a model, which is moved to the GPU, or to the CPU if there is none."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return ExitEncoder(model, tokenizer, name, max_length=max_length)
 
@@ -172,9 +172,9 @@ def finetune_classifier(
     """Train a classifier of code pairs; arguments, files in `out`, resumption and errors are as in `finetune`.
 
     Returns:
-        The training log: the keys of `train_to_the_end`, `evaluation` (final losses and accuracies on validation
-        pairs), `scores` (split `valid` or `test` → exit → accuracy, precision, recall and F1), `recipe`, and `pairs`
-        (split → number of pairs).
+        The training log: what `train_to_the_end` returns, `evaluation` (final losses and accuracies on validation
+        pairs), `scores` {"valid" or "test": {exit: accuracy, precision, recall and F1}}, `recipe`, and `pairs`
+        {split: number of pairs}.
     """
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     start = StartingPoint(ModularStarEncoderForSequenceClassification, recipe)

@@ -28,7 +28,7 @@ from modular_star_encoder.training.trainer import MultiExitTrainer, check_object
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder
 
-# Enough for the merges of a large vocabulary; more text makes training the tokenizer slower, not better.
+# Number of characters to train a tokenizer on: enough for a large vocabulary; more text only takes longer.
 TOKENIZER_CHARACTERS = 100_000_000
 
 
@@ -42,10 +42,10 @@ def pretrain(
     """Pre-train a model; continue from the files that an earlier call with this recipe left in `out`.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
-    with `training_log.json`. If `out` already has a log, the run is finished and the log is returned.
+    with `training_log.json`. If `out` already has a training log, nothing is trained, and this log is returned.
 
     With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
-    contradicts itself, the model or the machine, or `out` holds a run with another recipe.
+    contradicts itself, the model or the number of processes, or if `out` has a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -54,9 +54,9 @@ def pretrain(
         announce: called with the estimated size of the run before anything is trained.
 
     Returns:
-        The training log: the keys of `train_to_the_end`, `evaluation` (final metrics), `recipe`, `preflight`,
-        `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy of in-context classification by
-        shared identifiers, without a model) and `held_out_repositories` (names).
+        The training log: what `train_to_the_end` returns, `evaluation` (final metrics), `recipe`, `preflight`,
+        `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy at in-context classification by
+        counting shared identifiers, without a model) and `held_out_repositories` (names).
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes
@@ -69,7 +69,7 @@ def pretrain(
     arguments = recipe.arguments(out / runs.CHECKPOINTS, processes, progress=progress)
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
-    if repositories is not None and len(repositories) < 4:  # some corpora know the number only after reading
+    if repositories is not None and len(repositories) < 4:  # None: not known before the whole corpus is read
         raise UserError(
             "training.corpus.too_few_repositories",
             f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
@@ -146,7 +146,7 @@ def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
 
 
 def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig, folder: Path, progress: bool) -> Path:
-    """Train a tokenizer on the corpus unless `folder` holds one; return its folder."""
+    """Train a tokenizer on the corpus and save it to `folder`, unless this folder exists; return `folder`."""
 
     def texts() -> Iterator[str]:
         left = TOKENIZER_CHARACTERS

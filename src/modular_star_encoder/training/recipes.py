@@ -1,6 +1,6 @@
-"""Recipes: the YAML files in hub_configs that say how a model is trained, as typed and checked settings.
+"""Typed and checked settings of recipes: YAML files, such as those in hub_configs, that say how a model is trained.
 
-Every key of `MultiExitTrainingArguments`, and so of `transformers.TrainingArguments`, is a key of each recipe.
+A recipe may also set any argument of `MultiExitTrainingArguments`, and so of `transformers.TrainingArguments`.
 """
 
 import math
@@ -42,7 +42,7 @@ def load_config(name: str) -> ModularStarEncoderConfig:
 
 @settings_class
 class TrainingSettings:
-    """Settings of any training: all arguments of `MultiExitTrainingArguments`, with this package's defaults.
+    """Settings of any training run: all arguments of `MultiExitTrainingArguments`, with this package's defaults.
 
     Args:
         max_steps: number of optimiser steps.
@@ -50,7 +50,7 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
         logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
             below 1 is a fraction of all steps.
-        training: all other arguments, by name.
+        training: {name: value} of all other arguments.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -87,9 +87,9 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
-        """Return the training arguments that decide the batches of each of `processes` devices.
+        """Return the training arguments that set the size of batches, for training on `processes` devices.
 
-        UserError (`training.NAME.multiple`) if the size of a batch can't be divided among the devices.
+        UserError (`training.NAME.multiple`) if the recipe's batch can't be divided equally among the devices.
         """
         return {"per_device_train_batch_size": 1}
 
@@ -101,8 +101,8 @@ class TrainingSettings:
     def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
         """Return the arguments to train on `processes` devices and to write checkpoints to `folder`.
 
-        UserError if `batches` refuses the number of processes, or the recipe sets an argument that follows from its
-        other settings (`training.arguments.decided`), or a value that `TrainingArguments` does not take
+        UserError if a batch can't be divided among the devices (see `batches`), the recipe sets an argument that
+        follows from its other settings (`training.arguments.decided`), or `TrainingArguments` rejects an argument
         (`training.arguments.value`).
         """
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
@@ -131,8 +131,8 @@ class TrainingRecipe(TrainingSettings):
 
     Args:
         model: a folder of `hub_configs`, or any folder with a config.json; training continues from its weights, if any.
-        tokenizer: folder or Hub id; by default the model's own.
-        attn_implementation: Transformers' name of the attention to train with.
+        tokenizer: folder or Hub id of the tokenizer; by default that of the model.
+        attn_implementation: attention implementation to train with, by its name in transformers.
     """
 
     model: str
@@ -146,13 +146,13 @@ class PretrainingRecipe(TrainingRecipe):
 
     Args:
         corpus: one source of files and its options, such as `folder: PATH`; see `open_corpus`.
-        tokens_per_step: number of tokens in a step of all processes together; a row counts as `max_tokens`.
-        rows_per_device: number of rows that a device holds at once.
+        tokens_per_step: number of tokens per step over all devices; every row counts as `max_tokens` tokens.
+        rows_per_device: number of rows in a forward pass on one device; gradients accumulate to `tokens_per_step`.
         max_tokens: largest number of tokens of a row, special tokens included.
         mlm_probability: fraction of the text tokens to predict.
-        tokenizer: folder or Hub id; by default a new one with the model's vocabulary size, trained on the corpus.
-        start_from_corpus: initialise token vectors by spelling and decoder biases by frequency, for small models.
-        packing: compute all rows of a batch as one row without padding.
+        tokenizer: folder or Hub id; by default a new tokenizer of the model's vocabulary size, trained on the corpus.
+        start_from_corpus: for small models: initialise a token's vector from its spelling, its bias from its frequency.
+        packing: join all rows of a batch to one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
         eval_rows: number of held-out rows in an evaluation.
     """
@@ -180,14 +180,14 @@ class StartingRecipe(TrainingRecipe):
     """Settings that all fine-tuning recipes share.
 
     Args:
-        task: retrieval or classification; each has settings of its own.
-        model: folder or Hub id of a pre-trained model, which gets new heads, or of a fine-tuned one. To start from
-            random weights: a folder with only a config.json, or one of `hub_configs`; set `tokenizer`, too.
-        exit_layer: train this exit alone, with the layers up to it and no other head: a single-exit baseline.
-        config: settings of the model's configuration to change, such as `residual_dropout`.
-        unpad_inputs: compute padded batches without their padding; the saved model keeps its own setting.
-        lora: train low-rank adapters in place of the trunk's weights, and the heads in full. The value has arguments of
-            `peft.LoraConfig`, or is `{}` for this package's defaults.
+        task: `retrieval` (see `FinetuningRecipe`) or `classification` (see `ClassificationRecipe`).
+        model: folder or Hub id of a fine-tuned model, or of a pre-trained model, which gets new heads. For random
+            weights, name a folder of `hub_configs`, or one with a config.json but no weights, and set `tokenizer`.
+        exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other heads are removed.
+        config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
+        unpad_inputs: do not compute padding tokens in training; the saved model keeps the setting it has.
+        lora: train LoRA adapters in place of the trunk's weights, and train the heads in full. The value is a mapping
+            of arguments of `peft.LoraConfig`; `{}` means this package's defaults. None trains all weights.
     """
 
     task: Literal["retrieval", "classification"] = "retrieval"
@@ -197,7 +197,7 @@ class StartingRecipe(TrainingRecipe):
     lora: Mapping[str, Any] | None = None
 
     def lengths(self) -> dict[str, int]:
-        """Return the settings that limit the tokens of a text."""
+        """Return {name: value} of the settings that limit the number of tokens of a text."""
         return {}
 
     def __post_init__(self) -> None:
@@ -211,13 +211,13 @@ class TeacherSettings(DistillationSettings):
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
-        query_prompt, document_prompt: texts put before each description and before each snippet for the teacher.
-        max_characters: largest number of characters of a text for the teacher; the rest is cut off.
-        centre_by_kind: subtract the mean vector of all descriptions from each description's vector, and that of all
-            snippets from each snippet's, and normalise the results.
-        texts: file of single texts that the exits also learn from: JSON Lines or Parquet with a column `text`. A batch
-            has one of them for every two pairs.
-        start_from_teacher: before training, set exit 0 to the teacher's vectors of single tokens, by the function
+        query_prompt, document_prompt: prefixes of each description and of each snippet that the teacher embeds.
+        max_characters: texts are cut to this number of characters before the teacher embeds them.
+        centre_by_kind: subtract the mean vector of all descriptions from the vector of each description, do the same
+            for code snippets, and scale the differences to length 1.
+        texts: file of unpaired texts that the exits also learn from: JSON Lines or Parquet with a column `text`. A
+            batch has one such text for every two pairs.
+        start_from_teacher: before training, initialise exit 0 from the teacher's vectors of single tokens; see
             `starting_points.start_from_teacher`.
         cache: folder of the teacher's vectors; by default in the user's cache.
     """
@@ -238,14 +238,14 @@ class FinetuningRecipe(StartingRecipe):
 
     Args:
         data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
-        batch_size: number of pairs in a step of all processes together; the other pairs are a pair's negatives.
+        batch_size: number of pairs per step over all devices; the other pairs of a step are a pair's negatives.
         max_train_samples: number of rows to train on, drawn at random; all if None.
         max_text_tokens, max_code_tokens: largest number of tokens of a description and of a code snippet, prompt and
             special tokens included.
         identifier_rename_prob: fraction of the code snippets whose frequent words become random strings.
-        objective: settings of the loss; see `ContrastiveSettings`. Its `pairs` can't be set: they follow from the data.
+        objective: settings of the loss, see `ContrastiveSettings`; the data decides `pairs`, so leave this setting out.
         distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.
-        eval_fraction: fraction of each source's rows held out for evaluation, by whole repositories; at most 0.2.
+        eval_fraction: fraction of each source's rows to hold out for evaluation, in whole repositories; at most 0.2.
         eval_pairs: number of held-out pairs in each evaluation.
     """
 
@@ -271,7 +271,7 @@ class FinetuningRecipe(StartingRecipe):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
         if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
-            message = "`lora` keeps the weights; leave out `distillation.start_from_teacher`, which changes them."
+            message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave one of them out."
             raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
@@ -291,7 +291,7 @@ class FinetuningRecipe(StartingRecipe):
 
     def batches(self, processes: int) -> dict[str, Any]:
         pairs = 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
-        # Batches are planned: the trainer must keep their order and take one batch per step.
+        # Each batch is planned for one step: the trainer must neither shuffle nor accumulate batches.
         planned = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 1}
         return {"per_device_train_batch_size": pairs, **planned}
 
@@ -302,8 +302,8 @@ class ClassificationRecipe(StartingRecipe):
 
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
-        batch_size: number of pairs in a step of all processes together, reached by accumulating gradients.
-        pairs_per_device: number of pairs that a device holds at once; by default all of its pairs of a step.
+        batch_size: number of pairs per step over all devices, reached by accumulating gradients.
+        pairs_per_device: number of pairs in a forward pass on one device; by default its whole share of `batch_size`.
         max_tokens: largest number of tokens of a pair, special tokens included.
         max_train_samples, max_eval_samples: number of pairs to train on and to evaluate with, drawn at random from each
             split; all if None.

@@ -32,13 +32,13 @@ from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS = "model", "adapter", "checkpoints"
 LOG = Path(MODEL, "training_log.json")
-"""The last file that a run writes."""
+"""Path of the training log in a run's folder. It is written last, so that a run with a log is finished."""
 
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
-"""Settings that do not influence what is learned, so that a run may continue with others."""
+"""Settings that may differ when a run is continued, because they do not influence what is learned."""
 
 LONG_RUN = 30 * 60
-"""Seconds after which a run on a CPU is long."""
+"""A run on a CPU that takes more than this number of seconds is announced as long."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def preflight(
     et al. (arXiv 2204.02311, appendix B).
 
     Args:
-        model: with its adapters, if it has some; may be on the meta device.
-        texts: for each kind of row, the mean number of tokens of each text in a row. All kinds are equally frequent.
+        model: the model, with its adapters if it has any; it may be on the meta device.
+        texts: for each kind of row, the mean number of tokens of each text in it. All kinds are equally frequent.
         tokens_in_memory: number of tokens on one device whose activations are kept at once.
-        passes: number of forward and backward passes through the layers per row; 4/3 with cached gradients.
+        passes: FLOPs per row, relative to one forward and one backward pass; 4/3 with cached gradients.
         head_flops: FLOPs of the heads per row.
         other_bytes: further bytes kept on each device.
-        groups: kind of pairs → number of groups, or 0 if the data has none.
+        groups: {kind of pairs: number of groups}; the number is 0 if the data has no such pairs.
     """
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -107,7 +107,7 @@ def preflight(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     attention = 12.0 * config.num_hidden_layers * config.hidden_size
     lengths = [length for row in texts for length in row]
-    # What a pre-norm block's backward pass keeps of each token, in numbers of 2 bytes: 16 × H (block input, normalised
+    # How many 2-byte numbers the blocks keep of each token for the backward pass: 16 × H (block input, normalised
     # inputs, queries, keys, values, attention output, projections, residuals), and the MLP before and after activation.
     kept = config.num_hidden_layers * (16 * config.hidden_size + 2 * config.intermediate_size)
     counts = {kind: count for kind, count in (groups or {}).items() if count}
@@ -128,7 +128,7 @@ def preflight(
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> Preflight:
-    """Estimate the size of a run (see `preflight`); each trained exit's heads run at masked tokens only."""
+    """Estimate the size of a pre-training run (see `preflight`). The heads compute masked tokens only."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return preflight(
@@ -149,7 +149,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
 ) -> Preflight:
-    """Estimate the size of a run; `tokens` has the mean numbers of tokens of a description and of a snippet."""
+    """Estimate the size of a fine-tuning run. `tokens`: mean numbers of tokens of a description and of a snippet."""
     text, code = tokens
     settings, sides = recipe.objective, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
@@ -175,20 +175,20 @@ def processes_of_run() -> PartialState:
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError (`training.run.not_a_run`) if `out` has files, but not `mark`. Hidden files are ignored."""
+    """Raise UserError (`training.run.not_a_run`) if `out` has files, but none named `mark`; ignore hidden files."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if out.is_file() or (names and mark not in names):
-        raise UserError("training.run.not_a_run", f"{out} is not empty and holds no {kind}; name another folder.")
+        raise UserError("training.run.not_a_run", f"{out} is not empty and has no {kind}; choose another folder.")
 
 
 class Run:
-    """The folder of a run: `recipe.json` (its settings), `checkpoints/`, and `model/` with the log, written last.
+    """The folder of a run: `recipe.json` (its settings), `checkpoints/`, and `model/` with the training log.
 
-    `log` is the log of a finished run, otherwise None. If there is a model or a checkpoint, all settings but
-    `MAY_CHANGE` must equal those in `recipe.json`. If there are only other files, only the settings named in
-    `until_trained` must. Nothing is written before `begin` is called.
+    `log` is the training log if the run is finished, otherwise None. To continue a run that has a model or checkpoint,
+    all settings except `MAY_CHANGE` must equal those in `recipe.json`. Before the first checkpoint, only the settings
+    named in `until_trained` must. Nothing is written before `begin` is called.
 
-    UserError if settings differ (`training.run.other_settings`), or the folder has files, but no run of `kind`
+    UserError if settings differ (`training.run.other_settings`), or if the folder has files, but no run of this `kind`
     (`training.run.not_a_run`).
     """
 
@@ -197,13 +197,13 @@ class Run:
         self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
         if self._written.is_file():
             before: dict[str, Any] = json.loads(self._written.read_text(encoding="utf-8"))
-            with contextlib.suppress(UserError):  # adds the defaults of settings that are newer than the run
+            with contextlib.suppress(UserError):  # adds defaults for settings that did not exist when the run began
                 before = _plain(build_settings(type(recipe), before, str(self._written)))
             trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
             begun = any(path != self._written for path in out.iterdir())
             names = {*self.settings, *before} if trained else set(until_trained) if begun else set()
             if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != self.settings.get(name)):
-                message = f"{out} holds a run with other values of {', '.join(other)}; name another folder."
+                message = f"{out} has a run with other values of {', '.join(other)}; choose another folder."
                 raise UserError("training.run.other_settings", message)
         log = out / LOG
         self.log: dict[str, Any] | None = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else None
@@ -215,7 +215,7 @@ class Run:
 
     def end(self, log: Mapping[str, Any]) -> None:
         """Write `log` to `LOG`, with null in place of infinities and NaN, which JSON does not have."""
-        # `json` reads what it writes, with the words NaN, Infinity and -Infinity.
+        # `dumps` writes them as the words NaN, Infinity and -Infinity, for which `loads` calls `parse_constant`.
         write_json(self._out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 
 
@@ -227,7 +227,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one.
 
     In a run of one process, Ctrl-C or SIGTERM ends the training after the current step: a checkpoint is written and
-    KeyboardInterrupt raised. A second signal ends it at once.
+    KeyboardInterrupt raised. A second signal ends the training at once, without a checkpoint.
 
     Returns:
         `log_history` (one dict per log line), `steps` (the last step), `seconds` (duration of this call) and
@@ -240,7 +240,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
         checkpoint = last_checkpoint(folder)
         resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
         if trainer.is_world_process_zero():
-            # `Trainer` would count incomplete checkpoints among those to keep.
+            # Remove incomplete checkpoints, because `Trainer` would count them among the checkpoints to keep.
             for path in Path(folder).glob("checkpoint-*"):
                 step = path.name.rpartition("-")[2]
                 if step.isdecimal() and int(step) > (resumed_from or 0):
@@ -258,7 +258,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 @contextlib.contextmanager
 def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a checkpoint after the current step, then raise KeyboardInterrupt."""
+    """Context manager: on the first SIGINT or SIGTERM, save a checkpoint after the step, raise KeyboardInterrupt."""
     if trainer.args.world_size > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -310,7 +310,7 @@ def format_log(logs: dict[str, float]) -> str:
 class ExitProgressCallback(ProgressCallback):
     """`Trainer`'s progress bar, with the time left and readable log lines.
 
-    After three steps on a CPU, a run that will take longer than `LONG_RUN` is announced on stderr.
+    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr says so after three steps.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -320,13 +320,13 @@ class ExitProgressCallback(ProgressCallback):
             bar, self.current_step = self.training_bar, state.global_step
             bar.unit = "step"
             bar.bar_format = "{l_bar}{bar}| {n_fmt} of {total_fmt} steps, {remaining} left, then evaluation, {rate_fmt}"
-            # The steps before a resumed run's checkpoint take no time.
+            # In a resumed run, leave the steps before the checkpoint out of the speed.
             bar.initial = bar.n = bar.last_print_n = self.current_step
             bar.refresh()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        if state.global_step == self._first_step:  # slower than the others
+        if state.global_step == self._first_step:  # not measured, because it is slower than the others
             self._first_end = time.perf_counter()
         if self.training_bar is None or args.device.type != "cpu" or state.global_step != self._first_step + 2:
             return

@@ -38,13 +38,13 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 class StartingPoint(Generic[Model]):
     """The model and the tokenizer that a fine-tuning recipe starts from.
 
-    `config` is the model's configuration, with the recipe's changes, cut at the recipe's exit. Nothing but
-    configurations is read before `load` is called.
+    `config` is the model's configuration with the changes in the recipe's `config`, cut at the recipe's `exit_layer`.
+    Weights and tokenizer are only read by `load`.
 
     Raises:
         UserError: the settings contradict each other or the model.
-        ValueError: the model lacks the recipe's exit.
-        OSError: no folder or Hub repository has the name in `recipe.model`.
+        ValueError: the model has no exit at the recipe's `exit_layer`.
+        OSError: the config.json of `recipe.model` can't be read.
     """
 
     def __init__(self, model_class: type[Model], recipe: StartingRecipe) -> None:
@@ -54,12 +54,12 @@ class StartingPoint(Generic[Model]):
             config = ModularStarEncoderConfig.from_pretrained(self.source, **{**recipe.config, "dtype": torch.float32})
             in_training = copy.deepcopy(config)
             in_training.unpad_inputs = recipe.unpad_inputs
-            # Values given to `from_pretrained` are set after the configuration's own validation.
+            # `from_pretrained` validates the configuration before it sets the values in `recipe.config`.
             in_training.validate()
         except StrictDataclassError as error:
             raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
         except OSError as error:
-            message = f"The config.json of {recipe.model} can't be read. Pre-train this model, or name a Hub repository"
+            message = f"The config.json of {recipe.model} can't be read. Set `model` to a folder or a Hub id owner/name"
             raise OSError(f"{message}. {' '.join(str(error).split())}") from error
         if recipe.exit_layer is not None:
             config = config.cut(recipe.exit_layer)
@@ -72,9 +72,9 @@ class StartingPoint(Generic[Model]):
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
         """Load the model, in float32, and its tokenizer; every call returns the same weights.
 
-        The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer without a template of
-        special tokens, such as the published one, gets this package's. UserError if there is no tokenizer, or it has
-        more tokens than the model.
+        The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer that adds no special
+        tokens, such as the published one, gets this package's template for them. UserError if there is no tokenizer, or
+        if it has more tokens than the model's vocabulary.
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:
@@ -98,7 +98,7 @@ class StartingPoint(Generic[Model]):
         return model, tokenizer
 
     def save(self, trainer: MultiExitTrainer, out: Path) -> None:
-        """Write the trained model, adapters merged, and its tokenizer to `out/model/`, and adapters to `out/adapter/`.
+        """Write the model and its tokenizer to `out/model/`. LoRA adapters are merged, and kept in `out/adapter/`.
 
         Every process must call this function, because the model may be spread over all processes.
         """
@@ -119,7 +119,7 @@ class StartingPoint(Generic[Model]):
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"The tokenizer has {tokens} tokens, but the model only {vocab_size}; use the model's tokenizer."
+        message = f"`tokenizer` has {tokens} tokens, but the model only {vocab_size}; leave it out of the recipe."
         raise UserError("training.tokenizer.too_large", message)
 
 
@@ -127,8 +127,8 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
     """Set the bias (V,) of the vocabulary projection to the log frequencies of `token_counts` (V,), add-one smoothed.
 
-    Otherwise the first hundreds of steps learn these biases, and fine-tuning a small model afterwards is slower than
-    from random weights.
+    Without this, the first hundreds of steps of pre-training only learn these biases, and a small model that is then
+    fine-tuned learns more slowly than one with random weights.
     """
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
@@ -138,12 +138,12 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
     """Draw token vectors so that tokens with the same spelling (`token_spellings`) start out similar.
 
-    Each component is drawn from N(0, 0.3²). Vectors of tokens with the same spelling correlate by 0.8, vectors of other
-    tokens are independent. The vector of the padding token is left as it is.
+    Each component is drawn from N(0, 0.3²). The vectors of two tokens with the same spelling have a correlation of 0.8,
+    those of other tokens are independent. The vector of the padding token is not changed.
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"), and a description may
-    use one and the code another. After 100 steps of fine-tuning a model of 1.5 million parameters, retrieval has an MRR
-    of 0.36 from this start, of 0.33 with a standard deviation of 0.1, and of 0.23 from independent vectors.
+    use one and the code another. After 100 steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36
+    with these vectors, 0.33 with a standard deviation of 0.1 instead of 0.3, and 0.23 with independent vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
@@ -168,14 +168,14 @@ def start_from_teacher(
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
     A token's embedding is the teacher's vector of this token minus the mean of all tokens, and the head is the
-    identity. If the model's hidden size is below D, the principal components of these vectors are the embeddings, and
+    identity. If the model's hidden size is below D, the embeddings are the principal components of these vectors, and
     the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
-    Sentence Embeddings" (Arora et al., 2017). Special tokens get zeros and weight 0, so that they affect no mean.
+    Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero vector and weight 0: no mean includes them.
 
     Args:
-        model: has an exit 0, a linear projection head, token weights, and the teacher's D as `projection_size`.
+        model: a model with an exit 0, a linear projection head, token weights, and `projection_size` D.
         tokenizer: the model's tokenizer, of V tokens.
-        vectors: (V, D), the teacher's vectors of `token_texts`.
+        vectors: (V, D), the teacher's vectors of the text of each token (see `token_texts`).
         token_counts: (V,), number of occurrences of each token in the training texts.
         a: relative frequency of a token that gets half the weight of the rarest tokens.
 
@@ -186,7 +186,7 @@ def start_from_teacher(
     needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
     wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
     if wrong or 0 not in config.exit_layers:
-        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}; set it in `config`."
+        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}: set the recipe's `config`."
         raise UserError("training.start_from_teacher", message)
     table = torch.from_numpy(vectors).float()
     special = special_token_ids(tokenizer)
@@ -209,7 +209,7 @@ def start_from_teacher(
 
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """Return a copy of `model`, which has only exit 0, with new layers and exits.
+    """Return a copy of a model with only exit 0, to which new layers and exits are added.
 
     At first every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all heads equal
     the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of the new layers
@@ -244,7 +244,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     table, head = grown.model.embed_tokens.weight, grown.projection_heads["0"].dense
     scale = 1 / table[table.any(dim=1)].std()
     table.mul_(scale)
-    head.bias.mul_(scale)  # embeddings are normalised: scaling states and bias alike changes nothing
+    head.bias.mul_(scale)  # hidden states and bias are scaled alike, which changes no normalised embedding
     for other in grown.projection_heads.values():
         other.dense.load_state_dict(head.state_dict())
     grown.set_attn_implementation(model.config._attn_implementation)
@@ -271,7 +271,7 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     """Freeze the trunk of a model, add LoRA adapters to its linear layers, and return the `PeftModel`.
 
     The heads are trained, and saved with the adapters. `settings` are arguments of `peft.LoraConfig`; UserError
-    (`training.lora`) if one is unknown. If they are None, the model is returned as it is.
+    (`training.lora`) if one is unknown. If `settings` is None, the model is returned unchanged.
     """
     if settings is None:
         return model

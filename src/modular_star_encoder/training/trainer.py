@@ -1,4 +1,4 @@
-"""`MultiExitTrainer`, a subclass of `Trainer` for all objectives, which give one loss per exit; and its callbacks."""
+"""`MultiExitTrainer`, a subclass of `Trainer` for objectives that return one loss per exit, and its callbacks."""
 
 import os
 import shutil
@@ -26,7 +26,8 @@ from modular_star_encoder.utils.files import staged_file
 
 logger = logging.get_logger(__name__)
 
-# Few pairs of a batch are alike. With half masked, training fails (benchmarks/results/mini_parallel_ablation.md).
+# A larger share of masked negatives causes a warning; with half of them masked, training fails
+# (benchmarks/results/mini_parallel_ablation.md).
 MOST_MASKED_NEGATIVES = 0.1
 
 
@@ -39,8 +40,8 @@ class MultiExitTrainer(Trainer):
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
-        args: a `MultiExitTrainingArguments`, or a `TrainingArguments` for the defaults. `remove_unused_columns` is set
-            to False, because the objective defines the columns of a batch.
+        args: a `MultiExitTrainingArguments`; a plain `TrainingArguments` means its defaults. `remove_unused_columns` is
+            set to False, because the objective defines the columns of a batch.
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
         exit_layers: the exits to train; all exits of the model by default.
@@ -51,8 +52,8 @@ class MultiExitTrainer(Trainer):
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
     Raises:
-        UserError: the model lacks one of these exits, the weights do not fit them, or the objective does not fit the
-            model, `exit_schedule`, `detach_shallow_exits` or `log_gradient_norms`.
+        UserError: the model lacks one of `exit_layers`, `exit_weights` does not fit these exits, or the objective does
+            not fit the model, `exit_schedule`, `detach_shallow_exits` or `log_gradient_norms`.
 
     Example:
         >>> import tempfile
@@ -98,7 +99,7 @@ class MultiExitTrainer(Trainer):
         if _option(args, "detach_shallow_exits") or _option(args, "share_heads"):
             heads = getattr(_bare(model), "projection_heads", None)
             if heads is None:
-                message = "detach_shallow_exits and share_heads need a model with projection heads."
+                message = "detach_shallow_exits and share_heads need a model with projection heads; leave them out."
                 raise UserError("training.heads", message)
             own = [heads[str(exit_layer)] for exit_layer in self.exit_layers]
             if _option(args, "share_heads"):
@@ -141,21 +142,21 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of weights with weight decay: all but biases, norms and logit scale (arXiv 2103.00020)."""
+        """Return the names of weights with weight decay: all except biases, norms, logit scale (arXiv 2103.00020)."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save a checkpoint for `AutoModel` and, where possible, `SentenceTransformer`, without pickled arguments."""
+        """Save a checkpoint for `AutoModel` and, if possible, `SentenceTransformer`; delete the pickled arguments."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self._folder)
-            for weights in folder.glob("*.safetensors"):  # peft's adapters: only their owner can read them
+            for weights in folder.glob("*.safetensors"):  # peft writes files that only their owner can read
                 shutil.copymode(folder / TRAINING_ARGS_NAME, weights)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also save the averaged weights, which a run needs to continue from a checkpoint."""
+        """Also save the averaged weights, because a run needs them to continue from a checkpoint."""
         super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir)
@@ -178,11 +179,11 @@ class MultiExitTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
             save_file(tensors, staging, metadata={"losses": by_exit})
-        message = f"The loss of step {step} is not finite ({by_exit}); its batch was written to {path}."
+        message = f"The loss of step {step} is not finite ({by_exit}). Lower learning_rate, or check the batch: {path}."
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return each exit's gradient norm on the trunk (E,), and layer → mean cosine of two exits' gradients ()."""
+        """Return each exit's gradient norm on the trunk, (E,), and {layer: mean cosine of two exits' gradients, ()}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -191,7 +192,7 @@ class MultiExitTrainer(Trainer):
             pairs = zip(gradients, parameters, strict=True)
             found.append([torch.zeros_like(own) if one is None else one for one, own in pairs])
         norms = torch.stack([torch.nn.utils.get_total_norm([one.float() for one in own]) for own in found])
-        # layers.0.… is layer 1; what comes before (or after) all layers counts as layer 0.
+        # Weights named layers.0.… are of layer 1; weights outside all layers count as layer 0.
         layers = [int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0 for name in names]
         cosines = {}
         for layer in sorted(set(layers)):
@@ -209,7 +210,7 @@ class MultiExitTrainer(Trainer):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does; a log line of training also has each metric's mean since the line before."""
+        """Log as `Trainer` does; a training log line also has the mean of each metric since the previous line."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
@@ -290,10 +291,7 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Add the files with which `SentenceTransformer` loads a saved model.
-
-    Add none if `SentenceTransformer` could not compute this model's embeddings.
-    """
+    """Add the files that `SentenceTransformer` needs to load a saved model, if it can compute its embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):
@@ -331,7 +329,7 @@ class AveragedWeights(TrainerCallback):
         self.decay = decay
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Start from the model's weights or, if training continues from a checkpoint, from its stored average."""
+        """Start the average from the model's weights or, if training is resumed, from the checkpoint's average."""
         trained = [(name, one) for name, one in kwargs["model"].named_parameters() if one.requires_grad]
         self.parameters, self.average = dict(trained), {name: one.detach().clone() for name, one in trained}
         if state.global_step:
