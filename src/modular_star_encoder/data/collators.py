@@ -15,7 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Return one-dimensional rows padded with `value` on `side`, left or right: int64 (number of rows, longest row)."""
+    """Return a tensor of the rows, padded with `value` on the left or right `side`: int64 (rows, length of longest)."""
     length = max(len(row) for row in rows)
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
@@ -25,7 +25,7 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
 
 
 def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask` of padded rows of token ids, both int64 (number of rows, longest row)."""
+    """Pad rows of token ids; return `input_ids` and `attention_mask`, both int64 (rows, length of the longest row)."""
     mask = pad_rows([torch.ones_like(row) for row in rows], 0, side)
     return {"input_ids": pad_rows(rows, pad_token_id, side), "attention_mask": mask}
 
@@ -50,7 +50,7 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads B rows of `InContextPairs` to the T tokens of the longest, on the tokenizer's `padding_side`.
+    """Pads B rows of `InContextPairs` to T tokens, the length of the longest, on the tokenizer's `padding_side`.
 
     Returns int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding), (B, T); and `icc_labels`, (B,).
     """
@@ -70,7 +70,7 @@ class RetrievalCollator(_Padding):
     - `input_ids` and `attention_mask`, int64 (B, T);
     - `teacher`, float32 (B, D), if rows have a teacher's vectors of these texts (`query_teacher` and so on, (D,)).
 
-    B is the number of rows that have such a text.
+    B is the number of rows that have a text for this entry.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -85,7 +85,7 @@ class RetrievalCollator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Pads B `ClassificationRows`; returns `input_ids`, `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
+    """Pads B rows of `ClassificationRows`: `input_ids` and `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels"))
@@ -99,8 +99,8 @@ class PackingCollator:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
     - `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor under two names: the bounds of the rows, int32 (P + 1,);
-    - `max_length_q`, `max_length_k`: number of tokens of the longest row, an int, as flash attention wants it on the
-      CPU;
+    - `max_length_q`, `max_length_k`: number of tokens of the longest row, an int, because flash attention expects it on
+      the CPU;
     - `icc_labels`, int64 (P,).
 
     The batch cannot be divided along its first dimension: train without accelerate's `split_batches` and
@@ -119,7 +119,7 @@ class PackingCollator:
         total, longest = int(bounds[-1]), int(lengths.max())
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
-            raise UserError("data.packing.unfinished", "A row to pack must end with <cls>; rows of InContextPairs do.")
+            raise UserError("data.packing.unfinished", "A row to pack must end with <cls>: use rows of InContextPairs.")
         marks = bounds.to(torch.int32)
         return {
             "input_ids": input_ids[None],

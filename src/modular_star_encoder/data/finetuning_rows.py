@@ -21,9 +21,9 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Return `code` with random names for words of 3 or more characters that occur 3 or more times, keywords too.
+    """Replace each word of 3 or more characters that occurs 3 or more times in `code`, even a keyword, by a random one.
 
-    All occurrences of a word get the same new name: 3 to 8 random lower-case letters, different from every other word.
+    All occurrences of a word get the same new word: 3 to 8 random lower-case letters, different from every other word.
     """
     counts = Counter(_WORD.findall(code))
     taken = set(counts)
@@ -38,15 +38,15 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
     return _WORD.sub(lambda match: names.get(match[0], match[0]), code)
 
 
-_SNIPPETS, _NAMES = 10, 11  # random streams besides the streams of `BatchPlan`
+_SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     """Retrieval rows as token ids, each text with its prompt.
 
-    A text is `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. Only the text is truncated,
-    never the tokens around it. Special tokens that a text spells are ordinary characters. As a dataset, row `i` holds
-    `query_ids` (its description) and `document_ids` (its first snippet), int64 (T,) for T tokens.
+    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. Only `{text}` is cut to
+    the limit. If it contains the characters of a special token, they stay ordinary characters. Item `i` of this dataset
+    has `query_ids` (the description of row `i`) and `document_ids` (its first snippet), int64 (T,) for T tokens.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. Limits include prompt and special tokens. The tokenizer must end texts with `<cls>`."""
+        """Tokenize `texts`. Both limits include prompt and special tokens. `tokenizer` must end texts with `<cls>`."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -116,7 +116,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean tokens per description and per snippet, with the longest prompt and cut to the limits."""
+        """Return the mean numbers of tokens of a description and a snippet, with the longest prompt, after cutting."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -127,7 +127,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of `steps` batches, in the order that `plan` chose: batch after batch. Needs a sequential sampler.
+    """The rows of `steps` batches that `plan` chooses, one batch after another. Needs a sequential sampler.
 
     Row `i` depends only on the data, the plan and `i`. It holds `query_ids` and `document_ids`, int64 (T,). For a
     text → code pair, these are a description and its first snippet; for a code → code pair, two random snippets of one
@@ -172,12 +172,12 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """Return the token ids before a text with this prompt, and the id after it; check that `max_tokens` is enough."""
+    """Return (ids before a text with this prompt, id after it); UserError if `max_tokens` leaves none for the text."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
         raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
     if max_tokens <= len(ids):
-        message = f"{argument} must exceed {len(ids)}, the number of prompt and special tokens, not {max_tokens}."
+        message = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
         raise UserError("data.retrieval.max_tokens", message)
     return ids[:-1], ids[-1]
 
@@ -192,7 +192,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Pairs for clone detection as token ids, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
 
     Row `i` holds `input_ids`, int64 (T,) with T ≤ `max_tokens`, and `labels`, an int64 scalar. If the two snippets are
-    too long together, each is cut to half of the room, plus what the other does not need.
+    too long together, each may have half of the available tokens, plus those that the other does not need.
     """
 
     def __init__(

@@ -41,10 +41,10 @@ class DocumentedFunction:
     name: str  # dotted name inside the file, such as "Stack.push"
     description: str  # first paragraph of the documentation, in one line; empty if there is none
     code: str  # decorators, signature and body, dedented, with `\n` line ends, without docstrings
-    source: str = ""  # the whole function as in its file, from start_byte; SynthCoNL's column `func1_CSN`
-    start_byte: int | None = None  # its first byte in the UTF-8 encoding of the file's text; None if unknown
-    end_byte: int | None = None  # the byte after its last
-    license: str | None = None  # as the source of the file reports it
+    source: str = ""  # the whole function as written in its file, with docstrings; SynthCoNL's column `func1_CSN`
+    start_byte: int | None = None  # where `source` begins in the file's text, encoded in UTF-8; None if unknown
+    end_byte: int | None = None  # where `source` ends: the offset of the byte after it
+    license: str | None = None  # of the file, as a data set reports it
 
 
 def function_id(function: DocumentedFunction) -> str:
@@ -91,8 +91,8 @@ def extract_functions(
 ) -> list[DocumentedFunction]:
     """Return the functions that `find_functions` finds in a source file.
 
-    A `.h` file that holds C++ is parsed as C++. `counts`, if given, is passed to `find_functions`. A file that can't be
-    parsed gives no functions, and adds one to `counts["files that do not parse"]`.
+    A `.h` file that holds C++ is parsed as C++. `find_functions` adds to `counts`, if given. A file that can't be
+    parsed gives no functions, and adds 1 to `counts["files that do not parse"]`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -110,9 +110,9 @@ def collect_functions(
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
     """Return the documented functions in `files` that `drop_reason` keeps, in order, and counts of files and functions.
 
-    Of functions with equal code, only the first is returned. The counts are named, such as "documented functions" or
-    "dropped: constructor". `processes` is the number of processes that parse, and does not change the result; with 0 or
-    1, this process parses.
+    Of functions with equal code, only the first is returned. The counts have names such as "documented functions" or
+    "dropped: constructor". `processes` is the number of worker processes that parse. It does not change the result;
+    with 0 or 1, the calling process parses.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -129,7 +129,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield functions as `collect_functions`, but also those with equal code; update `counts`."""
+    """Yield the documented functions that `drop_reason` keeps, also several with equal code; add to `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -204,7 +204,7 @@ def _outer_functions(files: list[SourceFile]) -> tuple[list[SourceFile], Counter
 
 
 SNIPPETS = ("files", "functions")
-# Source → (module of `data.sources`, function). Archives and folders need no `datasets`, so modules are imported late.
+# Source → (module in `data.sources`, function). Modules are imported late: archives and folders need no `datasets`.
 _OPENERS = {
     "folder": ("repositories", "folder_repositories"),
     "installed": ("repositories", "installed_repositories"),
@@ -226,14 +226,14 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
             - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);
             - `archives: PATH`: an archive, or a folder of archives; each archive is a repository;
             - `rows: PATH or Hub id`: a dataset with one file per row; options are the arguments of `row_repositories`,
-              such as `columns` (a mapping of the names in `RowColumns` to the names in the dataset);
-            - `the_stack: PATH or Hub id`: The Stack v2; options are `content_url`, the address from which contents are
-              fetched with your own access, and the other arguments of `the_stack_repositories`.
+              such as `columns` (a mapping from fields of `RowColumns` to the dataset's column names);
+            - `the_stack: PATH or Hub id`: The Stack v2; options are `content_url` (the address from which file contents
+              are fetched, with your own access) and the other arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` must name exactly one source: {', '.join(_OPENERS)} (as `installed: true`); not {options}."
+        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)} (written `installed: true`), not {options}."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
@@ -266,14 +266,14 @@ _REQUIRED = ("language", "code", "documentation")
 
 
 def documentation_summary(documentation: str) -> str:
-    """Return the part of a documentation string before its first blank line or `@`: CodeSearchNet's query."""
+    """Return a documentation string up to its first blank line or `@`; CodeSearchNet uses this part as the query."""
     return re.split(r"\n\s*\n|@", documentation.strip(), maxsplit=1)[0].strip()
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     """Return the function in a row of CodeSearchNet, with columns named as on the Hub or in the authors' JSON Lines.
 
-    The docstring is removed from Python code, because with it BM25 has an MRR of 97 %; None if it can't be removed.
+    Python code is returned without its docstring, because with it BM25 has an MRR of 97 %. None if removing it fails.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():

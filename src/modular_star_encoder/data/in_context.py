@@ -7,26 +7,28 @@ Two snippets of one repository have the same language more often than snippets o
 are closer. A classifier could guess the label from this. The steps below make *languages and lengths independent of the
 label*, and each single snippet too. The *room* is the number of tokens that both snippets of a row may have together.
 
-1. **A cell.** A repository C is drawn in proportion to the square root of its number of texts (a compromise between
-   seeing every text and every repository equally often), then two different texts of C. Their languages (l₁, l₂) and
-   lengths in tokens (t₁, t₂), at most the room, are the cell. The distribution of cells is symmetric, and languages
-   occur together as they do in repositories.
-2. **Two repositories.** A ≠ B are drawn with the same weights from the repositories with two different texts for this
-   cell: one of language l₁ with t₁ tokens or more, and one of language l₂ with t₂ or more. If no two are found, all
-   repositories with two different texts of these languages are used. If that fails too, another cell is drawn.
-3. **Two texts of each repository**, (a₁, a₂) of A and (b₁, b₂) of B, drawn in the same way: different texts, each from
-   the texts of its language whose length differs from t₁ or t₂ by at most a tenth. If there are fewer than 4 such
-   texts, one of the 4 texts nearest in length is drawn. All texts that fill the room have the same length here.
-4. **Windows.** The first window has n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds
-   the room, each gets half of the room, plus what the other leaves. A window begins anywhere in its text.
+1. **A cell**: the languages (l₁, l₂) and lengths in tokens (t₁, t₂), at most the room, of two texts. For this, a
+   repository C is drawn in proportion to the square root of its number of texts (a compromise between seeing every text
+   and every repository equally often), then two different texts of C, in random order. So languages occur together in
+   cells as they do in repositories.
+2. **Two repositories.** A ≠ B are drawn, with the same weights as C, from the repositories with two different texts for
+   this cell: one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two are found,
+   texts of any length in these languages are enough. If that fails too, another cell is drawn.
+3. **Two texts of each repository**: (a₁, a₂) of A and (b₁, b₂) of B, always two different texts. a₁ and b₁ are drawn
+   from texts in l₁ whose length differs from t₁ by at most a tenth, a₂ and b₂ likewise with l₂ and t₂. If fewer than 4
+   texts qualify, the 4 nearest in length are used. All texts with at least as many tokens as the room qualify equally.
+4. **Windows**, the parts of the texts that the row holds, each beginning at a random place of its text. The first has
+   n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds the room, each window gets half of
+   the room, plus what the other leaves.
 5. **The label**, a fair coin: the pair is (a₁, a₂) for the same repository, (a₁, b₂) for different ones.
 
-The label comes last, so (l₁, l₂, n₁, n₂) has one distribution for both labels. A and B are exchangeable, also given
-cell and lengths: a₂ and b₂ have one distribution, so the second snippet alone does not reveal the label. Nor does the
-first, which is always a₁.
+The label is drawn last, so (l₁, l₂, n₁, n₂) has the same distribution for both labels. A and B are exchangeable, even
+if the cell and the lengths are known. So a₂ and b₂ have the same distribution, and the second snippet alone does not
+reveal the label. Nor does the first snippet, which is always a₁.
 
-The shorter of two texts decides the length. From texts of 630 tokens on average (log-normal with σ = 1, cut at 2,048),
-rows of at most 2,048 tokens have about 1,120 tokens, and one in seven is full (in the paper 1,300, and one in five).
+The shorter of two texts decides a window's length. With texts of 630 tokens on average (log-normal, σ = 1, cut at
+2,048), rows of at most 2,048 tokens have about 1,120 tokens, and one in seven is full. The paper reports 1,300 tokens,
+and one in five full.
 """
 
 from typing import NamedTuple
@@ -78,7 +80,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             raise UserError("data.in_context.arguments", message)
         check_special_tokens(tokenizer)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError("data.in_context.other_tokenizer", "The corpus was made with another tokenizer: pass that.")
+            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -153,7 +155,7 @@ class _Cell(NamedTuple):
     second_length: int
 
 
-class _Proposals(NamedTuple):  # the repositories of one language, those with the longest texts first
+class _Proposals(NamedTuple):  # the repositories with texts in one language, in descending order of their longest text
     groups: np.ndarray
     negative_longest: np.ndarray
     cumulative_weights: np.ndarray
@@ -178,10 +180,10 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = "Pairs in context need two repositories in one language, both to train on and held out, each with"
-            message += f" 2 texts of {MIN_SNIPPET_TOKENS} tokens or more. Of these, "
+            message = "Training rows and held-out rows each need two repositories in one language, both with"
+            message += f" 2 texts of {MIN_SNIPPET_TOKENS} tokens or more. Of the repositories of one of them, "
             message += f"{qualified} of {len(np.unique(repository))} qualify ({', '.join(corpus.repositories[:4])}): "
-            message += "give at least four repositories in one language."
+            message += "use at least four repositories in one language."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
@@ -242,8 +244,8 @@ class PairSampler:
         return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Draw two repositories, each with texts of the cell's languages and lengths; None if too many draws fail."""
-        # The side with the fewer repositories proposes, the other is looked up.
+        """Draw two repositories with long enough texts in both languages of `cell`; None if too many draws fail."""
+        # Draw from the repositories of the language and length that fewer have; then look up their other text.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
             length, other_length = sorted((cell.first_length, cell.second_length), reverse=True)
@@ -310,7 +312,7 @@ class PairSampler:
 
 
 def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
-    # The product may round up to the last weight itself.
+    # Rounding may make the product equal to the last cumulative weight, which would give an index beyond the end.
     place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     return min(place, len(cumulative) - 1)
 

@@ -42,7 +42,7 @@ MAX_CHARACTERS = 100_000
 
 _EXAMPLE_LENGTH, _EXAMPLES = 200, 3
 
-# What a column of pairs holds → the names that are tried in this order, in any case.
+# Role of a column of pairs → names that such a column may have, in any letter case; the first that exists is used.
 _PAIR_COLUMNS = {
     "query": "query anchor question description docstring func_documentation_string documentation doc comment summary "
     "intent title instruction prompt input nl sentence1 text",
@@ -67,7 +67,7 @@ class RetrievalExample:
     """A row for fine-tuning a model for retrieval: prose and code with the same meaning."""
 
     description: str  # the meaning in prose; empty if there is none
-    snippets: tuple[Snippet, ...]  # the meaning in code, at least once; the description belongs to the first
+    snippets: tuple[Snippet, ...]  # one or more codes with this meaning; the description was written for the first
     repository: str = ""  # rows are held out by repository; empty if it is unknown
     negative: Snippet | None = None  # similar code with another meaning (a hard negative)
 
@@ -76,8 +76,8 @@ class SourceExamples(NamedTuple):
     """The rows that were read from one source."""
 
     texts: list[RetrievalExample]  # in the order of the source
-    skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for it
-    examples: dict[str, list[str]]  # reason → the first three of these, each by its place and its beginning
+    skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for this reason
+    examples: dict[str, list[str]]  # reason → for the first three of these: place, such as a file's line, and beginning
 
 
 _Found = RetrievalExample | str | tuple[str, Any]
@@ -88,12 +88,12 @@ class ExampleReader:
     """Iterates over the examples in the rows of a dataset, in order.
 
     Attributes:
-        skipped: reason → number of rows, or parts of rows, that the last iteration left out for it.
-        examples: reason → the first three of these: the place of each, and its beginning.
+        skipped: reason → number of rows, or parts of rows, that the last iteration left out for this reason.
+        examples: reason → for the first three of these, the place (such as a line of a file) and the beginning.
     """
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make` gives a row's examples or reasons to skip it; if `strict`, a reason raises UserError (`data.row`)."""
+        """`make` gives a row's examples, or reasons to skip it; if `strict`, these raise UserError (`data.row`)."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -129,7 +129,7 @@ class TripletColumns:
     A triplet is a description, a function (`code`) and its translation to another programming language (`other_code`).
     If `other_code` is None, rows have no translation. If `repository` is None, they have no repository. `negative` is
     the column of hard negatives, and `negative_language` the column of their languages. If `negative_language` is None,
-    they are in the language of `code`.
+    hard negatives are in the language of `code`.
     """
 
     description: str = "func_documentation_string"
@@ -145,7 +145,7 @@ class TripletColumns:
         if None in (self.description, self.code, self.language):
             raise UserError("data.triplets.columns", "`description`, `code` and `language` must each name a column.")
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language={self.negative_language!r} needs `negative`: name the hard negatives' column."
+            message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
@@ -207,7 +207,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     """Read the retrieval rows of every source in a recipe's `data`; return source name → rows.
 
     Args:
-        settings: One or several of the following sources; None means that the source is not used.
+        settings: One or several of the following sources. A source that is None is not used.
 
             - `pairs`: a source of `open_dataset_rows`, or a mapping with `source`, `columns` and the other arguments of
               `open_dataset_rows`; see `resolve_pairs`. `pairs` replaces all other sources;
@@ -228,7 +228,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
         raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not {given}.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        message = f"Hard negatives can't be mixed with {others}: use data.triplets alone, or remove columns.negative."
+        message = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
         raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
@@ -262,7 +262,7 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's `data` with only `pairs`, and its columns named; without `pairs`, return `data` unchanged.
+    """Return a recipe's `data` with nothing but `pairs` and the names of all columns; unchanged if it has no `pairs`.
 
     `data.pairs` is a file, folder or Hub id, or a mapping with `source` and the options of `open_dataset_rows`.
     `data.columns`, or `columns` in that mapping, names the columns of `query` and `positive`, and optionally of
@@ -321,7 +321,7 @@ def _pairs(
 ) -> SourceExamples:
     rows = open_dataset_rows(source, [name for name in columns.values() if name is not None], **options)
     found = ExampleReader(rows, lambda row: [_pair(row, columns, min_score)], strict).read("pairs", progress)
-    if len({text.repository for text in found.texts}) == 1:  # no other repository to hold out: rows are held out singly
+    if len({text.repository for text in found.texts}) == 1:  # a single repository can't be split: hold out single rows
         found = found._replace(texts=[replace(text, repository="") for text in found.texts])
     return found
 
@@ -385,7 +385,7 @@ def _parallel(
             return
         snippets: list[Snippet] = []
         for language, solution in solutions.items():
-            if solution is None:  # parquet has every language in every row
+            if solution is None:  # in parquet, every row has every language
                 continue
             known = language_named(language)
             if reason := _not_code(solution) if known in LANGUAGES else f"language {language}, none of ours":
@@ -435,7 +435,7 @@ class LabelledPairs:
         return len(self.labels)
 
     def sample(self, count: int, seed: int) -> "LabelledPairs":
-        """Return `count` pairs drawn at random, in their original order; all pairs if there are not more."""
+        """Return `count` pairs drawn at random, in their original order; all pairs if there are at most `count`."""
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
         return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
 
@@ -466,7 +466,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of a list of BigCloneBench as rows with their places, as `open_dataset_rows` gives them."""
+    """Yield (place, row) for each line of one of BigCloneBench's lists of pairs, in the form of `open_dataset_rows`."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()

@@ -2,8 +2,8 @@
 
 Training and evaluation rows have no repository, code or description in common. In contrastive learning the other rows
 of a batch are negatives, so all rows of a batch must differ in meaning. Rows with the same description or code,
-directly or through other rows, form a *group*. A batch has at most one row of each group, and no hard negative of a
-batch is in the group of one of its rows.
+directly or through other rows, form a *group*. A batch has at most one row of each group, and its hard negatives are
+not in the groups of its rows.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ MAX_TEST_SHARE = 0.2
 REPORT = "report.json"
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
-# Random streams besides the two streams for the kinds of pairs.
+# Numbers of random streams; the two kinds of pairs have 0 and 1.
 _REPLACEMENTS, _NEGATIVES = 2, 3
 
 
@@ -47,13 +47,12 @@ def draw_repositories(
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
     Repositories are drawn at random until they have a fifth of all functions, or `min_test` functions if that is less.
-    Those with more than `max_repository_share` of all functions are drawn last, the smallest first, so that no single
-    project decides the results. At least one repository is left for training. The result depends only on the arguments.
+    Repositories with more than `max_repository_share` of all functions are drawn last, the smallest first: no single
+    project should decide the results. At least one repository is left for training. Equal arguments give equal results.
     """
     if len(sizes) < 2:
-        raise UserError(
-            "data.split.too_few_repositories", f"Holding out repositories needs at least two, not {len(sizes)}."
-        )
+        message = f"Holding out repositories needs at least two repositories, not {len(sizes)}: add some."
+        raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
     allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}
@@ -87,9 +86,9 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Return the training and held-out rows of a recipe's sources: read from `folder`, or made and written there.
+    """Return the training and held-out rows of a recipe: read from `folder`, or else made and written to it.
 
-    Whole repositories are held out; a row without a repository is held out by itself.
+    Whole repositories are held out. Rows without a repository are held out one by one.
 
     Args:
         settings: A recipe's `data`, which names the sources; see `read_retrieval_examples`.
@@ -107,7 +106,7 @@ def prepare_retrieval_data(
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         if report["settings"] != requested:
             other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
-            message = f"{folder} was made with another {other}: name another folder."
+            message = f"{folder} has rows made with another {other}: name another folder."
             raise UserError("data.split.other_settings", message)
         data = RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
     else:
@@ -197,7 +196,7 @@ def _table(texts: Sequence[RetrievalExample]) -> pyarrow.Table:
         "negative_language": [text.negative and text.negative.language for text in texts],
         "negative_code": [text.negative and text.negative.code for text in texts],
     }
-    text = pyarrow.large_string()  # `string` ends at 2 GiB a column
+    text = pyarrow.large_string()  # a column of `string` holds at most 2 GiB
     kinds = (text, pyarrow.large_list(text), pyarrow.large_list(text), text, text, text)
     return pyarrow.table(columns, schema=pyarrow.schema(list(zip(columns, kinds, strict=True))))
 
@@ -213,11 +212,11 @@ def _rows(path: Path) -> list[RetrievalExample]:
 
 
 class Draw(NamedTuple):
-    """A pair of a batch: which row of the data gives it, and its kind."""
+    """One pair of a batch, made from one row of the data."""
 
-    row: int  # of the data, from which it is made
+    row: int  # index of this row
     kind: str  # text → code or code → code
-    negative: int | None = None  # the row whose hard negative the batch has too; None if a row of the data has none
+    negative: int | None = None  # index of the row that gives the hard negative; None if not every row has one
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
@@ -241,7 +240,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group that has each row's hard negative as a code, int64 (rows,); −1 if no group has it.
+    """Return, for each row, which group has the row's hard negative as a code: int64 (rows,); −1 if no group has it.
 
     `groups` is the result of `same_content_groups`. Return None if a row has no hard negative, or if there are no rows.
     """
@@ -280,15 +279,15 @@ class PairGroups:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{kind of pair, such as `TEXT_TO_CODE`: number of groups (see `PairGroups`) that have such a pair}."""
+        """Kind of pair, such as `TEXT_TO_CODE` → number of groups whose rows can give a pair of this kind."""
         return {kind: len(numbers) for kind, numbers in self.numbers.items()}
 
     @property
     def largest_batch(self) -> int:
-        """The largest number of pairs in a batch such that every batch can be filled, whichever rows are drawn."""
+        """The largest number of pairs in a batch with which every batch can be filled, whichever rows are drawn."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
-        # Each half has at most as many pairs as its kind has groups; the second half needs groups that the first lacks.
+        # Each kind fills half of the batch, with pairs from different groups; the two halves have no group in common.
         code, text = self.numbers[CODE_TO_CODE], self.numbers[TEXT_TO_CODE]
         common = len(np.intersect1d(code, text))
         apart = max(min(len(code) // 2, common), len(code) - common)
@@ -296,7 +295,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups that a batch can have such that some hard negative is in none of them."""
+        """The largest number of groups in a batch for which there is always a hard negative outside of these groups."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -305,15 +304,15 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    If the data gives both kinds of pairs, they alternate in a batch: text → code at even places, code → code at odd
-    ones. In each epoch the groups of a kind come in a new random order, and each group gives a pair from the next of
-    its rows; the last groups are left out if they fill no batch. If the batch has a text → code pair of a group
-    already, the group's code → code pair is replaced by one of a random other group. If a hard negative is in the group
-    of a row of the batch, it is replaced by the hard negative of a random other row.
+    If the data gives both kinds of pairs, they alternate in a batch, beginning with text → code. In each epoch, the
+    groups of a kind come in a new random order, and each group gives one pair, from the next of its rows. The last
+    groups are left out if they do not fill a batch. A batch never has two pairs of one group: if both kinds would come
+    from the same group, a random other group gives the code → code pair. If a hard negative is in the group of a row of
+    the batch, the hard negative of a random other row is used.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: number of pairs in a step over all processes; even if `groups` has both kinds of pairs."""
+        """`batch_size` counts the pairs in a step over all processes. It must be even if `groups` has both kinds."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -321,8 +320,9 @@ class BatchPlan:
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
-            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change it, or add rows."
-            message += f" A batch takes one pair of a group of rows; the data has {listed or 'no pairs'}{negatives}."
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change this, or add rows."
+            message += " A group is the rows that share a text; it gives a batch at most one pair."
+            message += f" The data has {listed or 'no pairs'}{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
@@ -339,7 +339,7 @@ class BatchPlan:
         found = []
         for draw in draws:
             row = draw.row
-            # `PairGroups.largest_batch` guarantees that there is one.
+            # `PairGroups.largest_batch` guarantees that some row's hard negative is in no used group.
             while int(groups[row]) in used:
                 row = int(generator.integers(len(groups)))
             found.append(draw._replace(negative=row))
@@ -371,7 +371,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return `places` (code → code groups) with random others in place of the groups that are in `taken`."""
+        """Return `places`, indices of code → code groups, with random unused groups in place of groups in `taken`."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):
@@ -379,7 +379,7 @@ class BatchPlan:
         used = set(taken.tolist()).union(numbers[places].tolist())
         generator, places = np.random.default_rng((self.seed, _REPLACEMENTS, step)), places.copy()
         for index in meets:
-            # `PairGroups.largest_batch` guarantees that there is one.
+            # `PairGroups.largest_batch` guarantees that an unused group exists.
             while int(numbers[place := generator.integers(len(numbers))]) in used:
                 pass
             places[index] = place
@@ -390,7 +390,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return a plan, and the number of its batches, to evaluate at most `pairs` pairs, none of them twice.
+    """Return (plan, number of its batches) to evaluate at most `pairs` pairs, each only once.
 
     Batches have `batch_size` pairs, or fewer if the data does not have enough groups. Each of `processes` processes
     gets an even number of a batch's pairs. UserError (`training.held_out.too_few`) if the data is too small for that.

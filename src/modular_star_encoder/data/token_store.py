@@ -38,8 +38,8 @@ from modular_star_encoder.utils.files import write_json
 class TokenCorpus:
     """Tokenized texts with the repository and language of each: a store on disk (`TokenStore`), or a part of one."""
 
-    rows: TokenRows  # of every text; a part keeps the rows of the whole corpus
-    row_numbers: np.ndarray  # int64 (texts,), sorted: the rows that belong to this corpus
+    rows: TokenRows  # token ids of every text; a part of a corpus keeps the rows of the whole corpus
+    row_numbers: np.ndarray  # int64 (texts,), sorted: the indices of the rows that belong to this corpus
     repository_names: tuple[str, ...]
     repository_of: np.ndarray  # int32 (rows,), indices of `repository_names`
     language_names: tuple[str, ...]  # lower-case
@@ -58,12 +58,12 @@ class TokenCorpus:
         """Return (corpus to train on, held-out corpus): two views of this corpus that have no repository in common.
 
         `eval_fraction` is the share of the repositories to hold out. Only `seed` and the repositories' names decide
-        which are held out. Each of the two corpora gets at least two repositories, or one if this corpus has fewer than
-        four. UserError if this corpus has only one repository.
+        which are held out. Each of the two corpora gets at least two repositories, or one if there are fewer than four
+        in total. UserError if there is only one.
         """
         names = self.repositories
         if len(names) < 2:
-            message = f"A split into two corpora needs at least two repositories, not {len(names)}."
+            message = f"Holding out a part of a corpus needs at least two repositories, not {len(names)}: add some."
             raise UserError("data.split.too_few_repositories", message)
         least = 2 if len(names) >= 4 else 1
         count = min(max(round(eval_fraction * len(names)), least), len(names) - least)
@@ -94,7 +94,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Return, by file name, the smallest valid size in bytes of each file of the store."""
+        """Return file name → size in bytes of the valid part of this file; a longer file ends with leftovers."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -124,7 +124,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """The memory-mapped rows of a store; pickled as the folder's path, because numpy would pickle all tokens."""
+    """The memory-mapped rows of a store. Pickling keeps only the folder's path, because numpy would copy all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _finished_state(folder)
@@ -154,10 +154,10 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenize `files` into a store in `folder`, one row per file, and return the store.
 
-    If an earlier call was interrupted, this call continues it. For this, pass the same files in the same order: those
-    that are stored already are compared, but not tokenized again. A finished store is opened without reading `files`.
-    Only one process may work on a folder at a time; this is not checked. UserError if the folder holds files of another
-    kind, or a store that is damaged or was begun with another tokenizer or other files.
+    If an earlier call was interrupted, this call continues it: pass the same files in the same order. Files that are
+    already stored are compared, but not tokenized again. A finished store is opened without reading `files`. Only one
+    process may work on a folder at a time; this is not checked. UserError if the folder holds files of another kind, or
+    a store that is damaged or was begun with another tokenizer or other files.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def build_token_store(
             iterator = iter(files)
             with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" files", disable=not progress) as bar:
                 digest = ""
-                for file in islice(iterator, state.files):  # the stored files
+                for file in islice(iterator, state.files):  # those already stored
                     digest = _digest(digest, file)
                     bar.update()
                 if digest != state.files_digest:
@@ -197,7 +197,7 @@ class _Writer:
         self._outputs = {name: (folder / name).open("ab") for name in state.sizes()}
 
     def append(self, files: list[SourceFile]) -> int:
-        """Tokenize `files` and append one row for each; return their number."""
+        """Tokenize `files` and append one row for each; return the number of files."""
         state = self._state
         rows = self._encoder([file.text for file in files])
         bounds = state.tokens + np.cumsum([len(row) for row in rows])

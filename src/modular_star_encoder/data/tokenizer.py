@@ -1,7 +1,7 @@
 """Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A tokenizer reads the characters `<sep>` in its input as the special token `<sep>`, and prompts depend on this. In code
-and texts of users the same characters must stay ordinary characters: `encode_content` encodes them so.
+A tokenizer reads the characters `<sep>` in its input as the special token `<sep>`, and prompts depend on this. In a
+user's code and texts these characters must stay ordinary characters: use `encode_content` for them.
 """
 
 import copy
@@ -79,13 +79,13 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     UserError (`checkpoint.tokenizer`) if a file of the tokenizer is missing or unsafe; see `check_tokenizer`.
     """
     if not check_tokenizer(path):  # else transformers would look for files of other kinds
-        raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json.")
-    # `AutoTokenizer` uses GPT-2's class, which StarCoder2's descendants name; it doesn't split numbers into digits.
+        raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json: name a checkpoint that has one.")
+    # Not `AutoTokenizer`: StarCoder2's descendants name GPT-2's class, which doesn't split numbers into digits.
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a copy of a tokenizer that encodes a text as `<sep> text <cls>`, with special tokens of these names.
+    """Return a copy of a tokenizer that encodes a text as `<sep> text <cls>` and spells its special tokens like this.
 
     The published tokenizer adds no special tokens, because its users write them into their texts, and it may spell them
     differently. In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>` and `<mask>`. All
@@ -105,7 +105,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     known = [entry["content"] for entry in state["added_tokens"]]
     taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
     if taken:
-        raise UserError("data.tokenizer.spelling", f"The tokenizer already has another token {taken[0]}: rename it.")
+        raise UserError("data.tokenizer.spelling", f"The tokenizer already has a token {taken[0]}: rename that token.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)
@@ -189,7 +189,7 @@ class ContentEncoder:
 def encode_content(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, progress: bool = True, description: str = "Tokenizing"
 ) -> TokenRows:
-    """Return the token ids of `texts` as `ContentEncoder` makes them, one row per text."""
+    """Return the token ids of `texts`, encoded by `ContentEncoder`: one row per text."""
     encoder = ContentEncoder(tokenizer)
     parts: list[np.ndarray] = []
     starts = range(0, len(texts), TEXTS_PER_BATCH)

@@ -1,7 +1,7 @@
 """Checks the files of a tokenizer before `tokenizers` and transformers read them.
 
-A tokenizer's file is a program: its steps replace, split and add text. The check bounds what these steps can make of a
-text. It imports neither torch nor transformers.
+A tokenizer's file is a program: its steps replace, split and add text. The check limits how long the steps can run and
+how much text they can make. For local folders, it imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from modular_star_encoder.utils.files import read_json
 MAX_TOKEN_ID = 2**24  # tokenizers writes a line for every number up to the largest id
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MAX_BYTES = 2**26
-_MAX_TEXT = 10_000  # characters of a pattern or another text of a step
-_MAX_TOKEN, _MAX_PIECE = 2000, 256  # characters of a token; of one that Unigram tries at each place of a text
-_MAX_TOKENS, _MAX_SETTINGS = 2**23, 2**21  # characters of a vocabulary or its merges; of added tokens and settings
-_MAX_ENTRIES = 2**21  # of a vocabulary, and of a list of merges
+_MAX_TEXT = 10_000  # characters of a pattern, or of another text in a step
+_MAX_TOKEN, _MAX_PIECE = 2000, 256  # characters of a token; of a Unigram token, which is tried at each place of a text
+_MAX_TOKENS, _MAX_SETTINGS = 2**23, 2**21  # characters of all tokens or merges; of all added tokens or settings
+_MAX_ENTRIES = 2**21  # tokens of a vocabulary, and entries of a list of merges
 _MAX_ADDED = 2**14  # added tokens
 _MAX_SPECIAL = 1000  # special tokens: those named in the settings, and those that a post-processor adds to a text
-_MAX_PARTS = 1000  # mappings in the description of the steps
-_MAX_GROWTH = 256
-_MAX_WAYS, _RUN = 1e8, 1000
-_MAX_PADDING = 2**17
-_MAX_PREFIX, _MAX_WORD = 100, 1000
-# Settings with which transformers reads another file than tokenizer.json, or takes a part of it from the settings.
+_MAX_PARTS = 1000  # JSON objects that describe a step and the steps inside it
+_MAX_GROWTH = 256  # how many times longer the steps may make a text
+_MAX_WAYS, _RUN = 1e8, 1000  # ways in which a pattern may match a run of characters; length of the run
+_MAX_PADDING = 2**17  # tokens
+_MAX_PREFIX, _MAX_WORD = 100, 1000  # characters
+# With these settings, transformers reads another file than tokenizer.json, or replaces a part of what it read there.
 _FOREIGN = {"fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "post_processor", "tokenizer_object", "vocab"}
 _FOREIGN |= {"tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation"}
-# The items of a regular expression: flags, a group's beginning, its end, an alternative, a quantifier, a character.
+# Matches one item of a regular expression: flags, the beginning or end of a group, `|`, a quantifier, or a character.
 _ITEMS = re.compile(
     r"\(\?[a-z-]+\)|\((?:\?(?:[a-z-]*:|[=!>]|<[=!]|<\w+>))?(?![?*])|\)|\|"
     r"|(?:[*+?]|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\d*)\})(?P<other>(?<=[*+?])\+)?\??"
@@ -46,8 +46,8 @@ _ITEMS = re.compile(
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder or Hub repository has a tokenizer.json.
 
-    UserError (`checkpoint.tokenizer`) if a file of its tokenizer is too large, no JSON, or describes steps that could
-    take hours, fill the memory or end the process. What published tokenizers need is allowed.
+    UserError (`checkpoint.tokenizer`) if a file of its tokenizer is too large, not JSON, or describes steps that could
+    take hours, fill the memory or end the process. The files of published tokenizers pass.
     """
     folder, found = os.fspath(path), []
     for name in _FILES:
@@ -66,7 +66,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
             except ValueError as error:
                 fault = str(error)
             if fault:
-                raise UserError("checkpoint.tokenizer", f"{file} is not a tokenizer's file that can be used: {fault}.")
+                raise UserError("checkpoint.tokenizer", f"{file} can't be used as a file of a tokenizer: {fault}.")
     for file in chain.from_iterable(map(Path(folder).glob, ("*.jinja", "*/*.jinja"))):
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
             raise UserError("checkpoint.tokenizer", f"{file} must be a regular file of at most {_MAX_BYTES:,} bytes.")
@@ -86,7 +86,7 @@ def _settings_fault(settings: dict[str, Any]) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a value of JSON, the keys of mappings too."""
+    """Yield every string in a JSON value, also the keys of mappings."""
     if isinstance(value, str):
         yield value
     for one in chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -94,10 +94,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _size_fault(tokens: Iterable[str], most: int, total: int) -> str:
-    """Return what is wrong with the numbers of characters of tokens, or an empty text."""
+    """Return a fault if a token has more than `most` characters, or all tokens more than `total`; "" if neither."""
     sizes = [len(token) for token in tokens]
     is_wrong = max(sizes, default=0) > most or sum(sizes) > total
-    return f"its tokens or settings may have {most:,} characters each, and {total:,} together" if is_wrong else ""
+    return f"a token or setting has over {most:,} characters, or all together over {total:,}" if is_wrong else ""
 
 
 def _state_fault(state: dict[str, Any]) -> str:
@@ -123,14 +123,14 @@ def _state_fault(state: dict[str, Any]) -> str:
         return f"its token for unknown text, {unknown}, is not in its vocabulary"
     affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     if max(map(len, affixes)) > _MAX_PREFIX or (model.get("max_input_chars_per_word") or 0) > _MAX_WORD:
-        return f"a word may have {_MAX_WORD:,} characters, and its prefix and suffix {_MAX_PREFIX}"
+        return f"it allows words of over {_MAX_WORD:,} characters, or a prefix or suffix of over {_MAX_PREFIX}"
     padding, truncation = state.get("padding") or {}, state.get("truncation") or {}
     strategy = padding.get("strategy")
     lengths = (padding.get("pad_to_multiple_of") or 0, *(strategy.values() if isinstance(strategy, dict) else ()))
     if max(lengths) > _MAX_PADDING:
         return f"it pads texts to {max(lengths)} tokens; the limit is {_MAX_PADDING:,}"
     if truncation and not 0 <= truncation["stride"] < max(truncation["max_length"], 1):
-        return f"it truncates with a stride of {truncation['stride']}, which must be less than max_length"
+        return f"its truncation has the stride {truncation['stride']}, which must be from 0 to max_length - 1"
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if fault := _step_fault(list(_parts(state.get(name))), is_text=name != "post_processor"):
             return f"its {name} {fault}"
@@ -142,7 +142,7 @@ def _state_fault(state: dict[str, Any]) -> str:
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every mapping in a value of JSON, outermost first."""
+    """Yield every mapping in a JSON value, outer ones before those inside them."""
     if isinstance(value, dict):
         yield value
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -150,9 +150,9 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with a step, which may be a sequence of steps, or an empty text.
+    """Return what is wrong with a step, which may be a sequence of steps; "" if nothing is. `parts`: its mappings.
 
-    The keys say what a mapping is, because `tokenizers` reads steps without a `type` too.
+    The keys of a mapping decide what kind of step it is, because `tokenizers` also reads steps without a `type`.
     """
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
@@ -161,7 +161,7 @@ def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
         for key, value in part.items():
             is_long = isinstance(value, str) and len(value) > _MAX_TEXT and key != "precompiled_charsmap"
             if is_long or (isinstance(value, int) and not 0 <= value < MAX_TOKEN_ID) or (key, value) == ("length", 0):
-                return f"has {str(value)[:40]} as {key}"
+                return f"has {key}={str(value)[:40]}, which is not allowed"
         if isinstance(pattern := part.get("Regex"), str) and (ways := _ways(pattern)) > _MAX_WAYS:
             return f"has the pattern {pattern[:200]}, which reads a run of {_RUN:,} characters in {ways:.0e} ways"
         growth *= _growth(part) if is_text else 1
@@ -176,7 +176,7 @@ def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
 
 
 def _growth(part: dict[str, Any]) -> float:
-    """Return how many times longer a step can make a text of one character."""
+    """Return by which factor at most a step can make a text longer."""
     keys = {"add_prefix_space", "replacement", "handle_chinese_chars"}
     if part.get("type") in ("ByteLevel", "BertNormalizer") or keys & part.keys():
         return 3
@@ -185,22 +185,22 @@ def _growth(part: dict[str, Any]) -> float:
         size = int.from_bytes(content[:4], "little")
         if not 0 < size <= len(content) - 4 or size % 4:
             raise ValueError("its precompiled_charsmap is cut")
-        texts = content[4 + size :].split(b"\0")  # they follow the size and a trie
+        texts = content[4 + size :].split(b"\0")  # the replacements follow a size and a trie
         return max(1, *(len(text.decode(errors="replace")) for text in texts), 1)
     if "pattern" in part and "content" in part:
         pattern, new = part["pattern"], len(part["content"])
         old = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
-        return max(1, new / old if old else 1 + new)  # a regular expression may match nothing
+        return max(1, new / old if old else 1 + new)  # a regular expression may match an empty text
     return 1 + len(part.get("prepend") or "")
 
 
 def _ways(pattern: str) -> float:
-    """Return a bound of the ways in which a regular expression can read a run of `_RUN` characters; infinity if none.
+    """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
-    The ways of alternatives add, those of successive items multiply. Nested repetitions are therefore far above any
-    limit, as are backward references and calls, which are not counted.
+    The numbers of ways of alternatives are added, those of successive items multiplied. Nested repetitions therefore
+    exceed any limit. An expression with another kind of item, such as a backward reference, gives infinity.
     """
-    # Of each open group: the ways of its former alternatives, of this one without its last item, and of the last item.
+    # For each open group, the ways of: its earlier alternatives; this alternative but for its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0
     while item := _ITEMS.match(pattern, end):  # not `finditer`, which would search on after an item that it can't read
         text, end = item[0], item.end()

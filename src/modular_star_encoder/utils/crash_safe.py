@@ -26,9 +26,9 @@ def crash_safe_map(
 ) -> Iterator[Result]:
     """Call `function` on chunks of `chunk_size` items in several processes, and yield the results in order.
 
-    If a chunk kills its process, it is halved until the item that kills the process is alone. Each part has a result of
-    its own, and the result of that item is `crashed(item)`. With 0 or 1 `processes`, the calling process does the work,
-    without protection.
+    If a chunk crashes its process, the chunk is halved until the item that causes the crash is alone. Each part of the
+    chunk then gives a result, and the result for that item is `crashed(item)`. If `processes` is 0 or 1, the calling
+    process does the work, without protection from crashes.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
@@ -58,7 +58,7 @@ def crash_safe_map(
             chunk, future = waiting.popleft()
             try:
                 yield future.result()
-            except BrokenProcessPool:  # every chunk that waits for a broken executor gets here in its turn
+            except BrokenProcessPool:  # raised for each chunk that was submitted to the broken executor
                 yield from _halved(function, chunk, crashed)
     finally:
         executor.shutdown(cancel_futures=True)
@@ -87,7 +87,7 @@ def _prepare_worker() -> None:
     # Only the parent handles Ctrl-C; otherwise each worker prints a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Workers of a killed parent would wait for ever and keep its open files and locks.
+    # If the parent is killed, workers would otherwise wait for ever and keep the parent's files and locks open.
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

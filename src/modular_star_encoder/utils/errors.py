@@ -25,7 +25,7 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-# Extra → modules that come with it; if several extras have a module, the one that most users need.
+# Extra → modules that it installs. A module of several extras is listed under the extra that most users need.
 _MODULES = {
     "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",
     "search": "filelock pygments threadpoolctl tree_sitter tree_sitter_language_pack",
@@ -42,10 +42,10 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
-    """Return an ImportError that says which extra of this package installs the missing module; None if none does.
+    """Return an ImportError that says which extra of this package installs the missing module; None if no extra does.
 
-    Some modules are in both extras `train` and `dataset`. For these, the error names the extra called `command`, if
-    `command` is one of the two.
+    The extras `train` and `dataset` have modules in common. For such a module, the error names `command` as the extra
+    if `command` is "train" or "dataset".
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)

@@ -27,9 +27,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if path.is_dir():
         reason = "it is a folder; name a file"
     elif not path.parent.is_dir():
-        reason = f"the folder {path.parent} does not exist"
+        reason = f"the folder {path.parent} does not exist; create it"
     elif not os.access(path.parent, os.W_OK):
-        reason = f"the folder {path.parent} is read-only"
+        reason = f"the folder {path.parent} is read-only; name a file in another folder"
     else:
         return
     raise UserError("files.not_writable", f"{path} can't be written: {reason}.")
@@ -46,8 +46,8 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
     """Return the value of a JSON file.
 
-    ValueError if it is not JSON in UTF-8, is too large or too deeply nested, or, if `finite`, has NaN or a number from
-    2**63 on.
+    ValueError if the file is not JSON in UTF-8, has more than `most_bytes` bytes, or is nested too deeply. If `finite`,
+    also ValueError if a number is NaN, infinite, or 2**63 or more in magnitude.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() and path.stat().st_size <= most_bytes):  # a pipe never ends
@@ -69,7 +69,7 @@ def _number(text: str) -> int | float:
 def write_json(path: str | os.PathLike[str], data: Any, *, resumable: bool = False) -> None:
     """Write `data` as indented JSON in UTF-8, atomically; for `resumable` see `staged_file`."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # JSON writes half of a surrogate pair, which UTF-8 lacks, as Python does: `\ud800`.
+    # UTF-8 can't encode a lone surrogate. `backslashreplace` writes it as `\ud800`, which JSON reads back.
     write_text(path, text.encode(errors="backslashreplace").decode(), resumable=resumable)
 
 
@@ -81,11 +81,11 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = Fal
 
 @contextmanager
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Context manager: yield a temporary path next to `target`; what is written there replaces `target` at the end.
+    """Context manager: yield a temporary path. The file or folder written there replaces `target` at the end.
 
-    After an error it is removed instead. `resumable` is for jobs that may be killed and resumed, and that run in one
-    process at a time. The data then reaches the disk before the rename. The temporary name is always the same, so that
-    the next attempt removes what a killed attempt left.
+    After an error it is removed instead. Set `resumable` for jobs that may be killed and restarted, and that run in one
+    process at a time: the data is then flushed to the disk before the rename, and the temporary name is always the
+    same, so that the next attempt removes what a killed attempt left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -127,12 +127,12 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     with staged_file(target, resumable=resumable) as temporary:
         temporary.mkdir()
         yield temporary
-        check()  # another run may have written it meanwhile
+        check()  # another process may have filled `target` meanwhile
 
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder. It is removed at the end or, after a kill, by the next such call."""
+    """Context manager: yield a temporary folder, removed at the end or, after a kill, by the next call with `name`."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
@@ -143,7 +143,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove temporary files of `target` whose process no longer runs."""
+    """Remove the temporary files that processes which no longer run have left for `target`."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         if (match := form.fullmatch(name)) and not _runs(int(match[1])):
@@ -173,17 +173,17 @@ def _remove(path: Path) -> None:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a field of a dataclass instance, or of one inside it, has not a value of its type."""
+    """Raise TypeError if a value in the dataclass instance `record`, or in one inside it, has not its field's type."""
     for name, kind in _hints(type(record)).items():
         if not fits(value := getattr(record, name), kind):
-            raise TypeError(f"{name} must not be {str(value)[:60]}")
+            raise TypeError(f"{name} has a value of the wrong type or size: {str(value)[:60]}")
 
 
 _hints: Any = lru_cache(get_type_hints)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether `value`, such as one read from JSON, has the type `kind`, such as `Mapping[str, list[int]]`."""
+    """Return whether `value`, for example read from JSON, has the type `kind`, such as `Mapping[str, list[int]]`."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in kinds)

@@ -1,7 +1,7 @@
 """An HTTP client with time-outs, size limits and retries, and checks of web addresses, tokens and the Hub.
 
-Requests run on an event loop in the client's own thread. So they can be concurrent and cancelled, whether or not the
-caller has an event loop. The message of every error is one sentence without secrets.
+Requests run on an event loop in a thread of the client. A caller can therefore send requests concurrently and cancel
+them without an event loop of its own. The message of every error is one sentence without secrets.
 """
 
 import asyncio
@@ -72,8 +72,8 @@ class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
     After a temporary failure (status 408, 409, 425, 429 or 5xx, a time-out, a broken connection) a request is sent
-    again. The client first waits as long as the response's `Retry-After` says, at most 60 seconds. Without this header
-    it waits `pause` seconds, doubled for each further attempt up to 60 and then varied at random by up to half.
+    again. The client first waits as long as the response's header `Retry-After` says, at most 60 seconds. Without this
+    header it waits `pause` seconds, doubled for each further attempt (at most 60) and varied at random by up to half.
 
     Args:
         token: sent as bearer token with every request, unless it is empty; no error shows it.
@@ -82,7 +82,7 @@ class HTTPClient:
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
         total_time: limit in seconds for one request with all its attempts and pauses.
-        max_bytes: largest size of a response's body after decompression; gzip or deflate may be applied once.
+        max_bytes: largest size of a response's body after decompression. Only gzip or deflate, applied once, is read.
         follow_redirects: whether to follow redirects, also to other hosts.
     """
 
@@ -132,10 +132,11 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Start a request; return a future, which gives a response of status below 300 or raises HTTPRequestError.
+        """Start a request and return a future, whose result is a response with a status below 300.
 
-        `body` is sent as JSON. Errors name only the host of `url`, because the rest may contain a secret. Some gateways
-        report a failure with a success status: if `retry_if(response)` is true, the request is sent again.
+        If the request fails, the future raises HTTPRequestError, which names only the host of `url`, because the rest
+        may contain a secret. `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again: some
+        gateways report a failure with a success status.
         """
         return self._run(self._send(method, url, body, retry_if))
 
@@ -171,8 +172,8 @@ class HTTPClient:
         content = bytearray()
         async with self._client.stream(method, url, json=body) as stream:
             if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
-                # A chunk is decoded as a whole; encoded twice, or by others, it may unpack to gigabytes.
-                message = f"{url_host(url)} sends {encoding[:40]!r}, but only {_ENCODINGS} are read."
+                # httpx decodes a whole chunk at once. With two encodings, or another one, it may become gigabytes.
+                message = f"{url_host(url)} sends content encoded as {encoding[:40]!r}; only {_ENCODINGS} can be read."
                 raise HTTPRequestError("http.encoding", message, status=stream.status_code)
             async for part in stream.aiter_bytes():
                 content += part
@@ -212,7 +213,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 def check_url(url: str) -> str:
     """Return `url` without slashes at its end; UserError (`http.url`) if it is not an http or https address."""
-    with contextlib.suppress(ValueError):  # such as a port that is not a number
+    with contextlib.suppress(ValueError):  # raised, for example, for a port that is not a number
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url.rstrip("/")
@@ -225,10 +226,10 @@ def url_host(url: str) -> str:
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """Return the token that an environment variable holds, without white space around it; "" if `variable` is None.
+    """Return the token in the environment variable called `variable`, without white space around it.
 
-    UserError if the token is missing although it is `required` (`http.token.missing`), or has other characters than
-    printable ASCII (`http.token.characters`).
+    Without `variable`, or if the token is missing and not `required`, return "". UserError if a `required` token is
+    missing (`http.token.missing`), or a token has characters other than printable ASCII (`http.token.characters`).
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
@@ -268,9 +269,9 @@ def check_repository_id(repository: str) -> None:
 def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     """Raise OSError if HF_HUB_OFFLINE is set or the Hub does not answer a request within `seconds`.
 
-    Without this check, huggingface_hub tries to connect for a minute, and waits for an answer without end. Behind a
-    proxy nothing is checked. `endpoint` is the Hub's address, by default the environment variable HF_ENDPOINT or
-    https://huggingface.co.
+    Without this check, huggingface_hub tries to connect for a minute, and waits for an answer without a limit. Behind a
+    proxy, only HF_HUB_OFFLINE is checked. `endpoint` is the Hub's address; its default is the environment variable
+    HF_ENDPOINT or https://huggingface.co.
     """
     url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     reasons = [f"no answer within {seconds:g} seconds"]
@@ -282,7 +283,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
                 connection.request("HEAD", url.path or "/")
                 connection.getresponse()
             reasons.clear()
-        except (ssl.SSLError, http.client.HTTPException):  # it answers; the Hub's client has its own certificates
+        except (ssl.SSLError, http.client.HTTPException):  # the host answers; huggingface_hub has its own certificates
             reasons.clear()
         except TimeoutError:
             pass
@@ -294,7 +295,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     elif url.scheme in urllib.request.getproxies():
         return
     else:
-        thread = threading.Thread(target=ask, daemon=True)  # finding the host's address has no time-out of its own
+        thread = threading.Thread(target=ask, daemon=True)  # `timeout` does not limit the look-up of the host's address
         thread.start()
         thread.join(seconds)
     if reasons:
@@ -308,21 +309,19 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # Which of the two the Hub's client uses depends on its version; both may be installed.
+    # huggingface_hub uses httpx or httpx2, depending on its version; both may be installed.
     modules = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in modules if module)
     hub_errors = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError)
     try:
         yield
     except hub_errors + network_errors as error:
-        # The client wraps the error of a single file in a RuntimeError.
+        # huggingface_hub wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, LocalTokenNotFoundError):
             message = LOG_IN
-        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # the parent is not the newest
-            message = (
-                f"{repository} was changed by someone else; nothing was uploaded. Look at the change, then repeat."
-            )
+        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # there is a newer commit
+            message = f"{repository} was changed by someone else; nothing was uploaded. Check it, then upload again."
         elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); upload again later."
         else:

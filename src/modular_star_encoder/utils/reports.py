@@ -1,4 +1,4 @@
-"""Helpers for reports and cards: numbers and tables as text, the kind of machine (without its name), versions."""
+"""Helpers for reports and model cards: numbers and tables as text, hardware (without its name), package versions."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return `processor`, `cores`, torch's `threads`, `memory_gb` (10^9 bytes or None); on cuda the GPU, too."""
+    """Return `processor`, `cores`, torch's `threads` and `memory_gb` (10^9 bytes or None); on cuda also the GPU's."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -75,7 +75,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def without_places(value: Any) -> Any:
-    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace the paths that these variables hold."""
+    """Return a JSON value with `$MOSE_DATA` and `$HOME` in place of the paths in these two environment variables."""
     text = json.dumps(value, default=str)
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
@@ -84,7 +84,7 @@ def without_places(value: Any) -> Any:
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a card of the class `kind`; UserError with `key` if it can't be read or lacks `required` metadata."""
+    """Load a Hub card of the class `kind`; UserError with `key` if it can't be read or lacks `required` metadata."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]
@@ -97,7 +97,7 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Return a card (YAML and Markdown) from a template in model_cards; UndefinedError if `values` lacks a variable."""
+    """Return the card (YAML, Markdown) from a template in `model_cards/`; UndefinedError if it needs more `values`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = PackageLoader("modular_star_encoder.model_cards", "")

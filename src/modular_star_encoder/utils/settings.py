@@ -1,8 +1,8 @@
 """Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
-A settings class is a frozen dataclass; if it is made by `settings_class`, its types and constraints check the values.
-It may define `OPEN_KEYS = (field, dataclass)`: the fields of `dataclass` are then keys of the settings class, too, and
-its mapping `field` collects their values.
+A settings class is a frozen dataclass. With the decorator `settings_class`, its types and constraints check the values.
+It may define `OPEN_KEYS = (NAME, OTHER)`: NAME is its field for a mapping, and OTHER is another dataclass. Settings may
+then also have the fields of OTHER as keys, and the mapping in NAME collects their values.
 
 YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
 `MAX_YAML_DEPTH` and `MAX_YAML_NUMBER`.
@@ -32,7 +32,7 @@ MAX_YAML_BYTES = 2**20
 MAX_YAML_NODES = 20_000
 MAX_YAML_DEPTH = 32
 MAX_YAML_NUMBER = 100
-"""Largest number of characters of a number or a date."""
+"""Largest number of characters in a number or a date of a YAML file."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
@@ -40,7 +40,7 @@ _shown = _short.repr
 
 
 def _number(value: Any) -> Any:
-    """Convert `1e5`, which YAML reads as a string, to a number; reject true and false, which pydantic would accept."""
+    """Convert a string such as `1e5` (YAML reads it as text) to a number; reject true and false, unlike pydantic."""
     try:
         if not isinstance(value, bool):
             return float(value) if isinstance(value, str) else value
@@ -67,7 +67,7 @@ Different = AfterValidator(_different)
 Switch = StrictBool
 
 _AnyFloat = Annotated[float, BeforeValidator(_number)]
-# Checks for dataclasses that do not check their own fields.
+# Type of a field → check of its values, for dataclasses made without `settings_class`.
 _PLAIN: dict[Any, TypeAdapter[Any]] = {
     int: TypeAdapter(Int),
     float: TypeAdapter(_AnyFloat),
@@ -144,7 +144,7 @@ def read_yaml(data: bytes, where: str) -> Any:
 
 
 def _yaml_fault(data: bytes) -> str:
-    """Say which limit of this module a document exceeds, before anything of it is constructed; "" if none."""
+    """Return which limit of this module a YAML document exceeds, or ""; no value of the document is constructed."""
     depth = 0
     for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -179,8 +179,8 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """Return an instance of the settings class `kind` with the values of a mapping.
 
-    A wrong name or value raises a UserError that begins with `where`: with the key of the class's own UserError if it
-    raised one, otherwise `settings.value`, `settings.missing` or `settings.unknown`.
+    A wrong name or value raises a UserError whose message begins with `where`. Its key is `settings.value`,
+    `settings.missing` or `settings.unknown`, or the key of a UserError that `kind` raised.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
@@ -200,13 +200,13 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
         return kind(**values)
     except (TypeError, ValueError) as error:
         key, sentence = getattr(error, "key", "settings.value"), f"{where}: {error}"
-        if isinstance(error.__cause__, ValidationError):  # from `kind`, which knows no `where`
+        if isinstance(error.__cause__, ValidationError):  # raised by `kind`, which does not know `where`
             key, sentence = _fault(error.__cause__, where)
-        elif isinstance(error, ValidationError):  # from `_PLAIN`
+        elif isinstance(error, ValidationError):  # raised by a check of `_PLAIN`
             sentence = f"{where}: {name} {_sentence(error.errors()[0])}"
         elif isinstance(error, TypeError):
             key, sentence = "settings.missing", f"{where} is incomplete: {error}."
-        # A caller must not take a fault of `_PLAIN` for one of its own `kind`.
+        # An error of `_PLAIN` is not passed on: an outer call would take it for an error of its own `kind`.
         raise UserError(key, sentence) from (None if isinstance(error, ValidationError) else error)
 
 
@@ -230,7 +230,7 @@ def _keys(kind: Any) -> list[Field[Any]]:
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """Return key and sentence of the UserError for a validation's first fault."""
+    """Return (key, sentence) of the UserError for the first fault that pydantic found; `where` begins the sentence."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -252,10 +252,10 @@ def _sentence(fault: Any) -> str:
 
 
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted key of each setting, and a text: type, default and meaning.
+    """Yield (dotted key, text with type, default and meaning) for each setting of the settings class `kind`.
 
-    Of the dataclass in `OPEN_KEYS` (see the top of this file), such as `TrainingArguments`, only fields with a
-    description or with a default in `kind.DEFAULTS` are listed.
+    Fields of the dataclass in `kind.OPEN_KEYS`, such as `TrainingArguments`, are listed only if they have a description
+    or a default in `kind.DEFAULTS`.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)

@@ -1,8 +1,8 @@
 """Turns comments and docstrings into the description of a function, one paragraph of prose.
 
 CodeSearchNet's description is the documentation up to the first blank line, or else up to the first `@` (Husain et al.
-2019, arXiv 1909.09436, section 2). Here it ends at whichever comes first; an `@` ends it only at the beginning of a
-line, and so do other notations for parameters and results.
+2019, arXiv 1909.09436, section 2). Here the description ends at whichever comes first. Only an `@` at the beginning of
+a line counts; other notations for parameters and results at this place end the description too.
 """
 
 import ast
@@ -47,7 +47,7 @@ _HTML_TAG = re.compile(
     re.IGNORECASE,
 )
 _DOXYGEN_MARK = re.compile(r"(?<!\S)[\\@](?:a|b|c|e|em|p|ref|link)\s+(?=\S)")
-_RDOC_ESCAPE = re.compile(r"(?<!\S)\\(?=\w)")  # `\port` does not link to the method
+_RDOC_ESCAPE = re.compile(r"(?<!\S)\\(?=\w)")  # in RDoc, `\port` shows `port` without a link to a method
 _RDOC_MARK = re.compile(r"(?<![\w+])\+([\w:.#?!=]+)\+(?![\w+])")
 
 
@@ -68,10 +68,10 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, as one line; "" for a licence, or without prose.
+    """Return the first paragraph of the comments before a function, as one line; "" for a licence, or if there is none.
 
-    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Tags that introduce the
-    prose, such as `@brief`, are removed too; other tags before the prose are removed with their text.
+    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Tags that introduce prose,
+    such as `@brief`, are removed too. Other tags before the prose are removed together with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
@@ -136,7 +136,7 @@ def _shown_text(match: re.Match[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    # An escape in a docstring can make half a surrogate pair, which no tokenizer takes.
+    # An escape in a docstring can make a lone surrogate, which no tokenizer accepts.
     return " ".join(text.encode(errors="replace").decode().split())
 
 
@@ -147,9 +147,9 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
     """Return the description in the comments directly before the offset `start` of `source.bytes`, or "".
 
-    `comments` are the sorted (start, end) spans of all comments. The description is a block comment, or a run of line
-    comments, without a blank line before `start`. In languages with `documented_by_blocks` it is the last `/** */`, and
-    other comments may follow that one.
+    `comments` are the sorted (start, end) spans of all comments. The description is in a block comment or in successive
+    line comments, with no blank line before `start`. In languages with `documented_by_blocks`, it is in the last
+    `/** */` comment, which other comments may follow.
     """
     blocks_only = language.documented_by_blocks
     run: list[str] = []
@@ -163,7 +163,7 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
 
 
 def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
-    """Yield the comments before `start` without a blank line between them, the last first."""
+    """Yield the comments before `start`, the last first; stop at a blank line or at code between two comments."""
     may_follow = language.gap.encode()
     for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
         first, last = spans[index]
@@ -186,6 +186,6 @@ _WORD = re.compile(r"[^\W\d_]+")
 def reads_as_prose(text: str) -> bool:
     """Return whether `text` is prose: three words or more, and no sign of code outside of backticks and `@` lines.
 
-    In twelve languages, this is false for all of 13,835 functions and true for 97.5 % of their 12,574 descriptions.
+    Measured on twelve languages, it is False for all of 13,835 functions and True for 97.5 % of 12,574 descriptions.
     """
     return len(_WORD.findall(text)) >= 3 and _CODE.search(_TAGS.sub("", text)) is None

@@ -1,6 +1,6 @@
 """Find the functions of a source text in its syntax tree: their spans, names, descriptions and code.
 
-tree-sitter queries find them, without recursion: only memory limits how deeply code may be nested.
+The search uses tree-sitter queries and no recursion, so only memory limits how deeply code may be nested.
 """
 
 import re
@@ -44,9 +44,9 @@ def find_functions(
 ) -> list[FoundFunction]:
     """Return the functions of `text` that have no syntax error, in order, including methods and nested functions.
 
-    Functions without a body, and Python functions whose body is only a docstring, are left out; so are functions
-    without a description if `documented_only`. PHP code needs its `<?php`. The numbers of files and functions with a
-    syntax error, and of functions nested too deeply, are added to `counts`.
+    Functions without a body, and Python functions whose body is only a docstring, are left out. If `documented_only`,
+    functions without a description are left out too. PHP code needs its `<?php`. The numbers of files and functions
+    with a syntax error, and of functions nested too deeply, are added to `counts`.
 
     Raises UnparsableSourceError if `text` can't be parsed, or has syntax errors and no function without one.
     """
@@ -70,7 +70,7 @@ class Definition:
     `line` is the first of these lines after decorators, annotations and attributes.
     """
 
-    kind: str  # `function`, `scope` (a class and the like), `type`, or `extension` of what is defined elsewhere
+    kind: str  # `function`, `scope` (such as a class), `type`, or `extension` (adds to a type, as `impl` does in Rust)
     name: str
     start: int
     end: int
@@ -118,7 +118,7 @@ def _line(node: Node) -> int:
 
 
 _DECORATION = re.compile("decorator|annotation|attribute|comment")
-_DECORATIONS_BEFORE = {"attribute_item", "unary_operator"}  # of Rust; Elixir's `@doc`
+_DECORATIONS_BEFORE = {"attribute_item", "unary_operator"}  # attributes of Rust, `@doc` of Elixir
 _WRAPPERS = {"decorated_definition", "export_statement", "template_declaration"}
 
 
@@ -153,7 +153,7 @@ class _Finder:
                 body = captures["body"][0] if "body" in captures else None
                 if "scope" not in captures:
                     node = captures["function"][0]
-                    key = (body or node).id  # if several patterns find one body, the widest wins
+                    key = (body or node).id  # several patterns may find one body: the widest function is kept
                     before = functions[key].node if key in functions else None
                     if before is None or len(range(*before.byte_range)) < len(range(*node.byte_range)):
                         functions[key] = _Definition(node, name, True, body)
@@ -175,7 +175,7 @@ class _Finder:
                 enclosing.pop()
             untyped = one.body is not None and one.body.id in self._untyped
             if untyped and not (enclosing and enclosing[-1].name == one.name):
-                continue  # like a C++ constructor, but outside the class of that name: a macro
+                continue  # looks like a C++ constructor, but is outside of the class with its name, so it is a macro
             if one.is_function and one.node.has_error:
                 self.counts["functions with a syntax error"] += 1
             elif one.is_function and len(enclosing) >= MAX_NESTING:
@@ -277,7 +277,7 @@ def _qualified_name(node: Node | None, source: bytes) -> str:
 
 Cut = tuple[int, int, bytes]  # first byte, byte after the last, replacement
 _STRINGS = {"string", "concatenated_string", "parenthesized_expression"}
-# What may follow a docstring on its last line, and the blank lines after it.
+# Matches what may follow a docstring on its last line, and the blank lines after that line.
 _REST_OF_DOCSTRING_LINE = re.compile(rb"[ \t\f]*;?[ \t\f]*(?:#[^\n]*)?(?:\n(?:[ \t\f]*\n)*|\Z)")
 _INDENT = re.compile(rb"[ \t\f]*")
 
@@ -314,7 +314,7 @@ def _end_of_last_statement(node: Node) -> int:
 
 
 def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
-    """Return the cuts that remove the first line's indentation from a span's other lines, except `fixed_lines`."""
+    """Return the cuts that remove the first line's indentation from a span's other lines, not from `fixed_lines`."""
     found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
     lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]
@@ -322,7 +322,7 @@ def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """Return the text from `start` to `end` without the cuts; of cuts that overlap, only the first is made."""
+    """Return the text from `start` to `end` with the cuts made; of cuts that overlap, only the first is made."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

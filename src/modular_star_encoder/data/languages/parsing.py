@@ -68,7 +68,7 @@ class SourceText:
 
 
 class _Parser:
-    """A tree-sitter parser with a buffer. Two threads in one parser, or in one buffer, crash the process."""
+    """A tree-sitter parser and its buffer. The process crashes if two threads use one parser or buffer at a time."""
 
     def __init__(self, grammar: TreeSitterLanguage) -> None:
         self._parser = Parser(grammar)
@@ -91,7 +91,7 @@ class _Parser:
         try:
             return self._parser.parse(read, progress_callback=lambda *_: time.thread_time() > deadline)
         except ValueError:
-            self._parser.reset()  # or the next parse would continue this one
+            self._parser.reset()  # otherwise the next parse would continue this one
             return None
 
 
@@ -114,7 +114,7 @@ class Grammar:
         except IndexError:
             parser = _Parser(self._grammar)
         tree = parser.parse(source)
-        self._idle_parsers.append(parser)  # not after an exception such as KeyboardInterrupt, which leaves it half-way
+        self._idle_parsers.append(parser)  # not after an exception, which leaves the parser in the middle of a text
         return tree
 
     @cached_property
@@ -124,7 +124,7 @@ class Grammar:
 
     @cached_property
     def definitions(self) -> Query:
-        """The part of `query` that captures no comments and strings, which takes half the time to run."""
+        """The query without the patterns for comments and strings; it takes half as long as `query`."""
         lines = self._text.splitlines()
         return Query(self._grammar, "\n".join(one for one in lines if not one.endswith(("@comment", "@verbatim"))))
 
@@ -146,7 +146,7 @@ def load_grammar(language: str) -> Grammar:
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """Return the syntax tree of UTF-8 `source`, as `parse_once` does, with fewer errors from macros of C and C++.
+    """Return the syntax tree of UTF-8 `source`, like `parse_once`, but with fewer errors from macros in C and C++.
 
     In these two languages, words that look like macros and break the syntax are replaced by blanks, and the source is
     parsed again, up to three times. All offsets stay the same. The tree with the fewest errors is returned.
@@ -168,8 +168,8 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
     """Return the syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
 
-    Raises UnparsableSourceError if `source` holds null bytes or a line longer than `MAX_LINE_BYTES`, or takes longer
-    than `MAX_PARSE_SECONDS`: recovering from errors is quadratic, and worse in some grammars.
+    Raises UnparsableSourceError if `source` has null bytes or a line longer than `MAX_LINE_BYTES`, or if parsing takes
+    longer than `MAX_PARSE_SECONDS`: the time to recover from errors is quadratic, and worse in some grammars.
     """
     if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
         raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
@@ -232,10 +232,10 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 def check_syntax(code: str, language: str) -> tuple[float, bool]:
     """Return (share of syntax errors in `code`, whether it has a function); the share is from 0.0 to 1.0.
 
-    The share is that of the bytes under ERROR nodes of the tree-sitter grammar; a missing token counts as one byte. It
+    The share counts the bytes of `code` under ERROR nodes of its tree-sitter tree, and one byte for a missing token. It
     is 1.0 for blank text and text that can't be parsed. `code` is parsed alone and, for example, inside a class; the
-    better result is returned. Grammars tolerate much, Ruby's most of all: plain prose may parse, but has no function (a
-    name and a body). PHP may lack its `<?php`.
+    better result is returned. Grammars, most of all Ruby's, may accept plain prose, but find no function in it (a name
+    and a body). PHP may lack its `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
@@ -250,10 +250,10 @@ def check_syntax(code: str, language: str) -> tuple[float, bool]:
             tree = parse(before + body + after, grammar)
         except UnparsableSourceError:
             break
-        # The code may have closed its frame and opened another.
+        # The code may have closed the class around it and opened another one.
         if before and after and sum(node.type != "php_tag" for node in tree.root_node.named_children) != 1:
             continue
-        # An error may be in the frame alone, as with a missing brace.
+        # An error may be only in the text around the code, for example if a brace is missing.
         errors = max(int(tree.root_node.has_error), error_bytes(tree, grammar, len(before), len(before) + len(body)))
         found = "function" in QueryCursor(grammar.query).captures(tree.root_node)
         best = min(best, (min(1.0, errors / len(body)), found), key=lambda one: (one[0], not one[1]))

@@ -18,32 +18,31 @@ from modular_star_encoder.utils.errors import UserError
 class Language:
     """What the package knows about one language."""
 
-    name: str  # ours, in `SEARCH_LANGUAGES`, rows and settings
-    suffixes: Sequence[str]  # of its files, with the dot
+    name: str  # as this package writes it, in lower case
+    suffixes: Sequence[str]  # of its files, such as `.py`
     interpreters: Sequence[str] = ()  # programs that `#!` names in the first line of a script, without a version
-    query: str = ""  # name of its file in `queries`, without suffix; empty if it is named like the language
-    grammar: str = ""  # module of its tree-sitter grammar; empty for the language pack's grammar of this name
+    query: str = ""  # name of the query's file in `queries`, without suffix; by default the language's name
+    grammar: str = ""  # Python module of its tree-sitter grammar; by default that of tree-sitter-language-pack
     grammar_function: str = "language"  # the module's function that returns the grammar
     display_name: str = ""  # how prompts and data sets write it, if not like `name`
     opening: str = ""  # what a file must begin with, such as PHP's `<?php`
-    frames: Sequence[Sequence[str]] = ()  # text around a snippet that makes it a file: a method needs a class
-    has_macros: bool = False  # whether words of the preprocessor may break the syntax
+    frames: Sequence[Sequence[str]] = ()  # (text before, text after) that make a snippet a file: a method needs a class
+    has_macros: bool = False  # whether macros of the preprocessor may look like syntax errors
     keywords: Sequence[str] = ()  # words that error recovery may take for the name of a function
-    definers: Sequence[str] = ()  # words allowed as `@keyword` (trees are parsed without text,
-    # so that queries can't hold predicates)
+    definers: Sequence[str] = ()  # words that the capture `@keyword` may be; a query can't compare words itself
     separator: str = "."  # between the parts of a qualified name
-    has_type_arguments: bool = False  # whether a name may end with them: `Stack<T>`
+    has_type_arguments: bool = False  # whether a name may end with type arguments: `Stack<T>`
     has_member_names: bool = False  # whether a function may be assigned to a member: `Stack.prototype.push`
     has_docstrings: bool = False  # whether documentation is a string inside the function
-    line_comment: str = r"\s*//+[!<]*"  # pattern of its marker
+    line_comment: str = r"\s*//+[!<]*"  # pattern of the marker that begins a line comment
     directive: str = r"(?!)"  # pattern that begins a comment for tools, besides the patterns of all languages
-    documented_by_blocks: bool = False  # whether only `/** */` documents
+    documented_by_blocks: bool = False  # whether only `/** */` comments document a function
     gap: str = r"\s*"  # pattern of the text allowed between a comment and its function
     markup: Sequence[str] = ("html",)  # in comments: `html`, `doxygen`, `rdoc`
     constructors: Sequence[str] = ()  # names of functions that construct or destroy objects
     constructors_named_like_class: bool = False
-    special_methods: Sequence[str] = ()  # names to which the language gives a meaning
-    special_method: str = r"(?!)"  # pattern of further such names
+    special_methods: Sequence[str] = ()  # names of methods to which the language gives a meaning
+    special_method: str = r"(?!)"  # pattern of further names of special methods
     test_folder: str = r"(?!)"  # pattern of folders with tests, besides the patterns of all languages
     test_file: str = r"(?!)"  # pattern of test files, without suffix
 
@@ -72,7 +71,7 @@ _TABLES = tomllib.loads((Path(__file__).parent / "languages.toml").read_text(enc
 _ENTRIES = tuple(Language(name=name, **table) for name, table in _TABLES.items())
 _LANGUAGE = {one.name: one for one in _ENTRIES}
 ALL_LANGUAGES = tuple(_LANGUAGE)
-"""Our names of all languages."""
+"""The names of all languages, as this package writes them."""
 SEARCH_LANGUAGES = tuple(name for name in ALL_LANGUAGES if name != "markdown")
 """The languages that search reads unless others are named: all but Markdown."""
 LANGUAGES = SEARCH_LANGUAGES[:8]
@@ -124,12 +123,12 @@ def language_of_script(beginning: bytes) -> str | None:
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """Return `cpp` if a `.h` or `.C` file holds C++, otherwise `language`, which is the language of its suffix."""
+    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, else `language`, the language of the suffix."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 
 def language_named(name: Any) -> str | None:
-    """Return our name of the language that a data set calls `name` (`"cpp"` for `"C++"`), or None if we have none."""
+    """Return this package's name of a language that a data set calls `name` (`"cpp"` for `"C++"`); None if unknown."""
     return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 

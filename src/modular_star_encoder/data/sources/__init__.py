@@ -29,16 +29,16 @@ class SourceReader:
     """Iterates over the `SourceFile`s of a corpus, in a fixed order, without holding the corpus in memory.
 
     Attributes:
-        skipped: reason → number of files that the last iteration left out for it.
+        skipped: reason → number of files that the last iteration left out for this reason.
         repositories: names of the repositories in the order of reading; None if they are known only after reading.
     """
 
-    unicode_names = False  # whether characters such as `\udcff` in names are escaped, so that every file can hold them
+    unicode_names = False  # whether lone surrogates such as `\udcff` in names are escaped, so that UTF-8 can hold them
 
     def __init__(
         self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
     ) -> None:
-        """`read` yields the files of one iteration; in its argument it counts, by reason, those that it leaves out."""
+        """`read(skipped)` yields the files of one iteration and counts in `skipped`, by reason, those it leaves out."""
         self._read, self.repositories = read, repositories
         self.skipped: Counter[str] = Counter()
 
@@ -68,13 +68,13 @@ _GENERATED_PHRASES = re.compile(
 )
 # Go's convention (https://go.dev/s/generatedcode), which others follow; licences often come before it.
 _GENERATED_LINE = re.compile(r"\W*(code )?generated .*do not edit\W*", re.IGNORECASE)
-_GENERATED_MARK = re.compile(  # quotes before it: a program prints it
+_GENERATED_MARK = re.compile(  # not after a quotation mark, because then the program prints it
     r"^[^\n\"']*(@generated\b|generated\b.{,300}?\bdo not (edit|modify))", re.IGNORECASE | re.DOTALL | re.MULTILINE
 )
 _PHRASE_LINES, _MARK_LINES, _MARKER_LINES = 5, 10, 40
 _MINIFIED_LINE, _MINIFIED_AVERAGE, _LONGEST_COUNTED = 1000, 200, 10_000
 
-# Base64, hexadecimal, Unicode escapes: the paper's patterns, each with a string that a text must hold to be searched.
+# StarCoder2's patterns for Base64, hexadecimal and Unicode escapes, each with a string that every match contains.
 _ENCODED_DATA = (
     ("", re.compile(r"[a-zA-Z0-9+/\n=]{64,}")),
     ("", re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}")),
@@ -111,7 +111,7 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Return whether `text` is marked as generated and not to be edited.
 
-    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or a line of this form in lines 1 to 40.
+    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or the latter as a whole line up to line 40.
     """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
@@ -154,7 +154,7 @@ def holds_encoded_data(text: str) -> bool:
     return False
 
 
-# The longer marks first: UTF-16 begins like UTF-32.
+# Byte-order marks, the longer ones first: UTF-32's begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -166,7 +166,7 @@ _MARKS = (
 _CODING_LINE = re.compile(
     rb"(?:[^\r\n]*(?:\r\n|\r|\n))?[ \t\f]*(?:#|//|/\*|--|;|%)[^\r\n]*?coding[:=][ \t]*([-\w.]+)", re.ASCII
 )
-_NO_SOURCE = ("idna", "punycode")  # of domain names
+_NO_SOURCE = ("idna", "punycode")  # encodings of domain names
 
 
 def decode_source(content: bytes) -> tuple[str, str | None]:
@@ -193,14 +193,14 @@ class FileFilters:
     """Decides which files a reader leaves out. By default, ordinary source text is kept."""
 
     max_bytes: int = 1_000_000
-    max_line_length: int | None = 1000  # in characters: files with longer ones are minified or hold data
+    max_line_length: int | None = 1000  # in characters: files with longer lines are minified or hold data
     max_average_line_length: float | None = None
-    min_alphabetic_share: float = 0.0  # of letters among the characters
+    min_alphabetic_share: float = 0.0  # share of letters among the characters
     any_encoding: bool = False  # whether files that are not UTF-8 are read, by `decode_source`
-    generated: bool = True  # whether files that a program wrote are kept; the same for the kinds below
-    marked_generated: bool = True  # those that ask not to be edited
+    generated: bool = True  # whether files written by a program are kept; so for the kinds of files below
+    marked_generated: bool = True  # files marked as generated and not to be edited
     minified: bool = True
-    encoded_data: bool = True  # long Base64 or hexadecimal data
+    encoded_data: bool = True  # files with long Base64 or hexadecimal data
     vendored: bool = False  # copies of other projects
     tests: bool = False
 
@@ -212,7 +212,7 @@ class FileFilters:
 
     def reason_by_text(self, text: str) -> str | None:
         """Return why a file with this text is left out, or None if it is not."""
-        # A character has one byte to four: most texts need not be encoded.
+        # A character has one to four bytes, so most texts need not be encoded to compare their size.
         if len(text) > self.max_bytes or (
             4 * len(text) > self.max_bytes and len(text.encode(errors="surrogatepass")) > self.max_bytes
         ):
@@ -253,4 +253,4 @@ class FileFilters:
 STARCODER2_FILTERS = FileFilters(
     max_average_line_length=100, min_alphabetic_share=0.25, generated=False, encoded_data=False
 )
-"""StarCoder2's rules for single files, without go-enry's list of generators, and a limit of 1 MB."""
+"""StarCoder2's rules for single files, but without go-enry's list of code generators; files may have up to 1 MB."""

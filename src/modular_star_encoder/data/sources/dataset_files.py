@@ -31,7 +31,7 @@ from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_
 
 _ROWS_PER_BATCH = 16
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
-_HTTP = ("http", "https")  # for which fsspec would need aiohttp
+_HTTP = ("http", "https")  # fetched with `HTTPClient`; fsspec would need aiohttp
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
@@ -92,7 +92,7 @@ def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Call
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, kind of error) of a fetch; no error's message, which may hold the URL."""
+    """Return (content, why it is left out, kind of error) of a fetch. Error messages are left out: they may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -135,7 +135,7 @@ def row_repositories(
 ) -> SourceReader:
     """Return a reader of the source files in a data set with one file per row.
 
-    `columns` names the columns, by default those of The Stack. For `source` and `options` see `open_rows`.
+    `columns` names the columns; the default fits The Stack. For `source` and `options` see `open_rows`.
     """
     columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)

@@ -30,7 +30,7 @@ _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a
 _MAX_LINE = 2**26  # characters of a line
 _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
 _SPLITS = ("train", "validation", "test")
-_NO_ROWS = "dropped.jsonl"  # near-deduplication's report on the rows that it left out of the parquet files next to it
+_NO_ROWS = "dropped.jsonl"  # report of near-deduplication on the rows that it dropped; in a folder of parquet files
 _HUB_OPTIONS = ("config", "revision", "data_dir")
 _NOT_FOUND = "no file or Hub dataset has this name, or it is gated: accept its terms and log in with `hf auth login`."
 
@@ -51,7 +51,7 @@ class BadLine:
 
 Row = dict[str, Any] | BadLine
 Rows = Iterable[tuple[str, Row]]
-"""Pairs of the place of a row, such as `data.jsonl, line 3`, and the row."""
+"""Pairs (place, row). The place says where the row is, such as `data.jsonl, line 3`."""
 
 
 def open_rows(
@@ -69,7 +69,7 @@ def open_rows(
         source: A parquet file or URL, a list of these, a folder of such files, or the name of a dataset of the Hub.
         columns: Names of the columns to read; all if empty.
         config, split, revision, data_dir: As in `datasets.load_dataset`, for the Hub only; `data_dir` is a folder of
-            the dataset, such as the one of a language.
+            the dataset, such as the folder of one language.
     """
     import datasets
 
@@ -122,13 +122,13 @@ class _DatasetRows:
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
     """Return the rows of a dataset as an iterable, which can be read again and again in the same order.
 
-    It yields (place, row); a place is such as `data.jsonl, line 3`. A line that can't be read gives a `BadLine` as row.
+    It yields (place, row), with a place such as `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read.
 
     Args:
         source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
-        columns: Names of the columns to read; all if empty. Rows of JSON Lines may lack some of these and have others.
-        split: The split to read. In a folder, only files whose names begin with it (`train-00000-of-00004.parquet`) are
-            read, but all files if no name begins with train, validation or test. Named files are read whole.
+        columns: Names of the columns to read; all if empty. In JSON Lines, a row may lack columns and have others.
+        split: The split to read. Of a folder, the files whose names begin with it are read (`train-00000.parquet`), or
+            all files if no name begins with train, validation or test. Files that `source` names are read whole.
         options: `config`, `revision` and `data_dir` of a Hub dataset; see `open_rows`.
     """
     name = _shown(source)
@@ -148,8 +148,8 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 def check_source(source: str | os.PathLike[str]) -> None:
     """Raise UserError if `source` is not a URL, a folder, a file of rows (see `SUFFIXES`) or a Hub id `owner/name`.
 
-    The Hub is not asked. A name with one of `SUFFIXES` is always a path, and so is `owner/name` if a local folder is
-    called `owner`.
+    The Hub is not contacted. A name with one of `SUFFIXES` is always a path, and so is `owner/name` if a local folder
+    is called `owner`.
     """
     name, path = os.fspath(source), Path(source).expanduser()
     is_file = name.endswith(SUFFIXES)
@@ -162,9 +162,9 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return the names of a dataset's columns, of JSON Lines those in the first 100 rows; see `open_dataset_rows`.
+    """Return the names of a dataset's columns; for JSON Lines, those in the first 100 rows.
 
-    UserError (`data.source.empty`) if there are none.
+    For the arguments see `open_dataset_rows`. UserError (`data.source.empty`) if no column has a name.
     """
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
@@ -197,7 +197,7 @@ def _shown(source: Source) -> str:
 
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
-    """List the files of a file or folder, of a folder only those of `split`; return [] for a Hub dataset."""
+    """Return the files that `source` names or, if it is a folder, its files of `split`; [] for a Hub dataset."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))
@@ -279,7 +279,7 @@ def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
 
 
 def table_rows(rows: datasets.IterableDataset, batch_size: int = _ROWS_PER_BATCH) -> Iterator[dict[str, Any]]:
-    """Yield all rows in order, decoded `batch_size` at a time; a DataLoader's worker gets all, not only its share."""
+    """Yield all rows in order, decoded `batch_size` at a time; in a DataLoader, every worker gets all rows."""
     # `iter`, unlike `__iter__`, does not divide rows among workers.
     for table in rows.with_format("arrow").iter(batch_size=batch_size):
         yield from table.to_pylist()

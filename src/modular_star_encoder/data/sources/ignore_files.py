@@ -42,19 +42,19 @@ class IgnoreFiles:
             return False
         if rule.is_ours or name not in folder.repository.tracked:
             return True
-        if is_folder:  # only what git tracks in it is read
+        if is_folder:  # read the folder, but in it only the files that git tracks
             self._known[path] = _Folder(folder.rules, folder.repository, rule).inner(path)
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    base: bytes  # of the paths that it matches, with a slash at the end
+    base: bytes  # folder of the ignore file, with a slash at the end; patterns match paths below it
     expression: re.Pattern[bytes]
     by_name: bool  # whether it matches the last part of a path, at any depth
     folders_only: bool
-    is_negative: bool
-    is_ours: bool
+    is_negative: bool  # whether it begins with `!`: paths that match are not ignored
+    is_ours: bool  # whether it is from a `.moseignore`
 
     def fits(self, path: bytes, is_folder: bool) -> bool:
         text = os.path.basename(path) if self.by_name else path.removeprefix(self.base)
@@ -67,7 +67,7 @@ class _Folder:
 
     rules: tuple[_Rule, ...]  # the last one that fits decides
     repository: "_Repository"
-    inherited: _Rule | None = None  # it ignores the folder, which is read for the files that git tracks
+    inherited: _Rule | None = None  # the rule that ignores this folder, if it is read only for files that git tracks
 
     def inner(self, path: str) -> "_Folder":
         """Return the rules for the content of `path`, a folder directly in this one."""
@@ -124,7 +124,7 @@ def _index_names(content: bytes) -> list[bytes]:
         (flags,) = _FLAGS.unpack_from(content, at + _ENTRY_BYTES - 2)
         start = at + _ENTRY_BYTES + (2 if flags & _HAS_MORE_FLAGS else 0)
         kept = 0
-        if version == 4:  # how much of the name before is cut off, as a number of variable length
+        if version == 4:  # a number of variable length: how many bytes to cut off the previous name
             cut, start = content[start] & 127, start + 1
             while content[start - 1] & 128:
                 cut, start = (cut + 1 << 7) + (content[start] & 127), start + 1
@@ -169,16 +169,16 @@ _GLOB = re.compile(
 )
 _LITERAL = re.compile(rb"[^*?\[\\]*")
 _SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]"}
-# The same for a wildcard with another one of its kind behind it. The first match of what is between the two is as good
-# as any, because the second one reaches further. Nothing else is tried, so matching takes no exponential time.
+# The same for a wildcard that another one of its kind follows. What is between the two may match at the first possible
+# place, because the second wildcard reaches every later place. Others are not tried, which would take exponential time.
 _FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]*?"}
 
 
 def glob_expression(glob: bytes) -> bytes:
     """Return a regular expression for a git pattern, read as in git's wildmatch.c; re.error if it never matches."""
-    start = _LITERAL.findall(glob)[0]  # git compares it first: `a**/b` is `a` and then `**/b`
+    start = _LITERAL.findall(glob)[0]  # git compares this literal text first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
-    # Place and kind of the wildcard before: one that stays in a folder, one that does not.
+    # Index in `parts` and kind of the previous wildcard that stays in a folder, and of the previous one that does not.
     star: tuple[int, str] | None = None
     wide: tuple[int, str] | None = None
     while at < len(glob):
@@ -233,5 +233,5 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
             chosen |= {value for value in range(256) if re.match(_CLASSES[item["name"]], bytes([value]))}
         else:
             low = item["first"][-1]
-            chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # the first is in, whatever the last
+            chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # as in git, `[b-a]` matches `b`
     return [value for value in range(256) if (value in chosen) != is_negative and value != ord("/")], at + 1

@@ -102,10 +102,10 @@ def installed_repositories(
 ) -> FileReader:
     """Return a reader of the source files of this Python environment's installed distributions.
 
-    Each distribution is a repository, named by its normalised name (PEP 503); so is `python-standard-library`.
-    Distributions in `exclude`, and this package, are left out.
+    Each distribution is a repository, named by its normalised name (PEP 503). The standard library is the repository
+    `python-standard-library`. Distributions in `exclude`, and this package, are left out.
     """
-    # Here, because a search reads folders only.
+    # Imported here, because a search reads only folders and does not need them.
     from importlib import metadata
 
     from packaging.utils import canonicalize_name
@@ -146,11 +146,11 @@ def folder_repositories(
     Args:
         languages: languages to read; by default `LANGUAGES`.
         depth: number of levels from `folder` down to the repositories; by default 0 if `folder` holds one of
-            `CHECKOUT_MARKERS`, else 1. At 0, `folder` is the repository. Else repositories are named by their path:
-            `"a/b"` at depth 2, where a file directly in `a` belongs to `"a"`, and one directly in `folder` to `"."`.
+            `CHECKOUT_MARKERS`, else 1. At depth 0, `folder` is the repository. Otherwise a repository is named by its
+            path, such as `"a/b"` at depth 2. A file directly in `a` is then in `"a"`, and one in `folder` in `"."`.
         may_be_empty: if False, UserError if there is no file to read.
-        obey_ignore_files: leave out what git ignores, read scripts without a suffix too, and report links and folders
-            that can't be read as left out.
+        obey_ignore_files: leave out what git ignores, read scripts without a suffix too, and report links, and folders
+            that can't be read, as left out.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -256,7 +256,7 @@ MAX_ARCHIVE_BYTES = 8_000_000_000  # unpacked; in a zip, only of the members tha
 
 
 class ArchiveLimitError(Exception):
-    """Raised if an archive exceeds a limit; its message is a reason in a reader's `skipped`."""
+    """Raised if an archive exceeds a limit. A reader counts its message as a reason in `skipped`."""
 
 
 class Member(NamedTuple):
@@ -269,7 +269,7 @@ class Member(NamedTuple):
 
 
 def archive_members(location: Path) -> Iterator[Member]:
-    """Yield the members of an archive in their order; read each before the next is requested.
+    """Yield the members of an archive in their order. Read a member before you request the next one.
 
     Raises ArchiveLimitError if the archive exceeds a limit, and an error in `BROKEN_ARCHIVE` if it is damaged.
     """
@@ -324,7 +324,7 @@ def _zip_members(location: Path) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header that raises ArchiveLimitError if it announces a huge name or attributes, before it is read."""
+    """A tar header that raises ArchiveLimitError before tarfile reads a huge name or huge attributes after it."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -411,7 +411,7 @@ def _member_text(
     if member.size > filters.max_bytes:
         return "", "too large"
     try:
-        # One byte more than allowed: the size that an archive declares may be wrong.
+        # Read one byte more than allowed, because the size that an archive declares may be wrong.
         content = member.read(filters.max_bytes + 1)
     except BROKEN_ARCHIVE:  # an encrypted or damaged member; the next may be readable
         return "", "unreadable"
