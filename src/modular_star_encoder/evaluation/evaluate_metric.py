@@ -21,7 +21,7 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics, with irrelevant candidates first among those with equal scores; and F1 of class 1."
+_DESCRIPTION = "Retrieval metrics, which rank irrelevant candidates first if scores are equal, and F1 of class 1."
 _INPUTS = """
 Args:
     predictions: one list per query with the scores of its candidates, float32. For f1: one decision, 0 or 1, per pair.
@@ -55,7 +55,7 @@ class RetrievalMetric(evaluate.Metric):
 
 
 class _Given:
-    """Scores that are known already, an array (Q, D), in the form that `retrievers.Scores` describes: one block."""
+    """An array of scores (Q, D) with the interface `retrievers.Scores`: it is a single block."""
 
     def __init__(self, scores: np.ndarray) -> None:
         self.scores, self.shape = scores, scores.shape

@@ -142,9 +142,9 @@ def identifier_overlap_accuracy(
 ) -> dict[str, float]:
     """Measure how well `identifier_overlap` alone predicts whether two texts come from the same repository.
 
-    The texts are those of rows of `InContextPairs`; the prediction is yes if the overlap exceeds a threshold. Returns
-    `threshold`, the best one for the rows `fitted_on`, and the share of right predictions: `fitted_accuracy` for these
-    rows, and `accuracy` for the rows `measured_on`.
+    `fitted_on` and `measured_on` are rows of `InContextPairs`. The prediction is yes if the overlap of a row's two
+    texts exceeds a threshold. Returns `threshold`, the best one for `fitted_on`, and the share of right predictions:
+    `fitted_accuracy` on the rows `fitted_on`, and `accuracy` on the rows `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)

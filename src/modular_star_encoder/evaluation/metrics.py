@@ -38,7 +38,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank, in each pool of a task, the pool's documents for the pool's queries, by the scores of `scores(pool)`.
+    """In each pool of a task, rank the documents for each query, by the scores that `scores(pool)` returns.
 
     Returns one `Ranking` of the Q queries of all pools, pool after pool, and each query's row number (Q,) in the task.
     """
@@ -86,7 +86,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements whose query and document are both in `pool`, with their numbers in the pool."""
+    """Return the judgements whose query and document are both in `pool`, with row numbers counted in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -176,12 +176,12 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compare N decisions with N labels, each 0 or 1; return their outcomes (N,) int64, as `TRUE_POSITIVE`."""
+    """Compare N decisions with N labels, each 0 or 1; return N outcomes (N,) int64, such as `TRUE_POSITIVE`."""
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return F1 of class 1, (...), by how often each outcome occurs, (..., 4); 0 if labels and decisions are all 0."""
+    """Return F1 of class 1 (...) from the `counts` (..., 4) of the outcomes; 0 if all labels and decisions are 0."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -274,9 +274,9 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Split the mean over tasks of each task's mean difference into terms (Q,), one per query, that sum to it.
+    """Return one term (Q,) per query; the sum of all terms is the mean over the tasks of each task's mean difference.
 
-    `differences` has a dict {query: difference} for each task. A query of several tasks has one term.
+    `differences` has a dict {query: difference} for each task. A query of several tasks has only one term.
     """
     total: dict[str, float] = {}
     for task in differences:

@@ -38,7 +38,7 @@ with naming_extra():
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 
-PROSE, CODE = None, ""  # CODE: code in the language after which mteb's subset is named, if any
+PROSE, CODE = None, ""  # CODE: code in the language that is the name of mteb's subset, or else in any language
 
 TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
     "AppsRetrieval": (PROSE, "python"),
@@ -54,9 +54,9 @@ TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
 class MtebExitEncoder(AbsEncoder):
     """Embeds texts at one exit of a model, in the interface that mteb expects.
 
-    `TASK_SIDES` says which queries and documents are code and which are prose; each kind gets its published prompt.
-    Symmetric tasks get no prompt. The first call embeds a text at all of `exit_layers` in one pass, and the cache of
-    `retriever` keeps these embeddings, because mteb asks for one exit after the other.
+    `TASK_SIDES` says which queries and documents are code and which are prose; code and prose get their published
+    prompts. Symmetric tasks get no prompt. The first call embeds a text at all of `exit_layers` in one pass. The cache
+    of `retriever` keeps these embeddings, because mteb asks for one exit after the other.
 
     `prompts`, {key: prefix}, replaces published prompts. mteb looks for the keys `{task}-{side}`, `{task}`,
     `{task type}-{side}`, `{task type}` and `{side}` in this order; `{side}` is `query` or `document`.

@@ -47,7 +47,7 @@ class MultiExitEvaluator(BaseEvaluator):
             SentenceTransformer, or the published prompts if the configuration has `instruction_prompts`, else none.
         max_length: longer texts are cut to this number of tokens; the model's limit if None.
         tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
-        name: prefix of the names of the metrics, for the case of several evaluators.
+        name: prefix of the names of the metrics, to tell several evaluators apart.
         progress: whether to show progress bars.
 
     Example:
@@ -128,8 +128,8 @@ class MultiExitEvaluator(BaseEvaluator):
         """Evaluate every exit of a model; return {metric: a fraction between 0 and 1}.
 
         Args:
-            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer of one, whose Pooling must be the one in
-                the model's configuration. It runs in evaluation mode, then its mode is restored.
+            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer that wraps one and pools as its
+                configuration says. It runs in evaluation mode, then its mode is restored.
             output_path: not used, because the trainers log the metrics.
             epoch, steps: shown in the model card of a SentenceTransformer.
             across_processes: whether every training process makes this call; each process then embeds a share of texts.

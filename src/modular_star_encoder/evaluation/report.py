@@ -50,7 +50,7 @@ class Row:
     retriever: str
     exit_layer: int | None
     dimensions: int | None
-    columns: Mapping[str, Estimate]  # {column of the table: the main metric there}
+    columns: Mapping[str, Estimate]  # {column of the table: value of the main metric in this column}
     mean: Estimate  # mean of the main metric over all tasks
     others: Mapping[str, float]  # {metric other than the main one: its mean over all tasks}
     difference: Difference | None  # from the reference row; None in the reference row itself
@@ -263,8 +263,8 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
     """Read the quality of the evaluated model from a results file: {exit_layer: mean of the main metric}.
 
-    The quality is read from the table of `benchmark`, or from the first table if there is none of this name. UserError
-    if the table has no exits. An exit profile can store the result. `path` and `checkpoint` are as in `read_tables`.
+    The quality is read from the table of `benchmark`, or from the first table if no table has this name. UserError if
+    the table has no exits. An exit profile can store the result. For `path` and `checkpoint` see `read_tables`.
     """
     tables = read_tables(path, checkpoint)
     own = _own_exits(next((one for one in tables if one.benchmark == benchmark), tables[0]))
@@ -274,7 +274,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
 
 
 def _evaluated_model(table: Table) -> Table:
-    """Leave out the rows of exits of other models, and of truncated embeddings of the evaluated model."""
+    """Return the table without the exits of other models, and without truncated embeddings of the evaluated model."""
     own = _own_exits(table)
     return replace(table, rows=[row for row in table.rows if row.exit_layer is None or row is own.get(row.exit_layer)])
 
@@ -287,7 +287,7 @@ def _own_exits(table: Table) -> dict[int, Row]:
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
-    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if this one has an exit profile.
+    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if it also has an exit profile.
 
     `profiles` is {retriever: path of its exit profile}; a path that does not exist is ignored. Both plots of an earlier
     run are removed first. UserError if the profiles differ in machine, device, number of threads or batch shape.
@@ -316,7 +316,7 @@ def median_latencies(profile: ExitProfile) -> dict[int, float]:
 def plot_quality(
     tables: Sequence[Table], path: Path, latencies: Mapping[str, Mapping[int, float]] | None = None
 ) -> None:
-    """Write a PNG with one panel per table, which plots the main metric of each exit, with its interval, by depth.
+    """Write a PNG with one panel per table: the main metric of each exit, with its interval, by depth.
 
     This is the paper's Figure 4, with a dashed horizontal line for each retriever without exits. With `latencies`,
     {retriever: {exit_layer: milliseconds}} measured on one machine (see `median_latencies`), exits are plotted by

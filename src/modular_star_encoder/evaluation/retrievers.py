@@ -26,7 +26,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
 BLOCK = 1 << 22  # scores per block: 32 MiB in float64
-HELD = 1 << 25  # most components of documents in memory at once: 256 MiB in float64
+HELD = 1 << 25  # largest number of components of document vectors in memory at once: 256 MiB in float64
 _PAIRS = 4096  # pairs of vectors in memory at once
 _NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer than the error of float64 sums
 
@@ -39,7 +39,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries, from number `row` on, and C documents, from number `column` on."""
+    """Scores (R, C) float32 of R successive queries, the first of number `row`, and C documents, the first `column`."""
 
     row: int
     column: int
@@ -65,7 +65,7 @@ class Retriever(Protocol):
 
     name: str  # name in tables
     checksum: str  # changes whenever a score may change; part of the key of stored results
-    variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available variants
+    variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available exits and embedding sizes
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Prepare all texts for later calls of `scores`, for example embed them; by default, do nothing."""
@@ -184,9 +184,9 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 class EmbeddingCache:
     """Stores embeddings by model, exit, prompt and text, so that several benchmarks embed the same text only once.
 
-    A *space* holds the embeddings of one model at one exit. It is a folder of shards: memory-mapped `.npy` files, in
-    which a row is the hash of a text and its embedding. Shards are written atomically and never change, so several
-    processes may read and write at once. Without `folder`, shards are in memory.
+    A *space* holds the embeddings of one model at one exit. It is a folder of shards, memory-mapped `.npy` files. A row
+    of a shard has the hash of a (prompt, text) pair and its embedding. Shards are written atomically and never change,
+    so several processes may read and write at once. Without `folder`, shards are in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:

@@ -35,7 +35,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json, write_json
 from modular_star_encoder.utils.reports import without_places
 
-PROTOCOL = 1  # version of the protocol; increase it when equal scores would give other results
+PROTOCOL = 1  # version of the evaluation's rules; increase it when a change of the rules gives other results
 LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
 
@@ -115,7 +115,7 @@ def evaluate_tasks(
         bar = tqdm(runs, desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
         for task, variant, path in bar:
             if path is not None and path.is_file():
-                stored = read_result(path)  # its names may differ
+                stored = read_result(path)  # perhaps with other names of the benchmark, task or retriever
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
                 result = evaluate_task(task, retriever, variant)
@@ -213,7 +213,7 @@ def classification_scores(
 ) -> dict[int, dict[str, float]]:
     """Return {exit: {metric: a fraction}} of a classifier: accuracy, and precision, recall and f1 of class 1.
 
-    F1 is that of BigCloneBench since 2021-09-13. Precision, recall and F1 are 0 where undefined.
+    F1 is defined as in BigCloneBench's evaluator since 2021-09-13. Precision, recall and F1 are 0 if undefined.
 
     Args:
         model: a classifier with two classes, in evaluation mode.

@@ -1,4 +1,4 @@
-"""Tasks, which are to rank documents for queries or to classify pairs of texts, and the results of a retriever."""
+"""Tasks (to rank documents for queries, or to classify pairs of texts), and the results of a retriever on a task."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TaskResult:
     benchmark: str
     task: str
     retriever: str
-    exit_layer: int | None  # None if the retriever has no exits; likewise `dimensions`
-    dimensions: int | None
+    exit_layer: int | None  # None if the retriever has no exits
+    dimensions: int | None  # embedding size; None if embeddings are not truncated
     estimates: Mapping[str, Estimate]  # {metric: estimate}; the first is the task's main metric
     values: Sequence[float]  # the main metric of each query in `ids`; for F1 the outcome of each pair
     ids: Sequence[str]  # ids of the queries with a relevant document; empty for pairs
@@ -116,7 +116,7 @@ class PairTask(_Task):
     benchmark: str
     name: str
     documents: Sequence[Text]
-    valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; the threshold is the best for these
+    valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; the threshold with the best F1 on them is used
     valid_labels: np.ndarray  # (P,), 0 or 1
     pairs: np.ndarray  # (N, 2) int64; these pairs are classified with the threshold
     labels: np.ndarray
@@ -140,7 +140,7 @@ class RetrievalRow(NamedTuple):
 
 
 def _arrays(value: Any) -> Any:
-    """Convert an array or judgements to JSON values, for the text whose hash identifies a task."""
+    """Convert an array or judgements to JSON values; `checksum` hashes their text."""
     if isinstance(value, Judgements):
         return [value.query, value.document]
     return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]

@@ -31,8 +31,8 @@ def losses_from_embeddings(
     over the pairs. If `settings.pairs` has several sets, a text is scored only against texts of its own set.
 
     Args:
-        stacks: side → embeddings (E, B, D) of B texts at E exits, L2-normalised. Row b of the positives and negatives
-            belongs to row b of the anchors.
+        stacks: side of a batch, such as `query` → embeddings (E, B, D) of B texts at E exits, L2-normalised. Row b of
+            the positives and negatives belongs to row b of the anchors.
         exit_layers: the E exits, in the order of the embeddings.
         settings: which terms are computed, and how; by default `ContrastiveSettings()`.
         logit_scale: a learned factor of the similarities (1,), in place of `settings.logit_scale`.
@@ -89,12 +89,12 @@ def losses_from_embeddings(
 class _Scoring:
     settings: ContrastiveSettings
     logit_scale: torch.Tensor
-    sizes: list[tuple[int, ...]]  # of the embeddings of each exit, ascending
-    places: dict[int, list[int]]  # size → places of the exits that are trained at it
-    teacher: torch.Tensor  # (E, E), row e: weights of the exits' scores in the teacher of exit e; zeros if it has none
+    sizes: list[tuple[int, ...]]  # embedding sizes of each exit, ascending
+    places: dict[int, list[int]]  # embedding size → indices of the exits that are trained at this size
+    teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean (E,) over its embedding sizes; `found`: size → one value per exit of this size."""
+        """Return each exit's mean (E,) over its embedding sizes; `found` maps a size to one value per exit with it."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -160,7 +160,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return losses summed over a chunk of rows (E, R, D); `own` (R,): each row's positive among columns (E, C, D)."""
+    """Return losses summed over a chunk of rows (E, R, D); `own` (R,): index of each row's positive in the columns."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}

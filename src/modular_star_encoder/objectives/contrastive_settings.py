@@ -14,7 +14,7 @@ from modular_star_encoder.utils.settings import Count, Different, Float, NonNega
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must have different names in each entry, and a different anchor and positive in every entry")
+        raise ValueError("must not repeat a name in an entry, nor the same anchor and positive in two entries")
     return pairs
 
 
@@ -28,7 +28,7 @@ class ContrastiveSettings:
     """Settings of `ContrastiveObjective`. The defaults give the paper's loss.
 
     Args:
-        pairs: sets of pairs. A set names sides of a batch: anchor, positive, and any number of hard negatives, such as
+        pairs: which sides of a batch form pairs, in sets of anchor, positive, and any number of hard negatives, such as
             `(("query", "document", "negative"),)`. Sets may share a side, here for text → code and code → code:
             `(("description", "code"), ("code", "translation"))`. The loss is the mean over the pairs of all sets.
         logit_scale: factor of the similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
@@ -52,11 +52,11 @@ class ContrastiveSettings:
         alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings exits into one
             space, so that queries embedded at a shallow exit can search documents embedded at a deep exit.
         alignment_target: exit to align with: `"deepest"`, `"next_deeper"`, or an exit's number. It gets no gradient.
-        false_negative_margin: mask a negative if its similarity at the deepest exit exceeds the positive's minus this
-            margin (GISTEmbed, arXiv 2402.16829, whose guide is a separate trained model). An untrained deepest exit
+        false_negative_margin: mask a negative if its similarity at the deepest exit exceeds that of the positive minus
+            this margin. GISTEmbed (arXiv 2402.16829) does so with a separate guide model. An untrained deepest exit
             masks half the negatives, so begin with fine-tuned models.
-        false_negative_factor: mask a negative if its similarity at the deepest exit exceeds this factor times the
-            positive's.
+        false_negative_factor: mask a negative if its similarity at the deepest exit exceeds this factor times that of
+            the positive.
 
     Raises:
         UserError: a value is of another type or out of range, or margin and factor are both set (`settings.value`).
@@ -113,7 +113,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if a step lacks the exit of teacher or alignment target, or a size is too large."""
+        """Raise UserError if `teacher` or `alignment_target` is an exit that a step lacks, or a size is too large."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):

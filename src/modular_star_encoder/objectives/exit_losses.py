@@ -89,7 +89,7 @@ class InContextObjective:
         share: torch.Tensor | float = 1.0
         processes = rank_and_count()[1]
         if processes > 1:
-            # Averaged over processes, mean losses times this share are the mean over the masked tokens of all.
+            # The average over processes of (mean loss × share) is the mean over the masked tokens of all processes.
             here = (batch["labels"] != -100).sum().float()
             everywhere = here.clone()
             distributed.all_reduce(everywhere)

@@ -1,12 +1,12 @@
 """Embed a batch of any size, with gradient, in the memory that one mini-batch needs (GradCache, arXiv 2101.06983).
 
 The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. Autograd computes
-the gradient of the loss on the stacks of all exits. The backward pass embeds each mini-batch once more, with the same
-random states and autocast, and continues from its part of that gradient.
+the gradient of the loss with respect to these embeddings. The backward pass embeds each mini-batch once more, with the
+same random states and autocast, and propagates the mini-batch's part of that gradient to the parameters.
 
-For the caller the stacks are ordinary tensors with gradient: weights of losses, accumulation and a gradient scaler's
-factor reach the parameters by the chain rule. `torch.autograd.grad` with respect to parameters finds nothing, because
-their gradients are accumulated while the loss's `backward` runs.
+For the caller the embeddings are ordinary tensors with gradient: weights of losses, accumulation and a gradient
+scaler's factor reach the parameters by the chain rule. `torch.autograd.grad` with respect to parameters finds nothing,
+because their gradients are accumulated while the loss's `backward` runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ class MiniBatch:
     """Some rows of one side of a batch, cut to the first `width` columns, which hold all real tokens of these rows."""
 
     side: str
-    rows: torch.Tensor  # (R,) places in the batch
+    rows: torch.Tensor  # (R,) indices of these rows in the batch
     width: int
 
     def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def embed_sides(
     if getattr(model, "static_graph", False):
         message = "`mini_batch_tokens` does not work with DDP's static_graph; set static_graph=False."
         raise UserError("contrastive.mini_batches.static_graph", message)
-    # The anchor requires grad so that the outputs do: the parameters are not inputs of the function.
+    # `anchor` requires grad, so that the outputs do too: the parameters are not inputs of the autograd function.
     anchor = torch.zeros((), device=device, requires_grad=True)
-    # FSDP's collectives need as many forward passes in each process.
+    # FSDP's collectives need the same number of forward passes in each process.
     mini_batches = split_further(mini_batches, count)
     *stacks, logit_scale = _CachedEmbeddings.apply(anchor, model, embed, sides, mini_batches)
     return dict(zip(sides, stacks, strict=True)), logit_scale

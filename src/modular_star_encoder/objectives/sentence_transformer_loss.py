@@ -80,7 +80,7 @@ class MultiExitContrastiveLoss(nn.Module):
         """
         columns = list(sentence_features)
         if len(columns) < 2:
-            raise UserError("contrastive.columns", "The dataset needs two or more columns of texts: anchor, positive.")
+            raise UserError("contrastive.columns", "The dataset needs at least two columns of texts: anchor, positive.")
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))
@@ -102,7 +102,7 @@ class MultiExitContrastiveLoss(nn.Module):
     def _exits_in_features(self) -> Iterator[None]:
         """Add the embeddings of every exit to the transformer's features in a `with` block.
 
-        They must leave the wrapped model through its output, where DDP looks for used parameters.
+        The embeddings must be part of the wrapped model's output, because DDP searches it for used parameters.
         """
         encoder, outputs = self._encoder(), []
         forward = encoder.forward
@@ -115,7 +115,7 @@ class MultiExitContrastiveLoss(nn.Module):
             found = outputs.pop()
             return {**features, "exit_embeddings": found.exit_embeddings, "exit_logit_scale": found.logit_scale}
 
-        # Not a hook: sentence-transformers calls `forward` itself.
+        # Replaced, not hooked: sentence-transformers calls the encoder's `forward` directly, without hooks.
         encoder.forward = keep
         handle = self._sentence_transformer()[0].register_forward_hook(hand_over)
         try:

@@ -20,7 +20,7 @@ class Benchmark:
 
     name: str  # name on the command line
     title: str  # the heading of its table
-    folder: str  # name of its folder inside a folder of several benchmarks
+    folder: str  # name of its folder in a folder that holds several benchmarks
     # Reads the folder; raises UserError for a damaged or partial file, and FileNotFoundError for a missing file.
     load: Callable[..., Sequence[Task]]
     hub: str = ""  # the dataset repository on the Hub with the same files

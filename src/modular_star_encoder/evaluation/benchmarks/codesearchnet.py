@@ -1,9 +1,9 @@
 """Load CodeSearchNet (Husain et al. 2019) as tasks: with 999 distractors, or with all functions as candidates.
 
-Files of the authors, the Hub and CodeXGLUE are read. The data has two known flaws. First, Python's `code` holds
+Files of the authors, the Hub and CodeXGLUE can be read. The data has two known flaws. First, Python's `code` contains
 the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
-Python often include it; this module strips docstrings unless `leaky`. Second, documentation is not a search query:
-developers write it next to the code, and it shares words with the code.
+Python are often measured with docstrings; this module removes them unless `leaky`. Second, documentation is not a
+search query: developers write it next to the code, and it shares words with the code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from modular_star_encoder.utils.errors import UserError
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
-# Number of rows of each official test split; of queries and of candidates in CodeXGLUE's filtered version.
+# Number of rows in each official test split, and of queries and candidates in CodeXGLUE's filtered version.
 TEST_SIZES = {"go": 14_291, "java": 26_909, "javascript": 6_483, "php": 28_391, "python": 22_176, "ruby": 2_279}
 QUERIES = {"go": 8_122, "java": 10_955, "javascript": 3_291, "php": 14_014, "python": 14_918, "ruby": 1_261}
 CANDIDATES = {"go": 28_120, "java": 40_347, "javascript": 13_981, "php": 52_660, "python": 43_827, "ruby": 4_360}
@@ -105,7 +105,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """Read the documented functions of one language: {url: function}, in the order of the files.
+    """Return {url: documented function} of the functions in one language, in the order of the files.
 
     With `leaky`, Python code keeps its docstring, as in most published evaluations.
     """

@@ -3,7 +3,7 @@
 - AdvTest: retrieve Python functions with normalised names; builtins, attributes and strings keep their words. A
   function may occur twice.
 - CoSQA: retrieve Python functions for web queries.
-- Translation: retrieve the same method in the other language, Java or C#.
+- Translation: retrieve the C# version of a Java method, and vice versa.
 - POJ-104: retrieve solutions of the same problem in C++.
 - BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
 - Exercism (github.com/exercism, MIT): exercises solved in many languages, as JSON lines with `slug`, `description` and
@@ -171,7 +171,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read pairs (P, 2), labels (P,) and notes; of a repeated pair, the last label applies."""
+    """Return (pairs (P, 2), labels (P,), notes) of a file of pairs; if a pair is repeated, its last label counts."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):
@@ -190,7 +190,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     """Load Exercism: for each language, a task to find the solution of an exercise by its description.
 
     With `from_code`, there is a task for each pair of languages: find the solution in one language by the solution in
-    the other. A task has the exercises for which both texts exist; a query's candidates are all their solutions.
+    the other. A task has the exercises for which both texts exist; all their solutions are candidates of each query.
     `masked` replaces the names in code (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
@@ -255,4 +255,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments has no lexer for {language!r}.") from None
+        raise UserError("benchmark.masking.language", f"Pygments can't read {language!r}: name a language.") from None

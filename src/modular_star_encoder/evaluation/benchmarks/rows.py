@@ -14,7 +14,7 @@ from pydantic import Field as Constraint
 
 from modular_star_encoder.utils.errors import UserError
 
-MAX_LINE_BYTES, MAX_RATIO = 2**27, 100  # a gzip file may unpack to `MAX_LINE_BYTES` and `MAX_RATIO` times its size
+MAX_LINE_BYTES, MAX_RATIO = 2**27, 100  # a gzip file may unpack to MAX_LINE_BYTES + MAX_RATIO × its size in bytes
 
 Filled = Annotated[str, Constraint(pattern=r"\S")]  # a text with more than white space
 Tokens = Annotated[list[str], Constraint(min_length=1)]
