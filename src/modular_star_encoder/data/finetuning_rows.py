@@ -116,7 +116,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean numbers of tokens of a description and a snippet, with the longest prompt, after cutting."""
+        """Return (mean tokens of a description, of a snippet), counted with the longest prompt and up to the limits."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -155,7 +155,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of row `index`, without renaming: {"query", "document", …: (text, whether it is code)}."""
+        """Return {"query", "document", …: (text, whether it is code)} for row `index`; words keep their names."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
@@ -200,7 +200,7 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Tokenize each snippet of `pairs` once; `max_tokens` includes the three special tokens."""
         check_special_tokens(tokenizer, "sep", "cls")
-        if max_tokens < 5:  # three are special
+        if max_tokens < 5:  # three special tokens, and one for each snippet
             raise UserError("data.pairs.max_tokens", f"max_tokens must be at least 5, not {max_tokens}.")
         self.pairs = pairs
         self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - 3

@@ -245,7 +245,7 @@ class PairSampler:
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
         """Draw two repositories with long enough texts in both languages of `cell`; None if too many draws fail."""
-        # Draw from the repositories of the language and length that fewer have; then look up their other text.
+        # Of the cell's two (language, length), draw by the one that fewer repositories have; then look up the other.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
             length, other_length = sorted((cell.first_length, cell.second_length), reverse=True)

@@ -151,7 +151,7 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     texts = [text for found in sources.values() for text in found.texts]
     held_out = np.concatenate([_held_out(found.texts, requested["eval_fraction"], seed) for found in sources.values()])
     unseen, groups = np.flatnonzero(held_out), same_content_groups(texts)
-    # Each source draws by itself: a repository that one source holds out may also be in another.
+    # Each source draws its own repositories to hold out, so one that is held out in one source may be in another.
     repositories = {texts[row].repository for row in unseen} - {""}
     leaked = np.isin(groups, groups[unseen]) | np.array([text.repository in repositories for text in texts])
     negatives = groups_of_negatives(texts, groups)
@@ -240,7 +240,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return, for each row, which group has the row's hard negative as a code: int64 (rows,); −1 if no group has it.
+    """Return, for each row, which group has the row's hard negative as a snippet: int64 (rows,); −1 if no group has it.
 
     `groups` is the result of `same_content_groups`. Return None if a row has no hard negative, or if there are no rows.
     """

@@ -266,5 +266,5 @@ def _read_state(folder: Path) -> _State | None:
 
 
 def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
-    # An ordinary array over the map: slices of numpy's own class cost more. An empty file cannot be mapped.
+    # A plain array, because slices of a `memmap` are slower. An empty file cannot be mapped.
     return np.memmap(path, dtype, mode="r", shape=(length,)).view(np.ndarray) if length else np.empty(0, dtype)

@@ -17,7 +17,7 @@ from typing import Any
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json
 
-MAX_TOKEN_ID = 2**24  # tokenizers writes a line for every number up to the largest id
+MAX_TOKEN_ID = 2**24  # ids must be below it; tokenizers writes a line for every number up to the largest id
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MAX_BYTES = 2**26
 _MAX_TEXT = 10_000  # characters of a pattern, or of another text in a step

@@ -261,7 +261,7 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query, (Q,), whose mean is the mean of the tasks' means, for `bootstrap_interval`.
+    """Return one value per query (Q,) for `bootstrap_interval`; their mean is the mean of the tasks' means.
 
     `values` has {query: value} for each task. Tasks may share queries, such as one exercise in many pairs of languages;
     a resample draws such a query with all its tasks. A query's value is the mean of the tasks' means, plus Q times the

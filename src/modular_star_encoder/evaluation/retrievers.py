@@ -28,7 +28,7 @@ from modular_star_encoder.utils.files import staged_file
 BLOCK = 1 << 22  # scores per block: 32 MiB in float64
 HELD = 1 << 25  # largest number of components of document vectors in memory at once: 256 MiB in float64
 _PAIRS = 4096  # pairs of vectors in memory at once
-_NOTHING = 2.0**-24  # smaller similarities become 0: there float32 is finer than the error of float64 sums
+_NOTHING = 2.0**-24  # smaller similarities become 0, because float32 steps there are finer than errors of float64 sums
 
 
 class ExitVariant(NamedTuple):
@@ -39,7 +39,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R successive queries, the first of number `row`, and C documents, the first `column`."""
+    """Scores (R, C) float32 of R queries, numbered from `row`, and C documents, numbered from `column`."""
 
     row: int
     column: int
@@ -95,7 +95,7 @@ class EmbeddingRetriever(Retriever):
         """Embed the (prompt, text) pairs that are not cached yet, longest first, at all `exit_layers` in one pass."""
         texts = list(dict.fromkeys(texts))
         absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self._space(k), texts))}
-        # A text that is missing at one exit is embedded at all: the pass to the deepest exit computes the others too.
+        # A text that one exit lacks is embedded for all these exits: the pass to the deepest computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
         for start in tqdm(starts, desc=f"embedding, {self.name}", unit="shard", disable=not progress, leave=False):
@@ -160,7 +160,7 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Return the similarities (Q, D) of unit vectors (Q, F) and (D, F), bit for bit as `CosineScores.of_pairs`."""
+    """Return the similarities (Q, D) of unit vectors (Q, F) and (D, F), bit for bit as `CosineScores.of_pairs` does."""
     products = queries @ documents.T
     # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52

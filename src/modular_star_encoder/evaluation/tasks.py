@@ -38,7 +38,7 @@ class TaskResult:
     exit_layer: int | None  # None if the retriever has no exits
     dimensions: int | None  # embedding size; None if embeddings are not truncated
     estimates: Mapping[str, Estimate]  # {metric: estimate}; the first is the task's main metric
-    values: Sequence[float]  # the main metric of each query in `ids`; for F1 the outcome of each pair
+    values: Sequence[float]  # main metric of each query in `ids`; for F1 each pair's outcome (see `metrics.outcomes`)
     ids: Sequence[str]  # ids of the queries with a relevant document; empty for pairs
     candidates: int  # number of candidates of a query, in the largest pool; 0 for pairs
     threshold: float | None = None  # pairs with at least this similarity are classified as positive

@@ -14,7 +14,7 @@ from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.utils.errors import UserError
 
-# Similarities computed at once, of all exits: 2**20 float32 are 4 MiB, however large the batch.
+# Number of similarities computed at once, over all exits: 2**20 float32 are 4 MiB, however large the batch.
 SCORES_PER_CHUNK = 2**20
 
 
@@ -94,7 +94,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean (E,) over its embedding sizes; `found` maps a size to one value per exit with it."""
+        """Return each exit's mean (E,) over its embedding sizes; `found`: size → one value per exit with this size."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -207,7 +207,7 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], 
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
-    """Return each exit's KL divergence (E,) from its teacher's distribution, summed over rows, × temperature²."""
+    """Return each exit's KL divergence (E,) from its teacher's distribution: the sum over rows, times temperature²."""
     temperature = scoring.settings.distillation_temperature
     # The distillation term must not train the scale.
     scale = scoring.logit_scale.detach() / temperature

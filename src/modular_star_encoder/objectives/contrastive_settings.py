@@ -89,7 +89,7 @@ class ContrastiveSettings:
 
     @property
     def leaves_out_false_negatives(self) -> bool:
-        """Whether negatives that look like positives are masked."""
+        """Whether negatives that are probably positives are masked, so that the loss leaves them out."""
         return self.false_negative_margin is not None or self.false_negative_factor is not None
 
     def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
@@ -100,8 +100,8 @@ class ContrastiveSettings:
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model.
 
-        Exits in the settings must be among the trained `exit_layers`, and sizes at most `embedding_size`. If training
-        `rotates`, a step has the deepest exit and one other, so teacher and alignment target must be the deepest.
+        Exits in the settings must be among the trained `exit_layers`, and sizes at most `embedding_size`. If `rotates`,
+        each step trains the deepest exit and one other, so teacher and alignment target must be the deepest exit.
         """
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
@@ -124,7 +124,7 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError unless `rows` (side → number of rows) fits `pairs`: all sides, equal numbers in a pair."""
+        """Raise UserError unless `rows` (side → number of rows) has the sides of `pairs`, equal numbers in a pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."
@@ -151,7 +151,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Return the `numbers` of each process, in the order of ranks; every process must give equally many."""
+    """Return the `numbers` of each process, in the order of ranks; every process must pass equally many numbers."""
     processes = rank_and_count()[1]
     if processes == 1:
         return [list(numbers)]
@@ -161,11 +161,11 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
 
 
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return side → the embeddings of all processes, with gradient: (E, B, D) becomes (E, processes × B, D).
+    """Gather each side's embeddings from all processes, with gradient: (E, B, D) becomes (E, processes × B, D).
 
     The rows of the process with rank r begin at r × B. One collective operation gathers all sides and exits. The
     backward pass sums the gradients that all processes have for a row. If each process computes the loss of its own
-    rows, and a wrapper such as DDP averages gradients, they are exactly those of the loss on the joint batch.
+    rows, and a wrapper such as DDP averages gradients, the result is exactly the gradient of the joint batch's loss.
     """
     if rank_and_count()[1] == 1:
         return dict(stacks)

@@ -112,7 +112,7 @@ class DistillationObjective(ContrastiveObjective):
 
         Raises:
             UserError: a side of a pair is missing, the sides of a pair or the processes have different numbers of rows,
-                or a side lacks vectors of the teacher that have the embeddings' shape.
+                or the teacher's vectors of a side are missing or do not have the embeddings' shape.
         """
         weights, sides = self.distillation, self.settings.sides
         inputs = {side: {name: x for name, x in own.items() if name != "teacher"} for side, own in batch.items()}

@@ -24,7 +24,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of one side of a batch, cut to the first `width` columns, which hold all real tokens of these rows."""
+    """Some rows of one side of a batch, such as `query`, cut to the first `width` columns, which hold all tokens."""
 
     side: str
     rows: torch.Tensor  # (R,) indices of these rows in the batch
@@ -43,7 +43,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
     """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included.
 
     A text with more tokens forms a mini-batch of its own. Texts of a side are sorted by length, longest first, so that
-    little padding is left and a mini-batch too large for the memory fails at once. Padding on the left counts as text.
+    little padding is left and the mini-batch that needs most memory comes first. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -119,7 +119,7 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` among them."""
+    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` of any process."""
     texts = [number_of_texts(inputs) for inputs in sides.values()]
     everyones = gather_numbers([*texts, mini_batches], device)
     if any(others[:-1] != texts for others in everyones):
@@ -209,7 +209,7 @@ def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, boo
 
 @contextmanager
 def _autocast(settings: list[tuple[str, torch.dtype, bool, bool]]) -> Iterator[None]:
-    """Autocast by these settings in a `with` block, after emptying the cache of weights cast without a graph."""
+    """Context manager: autocast with these settings, after emptying the cache of weights cast without a graph."""
     torch.clear_autocast_cache()
     with ExitStack() as stack:
         for setting in settings:

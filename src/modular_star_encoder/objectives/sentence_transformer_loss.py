@@ -100,7 +100,7 @@ class MultiExitContrastiveLoss(nn.Module):
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """Add the embeddings of every exit to the transformer's features in a `with` block.
+        """Context manager: add the embeddings of every exit to the features that the transformer returns.
 
         The embeddings must be part of the wrapped model's output, because DDP searches it for used parameters.
         """

@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether `error` is a panic of a library in Rust, such as tokenizers, which is not an `Exception`."""
+    """Return whether `error` is a panic of a Rust library, such as tokenizers; a panic is not an `Exception`."""
     return type(error).__name__ == "PanicException"
 
 

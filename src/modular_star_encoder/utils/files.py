@@ -143,7 +143,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the temporary files that processes which no longer run have left for `target`."""
+    """Remove temporary files for `target` that were left by processes that no longer run."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         if (match := form.fullmatch(name)) and not _runs(int(match[1])):
@@ -173,7 +173,7 @@ def _remove(path: Path) -> None:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a value in the dataclass instance `record`, or in one inside it, has not its field's type."""
+    """Raise TypeError if a field of the dataclass instance `record`, or of one inside it, has a value of wrong type."""
     for name, kind in _hints(type(record)).items():
         if not fits(value := getattr(record, name), kind):
             raise TypeError(f"{name} has a value of the wrong type or size: {str(value)[:60]}")

@@ -172,7 +172,7 @@ class HTTPClient:
         content = bytearray()
         async with self._client.stream(method, url, json=body) as stream:
             if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
-                # httpx decodes a whole chunk at once. With two encodings, or another one, it may become gigabytes.
+                # httpx decodes a whole chunk at once. With two encodings, or a rare one, it may grow to gigabytes.
                 message = f"{url_host(url)} sends content encoded as {encoding[:40]!r}; only {_ENCODINGS} can be read."
                 raise HTTPRequestError("http.encoding", message, status=stream.status_code)
             async for part in stream.aiter_bytes():

@@ -40,7 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return `processor`, `cores`, torch's `threads` and `memory_gb` (10^9 bytes or None); on cuda also the GPU's."""
+    """Return the processor, its cores, torch's threads and `memory_gb` (10^9 bytes, or None); on cuda also the GPU."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -64,7 +64,7 @@ def processor_model() -> str:
 
 
 def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Return the versions of Python and of `packages`, by name; None for a package that isn't installed."""
+    """Return {name: version} of Python and of `packages`; the version is None if a package isn't installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:

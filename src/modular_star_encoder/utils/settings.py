@@ -40,7 +40,7 @@ _shown = _short.repr
 
 
 def _number(value: Any) -> Any:
-    """Convert a string such as `1e5` (YAML reads it as text) to a number; reject true and false, unlike pydantic."""
+    """Convert a string such as `1e5`, which YAML reads as text, to a number; reject true and false."""
     try:
         if not isinstance(value, bool):
             return float(value) if isinstance(value, str) else value

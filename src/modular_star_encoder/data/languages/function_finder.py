@@ -157,7 +157,7 @@ class _Finder:
                     before = functions[key].node if key in functions else None
                     if before is None or len(range(*before.byte_range)) < len(range(*node.byte_range)):
                         functions[key] = _Definition(node, name, True, body)
-                elif name != "exports":  # `module.exports = {…}` names nothing
+                elif name != "exports":  # `module.exports = {…}` gives no name to what is inside
                     scopes.append(_Definition(captures["scope"][0], name, False, body))
         self._definitions = sorted(
             [*scopes, *functions.values()], key=lambda one: (one.node.start_byte, -one.node.end_byte)

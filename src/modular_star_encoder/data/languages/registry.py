@@ -24,7 +24,7 @@ class Language:
     query: str = ""  # name of the query's file in `queries`, without suffix; by default the language's name
     grammar: str = ""  # Python module of its tree-sitter grammar; by default that of tree-sitter-language-pack
     grammar_function: str = "language"  # the module's function that returns the grammar
-    display_name: str = ""  # how prompts and data sets write it, if not like `name`
+    display_name: str = ""  # how prompts and data sets write the language, if not as `name`
     opening: str = ""  # what a file must begin with, such as PHP's `<?php`
     frames: Sequence[Sequence[str]] = ()  # (text before, text after) that make a snippet a file: a method needs a class
     has_macros: bool = False  # whether macros of the preprocessor may look like syntax errors
@@ -35,7 +35,7 @@ class Language:
     has_member_names: bool = False  # whether a function may be assigned to a member: `Stack.prototype.push`
     has_docstrings: bool = False  # whether documentation is a string inside the function
     line_comment: str = r"\s*//+[!<]*"  # pattern of the marker that begins a line comment
-    directive: str = r"(?!)"  # pattern that begins a comment for tools, besides the patterns of all languages
+    directive: str = r"(?!)"  # pattern of the beginning of comments for tools, besides those in all languages
     documented_by_blocks: bool = False  # whether only `/** */` comments document a function
     gap: str = r"\s*"  # pattern of the text allowed between a comment and its function
     markup: Sequence[str] = ("html",)  # in comments: `html`, `doxygen`, `rdoc`
@@ -97,7 +97,7 @@ _CPP_LINE = re.compile(
 
 
 def language_entry(name: str) -> Language:
-    """Return the entry of a language; UserError (`data.language.unknown`) if `name` is unknown."""
+    """Return the settings of a language (`languages.toml`); UserError (`data.language.unknown`) if it is unknown."""
     if name not in _LANGUAGE:
         raise UserError("data.language.unknown", f"Unknown language {name!r}. Available: {', '.join(_LANGUAGE)}.")
     return _LANGUAGE[name]

@@ -22,7 +22,7 @@ class SourceFile:
     path: str  # with forward slashes, relative to the repository or to site-packages
     language: str  # lower-case name
     text: str  # without a byte-order mark; with the line ends of the file
-    license: str | None = None  # as the source of the file reports it
+    license: str | None = None  # of the file, as its data set reports it
 
 
 class SourceReader:
@@ -197,7 +197,7 @@ class FileFilters:
     max_average_line_length: float | None = None
     min_alphabetic_share: float = 0.0  # share of letters among the characters
     any_encoding: bool = False  # whether files that are not UTF-8 are read, by `decode_source`
-    generated: bool = True  # whether files written by a program are kept; so for the kinds of files below
+    generated: bool = True  # whether files written by a program are kept; the fields below: other kinds of files
     marked_generated: bool = True  # files marked as generated and not to be edited
     minified: bool = True
     encoded_data: bool = True  # files with long Base64 or hexadecimal data

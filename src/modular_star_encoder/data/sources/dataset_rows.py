@@ -111,7 +111,7 @@ class _DatasetRows:
             for place, row in self.read():
                 yield place, row
         except Exception as error:
-            # The errors of pyarrow, which is slow to import, are ValueErrors, OSErrors and others.
+            # pyarrow is slow to import, so its errors (ValueErrors and others) are recognised by their module's name.
             arrow = type(error).__module__.startswith("pyarrow")
             if not arrow and not isinstance(error, OSError | EOFError | zlib.error | csv.Error):
                 raise

@@ -63,7 +63,7 @@ class _Rule:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """The rules for the files and folders directly in a folder."""
+    """The ignore rules for the files and folders directly in a folder."""
 
     rules: tuple[_Rule, ...]  # the last one that fits decides
     repository: "_Repository"
@@ -146,7 +146,7 @@ def _rules(file: str, folder: str) -> list[_Rule]:
     for line in content.split(b"\n"):
         line = line.removesuffix(b"\r")
         glob = line.rstrip(b" ")
-        if (len(glob) - len(glob.rstrip(b"\\"))) % 2:  # the last backslash spells the space after it
+        if (len(glob) - len(glob.rstrip(b"\\"))) % 2:  # the last backslash escapes the space after it
             glob = line[: len(glob) + 1]
         if not glob or glob.startswith(b"#"):
             continue
@@ -169,8 +169,8 @@ _GLOB = re.compile(
 )
 _LITERAL = re.compile(rb"[^*?\[\\]*")
 _SIMPLE = {"folders": b"(?:.*/)?", "all": b".*", "some": b"[^/]*", "one": b"[^/]"}
-# The same for a wildcard that another one of its kind follows. What is between the two may match at the first possible
-# place, because the second wildcard reaches every later place. Others are not tried, which would take exponential time.
+# Like `_SIMPLE`, for a wildcard that another one of its kind follows. What is between the two is matched only at its
+# first place: the second wildcard reaches every later place, and trying them all would take exponential time.
 _FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]*?"}
 
 
@@ -219,7 +219,7 @@ _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<las
 
 
 def _set(glob: bytes, at: int) -> tuple[list[int], int]:
-    """Read a set such as `[a-z]` from `at`, after its `[`; return (the bytes that it matches, the place after it)."""
+    """Read a set such as `[a-z]` from `at`, after its `[`; return (the bytes that it matches, the index after it)."""
     is_negative = glob[at : at + 1] in (b"!", b"^")
     at += is_negative
     first, chosen = at, set()

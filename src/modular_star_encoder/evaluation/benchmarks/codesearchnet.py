@@ -69,7 +69,7 @@ class _Candidate(FileRow):
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return the languages that have files in `folder`, at least one; `{0}` in a pattern stands for the language."""
+    """Return those of `languages` with files in `folder`, at least one. `{0}` in a pattern stands for the language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -105,7 +105,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """Return {url: documented function} of the functions in one language, in the order of the files.
+    """Return {url: documented function} for the functions of one language, in the order of the files.
 
     With `leaky`, Python code keeps its docstring, as in most published evaluations.
     """

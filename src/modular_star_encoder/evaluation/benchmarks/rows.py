@@ -108,9 +108,9 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if a file has `found` rows of `what` instead of `expected`; `allow_subset` permits fewer.
+    """Raise UserError if a file has `found` instead of `expected` rows; `allow_subset` permits fewer.
 
-    Returns notes that are printed with the results: one if there are fewer rows, otherwise none.
+    `what` names the rows, such as "pairs". Returns notes to print with the results: one if there are fewer rows.
     """
     if found == expected:
         return ()
