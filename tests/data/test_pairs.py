@@ -127,8 +127,8 @@ BAD = {
 BAD_IN_JSON = {
     "repository_name is not a text": row(repository_name=5),
     SURROGATES: row(repository_name="\ud800"),
-    "no JSON": "[" * 100_000,
-    "no JSON object": "[1]",
+    "not JSON": "[" * 100_000,
+    "not a JSON object": "[1]",
     "no column func2; `columns` names the columns to read": row(without="func2"),
 }
 
@@ -199,7 +199,7 @@ BAD_FOR_TRAINING = {
     "description in place of code": row(func1_CSN="adds the two numbers of 0"),
     "prose in place of code": row(func2="This function adds two integers in Go."),
     SURROGATES: row(func2=GO + "// \ud800"),
-    "no JSON": "{",
+    "not JSON": "{",
 }
 
 
@@ -223,7 +223,7 @@ def test_hard_negatives_are_code_that_is_not_the_rows_own(tmp_path):
     source = {"source": str(write(tmp_path / "rows.jsonl", rows)), "columns": {"negative": "worse"}}
     found = read({"triplets": source})["triplets"]
     assert [text.negative for text in found.texts] == [Snippet("python", "def sub(a, b): ...")]
-    assert found.skipped == {"its own code as the negative": 1, "prose in place of code": 1}
+    assert found.skipped == {"hard negative is the code itself": 1, "prose in place of code": 1}
     with raises("data.sources.negatives", "data.functions"):
         read({"functions": {"folder": str(tmp_path)}, "triplets": source})
 
@@ -249,15 +249,15 @@ def test_parallel_solutions_have_no_description_and_only_our_languages(tmp_path)
     found = read({"parallel": str(write(tmp_path / "exercises.jsonl", rows))})["parallel"]
     assert found.texts == [RetrievalExample("", (Snippet("python", PYTHON), Snippet("go", GO)), "add")]
     once = (
-        "language rust, none of ours",
+        "unsupported language rust",
         "prose in place of code",
         "no slug, or no mapping code",
         SURROGATES,
-        "no JSON",
+        "not JSON",
     )
     assert found.skipped == dict.fromkeys(once, 1) | {"fewer than two solutions": 2}
     assert found.examples["fewer than two solutions"][0].endswith('line 2: "lonely"')
-    assert found.examples["no JSON"][0].endswith("line 6: {")
+    assert found.examples["not JSON"][0].endswith("line 6: {")
     assert found.examples[SURROGATES][0].encode()
 
 
@@ -299,7 +299,7 @@ def test_negatives_of_pairs_are_texts_or_lists_and_a_lone_repository_separates_n
 def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
     bad = {"empty Question": pair(" "), "empty code": pair(positive=None), "code is not a text": pair(positive=3)}
     bad |= {"code has more than 100,000 characters": pair(positive="x" * 100_001), SURROGATES: pair("\ud800")}
-    bad |= {"code equals another text of the row": pair("x"), "no JSON": "{"}
+    bad |= {"code equals another text of the row": pair("x"), "not JSON": "{"}
     bad["code equals another text of the row"]["code"] = "x"
     file = write(tmp_path / "a.jsonl", [pair(), *[row for row in bad.values() for _ in range(4)]])
     found = read({"pairs": str(file)})["pairs"]
@@ -317,7 +317,7 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path):
         ("a.csv", b'query,code\nx,y = 1,z\n"add,x = 1\nsub,x = 2\n', "empty", "a.csv, line 2"),
         ("a.csv", b'query,code\n"add,x = 1\nsub,x = 2\n', "empty", "quotation mark"),
         ("a.jsonl", b"", "empty", "it is empty"),
-        ("a.jsonl", b'{"query": ' + b"[" * 100_000, "empty", "a.jsonl, line 1: no JSON"),
+        ("a.jsonl", b'{"query": ' + b"[" * 100_000, "empty", "a.jsonl, line 1: not JSON"),
         ("a.parquet", b"PAR1", "unreadable", "not parquet"),
         ("a.csv.gz", b"query,code\n", "damaged", "Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"query": "a", "code": "1"}\n' * 200, mtime=0)[:-9], "damaged", "ended before"),

@@ -98,7 +98,7 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
     shared = data.report["shared_with_held_out"]
     assert shared > 0
     assert len(data.train) + len(data.held_out) + shared == 80
-    assert data.report["sources"]["parallel"]["skipped"] == {"language rust, none of ours": 20}
+    assert data.report["sources"]["parallel"]["skipped"] == {"unsupported language rust": 20}
     assert data.report["held_out_repositories"] == sorted({text.repository for text in data.held_out})
 
 

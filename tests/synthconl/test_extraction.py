@@ -113,5 +113,5 @@ def test_a_corpus_that_cannot_be_opened_is_one_sentence(tmp_path):
     with raises("data.corpus.source"):
         rows_of({"depth": 1})
     (tmp_path / "rows.jsonl").write_text('{"language": "python"')
-    with raises("synthconl.codesearchnet", "line 1", "(no JSON)"):
+    with raises("synthconl.codesearchnet", "line 1", "(not JSON)"):
         rows_of({"codesearchnet": str(tmp_path / "rows.jsonl")})

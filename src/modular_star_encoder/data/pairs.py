@@ -364,7 +364,7 @@ def _code_fault(row: RetrievalExample) -> str | None:
     codes = [*row.snippets, *([row.negative] if row.negative else [])]
     faults = [*(_not_code(one.code, row.description) for one in codes), not_unicode(row.description)]
     if row.negative and code_key(row.negative.code) in {code_key(one.code) for one in row.snippets}:
-        faults.append("its own code as the negative")
+        faults.append("hard negative is the code itself")
     return next(filter(None, faults), None)
 
 
@@ -388,7 +388,7 @@ def _parallel(
             if solution is None:  # in parquet, every row has every language
                 continue
             known = language_named(language)
-            if reason := _not_code(solution) if known in LANGUAGES else f"language {language}, none of ours":
+            if reason := _not_code(solution) if known in LANGUAGES else f"unsupported language {language}":
                 yield reason, solution
             else:
                 snippets.append(Snippet(known or "", solution))

@@ -272,9 +272,9 @@ def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        row, fault = json.loads(line), "no JSON object"
+                        row, fault = json.loads(line), "not a JSON object"
                     except (ValueError, RecursionError):  # too deeply nested brackets
-                        row, fault = None, "no JSON"
+                        row, fault = None, "not JSON"
                     yield f"{file}, line {number}", row if isinstance(row, dict) else BadLine(fault, line.strip())
 
 
