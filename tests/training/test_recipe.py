@@ -19,7 +19,7 @@ def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
     assert all(";" in line for line in lines.values()), [line for line in lines.values() if ";" not in line]
     if kind is FinetuningRecipe:
         assert "float, default 0.05; fraction of each source's rows" in lines["eval_fraction"]
-        assert "required; number of pairs in a step" in lines["batch_size"]
+        assert "required; number of pairs per step over all devices" in lines["batch_size"]
         teachers = "'deepest' | 'next_deeper' | 'ensemble' | int"
         assert f"{teachers}, default deepest; exit whose scores" in lines["objective.teacher"]
         assert lines["learning_rate"].endswith("required; peak of the learning-rate schedule.")

@@ -29,10 +29,10 @@ class RepositorySettings:
         exit_layer: with `slice_of`, the exit at which the model is cut.
         only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
         branch: branch of the repository.
-        trained_from: earlier entry from whose model the training of this one started, as NAME or NAME@BRANCH.
+        trained_from: earlier entry with the model from which this one was trained, as NAME or NAME@BRANCH.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
-            (training_log.json). A slice has the results of its parent at the same exits.
+            (training_log.json). A slice takes over its parent's results at the exits that it has.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
         training_log: file from `mose pretrain` or `mose finetune`; by default the `training_log.json` in the
             checkpoint's folder or its parent folder, if it exists.
@@ -68,7 +68,7 @@ class RepositorySettings:
         if self.slice_of and given:
             key, fault = "slice", f"is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}"
         elif self.slice_of is None and self.checkpoint is None:
-            key, fault = "checkpoint", "needs one of `checkpoint` and `slice_of`"
+            key, fault = "checkpoint", "needs either `checkpoint` or `slice_of`"
         elif (self.slice_of is None) != (self.exit_layer is None):
             key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
         elif outside:

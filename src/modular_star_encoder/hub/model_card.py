@@ -34,7 +34,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice: those at the exits in `parameters`, where it equals the uncut model."""
+        """Return the measurements of a slice, which are those of the uncut model at the exits in `parameters`."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -60,7 +60,7 @@ class StagedRepository:
     measurements: Measurements  # measurements of the exits
     figure: str | None = None  # file name of the figure; None if there is none
     parent: "StagedRepository | None" = None  # model from which it was cut, or from which its training started
-    # (exit, link, SHA-256 of the weights) of each slice; without its revision, because the slice's card links here
+    # (exit, link, SHA-256 of its weights) of each slice; the link has no revision, because slices are uploaded later
     slices: Sequence[tuple[int, str, str]] = ()
     training_rows: Sequence[tuple[str, Any]] = ()
     recipe: str = ""  # training recipe as YAML
@@ -112,7 +112,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot scores by latency, or by depth without a profile. Return the file name; None for one exit or no score."""
+    """Plot scores by latency (by depth if there is no profile); return the file name, or None if there is no plot."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -157,7 +157,7 @@ def _cost_rows(profile: ExitProfile | None, exits: Sequence[int]) -> Iterator[tu
             yield name, [UNKNOWN if value is None else form.format(value * scale) for value in values]
 
 
-_quoted = partial(json.dumps, ensure_ascii=False)  # a text as a Python literal
+_quoted = partial(json.dumps, ensure_ascii=False)  # formats a text as a string literal of Python
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:

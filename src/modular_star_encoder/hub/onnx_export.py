@@ -10,7 +10,7 @@ text-embeddings-inference expects. The folder is for text-embeddings-inference a
     modules.json, 1_Pooling/, …       a SentenceTransformer, with module names that all versions accept
     onnx/model.onnx                   the exit; it is compared with the model before the folder appears
     onnx/model_qint8.onnx             the exit with 8-bit weights, if requested
-    onnx/export.json                  differences from the model; scores of the model and the ONNX files on tasks
+    onnx/export.json                  differences between outputs; scores of the model and the ONNX files on tasks
 
 optimum's ONNX package needs transformers below 4.58 (optimum-onnx 0.1.0), which supports neither this model nor the
 tokenizer class of transformers 5. The folder therefore declares another model type and tokenizer class.
@@ -64,14 +64,14 @@ _STARCODER2 = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias", "bos_token_id"),
 )
-# Rounding may change the order of documents with nearly equal scores, which changes a mean metric by less than this.
+# Largest allowed difference in a mean metric: rounding may reorder documents with nearly equal scores.
 SCORE_TOLERANCE = 1e-3
 
 TOLERANCE = 1e-4
 
 SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
-"""One scale per output, and 7 of the 8 bits: on x86 processors without VNNI, sums of two 8-bit products saturate
-(onnxruntime's guide to quantisation), so a loss of quality that was measured with VNNI would not hold there."""
+"""Options of onnxruntime's quantiser: one scale per output channel, and 7 of the 8 bits. With all 8 bits, sums of two
+products saturate on x86 processors without VNNI, so that scores measured with VNNI would not hold there."""
 
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
@@ -135,7 +135,7 @@ def export_onnx(
 
 
 def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
-    """Return the module that `export_onnx` exports, in evaluation mode; it shares the weights of `model`."""
+    """Return a module that computes one exit, to be exported: in evaluation mode, with the weights of `model`."""
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     # Skipping padding needs the lengths as Python numbers, which an exported graph does not have.
     cut.config.unpad_inputs = False
@@ -226,9 +226,9 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
     with naming_extra():
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
-    # The quantiser gives the weights file a name that serving software does not expect.
+    # Write to a temporary folder, because the quantiser gives the weights file a name that servers do not expect.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
-        # Only the two kinds of weights: a transposed copy of a head's weights can't have one scale per output.
+        # Only token embeddings and linear layers: a head's transposed weights can't have one scale per output.
         options = SETTINGS | {"op_types_to_quantize": ["Gather", "MatMul"]}
         options["use_external_data_format"] = Path(f"{os.fspath(source)}_data").exists()
         draft = Path(folder, "model.onnx")
@@ -256,7 +256,7 @@ def export_onnx_folder(
     """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
 
     The folder is written only if the ONNX file agrees with the model in its outputs for random texts, and in its scores
-    on `tasks`. In the folder, `onnx/export.json` has the differences, and the scores, also of the 8-bit file.
+    on `tasks`. Its file `onnx/export.json` has the differences and the scores; the 8-bit file is scored, too.
 
     Args:
         checkpoint: a folder or Hub repository.
@@ -385,6 +385,6 @@ def compare_scores(
     for table in report.tables:
         for row in table.rows:
             if row.retriever == "float32" and row.difference and abs(row.difference.value) > SCORE_TOLERANCE:
-                found = f"by {row.difference.value:+.4f} (allowed: {SCORE_TOLERANCE:g}) in {table.title}"
-                raise UserError("hub.onnx.rankings", f"{table.metric} of ONNX file and model differ {found}.")
+                found = f"differs from the model's by {row.difference.value:+.4f} (allowed: {SCORE_TOLERANCE:g})"
+                raise UserError("hub.onnx.rankings", f"The ONNX file's {table.metric} in {table.title} {found}.")
     return report

@@ -1,6 +1,6 @@
-"""Publish repositories on the Hub: check them, then report what would change or upload it, one commit per repository.
+"""Publish repositories on the Hub: check them, then report the changes or upload them, one commit per repository.
 
-Repositories must hold no secrets, and give, without this package, the embeddings of their source checkpoints.
+The checks: a repository has no secrets, and gives the embeddings of its source checkpoint without this package.
 """
 
 import hashlib
@@ -38,10 +38,10 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import scratch_folder, staged_folder
 from modular_star_encoder.utils.http import check_hub, wrap_hub_errors
 
-KEPT = (".gitattributes",)  # files that the Hub creates
+KEPT = (".gitattributes",)  # files that the Hub creates and no commit deletes
 ADDED, CHANGED, DELETED = "+", "~", "-"
 
-# The other files that `stage_repositories` may write; what a repository lacks shows when it is loaded.
+# All files except weights that `stage_repositories` may write. If one is missing, loading the repository shows it.
 EXPECTED = {
     *("configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py", "config.json"),
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -64,7 +64,7 @@ TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-"""dtype → largest allowed difference in a component of a unit vector: pooling outside the model rounds differently."""
+"""{dtype: largest allowed difference in a component of a unit vector}; pooling outside the model rounds differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Publication:
     repository: str
     branch: str
     changes: tuple[Change, ...]  # differences between the staged files and the Hub
-    revision: str | None  # latest commit of the branch; None if the branch does not exist or `unreachable`
+    revision: str | None  # latest commit of the branch; None if the branch does not exist or the Hub is unreachable
     uploaded: bool = False  # whether the changes were uploaded
     difference: float | None = None  # largest difference between embeddings of repository and source checkpoint
     unreachable: str = ""  # why a dry run could not compare the files with the Hub; `changes` then has all files
@@ -93,8 +93,8 @@ class Publication:
         lines = [f"{change.size:>14,}  {change.kind} {change.path}" for change in self.changes]
         if self.difference is not None:
             lines.append(
-                "verified: no secret, pickle or unexpected file; loaded without this package, all exits embed as the "
-                f"checkpoint does, with differences of at most {self.difference:.1e}"
+                "verified: no secret, pickle or unexpected file; loaded without this package, all exits give the "
+                f"checkpoint's embeddings, with differences of at most {self.difference:.1e}"
             )
         if self.unreachable:
             lines.append(f"not compared with the Hub: {self.unreachable}")
@@ -116,7 +116,7 @@ def publish(
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
     Verification looks for secrets, pickles and unexpected files, and compares the embeddings of each source checkpoint
-    with those of a new process that has the repository's code but not this package. If a repository fails, nothing is
+    with those of a new process that has the repository's code but not this package. If one repository fails, none is
     uploaded. Each changed repository gets one commit, parents first. If an upload fails, each repository has either its
     old or its new revision, and the next call uploads the rest.
 
@@ -126,7 +126,7 @@ def publish(
         private: whether new repositories are private.
         staging: folder in which to keep the staged repositories; it must be empty or not exist. By default they are
             removed.
-        api: client of the Hub; by default it uses `hf auth login`, `HF_TOKEN` and `HF_ENDPOINT`.
+        api: client of the Hub; by default one with the token of `hf auth login` or `HF_TOKEN`, and `HF_ENDPOINT`.
         progress: whether to show progress.
 
     Returns:
@@ -277,7 +277,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch on the Hub equal to the staged files, in one commit; raise OSError if someone else changes it."""
+    """Make a branch equal the staged files, in one commit, or only list changes; OSError if it changes meanwhile."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
@@ -302,7 +302,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """Return the changes, sorted by path, that turn files on the Hub, `there` {path: file}, into those of a folder."""
+    """Return the changes, sorted by path, that make the files on the Hub (`there`, {path: file}) equal to a folder."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():

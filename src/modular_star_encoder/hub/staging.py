@@ -42,7 +42,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write each repository of a manifest, with its card, to `folder/KEY`: the key of its entry, with `--` for `/`."""
+    """Write each repository of a manifest and its card to `folder/KEY`. KEY is the entry's key with `--` for `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -69,7 +69,7 @@ def _stage(
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
     write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
-    if not uncut:  # the weights stay as they are: files may hold fewer bits than the model computes with
+    if not uncut:  # publish the original weights, because the loaded model may have another dtype than its files
         for weights in folder.glob(WEIGHTS):
             weights.unlink()
         for weights in source.glob(WEIGHTS):
@@ -77,18 +77,18 @@ def _stage(
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
-        # The verification takes the mean of a pre-trained model's tokens, whatever pooling its configuration has.
+        # Use mean pooling for a pre-trained model, because the later check compares means of token states.
         own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
         write_sentence_transformer_files(folder, config, published, **own)
     prompts = stored_prompts(folder)
     if retrieval and not {"query", "document_python"} <= set(prompts):
         message = f"{source} lacks the prompts `query` and `document_python`, which the examples in the card use."
         raise UserError("hub.staging.prompts", message)
-    with torch.device("meta"):  # to count parameters without memory for weights
+    with torch.device("meta"):  # counts parameters without memory for weights
         parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}
     measured = uncut.measurements.cut(parameters) if uncut else _measure(entry, source, parameters)
     if measured.profile is not None:
-        # The checksum of the copy may differ from the source, which another version may have written.
+        # The copy's checksum may differ from the source's, which another version of this package may have written.
         replace(measured.profile, checkpoint=checkpoint_checksum(folder)).save(folder / PROFILE_NAME)
     try:
         figure = draw(measured, folder)
@@ -121,7 +121,7 @@ def _stage(
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
-        message = f"{source} holds an adapter: publish the merged model, which `mose finetune` also writes."
+        message = f"{source} has only adapters: publish the merged model, the folder model/ of `mose finetune`."
         raise UserError("hub.staging.checkpoint", message)
     check_checkpoint(source)
     architecture = AutoConfig.from_pretrained(source).architectures[0]
@@ -149,7 +149,7 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
-    """Return (name, value) rows from the training log, and the recipe as YAML; each is empty if it is unknown."""
+    """Return facts from the training log as (name, value), and the recipe as YAML; both are empty if unknown."""
     paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
     paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
     log = _read_settings(paths[0]) if paths else {}
@@ -178,7 +178,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def without_paths(settings: Any) -> Any:
-    """Return settings with "(a local path)" in place of each local path; names of models and datasets stay."""
+    """Return settings with "(a local path)" in place of each local path; Hub ids of models and datasets are kept."""
     if isinstance(settings, dict):
         return {name: without_paths(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):

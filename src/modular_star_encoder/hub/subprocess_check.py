@@ -58,7 +58,7 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
         process = subprocess.Popen(command, env=environment, text=True, **pipes)  # noqa: S603 - our own script
         errors = ""
         with bar, process, contextlib.ExitStack() as stack:
-            stack.callback(process.kill)  # if this process is interrupted; otherwise it has ended
+            stack.callback(process.kill)  # has an effect only if this process is interrupted
             while process.returncode is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     errors = process.communicate(timeout=1)[1]
@@ -115,7 +115,7 @@ def embed(
 
 
 def embed_batch(model: Any, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
-    """Return the embeddings (N, D) of N texts; for a model without embeddings, the normalised means of its tokens."""
+    """Return the embeddings (N, D) of N texts; if the model has none, the normalised means of its token states."""
     import torch
 
     output = model(**batch, **options)

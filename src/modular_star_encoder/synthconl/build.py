@@ -80,7 +80,7 @@ class NearDuplicateSettings(DuplicateSettings):
     """`DuplicateSettings` and the columns to compare.
 
     Args:
-        columns: `func1_CSN` (the functions), `func2` (their translations), or both.
+        columns: columns to compare: `func1_CSN` (the functions), `func2` (their translations), or both.
     """
 
     columns: Annotated[Sequence[Literal["func1_CSN", "func2"]], Constraint(min_length=1)] = ("func1_CSN", "func2")
@@ -88,7 +88,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
     if not {"source", "column"} <= set(options):
-        raise UserError("synthconl.recipe.against", f"A benchmark needs keys `source` and `column`, not {options}.")
+        raise UserError("synthconl.recipe.against", f"Each of `against` needs `source` and `column`, not {options}.")
     return options
 
 
@@ -109,12 +109,11 @@ class DatasetRecipe:
         translation: the model and its prompt; see `TranslationSettings`.
         languages: languages of the functions to extract.
         max_characters: largest number of characters of a function; longer functions are left out.
-        max_syntax_error_share: largest share of a translation that may fail to parse; 1 accepts any syntax.
+        max_syntax_error_share: largest share of a translation's bytes that may fail to parse; 1 accepts any syntax.
         near_duplicates: see `NearDuplicateSettings`.
-        against: {benchmark: {`source`, `column`}}. Rows near a text in this column are dropped. Further keys are
-            arguments of `open_dataset_rows`.
-        validation_rows: whole repositories are held out for validation until they have this many rows, or a fifth of
-            all rows if that is less.
+        against: {name of a benchmark: {`source`: file, folder or Hub id, `column`: name}}; rows that are near a text
+            in this column are dropped. Further keys are arguments of `open_dataset_rows`.
+        validation_rows: number of rows to hold out for validation, in whole repositories; at most a fifth of all rows.
         max_repository_share: a repository with a larger share of all rows is only used for validation if the smaller
             ones have too few rows.
         card: see `CardSettings`.
@@ -140,7 +139,7 @@ class DatasetRecipe:
             target_language("", language, seed=0, targets=self.translation.targets)
 
     def stage_settings(self) -> dict[str, dict[str, Any]]:
-        """Return {stage: {setting: JSON value}}, stages in order, with the settings that change a stage's result."""
+        """Return {stage: {setting: JSON value}} with the settings that change a stage's result, in order of stages."""
 
         def own(*names: str) -> dict[str, Any]:
             return {name: getattr(self, name) for name in names}
@@ -221,14 +220,14 @@ def functions(build: Build, out: Path) -> Report:
         message = f"`corpus` has no documented function to translate ({_listed(counts)})."
         raise UserError("synthconl.build.empty", message)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
-    if len(repositories) < 2:  # checked before the translation is paid for
+    if len(repositories) < 2:  # reported now, before the translation is paid for
         message = f"All functions are in repository {repositories.pop()!r}. The validation split needs a second one."
         raise UserError("synthconl.build.one_repository", message)
     return {"counts": dict(sorted(counts.items(), key=_place))}
 
 
 def translations(build: Build, out: Path) -> Report:
-    """Have the model translate each extracted function, write its answers to `out`, return `translate`'s report."""
+    """Have the model translate each extracted function; write the answers to `out`; return `translate`'s report."""
     settings, seed = build.recipe.translation, build.recipe.seed
     return translate(build.out / "functions", out, settings, seed=seed, progress=build.progress)
 
@@ -271,7 +270,7 @@ def triplets(build: Build, out: Path) -> Report:
 
 
 def near_duplicates(build: Build, out: Path) -> Report:
-    """Copy the triplets to `out` without near-duplicates. Report: see `drop_near_duplicates`."""
+    """Copy the triplets to `out` without near-duplicates; return the report of `drop_near_duplicates`."""
     settings = build.recipe.near_duplicates
     return drop_near_duplicates(
         build.out / "triplets",
@@ -285,7 +284,7 @@ def near_duplicates(build: Build, out: Path) -> Report:
 
 
 def split(build: Build, out: Path) -> Report:
-    """Draw the repositories of the validation split at random; report their names and the sizes of both splits."""
+    """Draw the validation split's repositories at random; return their names and the sizes of both splits."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share
@@ -309,7 +308,7 @@ def dataset(build: Build, out: Path) -> Report:
     (out / "data").mkdir()
     for name in SPLITS:
         write_split(out / "data", name, rows(name), DATASET_SCHEMA)
-    # Read the rows as a user does; a row that is not a triplet is a bug in this package.
+    # Read the rows as a user does. With `strict`, a row that is not a triplet, a bug in this package, is an error.
     statistics = dataset_statistics(chain.from_iterable(open_triplets(out, split=name, strict=True) for name in SPLITS))
     packages = ("modular-star-encoder", "rensa", "tree-sitter")
     card = dataset_card(
@@ -328,7 +327,7 @@ def dataset(build: Build, out: Path) -> Report:
 Stage = Callable[[Build, Path], Report]
 STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates, split, dataset)
 """All stages in order; each writes to a folder with its name, and returns the content of its `report.json`."""
-_CONTINUED = (translations, near_duplicates)  # these continue in their folders; other stages begin again
+_CONTINUED = (translations, near_duplicates)  # stages that continue after an interruption; the others begin again
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -343,7 +342,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return a key that sorts (name, count) for a report: files, functions, dropped (most first), kept."""
+    """Return a sort key of (name, count): files, rows, documented, dropped, kept; in each, the largest count first."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number

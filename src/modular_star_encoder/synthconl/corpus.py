@@ -52,10 +52,10 @@ _PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<l
 _MEMBER = re.compile(rb"(?P<name>[\w.-]+)[ /]+(?:\d+ +){4}(?P<size>\d{1,10}) *`\n")
 
 MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
-MAX_PACKAGE_ROWS = 7000  # pairs of one package; also its largest number of texts without a pair
-MAX_SAME_DESCRIPTION = 3  # pairs with the same description
+MAX_PACKAGE_ROWS = 7000  # largest number of pairs from one package, and of texts without a pair
+MAX_SAME_DESCRIPTION = 3  # largest number of pairs with the same description
 NEAR_DUPLICATE = 0.8  # smallest Jaccard similarity of character 5-grams at which two functions are near-duplicates
-VALIDATION_PAIRS = 8800  # or a fifth of all pairs if that is less
+VALIDATION_PAIRS = 8800  # number of pairs to hold out; a fifth of all pairs if that is less
 NEAR_EVALUATION = 0.7  # smallest Jaccard similarity of token 5-grams at which a text is near an evaluation text
 _TOKEN = {"code": re.compile(r"\w+|[^\w\s]"), "description": re.compile(r"\w+")}
 
@@ -72,7 +72,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The relative path of its folder of archives and, with `.jsonl.gz`, of its rows: REGISTRY/NAME=VERSION."""
+        """REGISTRY/NAME=VERSION: relative path of the package's archives and, with `.jsonl.gz`, of its rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
@@ -176,7 +176,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
     for deb in folder.glob("*.deb"):
         folder = temporary
         with deb.open("rb") as archive:
-            archive.seek(8)  # the members follow `!<arch>`, each after its name, four numbers and its size; see deb(5)
+            archive.seek(8)  # skip `!<arch>`; then each member follows its name, four numbers and its size: deb(5)
             while match := _MEMBER.fullmatch(archive.read(60)):
                 end = archive.tell() + int(match["size"])
                 if match["name"].startswith(b"data.tar"):
@@ -216,7 +216,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
     with (
         staged_file(target, resumable=True) as temporary,
         temporary.open("wb") as file,
-        gzip.GzipFile("", "wb", 6, file, mtime=0) as output,  # without name and time, equal rows are equal files
+        gzip.GzipFile("", "wb", 6, file, mtime=0) as output,  # no name and time, so that equal rows give equal files
     ):
         for line in map(_line, rows):
             digest.update(line)
@@ -225,7 +225,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' files to a corpus without equal or near rows; write it, and return its statistics."""
+    """Join the packages' files to a corpus without equal or near-duplicate rows; write it; return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -284,16 +284,16 @@ def _key(text: str) -> bytes:
 class EvaluationTexts:
     """Finds the texts that equal, or nearly equal, a text of an evaluation set, whole or cut to `MAX_CHARACTERS`.
 
-    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files; the name of
-    the file or folder names the set. From rows of CodeSearchNet, the benchmark's code and query are read. From other
-    rows, `code` (text, list or {language: text}), `description` and `query` are read, these two also by paragraph.
+    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files; it is named
+    after the file or folder. Its texts are the benchmark's code and query in rows of CodeSearchNet. In other rows, they
+    are `code` (text, list or {language: text}), `description` and `query`, and each paragraph of the last two.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
         self.counts: Counter[str] = Counter()  # "SET KIND" → number of texts
-        self._equal: dict[tuple[str, bytes], str] = {}  # (kind, key) → set
-        self._grams: dict[str, dict[int, list[int]]] = {kind: defaultdict(list) for kind in _TOKEN}  # → numbers
-        self._texts: list[tuple[str, int]] = []  # text number → (set, number of 5-grams)
+        self._equal: dict[tuple[str, bytes], str] = {}  # {(kind, hash of a text): name of the set}
+        self._grams: dict[str, dict[int, list[int]]] = {kind: defaultdict(list) for kind in _TOKEN}  # 5-gram → texts
+        self._texts: list[tuple[str, int]] = []  # for each text number: (name of the set, number of 5-grams)
         for source in map(Path, sources):
             for path in sorted(source.rglob("*.json*")) if source.is_dir() else [source]:
                 for kind, text in dict.fromkeys(_evaluation_texts(path)):
@@ -312,7 +312,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return "equal SET" or "near SET" if SET has such a text of `kind` ("code" or "description"), else None."""
+        """Return "equal SET" or "near SET" if set SET has such a text of `kind`, "code" or "description"; else None."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -331,7 +331,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code, description and query in a file, and for each paragraph of the latter two."""
+    """Yield (kind, text) for each code, description and query of a file, and each paragraph of the last two."""
     rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
     if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -347,7 +347,7 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of a corpus that equal an evaluation text in all letters and digits, or nearly equal one.
+    """Find the texts of a corpus whose letters and digits equal, or nearly equal, those of an evaluation text.
 
     Args:
         files: Files that `build_corpus` wrote.
@@ -355,8 +355,8 @@ def check_corpus(
         drop: Folder for copies of `files` without the rows in which a text was found; None writes no copies.
 
     Returns:
-        A report with the numbers of rows and of found texts in each file, for a model's card; and a line for each found
-        text, with its place and the evaluation set.
+        A report with the numbers of rows and of found texts in each file, for a model's card; and for each found text,
+        a line with its file, row, package and evaluation set.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
@@ -373,7 +373,7 @@ def check_corpus(
 
 
 def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, matches to `hits`."""
+    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
     for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
         row = row if isinstance(row, dict) else {}
         kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

@@ -42,13 +42,13 @@ Row = dict[str, str | None]
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: return a reader of source files or, for CodeSearchNet, its rows as (place, row).
 
-    `corpus` has one of two forms: the settings of `open_corpus`; or the key `codesearchnet`, whose value is a file,
-    folder or Hub dataset of CodeSearchNet's rows, with other keys that are passed to `open_dataset_rows`.
+    `corpus` has either the settings of `open_corpus`, or the key `codesearchnet` with a file, folder or Hub dataset of
+    CodeSearchNet's rows. In the second case, further keys are arguments of `open_dataset_rows`.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop("codesearchnet"), _CODESEARCHNET_COLUMNS, **options)
-    read = {*languages, "c"} if "cpp" in languages else languages  # headers of C++ are read as C
+    read = {*languages, "c"} if "cpp" in languages else languages  # because header files of C++ count as C
     return open_corpus({"languages": sorted(read), **corpus})
 
 
@@ -64,9 +64,9 @@ def function_rows(
     """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
     A function is dropped if its language is not in `languages`, if its code has more than `max_characters` characters,
-    or if an earlier function differs from it only in white space. To compare them, 16 bytes of each kept function stay
-    in memory. `counts` is updated with the number of rows or files read, the number of functions kept, and the number
-    of functions dropped for each reason.
+    or if an earlier function differs from it only in white space. For this comparison, 16 bytes of each kept function
+    stay in memory. `counts` gets the number of rows or files read, the number of functions kept, and the number of
+    functions dropped for each reason.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -134,7 +134,7 @@ def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
 
 
 MAX_SYNTAX_ERROR_SHARE = 0.05
-MAX_ANSWER_CHARACTERS = 2**17  # a recipe's functions have 8,000; parsers take seconds for nonsense of this length
+MAX_ANSWER_CHARACTERS = 2**17  # functions to translate have at most 8,000; longer nonsense is slow to parse
 
 _REASON_OF_FINISH = {
     ERROR: "not answered",
@@ -151,7 +151,7 @@ REASONS = (
 
 # Tags of code blocks that are neither names nor suffixes of their languages.
 _TAGS = {"python3": "python", "golang": "go", "node": "javascript"}
-# A fence, alone in its line or first in an item of a list; only an opening fence has a tag.
+# A Markdown code fence, alone on its line or first in a list item; only an opening fence has a tag.
 _FENCE = re.compile(
     r"(?P<lead>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^`\s]*)[^`]*"
 )
@@ -199,8 +199,8 @@ def clean_translation(
     Reasoning (`<think>…</think>`) and the indentation shared by all lines are removed.
 
     The code is accepted if it contains a function and parses as the target language. It may fail to parse in at most
-    `max_error_share` of its bytes, but then it must not parse as the source language; 1 skips all these checks. An
-    answer of more than `MAX_ANSWER_CHARACTERS` is rejected unread. Grammars are tolerant: of 200 functions in one
+    `max_error_share` of its bytes, but then it must not parse as the source language. A share of 1 skips these checks.
+    An answer of more than `MAX_ANSWER_CHARACTERS` is rejected unread. Grammars are tolerant: of 200 functions in one
     language, up to 72 % parse as another language with few errors (JavaScript as C++). This rule accepts at most 23 %
     of them as another language (Java as C++), and every function as its own language.
     """
@@ -208,7 +208,7 @@ def clean_translation(
         return Translation("", reason)
     if len(text) > MAX_ANSWER_CHARACTERS:
         return Translation("", "no function")
-    text = _REASONING.sub("", text.replace("\r\n", "\n"))  # a fence ends with its line
+    text = _REASONING.sub("", text.replace("\r\n", "\n"))  # `_FENCE` matches a line without \r
     blocks, plain = code_blocks(text), _CLOSING.sub("", _OPENING.sub("", text))
     if blocks and not _FENCE.match(text.lstrip()) and not _fault(plain, source_language, target_language, 0):
         blocks = []  # the fences are in comments of the code
@@ -260,7 +260,7 @@ def _block(opening: re.Match[str], lines: list[str], *, closed: bool) -> tuple[s
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
-    """Return why code is rejected as code of the language `target`; "" if it is accepted."""
+    """Return why `code` is rejected as a translation to the language `target`; "" if it is accepted."""
     if max_error_share >= 1:
         return ""
     share, has_function = check_syntax(code, target)

@@ -139,7 +139,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
             raise UserError("synthconl.near_duplicates.damaged", message) from error
         before = content.get("job", {}) if begun[0].name == REPORT else content
         if changed := [name for name in job if before.get(name) != job[name]]:
-            changes = f"other {', '.join(changed)}. Name another folder, or remove this one to start again"
+            changes = f"other {', '.join(changed)}. Choose another folder, or remove this one to start again"
             raise UserError("synthconl.near_duplicates.other_job", f"{out} was begun with {changes}.")
     return bool(begun)
 
@@ -152,7 +152,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write each shard's fingerprints to a file if it is missing; return the parts of each column, memory-mapped."""
+    """Write the missing files of fingerprints, one per shard; return memory-mapped parts for each of `columns`."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

@@ -1,7 +1,7 @@
 """Find near-duplicate texts: MinHash bands propose pairs, and the Jaccard similarity of each pair's shingles decides.
 
 Distinct rows are numbered in the order of their ids, so that no result depends on the order of the input. A pair of
-them is one uint64: the number of the first row in the upper 32 bits, that of the second row in the lower 32 bits.
+rows is one uint64, with the number of the first row in the upper and that of the second row in the lower 32 bits.
 """
 
 import warnings
@@ -34,7 +34,7 @@ _MULTIPLIERS = tuple(
     for value in (0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1, 0x510E527FADE682D1)
 )
 _MIX, _HALF, _MIXING_SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(32), np.uint64(29)
-_FILLER = "\U0010ffff"  # Unicode never assigns it
+_FILLER = "\U0010ffff"  # pads short texts; Unicode never assigns this code point
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +83,12 @@ class DuplicateSettings:
             `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the pairs of
             similarity 0.7, and many more pairs below it.
         match: two rows are near-duplicates if the texts in one column are (`"either"`), or in all columns (`"both"`).
-        bucket_limit: in each band, a row is compared with at most this many of the rows with the same hashes, smallest
-            ids first. So there are at most bands × `bucket_limit` pairs of eight bytes per row; ordinary corpora have
-            less than one pair per row.
-        giant_cluster: a cluster is a group of rows linked by near pairs, directly or through other rows. With at most
-            this many different rows, it keeps one row. A larger one can join unlike rows, because boilerplate links
-            them; it drops a row only if it is near a kept row of smaller id.
+        bucket_limit: largest number of rows with the same hashes in a band with which a row is compared; rows with the
+            smallest ids come first. This bounds memory: at most bands × `bucket_limit` pairs of eight bytes per row,
+            and less than one pair in ordinary corpora.
+        giant_cluster: largest number of different rows in a cluster that keeps only one row. A cluster is a group of
+            rows linked by near pairs, directly or through other rows. A larger cluster may link unlike rows through
+            boilerplate, so it drops a row only if this row is near a kept row of smaller id.
     """
 
     threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7
@@ -123,7 +123,7 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes = characters[:windows] * _MULTIPLIERS[0]
     for offset in range(1, size):
         hashes += characters[offset : offset + windows] * _MULTIPLIERS[offset]
-    # A sum of products is regular in its low bits; mixing is a bijection, so it creates no collisions.
+    # Mix the bits, because the low bits of such sums are regular. Mixing is a bijection: it adds no collisions.
     hashes ^= hashes >> _HALF
     hashes *= _MIX
     hashes ^= hashes >> _HALF
@@ -227,7 +227,7 @@ class NearDuplicates:
     giant_clusters: tuple[dict[str, int], ...]
     compared: int  # number of pairs of rows that were compared; with `match="either"`, the sum over the columns
     largest_bucket: int  # largest number of distinct rows with the same key in a band
-    rows_over_limit: int  # number of rows, in the band with most, that were compared with only a part of their bucket
+    rows_over_limit: int  # largest number of rows in a band that `bucket_limit` kept from some comparisons
 
     @property
     def counts(self) -> dict[str, int]:
@@ -249,16 +249,16 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,
     progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among n rows with one or more columns of text. A blank text makes no row near.
+    """Find the near-duplicates among n rows with one or more columns of text. Blank texts alone make no rows near.
 
     Which rows are kept depends on the texts and ids of the rows, not on their order.
 
     Args:
-        columns: For each column, the results of `fingerprint` (with `settings.banding`) on consecutive parts of it.
+        columns: For each column, the results of `fingerprint`, with `settings.banding`, for consecutive parts of it.
         order: The positions of the rows in the order of their ids, int64 (n,); by default 0 to n − 1. Of
             near-duplicates, the row with the smallest id is kept.
         against: {name of a set: its texts}. A row is dropped if the text in any of its columns is near one of these.
-            Whole texts are compared: a long text that contains a short one is not near it.
+            Whole texts are compared: a long text is not near a short text that it contains.
     """
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
@@ -298,7 +298,7 @@ def _matrix(part: pa.StructArray, name: str) -> np.ndarray:
 
 
 class _Column:
-    """The texts and fingerprints of one column, in m rows; `rows`, int64 (m,), are their positions in the input."""
+    """The texts and fingerprints of one column in m rows; `rows`, int64 (m,), has the rows' positions in the input."""
 
     def __init__(self, parts: Sequence[pa.StructArray], rows: np.ndarray) -> None:
         self._parts, self._rows = parts, rows
@@ -318,13 +318,13 @@ class _Column:
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the m distinct rows among n by the hashes of their texts, `digests` uint64 (n, 2 × columns).
 
-    `order`, int64 (n,), lists the rows by ascending id. Of equal rows, the first in it is the distinct one; a row with
-    only blank texts equals no other. Return the distinct rows by ascending id, int64 (m,), and for each of the n rows
-    the index of its equal among these, int64 (n,).
+    `order`, int64 (n,), lists the rows by ascending id. Of equal rows, the one of smallest id is distinct; a row with
+    only blank texts equals no other row. Return the distinct rows by ascending id, int64 (m,), and for each of the n
+    rows the index of the distinct row that it equals, int64 (n,).
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
-    by_id[blank, 0] = blank + 1  # so that they differ
+    by_id[blank, 0] = blank + 1  # so that no two blank rows are equal
     row_type = pa.binary(by_id.itemsize * by_id.shape[1])
     rows = pa.FixedSizeBinaryArray.from_buffers(row_type, len(by_id), [None, pa.py_buffer(by_id)])
     codes = rows.dictionary_encode().indices.to_numpy()  # numbers in the order in which rows first occur
@@ -336,9 +336,9 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return (candidate pairs, size of the largest bucket, number of rows over the limit in the band with most).
 
-    A bucket holds the rows of `others` with the same key in a band. Each row of `column` is paired with the first
-    `limit` rows of its bucket as (row, other row). If `others` is `column`, it is paired with the first `limit` earlier
-    rows as (earlier row, row). A row is over the limit if its bucket has more than `limit` such rows.
+    The bucket of a row of `column` has the rows of `others` with the same key in a band. The row is paired with the
+    first `limit` rows of its bucket, as (row, other row); if `others` is `column`, only with earlier rows, as (earlier
+    row, row). A row is over the limit if its bucket has more than `limit` such rows.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -369,7 +369,7 @@ def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _near_pairs(
     pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `pairs` near in all columns, and the smallest similarity of each.
+    """Return those of `pairs` that are near in all columns, and the smallest similarity of each over the columns.
 
     A pair's first row is in the columns `firsts`, its second row in the columns `seconds`.
     """
@@ -451,11 +451,11 @@ def _decide(
     first, second, values = first[clean], second[clean], near[1][clean]
     graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
     labels = connected_components(graph, directed=False)[1]
-    clusters = np.unique(labels, return_index=True)[1][labels]  # of each row, the smallest row of its component
+    clusters = np.unique(labels, return_index=True)[1][labels]  # for each row, the row of smallest id in its cluster
     sizes = np.bincount(clusters, minlength=count)
     is_giant = sizes[clusters] > giant_cluster
     kept = (clusters == np.arange(count)) | is_giant
-    # Pairs ascend, so it is known whether `one` is kept before its pairs with later rows come.
+    # Pairs are in ascending order, so all pairs that could drop `one` come before those in which it drops others.
     inside = np.flatnonzero(is_giant[first])
     for one, other in zip(first[inside].tolist(), second[inside].tolist(), strict=True):
         if kept[one]:
@@ -466,7 +466,7 @@ def _decide(
     reason[dropped] = _NEAR
     nearest[dropped], similarity[dropped] = distinct[most_similar[dropped]], its_similarity[dropped]
 
-    # From the distinct rows to all rows: the copies of a row are equal to it, unless it is near another set.
+    # Extend the result to all rows: a copy of a distinct row is dropped as equal, unless the row is near another set.
     copies = np.ones(len(numbers), bool)
     copies[distinct] = False
     copies &= reason[numbers] < _FIRST_SET
@@ -498,7 +498,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each node's partner of highest value (of several, the smallest; −1 if none), and that value."""
+    """Return each node's partner with the highest value (−1 if none; of several, the smallest), and that value."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

@@ -24,7 +24,7 @@ MEANINGS = {
     "repository_name": "repository of the function",
     "func_path_in_repository": "path of its file in the repository",
     "func_documentation_string": "description of the function by its author",
-    "func_code_url": "address of its source, if known",
+    "func_code_url": "web address of the function's source, if known",
     "language1_CSN": "language of the function",
     "func1_CSN": "code of the function, as written by people",
     "language2": "language of the translation",
@@ -141,7 +141,7 @@ def dataset_card(
         reports=reports,
         statistics=statistics,
         licenses=licenses,
-        # A request may set another temperature, or none, which leaves it to the endpoint.
+        # `body` may set another temperature, or None, which leaves the temperature to the endpoint.
         greedy=(translations["options"].get("body") or {}).get("temperature", 0) == 0,
         targets="" if len(targets) == len(LANGUAGES) else ", ".join(targets),
         versions=versions,
@@ -221,7 +221,7 @@ def push_dataset(
             repo_type="dataset",
             folder_path=root,
             allow_patterns=[name for name, _ in files],
-            # Readers would also read the files of an earlier build with another number of shards.
+            # Otherwise the files of an earlier upload with another number of shards would stay in the dataset.
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",
         )

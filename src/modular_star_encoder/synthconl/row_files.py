@@ -17,7 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
 ROWS_PER_FILE = 1000
-LOCK, LOCK_SECONDS = ".lock", 5.0  # the workers of a process that was killed hold its lock for a moment
+LOCK, LOCK_SECONDS = ".lock", 5.0  # wait, because the workers of a killed process hold its lock for a moment
 ROWS_PER_PUBLISHED_FILE = 100_000
 _ROWS_AT_A_TIME = 1024
 
@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(
-            "synthconl.build.running", f"Another run is writing {folder}. Wait for its end, or name another folder."
+            "synthconl.build.running", f"Another process writes to {folder}. Wait until it ends, or choose another."
         ) from None
 
 
@@ -108,7 +108,7 @@ class Shard:
     rows: int
 
     def identity(self) -> dict[str, object]:
-        """Return name, rows, size and time of change of the file; a later call compares them to notice a change."""
+        """Return the file's name, rows, size and time of change; a later call sees from these whether it changed."""
         status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
@@ -122,7 +122,7 @@ def find_shards(folder: Path) -> tuple[Shard, ...]:
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
-    """Raise UserError if a file lacks a column, `columns` are not of text, or `id_column` not of text or integers."""
+    """Raise UserError if a file lacks a column, one of `columns` isn't text, or `id_column` isn't text or integers."""
     for shard in shards:
         schema = _opened(shard.path).schema_arrow
         for name in (*columns, *([] if id_column is None else [id_column])):
@@ -144,9 +144,9 @@ def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str |
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return the ids of the rows of all files, in order; and the rows' positions sorted by id, int64 (rows,).
+    """Return the ids of the rows of all files, in order, and the positions of the rows sorted by id, int64 (rows,).
 
-    If `id_column` is None, the ids are "FILE:NUMBER", with NUMBER from 0 in each file, and the rows stay in their
+    If `id_column` is None, the ids are "FILE:NUMBER", with NUMBER counted from 0 in each file, and the rows keep their
     order. UserError if an id is missing or repeated.
     """
     if id_column is None:

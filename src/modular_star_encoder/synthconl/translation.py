@@ -1,7 +1,7 @@
 """Translate functions with a language model: one prompt and one answer for each function, in one or more runs.
 
-Any server with OpenAI's chat protocol answers. Each completion has the id of its request's row. Completions are matched
-to rows by this id, never by text or position.
+The model runs behind any server with OpenAI's chat protocol. Each completion has the id of the row that it is for, and
+is matched to the row by this id, never by text or position.
 """
 
 import hashlib
@@ -70,9 +70,9 @@ class Completion:
 class OpenAIBackend:
     """Let a server complete prompts greedily: `vllm serve`, `transformers serve`, llama.cpp, Ollama, a hosted service.
 
-    A request that fails temporarily is sent again (see `HTTPClient`). A failure that would also hit all later requests,
-    such as a wrong key, stops the run. Nothing is sent before the first prompt. Protocol: OpenAI's API reference,
-    `POST /chat/completions`.
+    A request that fails temporarily is sent again (see `HTTPClient`). An error that would repeat for all requests, such
+    as a wrong key, stops the run. Nothing is sent before the first prompt. Protocol: OpenAI's API reference, `POST
+    /chat/completions`.
 
     Args:
         model: The server's name of the model.
@@ -112,11 +112,11 @@ class OpenAIBackend:
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """Yield one completion for each request as soon as it is there, so not in the order of `requests`.
+        """Yield one completion for each request as soon as it is complete, so not in the order of `requests`.
 
         At most `concurrency` requests are pending at a time; a killed process loses only the answers to these.
-        UserError if no further request can be answered, as with a wrong key or a server that is down. Before it is
-        raised, the completions of the other pending requests are yielded.
+        UserError if no further request can be answered, as with a wrong key or a server that is down. Before the error,
+        the completions of the other pending requests are yielded.
         """
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
@@ -164,7 +164,7 @@ class OpenAIBackend:
         return Completion(request.id, str(text), str(reason), asked, written)
 
 
-def _is_an_error(response: Response) -> bool:  # with status 200, as some gateways send
+def _is_an_error(response: Response) -> bool:  # some gateways send errors with status 200
     content = response.json()
     return isinstance(content, dict) and "choices" not in content and "error" in content
 
@@ -198,14 +198,14 @@ def target_language(row_id: str, source_language: str, *, seed: int, targets: Se
     """
     others = sorted(set(targets) - {source_language})
     if not others:
-        message = f"`targets` must name a language other than {source_language}, not only {', '.join(targets)}."
+        message = f"`targets` must name a language other than {source_language}; found only {', '.join(targets)}."
         raise UserError("synthconl.targets", message)
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
     return others[int.from_bytes(digest[:8]) % len(others)]
 
 
 def check_prompt(prompt: str) -> str:
-    """Return `prompt` unchanged; UserError if the fields in it are not exactly those of `PROMPT`."""
+    """Return `prompt` unchanged; UserError if its fields in braces are not exactly those of `PROMPT`."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
     except ValueError as error:
@@ -219,7 +219,7 @@ def check_prompt(prompt: str) -> str:
 def translation_request(
     row_id: str, code: str, source_language: str, target: str, prompt: str = PROMPT
 ) -> CompletionRequest:
-    """Return the request to translate the code of row `row_id` to the language `target` (see `check_prompt`)."""
+    """Return the request to translate the code of row `row_id` to the language `target`, with the template `prompt`."""
     names = {"source_language": LANGUAGE_NAMES[source_language], "target_language": LANGUAGE_NAMES[target]}
     return CompletionRequest(row_id, prompt.format(**names, code=code))
 
@@ -233,7 +233,7 @@ class TranslationSettings:
         model: the server's name of the model.
         max_tokens: largest number of tokens of an answer; longer answers are cut by the server and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
-        targets: languages to translate to; each function is translated to one of these that is not its own.
+        targets: languages to translate to; each function is translated to one of these other than its own language.
         options: further arguments of `OpenAIBackend`.
         prompt_price, completion_price: prices of a million tokens of prompts and of answers, for the report.
     """
@@ -340,7 +340,7 @@ def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list
             if len(doubtful) >= MAX_ERRORS_IN_A_ROW:
                 break
         elif completion.finish_reason == TOO_LONG:
-            # The prompt's own fault, which says nothing about the back end.
+            # The prompt is at fault, so this says nothing about the back end.
             yield [completion]
         else:
             yield [*doubtful, completion]
@@ -406,7 +406,7 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
 
 
 class _CompletionFile:
-    """Stores the completions of one file of rows: in a journal until no row lacks one, then in a parquet file."""
+    """Stores the completions of one file of rows: in a journal until each row has one, then in a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids = target, ids

@@ -98,15 +98,15 @@ class AblationRecipe:
             About half of these, in whole repositories, are validation rows (for learning rates), the others test rows.
         starts: {name of a start: settings that replace those of `finetuning`}, such as `model: runs/pretrained/model`.
             A dot separates nested settings, as in `distillation.teacher`.
-        learning_rates: learning rates to try for each kind of model, with the first seed; by default only that of
+        learning_rates: learning rates to try for each kind of model, with the first seed, by default only that of
             `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
             use the rate that is chosen for training all exits together.
         seeds: one model of each kind is trained with each seed, which sets new weights, batches, renaming and dropout.
-        exit_layers: exits to train alone; all exits of the model if None.
+        exit_layers: exits to train alone, all exits of the model if None.
         gate: points of MRR × 100 by which the deepest exit must be better than the shallowest, both trained alone;
             otherwise no other model of the start is trained.
         variants: {name of a variant: settings that replace those of training all exits together}.
-        variants_on: names of the starts with variants; by default the one where training together lowers MRR most.
+        variants_on: names of the starts with variants, by default the one where training together lowers MRR most.
     """
 
     COMMAND: ClassVar[str] = "ablate"

@@ -31,7 +31,7 @@ class MultiExitTrainingArguments(TrainingArguments):
             have projection heads.
         share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
             are trained by the sum of the exits' gradients.
-        ema_decay: decay of an exponential moving average of the weights; 0 for none. The saved model has the average
+        ema_decay: decay of an exponential moving average of the weights (0: none). The saved model has the average
             in place of the last step's weights. Not supported with FSDP.
         log_gradient_norms: log gradients of the exits' weighted losses. `gradient_norm_exit_{layer}` is the norm of an
             exit's gradient on the trunk. `gradient_cosine_layer_{number}` is the cosine of two exits' gradients on one

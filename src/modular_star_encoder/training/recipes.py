@@ -131,7 +131,7 @@ class TrainingRecipe(TrainingSettings):
 
     Args:
         model: a folder of `hub_configs`, or any folder with a config.json; training continues from its weights, if any.
-        tokenizer: folder or Hub id of the tokenizer; by default that of the model.
+        tokenizer: folder or Hub id of the tokenizer, by default that of the model.
         attn_implementation: attention implementation to train with, by its name in transformers.
     """
 
@@ -150,7 +150,7 @@ class PretrainingRecipe(TrainingRecipe):
         rows_per_device: number of rows in a forward pass on one device; gradients accumulate to `tokens_per_step`.
         max_tokens: largest number of tokens of a row, special tokens included.
         mlm_probability: fraction of the text tokens to predict.
-        tokenizer: folder or Hub id; by default a new tokenizer of the model's vocabulary size, trained on the corpus.
+        tokenizer: folder or Hub id, by default a new tokenizer of the model's vocabulary size, trained on the corpus.
         start_from_corpus: for small models: initialise a token's vector from its spelling, its bias from its frequency.
         packing: join all rows of a batch to one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
@@ -219,7 +219,7 @@ class TeacherSettings(DistillationSettings):
             batch has one such text for every two pairs.
         start_from_teacher: before training, initialise exit 0 from the teacher's vectors of single tokens; see
             `starting_points.start_from_teacher`.
-        cache: folder of the teacher's vectors; by default in the user's cache.
+        cache: folder of the teacher's vectors, by default in the user's cache.
     """
 
     teacher: str
@@ -239,13 +239,13 @@ class FinetuningRecipe(StartingRecipe):
     Args:
         data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
         batch_size: number of pairs per step over all devices; the other pairs of a step are a pair's negatives.
-        max_train_samples: number of rows to train on, drawn at random; all if None.
+        max_train_samples: number of rows to train on, drawn at random (all if None).
         max_text_tokens, max_code_tokens: largest number of tokens of a description and of a code snippet, prompt and
             special tokens included.
         identifier_rename_prob: fraction of the code snippets whose frequent words become random strings.
         objective: settings of the loss, see `ContrastiveSettings`; the data decides `pairs`, so leave this setting out.
         distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.
-        eval_fraction: fraction of each source's rows to hold out for evaluation, in whole repositories; at most 0.2.
+        eval_fraction: fraction of each source's rows to hold out for evaluation, in whole repositories, at most 0.2.
         eval_pairs: number of held-out pairs in each evaluation.
     """
 
@@ -303,10 +303,10 @@ class ClassificationRecipe(StartingRecipe):
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
         batch_size: number of pairs per step over all devices, reached by accumulating gradients.
-        pairs_per_device: number of pairs in a forward pass on one device; by default its whole share of `batch_size`.
+        pairs_per_device: number of pairs in a forward pass on one device, by default its whole share of `batch_size`.
         max_tokens: largest number of tokens of a pair, special tokens included.
         max_train_samples, max_eval_samples: number of pairs to train on and to evaluate with, drawn at random from each
-            split; all if None.
+            split (all if None).
     """
 
     data: Mapping[str, Any]
