@@ -202,7 +202,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError if a folder contains a file that is unsafe, or neither expected nor in `extra`."""
+    """Raise UserError if a file in a folder is unsafe, or is neither in `EXPECTED` nor in `extra` nor weights."""
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         key, fault = "unexpected", "is not expected; list it under `files` in the manifest"
@@ -277,7 +277,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Make a branch equal the staged files, in one commit, or only list changes; OSError if it changes meanwhile."""
+    """Commit the staged files to a branch, or only list the changes; OSError if the branch changes meanwhile."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)

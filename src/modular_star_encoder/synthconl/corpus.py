@@ -188,7 +188,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; a row is a pair, or a function as text."""
+    """Return (package number, counts, rows) for each item; a row is a pair, or a function without description."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -312,7 +312,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return "equal SET" or "near SET" if set SET has such a text of `kind`, "code" or "description"; else None."""
+        """Return "equal SET" or "near SET" if SET has such a text of `kind` ("code", "description"); otherwise None."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)

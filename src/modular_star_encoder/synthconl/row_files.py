@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Context manager: hold the lock of a folder; UserError if another process holds it for `LOCK_SECONDS` more."""
+    """Context manager: hold a folder's lock; UserError if another process still holds it after `LOCK_SECONDS`."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=LOCK_SECONDS):

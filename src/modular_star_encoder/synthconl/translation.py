@@ -145,7 +145,7 @@ class OpenAIBackend:
         try:
             content = future.result().json()
         except HTTPRequestError as error:
-            if error.status in (400, 413, 422):  # the fault may be this prompt's
+            if error.status in (400, 413, 422):  # perhaps only this prompt is at fault
                 too_long = re.search(r"context[ _](?:length|size|window)", error.text, re.IGNORECASE)
                 return Completion(request.id, "", TOO_LONG if too_long else ERROR, error=error.reason)
             raise UserError(error.key, f"Model {self._model!r}: {error}") from error
@@ -297,7 +297,7 @@ def translate(
         for path in row_files(functions):
             target = out / path.name
             if target.is_file():
-                _journal(target).unlink(missing_ok=True)  # left by a kill
+                _journal(target).unlink(missing_ok=True)  # a killed process may have left it
                 bar.update(pq.read_metadata(path).num_rows)
                 continue
             rows = read_file(path, ("id", "language1_CSN", "func1_CSN"))

@@ -78,7 +78,7 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class AblationCell(NamedTuple):
-    """One training run: its start, its kind of model (`together`, `exit-4` alone, or a variant), and its recipe."""
+    """One training run: its start, kind of model (`together`, `exit-4` for exit 4 alone, or a variant) and recipe."""
 
     start: str
     kind: str

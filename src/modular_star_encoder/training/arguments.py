@@ -23,9 +23,9 @@ class MultiExitTrainingArguments(TrainingArguments):
             `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the exits' weights by their sum.
         exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`:
-            the deepest and one other exit, which changes from step to step. `"alternate"`: in turn the deepest alone
-            and all (BERxiT, Xin et al., EACL 2021). `"deepest_first"`: the deepest alone in the first half of all
-            steps, then all (the mixed regime of arXiv 2407.14320).
+            the deepest and one other exit, which changes from step to step. `"alternate"`: in every other step only
+            the deepest, otherwise all (BERxiT, Xin et al., EACL 2021). `"deepest_first"`: only the deepest in the first
+            half of all steps, then all (the mixed regime of arXiv 2407.14320).
         detach_shallow_exits: only the deepest exit's loss trains the trunk; the losses of the other exits train their
             own heads alone. DeeBERT (arXiv 2004.12993) does so in two stages, here both happen at once. The model must
             have projection heads.
@@ -44,7 +44,7 @@ class MultiExitTrainingArguments(TrainingArguments):
     Raises:
         UserError: `milestones` and `fractions` do not fit each other (`training.schedule`), `exit_schedule` is unknown
             (`training.exit_schedule`), or `ema_decay` is out of range or used with FSDP (`training.ema_decay`).
-        ValueError: as `transformers.TrainingArguments`.
+        ValueError: `transformers.TrainingArguments` rejects an argument.
 
     Example:
         >>> arguments = MultiExitTrainingArguments("runs/example", exit_weights="uniform", use_cpu=True)

@@ -46,7 +46,7 @@ def load_finetuning(
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
     """Read a fine-tuning recipe; return it and the function for its task, `finetune` or `finetune_classifier`.
 
-    Arguments and errors are those of `load_recipe`.
+    The arguments and errors are those of `load_recipe`.
     """
     path = find_recipe(os.fspath(path), "finetune")
     content = read_mapping(path, overrides)

@@ -151,7 +151,7 @@ class PretrainingRecipe(TrainingRecipe):
         max_tokens: largest number of tokens of a row, special tokens included.
         mlm_probability: fraction of the text tokens to predict.
         tokenizer: folder or Hub id, by default a new tokenizer of the model's vocabulary size, trained on the corpus.
-        start_from_corpus: for small models: initialise a token's vector from its spelling, its bias from its frequency.
+        start_from_corpus: initialise token vectors from spelling, output biases from frequency; for small models.
         packing: join all rows of a batch to one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
         eval_rows: number of held-out rows in an evaluation.

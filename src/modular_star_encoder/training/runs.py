@@ -45,16 +45,16 @@ LONG_RUN = 30 * 60
 class Preflight:
     """Size of a run, estimated before it starts."""
 
-    parameters: int  # of the model with its heads and adapters
+    parameters: int  # number of parameters, with heads and adapters
     trained_parameters: int
-    rows_per_step: int  # in contrastive training a row is a pair
+    rows_per_step: int  # over all devices; in contrastive training, a row is a pair
     steps: int
     processes: int
-    tokens_per_row: float  # mean of all texts of a row together
-    flops_per_row: float  # of training on one row, forward and backward
+    tokens_per_row: float  # mean number of tokens in all texts of a row together
+    flops_per_row: float  # FLOPs of the forward and the backward pass of a row
     memory_bytes: int  # upper estimate per device: float32 weights, gradients and two moments, and activations
-    groups: Mapping[str, int]  # kind of pairs → number of groups; rows of different groups have no text in common
-    epochs: Mapping[str, float]  # kind of pairs → how often the run uses each group
+    groups: Mapping[str, int]  # {kind of pairs: number of groups}; rows of different groups have no text in common
+    epochs: Mapping[str, float]  # {kind of pairs: how often the run uses each group}
 
     def __str__(self) -> str:
         rows = self.rows_per_step * self.steps

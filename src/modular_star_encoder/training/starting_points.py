@@ -98,7 +98,7 @@ class StartingPoint(Generic[Model]):
         return model, tokenizer
 
     def save(self, trainer: MultiExitTrainer, out: Path) -> None:
-        """Write the model and its tokenizer to `out/model/`. LoRA adapters are merged, and kept in `out/adapter/`.
+        """Write the model, LoRA merged, and its tokenizer to `out/model/`; also write LoRA adapters to `out/adapter/`.
 
         Every process must call this function, because the model may be spread over all processes.
         """
@@ -168,8 +168,8 @@ def start_from_teacher(
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
     A token's embedding is the teacher's vector of this token minus the mean of all tokens, and the head is the
-    identity. If the model's hidden size is below D, the embeddings are the principal components of these vectors, and
-    the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
+    identity. If the hidden size is below D, the size of these vectors, the embeddings are their principal components,
+    and the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
     Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero vector and weight 0: no mean includes them.
 
     Args:

@@ -240,7 +240,7 @@ class MultiExitTrainer(Trainer):
         finally:
             self._gathered = training
         added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        # Run the evaluator only with the trainer's own eval_dataset; with several, only with the first.
+        # Run the evaluator only with the trainer's own eval_dataset; if this is a dict, only with its first dataset.
         first = f"_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else ""
         if self.evaluator is not None and metric_key_prefix == f"eval{first}":
             folder = os.path.join(self._folder, "eval") if self.is_world_process_zero() else None
