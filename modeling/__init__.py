@@ -1,4 +1,4 @@
-"""The model code that every Hub repository contains, registered here with the Auto classes."""
+"""The configuration and the models; importing this package registers them with transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -22,7 +22,7 @@ from .published_checkpoints import read_published_layout
 ModularStarEncoderPreTrainedModel._layout_readers.append(read_published_layout)
 
 AutoConfig.register(ModularStarEncoderConfig.model_type, ModularStarEncoderConfig, exist_ok=True)
-# Two classes for one configuration: `config.architectures` chooses, and the first is the default.
+# `AutoModel` loads the class that `config.architectures` names; by default, the first of these two.
 AutoModel.register(ModularStarEncoderConfig, (ModularStarEncoderModel, ModularStarEncoderForRetrieval), exist_ok=True)
 AutoModelForPreTraining.register(ModularStarEncoderConfig, ModularStarEncoderForPreTraining, exist_ok=True)
 AutoModelForMaskedLM.register(ModularStarEncoderConfig, ModularStarEncoderForMaskedLM, exist_ok=True)

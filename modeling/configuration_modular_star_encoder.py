@@ -21,19 +21,19 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers.utils.versions import require_version
 
-# Before the imports below, which fail in older versions with messages that do not say why.
-require_version("transformers>=5.17", "This model needs it: pip install -U transformers")
+# Checked first, because with older versions the imports below fail with messages that do not say why.
+require_version("transformers>=5.17", "ModularStarEncoder needs this version: pip install -U transformers")
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# Keys of the published configurations (huggingface.co/modularStarEncoder): read, never written.
+# Key in the published config.json files (huggingface.co/modularStarEncoder) → our key; only ours are written.
 PUBLISHED_ALIASES = {
     "matryoshka_layers": "exit_layers",
     "conditional_size": "exit_embedding_size",
     "layer_norm_eps": "norm_epsilon",
 }
-# `keys_to_ignore_at_inference` is a property of our class; the published files have a string there.
+# Published keys that are ignored. Our class has an attribute named `keys_to_ignore_at_inference`.
 PUBLISHED_WITHOUT_EFFECT = (
     "layer_matryoshka_loss",
     "norm_type",
@@ -43,28 +43,28 @@ PUBLISHED_WITHOUT_EFFECT = (
     "keys_to_ignore_at_inference",
 )
 
-# Bounds of a learned logit scale; the upper one is CLIP's (arXiv 2103.00020, section 2.5).
+# Lowest and highest value of a learned logit scale; the highest is CLIP's (arXiv 2103.00020, section 2.5).
 LOGIT_SCALE_BOUNDS = (1.0, 100.0)
 
-# Larger numbers are mistakes or attacks: they cost all memory before anything else could fail.
+# Largest accepted values. A larger value is a mistake or an attack, and could use up all memory.
 LARGEST_SIZES = {"vocab_size": 1 << 24, "hidden_size": 1 << 16, "intermediate_size": 1 << 20, "num_hidden_layers": 1024}
 LARGEST_SIZES |= {"num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 24}
 LARGEST_SIZES |= {"projection_size": 1 << 16, "exit_embedding_size": 1 << 16, "exit_embedding_rows": 1024}
 LARGEST_SIZES |= {"parent_num_hidden_layers": 1024, "num_labels": 1 << 16}
 
-# The paper's exits 4, 9, 18, 27 and 36 as shares of its 36 layers.
+# Default exits as fractions of the number of layers: the paper's exits 4, 9, 18, 27 and 36 of 36 layers.
 DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 
 @as_validated_field
 def size(value: int | None) -> None:
-    """Raise ValueError unless `value` is None or at least 1."""
+    """Validate the value of a field: raise ValueError unless it is None or at least 1."""
     if value is not None and value < 1:
         raise ValueError(f"Value must be at least 1, got {value}")
 
 
 def as_int(number: Any) -> Any:
-    """Return `number` as an `int` if it is an integer (also one of numpy), otherwise unchanged."""
+    """Convert an integer, also one of numpy, to `int`; return any other value, such as a bool, unchanged."""
     return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else number
 
 
@@ -99,10 +99,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         exit_norm (`str`, defaults to `"last"`): Where the final norm applies. `"last"`: to the last layer only, as in
             the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`:
             nowhere, as in a slice that lacks the last layer of a `"last"` model.
-        exit_embedding_size (`int`, defaults to 4): Size of each exit's learned vector. It is an input of the heads that
-            all exits share.
-        exit_embedding_rows (`int`, *optional*): Number of learned exit vectors. The first exits of `parent_exit_layers`
-            have one each; the rest have zeros. By default every exit has one.
+        exit_embedding_size (`int`, defaults to 4): Size of the learned vector of each exit. The heads that all exits
+            share get this vector as an additional input.
+        exit_embedding_rows (`int`, *optional*): Number of exits that have a learned vector: the first ones of
+            `parent_exit_layers`. Other exits have a vector of zeros. By default, every exit has a learned vector.
         projection_size (`int`, *optional*): Size of the retrieval embedding; by default `hidden_size`.
         projection_head (`str`, defaults to `"mlp"`): Shape of the projection heads: `"mlp"`, two linear layers with an
             activation between; or `"linear"`, one linear layer.
@@ -115,26 +115,26 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             as in the model that preceded the published ones. With padding on the left this is not the last real token.
         token_weights (`bool`, defaults to `False`): Whether the mean is weighted: each entry of the vocabulary has a
             learned weight of at least 0. Needs mean pooling.
-        embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides every embedding by its norm; `"clip"`, as in
-            the model that preceded the published ones, only embeddings with a norm above 1.
+        embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides every embedding by its norm. `"clip"`
+            divides only embeddings with a norm above 1, as the model that preceded the published ones does.
         logit_scale_init_value (`float`, *optional*): Initial value, from 1 to 100, of a learned multiplier of
             similarities. The retrieval model stores it with its weights, and contrastive training updates it. By
-            default there is none, and the training objective uses a fixed multiplier.
+            default the model has none, and the training objective uses a fixed multiplier.
         pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
             the `"first"`.
-        output_all_exits (`bool`, *optional*): Whether `forward` returns every exit if none is requested, as the
-            published fine-tuned model does. By default, it returns the deepest, except in published checkpoints.
+        output_all_exits (`bool`, *optional*): What `forward` returns if the call names no exit: every exit if True,
+            only the deepest if False. The default is True for published checkpoints and False for all others.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
         instruction_prompts (`bool`, defaults to `True`): Whether fine-tuning put the published instructions before
             texts. The model does not read this key; evaluation and search do, to use the same prompts.
-        unpad_inputs (`bool`, defaults to `False`): Whether layers skip padding: they run on the real tokens alone, and
-            attention on groups of texts of similar length. Outputs keep the padded shape, with zeros at padding. Has no
-            effect with `output_hidden_states` or `output_attentions`, or at exit 0. Needs the lengths of the texts on
-            the CPU, so it does not work with `torch.compile(fullgraph=True)`.
+        unpad_inputs (`bool`, defaults to `False`): Whether layers skip padding tokens. Attention then runs on groups of
+            texts of similar length. Outputs keep the padded shape, with zeros at padding. Has no effect at exit 0, or
+            with `output_hidden_states` or `output_attentions`. Does not work with `torch.compile(fullgraph=True)`,
+            because it reads the lengths of the texts on the CPU.
         parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from. An exit's index
             in this list is its row in the exit embedding. By default `exit_layers`.
-        parent_num_hidden_layers (`int`, *optional*): Number of layers of the model that this one was cut from, to which
-            the weights of the exits' losses refer (see `exit_weight`). By default `num_hidden_layers`.
+        parent_num_hidden_layers (`int`, *optional*): Number of layers of the model that this one was cut from. An
+            exit's loss has the weight exit / this number (see `exit_weight`). By default `num_hidden_layers`.
 
     Raises:
         StrictDataclassError: a field has the wrong type, or fields contradict each other. The message says what is
@@ -161,7 +161,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "icc_losses",
         "icc_accuracies",
     ]
-    # StarCoder2's own plan (transformers, configuration_starcoder2.py): the blocks are the same.
+    # Tensor-parallel plan of StarCoder2 (transformers, configuration_starcoder2.py), which has the same layers.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -219,7 +219,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         for published, ours in PUBLISHED_ALIASES.items():
             if published in kwargs:
                 setattr(self, ours, kwargs.pop(published))
-        # A published slice lists the exits of its parent.
+        # A published slice lists all exits of the model that it was cut from.
         if published_exits and self.num_hidden_layers < published_exits[-1]:
             self.parent_exit_layers, self.parent_num_hidden_layers = published_exits, published_exits[-1]
             self.exit_layers = [exit for exit in published_exits if exit <= self.num_hidden_layers]
@@ -246,10 +246,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load as transformers does, after unwrapping the values that published files wrap in a list of one item.
+        """Load a configuration as transformers does, and accept single values in a list, as in published files.
 
-        A file must not choose other weights, which may be pickled, or an attention, which may compile code: such keys
-        are ignored.
+        Keys that choose another weights file or an attention implementation are ignored, because such weights may be
+        pickled, and such an implementation may compile code.
         """
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
@@ -259,7 +259,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             return value
 
         if methods := [key for key in config_dict if callable(getattr(cls, key, None))]:
-            raise ValueError(f"{methods[0]} is the name of a method of the configuration, not of a setting.")
+            raise ValueError(f"{methods[0]} is the name of a method, not of a setting: remove it from config.json.")
         if "exit_layer" in kwargs:
             kwargs["exit_layer"] = as_int(kwargs["exit_layer"])
         ignored = {"transformers_weights", "attn_implementation", "_attn_implementation"}
@@ -290,8 +290,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def validate_pooling(self) -> None:
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
-                f"pooling={self.pooling!r} must be 'mean' with token_weights=True, and must not be 'legacy', which may "
-                "read padding, with unpad_inputs=True."
+                f"pooling={self.pooling!r} is not possible here: token_weights=True needs 'mean', and "
+                "unpad_inputs=True excludes 'legacy', which may read padding."
             )
 
     def validate_logit_scale(self) -> None:
@@ -313,7 +313,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             )
 
     def check_exit(self, exit_layer: int) -> int:
-        """Return `exit_layer` as an `int`; raise a ValueError that lists the exits if it is not one of this model.
+        """Return `exit_layer` as an `int`; raise ValueError if this model lacks the exit (the message lists its exits).
 
         Integers of numpy are accepted; `True`, `2.0` and `"2"` are not.
         """
@@ -346,9 +346,9 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
-        """Return the weight of this exit's loss: its number of layers divided by that of the uncut model, such as 4/36.
+        """Return the weight of this exit's loss: `exit_layer` / number of layers of the uncut model, such as 4/36.
 
-        The paper has no exit 0. A weight of 0 would not train its head, so exit 0 has the weight of exit 1.
+        Exit 0 has the weight of exit 1, because with a weight of 0 its head would not be trained.
         """
         return max(1, self.check_exit(exit_layer)) / max(1, self.parent_num_hidden_layers)
 

@@ -15,12 +15,12 @@
 
 A forward pass runs the layers up to the deepest requested exit and no further, and returns the states of every
 requested exit. All exits share the heads for masked language modelling, in-context classification and sequence
-classification; a small learned vector, concatenated to their features, shows them the exit. Retrieval has one
-projection head for each exit.
+classification. These heads append a small learned vector of the exit to their features. Retrieval has one projection
+head for each exit.
 
 Shapes: B batch, T tokens, H hidden size, E requested exits, D projection size, V vocabulary.
 
-This file and `configuration_modular_star_encoder.py` travel inside every repository; they need torch and transformers.
+Every Hub repository contains this file and the configuration file, which need only torch and transformers.
 """
 
 import copy
@@ -58,15 +58,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig, as_int
 
-# Logits that the pre-training loss computes at once: 2**22 float32 are 16 MiB for any vocabulary. A chunk has at least
-# 160 tokens, because it reads and writes a gradient as large as the vocabulary's weights.
+# The pre-training loss computes at most this number of logits at once (2**22 float32 are 16 MiB), but those of at least
+# 160 tokens, because each chunk of tokens also reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
 
-# Arguments of `save_pretrained` that only `push_to_hub` reads.
+# Arguments that `save_pretrained` only passes to `push_to_hub`.
 PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
 
-# Texts share a group of unpadded attention if the shortest has at least this fraction of the longest one's tokens.
+# Unpadded attention runs on groups of texts; the shortest has at least this fraction of the tokens of the longest.
 SHORTEST_IN_GROUP = 0.8
 
 
@@ -97,9 +97,9 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: scalar, the sum over exits of `config.exit_weight` × (the exit's MLM loss + its ICC loss).
-        logits: (B, T, V), predicted tokens at the deepest requested exit. `None` with `labels`, because then only
-            the logits at masked positions are computed, and not kept.
-        icc_logits: (E, B, 2), class 1 means "from the same repository".
+        logits: (B, T, V), predicted tokens at the deepest requested exit. `None` if `labels` are given: logits are then
+            computed only at masked positions, and not kept.
+        icc_logits: (E, B, 2), where class 1 means that both snippets come from the same repository.
         mlm_losses, mlm_accuracies: (E,), means over masked tokens; `None` without `labels`.
         icc_losses, icc_accuracies: (E,), means over the batch; `None` without `icc_labels`.
         exit_hidden_states, hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
@@ -118,12 +118,12 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     @property
     def prediction_logits(self) -> torch.Tensor | None:
-        """`logits` under its name in the published model."""
+        """`logits`, under the name that the published model uses."""
         return self.logits
 
     @property
     def seq_relationship_logits(self) -> torch.Tensor:
-        """The deepest exit's `icc_logits`, (B, 2), under their name in the published model."""
+        """The deepest exit's `icc_logits`, (B, 2), under the name that the published model uses."""
         return self.icc_logits[-1]
 
 
@@ -133,11 +133,11 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, T, D), tokens projected by the head of the deepest requested exit. With token weights,
-            each token is scaled by its weight, relative to the mean weight of its text, so that the plain mean of the
-            scaled tokens is the weighted mean.
+            each token is multiplied by its weight and divided by the mean weight of its text, so that the plain mean
+            of the results is the weighted mean of the tokens.
         sentence_embedding: (B, D), of the deepest requested exit, normalised (`config.embedding_normalization`).
         exit_embeddings: (E, B, D), of every requested exit, shallowest first, normalised.
-        logit_scale: (1,) float32, the learned multiplier of similarities, if the model has one.
+        logit_scale: (1,) float32, the learned multiplier of similarities; `None` if the model has none.
         exit_hidden_states, residual_states, hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
     """
 
@@ -152,12 +152,12 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """`exit_embeddings` under their published name: a list of one (B, D) tensor per exit; a tensor if it is one."""
+        """`exit_embeddings` as the published model returns them: a tensor (B, D) or, for several exits, a list."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
     def raw_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
-        """`hidden_states` under their name in the published models."""
+        """`hidden_states`, under the name that the published models use."""
         return self.hidden_states
 
 
@@ -216,10 +216,10 @@ def eager_attention_forward(
 
 @dataclass
 class DocumentGroup:
-    """G texts of similar length from a flat batch, padded for attention to the L tokens of the longest.
+    """G texts of similar length from a flat batch (all texts in one row), padded for attention to L tokens.
 
     Args:
-        tokens: (G, L), the index of each token in the flat batch; padding repeats a text's first token.
+        tokens: (G, L), the index of each token in the flat batch; at padding, the index of the text's first token.
         real: (G, L), False at padding; `None` if the group has no padding.
         mask: attention mask in the form that the attention backend needs, from `create_bidirectional_mask`.
     """
@@ -238,7 +238,7 @@ class DocumentGroup:
 
 @dataclass
 class DocumentGroups:
-    """The texts of a flat batch of N tokens, in groups; `order` (N,) sorts the groups' tokens as in the batch."""
+    """The N tokens of a flat batch (all texts in one row), in groups of texts; `order` (N,) restores their order."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
@@ -262,11 +262,11 @@ class DocumentGroups:
         return cls(groups, order)
 
     def to(self, device: torch.device) -> "DocumentGroups":
-        """Return the groups on a device; accelerate calls this where layers are on several."""
+        """Return a copy on `device`; accelerate calls this method if the model is on several devices."""
         return DocumentGroups([group.to(device) for group in self.groups], self.order.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Return attention within each text, (1, N, heads, head_dim), of query, key, value (1, heads, N, head_dim)."""
+        """Attend within each text: map query, key, value (1, heads, N, head_dim) to outputs (1, N, heads, head_dim)."""
         outputs = []
         for group in self.groups:
             parts = (states[0][:, group.tokens].transpose(0, 1) for states in query_key_value)
@@ -294,7 +294,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ModularStarEncoderRotaryEmbedding":
-        """Convert as any module does, but keep frequencies float32 in `model.to(torch.bfloat16)`, for exact angles."""
+        """Move or convert the module, but keep its frequencies in float32, for exact angles in a bfloat16 model."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -307,7 +307,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: ModularStarEncoderConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
-        """Return inverse frequencies (arXiv 2104.09864): rope_theta^(-2i/d), i = 0 … d/2 - 1, d = head_dim; and 1."""
+        """Return rope_theta^(-2i/d) for i = 0 … d/2 - 1, where d = head_dim (arXiv 2104.09864), and a scaling of 1."""
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
 
@@ -367,7 +367,7 @@ class ModularStarEncoderAttention(nn.Module):
 
 
 class ModularStarEncoderMLP(nn.Module):
-    """StarCoder2's MLP: one wide layer with GELU, not gated."""
+    """StarCoder2's MLP: two linear layers with an activation between, without a gate."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class ModularStarEncoderMLP(nn.Module):
 
 
 class ModularStarEncoderLayer(GradientCheckpointingLayer):
-    """One StarCoder2 block, pre-norm."""
+    """One StarCoder2 layer: attention, then an MLP. A layer norm precedes each (pre-norm)."""
 
     def __init__(self, config: ModularStarEncoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -416,7 +416,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["ModularStarEncoderLayer"]  # type: ignore[misc]
-    # `Trainer` divides our losses, which are means over a batch, by the number of accumulated batches.
+    # Our losses are means over a batch; False makes `Trainer` divide them by the number of accumulated batches.
     accepts_loss_kwargs = False
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -428,12 +428,12 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         "attentions": ModularStarEncoderAttention,
     }
 
-    # Functions (class, path, keyword arguments) → (class, keyword arguments) that recognise a checkpoint in another
-    # layout and prepare its loading. The installed package adds one for the published checkpoints.
+    # `from_pretrained` calls each of these with its class, path and keyword arguments. For a checkpoint with other
+    # tensor names, it returns a class and arguments that can load it. `read_published_layout` is one.
     _layout_readers: ClassVar[list[Callable]] = []
 
     def __init__(self, config: ModularStarEncoderConfig, *inputs: Any, **kwargs: Any) -> None:
-        # Values given to `from_pretrained` are set on the configuration after its own validation.
+        # Validated again, because `from_pretrained` sets its arguments on a configuration that is already validated.
         config.validate()
         for name in ("hidden_act", "projection_act"):
             if getattr(config, name) not in ACT2FN:
@@ -460,9 +460,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         to the model, or of another shape. Heads that the checkpoint lacks are initialised at random, with a warning.
 
         Raises:
-            ValueError: the checkpoint's trunk does not fit the model. Not checked with `output_loading_info=True`,
-                which returns the tensors' names, nor with `state_dict`. `ignore_mismatched_sizes=True` allows other
-                shapes.
+            ValueError: the checkpoint's trunk does not fit the model. This is not checked if `state_dict` is given, or
+                with `output_loading_info=True`, which returns the names of such tensors.
+                `ignore_mismatched_sizes=True` allows other shapes.
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = copy.deepcopy(kwargs["config"])
@@ -493,7 +493,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
         """Return the first `exit_layer` layers and their exits, as a separate model that shares this one's parameters.
 
-        Its outputs equal those of this model at the same exits bit for bit. `copy.deepcopy` gives it own parameters.
+        Its outputs equal those of this model at the same exits bit for bit. A deep copy has parameters of its own.
         Raises ValueError if this model lacks the exit (the message lists its exits), or has an adapter.
         """
         with torch.device("meta"):
@@ -502,7 +502,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         if not set(names) <= set(parameters):
             raise ValueError("A model with an adapter can't be sliced; merge the adapter first.")
         model.load_state_dict({name: parameters[name] for name in names}, assign=True)
-        # Frequencies are computed, not stored.
+        # The rotary frequencies are not in the state dict.
         getattr(model, "model", model).rotary_emb = copy.deepcopy(getattr(self, "model", self).rotary_emb)
         return model.train(self.training)
 
@@ -510,7 +510,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: `save_pretrained` writes the code and a full `auto_map` itself.
 
-        The default mechanism lists only the class that is saved, and finds no file for wrapped or user-defined classes.
+        transformers' own method lists only the class that is saved, and finds no file for wrapped or user-defined ones.
         """
 
     def save_pretrained(  # type: ignore[override]
@@ -524,8 +524,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         """Write weights (safetensors), configuration and both files of model code to `save_directory`.
 
         Files are written to a temporary folder and moved into place at the end. An interrupted save leaves the previous
-        checkpoint; only a kill during the final moves can leave files of both. `save_directory` may be the folder that
-        this model was loaded from.
+        checkpoint; only a kill during the final moves can leave files of both checkpoints. `save_directory` may be the
+        folder that this model was loaded from.
 
         Args:
             save_directory: folder, created if missing.
@@ -564,13 +564,13 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
         if names:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
-                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}. Its configuration must describe "
-                "its weights."
+                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}. Its config.json must fit its "
+                "weights."
             )
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Return patterns for names of tensors that a checkpoint of `full` has, but a model of `kept` does not load."""
+    """Return patterns for the names of tensors that a checkpoint of `full` has, but a model of `kept` lacks."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)
@@ -596,7 +596,7 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     """In the first process, return the full tensors of a model that `fully_shard` split; `None` for other models."""
-    # Transformers gathers only tensors that it has split itself, at load.
+    # With a `distributed_config`, transformers has split the tensors when it loaded them, and also gathers them.
     if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor
@@ -615,7 +615,7 @@ def _move_checkpoint(source: Path, target: Path) -> None:
     names = {path.name for path in source.iterdir()}
     for name in sorted(names):
         os.replace(source / name, target / name)
-    # An adapter is saved with its base's weights and does not replace them.
+    # A save without weight files, such as an adapter's, must not delete the weights in the folder.
     if any(map(weights.fullmatch, names)):
         for stale in {path.name for path in target.iterdir() if weights.fullmatch(path.name)} - names:
             (target / stale).unlink()
@@ -640,11 +640,11 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([ModularStarEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        # CODEPATH: a slice of a published model below its top has no final norm; the published models have one.
+        # CODEPATH: the published models have a final norm; a slice without their last layer has none.
         normed = config.exit_norm != "none"
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon) if normed else None
         self.rotary_emb = ModularStarEncoderRotaryEmbedding(config)
-        # CODEPATH: the published models pool the plain mean; `mose-code` weights it. The retrieval model reads this.
+        # CODEPATH: the published models pool a plain mean; for `mose-code`, the retrieval model weights it by these.
         weighted = config.token_weights
         self.token_weights = ModularStarEncoderTokenWeights(config.vocab_size, 1) if weighted else None
         self.embedding_dropout = config.embedding_dropout
@@ -676,8 +676,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             exit_layer: the exit to return; by default the deepest, or all with `config.output_all_exits`. Exit 0 runs
                 no layer.
             exit_layers: several exits to return from one pass, in place of `exit_layer`.
-            start_layer: number of layers already executed on `inputs_embeds`. A resumed pass equals an uninterrupted
-                one bit for bit.
+            start_layer: number of layers already executed on `inputs_embeds`. The outputs equal those of an
+                uninterrupted pass bit for bit.
             output_residual_states: also return each exit's states before the final norm.
             **kwargs: among them `cu_seq_lens_q`, (number of texts + 1,) int32, as flash attention's collators give it:
                 text i of a flat batch (1, N) has the tokens `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1] - 1`. Works on
@@ -685,17 +685,17 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
         Raises:
             ValueError: this model lacks an exit (the message lists its exits), or an exit is not above `start_layer`;
-                both or neither of `input_ids` and `inputs_embeds` are given; or `cu_seq_lens_q` with several rows.
+                both or neither of `input_ids` and `inputs_embeds` are given; or `cu_seq_lens_q` for several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds and exits above it, not {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and exits deeper than it, not {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
-        # CODEPATH: without layers there is no attention; packing, masks and angles would take most of the time.
+        # CODEPATH: exit 0 runs no layer, so it skips packing, masks and angles, which would take most of its time.
         if exits[-1] > 0:
             inputs_embeds, position_ids, mask, restore = self._pack_inputs(
                 inputs_embeds, attention_mask, position_ids, kwargs
@@ -705,12 +705,12 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if start_layer == 0:
             hidden_states = nn.functional.dropout(hidden_states, p=self.embedding_dropout, training=self.training)
             if self.training and self.token_weights is not None and input_ids is not None:
-                # Only the retrieval model reads these weights; a zero gradient keeps them from being unused in DDP.
+                # Only the retrieval model reads these weights; this empty sum gives them a zero gradient, for DDP.
                 hidden_states = hidden_states + self.token_weights(input_ids[:, :0]).sum().to(hidden_states)
 
         residual_states, exit_states = [], []
         for executed in range(start_layer, exits[-1] + 1):
-            # Without special tokens, an empty text has no token.
+            # A batch of empty texts without special tokens has no token.
             if executed > start_layer and hidden_states.shape[1] > 0:
                 hidden_states = self.layers[executed - 1](
                     hidden_states,
@@ -721,7 +721,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 )
             if executed in exits:
                 residual_states.append(hidden_states)
-                # CODEPATH: the published models norm their last layer alone; with exit_norm="all", every exit.
+                # CODEPATH: the published models apply the norm only after their last layer; "all", at every exit.
                 exit_states.append(self.norm(hidden_states) if self.config.has_norm_at(executed) else hidden_states)
         if restore is not None:
             residual_states, exit_states = list(map(restore, residual_states)), list(map(restore, exit_states))
@@ -738,15 +738,15 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         position_ids: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
-        """Arrange a batch for the layers: padded as given, or flat, its texts one after the other without padding.
+        """Arrange a batch for the layers: padded as it is, or flat, with all texts in one row and without padding.
 
-        Returns the states (B, T, H), or flat (1, N, H); their positions; the attention mask of the backend; and for
-        flattened states a function that restores (B, T, H). Adds arguments to `kwargs` that keep flat texts apart.
+        Returns the states, (B, T, H) or flat (1, N, H); their positions; the backend's attention mask; and a function
+        that restores flattened states to (B, T, H). Adds arguments to `kwargs` that keep attention within a flat text.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
         bounds = _document_bounds(states, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        # Recorded outputs of layers are not restored to the padded shape.
+        # With recorded outputs of layers, the batch stays padded, because `restore` does not reach these outputs.
         outputs = ("output_hidden_states", "output_attentions")
         recorded = any(kwargs.get(name) or getattr(self.config, name, False) for name in outputs)
         restore = None
@@ -767,7 +767,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 position_ids = position_ids.reshape(1, -1)
         if bounds is None:
             mask = self._attention_mask(states, attention_mask, position_ids)
-            if position_ids is None and padded:  # real tokens count: padding on either side changes nothing
+            if position_ids is None and padded:  # count only real tokens, so that padding on the left changes nothing
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             elif position_ids is None:
                 position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
@@ -782,7 +782,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 group.mask = self._attention_mask(states[0][group.tokens], group.real)
         kwargs |= {"document_groups": documents, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
         kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
-        if position_ids is None:  # they count from 0 in each text
+        if position_ids is None:  # count from 0 in each text
             starts = bounds[:-1].repeat_interleave(lengths)
             position_ids = (torch.arange(starts.shape[0], device=bounds.device) - starts).unsqueeze(0)
         return states, position_ids, None, restore
@@ -790,12 +790,12 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return the backend's mask; it hides padding and separates packed texts, where positions restart from 0."""
+        """Return the backend's mask. It hides padding, or separates packed texts (rows whose positions restart)."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
             apart = None if documents is None else packed_sequence_mask_function(documents)
-        # CODEPATH: all tokens see each other; whether the published SDPA path is causal is not known.
+        # CODEPATH: by default all tokens see each other. It is not known whether the published model's SDPA is causal.
         if self.config.is_causal:
             return create_causal_mask(self.config, states, attention_mask, None, and_mask_function=apart)
         return create_bidirectional_mask(self.config, states, attention_mask, and_mask_function=apart)
@@ -807,7 +807,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the first token of each text in the flattened (B, T, …) states, and B · T; `None` for one text per row."""
+    """Return the index of each text's first token among the B · T tokens, then B · T; `None` if a row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -825,7 +825,7 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the N real tokens (1, N, H) of (B, T, H), the bounds of the texts, and a function to restore padding."""
+    """Return the real tokens of `states` as (1, N, H), the texts' bounds in it, and a function to restore padding."""
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)
@@ -845,7 +845,7 @@ def _rows(
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)
-            raise ValueError(f"Heads need an attention_mask of shape (B, T), not {shape}; 4D is for the trunk alone.")
+            raise ValueError(f"Models with heads need an attention_mask of shape (batch, tokens), not {shape}.")
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
@@ -854,19 +854,19 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Return (B, H): the mean of each row's real tokens, or one of its tokens (the last or first real, or `legacy`)."""
+    """Return (B, H): each row's mean of real tokens, or one token: its last or first real one, or the `legacy` one."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long)
     attention_mask = attention_mask.to(states.device)
-    # CODEPATH: models trained here pool the mean; the published ones do not state theirs, so it is an option.
-    if pooling == "mean":  # in the operations of sentence-transformers' `Pooling`
+    # CODEPATH: models trained here pool the mean; the published ones do not say how they pool, so it is an option.
+    if pooling == "mean":  # with the operations of sentence-transformers' `Pooling`, for equal results
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
         total = (states * mask).sum(dim=1, dtype=dtype)
         return (total / mask.sum(dim=1, dtype=dtype).clamp(min=1e-9)).to(states.dtype)
     rows, places = torch.arange(batch, device=states.device), torch.arange(length, device=states.device)
-    # CODEPATH: `legacy` is how the ancestor of the published models pooled.
+    # CODEPATH: `legacy` pools as the model that preceded the published ones did.
     if pooling == "legacy":
         return states[rows, attention_mask.long().sum(dim=-1) - 1]
     order = places.flip(0) if pooling == "first" else places
@@ -908,7 +908,7 @@ class ModularStarEncoderExitConditionedPooler(nn.Module):
 
 
 class ModularStarEncoderMaskedLMHeads(nn.Module):
-    """Head for masked language modelling; it also takes the exit's learned vector."""
+    """Head for masked language modelling; the learned vector of the exit is an additional input."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -926,7 +926,7 @@ class ModularStarEncoderMaskedLMHeads(nn.Module):
 
 
 class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
-    """Heads for masked language modelling and in-context classification; both also take the exit's learned vector."""
+    """Heads for masked language modelling and in-context classification, with the exit's learned vector as an input."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config)
@@ -959,7 +959,7 @@ class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
 
 
 class ModularStarEncoderVocabularyModel(ModularStarEncoderPreTrainedModel):
-    """Base of the two models that predict tokens: a trunk, and the heads of their `heads_class`."""
+    """Base class of the two models that predict tokens: a trunk and heads, which a subclass names (`heads_class`)."""
 
     heads_class: type[ModularStarEncoderMaskedLMHeads]
 
@@ -1092,8 +1092,8 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in `ModularStarEncoderModel`.
             labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
-                cross-entropy over masked tokens; with `num_items_in_batch`, their sum divided by this number.
-            exit_layer: by default the deepest.
+                cross-entropy over masked tokens; with `num_items_in_batch`, the sum divided by this number.
+            exit_layer: the exit to predict at; by default the deepest.
         """
         exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, **kwargs)
@@ -1114,8 +1114,8 @@ class ModularStarEncoderProjectionHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.projection_size)
         self.out_proj = None
-        # CODEPATH: the published heads have two layers; the linear one of `mose-code` commutes with the mean of
-        # tokens, so that a text is projected once.
+        # CODEPATH: the published heads have two layers; `mose-code` has one linear layer, which commutes with the mean
+        # of tokens, so that it projects one vector per text.
         if config.projection_head == "mlp":
             self.act = ACT2FN[config.projection_act]
             self.out_proj = nn.Linear(config.projection_size, config.projection_size)
@@ -1147,8 +1147,8 @@ class ClampWithInwardGradient(torch.autograd.Function):
 class ModularStarEncoderLogitScale(nn.Module):
     """A learned multiplier of similarities, stored as its logarithm.
 
-    It is a module of the model, and its `forward` returns the multiplier, so that DDP, FSDP2, checkpoints and peft
-    (`modules_to_save=["logit_scale"]`) handle it like any parameter.
+    It is a module whose `forward` returns the multiplier, so that DDP, FSDP2, checkpoints and peft
+    (`modules_to_save=["logit_scale"]`) handle it like any other parameter.
     """
 
     def __init__(self) -> None:
@@ -1181,7 +1181,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
             {str(exit_layer): ModularStarEncoderProjectionHead(self.config) for exit_layer in self.config.exit_layers}
         )
         self._returns_hidden_states = self.config.output_hidden_states
-        # CODEPATH: the paper's scale is fixed; a learned one is saved with the model.
+        # CODEPATH: the paper's logit scale is fixed; a learned one is saved with the model.
         self.logit_scale = None if self.config.logit_scale_init_value is None else ModularStarEncoderLogitScale()
         self.post_init()
 
@@ -1196,7 +1196,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     ) -> torch.Tensor | None:
         """Return each token's weight divided by the mean weight of its text, (B, T, 1) float32; `None` without weights.
 
-        The plain mean of tokens scaled by it is their weighted mean. Padding, and texts whose weights sum to 0, get 0.
+        The plain mean of tokens times these numbers is their weighted mean. Padding and texts without weight get 0.
         """
         if self.model.token_weights is None:
             return None
@@ -1211,10 +1211,10 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         return scales if bounds is None else scales[mask.bool()].view(*input_ids.shape, 1)
 
     def _normalize(self, embeddings: torch.Tensor) -> torch.Tensor:
-        # CODEPATH: `clip` is how the published models' ancestor normalised.
+        # CODEPATH: `clip` normalises as the model that preceded the published ones did.
         if self.config.embedding_normalization == "clip":
             return embeddings / embeddings.norm(p=2, dim=1, keepdim=True).clamp(min=1.0)
-        # In float32: the epsilon that keeps an empty text from becoming NaN is zero in float16.
+        # In float32, because in float16 the epsilon is 0, and the zero embedding of an empty text would become NaN.
         return nn.functional.normalize(embeddings.float(), p=2, dim=1).to(embeddings.dtype)
 
     @can_return_tuple
@@ -1232,7 +1232,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in
-                `ModularStarEncoderModel`; but with token weights (`config.token_weights`), no `inputs_embeds`.
+                `ModularStarEncoderModel`, but `inputs_embeds` does not work with `config.token_weights`.
 
         Raises:
             RuntimeError: in training, `config.output_hidden_states` was set after the model was made, as
@@ -1242,7 +1242,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         if self.training and self.config.output_hidden_states and not self._returns_hidden_states:
             raise RuntimeError(
                 "config.output_hidden_states was set on a loaded model, as AdaptiveLayerLoss and Matryoshka2dLoss do. "
-                "They would not train the heads of shallower exits: use modular_star_encoder.MultiExitContrastiveLoss. "
+                "They do not train the heads of shallower exits; modular_star_encoder.MultiExitContrastiveLoss does. "
                 "If something else needs hidden states, pass output_hidden_states=True to the call or from_pretrained."
             )
         exits = self.config.resolve_exits(exit_layer, exit_layers)
@@ -1256,7 +1256,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         embeddings, tokens = [], None
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):
             head = self.projection_heads[str(exit_layer)]
-            # CODEPATH: ours project tokens, then pool; the published models probably do, their ancestor does not.
+            # CODEPATH: the published models probably project tokens, then pool; their predecessor pools, then projects.
             if self.config.projection_order == "project_then_pool":
                 tokens = head(states)
                 pooled = _pool(*_rows(scaled(tokens), attention_mask, bounds), self.config.pooling).to(tokens.dtype)

@@ -1,10 +1,10 @@
 """Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
 Their configurations do not say whether a checkpoint is fine-tuned, and may lack its number of layers; the tensor names
-show both. `read_published_layout` reads the header of the safetensors file, completes the configuration, checks every
-name and shape before anything is loaded, and tells transformers how to rename.
+show both. `read_published_layout` reads the header of the safetensors file, completes the configuration, and checks the
+name and shape of every tensor. It gives transformers a mapping from these names to ours.
 
-Repositories that this package writes have its own layout, so this file does not travel with them.
+Repositories that this package writes have our tensor names, so they do not need this file.
 """
 
 import os
@@ -33,8 +33,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 _TRUNK = r"^starEncoder2\.(?:module\.)?"
 _HEADS = r"^(?:cls|head|heads)\."
-# Published names → ours; the first match counts. The sizes of the published files fix all shapes, but several spellings
-# of the pre-training heads fit them equally, so all are read.
+# Pattern of a published tensor name → our name; the first match counts. All shapes follow from the sizes of the
+# published files, but not the names in the pre-training heads, so every plausible spelling is accepted.
 _RENAMINGS = {
     rf"{_TRUNK}(?=embed_tokens\.|layers\.|norm\.)": "model.",
     rf"{_HEADS}predictions\.transform\.dense\.": "heads.transform.",
@@ -48,7 +48,7 @@ _RENAMINGS = {
 _PROJECTION = re.compile(rf"{_TRUNK}projection_heads\.(\d+)\.")
 _LAYER = re.compile(rf"{_TRUNK}layers\.(\d+)\.")
 
-# Attributes of a configuration that mean something else as arguments of `from_pretrained`.
+# Arguments of `from_pretrained` that are not fields, although the configuration has attributes of these names.
 _NOT_FIELDS = ("dtype", "torch_dtype", "attn_implementation")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -56,12 +56,12 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Return the class to load a checkpoint with, and the keyword arguments of its `from_pretrained`.
+    """Return the class to load a checkpoint with, and the keyword arguments for its `from_pretrained`.
 
-    For a published checkpoint, these are `kwargs` with a complete `config`, and a `key_mapping` from its tensor names
-    to ours. `model_class` is replaced in two cases: the common base class by the class that fits the file; and, if the
-    file has projection heads, the trunk by the retrieval model, because `AutoModel` does not know the published class
-    name and chooses the trunk. For any other checkpoint, `model_class` and `kwargs` are returned unchanged.
+    For a published checkpoint, the arguments are `kwargs` with a complete `config`, and a `key_mapping` from its tensor
+    names to ours. The class is `model_class`, with two exceptions. The base class of all models becomes the class that
+    fits the file. The trunk, chosen by an `AutoModel` that does not know the published class name, becomes the
+    retrieval model if the file has projection heads. For other checkpoints, `model_class` and `kwargs` do not change.
 
     Raises:
         ValueError: tensors do not match a published checkpoint; the message names them.
@@ -92,7 +92,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published configuration with the fields in `kwargs`, which are removed there; None if not published."""
+    """Return a published checkpoint's configuration, and move fields from `kwargs` into it; None for any other."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -109,8 +109,8 @@ def describe(
     `shapes` maps the names of the file's tensors to their shapes. `config` may lack the number of layers.
 
     Raises:
-        ValueError: the file's number of layers is not an exit of `config`, or the file has some projection heads, but
-            neither a single one nor one for each exit.
+        ValueError: the file's number of layers is not an exit of `config`, or its number of projection heads is not 0,
+            1 or the number of its exits.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})
@@ -140,7 +140,7 @@ def describe(
         checkpoint_class = ModularStarEncoderForRetrieval
     elif any(re.match(_HEADS, name) for name in shapes):
         checkpoint_class = ModularStarEncoderForPreTraining
-        # The sizes of the published files, which have five exits, fit tables of four and of five rows.
+        # The published files have five exits; by their sizes, the exit embedding may have four or five rows.
         rows = [shape[0] for name, shape in shapes.items() if name.endswith("conditional_embeddings.weight")]
         if rows == [len(parent_exits) - 1]:
             complete.exit_embedding_rows = rows[0]
@@ -180,7 +180,7 @@ def check_layout(
         elif ours in expected and shape != expected[ours]:
             problems.append(f"{name} has shape {list(shape)} instead of {list(expected[ours])}")
         found.add(ours)
-    # The first upload of the pre-trained model has no vocabulary bias, which equals a bias of zero.
+    # The first version of the published pre-trained model has no vocabulary bias; it loads with a bias of zero.
     problems += [f"{name} (our name) is missing" for name in expected if name not in found | {"heads.decoder.bias"}]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
