@@ -845,7 +845,7 @@ def _rows(
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)
-            raise ValueError(f"Models with heads need an attention_mask of shape (batch, tokens), not {shape}.")
+            raise ValueError(f"Models with heads need an attention_mask of shape (B, T), not {shape}.")
         return states, attention_mask
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)

@@ -26,7 +26,7 @@ def test_the_defaults_are_the_papers_model():
         ({"exit_norm": "some"}, r"'exit_norm'.*\n.*'last', 'all', 'none'"),
         ({"projection_head": "none"}, r"'projection_head'.*\n.*'mlp', 'linear'"),
         ({"pooling": "max"}, r"'pooling'.*\n.*'mean', 'lasttoken'"),
-        ({"token_weights": True, "pooling": "lasttoken"}, "'lasttoken' .* 'mean' with token_weights"),
+        ({"token_weights": True, "pooling": "lasttoken"}, "'lasttoken' .* token_weights=True needs 'mean'"),
         ({"unpad_inputs": True, "pooling": "legacy"}, "'legacy' .* unpad_inputs"),
         ({"logit_scale_init_value": 0.5}, "=0.5 must be None or from 1 to 100"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads=3"),

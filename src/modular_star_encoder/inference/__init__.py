@@ -1,4 +1,4 @@
-"""A checkpoint → vectors. This file finds the folder or Hub repository that a checkpoint's name means, without torch.
+"""Turn texts into vectors with a checkpoint. This file finds the checkpoint that a name means, without torch.
 
 A name is a folder, a Hub repository (OWNER/NAME), or a model that comes with this package, such as `mose-code`.
 """
@@ -57,7 +57,7 @@ def check_checkpoint(name: str | os.PathLike[str]) -> None:
         known = f"a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
         fault = f"There is no checkpoint folder {name}: give a folder that exists, {known}."
     elif not (folder / "config.json").is_file():
-        fault = f"{name} is not a checkpoint: it has no config.json."
+        fault = f"{name} is not a checkpoint: it has no config.json. Name a folder with config.json and weights."
     elif not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
     elif odd := _unsafe_file(folder):
@@ -67,12 +67,12 @@ def check_checkpoint(name: str | os.PathLike[str]) -> None:
 
 
 def _unsafe_file(folder: Path) -> str:
-    """Return which file of a checkpoint would hang its reader or is not the checkpoint's own; "" if there is none."""
+    """Return what is wrong with a checkpoint's files: a pipe, a link out of the folder, no weights; "" if nothing."""
     texts = [*folder.glob("*.json"), *folder.glob("*/*.json"), *folder.glob("*.jinja")]
     for file in (*texts, *folder.glob("*.safetensors")):
-        if not file.is_file():  # a pipe would wait for ever
+        if not file.is_file():  # reading a pipe would never end
             return f"its {file.name} is not a file"
-    for file in texts:  # these are copied; the Hub's cache links to its folder blobs
+    for file in texts:  # they are copied, so no link may leave the folder, except into `blobs` of the Hub's cache
         target = file.resolve()
         if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
             return f"its {file.name} is a link to a file outside the folder"
@@ -92,11 +92,11 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Return where to write a checkpoint's profile: `out`; if None, `exit_profile.json` in the checkpoint's folder."""
+    """Return where to write a checkpoint's exit profile: `out`, by default `exit_profile.json` in its folder."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)
     folder = local_folder(checkpoint)
     if folder is None:
-        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder. Give the file to write (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: name the file to write (--out).")
     return folder / PROFILE_NAME

@@ -38,15 +38,15 @@ SENTENCE_TRANSFORMER_FILES = (
     "1_Pooling/config.json",
     "2_Normalize/config.json",
 )
-# The module paths of sentence-transformers before version 6. Version 6 also reads them; older versions and
-# text-embeddings-inference accept no others.
+# Content of modules.json, with class names from before sentence-transformers 6. Version 6 also reads these names; older
+# versions and text-embeddings-inference read no others.
 MODULES = (
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer", "kwargs": ["exit_layer"]},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 )
 
-# What transformers raises for damaged files, and for values of other types or sizes than it expects.
+# Errors that transformers raises for damaged files, and for values of a wrong type or size in them.
 _OF_VALUES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError)
 _DAMAGED = (SafetensorError, StrictDataclassError, RecursionError, *_OF_VALUES)
 _TRUNK = re.compile(r"(^|\.)(embed_tokens|layers|norm)\.")
@@ -68,8 +68,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: the checkpoint lacks the exit; the message lists its exits.
-        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, or lacks a tokenizer; or its
-            weights do not fit its configuration (transformers would initialise a missing head at random).
+        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, or lacks a tokenizer or a tensor
+            (where transformers alone would use random weights).
         OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
     config, path = load_config(path), resolve_checkpoint(path)
@@ -82,7 +82,7 @@ def load_checkpoint(
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed with: fine-tune it.")
+        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads, so it can't embed: fine-tune it.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -100,18 +100,18 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
     """Return a checksum that identifies the weights of a checkpoint.
 
-    For a folder, these are the first 16 hexadecimal digits of the SHA-256 of configuration, tokenizer and weights,
-    which takes about a second per GB; for a Hub repository, the hash of the commit that would be loaded.
+    For a folder, it is the first 16 hexadecimal digits of the SHA-256 of configuration, tokenizer and weights (computed
+    in about a second per GB). For a Hub repository, it is the hash of the commit that would be loaded.
     """
     folder = Path(resolve_checkpoint(checkpoint))
     if not folder.is_dir():
-        # The Hub's cache has one folder per commit, named after its hash.
+        # The Hub's cache has one folder per commit, whose name is the hash of the commit.
         return Path(hf_hub_download(os.fspath(checkpoint), "config.json")).parent.name
     return folder_checksum(folder)
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of a file in a checkpoint; None if the file does not exist or, offline, is not in the cache."""
+    """Return the path of a file in a checkpoint; None if it does not exist or, offline, is not in the Hub's cache."""
     path = resolve_checkpoint(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -122,10 +122,10 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
-    """Load a model; raise UserError if its weight files lack a tensor, or have layers beyond those of the model."""
+    """Load a model; raise UserError if its weight files lack a tensor, or have layers that its configuration lacks."""
     with clear_errors(path):
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
-        # A published model may lack the bias of its vocabulary; this bias is then zero.
+        # A published model may lack the bias of the head that predicts tokens; this bias is then zero.
         missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
         if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
             message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
@@ -136,7 +136,7 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
 def _load_tokenizer(path: str) -> Any:
     try:
         tokenizer = load_tokenizer(path)
-        tokenizer("a")  # it may load and yet have settings of other types
+        tokenizer("a")  # a setting of a wrong type may cause an error only now
         return tokenizer
     except UserError:
         raise
@@ -149,9 +149,9 @@ def _load_tokenizer(path: str) -> Any:
 
 @contextmanager
 def clear_errors(path: str) -> Iterator[None]:
-    """Raise an error of one sentence in place of any that transformers and the Hub raise for bad or missing files.
+    """Replace errors of transformers and the Hub about damaged or missing files by errors of one sentence.
 
-    transformers' messages about a model's tensors are logged only if there is no error.
+    What transformers logs while a model loads appears only if there is no error.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -191,9 +191,8 @@ def slice_checkpoint(
 ) -> Path:
     """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own, and return its folder.
 
-    The new checkpoint has the tensors of the full model in the configuration's dtype, so its outputs at its exits equal
-    those of the full model bit for bit. Its configuration also has the full model's name (`parent_model`), number of
-    layers (`parent_num_hidden_layers`) and exits (`parent_exit_layers`).
+    At its exits, the new checkpoint has the same outputs as the full model, bit for bit. Its configuration also has the
+    full model's name (`parent_model`), number of layers (`parent_num_hidden_layers`) and exits (`parent_exit_layers`).
 
     Args:
         checkpoint: a folder or Hub id.
@@ -223,7 +222,7 @@ def slice_checkpoint(
 
 
 def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
-    """Return {name: prompt} from a checkpoint's config_sentence_transformers.json; {} if there are none."""
+    """Return {name: prompt} from a checkpoint's config_sentence_transformers.json; {} if it has no prompts."""
     if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is None:
         return {}
     try:
@@ -245,8 +244,8 @@ def write_checkpoint(
 ) -> None:
     """Copy a checkpoint, or only its first `exit_layer` layers, to `out`, and add this package's model code.
 
-    `only_exit` leaves out the heads of shallower exits. `tokenizer` is the folder of the tokenizer; by default it is
-    the checkpoint. Errors are those of `slice_checkpoint`.
+    `only_exit` leaves out the projection heads of shallower exits. `tokenizer` is a folder whose tokenizer replaces the
+    checkpoint's. Raises the errors of `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
@@ -266,12 +265,12 @@ def write_checkpoint(
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
     """Return the model class `name` of this package; raise UserError if there is none.
 
-    For the class name in published checkpoints, it is the common base class, which finds the right class when it loads.
+    For the class name in published checkpoints, return the base class, whose `from_pretrained` finds the right class.
     """
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"{checkpoint} is a {name}, not a class of this package: load it, then save `model.slice(k)`."
+        message = f"{checkpoint} is a {name}, which this package lacks: load it in Python, and save `model.slice(k)`."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
@@ -287,9 +286,9 @@ def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer
 def save_retrieval_checkpoint(
     model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
 ) -> Path:
-    """Write a model with its code and tokenizer to `out`, in a form that SentenceTransformer loads too.
+    """Write a model with its code and tokenizer to the folder `out`, which SentenceTransformer can load; return `out`.
 
-    The folder `out` must be empty or not exist. It is written atomically, and returned.
+    `out` must be empty or not exist. It is written atomically.
     """
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
@@ -324,17 +323,17 @@ def write_sentence_transformer_files(
         prompts: {name: prefix}, for `SentenceTransformer.encode(prompt_name=…)`.
         modules: content of `modules.json`.
         dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: `"mean"` or `"lasttoken"`, for a model that returns only tokens; `config.pooling` if None, and then
-            `check_servable` must accept the configuration (UserError).
+        pooling: `"mean"` or `"lasttoken"`, for a model that returns only tokens. If None, `config.pooling`; UserError
+            if SentenceTransformer can't pool and normalise as `config` says.
     """
     if pooling is None:
         check_servable(config)
     mode = {"mean": "mean_tokens", "lasttoken": "lasttoken"}[pooling or config.pooling]
-    # All are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
+    # All three modes are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
     modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
     contents: tuple[Any, ...] = (
         list(modules),
-        # `encode(output_value="token_embeddings")` cuts off only padding on the right.
+        # Padding is on the right, because `encode(output_value="token_embeddings")` removes only that.
         {
             "max_seq_length": config.max_position_embeddings,
             "do_lower_case": False,
@@ -350,12 +349,12 @@ def write_sentence_transformer_files(
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     path = Path(folder, "tokenizer_config.json")
     if not config.instruction_prompts and path.is_file():
-        # No prompt holds a special token, so one that is spelled in a text is text, for every library that reads this.
+        # No prompt has a special token, so libraries can treat special tokens in texts as ordinary characters.
         write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "split_special_tokens": True})
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
-    """Return whether the pooling and normalisation of SentenceTransformer give the model's own embeddings."""
+    """Return whether a SentenceTransformer, which pools and normalises itself, gives the model's embeddings."""
     with suppress(UserError):
         check_servable(config)
         return True
@@ -363,7 +362,7 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Raise UserError if the pooling and normalisation of SentenceTransformer would change the embeddings."""
+    """Raise UserError if a SentenceTransformer, which pools and normalises itself, would give other embeddings."""
     # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)

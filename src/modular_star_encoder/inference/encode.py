@@ -19,7 +19,7 @@ from modular_star_encoder.data.tokenizer import ContentEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
-_tokenizing = threading.Lock()  # a call with truncation changes the tokenizer, also for the calls of other threads
+_tokenizing = threading.Lock()  # a tokenizer stores the truncation of the current call, so threads take turns
 _INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
 _PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
 
@@ -49,7 +49,7 @@ def encode_exits(
         prompt: put before every text, see `data.prompts`.
         max_length: longer texts are cut to this number of tokens, special tokens included; if None, to the
             `max_position_embeddings` of the model.
-        tokens_per_batch: largest number of tokens in a batch, padding included; a longer text is a batch of its own.
+        tokens_per_batch: maximum number of tokens in a batch, padding included; a longer text is a batch of its own.
         progress: show progress bars.
         dtype: compute under autocast in this dtype; if None, in the dtype of the model.
 
@@ -117,15 +117,15 @@ def encode_batches(
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
 ) -> list[list[int]]:
-    """Return each text's token ids, at most `max_length`: of `prompt`, the text and the tokenizer's special tokens.
+    """Return at most `max_length` token ids per text: of `prompt`, the text and special tokens that the tokenizer adds.
 
-    A special token that is spelled in a text, such as `<mask>`, is read as ordinary characters, as in training. It is
-    read as that token in three places: in `prompt`; in a published prompt at the start of a text, if `prompt` is empty;
-    and anywhere in a text if the tokenizer adds no special tokens to texts, unless it has `split_special_tokens`.
+    If a text contains the name of a special token, such as `<mask>`, this is read as ordinary characters, as in
+    training. There are three exceptions: `prompt`; a published prompt that begins a text, if `prompt` is empty; and all
+    texts, if the tokenizer adds no special tokens and has no `split_special_tokens`.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    chunk = 1024  # large enough for the tokenizer's threads, small enough to update the progress bar often
+    chunk = 1024  # enough texts for the tokenizer's threads, and few enough to update the progress bar often
     starts = range(0, len(texts), chunk)
     for start in tqdm(starts, desc="tokenizing", unit="chunk", disable=not progress, leave=False):
         batch = [prompt + text for text in texts[start : start + chunk]]
@@ -144,7 +144,7 @@ def tokenize(
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield the indices of the texts of each batch, longest texts first, so that a lack of memory shows at once."""
+    """Yield the indices of each batch's texts. The longest texts are first, so that a lack of memory shows at once."""
     rows: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:
@@ -184,12 +184,12 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 def compile_for_inference(
     model: ModularStarEncoderForRetrieval, *, tokens_per_chunk: int = 1024, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
-    """Return a copy of the model whose MLPs are compiled; it shares the parameters of `model`, which is not changed.
+    """Return a copy of the model with compiled MLPs. It shares the parameters of `model`, which does not change.
 
-    The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. Its compiled code runs in `torch.inference_mode()`
+    The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. The compiled MLPs run in `torch.inference_mode()`
     without autocast, as in `encode_exits` and `SentenceTransformer.encode`; otherwise the plain MLPs run. Compiled MLPs
-    hold their own copies of the weights: they about double the memory for weights, and do not see later changes of the
-    parameters. Compiling takes a second or more per layer, and may need a C++ compiler.
+    hold copies of the weights: this about doubles the memory for weights, and later changes of the parameters do not
+    reach the compiled MLPs. Compiling takes a second or more per layer, and may need a C++ compiler.
 
     Args:
         model: a model on a CPU.
@@ -200,12 +200,12 @@ def compile_for_inference(
         >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
     """
     if model.device.type != "cpu":
-        raise UserError("compile.device", f"The model to compile is on {model.device}: move it to the CPU.")
+        raise UserError("compile.device", f"The model to compile is on {model.device}. Move it to the CPU.")
     if tokens_per_chunk < 2:
         raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk={tokens_per_chunk}, but it must be at least 2.")
     compiled = model.slice(model.config.num_hidden_layers).eval()
     for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
-        # Setting an attribute of the instance keeps the names of the parameters, and therefore the saved files.
+        # Only an attribute of the instance is set, so that the names of the parameters in saved files do not change.
         layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model), tokens_per_chunk)
     return compiled
 
@@ -216,10 +216,10 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
     import torch._inductor.config
     from torch._dynamo.exc import BackendCompilerFailed
 
-    # All layers share one code object, so torch counts them as recompilations of one function.
+    # All layers share one function, so torch counts compiling each layer as recompiling it, and has a limit for this.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
     compiled = torch.compile(mlp.forward, dynamic=True, fullgraph=True)
-    # Two lengths, because torch compiles for the first length only, and for any length at the second.
+    # Two lengths: at the first, torch compiles for this length only; at the second, it compiles for any length.
     with limits, torch._inductor.config.patch(freezing=True), torch.inference_mode():
         try:
             for tokens in (64, 96):
@@ -233,13 +233,13 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs `compiled` on chunks; outside inference mode and under autocast, it runs `plain`."""
+    """Return a function that runs `compiled` on chunks of tokens, or `plain` outside inference mode or in autocast."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)
         if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
             return plain(states)
-        # Parts of equal length, so that the last one is not short.
+        # Parts of about equal length, because a short last part would be slow.
         parts = flat.tensor_split(-(-len(flat) // chunk))
         outputs = [compiled(part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)

@@ -43,9 +43,9 @@ class Encoder(Protocol):
     """The interface of a model that embeds texts."""
 
     name: str  # name in tables
-    checksum: str  # changes whenever an embedding may change; key of cached embeddings
-    exit_layers: tuple[int | None, ...] = (None,)  # its exits; (None,) if it has no exits
-    dimensions: tuple[int | None, ...] = (None,)  # sizes of its truncated embeddings; (None,) if it has one size
+    checksum: str  # changes if any embedding may change; key of cached embeddings
+    exit_layers: tuple[int | None, ...] = (None,)  # the model's exits; (None,) if it has no exits
+    dimensions: tuple[int | None, ...] = (None,)  # sizes to which embeddings can be cut; (None,) for one size only
 
     def prompt(self, text: Text) -> str:
         """Return the prompt to put before a text; empty by default."""
@@ -54,7 +54,7 @@ class Encoder(Protocol):
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """Return {exit_layer: embeddings (N, D) float32} of N (prompt, text) pairs, from one pass for all exits."""
+        """Return {exit_layer: embeddings (N, D) float32} of N (prompt, text) pairs; one pass computes all exits."""
         ...
 
 
@@ -91,14 +91,14 @@ def _is_ours(source: str) -> bool:
     try:
         return isinstance(AutoConfig.from_pretrained(source), ModularStarEncoderConfig)
     except (ValueError, OSError):
-        # transformers does not know this model type, or an old layout of sentence-transformers has no config.json here.
+        # transformers does not know the model type, or config.json is elsewhere, as in old SentenceTransformers.
         return False
 
 
 class ExitEncoder(Encoder):
     """Embeds texts with a `ModularStarEncoderForRetrieval`, at all exits in one pass.
 
-    If the configuration has `nested_dimensions`, `dimensions` has these sizes and the full one, largest first.
+    `dimensions` has the configuration's `nested_dimensions`, if any, and the full size, largest first.
     `encode_options` are passed to `encode_exits`: max_length, tokens_per_batch, dtype.
     """
 
@@ -120,7 +120,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """Return an encoder with the same architecture and random weights, a baseline that only matches equal words."""
+        """Return an encoder with the same architecture but random weights: a baseline that matches only equal words."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -129,7 +129,7 @@ class ExitEncoder(Encoder):
         return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
 
     def prompt(self, text: Text) -> str:
-        """Return the published prompt for a text: with instructions if the model was fine-tuned with them."""
+        """Return the published prompt for prose or code: with an instruction if the model was fine-tuned with them."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)
@@ -160,7 +160,7 @@ class SentenceTransformerEncoder(Encoder):
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        # One call per prompt, because some models exclude the prompt from pooling and need its length.
+        # One call per prompt, because some models leave the prompt's tokens out of the mean, and must know the prompt.
         parts, order = [], sorted(range(len(texts)), key=lambda row: texts[row][0])
         for prompt, rows in groupby(order, key=lambda row: texts[row][0]):
             contents = [texts[row][1] for row in rows]
@@ -169,7 +169,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """Return a hash of a model's weights and tokenizer, and of its `config` and `settings`; the device is left out."""
+    """Return a hash of weights, tokenizer, `config` and `settings`, which is the same for all devices of the model."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -229,5 +229,5 @@ class EndpointEncoder(Encoder):
             rows = {row["index"]: row["embedding"] for row in answer["data"]}
             return np.array([rows[place] for place in range(len(inputs))], dtype=np.float32).reshape(len(inputs), -1)
         except (KeyError, TypeError, ValueError):
-            message = f"{self.base_url} did not return one embedding for each of the {len(inputs)} texts sent to it."
+            message = f"{self.base_url} did not return one embedding for each of {len(inputs)} texts. Check the model."
             raise UserError("encoder.endpoint.answer", message) from None

@@ -1,6 +1,6 @@
 """An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses one of the exits.
 
-`profile.profile_checkpoint` measures a profile, which the checkpoint stores as `exit_profile.json`. Times are in
+`profile.profile_checkpoint` measures a profile; its file is `exit_profile.json` in the checkpoint. Times are in
 milliseconds; 1 MB is 10^6 bytes.
 """
 
@@ -34,8 +34,8 @@ _logger = logging.getLogger(__name__)
 class Measurement:
     """The time and memory to embed a batch at one exit, for one batch shape (batch_size, length).
 
-    On a CPU, peak memory is the largest resident memory, Python and its libraries included, of a process that loads the
-    layers up to this exit and embeds such a batch. On a GPU, it is the largest memory that torch allocated.
+    Peak memory is that of a process that loads the layers up to this exit and embeds such a batch. On a CPU, it is the
+    largest resident memory, with Python and its libraries; on a GPU, the largest memory that torch allocated.
     """
 
     batch_size: int  # number of texts in a batch
@@ -74,13 +74,13 @@ class ExitProfile:
     attn_implementation: str
     checkpoint: str  # checksum of the weights (see `checkpoint_checksum`)
     base_memory_mb: float | None  # memory of Python and its libraries, part of each peak on a CPU; None if not measured
-    machine: Mapping[str, Any]  # processor model, cores, used threads, memory; the GPU, if one was used
+    machine: Mapping[str, Any]  # processor, cores, threads in use, memory; the GPU, if one was used
     versions: Mapping[str, str | None]  # versions of Python and of the libraries
     date: str  # date of the measurement, ISO 8601, UTC
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Return the measured batch shapes (batch_size, length), which are the same for each exit."""
+        """Return the measured batch shapes (batch_size, length). All exits have the same ones."""
         return next(iter(self.exits.values())).shapes
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
@@ -89,9 +89,9 @@ class ExitProfile:
         return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """Return a copy of the profile with the scores `values`, {exit_layer: score on `benchmark`}.
+        """Return a copy of the profile to which scores on `benchmark` are added: `values`, {exit_layer: score}.
 
-        Scores of exits that the profile lacks are left out. Raises UserError if it lacks all of them.
+        Scores of exits that the profile lacks are left out. Raises UserError if it lacks all of these exits.
         """
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
@@ -119,7 +119,7 @@ class ExitProfile:
         """Read a file that `save` wrote. Raises FileNotFoundError if it is missing, UserError if it is damaged."""
         path = Path(path)
         if not path.is_file():
-            how = "Measure one with `mose profile`. If its --out names another file, give that file as `profile`."
+            how = "Measure it with `mose profile`, or pass a profile from another file as `profile`."
             raise FileNotFoundError(f"There is no exit profile {path}. {how}")
         try:
             content = read_json(path)
@@ -149,8 +149,8 @@ def select_exit(
 ) -> int:
     """Return the exit with the highest score on `benchmark` among the exits that stay within all given limits.
 
-    If several have this score, return the shallowest of them. If the score of any exit within the limits is unknown,
-    return the deepest exit within the limits. The logger of this module reports the exit and the reason at level INFO.
+    If several exits have this score, return the shallowest of them. If an exit within the limits has no score, return
+    the deepest exit within the limits. The logger of this module reports the exit and the reason at level INFO.
 
     Args:
         profile: cost and quality of each exit.
@@ -199,7 +199,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return values as text, with all digits, so that a value can be given as a limit."""
+    """Return the values of exits as text, with all digits, so that users can copy a value as a limit."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())
@@ -280,6 +280,6 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
         here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
     if other := [f"{name} {then!r}, but here {now!r}" for name, then, now in kinds if then != now]:
-        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may be wrong here."
+        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may differ here."
         warnings.warn(message, stacklevel=3)
     return profile

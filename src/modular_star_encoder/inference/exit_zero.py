@@ -3,8 +3,8 @@
 Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits take as long as with torch on
 a CPU, but without importing torch and transformers: the import alone takes longer than embedding 20 texts.
 
-A static model embeds a text as the mean of one vector per token. Exit 0 is a weighted mean of such vectors, scaled to
-length 1, and therefore equals the plain mean of weighted vectors, scaled to length 1.
+A static model embeds a text as the mean of one vector per token, scaled to length 1. Exit 0 is a weighted mean, scaled
+to length 1. It equals a static model whose vectors are multiplied by the weights of their tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights
 _NEEDED_BY_LAYERS = {"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "is_causal": False}
 _TEXTS_PER_BATCH = 512
 
-# How mose-code's tokenizer divides text: at white space and `_`, between the parts of camelCase, by kind of character.
+# How mose-code's tokenizer divides text: at white space and `_`, inside camelCase, and between letters, digits, others.
 _CASE_CHANGES = {"Regex": r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"}
 _NORMALIZERS: list[Any] = [{"type": "NFKD"}, {"type": "StripAccents"}]
 _NORMALIZERS += [{"type": "Replace", "pattern": one, "content": " "} for one in (_CASE_CHANGES, {"String": "_"})]
@@ -38,7 +38,7 @@ _PRE_TOKENIZERS: list[Any] = [{"type": "WhitespaceSplit"}]
 _PRE_TOKENIZERS += [{"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}+|[^\p{L}\p{N}]{1,3}"}}]
 _PRE_TOKENIZERS[1] |= {"behavior": "Isolated", "invert": False}
 _DIVIDES = ({"type": "Sequence", "normalizers": _NORMALIZERS}, {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS})
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  # the same for ASCII
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  # divides ASCII text in the same way
 _SPACE = re.compile(r"\s+", re.ASCII)
 _MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
 
@@ -52,7 +52,7 @@ _STATIC_MODULES = (
 
 
 def _damage_reported(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Decorate a method that uses the files of a checkpoint: a damaged file raises UserError."""
+    """Decorate a method that reads files of a checkpoint, so that it raises UserError for a damaged file."""
 
     @wraps(read)
     def checked(self: Any, argument: Any) -> Any:
@@ -107,17 +107,17 @@ class NumpyEncoder:
 
     @property
     def table(self) -> np.ndarray:
-        """The projected embedding of each of V tokens times its learned weight, (V, D) float32, not normalised."""
+        """(V, D) float32: each token's projected embedding times the token's learned weight, not normalised."""
         return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
     @_damage_reported
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of N texts at exit 0, of length 1; zeros for a text without tokens."""
+        """Return the embeddings (N, D) float32 of length 1 of N texts at exit 0; zeros for a text without tokens."""
         means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
         totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):
             batch = self._ids(texts[start : start + _TEXTS_PER_BATCH])
-            # One buffer for all texts: new memory for each takes as long as the sums.
+            # All texts share one buffer, because new memory for each text takes as long as the sums.
             buffer = np.empty((max(map(len, batch)), self._tokens.shape[1]), dtype=np.float32)
             for place, ids in enumerate((np.array(one, dtype=np.intp) for one in batch), start):
                 weights = self._weights[ids]
@@ -129,20 +129,20 @@ class NumpyEncoder:
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text; tokenize equal words once, where `_words` can split a text."""
+        """Return the token ids of each text. If the tokenizer reads words one by one, equal words are read once."""
         if not self._has_words:
             return [one.ids for one in self.tokenizer.encode_batch_fast(list(texts))]
         divided = [self._words(text) for text in texts]
         if len(self._known) > _MOST_KNOWN_WORDS:
             self._known.clear()
         new = list(set(chain.from_iterable(divided)).difference(self._known))
-        encode: Any = self.tokenizer.encode_batch_fast  # it wakes threads: too slow for a question
+        encode: Any = self.tokenizer.encode_batch_fast  # it starts threads, which takes too long for few words
         encoded = encode(new) if len(new) > _FEW_WORDS else map(self.tokenizer.encode, new)
         self._known.update((word, one.ids) for word, one in zip(new, encoded, strict=True))
         return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
 
     def _words(self, text: str) -> list[str]:
-        """Split a text into parts that can be tokenized one by one; non-ASCII parts end at white space only."""
+        """Split a text into parts that can be tokenized one by one; parts with other than ASCII end at white space."""
         if any(token in text for token in self._special):
             return [text]
         if text.isascii():
@@ -150,10 +150,10 @@ class NumpyEncoder:
         return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
     def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return {exit_layer: embeddings (N, D) float32} of N texts, of length 1; zeros for a text without tokens.
+        """Return {exit_layer: embeddings (N, D) float32 of length 1} of N texts; zeros for a text without tokens.
 
-        Texts are computed one by one. This method does not check whether numpy can compute the checkpoint's layers: the
-        caller does so with `has_layers` before it requests exits above 0.
+        Texts are computed one by one. Before a caller requests exits above 0, it must check with `has_layers` that
+        numpy can compute the checkpoint's layers.
         """
         result = {one: np.zeros((len(texts), self._config["projection_size"]), dtype=np.float32) for one in exit_layers}
         for place, ids in enumerate(self._ids(texts)):
@@ -258,8 +258,8 @@ def export_static(
     """Write exit 0 of a checkpoint as a table of one vector per token, which loads without `trust_remote_code`.
 
     The embeddings (N, D) float32 of the written model differ by at most 1e-6 from exit 0 of `encode_exits`, and an
-    empty text gives zeros. There are two exceptions with model2vec: it does not cut a text at
-    `max_position_embeddings`, and it leaves out unknown tokens.
+    empty text gives zeros. Embeddings of model2vec differ more for texts that are longer than
+    `max_position_embeddings`, which it does not cut, and for texts with unknown tokens, which it leaves out.
 
     Args:
         checkpoint: a folder or Hub repository with exit 0, or `mose-code`, which comes with this package.
@@ -273,7 +273,7 @@ def export_static(
     Raises:
         UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, or the tokenizer adds special
             tokens, which static models leave out. Nothing is written.
-        ValueError, OSError: the reasons of `slice_checkpoint`.
+        ValueError, OSError: as for `slice_checkpoint`.
 
     Example:
         >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP
@@ -288,7 +288,7 @@ def export_static(
 
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
-        message = f"Exit 0 of {checkpoint} must weight tokens (`token_weights`) and have a linear head after the mean."
+        message = f"Exit 0 of {checkpoint} is not a table: it needs `token_weights`, and a linear head after the mean."
         raise UserError("static.exit_zero", message)
     with scratch_folder("static") as scratch:
         encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
@@ -306,7 +306,7 @@ def export_static(
         write_json(staging / "config_sentence_transformers.json", settings)
         if format == "model2vec":
             tokenizer.no_truncation()
-            # With a maximum length, model2vec also cuts the characters of a text, which may lose tokens before it.
+            # With a max_length, model2vec also cuts a text's characters, and may lose tokens within this length.
             own: dict[str, Any] = {"model_type": "model2vec", "architectures": ["StaticModel"], "normalize": True}
             own |= {"hidden_dim": config.projection_size, "max_length": None, "embedding_dtype": "float32"}
             write_json(staging / "config.json", own)
@@ -317,7 +317,7 @@ def export_static(
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     """Return the content of a tokenizer.json that reads special tokens written in a text as `tokenizer` does."""
     state = json.loads(tokenizer.to_str())
-    if tokenizer.encode_special_tokens:  # but sentence-transformers and model2vec search a text for all added tokens
+    if tokenizer.encode_special_tokens:  # sentence-transformers and model2vec ignore this, but read `added_tokens`
         vocabulary = state["model"]["vocab"]
         state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] not in vocabulary]
     return state

@@ -40,14 +40,14 @@ Shape = tuple[int, int]
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
     """Return the floating-point operations per token to embed a text of `length` tokens at one exit.
 
-    Only matrix products are counted; a multiplication and its addition are two operations, as in Kaplan et al. (2020,
+    Only matrix products are counted. A multiplication and an addition are two operations, as in Kaplan et al. (2020,
     arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. Exit k costs k layers and one head. H is the hidden
-    size, K the key size (key-value heads times head size), I the MLP size, D the projection size, T = `length`:
+    size, K the number of key-value heads × head size, I the MLP size, D the projection size, T = `length`:
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
         attention  4 · T·H                         in each layer: scores, weighted sum of values
-        head       2 · (H·D + D·D)                 per token; with `pool_then_project` once more per text;
-                                                   a linear head has no D·D
+        head       2 · (H·D + D·D)                 per token, and with `pool_then_project` also once per text;
+                                                   without D·D for a linear head
 
     Padding tokens cost the same as other tokens unless `config.unpad_inputs`.
     """
@@ -75,7 +75,7 @@ class ProfilePlan:
     def __post_init__(self) -> None:
         numbers = (*self.batch_sizes, *self.lengths, self.rounds, self.seconds_per_shape)
         if not self.batch_sizes or not self.lengths or min(numbers) <= 0:
-            message = "A `ProfilePlan` needs at least one batch size and length, and only numbers above 0"
+            message = "Profiling needs at least one batch size and one length, and only numbers above 0"
             raise UserError("profile.plan", f"{message}, not {numbers}.")
 
     @property
@@ -116,11 +116,12 @@ def profile_checkpoint(
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
     if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
-        raise UserError("profile.length", f"The model accepts texts of at most {limit} tokens, not {longest}.")
+        message = f"The model accepts texts of at most {limit} tokens: the length {longest} can't be measured."
+        raise UserError("profile.length", message)
     times = _measure_times(model, exits, plan, progress)
     parameters = {k: model.slice(k).num_parameters() for k in exits}
     attention, bytes_each = config._attn_implementation, model.dtype.itemsize
-    del model  # so that it uses no memory while that of the exits is measured
+    del model  # so that it takes no memory from the processes that measure the memory of each exit
     memory = dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
     for k in tqdm(exits if plan.memory else (), "measuring memory", unit="exit", disable=not progress, leave=False):
         memory[k] = measure_memory(path, k, device, dtype, plan.shapes, torch.get_num_threads())
@@ -165,9 +166,9 @@ def profile_to_file(
 ) -> tuple[ExitProfile, Path]:
     """Measure a checkpoint's profile and write it to `out`, by default in the checkpoint's folder; return both.
 
-    `options` are those of `profile_checkpoint`. If the file to write holds an older profile of the same weights, its
-    quality scores are kept. Raises UserError if the older profile has exits that `exit_layers` leaves out, or if
-    `checkpoint` is a Hub repository and `out` is None.
+    `options` are those of `profile_checkpoint`. If the file already has a profile of the same weights, the quality
+    scores in it are kept. Raises UserError if this profile has exits that `exit_layers` leaves out, or if `checkpoint`
+    is a Hub repository and `out` is None.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -260,7 +261,7 @@ def measure_memory(
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
-        raise OSError(f"The memory of exit {exit_layer} can't be measured: the process that does so ended with: {last}")
+        raise OSError(f"The memory of exit {exit_layer} can't be measured: the measuring process ended with: {last}")
     return MemoryUse(*json.loads(process.stdout.splitlines()[-1]))
 
 
