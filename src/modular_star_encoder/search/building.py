@@ -32,25 +32,25 @@ from modular_star_encoder.search.vector_store import (
 )
 
 _FILES_PER_CHUNK = 8
-_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # an interruption loses at most seconds of work
+_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an interruption loses seconds of work
 _ROWS_PER_BATCH_IN_A_HURRY = 32
-_ROWS_PER_EMBEDDING = 256  # at most a batch; few, so that the processes that parse files don't wait for this one
+_ROWS_PER_EMBEDDING = 256  # embedded at once: few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
 _FRESH_NS = 2_000_000_000
-"""A file that changed so shortly before it was read may change again and keep its size and time of change."""
+"""A file that changed less than this before it was read may change again without a new time of change."""
 
-_Piece = tuple[Snippet, str]  # with its words
+_Piece = tuple[Snippet, str]  # a piece and its words, with spaces between
 _Changed = tuple[SourceFile, list[_Piece]]
 
 
 @dataclass(slots=True)
 class UpdateReport:
-    """What one update of an index read, embedded, removed and left out, in numbers of files and rows."""
+    """Numbers of files and rows that one update of an index read, embedded, removed or left out."""
 
-    files: int = 0  # source files that were read, or are known to be unchanged
+    files: int = 0  # source files of the folder: those that were read, and those known to be unchanged
     embedded_files: int = 0  # new or changed files that were embedded
     embedded_rows: int = 0  # the rows of these files
-    removed_files: int = 0  # files removed from the index, because they are deleted or are now left out
+    removed_files: int = 0  # files removed from the index, because they were deleted or are now left out
     rows: int = 0  # rows in the index after the update
     postponed_files: int = 0  # files that may have changed but were not embedded, for lack of time
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of each file left out
@@ -69,7 +69,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return notes to print on files left out, read as Latin-1 or postponed; a line per file if `show_skipped`."""
+        """Return lines to print: numbers of files left out, read as Latin-1 or postponed; names if `show_skipped`."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -83,7 +83,7 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)`; without `show_skipped`, [] if no file was embedded or postponed."""
+        """Return `lines(show_skipped)`, but [] if no file was embedded or postponed and `show_skipped` is False."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 
@@ -101,7 +101,7 @@ def _files(count: int) -> str:
 SEARCH_FILTERS = FileFilters(
     max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
 )
-"""Which files search leaves out; it also leaves out files that git ignores."""
+"""The filters of the files that search reads; it also leaves out files that git ignores."""
 
 
 def update_store(
@@ -124,7 +124,7 @@ def update_store(
         processes: number of processes that parse files; with 0 or 1, a crash of the parser ends this process.
         progress: whether to show a progress bar.
         seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
-            With a limit, unchanged files that an earlier update read and left out are neither read nor reported again.
+            With a limit, the report has no unchanged files that an earlier update left out.
 
     Raises:
         UserError: the folder does not exist.
@@ -160,7 +160,7 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
     if not is_shown:
         yield lambda: None
         return
-    from tqdm.auto import tqdm  # here, because it imports asyncio, which a search does not need
+    from tqdm.auto import tqdm  # imported here, because it imports asyncio, which searches without a bar do not need
 
     with tqdm(total=total, desc="indexing", unit="file", leave=False) as bar:
         yield bar.update
@@ -169,9 +169,9 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
 def _divided(files: Iterator[SourceFile], processes: int, exits: tuple[int, ...]) -> Iterator[list[_Changed]]:
     """Divide files into pieces in worker processes, and yield lists of a few files with their pieces.
 
-    At exit 0, numpy uses one thread meanwhile: a second one would mostly wait, on a core that could parse.
+    At exit 0, numpy may use only one thread meanwhile, because parsing makes better use of the other cores.
     """
-    for first in files:  # once: what runs processes is imported only if there is a file
+    for first in files:  # runs at most once, so that the imports below happen only if there is a file
         from threadpoolctl import threadpool_limits
 
         from modular_star_encoder.utils.crash_safe import crash_safe_map
@@ -194,15 +194,15 @@ class _Writer:
         self._seen: set[str] = set()
         self._stamps_before = store.stamps()
         self._stamps: Stamps = {}
-        self._files: list[_Changed] = []  # not embedded yet
-        self._pieces = 0  # of these files
-        self._keys: list[str] = []  # of the embedded files
+        self._files: list[_Changed] = []  # files that are not embedded yet
+        self._pieces = 0  # number of pieces of these files
+        self._keys: list[str] = []  # ids of the files that `_rows` holds, embedded but not written yet
         self._rows: list[Row] = []
         deep = _ROWS_PER_BATCH if seconds is None else _ROWS_PER_BATCH_IN_A_HURRY
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
     def is_known(self, path: str, location: Path) -> bool:
-        """Return whether to leave a file unread, because it is as the last update found it or because time is up."""
+        """Return whether to skip a file, because it has not changed since the last update or because time is up."""
         key = file_id(path)
         try:
             status = os.stat(location)
@@ -227,7 +227,7 @@ class _Writer:
         return self._end is not None and time.monotonic() > self._end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
-        """Yield the files of a reader that are new to the store or have changed."""
+        """Yield the files of a reader that are not in the store or have another content there."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)
@@ -278,13 +278,13 @@ class _Writer:
         self._files, self._pieces = [], 0
 
     def finish(self) -> None:
-        """Write the collected rows, remove vanished files from the index, and store the files' sizes and times."""
+        """Write the collected rows, remove deleted files from the index, and store the files' sizes and times."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
         self.report.removed_files = len(gone)
         self.write()
-        if self._end is None:  # a hurried update leaves merging to a later one
+        if self._end is None:  # with a time limit, a later update optimises the store
             self._store.finish()
         if self._stamps != self._stamps_before:
             self._store.keep_stamps(self._stamps)

@@ -18,16 +18,16 @@ from modular_star_encoder.utils.files import folder_checksum
 
 _KEPT_EMBEDDINGS = 20_000
 _FEW_TEXTS = 64
-"""Up to so many texts are embedded by numpy at deeper exits, too, because importing torch would take longer."""
+"""Maximum number of texts that numpy embeds at exits above 0; for so few, importing torch would take longer."""
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → exit_layer → embeddings (N, D) float32
 
 
 class Embedder:
-    """Embeds questions and code with one checkpoint, whose files are read at the first use.
+    """Embeds questions and code with one checkpoint, whose files are read when they are first needed.
 
-    It loads only the layers up to the deepest exit in use, and imports torch only for what numpy can't do.
+    It loads only the layers up to the deepest exit in use, and imports torch only if numpy can't compute embeddings.
 
     Attributes:
         checkpoint: absolute path of a folder, or the name of a Hub repository or of a model inside this package.
@@ -37,8 +37,8 @@ class Embedder:
         device: torch device of the model; None for a GPU if there is one.
 
     Raises:
-        ValueError, OSError: (by all methods) there is no such checkpoint, or it is damaged or not a ModularStarEncoder
-            for retrieval.
+        ValueError, OSError: (from any method) the checkpoint does not exist, is damaged, or is not a
+            ModularStarEncoderForRetrieval.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
@@ -69,7 +69,7 @@ class Embedder:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        """The configuration as a dictionary; read without torch if numpy can compute exit 0."""
+        """The checkpoint's configuration as a dictionary; read without torch if numpy can compute exit 0."""
         facts = read_config(self._folder)
         if not has_exit_zero(facts):
             from modular_star_encoder.inference.checkpoints import load_config
@@ -87,14 +87,14 @@ class Embedder:
         exit_layers: Sequence[int] | None = None,
         budget: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Return the exits to index, ascending: those given; if none is given, exit 0 or the deepest exit.
+        """Return the exits to index, ascending: the given ones; by default exit 0 if numpy supports it, or the deepest.
 
-        Exit 0 is taken if numpy can compute it. `budget` holds limits for `select_exit`, such as `latency_ms`: the
-        result is then the best exit within the limits, of the exits given or else of all exits of the checkpoint.
+        `budget` has limits for `select_exit`, such as `latency_ms`. With a budget, return one exit: the best within the
+        limits among the given exits or, if no exit is given, among all exits of the checkpoint.
 
         Raises:
-            UserError: both `exit_layer` and `exit_layers` are given, the checkpoint has no such exit, no exit is
-                within the budget, or the exit profile has none of the exits.
+            UserError: both `exit_layer` and `exit_layers` are given, the checkpoint lacks a given exit, no exit is
+                within the budget, or the exit profile has none of these exits.
             FileNotFoundError: there is a budget, and the checkpoint has no exit profile.
         """
         if exit_layers and exit_layer is not None:
@@ -110,7 +110,7 @@ class Embedder:
         return (0,) if has_exit_zero(self._facts) else (self.trained_exits[-1],)
 
     def check_exit(self, exit_layer: int) -> int:
-        """Return `exit_layer`, or raise UserError if the checkpoint has no such exit; the message lists its exits."""
+        """Return `exit_layer`; raise UserError if the checkpoint lacks this exit (the message lists its exits)."""
         if exit_layer not in self.trained_exits:
             exits = ", ".join(map(str, self.trained_exits))
             message = f"exit_layer {exit_layer} is not an exit of {self.checkpoint}; its exits are {exits}."
@@ -124,19 +124,19 @@ class Embedder:
         exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
         if not exits:
             names = ", ".join(map(str, exit_layers))
-            message = f"The exit profile of {self.checkpoint} has none of the exits {names}. Run `mose profile`."
+            message = f"The exit profile of {self.checkpoint} lacks exits {names}. Measure them with `mose profile`."
             raise UserError("search.profile.exits", message)
         return select_exit(replace(profile, exits=exits), **budget)
 
     def prompts(self) -> dict[str, str]:
-        """Return the prompts put before questions (`query`) and code (`document`, with a placeholder `{language}`)."""
+        """Return {"query": prompt before questions, "document": prompt before code, with placeholder `{language}`}."""
         document = CODE_INSTRUCTION + SEP_TOKEN if self._instructions else ""
         return {"query": text_prompt(instructions=self._instructions), "document": document}
 
     def check_dimension(self, dimension: int | None) -> int:
-        """Return `dimension`, or the full size of an embedding if it is None.
+        """Return `dimension`; if it is None, the full size of an embedding.
 
-        UserError if the model was not trained with embeddings of this size.
+        Raises UserError if the model was not trained with embeddings of this size.
         """
         sizes = sorted({*(self._facts.get("nested_dimensions") or ()), self._facts["projection_size"]})
         if dimension is not None and dimension not in sizes:
@@ -145,7 +145,7 @@ class Embedder:
         return dimension or sizes[-1]
 
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
-        """Embed Q questions in one forward pass; return exit_layer → (Q, dimension) float32, scaled to length 1."""
+        """Embed Q questions in one pass; return {exit_layer: embeddings (Q, dimension) float32 of length 1}."""
         prompt = text_prompt(instructions=self._instructions)
         embeddings = self.encoder(exit_layers, len(texts))([prompt + text for text in texts])
         return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
@@ -153,9 +153,9 @@ class Embedder:
     def snippets(
         self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int
     ) -> dict[int, np.ndarray]:
-        """Embed N pieces of code; return exit_layer → (N, dimension) float32, scaled to length 1.
+        """Embed N pieces of code; return {exit_layer: embeddings (N, dimension) float32 of length 1}.
 
-        A piece equal to a recently embedded one is not embedded again: in some large projects a third are copies.
+        Equal pieces are usually embedded once: in some large projects, a third of the pieces are copies.
         """
         exits = tuple(exit_layers)
         texts = [code_prompt(one.language, instructions=self._instructions) + one.embedded() for one in snippets]
@@ -179,9 +179,9 @@ class Embedder:
     def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
         """Return a function from a list of N texts to {exit_layer: embeddings (N, D) float32}.
 
-        `expected` is how many texts will be embedded; None means many. If numpy supports the checkpoint, it computes
-        exit 0. It also computes deeper exits if the texts are few, the device is a CPU and torch has not loaded the
-        model yet. In all other cases torch computes. OSError if the weights can't be read.
+        `expected` is the number of texts to embed; None means many. If numpy supports the checkpoint, it computes exit
+        0. It also computes deeper exits if the texts are few, the device is a CPU and torch has not loaded the model
+        yet. In all other cases, torch computes. Raises OSError if the weights can't be read.
         """
         is_short = (
             expected is not None and expected <= _FEW_TEXTS and self._model is None and self._device in (None, "cpu")
@@ -205,7 +205,7 @@ class Embedder:
 
 
 def _hide_loading_bars() -> None:
-    """Hide the progress bars of transformers, which would overwrite ours; bars of downloads stay."""
+    """Hide transformers' bars of loading weights, which would overwrite our bar; keep the bars of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

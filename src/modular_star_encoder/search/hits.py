@@ -15,13 +15,13 @@ class Hit:
         path: path of the file, relative if it is below the working folder, else absolute.
         line: 1-based line at which the definition begins.
         name: name of the function or class; empty for other lines.
-        score: cosine similarity in a search with the method `vector`; otherwise the sum of `reasons`, of which
+        score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`, whose entry
             `similarity and words` is at most 1.
         exit_layer: the exit whose embeddings ranked the hit; None if it was ranked without embeddings.
         last_line: 1-based last line of the definition; 0 if unknown.
         language: lower-case name of the programming language.
-        text: the code, from the definition on.
-        reasons: ranking rule → what it added to the score or subtracted from it.
+        text: the code from `line` to `last_line`.
+        reasons: {ranking rule: number that it added to the score}; negative if the rule lowers the score.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Hit:
         return printable(f"{self.path}:{self.line}  {self.summary()}")
 
     def summary(self) -> str:
-        """Return score, name, and what ranked the hit: `0.512  Stack.push  (exit 9)`."""
+        """Return the score, the name, and the exit (or `words`) that ranked the hit: `0.512  Stack.push  (exit 9)`."""
         ranked_by = "words" if self.exit_layer is None else f"exit {self.exit_layer}"
         return f"{self.score:.3f}  {self.name or '(lines)'}  ({ranked_by})"
 
@@ -50,7 +50,7 @@ class Answer:
     Attributes:
         question: the question's text.
         hits: best first.
-        margin: the best similarity minus the second best, at the exit searched first; None for fewer than two hits.
+        margin: best similarity minus second-best similarity, before any re-ranking; None for fewer than two hits.
         reranked: whether a deeper exit ranked the best hits again.
         method: how the hits were found: `vector`, `lexical` or `hybrid`.
     """
@@ -62,7 +62,7 @@ class Answer:
     method: str = "hybrid"
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the attributes of the answer and of its hits as JSON values; `reasons` of hits only with `explain`.
+        """Return the attributes of the answer and of its hits as JSON values; with `explain`, also the hits' `reasons`.
 
         `mose search --json` prints a list of these dictionaries, one for each question. Later versions may add keys.
         """
@@ -80,13 +80,13 @@ _INDENT = "    "
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
     """Return a line for each hit (path, line number, bar, score, name), followed by the first lines of its code.
 
-    The bar is full at a similarity of 1 in a vector search, and at the best hit's score otherwise.
+    The bar shows the score. With the method `vector`, it is full at a score of 1, otherwise at the best hit's score.
 
     Args:
         answer: the answer to show.
         lines: number of code lines to show for each hit.
         width: largest width of a line of code; longer lines are cut.
-        explain: also show what each ranking rule added.
+        explain: also show what each ranking rule added to a hit's score.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []
@@ -100,7 +100,7 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
 
 
 def score_bar(share: float, width: int = 10) -> str:
-    """Draw a share as a bar of `width` block characters: empty at 0 and below, full at 1 and above."""
+    """Return a bar of `width` characters for a share from 0 (empty) to 1 (full); others count as 0 or 1."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)

@@ -38,19 +38,19 @@ from modular_star_encoder.utils.errors import UserError
 _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
 LONGEST_QUESTION = 2000
-"""Most characters of a question to the page or to an agent's tool."""
+"""Maximum number of characters of a question on the demo page or to a tool of `mose mcp`."""
 _MOST_PIECES = 10_000
-"""Most pieces of one file that `related` reads to find the code at a line."""
+"""Maximum number of pieces of a file that `related` reads to find the code at a line."""
 
 
 class CodeIndex:
     """The functions, classes and other lines of a code folder with their embeddings, and the search over them.
 
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
-    Only one process at a time writes an index in a folder. `build` and `update` wait 3 s for another writer, then raise
-    UserError; `refresh` leaves the index as it is; `open_for_search` waits up to ten minutes for a first build. Other
-    processes can search meanwhile: in a local index, each call sees every file whole, as it was before a change or
-    after it. On a Qdrant server, a search may find both forms of a file that changes meanwhile.
+    Only one process at a time writes an index in a folder. While another process writes, `build` and `update` wait 3 s
+    and then raise UserError, `refresh` does nothing, and `open_for_search` waits up to ten minutes for a first build.
+    Searches do not wait. In a local index, a search finds each file as it was either before or after an update; on a
+    Qdrant server, it may find old and new code of a file that is being updated.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -89,7 +89,7 @@ class CodeIndex:
         processes: int = 2,
         progress: bool = True,
     ) -> Self:
-        """Index a folder, or update its index: only files that changed are embedded.
+        """Index a folder, or update its index: then only new and changed files are embedded.
 
         After an interruption, the index holds each file as a whole or not at all, and the next call continues.
 
@@ -98,11 +98,11 @@ class CodeIndex:
                 read. Links are not followed.
             location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
             checkpoint: folder or Hub repository.
-            exit_layer: the exit to embed at; if no exit is named, 0 where the checkpoint has it, else the deepest.
-            exit_layers: several exits, from one pass over the code; `search` chooses one of them.
-            dimension: number of components to keep, if the model was trained for it; all if None.
+            exit_layer: the exit to embed at; by default exit 0 if the checkpoint has it, else the deepest.
+            exit_layers: several exits to embed at in one pass, instead of `exit_layer`; `search` then uses one of them.
+            dimension: number of components of a vector to keep, one that the model was trained for; all if None.
             languages: languages to read; all but `markdown` if None.
-            tests, vendored: whether to read test code (`tests`); copies of other projects, generated code (`vendored`).
+            tests, vendored: whether to read test code (`tests`), and copied libraries and generated code (`vendored`).
             rebuild: replace an existing index; data of other programs is never replaced.
             device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
@@ -135,7 +135,7 @@ class CodeIndex:
         with store.locked():
             stored = None if rebuild else store.settings()
             if stored is None:
-                embedder.encoder(settings.exit_layers)  # before `create`, so unreadable weights destroy no index
+                embedder.encoder(settings.exit_layers)  # fails on unreadable weights before `create` deletes an index
                 store.create(settings.to_dict(store.location))
             else:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)
@@ -155,12 +155,12 @@ class CodeIndex:
         """Open an index to search it.
 
         Args:
-            location: as for `build`.
+            location: a folder or a URI (see `open_store`), or a store.
             checkpoint: where the checkpoint of the index is now, if it was moved.
             device: torch device of the model; if None, a GPU if there is one.
 
         Raises:
-            UserError: there is no index at `location`, or it was built with another checkpoint.
+            UserError: there is no index at `location`, or it was not built with `checkpoint`.
             OSError: the checkpoint does not exist.
             ImportError: the extra `qdrant` is not installed.
         """
@@ -182,10 +182,10 @@ class CodeIndex:
 
     @property
     def embedder(self) -> Embedder:
-        """The `Embedder` of the checkpoint that the index was built with; made at the first use.
+        """The `Embedder` of the checkpoint that the index was built with.
 
         Raises:
-            UserError: the checkpoint is no longer the one that the index was built with.
+            UserError: the checkpoint has changed since the index was built.
             OSError: the checkpoint does not exist.
         """
         if self._embedder is None:
@@ -193,20 +193,20 @@ class CodeIndex:
         return self._embedder
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
-        """Embed the files that changed and remove the rows of deleted ones; see `build`.
+        """Embed new and changed files, and remove deleted files from the index.
 
         Raises:
-            UserError: the index was rebuilt since it was opened, or a reason that `build` lists.
-            OSError: see `build`.
+            UserError: the index was rebuilt since it was opened, or its checkpoint has changed.
+            OSError: the checkpoint does not exist, or the index cannot be written.
         """
         with self._lock, self.store.locked():
             return self._update(processes=processes, progress=progress)
 
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
-        """Update the index before a search; stop reading files after about `seconds` (never if None).
+        """Update the index before a search, and stop reading files after about `seconds`; None for no limit.
 
-        The report counts the files for which there was no time as `postponed_files`. Nothing happens if the index is
-        on a server, is read-only or is being written by another process, or if the code folder no longer exists.
+        `postponed_files` of the report is the number of files for which there was no time. The index is not updated if
+        it is on a server, read-only or being written by another process, or if the code folder no longer exists.
 
         Raises:
             UserError, OSError: see `update`.
@@ -243,7 +243,7 @@ class CodeIndex:
         Args:
             questions: one or more questions.
             top_k: number of hits for each question.
-            exit_layer: one of the index's exits; if None, the deepest without a cascade, the shallowest with one.
+            exit_layer: one of the index's exits; by default the deepest or, with a cascade, the shallowest.
             method: `hybrid` ranks by similarity, words and the rules of `search.ranking`; `lexical` leaves out
                 similarity and needs no model; `vector` ranks by similarity alone.
             cascade: rank the best hits of `exit_layer` again at a deeper exit.
@@ -254,8 +254,8 @@ class CodeIndex:
             One answer per question.
 
         Raises:
-            UserError: an argument is invalid, the index lacks `exit_layer`, the model lacks the cascade's exit, another
-                checkpoint built the index, or the index was rebuilt after it was opened.
+            UserError: an argument is invalid, the index lacks `exit_layer`, the model lacks the cascade's exit, the
+                checkpoint has changed, or the index was rebuilt after it was opened.
         """
         where = check_search(questions, top_k, method, languages, path)
         with self._lock, self.store.snapshot():
@@ -281,7 +281,7 @@ class CodeIndex:
         Args:
             path: path of an indexed file, relative to the indexed folder, with forward slashes.
             line: 1-based line number.
-            top_k: number of hits; the code at the line itself is left out.
+            top_k: number of hits. The code at `line` is not one of them.
             exit_layer: one of the index's exits; the deepest if None.
 
         Raises:
@@ -302,19 +302,19 @@ class CodeIndex:
             return self._hits(others[:top_k])
 
     def read_file(self, path: str) -> str:
-        """Return the text of an indexed file as it is now; `path` is as for `related`.
+        """Return the present text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
 
-        What the index does not hold is not read, be it in the folder or outside: ignored files, `.env`, `.git`, links.
+        No other file is read: none outside the folder, no link, and none that the index leaves out, such as `.env`.
 
         Raises:
-            UserError: the index doesn't hold the file, or it is no longer one that an index may hold, such as a link.
+            UserError: the file is not in the index, or it has become a link or another file that an index leaves out.
             OSError: the file can't be read.
         """
         file = file_inside(self.folder, path)
         with self._lock:
             held = self.store.files()
         if file is None or file_id(path) not in held:
-            message = f"{path!r} is not a file of the index. Name one by its path in the indexed folder."
+            message = f"{path!r} is not a file of the index. Name a file by its path in the indexed folder."
             raise UserError("search.file.missing", message)
         # O_NOFOLLOW, O_NONBLOCK: a link or a pipe may have replaced the file after the check.
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
@@ -355,17 +355,17 @@ class CodeIndex:
         ]
 
     def _check_unchanged(self) -> None:
-        """Raise UserError if another process rebuilt the index, perhaps with embeddings of another checkpoint."""
+        """Raise UserError if the index was rebuilt with other settings, such as a checkpoint, since it was opened."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
             message = f"The index {self.store.location} was rebuilt since it was opened. Open it again."
             raise UserError("search.index.rebuilt", message)
 
     def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
-        """Return the embedder of a checkpoint; UserError if the index was built with other weights or prompts."""
+        """Return the embedder of a checkpoint; UserError if the index was built with other weights or other prompts."""
         embedder = Embedder(checkpoint, self._device)
         self.settings.refuse_checkpoint(embedder.checkpoint, embedder.checksum, self.store.location)
-        for exit_layer in self.settings.exit_layers:  # damaged settings may name any
+        for exit_layer in self.settings.exit_layers:  # damaged settings may name exits that do not exist
             embedder.check_exit(exit_layer)
         if dict(self.settings.prompts) != embedder.prompts():
             message = f"The index {self.store.location} was built with other prompts. Rebuild it (--rebuild)."
@@ -374,7 +374,7 @@ class CodeIndex:
 
 
 def file_inside(folder: str, path: str) -> Path | None:
-    """Return the regular file at a path in a folder; None if it is missing, outside, or behind a symbolic link."""
+    """Return the regular file at `path` in a folder; None if it is missing, outside the folder or behind a link."""
     root = os.path.realpath(folder)
     try:
         file = Path(os.path.normpath(os.path.join(root, path)))
@@ -387,7 +387,7 @@ def file_inside(folder: str, path: str) -> Path | None:
 def check_search(
     questions: Sequence[str], top_k: int, method: str, languages: Sequence[str] | None, path: str | None
 ) -> Filter:
-    """Return the rows to search; raise UserError if an argument of `CodeIndex.search` is invalid."""
+    """Return the filter of rows to search; raise UserError if an argument of `CodeIndex.search` is invalid."""
     if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
         message = "`questions` must be a list of at least one question, none of them blank."
         raise UserError("search.questions", message)
@@ -409,7 +409,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
     Raises:
         ImportError: the extra `qdrant` is not installed.
-        UserError: the location has none of these forms, or is a file or a folder with other things.
+        UserError: the location has none of these forms, is a file, or is a folder with files of another program.
     """
     if not isinstance(location, str | os.PathLike):
         return location
@@ -427,8 +427,8 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     """Return the path of the index in a folder, or in its nearest parent that has one; None if there is none.
 
-    UserError if it is an index of another folder than its own or one inside: it may have come with foreign code, and an
-    update would read files there.
+    Raises UserError if this index is of code outside the folder that contains the index. An index that came with other
+    people's code could otherwise make an update read any folder.
     """
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
@@ -455,25 +455,25 @@ def open_for_search(
     refresh: bool = True,
     seconds: float | None = SECONDS_TO_REFRESH,
 ) -> tuple[CodeIndex, int | None]:
-    """Return an index that is up to date, and the exit to search it at (None: the default of `CodeIndex.search`).
+    """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
-    With `location`, it is the index there. Otherwise it is the one in `folder` (if None: in the working folder or the
-    nearest folder above). If there is none, it is the one in the user's cache, which is built now if it is missing.
+    The index is the one at `location`. If that is None, it is the index in `folder`, or without a folder in the working
+    folder or its nearest parent. If these have none, it is in the user's cache, and is built there if it is missing.
 
     Args:
         folder: the folder to search; the working folder if None.
-        location: as for `CodeIndex.build`.
+        location: a folder of an index or a URI (see `open_store`).
         checkpoint: where the index's checkpoint is now, or the checkpoint for a new index (`mose-code` if None).
         exit_layer: the exit to search at.
-        budget: limits for `select_exit`, such as `latency_ms`, that choose the exit instead.
-        cascade: the cascade of the search; its exit must be one of the checkpoint's.
+        budget: instead of `exit_layer`: limits for `select_exit`, such as `latency_ms`, which chooses the exit.
+        cascade: the cascade of the search; its exit must be an exit of the checkpoint.
         languages: languages to read for a new index.
         refresh, seconds: whether to update an existing index, and for how long (see `CodeIndex.refresh`).
 
     Raises:
-        UserError: an exit does not exist (raised before a new index is built), the folder holds no source code, or a
-            reason that `CodeIndex.build` or `CodeIndex.open` lists.
-        OSError: see `CodeIndex.open`.
+        UserError: an exit does not exist (raised before a new index is built), the folder holds no source code, or as
+            for `CodeIndex.build` and `CodeIndex.open`.
+        OSError: the checkpoint does not exist, or the index cannot be written.
     """
     location = location or (find_index() if folder is None else _own_index(folder))
     if location is not None:
@@ -513,20 +513,20 @@ def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequ
     rebuild = False
     try:
         index = CodeIndex.open(location, checkpoint=checkpoint)
-        if index.store.stamps():  # a build has ended here
+        if index.store.stamps():  # stored at the end of a build, so this index is complete
             return index
     except UserError as error:
         rebuild = error.key != "search.index.missing"
-    with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be at it
+    with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be building it
         options: dict[str, Any] = {"exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
         return CodeIndex.build(folder, location, checkpoint=checkpoint, **options)
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
-    """Return the folder to search for code like that of `file`, a file that no `.mose` index contains.
+    """Return the folder to search for code that resembles code of `file`, if no `.mose` index contains the file.
 
-    It is the nearest folder above the file that is a git repository or has a cached index; else the working folder if
-    the file is inside it; else the file's own folder.
+    It is the nearest folder above the file that is a git repository or has an index in the user's cache. If there is
+    none, it is the working folder if the file is in it, else the file's own folder.
     """
     above, here = Path(os.path.realpath(file)).parents, Path(os.path.realpath("."))
     for folder in above:
@@ -536,7 +536,7 @@ def folder_of(file: str | os.PathLike[str]) -> str:
 
 
 def _cached_location(folder: str, *options: Any) -> str:
-    """Return where the user's cache keeps the index of a folder with these options; `memory://` if it is read-only."""
+    """Return where the user's cache has the index of a folder with these options; `memory://` for a read-only cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
     key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
     try:

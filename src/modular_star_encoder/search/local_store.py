@@ -1,7 +1,7 @@
 """Store an index in a folder: its rows in segments, which are written once, and a manifest that lists the segments.
 
-Every change replaces the manifest atomically, so a process killed before leaves the previous index. A segment is one
-safetensors file that is mapped into memory: a search reads only the parts it needs, and imports no database.
+Every change ends by replacing the manifest atomically; if the process is killed before, the previous index remains. A
+segment is one safetensors file that is mapped into memory: a search reads only the parts that it needs.
 """
 
 import json
@@ -28,13 +28,13 @@ from modular_star_encoder.utils.files import check_types, read_json, write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 100_000
-"""If a search considers more rows, the signs of their vectors choose the rows that are compared exactly."""
+"""If a search has more rows than this, it compares the signs of all vectors first, and then only the best exactly."""
 _BEST_BY_SIGNS = 4000
 MOST_ROWS = 65_536
-"""Most rows of a segment: 16 bits number its rows, and merging needs memory for no more rows than these."""
+"""Maximum number of rows of a segment: row numbers have 16 bits, and a merge holds one new segment in memory."""
 LARGE_SEGMENT = 50_000
-"""A segment of at least so many rows is merged with others only if over a third of its rows are deleted."""
-_SMALL_SEGMENTS = 32  # an update merges smaller segments when there are so many
+"""A segment of at least this number of rows is merged only if over a third of its rows are deleted."""
+_SMALL_SEGMENTS = 32  # an update merges the segments below `LARGE_SEGMENT` if it finds this number of them
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _STAMPS = "stamps.json"
@@ -42,15 +42,15 @@ _OWN_FILES = {".gitignore", ".lock", _STAMPS}
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
 _SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}\b")
-_LARGEST_ROW = 1 << 26  # bytes; a file of 5 MB in one piece is less
+_LARGEST_ROW = 1 << 26  # bytes of a decompressed row; even a file of 5 MB in one piece is smaller
 
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
-_ROWS_PER_BLOCK = 1024  # vectors that are compared at once: as float32, they stay in the processor's cache
+_ROWS_PER_BLOCK = 1024  # number of vectors compared at once: as float32, they fit into the processor's cache
 
 
 def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that reads files of an index: a damaged file becomes a UserError, a missing one does not."""
+    """Decorate a method that reads files of an index: raise UserError for a damaged file, not for a missing one."""
 
     @wraps(method)
     def reported(self: Any, *arguments: Any) -> Any:
@@ -77,7 +77,7 @@ class LocalStore:
         self._is_snapshot = False
         self._stamps: Stamps = {}
         if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            message = f"{location} is not an index: it is a file, or holds other things. Name another folder."
+            message = f"{location} is not an index: it is a file, or has files of another program. Name another folder."
             raise UserError("search.index.foreign", message)
 
     @contextmanager
@@ -88,11 +88,11 @@ class LocalStore:
         from filelock import FileLock, Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", is_singleton=True)  # whoever holds it may take it again
-        try:  # the worker processes of a killed process hold its lock for a moment longer
+        lock = FileLock(self.folder / ".lock", is_singleton=True)  # a process that holds the lock may take it again
+        try:  # waits, because worker processes of a killed process hold its lock for a moment longer
             lock.acquire(timeout=seconds)
         except Timeout as error:
-            message = f"Another process is writing the index {self.location}. Try again when it has ended."
+            message = f"Another process is writing the index {self.location}. Try again when that process has ended."
             raise UserError("search.index.locked", message) from error
         try:
             yield
@@ -101,7 +101,7 @@ class LocalStore:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        self.count()  # maps every segment, so that a merge in another process can't remove one before it is read
+        self.count()  # maps every segment now, because a merge in another process may delete segments
         self._is_snapshot = True
         try:
             yield
@@ -115,7 +115,7 @@ class LocalStore:
     def create(self, settings: Mapping[str, Any]) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.folder.name == INDEX_FOLDER:  # one in another place may be meant to be committed
+            if self.folder.name == INDEX_FOLDER:  # an index in another folder may be meant to be committed
                 write_text(self.folder / ".gitignore", "*\n")  # a link there is replaced, not followed
         self._write({"settings": dict(settings), "segments": {}})
 
@@ -151,7 +151,7 @@ class LocalStore:
 
     @_reading
     def finish(self) -> None:
-        """Merge small segments and those that are over a third deleted; remove files that the manifest doesn't list."""
+        """Merge small segments and those with over a third of rows deleted; delete files that the manifest lacks."""
         manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -223,7 +223,7 @@ class LocalStore:
             try:
                 segments = [(self._segment(name), dead) for name, dead in listed.items()]
                 break
-            except FileNotFoundError:  # merged by another process since the manifest was read
+            except FileNotFoundError:  # another process has merged the segment since the manifest was read
                 self._version = None
                 if self._read()["segments"] == listed:
                     raise
@@ -232,7 +232,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the manifest, read again if another process has replaced it; an empty one if there is no index."""
+        """Return the manifest; read it again if another process has replaced it. Without an index, it is empty."""
         if self.folder is None or self._is_snapshot:
             return self._manifest
         path = self.folder / MANIFEST
@@ -251,14 +251,14 @@ class LocalStore:
         if self.folder is None:
             self._manifest = manifest
             return
-        write_text(self.folder / MANIFEST, json.dumps(manifest))  # ASCII: names of folders need not be Unicode
+        write_text(self.folder / MANIFEST, json.dumps(manifest))  # as ASCII: a folder's name need not be Unicode
         for path in self.folder.glob("rows-*"):
             if path.stem not in manifest["segments"] and _SEGMENT_NAME.match(path.name):
                 path.unlink(missing_ok=True)
         self._version = None
 
     def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
-        """Write a new segment and return its name, for the caller to put into the manifest."""
+        """Write a new segment and return its name; the caller must add the name to the manifest."""
         name = f"rows-{uuid4().hex}"
         if self.folder is None:
             self._segments[name] = _Segment(name, arrays, files)
@@ -267,7 +267,7 @@ class LocalStore:
 
             path = self.folder / f"{name}.safetensors"
             save_file(arrays, path.with_suffix(".tmp"), metadata={"files": json.dumps(files)})
-            # safetensors writes files that only their owner reads; the folder says who may read the index.
+            # safetensors writes files that only their owner can read; they get the permissions of the folder.
             path.with_suffix(".tmp").chmod(self.folder.stat().st_mode & 0o666)
             os.replace(path.with_suffix(".tmp"), path)
         return name
@@ -300,7 +300,7 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Mark the files with these ids as deleted: their rows are gone, or replaced by rows of another segment."""
+        """Mark the rows of files with these ids as deleted: the files are deleted, or have rows in another segment."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
@@ -315,7 +315,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return the cosine similarities (P,) of the rows at `places` (P,) to a vector of length 1."""
+        """Return the cosine similarities (P,) of the rows with the numbers `places` (P,) to `unit`, of length 1."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):
@@ -324,7 +324,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows (P,) that contain a word, and how often each row contains it (P,), at most 255."""
+        """Return the numbers (P,) of the rows with a word, and how often the word is in each (P,), at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -347,7 +347,7 @@ class _Segment:
 
     @cached_property
     def words(self) -> int:
-        """Total number of words in all rows together."""
+        """Total number of words in all rows of this segment."""
         return int(self["lengths"].sum(dtype=np.int64))
 
     @cached_property
@@ -359,7 +359,7 @@ _Places = list[tuple[_Segment, np.ndarray]]
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the `_BEST_BY_SIGNS` chosen rows (more if tied) that differ in sign from `unit` in fewest components."""
+    """Return those `_BEST_BY_SIGNS` chosen rows (more if tied) whose signs differ from `unit` in fewest components."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -417,7 +417,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return arrays that list each word's rows; the word `key[i]` (ascending) occurs `count[i]` times in `row[i]`."""
+    """Return arrays that list the rows of each word: word `key[i]` (ascending) is `count[i]` times in row `row[i]`."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)
@@ -434,7 +434,7 @@ def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Merge segments: return the arrays and files of one segment with all of their rows that are not deleted."""
+    """Merge segments: return the arrays and files of a new segment with all rows that are not deleted."""
     arrays: _Arrays = {}
     kept = [np.flatnonzero(one.alive) for one in segments]
     exits = segments[0].exits

@@ -1,7 +1,7 @@
 """The tools of `mose mcp`: agents search an index over the Model Context Protocol.
 
-Answers are text of at most `MOST_CHARACTERS`, with paths relative to the indexed folder. Only files that the index
-holds are shown and read: nothing that git ignores, nothing in hidden folders, nothing outside the indexed folder.
+Answers are text of at most `MOST_CHARACTERS`, with paths relative to the indexed folder. The tools show and read only
+files of the index: none that git ignores, none in hidden folders, none outside the indexed folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modular_star_encoder.search.vector_store import LONGEST_PATH
 from modular_star_encoder.utils.errors import UserError
 
 MOST_CHARACTERS = 12_000
-"""Longest answer: about 3,000 tokens."""
+"""Maximum number of characters of an answer: about 3,000 tokens."""
 MOST_HITS = 20
 MOST_LINES = 400
 _Question = Annotated[str, Field(max_length=LONGEST_QUESTION)]
@@ -31,7 +31,7 @@ _Path = Annotated[str, Field(max_length=LONGEST_PATH)]
 
 @contextmanager
 def _errors_as_answers() -> Iterator[None]:
-    """Context manager and decorator: turn an error into a ToolError, of which alone the agent gets the sentence."""
+    """Context manager and decorator: replace an expected error by a ToolError, whose sentence the agent gets."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -54,7 +54,7 @@ def build_server(index: CodeIndex) -> MCPServer:
     @server.tool()
     @_errors_as_answers()
     def search(question: _Question, top_k: int = 5, path: _Path | None = None) -> str:
-        """Find code by a question in prose or by a symbol's name; `path` limits it to files such as 'src/**'."""
+        """Find code by a question in prose or by a symbol's name; `path` searches only files such as 'src/**'."""
         index.refresh()
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         return shown(answer.hits)
@@ -69,7 +69,7 @@ def build_server(index: CodeIndex) -> MCPServer:
     @server.tool()
     @_errors_as_answers()
     def read(path: _Path, first_line: int = 1, last_line: int = MOST_LINES) -> str:
-        """Read the lines `first_line` to `last_line`, at most 400, of a file; `path` is relative to the repository."""
+        """Read at most 400 lines, `first_line` to `last_line`, of a file; `path` is relative to the repository."""
         index.refresh()
         lines = LINE_END.split(index.read_file(path))
         first = max(first_line, 1)

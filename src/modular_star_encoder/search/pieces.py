@@ -1,4 +1,4 @@
-"""Divide files into pieces (functions, classes, other lines), which become rows of an index, and find their words."""
+"""Divide files into pieces (functions, classes, other lines), each a row of an index, and find the words of pieces."""
 
 import re
 from bisect import bisect_left
@@ -12,12 +12,12 @@ from modular_star_encoder.data.languages.function_finder import Definition, outl
 from modular_star_encoder.data.languages.parsing import MAX_LINE_BYTES, UnparsableSourceError
 
 SMALL_CLASS = 20
-"""Most lines of a class that stays one piece; a longer class is divided into its members."""
+"""Maximum number of lines of a class that stays one piece; a longer class is divided into its members."""
 MOST_LINES = 60
-"""Most lines of a block; longer blocks, and functions of more than twice this length, are divided."""
+"""Maximum number of lines of a block of other lines. Functions are divided if they have more than twice this number."""
 EMBEDDED_CHARACTERS = 1600
 _LONGEST_FUNCTION = 2 * MOST_LINES
-_LONGEST_LINE = MAX_LINE_BYTES // 4  # in characters, of up to four bytes; the rest of a longer line is left out
+_LONGEST_LINE = MAX_LINE_BYTES // 4  # in characters (of up to four bytes); the rest of a longer line is left out
 _FEWEST_LETTERS = 8
 LINE_END = re.compile(r"\r\n|\r|\n")
 # Lines before a definition that belong to it: comments, decorators and attributes.
@@ -41,21 +41,21 @@ class Snippet:
 
     path: str  # path of the file relative to the indexed folder, with forward slashes
     language: str  # lower-case name; empty if the language is unknown
-    name: str  # dotted name of what it defines, or of the class around it; empty for other lines
-    first_line: int  # 1-based; `first_line` and `last_line` are both included
-    last_line: int
-    text: str  # the lines
-    line: int = 0  # 1-based line where the definition itself begins, after comments and decorators
-    defines: tuple[str, ...] = ()  # names that it defines, such as `push` for `Stack.push`
+    name: str  # dotted name of the function or class, or of the class around these lines; else empty
+    first_line: int  # 1-based number of the first line of the piece
+    last_line: int  # 1-based number of the last line of the piece
+    text: str  # the text of these lines
+    line: int = 0  # 1-based number of the line where the definition begins, after comments and decorators
+    defines: tuple[str, ...] = ()  # names that the piece defines, such as `push` for `Stack.push`
 
     def embedded(self) -> str:
-        """Return the text to embed: the last two parts of the path and the name, then the code."""
+        """Return the text to embed: the file's folder and name, the piece's name, then the code."""
         place = " ".join(self.path.split("/")[-2:])
         return f"{place} {self.name}\n{self.text}"[:EMBEDDED_CHARACTERS]
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Divide a file into functions, classes and other blocks of lines, in order; leave out blocks with few letters.
+    """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters.
 
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
     file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
@@ -78,7 +78,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Yield the pieces of lines `start` to `end`, which hold `definitions`; `outer` names what encloses them."""
+        """Yield the pieces of lines `start` to `end`, which have these `definitions`; `outer` names a class around."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
@@ -86,7 +86,7 @@ class _Divider:
             while following < len(definitions) and definitions[following].start < one.end:
                 following += 1
             inner, place = definitions[place + 1 : following], following
-            if one.start < at:  # it begins on the last line of the definition before
+            if one.start < at:  # it begins on the last line of the previous definition
                 continue
             first = self._with_comments(one.start, at)
             yield from self._block(at, first, outer)
@@ -124,7 +124,7 @@ class _Divider:
 
     def _snippet(self, first: int, end: int, name: str, line: int | None = None) -> Snippet:
         inside = self._definitions[bisect_left(self._starts, first) : bisect_left(self._starts, end)]
-        if line is None:  # the first lines of a class begin with its decorators
+        if line is None:  # a block may begin with the decorators of a class
             line = inside[0].line if inside and inside[0].line < end else first
         last_parts = (one.name.rpartition(".")[2] for one in inside)
         text = "\n".join(self._lines[first:end])
@@ -158,7 +158,7 @@ _LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
 
 
 class Memo(dict[str, _Value], Generic[_Value]):
-    """The values of a function of a text, remembered for short texts: quicker than `lru_cache`."""
+    """A cache of a function's values for short texts; quicker than `lru_cache`."""
 
     def __init__(self, function: Callable[[str], _Value]) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Memo(dict[str, _Value], Generic[_Value]):
 
 
 def _stems(text: str) -> list[str]:
-    """Return, for each word, the stems of its parts, as in camelCase, and of the whole word if it has several parts."""
+    """Return the stems of the parts of each word (`camel`, `Case`), and of the word itself if it has several parts."""
     found = []
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]
@@ -217,27 +217,27 @@ def parts(text: str) -> set[str]:
 
 
 def question_stems(question: str) -> list[str]:
-    """Return the stems of a question's words for BM25, each once; without stop words if there are other words."""
+    """Return the different stems of a question's words for BM25, without stop words if there are other words."""
     words = _WORD.findall(question)
     telling = [word for word in words if not _STOP_WORD.fullmatch(word)] or words
     return sorted(set(stems(" ".join(telling))))
 
 
 def telling_parts(question: str) -> set[str]:
-    """Return the stems of the parts of a question's words; leave out stop words, and parts of fewer than 3 letters."""
+    """Return the stems of the parts of a question's words, without stop words and parts of fewer than 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))
     return {_stem(part.lower()) for part in _PART.findall(words) if len(part) > 2}
 
 
 def definition_word(name: str) -> str:
-    """Return the extra word by which a search finds pieces that define `name`; `snippet_words` adds it to them."""
+    """Return the extra word that `snippet_words` adds to pieces that define `name`, so that a search can find them."""
     return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 
 def snippet_words(snippet: Snippet) -> str:
     """Return a piece's words for BM25, with spaces between.
 
-    They are the stems of its text, name, file name (twice) and folder name, and a word for each name that it defines.
+    They are the stems of its text, name, file name (twice) and folder name, and one word for each name that it defines.
     """
     words = _words_of(f"{snippet.text} {snippet.name} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])

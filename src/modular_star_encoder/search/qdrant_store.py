@@ -3,8 +3,8 @@
 Qdrant has no transactions. New rows of a file are written before its old rows are deleted, and every row stores how
 many rows its file has, so the next update finds incomplete files and writes them again.
 
-Words are ranked as Qdrant recommends for BM25: the server multiplies a sparse vector of term weights, computed with a
-fixed average length, by inverse document frequencies (Modifier.IDF).
+A search by words ranks as Qdrant recommends for BM25: each row has a sparse vector of term weights, computed with a
+fixed average length, which the server multiplies by inverse document frequencies (Modifier.IDF).
 """
 
 import hashlib
@@ -32,17 +32,17 @@ _MOST_PATHS = 1_000_000
 
 
 def connect(location: str) -> tuple[Any, str]:
-    """Return a client and the collection's name for `qdrant:NAME@URL`.
+    """Return a client and the collection's name for a location `qdrant:NAME@URL`.
 
     Raises:
-        ImportError: the client isn't installed.
-        UserError: the location has another form, or its URL holds a password.
+        ImportError: the extra `qdrant` is not installed.
+        UserError: the location has another form, or its URL has a password.
     """
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
         message = f"The location of a Qdrant index has the form qdrant:NAME@URL with an http URL, not {location!r}."
         raise UserError("search.qdrant.location", message)
-    if "@" in urlsplit(url).netloc:  # locations are shown in messages, and kept
+    if "@" in urlsplit(url).netloc:  # messages show locations, which would show the password
         message = "A Qdrant URL must not hold a password. Put the key into the variable QDRANT_API_KEY."
         raise UserError("search.qdrant.password", message)
     key = os.environ.get("QDRANT_API_KEY") or None
@@ -50,7 +50,7 @@ def connect(location: str) -> tuple[Any, str]:
 
 
 def _wrap_errors(method: Callable) -> Callable:
-    """Decorate a method of `QdrantStore`: errors of the server become an `OSError` with a message of one sentence."""
+    """Decorate a method of `QdrantStore`: replace an error of the server by an `OSError` with a message in one line."""
 
     @wraps(method)
     def wrapped(self: "QdrantStore", *arguments: Any, **options: Any) -> Any:
@@ -66,7 +66,7 @@ def _wrap_errors(method: Callable) -> Callable:
 class QdrantStore(VectorStore):
     """The rows of an index in a collection of a Qdrant server.
 
-    It has no lock. It has no stamps, because other machines, whose files have other times, may use the collection.
+    Writers are not locked out. Sizes and times of files are not stored, because other machines may use the collection.
 
     Args:
         client: a `QdrantClient`, for a server or in memory.
@@ -168,7 +168,7 @@ class QdrantStore(VectorStore):
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))
-        if where.path is not None:  # the server knows no patterns, so they are matched here, with all its paths
+        if where.path is not None:  # the server can't match patterns, so all its paths are matched here
             paths = [hit.value for hit in self._client.facet(self._name, "path", limit=_MOST_PATHS).hits]
             chosen = [path for path in paths if where.path.match(path.encode())]
             if not chosen:
@@ -202,7 +202,7 @@ def _import_client() -> Any:
 
 
 def _row_id(row: Row) -> str:
-    """Return a hash of the file and the row's place in it: a UUID, because Qdrant accepts no other ids."""
+    """Return a hash of the file and the number of the row in it, as a UUID: Qdrant accepts no other text as id."""
     return str(UUID(hex=content_hash(f"{row.file_id}:{row.place}")))
 
 
@@ -211,7 +211,7 @@ def _word_place(word: str) -> int:
 
 
 def _word_weights(words: Sequence[str]) -> dict[int, float]:
-    """Return term's number → its BM25 weight in a document, without the inverse document frequency."""
+    """Return {hash of a word: its BM25 weight in a row of `words`}, without the inverse document frequency."""
     norm = _K1 * (1 - _B + _B * len(words) / _AVERAGE_WORDS)
     counts = Counter(map(_word_place, words))
     return {place: count * (_K1 + 1) / (count + norm) for place, count in counts.items()}

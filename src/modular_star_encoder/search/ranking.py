@@ -1,8 +1,8 @@
-"""Rank rows for a question by similarity at one exit, by words, or by rules over both; re-rank at a deeper exit.
+"""Rank rows for a question by similarity at one exit, by words, or by rules that use both; re-rank at a deeper exit.
 
-Each ranking rule is one function of the question and its candidates; benchmarks/README.md measures the effect of each.
-All languages and repositories share the same weights. The rules reimplement those of semble (MinishLab, 2026), but fuse
-standardised scores instead of ranks, because ranks do not say how far candidates are apart.
+Each ranking rule is one function of the question and its candidates; benchmarks/README.md has the effect of each rule.
+All languages and repositories have the same weights. The rules are those of semble (MinishLab, 2026), except that they
+add standardised scores instead of ranks, because ranks do not say how far candidates are apart.
 """
 
 import re
@@ -22,8 +22,8 @@ from modular_star_encoder.utils.errors import UserError
 Method = Literal["hybrid", "vector", "lexical"]
 
 _BY_SIMILARITY, _BY_WORDS, _BY_DEFINITION = 100, 400, 50
-"""Number of candidates that the rules take by similarity, by words, and by the names that they define."""
-_DEFINERS = 1000  # most rows that are known to define a name
+"""Number of candidates that are found by similarity, by words, and by the names that they define."""
+_DEFINERS = 1000  # maximum number of rows that are looked up because they define a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Cascade:
     """Settings to rank the best hits again at a deeper exit; UserError if `candidates` < 2 or `margin` is NaN."""
 
     exit_layer: int  # the deeper exit
-    candidates: int = 20  # number of the best hits that are ranked again
-    margin: float | None = None  # only if the two best similarities at the first exit differ by less; None: always
+    candidates: int = 20  # number of best hits to rank again
+    margin: float | None = None  # rank again only if the two best similarities differ by less than this; None: always
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
@@ -45,13 +45,13 @@ class Cascade:
 class Ranked:
     """The rows found for one question, best first."""
 
-    found: list[Found]  # from `by_similarity`, first those that a cascade ranked again
-    margin: float | None  # best similarity at the first exit minus the second best; None if there are not two
-    reranked: bool = False  # whether a cascade ranked the best again
+    found: list[Found]  # `by_similarity` with a cascade: the rows that were ranked again come first
+    margin: float | None  # best similarity minus second-best similarity at the first exit; None for fewer than two rows
+    reranked: bool = False  # whether a cascade ranked the best rows again
 
 
 class Ranker:
-    """Ranks the rows of an index by their embeddings at one exit, and with a cascade again at a deeper exit."""
+    """Ranks the rows of an index for questions at one exit; with a cascade, ranks the best again at a deeper exit."""
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class Ranker:
         self._store, self._settings, self._embedder = store, settings, embedder
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return, for each question, exit_layer → (D,) float32 at the first exit and the cascade's, from one pass."""
+        """Return for each question {exit_layer: embedding (D,) float32} at the first exit and the cascade's exit."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the `limit` rows most similar to a question, whose embeddings are `vectors` (exit_layer → (D,))."""
+        """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -86,8 +86,8 @@ class Ranker:
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
         """Return the best `limit` rows for a question by the ranking rules over similarity and words (see `place`).
 
-        With a cascade (see `Cascade`), the best rows get new similarities, at the cascade's exit, rescaled to the mean
-        and standard deviation of those at the first exit. Then all rows are ranked again.
+        With a cascade, the best rows get their similarities at the cascade's exit. These are rescaled to the mean and
+        standard deviation of the old similarities. Then all rows are ranked again.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
@@ -124,7 +124,7 @@ class Ranker:
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
 
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
-        """Return cosine similarities (N,) of rows to a question; rows are embedded now if the index lacks the exit."""
+        """Return cosine similarities (N,) of rows to a question; if the index lacks the exit, embed the rows first."""
         if exit_layer in self._settings.exit_layers:
             documents = self._store.vectors(found, exit_layer)
         else:
@@ -146,7 +146,7 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> li
 def _candidates(
     store: VectorStore, question: "Question", where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
-    """Return the candidate rows (N) of a question, their BM25 scores (N,), and name → indices of rows that define it.
+    """Return N candidate rows for a question, their BM25 scores (N,), and {name: indices of candidates that define it}.
 
     The BM25 score of a row is 0 if the row has none of the question's words.
     """
@@ -197,11 +197,11 @@ class Question:
 
     text: str
     is_symbol: bool  # whether it is a name alone, such as `Router::Match` or `parse_header`
-    names: Mapping[str, float]  # lower-case name whose definition is wanted → its weight
+    names: Mapping[str, float]  # {lower-case name in the question: weight of a match with its definition}
 
     @classmethod
     def of(cls, text: str) -> "Question":
-        """Make a question from a text, with the identifiers that the text contains."""
+        """Make a question from its text, and find the names of code in the text."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
@@ -214,9 +214,9 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return scores (N,): weighted sums of standardised similarities and `words` (BM25 scores), minus their median.
+    """Return scores (N,): `weight` × standardised similarities + (1 - `weight`) × standardised `words` (BM25 scores).
 
-    Negative scores become 0. Similarities weigh `weight`, words 1 - `weight`; without similarities, return `words`.
+    The median of these sums is subtracted, and negative scores become 0. Without similarities, return `words`.
     """
     if similarities is None:
         return words.astype(np.float64)
@@ -230,7 +230,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return gains (N,) of pieces that define a name in the question; higher if the piece's file has that name."""
+    """Return gains (N,): above 0 for a piece that defines a name in the question, higher if its file has that name."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -249,7 +249,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return gains (F,) of files whose name has words of the question; a word in the folder's name counts half."""
+    """Return gains (F,) for words of the question in a file's name; a word in its folder's name counts half."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -277,9 +277,9 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return the gains of N pieces: only the best piece of each file, by `gained` (the scores so far), gets one.
+    """Return gains (N,): only the best piece of each file, by `gained` (its score so far), has a gain above 0.
 
-    Its gain is the sum of its file's five best `scores`, divided by the largest such sum. `file_of`: numbers of files.
+    It is the sum of the file's five best `scores`, divided by the largest such sum. `file_of` (N,): numbers of files.
     """
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
@@ -296,7 +296,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,): below 1 for files of re-exports, type declarations, and unrequested tests or examples."""
+    """Return factors (F,): below 1 for re-exports, type declarations, and tests that the question does not mention."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -304,7 +304,7 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return whether a file is (1) a test, example or doc, (2) one of re-exports, (3) one of type declarations."""
+    """Return whether a file has (1) tests, examples or docs, (2) only re-exports, (3) only type declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 
@@ -315,7 +315,7 @@ def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A ranked candidate: its number, its score, and what each rule added to the score or subtracted from it."""
+    """A ranked candidate: its index among the candidates, its score, and {rule: what the rule added to the score}."""
 
     candidate: int
     score: float
@@ -335,9 +335,9 @@ def place(
     Args:
         question: the question.
         candidates: the paths (N) of the pieces.
-        definers: name in the question → indices of the candidates that define it.
+        definers: {name in the question: indices of the candidates that define it}.
         similarities: (N,) cosine similarities to the question; None to rank without a model.
-        words: (N,) BM25 scores; 0 for a piece without a word of the question.
+        words: (N,) BM25 scores; 0 for a piece that has no word of the question.
         limit: number of candidates to return.
     """
     if not candidates:

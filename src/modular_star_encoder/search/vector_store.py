@@ -24,7 +24,7 @@ FORMAT = 4
 DEFAULT_CHECKPOINT = "mose-code"
 """The model that is packaged with the code."""
 LONGEST_PATH = 4096
-"""Most characters of a path or of a pattern of paths, as on Linux."""
+"""Maximum number of characters of a path or of a path pattern, as on Linux."""
 INDEX_FOLDER = ".mose"
 """Name of the folder that holds the index of a code folder by default; it is hidden, so no index reads it."""
 
@@ -34,23 +34,23 @@ class Row:
     """One row of an index: a piece of a file, its words and its embeddings."""
 
     place: int  # number of the row within its file
-    file_id: str  # a hash of the path's bytes, which need not be text
-    file_hash: str  # of the file's content
-    file_rows: int  # number of rows of its file: fewer in the store means that writing was cut short
-    snippet: Snippet  # its path is text, with `\x..` for bytes that aren't
-    words: str  # what lexical search compares, with spaces between
+    file_id: str  # hash of the path's bytes, which need not be text
+    file_hash: str  # hash of the file's content
+    file_rows: int  # number of rows of the file; if the store has fewer, writing was interrupted
+    snippet: Snippet  # the piece; in its path, `\x..` replaces bytes that are not UTF-8
+    words: str  # words that a search by words compares, with spaces between
     vectors: Mapping[int, np.ndarray]  # exit_layer → (D,) float32
 
 
-@dataclass(slots=True)  # a frozen one takes three times as long to make, and a search makes hundreds
+@dataclass(slots=True)  # not frozen: that takes three times as long to make, and a search makes hundreds
 class Found:
     """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
 
-    The piece itself is read when `snippet` is used: of hundreds of candidates only a few are shown. `exit_layer` is the
-    exit that ranked the row, None if only words did; `reasons` maps a ranking rule to what it added.
+    The piece is read only when `snippet` is used, because of hundreds of candidates a few are shown. `exit_layer` is
+    the exit that ranked the row; None if only words did. `reasons` is {ranking rule: what it added to the score}.
     """
 
-    row_id: Hashable  # names the row within its store until the store is changed
+    row_id: Hashable  # identifies the row in its store until the store changes
     path: str
     score: float
     read: Callable[[], Snippet]
@@ -65,7 +65,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Says which rows a search considers."""
+    """A condition on the files whose rows a search considers."""
 
     languages: tuple[str, ...] = ()  # names of languages; empty for all
     path: re.Pattern[bytes] | None = None  # regular expression that the bytes of a path must match, or None
@@ -76,7 +76,7 @@ class Filter:
         return fits_path and (not self.languages or language in self.languages)
 
 
-Stamps = dict[str, list[Any]]  # file_id → size, time of change in ns, and content's hash or None if it was left out
+Stamps = dict[str, list[Any]]  # {file_id: [size, time of change in ns, hash of content; None if it was left out]}
 
 
 class VectorStore(Protocol):
@@ -86,33 +86,33 @@ class VectorStore(Protocol):
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context in which no other process writes the index; wait up to `seconds` for one that writes now.
+        """Return a context in which no other process writes the index; wait up to `seconds` if one is writing now.
 
-        UserError if another process still writes the index.
+        Raises UserError if another process is still writing the index then.
         """
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context whose reads see the rows of its start; of a server that has no snapshots, those of now."""
+        """Return a context in which reads see the rows as they were at its start, unless the store has no snapshots."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that `create` stored; None if there is no index yet.
 
-        UserError if the index can't be read, or the place holds data of another program.
+        Raises UserError if the index can't be read, or `location` has data of another program.
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
         """Make an empty index with these settings; it replaces an existing index, even one that can't be read.
 
-        UserError if the place holds data of another program, which is never replaced.
+        Raises UserError if `location` has data of another program, which is never replaced.
         """
 
     def files(self) -> dict[str, str | None]:
-        """Return file_id → hash of the file's content, or None if its rows are incomplete or of different contents."""
+        """Return {file_id: hash of the file's content}; None instead if rows are missing or of different contents."""
 
     def stamps(self) -> Stamps:
-        """Return what `keep_stamps` stored last; empty if the store keeps no stamps."""
+        """Return the files' sizes and times that `keep_stamps` stored last; empty if this store keeps none."""
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
@@ -120,11 +120,11 @@ class VectorStore(Protocol):
         return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """Replace all rows of some files.
+        """Delete the rows of some files, and add new rows.
 
         Args:
-            known: ids of the files whose stored rows are deleted; without new rows, the files are removed.
-            rows: new rows, for each file all its rows. A file that has rows in the store must be in `known`.
+            known: ids of the files whose stored rows are deleted.
+            rows: all rows of each new or changed file. A file that has rows in the store must be in `known`.
         """
 
     def finish(self) -> None:
@@ -138,19 +138,19 @@ class VectorStore(Protocol):
         """Return the `limit` rows with the highest BM25 scores for `words`, best first; only scores above 0."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of rows that this store found; zeros for rows deleted since then."""
+        """Return the embeddings (N, D) float32 of N rows that this store found; zeros for rows deleted since then."""
 
     def count(self) -> int:
         """Return the number of rows."""
 
 
 def file_id(path: str) -> str:
-    """Hash a path, whose bytes need not be UTF-8, to 32 hexadecimal digits."""
+    """Return a hash of a path, whose bytes need not be UTF-8, as 32 hexadecimal digits."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
 def content_hash(text: str) -> str:
-    """Hash a text to 32 hexadecimal digits."""
+    """Return a hash of a text as 32 hexadecimal digits."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -160,11 +160,11 @@ def readable_path(path: str) -> str:
 
 
 def path_expression(pattern: str) -> re.Pattern[bytes]:
-    """Translate a path pattern, as a line of `.gitignore` has it, to a regular expression for the bytes of paths.
+    """Return a regular expression for the bytes of paths that match a path pattern, written as in `.gitignore`.
 
     `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
-    UserError if the pattern is blank or too long, or a bracket isn't closed.
+    Raises UserError if the pattern is blank or too long, or a bracket isn't closed.
     """
     if len(pattern) > LONGEST_PATH:
         message = f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
@@ -175,7 +175,7 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
     try:
         return re.compile(glob_expression((whole + "**" * whole.endswith("/")).encode()) + rb"\Z", re.DOTALL)
     except re.error as error:
-        message = f"The path pattern {pattern!r} matches nothing ({error}). Write '[[]' for '['."
+        message = f"The path pattern {pattern!r} is invalid ({error}). To match the character '[', write '[[]'."
         raise UserError("search.path.bracket", message) from error
 
 
@@ -184,22 +184,22 @@ class IndexSettings:
     """The settings that an index was built with."""
 
     checkpoint: str  # absolute path of a folder, or a repository's name
-    checksum: str  # of the checkpoint's weights, configuration and tokenizer (see `checkpoint_checksum`)
-    exit_layers: tuple[int, ...]  # exits of which the index has embeddings, ascending
+    checksum: str  # checksum of the checkpoint's weights, configuration and tokenizer (see `checkpoint_checksum`)
+    exit_layers: tuple[int, ...]  # exits at which code was embedded, ascending
     dimension: int  # number of components of an embedding
     prompts: Mapping[str, str]  # `query` and `document`, the prompts put before questions and code
-    folder: str  # absolute path of the indexed folder; an index inside it stores it relative, so that both can be moved
+    folder: str  # absolute path of the indexed folder; an index in this folder stores a relative path, and can be moved
     languages: tuple[str, ...]  # languages that are read, in the order of `ALL_LANGUAGES`
     tests: bool = True  # whether test code is read
     vendored: bool = False  # whether copied and generated code is read
-    format: int = FORMAT  # version of the form in which the index is stored
+    format: int = FORMAT  # version of the index's file format
 
     def __post_init__(self) -> None:
         languages = tuple(name for name in ALL_LANGUAGES if name in self.languages)
         object.__setattr__(self, "languages", languages)  # frozen
 
     def to_dict(self, location: str) -> dict[str, Any]:
-        """Return the settings as JSON values, for a store at `location`."""
+        """Return the settings as JSON values; `folder` is relative if the index at `location` is in it."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         index = _real_path(location)
         if index is not None and os.path.commonpath([self.folder, index]) == self.folder:
@@ -210,7 +210,7 @@ class IndexSettings:
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
         """Restore settings from the result of `to_dict`.
 
-        UserError if another version of this package made the index at `location`, or the settings are damaged.
+        Raises UserError if another version of this package made the index at `location`, or the settings are damaged.
         """
         if (found := values.get("format")) != FORMAT:
             message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it (--rebuild)."
@@ -226,7 +226,7 @@ class IndexSettings:
         return replace(settings, folder=folder)
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if the settings `asked` of an update differ from the index's; the message names both."""
+        """Raise UserError if the settings `asked` of an update differ from those of the index; the message has both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
             f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
@@ -235,19 +235,19 @@ class IndexSettings:
         ]
         if differences:
             message = f"The index {location} was built with {'; '.join(differences)}."
-            raise UserError("search.index.other_settings", f"{message} Name another index or rebuild this (--rebuild).")
+            raise UserError("search.index.other_settings", f"{message} Use another index, or --rebuild to replace it.")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
-        """Raise UserError if the weights are not those that built the index; the message names both checkpoints."""
+        """Raise UserError if the index was built with other weights; the message names both checkpoints."""
         if checksum != self.checksum:
             raise UserError(
                 "search.index.other_model",
                 f"The index {location} was built with another checkpoint: {self.checkpoint} (checksum "
-                f"{self.checksum}), not {checkpoint} ({checksum}). Use that one, or rebuild the index (--rebuild).",
+                f"{self.checksum}), not {checkpoint} ({checksum}). Use the first, or rebuild the index (--rebuild).",
             )
 
     def check_exit(self, exit_layer: int | None, location: str) -> int:
-        """Return `exit_layer`, or the index's deepest exit if it is None; UserError if the index lacks the exit."""
+        """Return `exit_layer`; if it is None, the index's deepest exit. UserError if the index lacks the exit."""
         if exit_layer is None:
             return self.exit_layers[-1]
         if exit_layer not in self.exit_layers:
@@ -269,7 +269,7 @@ _LABELS = {
 
 
 def _real_path(location: str) -> str | None:
-    """Return the absolute path of an index without links; None if it is not in a folder."""
+    """Return the absolute path of an index, with links resolved; None if it is in memory or on a server."""
     if "://" in location or location.startswith(QDRANT):
         return None
     return os.path.realpath(os.path.expanduser(location))
