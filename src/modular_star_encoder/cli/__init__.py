@@ -1,4 +1,4 @@
-"""The command line. This module has what several commands share: options, and argparse types that check values."""
+"""The command line. This module has options that several commands share, and argparse types, which check values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def number_list(text: str) -> tuple[int, ...]:
 
 
 def exit_list(text: str) -> tuple[int, ...] | None:
-    """Parse a list of exits: `"4,9"` → (4, 9), and `"all"` → None."""
+    """Parse a list of exits: `"4,9"` → (4, 9), and `"all"` → None (all exits)."""
     return None if text == "all" else number_list(text)
 
 
@@ -62,7 +62,7 @@ def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
 def checkpoint(text: str) -> str:
     """Argparse type: return a checkpoint's name unchanged; OSError if there is no such folder or Hub repository.
 
-    If the Hub can't be reached, but its cache has the repository, the command goes on offline (`HF_HUB_OFFLINE`).
+    If the Hub can't be reached, but the Hub's cache has the repository, this process works offline (`HF_HUB_OFFLINE`).
     """
     check_checkpoint(text)
     if is_repository(text):
@@ -81,7 +81,7 @@ def checkpoint(text: str) -> str:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE (its help: `recipe`), KEY=VALUE (an example: `setting`) and --out (its help: `out`) to a command."""
+    """Add RECIPE, KEY=VALUE and --out to a command. Their help is `recipe`, `out`, and an example, `setting`."""
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

@@ -15,8 +15,8 @@ def add_dataset_commands(commands: Any) -> None:
     dataset = commands.add_parser("dataset", help="build a dataset of translated functions, and publish it")
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
-    build = commands.add_parser("build", help="extract functions, translate, drop near-duplicates, split; by a recipe")
-    recipe, folder = "a YAML file, such as examples/dataset/recipe.yaml", "folder of the build; an old one is continued"
+    build = commands.add_parser("build", help="extract functions, translate them, drop near-duplicates, and split")
+    recipe, folder = "a YAML file, such as examples/dataset/recipe.yaml", "folder to write; an old build is continued"
     add_recipe_options(build, recipe, "corpus.folder=~/code", folder)
     build.set_defaults(run=run_dataset_build)
 
@@ -24,15 +24,15 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare: NAME,NAME")
-    match = "two rows are near-duplicates if either column (the default), or both, are similar"
+    match = "call two rows near-duplicates if either of their columns is similar (default), or if both are"
     dedup.add_argument("--match", choices=("either", "both"), default="either", help=match)
-    ids = "column of ids; of near-duplicates, the row with the smallest id is kept (default: the first row)"
+    ids = "column of ids; the row with the smallest id is kept of near-duplicates (default: the first row)"
     dedup.add_argument("--id-column", metavar="NAME", help=ids)
-    threshold = "smallest Jaccard similarity of near-duplicates (default: 0.7)"
+    threshold = "lowest Jaccard similarity at which texts are similar (default: 0.7)"
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help=threshold)
     recall = "high: compare more pairs of rows, and miss fewer near-duplicates"
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help=recall)
-    near = "drop rows similar to a COLUMN of texts in SOURCE, a parquet or JSON Lines file or a dataset of the Hub"
+    near = "also drop rows similar to a text in COLUMN of SOURCE: a parquet or JSON Lines file, or a Hub dataset"
     form = "SOURCE:COLUMN"
     pairs = of_form(form, "(.+):(.+)")
     dedup.add_argument("--against", metavar=form, type=pairs, action="append", default=[], help=near)
@@ -47,19 +47,19 @@ def add_dataset_commands(commands: Any) -> None:
     push = commands.add_parser("push", help="list what would be uploaded to the Hub; with --upload, upload it")
     push.add_argument("folder", metavar="FOLDER", help="the folder of a finished build")
     push.add_argument("repository", metavar="OWNER/NAME", help="dataset repository on the Hub")
-    push.add_argument("--upload", action="store_true", help="upload the files that are listed without this option")
+    push.add_argument("--upload", action="store_true", help="upload the files (default: only list them)")
     push.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     push.set_defaults(run=run_dataset_push)
 
     corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
-    fetch = commands.add_parser("fetch", help="download the packages of a corpus that FOLDER lacks")
+    fetch = commands.add_parser("fetch", help="download those packages of a corpus that are not in FOLDER yet")
     packages = "list of packages, such as hub_configs/mose-code/corpus.yaml"
     fetch.add_argument("corpus", metavar="FILE", type=existing, help=packages)
     fetch.add_argument("--out", metavar="FOLDER", required=True, help="folder to write, with a folder for each package")
     fetch.set_defaults(run=run_corpus_fetch)
 
-    pairs = commands.add_parser("build", help="extract functions of packages, drop duplicates, hold out packages")
+    pairs = commands.add_parser("build", help="extract functions of packages, drop duplicates, and split by packages")
     pairs.add_argument("corpus", metavar="FILE", type=existing, help=packages)
     fetched = "folder that `mose dataset corpus fetch` wrote"
     pairs.add_argument("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
@@ -68,13 +68,13 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.add_argument("--processes", metavar="N", type=int, default=2, help=processes)
     pairs.set_defaults(run=run_corpus_build)
 
-    check = commands.add_parser("check", help="list texts of a corpus that (nearly) equal texts of evaluation sets")
+    check = commands.add_parser("check", help="list texts of a corpus that are also, or nearly, in evaluation sets")
     written = "file that `mose dataset corpus build` wrote, such as pairs.jsonl.gz"
     check.add_argument("files", metavar="FILE", type=existing, nargs="+", help=written)
-    against = "rows of evaluation sets: JSON Lines or JSON files, or folders of them"
+    against = "evaluation sets: JSON Lines or JSON files, or folders of such files"
     check.add_argument("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
-    check.add_argument("--drop", metavar="FOLDER", help="write the files to FOLDER without the rows that were found")
-    check.add_argument("--json", metavar="FILE", help="also write the numbers of rows that were found to FILE")
+    check.add_argument("--drop", metavar="FOLDER", help="copy the files to FOLDER without the rows that were found")
+    check.add_argument("--json", metavar="FILE", help="also write to FILE how many rows of each file were found")
     check.set_defaults(run=run_corpus_check)
 
 
@@ -163,5 +163,5 @@ def run_corpus_check(arguments: argparse.Namespace) -> None:
     for name, counts in report["files"].items():
         print(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set")
     if hits and not arguments.drop:
-        message = f"{len(hits)} texts are in evaluation sets; to write the rows without them, add --drop FOLDER."
+        message = f"{len(hits)} texts are in evaluation sets. To copy the files without them, add --drop FOLDER."
         raise UserError("cli.dataset.corpus", message)

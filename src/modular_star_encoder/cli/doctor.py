@@ -1,4 +1,4 @@
-"""The command `mose doctor`: the versions, devices, folders and extras that this installation finds."""
+"""The command `mose doctor`: prints versions, devices, folders, and which extras are installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CORE = (DISTRIBUTION, "torch", "transformers", "sentence-transformers", "hugging
 
 def add_doctor_command(commands: Any) -> None:
     """Add `mose doctor` to the subparsers of `mose`."""
-    doctor = commands.add_parser("doctor", help="print versions, devices, folders of caches, and missing packages")
+    doctor = commands.add_parser("doctor", help="print versions, devices, cache folders, and missing packages")
     doctor.set_defaults(run=run_doctor)
 
 
@@ -53,7 +53,7 @@ def devices() -> dict[str, str]:
 
 
 def folders() -> dict[str, str]:
-    """Return the folder of the shipped model, the caches with their sizes, and whether the Hub may be used."""
+    """Return {name: text} for the folder of mose-code, the caches with their sizes, and the connection to the Hub."""
     from huggingface_hub import constants
 
     from modular_star_encoder.inference import shipped_model
@@ -68,7 +68,7 @@ def folders() -> dict[str, str]:
 
 
 def folder_size(folder: Path) -> str:
-    """Return a text with a folder's path and its size in MB, or with "not there yet" if it does not exist."""
+    """Return a folder's path and size, such as `/tmp/cache (12 MB)`; `(not there yet)` if it does not exist."""
     if not folder.is_dir():
         return f"{folder} (not there yet)"
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
@@ -76,7 +76,7 @@ def folder_size(folder: Path) -> str:
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """Return each extra of this package → its requirements that are not installed or have an unsuitable version."""
+    """Return {extra of this package: its requirements that are not installed or have an unsuitable version}."""
     from packaging.requirements import Requirement
 
     own = distribution(DISTRIBUTION)
@@ -87,7 +87,7 @@ def missing_packages() -> dict[str, list[str]]:
         for one in requirements:
             if one.marker is None or not one.marker.evaluate({"extra": extra}):
                 continue
-            if one.name == DISTRIBUTION:  # an extra in this one, such as `languages` in `search`
+            if one.name == DISTRIBUTION:  # this extra includes another extra, as `search` includes `languages`
                 found.update(*map(missing, one.extras - {extra}))
                 continue
             try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, existing, exit_list, name_list, number_list, of_form
 
-# As in `evaluation.benchmarks`, whose imports take seconds; a test compares the two.
+# The names in `evaluation.benchmarks`, copied because importing it takes seconds; a test compares both.
 BENCHMARK_NAMES = (
     *(f"codesearchnet-{part}" for part in ("999", "999-leaky", "full")),
     *("translation", "translation-masked", "poj104", "bigclonebench", "advtest", "cosqa"),
@@ -35,7 +35,7 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("checkpoint", metavar="MODEL", type=_model, help=CHECKPOINT_HELP)
     names = f"benchmarks, separated by commas (default: folder): {', '.join(BENCHMARK_NAMES)}"
     evaluate.add_argument("--benchmark", metavar="NAMES", type=_benchmarks, default=["folder"], help=names)
-    data = "folder of source code or of benchmark files; or hub, for the authors' dataset, or hub:OWNER/NAME"
+    data = "folder of source code or of benchmark files; or a Hub dataset: hub:OWNER/NAME, or hub for the authors'"
     evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
     exits = "exits to measure: all (the default), or a list such as 4,9"
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)
@@ -44,7 +44,7 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--out", metavar="FOLDER", help="folder for reports and plots; an interrupted run is continued"
     )
-    baselines = "also measure these, separated by commas: bm25, tfidf, other models, openai:MODEL@URL"
+    baselines = "also measure these: bm25, tfidf, other models, openai:MODEL@URL; separated by commas"
     evaluate.add_argument("--baselines", metavar="NAMES", type=name_list, help=baselines)
     subset = "accept benchmark files that lack rows; the report says so"
     evaluate.add_argument("--allow-subset", action="store_true", help=subset)
@@ -67,13 +67,13 @@ def add_evaluate_commands(commands: Any) -> None:
         "--quality",
         metavar="NAME=FILE",
         type=of_form("NAME=FILE", "([^=]+)=(.+)"),
-        help="measure nothing; add each exit's quality on benchmark NAME to the profile, from a FILE of mose evaluate",
+        help="measure nothing; add the exits' quality on benchmark NAME to the profile, from FILE of mose evaluate",
     )
     profile.set_defaults(run=run_profile)
 
 
 def _model(text: str) -> str:
-    """Return the name of a model: `openai:…` at an endpoint, a SentenceTransformer folder, or a checkpoint."""
+    """Argparse type: return the name of a model at an endpoint, a SentenceTransformer folder or a checkpoint."""
     is_other = text.startswith("openai:") or os.path.isfile(os.path.join(os.path.expanduser(text), "modules.json"))
     return text if is_other else checkpoint(text)
 

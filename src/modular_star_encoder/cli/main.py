@@ -1,4 +1,4 @@
-"""The command `mose`: its parser, what it does with errors, and its exit status.
+"""The command `mose`: its parser, its error messages and its exit status.
 
 The commands import the package when they run, so that `mose --help` does not wait for torch.
 """
@@ -57,22 +57,22 @@ EXAMPLES = {
     "mose dataset corpus check": "mose dataset corpus check pairs/pairs.jsonl.gz --against test.jsonl --drop clean",
     "mose doctor": "mose doctor",
 }
-"""Command → command lines to show in its help. A test parses them all."""
+"""{command: example command lines at the end of its help}. A test parses them all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    It is 0, 2 after an error that the user can fix, or 130 after Ctrl-C or SIGTERM. Results go to stdout. Progress and
-    errors go to stderr, each error in one line. Wrong usage ends the process with argparse's message and status 2.
+    The status is 0 after success, 2 after an error that the user can fix, and 130 after Ctrl-C or SIGTERM. Results go
+    to stdout; progress and errors go to stderr, each error in one line. After wrong usage, argparse exits with 2.
     """
     keep_few_compiled_operations()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # None if it is closed
-            stream.reconfigure(errors="replace")  # a terminal may know fewer characters
+        if isinstance(stream, TextIOWrapper):  # a closed stream is None
+            stream.reconfigure(errors="replace")  # a terminal may not have all characters
     if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    room = ""  # of the command: the last part of its module's name
+    room = ""  # last part of the name of the command's module, such as "search", for `missing_extra`
     try:
         arguments = parse(argv)
         room = arguments.run.__module__.rpartition(".")[2]
@@ -83,21 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mose: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; without this, Python reports the closed pipe again at its end.
+        # The reader, such as `| head`, has closed the pipe; without this, Python would report that again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
-        # safetensors has a class of its own for a full disk, and tokenizers panics at texts that it can't read.
+        # For a full disk, safetensors raises an error of its own class; for some texts, tokenizers panics.
         is_known = isinstance(error, (*EXPECTED_ERRORS, ImportError)) or is_panic(error)
         if not is_known and type(error).__name__ != "SafetensorError":
             raise
         shown: BaseException | None = error
-        if isinstance(error, ImportError) and error.name:  # a module fails to import: a missing extra, or a bug
+        if isinstance(error, ImportError) and error.name:  # a module can't be imported: a missing extra, or a bug
             shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:
             raise
         words = " ".join((str(shown) or "Not enough memory.").split())
-        sentence = "".join(one if one.isprintable() else "�" for one in words)  # a file's text may control a terminal
-        if len(sentence) > 2000:  # a long value
+        sentence = "".join(one if one.isprintable() else "�" for one in words)  # a file's text could control a terminal
+        if len(sentence) > 2000:  # it quotes a long value
             sentence = f"{sentence[:1500]} … {sentence[-400:]}"
         print(f"mose: error: {sentence}", file=sys.stderr)
         return 2
@@ -107,15 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep_few_compiled_operations() -> None:
     """Limit the caches of oneDNN's and PyTorch's compiled CPU operations to 64 each, unless the environment sets them.
 
-    By default each holds 1,024 operations, one per shape of a bfloat16 matrix. Without padding each batch has a new
-    shape, so memory grows (benchmarks/NOTES.md). Call this before the first such operation.
+    By default each cache has up to 1,024 operations, one per shape of a bfloat16 matrix. Batches without padding have
+    ever new shapes, so memory grows (benchmarks/NOTES.md). Call this function before the first such operation.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors suggest the command or option that a misspelt one resembles."""
+    """A parser whose error for an unknown command or option suggests the most similar known one."""
 
     def parse_known_args(self, *words: Any, **options: Any) -> Any:
         arguments, rest = super().parse_known_args(*words, **options)
@@ -140,7 +140,7 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line. A recipe's `key=value` and the folder to search may also follow options."""
+    """Return the parsed command line. `KEY=VALUE` of a recipe, and a folder to search, may also follow options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     is_search, has_settings = hasattr(arguments, "questions"), hasattr(arguments, "overrides")
@@ -152,7 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parser of every command that has no subcommands, in the order of the help."""
+    """Yield the parser of each command without subcommands, in the order of the help."""
     groups = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not groups:
         yield parser

@@ -19,7 +19,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     cut.set_defaults(run=run_slice)
 
-    grow = commands.add_parser("grow", help="add layers to a checkpoint of exit 0; they change no output until trained")
+    grow = commands.add_parser("grow", help="add layers to a checkpoint of exit 0; its outputs change only in training")
     grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
     exits = "exits of the new checkpoint, such as 0 1 2 4 6"
     grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help=exits)
@@ -27,7 +27,7 @@ def add_publish_commands(commands: Any) -> None:
     grow.set_defaults(run=run_grow)
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest for its first repository")
+    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
     _add_folder_options(card)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure to FOLDER, not to stdout")
     card.set_defaults(run=run_card)
@@ -35,7 +35,7 @@ def add_publish_commands(commands: Any) -> None:
     publish = commands.add_parser("publish", help="verify repositories, and list what --upload would change on the Hub")
     source = "a manifest, such as hub_configs/small/publish.yaml, or a checkpoint's folder"
     publish.add_argument("source", metavar="MANIFEST", help=source)
-    settings = "settings that replace the manifest's, such as namespace=NAME"
+    settings = "settings of the manifest to change, such as namespace=NAME"
     publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=settings)
     _add_folder_options(publish)
     publish.add_argument("--upload", action="store_true", help="upload, in one commit for each repository that differs")
@@ -49,23 +49,23 @@ def add_publish_commands(commands: Any) -> None:
         "--format",
         choices=("onnx", "static", "model2vec"),
         default="onnx",
-        help="onnx (default), or exit 0 as a table: static for sentence-transformers' StaticEmbedding, or model2vec",
+        help="onnx (default); or exit 0 as a table: static, for sentence-transformers' StaticEmbedding, or model2vec",
     )
     export.add_argument("--exit-layer", metavar="K", type=int, help="exit to export (default: the deepest)")
     export.add_argument("--out", metavar="FOLDER", help="new or empty folder to write (default: CHECKPOINT-K-FORMAT)")
-    export.add_argument("--int8", action="store_true", help="also write 8-bit weights; their quality needs --data")
-    data = "source code or benchmark files, on which export and checkpoint are compared"
+    export.add_argument("--int8", action="store_true", help="also write 8-bit weights, and measure them on --data")
+    data = "source code or benchmark files, to compare the quality of the export with the checkpoint's"
     export.add_argument("--data", metavar="FOLDER", help=data)
-    name = "benchmark in --data (default: folder, which is source code)"
+    name = "benchmark whose files are in --data (default: folder, for source code)"
     export.add_argument("--benchmark", metavar="NAME", default="folder", help=name)
     export.add_argument("--allow-subset", action="store_true", help="accept benchmark files that lack rows")
     export.set_defaults(run=run_export)
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="repository OWNER/NAME to publish a folder to")
-    parser.add_argument("--license", metavar="NAME", help="for a folder: its licence by the Hub's name: apache-2.0")
-    results = "for a folder: JSON file of mose evaluate for the card; may be repeated"
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="repository on the Hub to publish a folder to")
+    parser.add_argument("--license", metavar="NAME", help="for a folder: the Hub's name of its licence: apache-2.0")
+    results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
     parser.add_argument("--evaluation", metavar="FILE", action="append", default=[], help=results)
 
 
@@ -98,7 +98,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
     if misplaced := overrides if is_folder else options:
         kind = "is a folder" if is_folder else "is a manifest" if os.path.exists(source) else "does not exist"
         forms = "KEY=VALUE is for manifests; --repository, --license and --evaluation are for folders"
-        message = f"{source} {kind}, so leave out {misplaced[0]}: {forms}."
+        message = f"{source} {kind}, so remove {misplaced[0]}: {forms}."
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     if arguments.upload:  # before torch is imported and the repositories are verified

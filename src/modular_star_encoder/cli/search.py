@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS: dict[str, Any] = {"exit_layers": (), "docs": False, "tests": True, "vendored": False, "rebuild": False}
 _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
-"""Defaults of those options of `mose index` that are settings of the index."""
+"""Defaults of the options of `mose index` that are settings of a new index."""
 
 
 def add_search_commands(commands: Any) -> None:
@@ -39,7 +39,7 @@ def add_search_commands(commands: Any) -> None:
     index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
     index.add_argument("--vendored", action="store_true", help="also read vendored libraries and generated code")
     _add_show_skipped(index)
-    index.add_argument("--rebuild", action="store_true", help="replace the index, even if it has other settings")
+    index.add_argument("--rebuild", action="store_true", help="replace an existing index, whatever its settings")
     index.add_argument("--json", action="store_true", help="print the report as JSON")
     index.set_defaults(run=run_index)
 
@@ -50,7 +50,7 @@ def add_search_commands(commands: Any) -> None:
     _add_index(where)
     where.add_argument("--folder", metavar="FOLDER", help="the folder to search, if it does not follow the questions")
     _add_checkpoint_options(search, "the index's, or mose-code for a new index")
-    only = "search only these languages, separated by commas"
+    only = "search only code in these languages, separated by commas"
     search.add_argument("--languages", metavar="LIST", type=name_list, help=only)
     search.add_argument("--path", metavar="PATTERN", help="search only files such as '*.py' or 'src/**'")
     search.add_argument(
@@ -59,13 +59,13 @@ def add_search_commands(commands: Any) -> None:
         default="hybrid",
         help="hybrid (default): vectors, words and ranking rules; vector: vectors alone; lexical: no model",
     )
-    deeper = "deeper exit that ranks the best hits again"
+    deeper = "rank the best hits again at this deeper exit"
     search.add_argument("--rerank-exit-layer", metavar="K", type=at_least(1), help=deeper)
-    search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits that are ranked again (default: 20)")
-    margin = "rank again only if the best hit's similarity exceeds the second's by less than X"
+    search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits to rank again (default: 20)")
+    margin = "rank again only if the two best similarities differ by less than X"
     search.add_argument("--margin", metavar="X", type=float, help=margin)
     _add_show_skipped(search)
-    stale = "search the index as it is, without reading changed files"
+    stale = "search the index as it is, without updating it first"
     search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
     search.add_argument("--explain", action="store_true", help="show what each ranking rule adds to a hit's score")
     _add_output_options(search)
@@ -84,9 +84,9 @@ def add_search_commands(commands: Any) -> None:
 
     demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
     _add_index(demo)
-    demo.add_argument("--model", metavar="CHECKPOINT", help="new place of the index's checkpoint, if it was moved")
+    demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
     host = "127.0.0.1"
-    demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, for this machine alone)")
+    demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, only for this machine)")
     demo.add_argument("--port", metavar="N", type=int, help="port to serve on (default: the first free from 7860 on)")
     source = "web address of the indexed folder, for links: https://github.com/OWNER/NAME/blob/REVISION/src"
     demo.add_argument("--source", metavar="URL", help=source)
@@ -94,15 +94,13 @@ def add_search_commands(commands: Any) -> None:
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
-    what = f"checkpoint that embeds: a folder or Hub repository (default: {default})"
+    what = f"checkpoint to embed with: a folder or Hub repository (default: {default})"
     parser.add_argument("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
     parser.add_argument(
         "--exit-layer", metavar="K", type=int, help="exit to embed at (default: 0 for mose-code, else the deepest)"
     )
-    parser.add_argument("--latency-ms", metavar="MS", type=float, help="use the best exit that embeds within MS")
-    parser.add_argument(
-        "--memory-mb", metavar="MB", type=float, help="use the best exit whose peak memory is within MB"
-    )
+    parser.add_argument("--latency-ms", metavar="MS", type=float, help="use the best exit that embeds within this time")
+    parser.add_argument("--memory-mb", metavar="MB", type=float, help="use the best exit with at most this peak memory")
 
 
 def _add_index(parser: Any) -> None:
@@ -126,7 +124,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     folder = os.path.expanduser(arguments.folder)
     store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
     names_settings = any(getattr(arguments, name) != default for name, default in _DEFAULTS.items())
-    if not names_settings and store.settings() is not None:  # an index keeps its settings
+    if not names_settings and store.settings() is not None:  # update an existing index with its own settings
         index = CodeIndex.open(store)
         index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
         index.update()
@@ -169,7 +167,7 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
 
 
 def _budget(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the options that limit the exit's cost; UserError if an exit is named, too."""
+    """Return the options that limit the cost of an exit; UserError if the options also name an exit."""
     limits = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb")}
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if budget and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
@@ -192,7 +190,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     _take_folder(arguments)
     budget = _budget(arguments)
     options = {name: getattr(arguments, name) for name in ("top_k", "method", "languages", "path")}
-    check_search(arguments.questions, **options)  # now, because the first search of a folder indexes it
+    check_search(arguments.questions, **options)  # checked before a first search indexes the folder, which takes long
     index, exit_layer = open_for_search(
         arguments.folder,
         arguments.index,
@@ -221,7 +219,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:
-    """Move the last question to `folder` if it is a folder; UserError if it seems to be a misspelt folder."""
+    """If the last question is a folder, make it `arguments.folder`; UserError if it seems to be a misspelt folder."""
     *questions, last = arguments.questions
     if arguments.index is not None or arguments.folder is not None:
         return
@@ -266,9 +264,9 @@ def run_mcp(arguments: argparse.Namespace) -> None:
 
     folder = os.path.expanduser(arguments.folder)
     store = open_store(os.path.join(folder, INDEX_FOLDER))
-    has_index = store.settings() is not None  # an index keeps its settings
+    has_index = store.settings() is not None  # an existing index keeps its own settings
     index = CodeIndex.open(store) if has_index else CodeIndex.build(folder, store, progress=False)
-    # An index that came with foreign code may be of another folder, whose files would be read.
+    # An index that came with other people's code may name another folder, whose files would then be read.
     index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
     build_server(index).run("stdio")
 

@@ -1,4 +1,4 @@
-"""The commands that train as a recipe says (`mose pretrain`, `mose finetune`, `mose ablate`), and `mose recipes`."""
+"""The commands that train with a recipe (`mose pretrain`, `mose finetune`, `mose ablate`), and `mose recipes`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def add_train_commands(commands: Any) -> None:
     """Add the training commands and `mose recipes` to the subparsers of `mose`."""
     recipe, run_folder = "a YAML file or a packaged recipe, such as", "folder of the run; an old run is continued"
 
-    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories of code, by a recipe")
+    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories of code, with a recipe")
     add_recipe_options(pretrain, f"{recipe} small", "corpus.folder=~/code", run_folder)
     pretrain.set_defaults(run=run_pretrain)
 
-    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs of texts, by a recipe")
+    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs of texts, with a recipe")
     add_recipe_options(finetune, f"{recipe} mose-code", "data.pairs=pairs.csv", run_folder)
     finetune.set_defaults(run=run_finetune)
 
@@ -34,7 +34,7 @@ def add_train_commands(commands: Any) -> None:
     for action, meaning in (("list", "list all recipes"), ("show", "print one"), ("copy", "copy one to a file")):
         parser = actions.add_parser(action, help=meaning)
         if action != "list":
-            parser.add_argument("name", metavar="NAME", help="such as small/finetune; small is its first recipe")
+            parser.add_argument("name", metavar="NAME", help="such as small/finetune; small names the first in small/")
         if action == "copy":
             parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
 
@@ -43,7 +43,7 @@ def add_train_commands(commands: Any) -> None:
 
 
 def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
-    """Append the recipe's keys to `--help`; only then is torch imported."""
+    """Append the keys of recipes to the command's `--help`; torch is imported only when this help is printed."""
     plain = parser.format_help
 
     def format_help() -> str:
@@ -64,7 +64,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         width = max(len(one.name) for one in recipes)
         for one in recipes:
             print(f"mose {one.command:8} {one.name:{width}}  {one.summary}")
-        print("\nThe part before / names the first such recipe of a command: `mose finetune mose-code --out FOLDER`.")
+        print("\nThe part before / is enough for the first such recipe of a command: `mose finetune mose-code`.")
         return
     path = find_recipe(arguments.name)
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]
@@ -83,7 +83,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
 
 
 def _check_early(arguments: argparse.Namespace, command: str) -> None:
-    """Check the recipe's name, the form of KEY=VALUE, the model and the files of pairs, before torch is imported."""
+    """Before torch is imported, check the recipe's name, KEY=VALUE, the model's name and the files of pairs."""
     from modular_star_encoder.data.pairs import check_sources
     from modular_star_encoder.training import find_recipe, starting_source
     from modular_star_encoder.utils.settings import read_mapping
@@ -94,7 +94,7 @@ def _check_early(arguments: argparse.Namespace, command: str) -> None:
     if isinstance(model := settings.get("model"), str) and not os.path.exists(arguments.out):
         starting_source(model)
     data = settings.get("data")
-    # A run that has its rows no longer needs their source.
+    # A run to continue that has already stored its rows no longer needs their source.
     if isinstance(data, dict) and not os.path.exists(os.path.join(arguments.out, "data")):
         check_sources(data)
 

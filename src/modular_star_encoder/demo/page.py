@@ -1,4 +1,4 @@
-"""The demo page: a field for a question, and the costs and search results of two exits side by side."""
+"""The demo page: a field for a question, and two exits side by side, each with its costs and search results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modular_star_encoder.utils.errors import UserError, naming_extra
 
 TOP_K = 5
 MOST_WAITING = 100
-"""Most questions that wait for an answer; further ones are refused (HTTP status 503)."""
+"""Maximum number of questions that wait for an answer; further ones are refused (HTTP status 503)."""
 _CANDIDATES = 50
 # Errors that a user can fix: the page shows one sentence instead of a traceback.
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
@@ -31,12 +31,12 @@ _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 class ExitCosts:
     """The exit profile of a checkpoint, or the reason why it can't be shown."""
 
-    profile: ExitProfile | None  # None if it is missing, unreadable or of other weights
-    note: str = ""  # why `profile` is None and how to get one; or that it was measured on another machine; or empty
+    profile: ExitProfile | None  # None if the profile is missing, unreadable or of other weights
+    note: str = ""  # why there is no profile and how to measure one, or a warning that another machine measured it
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint (folder or Hub id) if it was measured with weights of this checksum."""
+        """Load the exit profile of a checkpoint (folder or Hub id) if the measured weights have this checksum."""
         name = short_name(checkpoint)
         advice = f"“mose profile {name}” measures the cost of each exit, and with --quality also its quality."
         try:
@@ -54,13 +54,13 @@ class ExitCosts:
 
 
 def short_name(checkpoint: str) -> str:
-    """Return a checkpoint's Hub id or, of a folder, only the last part of the path: the page may be public."""
+    """Return a Hub id unchanged, and only the last part of a folder's path, because the page may be public."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with the costs and quality of one exit, as bars; the highest value of all exits fills a bar."""
+    """Return HTML with a bar for each cost and quality of one exit; the highest value of any exit fills a bar."""
     if costs.profile is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     profile = costs.profile
@@ -86,7 +86,7 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
 
 
 def circumstances(costs: ExitCosts) -> str:
-    """Return a line of HTML on how and on which machine the costs were measured; empty without a profile."""
+    """Return a line of HTML that says how and on which machine costs were measured; empty without a profile."""
     if costs.profile is None:
         return ""
     profile = costs.profile
@@ -121,14 +121,14 @@ class SearchPage:
 
     Attributes:
         exit_layers: exits of the index, ascending.
-        rerank_exit_layers: trained exits of the checkpoint deeper than the index's shallowest exit; empty if the
+        rerank_exit_layers: exits of the checkpoint that are deeper than the index's shallowest exit; empty if the
             checkpoint can't be used.
         problem: one sentence that says why the checkpoint can't be used; empty if it can be used.
-        sides: number of exits that the page shows side by side: two, or one if the index has one exit.
+        sides: number of exits that the page shows side by side: two, or one if the index has only one exit.
 
     Args:
-        index: an index from `CodeIndex.open`; its checkpoint is loaded here.
-        link_to: returns the web address of a hit's file; see `LinkTo`.
+        index: an index from `CodeIndex.open`; its checkpoint is loaded now.
+        link_to: a function that returns the web address of a hit's file; see `LinkTo`.
         checkpoint: folder or Hub id of the index's checkpoint if it was moved; by default the one that the index names.
     """
 
@@ -144,7 +144,7 @@ class SearchPage:
             if checkpoint is not None:
                 self.index = CodeIndex.open(index.store, checkpoint=checkpoint)
             exits = self.index.embedder.trained_exits
-            # Load the layers of the deepest exit now, so that no question's time includes loading.
+            # This loads the layers up to the index's deepest exit, so that no measured search includes loading them.
             self.index.search(["warm up"], top_k=1, exit_layer=self.exit_layers[-1])
             self.rerank_exit_layers = tuple(one for one in exits if one > self.exit_layers[0])
         except _EXPECTED_ERRORS as error:
@@ -175,10 +175,10 @@ class SearchPage:
     def answer(
         self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each of `positions`, which count the index's exits from 0; return HTML for each.
+        """Search at the exits with these `positions` (0 is the index's first exit); return HTML for each.
 
         If the question is empty or an error occurs, the first text says what to do, and the others are "". `languages`
-        and the pattern `path` select files, all if empty. `rerank`, unless 0, is a deeper exit that re-ranks the hits.
+        and the pattern `path` select files (if empty, all). `rerank` is a deeper exit that re-ranks the hits, or 0.
         """
         if not question or not question.strip():
             return [message_html(_ASK), *[""] * (len(positions) - 1)]
@@ -200,7 +200,7 @@ class SearchPage:
         if self.problem:
             raise UserError("demo.checkpoint", self.problem)
         cascade = Cascade(rerank, _CANDIDATES) if rerank > exit_layer else None
-        self.index.embedder.forget()  # else a repeated question would re-rank in no time
+        self.index.embedder.forget()  # cached embeddings would make re-ranking for a repeated question too fast
         start = time.perf_counter()
         (answer,) = self.index.search([question], top_k=TOP_K, exit_layer=exit_layer, cascade=cascade, **where)
         return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))
@@ -214,7 +214,7 @@ def _one_sentence(error: BaseException) -> str:
 
 
 def build_blocks(page: SearchPage) -> Any:
-    """Return the layout of a page as `gradio.Blocks`; ImportError if Gradio is not installed."""
+    """Return the page as `gradio.Blocks`, with its components and their calls; ImportError without Gradio."""
     gradio = import_gradio()
     last = len(page.exit_layers) - 1
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
@@ -245,7 +245,7 @@ def build_blocks(page: SearchPage) -> Any:
         gradio.on([button.click, question.submit], page.answer, **options)
         changes = [languages.change, path.submit, rerank.change, *(slider.change for slider in sliders)]
         gradio.on(changes, page.answer, trigger_mode="always_last", **options)
-    # Without the queue, a client could ask any number of questions at once.
+    # The queue limits how many questions wait; without it, clients could ask any number at once.
     blocks.queue(max_size=MOST_WAITING, api_open=False)
     return blocks
 
@@ -275,7 +275,7 @@ def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any,
 
 
 def import_gradio() -> Any:
-    """Return the module `gradio`, its analytics switched off; ImportError names the extra if it is not installed."""
+    """Import and return `gradio` without its analytics; if it is not installed, the ImportError names the extra."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio also reads it at import
     with naming_extra():
         import gradio

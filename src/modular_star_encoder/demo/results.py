@@ -19,12 +19,12 @@ from modular_star_encoder.search.hits import Answer, Hit, printable
 
 FIRST_LINES = 9
 MOST_CHARACTERS = 10_000
-"""Most characters of the code of a hit; in HTML, each may take twenty."""
+"""Maximum number of characters shown of a hit's code; in HTML, each may take twenty."""
 _LONGEST_LINE = 1000
 _SECONDS, _SECONDS_PER_CHARACTER = 0.1, 2e-5
 
 LinkTo = Callable[[str, Hit], str | None]
-"""Called with a path in the indexed folder and a hit in this file; returns the hit's web address, or None."""
+"""Maps a file's path in the indexed folder and a hit in this file to the web address of the hit, or to None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Reply:
     Attributes:
         answer: the hits.
         exit_layer: the exit whose vectors were searched; a deeper exit may have re-ranked the hits.
-        milliseconds: wall-clock time to embed the question, search and re-rank, without cached embeddings.
+        milliseconds: wall-clock time to embed the question, search and re-rank, measured without cached embeddings.
     """
 
     answer: Answer
@@ -43,9 +43,9 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`; each hit also shows its rank in `other`, the reply of another exit, if any.
+    """Return HTML with the hits of `reply`; if `other` is the reply of another exit, with each hit's rank in it.
 
-    The paths of hits are shown relative to `folder`, the indexed folder.
+    Paths are relative to `folder`, the indexed folder.
     """
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
@@ -63,7 +63,7 @@ def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo
 
 
 def message_html(text: str, *, error: bool = False) -> str:
-    """Return HTML with `text` as a note or, if `error`, as an error message, which screen readers announce."""
+    """Return HTML with `text` as a note or, if `error`, as an error message; screen readers announce both."""
     kind, role = ("mose-error", "alert") if error else ("mose-note", "status")
     return f'<p class="{kind}" role="{role}">{escape(printable(text))}</p>'
 
@@ -79,9 +79,9 @@ def lexer_for(language: str) -> Lexer:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as `formatter` writes it, the rest without colours when the time for its length is over.
+    """Return code as `formatter` writes it. If this takes too long, the rest of the code has no colours.
 
-    Some lexers need a time that grows with the square of a hostile text's length.
+    For hostile texts, the time of some lexers grows with the square of the length.
     """
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
@@ -98,7 +98,7 @@ def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
 
 def code_html(text: str, language: str) -> str:
     """Return HTML of highlighted code, without a `<pre>` around it. A � replaces each unprintable character."""
-    # Split only at line feeds, as files do: `splitlines` also splits at characters that are to be replaced.
+    # `splitlines` would also split at some unprintable characters, which `printable` must replace.
     lines = [printable(line)[:_LONGEST_LINE] for line in text.replace("\r\n", "\n").split("\n")]
     return highlighted("\n".join(lines), language, HtmlFormatter(nowrap=True)).rstrip("\n")
 
@@ -126,7 +126,7 @@ def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -
 
 def _code_block(hit: Hit) -> str:
     text = hit.text[:MOST_CHARACTERS].rstrip()
-    lines = code_html(text, hit.language).split("\n")  # no tag of Pygments goes over the end of a line
+    lines = code_html(text, hit.language).split("\n")  # Pygments closes its tags at the end of each line
     first = "\n".join(lines[:FIRST_LINES])
     block = f'<pre class="mose-code">{first}</pre>'
     if len(lines) <= FIRST_LINES:

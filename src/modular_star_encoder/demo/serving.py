@@ -1,7 +1,7 @@
-"""Serve the demo page, by default to this machine alone, and the source files that its search results link to.
+"""Serve the demo page, by default only to this machine, and the source files that its search results link to.
 
-A browser opens no `file://` link from a page that came over HTTP. So the page's server also shows source files, but
-only those that are in the index and in the indexed folder. The page loads nothing from other servers.
+Browsers open no `file://` link on a page that came over HTTP. So the page's server also shows source files, but only
+those in the index and in the indexed folder. The page loads nothing from other servers.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _Scope = MutableMapping[str, Any]
 _Call = Callable[..., Awaitable[None]]
 ROUTE = "/source"
 LARGEST_REQUEST = 100_000
-"""Most bytes of a request's body; larger ones are refused (HTTP status 413)."""
+"""Maximum number of bytes of a request's body; larger ones are refused (HTTP status 413)."""
 MOST_LINES, MOST_CHARACTERS = 1000, 50_000
-"""Most lines and characters of a file on one page; in HTML, a character may take twenty."""
+"""Maximum numbers of lines and characters of a file on one page; in HTML, a character may take twenty."""
 _LONGEST_LINE = 2000
 
 
 def serve(index: CodeIndex, **options: Any) -> None:
-    """Serve the demo page of an index until Ctrl-C, and print its address; `options` and errors: see `served`."""
+    """Serve the demo page of an index until Ctrl-C, and print its address; `options` and errors as for `served`."""
     with served(index, **options) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -68,10 +68,10 @@ def served(
 
     Args:
         index: an index from `CodeIndex.open`.
-        checkpoint: folder or Hub id of the index's checkpoint if it was moved. The page says if it is a different one.
-        host: IPv4 address or name to listen at; if None, environment variable GRADIO_SERVER_NAME, else 127.0.0.1.
-        port: port to listen at; if None, environment variable GRADIO_SERVER_PORT, else the first free from 7860 on.
-        source: web address of the indexed folder at a revision of a repository, to which hits then link. If None, hits
+        checkpoint: folder or Hub id of the index's checkpoint if it was moved. For any other, the page shows an error.
+        host: IPv4 address or name to listen at; by default the variable GRADIO_SERVER_NAME, or else 127.0.0.1.
+        port: port to listen at; by default the variable GRADIO_SERVER_PORT, or else the first free port from 7860 on.
+        source: web address of the indexed folder at a revision of a repository; hits then link there. By default, hits
             link to the files on this machine.
 
     Raises:
@@ -113,7 +113,7 @@ def served(
 
 
 def _check_host(host: str) -> None:
-    """Raise UserError if this machine can't listen at `host`; without this check, Gradio tries a hundred ports."""
+    """Raise UserError if this machine can't listen at `host`; without this check, Gradio would try a hundred ports."""
     with socket.socket(socket.AF_INET) as trial:
         try:
             trial.bind((host, 0))
@@ -140,7 +140,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
     from anyio import CapacityLimiter, to_thread
     from starlette.responses import HTMLResponse
 
-    one_at_a_time = CapacityLimiter(1)  # so that many requests need the memory of one, and leave threads for questions
+    one_at_a_time = CapacityLimiter(1)  # many requests then need the memory of one, and leave threads for questions
 
     async def show(request: Request) -> HTMLResponse:
         query = request.query_params
@@ -149,7 +149,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
             page = to_thread.run_sync(local.page, query.get("path", ""), first, last, limiter=one_at_a_time)
             return HTMLResponse(await page)
         except (ValueError, OSError):
-            return HTMLResponse("<!doctype html><title>mose</title><p>There is no such file in the index.</p>", 404)
+            return HTMLResponse("<!doctype html><title>mose</title><p>The index does not have this file.</p>", 404)
 
     return show
 
@@ -172,7 +172,7 @@ class _PolicyMiddleware:
 
 
 def repository_links(address: str) -> LinkTo:
-    """Return a `LinkTo` for the web address of the indexed folder at a revision; UserError if it is not one."""
+    """Return a `LinkTo` for the web address of the indexed folder; UserError if `address` is not a web address."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         example = "https://github.com/OWNER/NAME/blob/REVISION/src"
@@ -192,18 +192,18 @@ class LocalFiles:
         self._index = index
 
     def __call__(self, path: str, hit: Hit) -> str | None:
-        """Return the address of a hit's lines, relative to the page's; None if the file no longer exists."""
+        """Return the address of a hit's lines, relative to that of the demo page; None if the file no longer exists."""
         if file_inside(self._index.folder, path) is None:
             return None
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page with lines of a file of the index; `first` to `last` (from 1) are marked.
+        """Return an HTML page of an indexed file in which the lines `first` to `last` (1-based) are marked.
 
-        A file of more than `MOST_LINES` or `MOST_CHARACTERS` is divided; the page is the part with line `first`.
+        If the file has more than `MOST_LINES` or `MOST_CHARACTERS`, the page has only the part around line `first`.
 
         Raises:
-            UserError, OSError: see `CodeIndex.read_file`.
+            UserError, OSError: the file is not in the index, or can't be read (see `CodeIndex.read_file`).
         """
         return _source_page(path, LINE_END.split(self._index.read_file(path)), first, last)
 
@@ -213,7 +213,7 @@ def _page_address(path: str, first: int, last: int = 0) -> str:
 
 
 def _source_page(path: str, lines: list[str], first: int, last: int) -> str:
-    start = end = characters = 0  # the lines to show, from 0; `end` is not among them
+    start = end = characters = 0  # the page shows lines[start:end]
     for end, line in enumerate(lines):
         characters += min(len(line), _LONGEST_LINE)
         if end - start == MOST_LINES or characters > MOST_CHARACTERS:
