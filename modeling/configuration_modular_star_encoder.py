@@ -33,7 +33,7 @@ PUBLISHED_ALIASES = {
     "conditional_size": "exit_embedding_size",
     "layer_norm_eps": "norm_epsilon",
 }
-# Published keys that are ignored. Our class has an attribute named `keys_to_ignore_at_inference`.
+# Keys of the published config.json files that are ignored; the last is also the name of an attribute of our class.
 PUBLISHED_WITHOUT_EFFECT = (
     "layer_matryoshka_loss",
     "norm_type",

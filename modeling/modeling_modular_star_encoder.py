@@ -58,8 +58,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_modular_star_encoder import LOGIT_SCALE_BOUNDS, ModularStarEncoderConfig, as_int
 
-# The pre-training loss computes at most this number of logits at once (2**22 float32 are 16 MiB), but those of at least
-# 160 tokens, because each chunk of tokens also reads and writes a gradient as large as the vocabulary's weights.
+# Number of logits that the pre-training loss computes at once: 2**22 float32 are 16 MiB. But a chunk has at least 160
+# tokens, because for each chunk the loss also reads and writes a gradient as large as the vocabulary's weights.
 LOGITS_PER_CHUNK = 2**22
 TOKENS_PER_CHUNK = 160
 
@@ -746,7 +746,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
         bounds = _document_bounds(states, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
-        # With recorded outputs of layers, the batch stays padded, because `restore` does not reach these outputs.
+        # Recorded outputs of layers would lack the padding, so the batch stays padded if outputs are recorded.
         outputs = ("output_hidden_states", "output_attentions")
         recorded = any(kwargs.get(name) or getattr(self.config, name, False) for name in outputs)
         restore = None

@@ -94,7 +94,7 @@ def _check_early(arguments: argparse.Namespace, command: str) -> None:
     if isinstance(model := settings.get("model"), str) and not os.path.exists(arguments.out):
         starting_source(model)
     data = settings.get("data")
-    # A run to continue that has already stored its rows no longer needs their source.
+    # A continued run may have stored its rows already; it then no longer needs their source.
     if isinstance(data, dict) and not os.path.exists(os.path.join(arguments.out, "data")):
         check_sources(data)
 
@@ -118,7 +118,7 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     log = finetune(recipe, arguments.out)
     if log.get("retrieval"):
         print(f"\n{Report(TABLES.validate_python(log['retrieval']['tables']), ()).to_markdown()}")
-    for split, scores in log.get("scores", {}).items():  # of a classifier
+    for split, scores in log.get("scores", {}).items():  # only for classifiers
         header = [f"{split} (%), exit", *next(iter(scores.values()))]
         rows = [[str(exit_layer), *map(percent, values.values())] for exit_layer, values in scores.items()]
         print("", *markdown_table([header, *rows]), sep="\n")

@@ -200,7 +200,7 @@ class SearchPage:
         if self.problem:
             raise UserError("demo.checkpoint", self.problem)
         cascade = Cascade(rerank, _CANDIDATES) if rerank > exit_layer else None
-        self.index.embedder.forget()  # cached embeddings would make re-ranking for a repeated question too fast
+        self.index.embedder.forget()  # so that the time of a repeated question includes re-embedding
         start = time.perf_counter()
         (answer,) = self.index.search([question], top_k=TOP_K, exit_layer=exit_layer, cascade=cascade, **where)
         return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))

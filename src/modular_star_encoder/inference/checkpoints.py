@@ -136,7 +136,7 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
 def _load_tokenizer(path: str) -> Any:
     try:
         tokenizer = load_tokenizer(path)
-        tokenizer("a")  # a setting of a wrong type may cause an error only now
+        tokenizer("a")  # a setting of a wrong type may cause an error only when it is used
         return tokenizer
     except UserError:
         raise

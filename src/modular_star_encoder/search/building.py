@@ -37,7 +37,7 @@ _ROWS_PER_BATCH_IN_A_HURRY = 32
 _ROWS_PER_EMBEDDING = 256  # embedded at once: few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
 _FRESH_NS = 2_000_000_000
-"""A file that changed less than this before it was read may change again without a new time of change."""
+"""If a file is read within this time (in ns) after a change, it may change again and keep its time of change."""
 
 _Piece = tuple[Snippet, str]  # a piece and its words, with spaces between
 _Changed = tuple[SourceFile, list[_Piece]]
@@ -101,7 +101,7 @@ def _files(count: int) -> str:
 SEARCH_FILTERS = FileFilters(
     max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
 )
-"""The filters of the files that search reads; it also leaves out files that git ignores."""
+"""Which files search reads; it also leaves out files that git ignores."""
 
 
 def update_store(

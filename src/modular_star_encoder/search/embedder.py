@@ -21,7 +21,7 @@ _FEW_TEXTS = 64
 """Maximum number of texts that numpy embeds at exits above 0; for so few, importing torch would take longer."""
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
-_Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → exit_layer → embeddings (N, D) float32
+_Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → {exit_layer: embeddings (N, D) float32}
 
 
 class Embedder:

@@ -340,7 +340,7 @@ class _Segment:
         if not unpacking.eof:
             raise ValueError(f"row {place} is cut or takes more than {_LARGEST_ROW:,} bytes")
         values = json.loads(content)
-        values[-1] = tuple(values[-1])  # `defines`
+        values[-1] = tuple(values[-1])  # `defines`, a list in JSON
         snippet = Snippet(*values)
         check_types(snippet)
         return snippet
@@ -464,7 +464,7 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
         first += len(places)
     arrays["file_of_row"] = np.concatenate(numbers).astype(np.uint32)
     key, row, count = np.concatenate(keys), np.concatenate(rows), np.concatenate(counts)
-    order = np.argsort(key, kind="stable")  # rows ascend already
+    order = np.argsort(key, kind="stable")  # the rows of each word ascend already
     arrays |= _postings(key[order], row[order], count[order])
     return arrays, files
 
@@ -480,7 +480,7 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
     arrays = {}
     for name, one in header.items():
         first, last = one["data_offsets"]
-        kind = f"{one['dtype'][0].lower()}{int(one['dtype'][1:]) // 8}"  # F32 is numpy's f4
+        kind = f"{one['dtype'][0].lower()}{int(one['dtype'][1:]) // 8}"  # such as f4 for F32
         arrays[name] = content[start + first : start + last].view(kind).reshape(one["shape"])
     return arrays, files
 

@@ -37,7 +37,7 @@ _LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Snippet:
-    """A piece of a file: what an index holds, compares and shows."""
+    """A piece of a file, such as a function. An index stores, compares and shows pieces."""
 
     path: str  # path of the file relative to the indexed folder, with forward slashes
     language: str  # lower-case name; empty if the language is unknown
@@ -78,7 +78,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Yield the pieces of lines `start` to `end`, which have these `definitions`; `outer` names a class around."""
+        """Yield the pieces of lines `start` to `end`, which have these `definitions`; `outer` names their class."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
@@ -174,7 +174,7 @@ class Memo(dict[str, _Value], Generic[_Value]):
 
 
 def _stems(text: str) -> list[str]:
-    """Return the stems of the parts of each word (`camel`, `Case`), and of the word itself if it has several parts."""
+    """Return the stems of each word's parts and, if it has several, of the word: camel, cas, camelcas for `camelCase`."""
     found = []
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]

@@ -42,7 +42,7 @@ def connect(location: str) -> tuple[Any, str]:
     if not name or not url.startswith(("http://", "https://")):
         message = f"The location of a Qdrant index has the form qdrant:NAME@URL with an http URL, not {location!r}."
         raise UserError("search.qdrant.location", message)
-    if "@" in urlsplit(url).netloc:  # messages show locations, which would show the password
+    if "@" in urlsplit(url).netloc:  # messages show locations, and would show the password
         message = "A Qdrant URL must not hold a password. Put the key into the variable QDRANT_API_KEY."
         raise UserError("search.qdrant.password", message)
     key = os.environ.get("QDRANT_API_KEY") or None
@@ -211,7 +211,7 @@ def _word_place(word: str) -> int:
 
 
 def _word_weights(words: Sequence[str]) -> dict[int, float]:
-    """Return {hash of a word: its BM25 weight in a row of `words`}, without the inverse document frequency."""
+    """Return {hash of a word: its BM25 weight in a row with these words}, without the inverse document frequency."""
     norm = _K1 * (1 - _B + _B * len(words) / _AVERAGE_WORDS)
     counts = Counter(map(_word_place, words))
     return {place: count * (_K1 + 1) / (count + norm) for place, count in counts.items()}

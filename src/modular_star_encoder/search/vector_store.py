@@ -196,7 +196,7 @@ class IndexSettings:
 
     def __post_init__(self) -> None:
         languages = tuple(name for name in ALL_LANGUAGES if name in self.languages)
-        object.__setattr__(self, "languages", languages)  # frozen
+        object.__setattr__(self, "languages", languages)  # because the class is frozen
 
     def to_dict(self, location: str) -> dict[str, Any]:
         """Return the settings as JSON values; `folder` is relative if the index at `location` is in it."""
