@@ -116,7 +116,7 @@ def profile_checkpoint(
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
     if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
-        message = f"The model accepts texts of at most {limit} tokens: the length {longest} can't be measured."
+        message = f"The model accepts texts of at most {limit} tokens, not {longest}. Give shorter lengths."
         raise UserError("profile.length", message)
     times = _measure_times(model, exits, plan, progress)
     parameters = {k: model.slice(k).num_parameters() for k in exits}

@@ -174,7 +174,7 @@ class Memo(dict[str, _Value], Generic[_Value]):
 
 
 def _stems(text: str) -> list[str]:
-    """Return the stems of each word's parts and, if it has several, of the word: camel, cas, camelcas for `camelCase`."""
+    """Return the stems of each word's parts and, if several, of the word: camel, cas, camelcas for `camelCase`."""
     found = []
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]
