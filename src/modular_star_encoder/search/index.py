@@ -196,8 +196,8 @@ class CodeIndex:
         """Embed new and changed files, and remove deleted files from the index.
 
         Raises:
-            UserError: the index was rebuilt since it was opened, its checkpoint has changed, its folder no longer exists,
-                or another process writes the index for more than 3 s.
+            UserError: the index was rebuilt since it was opened, its checkpoint has changed, the code folder no longer
+                exists, or another process writes the index for more than 3 s.
             OSError: the checkpoint does not exist, or the index cannot be written.
         """
         with self._lock, self.store.locked():

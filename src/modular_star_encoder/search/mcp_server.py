@@ -54,7 +54,7 @@ def build_server(index: CodeIndex) -> MCPServer:
     @server.tool()
     @_errors_as_answers()
     def search(question: _Question, top_k: int = 5, path: _Path | None = None) -> str:
-        """Find code by a question in prose or by a symbol's name; `path` limits the search to files like 'src/**'."""
+        """Find code by a question in prose or a symbol's name; `path` limits the search to files such as 'src/**'."""
         index.refresh()
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         return shown(answer.hits)
