@@ -62,7 +62,7 @@ def run(folder: Path, what: Lines | Step, prepare: Callable[[], object] = int) -
             os.dup2(os.open(os.devnull, os.O_RDWR), 1)
             os.dup2(showing, 2)
             # The old objects may remember a file that can seek.
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(folder)
             tempfile.tempdir = os.environ["TMPDIR"] = str(temporary_files(folder))
             warnings.simplefilter("ignore")
