@@ -72,7 +72,7 @@ class RepositorySettings:
         elif (self.slice_of is None) != (self.exit_layer is None):
             key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
         elif outside:
-            key, fault = "files", f"lists {outside[0]!r} in `files`, which must be paths inside the repository"
+            key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
         if key:
             raise UserError(f"hub.manifest.{key}", f"{self.key} {fault}.")
 

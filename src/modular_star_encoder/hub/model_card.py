@@ -56,7 +56,7 @@ class StagedRepository:
     source: Path  # folder of the source checkpoint, whose outputs the files must reproduce
     config: ModularStarEncoderConfig
     retrieval: bool  # True for a retrieval model, False for a pre-trained model
-    prompts: Mapping[str, str]  # prompts of the SentenceTransformer
+    prompts: Mapping[str, str]  # {name: prompt}, for SentenceTransformer
     measurements: Measurements  # measurements of the exits
     figure: str | None = None  # file name of the figure; None if there is none
     parent: "StagedRepository | None" = None  # model from which it was cut, or from which its training started
@@ -161,7 +161,7 @@ _quoted = partial(json.dumps, ensure_ascii=False)  # formats a text as a string 
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """Return the metadata of a card; a parent in another branch of the same repository is not named as base model."""
+    """Return the metadata of a card; the base model is the parent, unless both are branches of one repository."""
     base = staged.parent.repository if staged.parent else None
     return ModelCardData(
         model_name=staged.repository.partition("/")[2],

@@ -39,7 +39,7 @@ _FILLER = "\U0010ffff"  # pads short texts; Unicode never assigns this code poin
 
 @dataclass(frozen=True, slots=True)
 class Banding:
-    """A split of a MinHash signature into `bands` bands of `rows` values; texts with an equal band are compared."""
+    """A split of a MinHash signature into `bands` bands of `rows` values; texts that agree in a band are compared."""
 
     bands: int
     rows: int
@@ -57,7 +57,7 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
     """Return the banding with the smallest error at `threshold`, for pairs with similarities spread evenly from 0 to 1.
 
     The error is (1 − `miss_weight`) × (share of pairs that are below the threshold and compared) + `miss_weight` ×
-    (share of pairs that reach it and are not compared), as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
+    (share of pairs at or above it that are not compared), as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 
@@ -76,9 +76,9 @@ class DuplicateSettings:
     """Settings that define which rows are near-duplicates.
 
     Args:
-        threshold: smallest Jaccard similarity at which two texts are near-duplicates; the sets compared are those of
-            the texts' shingles, all substrings of 5 characters.
-        recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, this gives 25
+        threshold: smallest Jaccard similarity at which two texts are near-duplicates; the compared sets are the
+            shingles of the texts, which are all substrings of 5 characters.
+        recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, it means 25
             bands of 10 hashes: 94 % of the pairs of similarity 0.8 are compared, and half of those of similarity 0.7.
             `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the pairs of
             similarity 0.7, and many more pairs below it.
@@ -206,7 +206,7 @@ def _band_keys(batch: list[str], banding: Banding) -> np.ndarray:
 KEPT, EQUAL, NEAR = "kept", "equal to another row", "near another row"
 _KEPT, _EQUAL, _NEAR, _FIRST_SET = range(4)
 _SHIFT, _LOW = np.uint64(32), np.uint64(2**32 - 1)
-_BYTES_AT_A_TIME, _BYTES_OF_PAIR = 1 << 23, 1 << 10  # a byte of text becomes up to eight bytes of hashes
+_BYTES_AT_A_TIME, _BYTES_OF_PAIR = 1 << 23, 1 << 10  # limit memory: a byte of text becomes up to 8 bytes of hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ class NearDuplicates:
     kept: np.ndarray  # bool (n,)
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is the reason for row i
     reason: np.ndarray  # int64 (n,)
-    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i, which is i if row i is alone
+    clusters: np.ndarray  # int64 (n,): the row of smallest id in the cluster of row i; i itself if row i is alone
     # int64 (n,): the row most similar to row i, or the number of the near text in another set; −1 if row i is kept
     nearest: np.ndarray
     similarity: np.ndarray  # float64 (n,): the Jaccard similarity of row i and `nearest[i]`; 0 if row i is kept

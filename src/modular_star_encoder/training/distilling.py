@@ -67,8 +67,8 @@ def load_teacher(settings: TeacherSettings, projection_size: int) -> Encoder:
     exit_layer = teacher.exit_layers[-1]
     size = teacher.encode([("", "size")], [exit_layer], progress=False)[exit_layer].shape[-1]
     if size != projection_size:
-        message = f"The vectors of {settings.teacher} have size {size}, so the model needs projection_size={size}."
-        raise UserError("distillation.size", f"{message} The model's projection_size is {projection_size}.")
+        message = f"The vectors of {settings.teacher} have size {size}, but the model's are of size {projection_size}."
+        raise UserError("distillation.size", f"{message} Set config.projection_size={size}, or use another teacher.")
     return teacher
 
 

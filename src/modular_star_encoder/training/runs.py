@@ -62,7 +62,7 @@ class Preflight:
         each = f"{self.rows_per_step // self.processes:,} on each of {self.processes} processes"
         kinds = dict.fromkeys(self.groups, "none in this data")
         for kind, epochs in self.epochs.items():
-            kinds[kind] = f"{self.groups[kind]:,} groups without common texts, {epochs:.2f} epochs"
+            kinds[kind] = f"{self.groups[kind]:,} groups that share no text, {epochs:.2f} epochs"
         lines = {
             "parameters": f"{self.parameters:,}, of which {self.trained_parameters:,} are trained",
             **kinds,
