@@ -88,8 +88,8 @@ class ExampleReader:
     """Iterates over the examples in the rows of a dataset, in order.
 
     Attributes:
-        skipped: reason → number of rows, or parts of rows, that the last iteration left out for this reason.
-        examples: reason → for the first three of these, the place (such as a line of a file) and the beginning.
+        skipped: {reason: number of rows, or parts of rows, that the last iteration left out}.
+        examples: {reason: the first three rows left out}, each as its place (line of a file) and the start of its text.
     """
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:

@@ -245,7 +245,7 @@ def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test whether two retrievers have the same F1.
+    """Return the two-sided p-value of a paired permutation test of whether two retrievers have equal F1.
 
     `first` and `second` (N,) are the outcomes of the first and of the second retriever for the same N pairs. A resample
     swaps the two outcomes of randomly chosen pairs. Entry (i, j) of a 4 × 4 table is the number of pairs with outcomes

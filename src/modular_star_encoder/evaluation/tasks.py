@@ -140,7 +140,7 @@ class RetrievalRow(NamedTuple):
 
 
 def _arrays(value: Any) -> Any:
-    """Convert an array or judgements to JSON values; `checksum` hashes their text."""
+    """Convert an array or relevance judgements to JSON values, for `checksum` to hash."""
     if isinstance(value, Judgements):
         return [value.query, value.document]
     return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]

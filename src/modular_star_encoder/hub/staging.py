@@ -142,7 +142,7 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != checksum:
-        message = f"{path} is the profile of other weights than those in {source}: run `mose profile` again."
+        message = f"{path} was measured with other weights than those in {source}: run `mose profile` again."
         raise UserError("hub.staging.profile", message)
     tables = [table for file in entry.evaluation for table in read_tables(Path(file).expanduser(), checksum)]
     return Measurements(parameters, profile, tables).cut(parameters)

@@ -354,7 +354,7 @@ def write_sentence_transformer_files(
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
-    """Return whether a SentenceTransformer, which pools and normalises itself, gives the model's embeddings."""
+    """Return whether the pooling and normalisation of sentence-transformers give the embeddings of the model's head."""
     with suppress(UserError):
         check_servable(config)
         return True
@@ -362,7 +362,7 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Raise UserError if a SentenceTransformer, which pools and normalises itself, would give other embeddings."""
+    """Raise UserError if pooling and normalisation of sentence-transformers give other embeddings than the head."""
     # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)

@@ -288,7 +288,9 @@ def export_static(
 
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
-        message = f"Exit 0 of {checkpoint} is not a table: it needs `token_weights`, and a linear head after the mean."
+        message = (
+            f"Exit 0 of {checkpoint} can't become a table: this needs `token_weights` and a linear head after pooling."
+        )
         raise UserError("static.exit_zero", message)
     with scratch_folder("static") as scratch:
         encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))

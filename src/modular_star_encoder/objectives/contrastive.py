@@ -160,7 +160,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return losses summed over a chunk of rows (E, R, D); `own` (R,): index of each row's positive in the columns."""
+    """Return {name: sum of a loss over `rows`}. `rows` (E, R, D) have their positives at the indices `own` (R,)."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}

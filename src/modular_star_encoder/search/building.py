@@ -83,7 +83,7 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)`, but [] if no file was embedded or postponed and `show_skipped` is False."""
+        """Return `lines(show_skipped)` if it is set or a file was embedded or postponed; [] otherwise."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 

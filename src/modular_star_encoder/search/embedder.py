@@ -87,7 +87,7 @@ class Embedder:
         exit_layers: Sequence[int] | None = None,
         budget: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Return the exits to index, ascending: the given ones; by default exit 0 if numpy supports it, or the deepest.
+        """Return the given exits, ascending. If none is given: exit 0 if `NumpyEncoder` supports it, else the deepest.
 
         `budget` has limits for `select_exit`, such as `latency_ms`. With a budget, return one exit: the best within the
         limits among the given exits or, if no exit is given, among all exits of the checkpoint.

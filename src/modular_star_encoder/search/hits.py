@@ -38,7 +38,7 @@ class Hit:
         return printable(f"{self.path}:{self.line}  {self.summary()}")
 
     def summary(self) -> str:
-        """Return the score, the name, and the exit (or `words`) that ranked the hit: `0.512  Stack.push  (exit 9)`."""
+        """Return score, name and exit, as in `0.512  Stack.push  (exit 9)`; `(words)` if no exit ranked the hit."""
         ranked_by = "words" if self.exit_layer is None else f"exit {self.exit_layer}"
         return f"{self.score:.3f}  {self.name or '(lines)'}  ({ranked_by})"
 

@@ -112,7 +112,7 @@ class _Divider:
             yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.line))
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
-        """Yield pieces of lines without a definition, except pieces with hardly any letters."""
+        """Yield the lines from `start` to `end` in pieces, except pieces with hardly any letters."""
         while start < end and not self._lines[start].strip():
             start += 1
         while start < end and not self._lines[end - 1].strip():

@@ -452,7 +452,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged or belongs to no row; delete the line to ask again."
+            message = f"Line {number} of {path} is damaged, or no function has its id: delete it and build again."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered

@@ -180,12 +180,11 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
-    The rows are stored in `out/data/`, the result of each training run in `out/cells/{start}/{kind}/`. The reports
-    `ablation.json`, `ablation.md` and, if matplotlib is installed, `ablation.png` are written after every ten runs and
-    at the end. The order is: the shallowest and the deepest exit alone, all exits together, the other exits alone,
-    variants. A later call may add starts, seeds, learning rates and variants. Only one process trains.
-
-    UserError if the recipe contradicts itself or the model, or `out` has results of other settings or weights.
+    Models are trained in this order: the shallowest and the deepest exit alone, all exits together, the other exits
+    alone, the recipe's variants. The rows are stored in `out/data/`, the result of each model (a cell) in
+    `out/cells/{start}/{kind}/`. The reports `ablation.json`, `ablation.md` and, if matplotlib is installed,
+    `ablation.png` are written after every ten cells and at the end. A later call may add starts, seeds, learning rates
+    and variants. UserError if settings do not fit each other or the model, or `out` has results of other settings.
 
     Args:
         recipe: the settings.

@@ -123,7 +123,7 @@ def is_marked_generated(text: str) -> bool:
 def is_minified(text: str) -> bool:
     """Return whether `text` has a line of over 1,000 characters, and lines of over 200 characters on average.
 
-    One long line of data among many lines of code is not enough: a line counts as at most 10,000 characters.
+    The average counts at most 10,000 characters of a line: one long line of data among lines of code is not enough.
     """
     if len(text) <= _MINIFIED_AVERAGE * (text.count("\n") + 1):
         return False
