@@ -68,7 +68,7 @@ def served(
 
     Args:
         index: an index from `CodeIndex.open`.
-        checkpoint: folder or Hub id of the index's checkpoint if it was moved; with another one, the page shows an error.
+        checkpoint: folder or Hub id of the index's checkpoint if it was moved; with another, the page shows an error.
         host: IPv4 address or name to listen at; by default the variable GRADIO_SERVER_NAME, or else 127.0.0.1.
         port: port to listen at; by default the variable GRADIO_SERVER_PORT, or else the first free port from 7860 on.
         source: web address of the indexed folder at a revision of a repository; hits then link there. By default, hits

@@ -289,7 +289,7 @@ def export_static(
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
         message = (
-            f"Exit 0 of {checkpoint} can't become a table: this needs `token_weights` and a linear head after pooling."
+            f"Exit 0 of {checkpoint} can't become a table: it needs `token_weights` and a linear head after pooling."
         )
         raise UserError("static.exit_zero", message)
     with scratch_folder("static") as scratch:
