@@ -55,10 +55,10 @@ def recipe_file(tmp_path_factory, corpus):
     return write_recipe(folder / "recipe.yaml", settings)
 
 
-def run(recipe_file, out, *overrides):
+def run(recipe_file, out, *overrides, progress=False):
     estimates = []
     recipe = load_recipe(PretrainingRecipe, recipe_file, overrides)
-    return pretrain(recipe, out, progress=False, announce=estimates.append), estimates[0]
+    return pretrain(recipe, out, progress=progress, announce=estimates.append), estimates[0]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -103,13 +103,18 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_five_repositories_are_enough_whatever_share_is_held_out(recipe_file, corpus, tmp_path):
+def test_five_repositories_are_enough_whatever_share_is_held_out_and_both_parts_are_named(
+    recipe_file, corpus, tmp_path, capsys
+):
     for number in range(5):
         shutil.copytree(corpus / f"repository{2 * (number % 3)}", tmp_path / "five" / f"repository{number}")
     for share in (0.01, 0.9):
         overrides = (f"corpus.folder={tmp_path / 'five'}", "max_steps=1", f"eval_fraction={share}")
-        log, _ = run(recipe_file, tmp_path / str(share), *overrides)
-        assert len(log["held_out_repositories"]) == (2 if share < 0.5 else 3)
+        log, _ = run(recipe_file, tmp_path / str(share), *overrides, progress=True)
+        held_out = log["held_out_repositories"]
+        assert len(held_out) == (2 if share < 0.5 else 3)
+        part = f"{8 * len(held_out)} files held out, of {len(held_out)} repositories: {', '.join(held_out)}"
+        assert part in capsys.readouterr().out.splitlines()
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):

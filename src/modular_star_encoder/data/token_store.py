@@ -169,7 +169,7 @@ def build_token_store(
     if not state.complete:
         with closing(_Writer(folder, state, encoder)) as writer:
             iterator = iter(files)
-            with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" files", disable=not progress) as bar:
+            with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" texts", disable=not progress) as bar:
                 digest = ""
                 for file in islice(iterator, state.files):  # those already stored
                     digest = _digest(digest, file)

@@ -92,7 +92,6 @@ def pretrain(
         if progress_here:
             for reason, count in reader.skipped.most_common():
                 print(f"skipped {count} files: {reason}")
-            print(f"{len(store):,} files of {len(store.repositories):,} repositories")
     torch.manual_seed(recipe.seed)
     if weights:
         with clear_errors(os.fspath(source)):
@@ -107,6 +106,13 @@ def pretrain(
         announce(estimate)
 
     train, held_out = store.split(recipe.eval_fraction, recipe.seed)
+    if progress_here:
+        snippets = recipe.corpus.get("snippets", "files")
+        for part, use in ((train, "to train on"), (held_out, "held out")):
+            names, more = part.repositories[:5], ", …" * (len(part.repositories) > 5)
+            print(
+                f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories: {', '.join(names)}{more}"
+            )
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
     rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows
     pairs, unseen, fitted = (
