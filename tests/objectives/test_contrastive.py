@@ -304,6 +304,11 @@ def test_exits_and_sizes_that_the_model_does_not_have_are_refused(changes, key, 
     ContrastiveSettings(teacher=9, alignment_target=9).check((4, 18, 36), 1024)
 
 
+def test_exit_0_is_named_as_every_other_exit():
+    settings = {"teacher": 0, "alignment_target": 0, "dimensions": {0: [64]}}
+    ContrastiveSettings(**settings, distillation_weight=1.0, alignment_weight=1.0).check((0, 2), 1024)
+
+
 @pytest.mark.parametrize("name", ["teacher", "alignment_target"])
 def test_exits_that_are_trained_in_turn_learn_from_the_deepest_alone(name):
     weight = {"teacher": "distillation_weight", "alignment_target": "alignment_weight"}[name]

@@ -196,7 +196,7 @@ def test_reports_hold_no_places_of_this_machine(monkeypatch):
     ("override", "key", "value"),
     [
         ("seeds=[1, 1]", "settings.value", "seeds"),
-        ("exit_layers=[3]", "ablation.exit_layers", "[3], but the model's exits are [1, 2, 4]"),
+        ("exit_layers=[0, 3]", "ablation.exit_layers", "[0, 3], but the model's exits are [1, 2, 4]"),
         ("variants={together: {}}", "settings.value", "'together'"),
         ("variants={../x: {}}", "settings.value", "'../x'"),
         ("variants={a: {data.triplets: x}}", "ablation.variants", "data.triplets"),

@@ -9,7 +9,15 @@ from pydantic import Field as Constraint
 from torch import distributed
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import Count, Different, Float, NonNegative, Positive, settings_class
+from modular_star_encoder.utils.settings import (
+    Count,
+    Different,
+    ExitLayer,
+    Float,
+    NonNegative,
+    Positive,
+    settings_class,
+)
 
 
 def _have_own_names(pairs: Any) -> Any:
@@ -69,12 +77,12 @@ class ContrastiveSettings:
     pairs: Pairs = (("query", "document"),)
     logit_scale: Positive = 10.0
     mini_batch_tokens: Count | None = None
-    dimensions: Sizes | Mapping[Count, Sizes] | None = None
-    teacher: Literal["deepest", "next_deeper", "ensemble"] | Count = "deepest"
+    dimensions: Sizes | Mapping[ExitLayer, Sizes] | None = None
+    teacher: Literal["deepest", "next_deeper", "ensemble"] | ExitLayer = "deepest"
     distillation_weight: NonNegative = 0.0
     distillation_temperature: Positive = 1.0
     alignment_weight: NonNegative = 0.0
-    alignment_target: Literal["deepest", "next_deeper"] | Count = "deepest"
+    alignment_target: Literal["deepest", "next_deeper"] | ExitLayer = "deepest"
     false_negative_margin: Annotated[Float, Constraint(ge=-2, le=2)] | None = None
     false_negative_factor: Positive | None = None
 

@@ -48,8 +48,8 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json, write_text
 from modular_star_encoder.utils.reports import markdown_table, without_places
 from modular_star_encoder.utils.settings import (
-    Count,
     Different,
+    ExitLayer,
     NonNegative,
     Positive,
     Seed,
@@ -117,7 +117,7 @@ class AblationRecipe:
     )
     learning_rates: Annotated[tuple[Positive, ...], Different] = ()
     seeds: Annotated[tuple[Seed, ...], Constraint(min_length=1), Different] = (0, 1, 2)
-    exit_layers: tuple[Count, ...] | None = None
+    exit_layers: tuple[ExitLayer, ...] | None = None
     gate: NonNegative = 3.0
     variants: Mapping[Name, Mapping[str, Any]] = field(default_factory=dict)
     variants_on: tuple[str, ...] | None = None

@@ -58,6 +58,7 @@ def _different(values: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_number), Constraint(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, BeforeValidator(_number), Constraint(allow_inf_nan=False)]
 Count = Annotated[Int, Constraint(gt=0)]
+ExitLayer = Annotated[Int, Constraint(ge=0)]
 Seed = Annotated[Int, Constraint(ge=0, lt=2**32)]
 Positive = Annotated[Float, Constraint(gt=0)]
 NonNegative = Annotated[Float, Constraint(ge=0)]
