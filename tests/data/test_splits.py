@@ -102,6 +102,12 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
     assert data.report["held_out_repositories"] == sorted({text.repository for text in data.held_out})
 
 
+@pytest.mark.parametrize(("triplets", "share", "said"), [(60, 0.1, True), (60, 0.2, False), (700, 0.1, False)])
+def test_few_held_out_rows_are_said_with_what_holds_out_more(tmp_path, capsys, triplets, share, said):
+    prepare(write_rows(tmp_path, triplets), tmp_path / "data", eval_fraction=share, progress=True)
+    assert ("eval_fraction=0.2 holds out more" in capsys.readouterr().out) is said
+
+
 def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(tmp_path):
     settings = write_rows(tmp_path)
     rewrite(tmp_path / "exercises.jsonl", lambda i, _: {"slug": f"repository{i % 12}"})

@@ -27,6 +27,7 @@ from modular_star_encoder.utils.files import staged_folder, write_json
 
 MAX_TEST_SHARE = 0.2
 REPORT = "report.json"
+FEW_HELD_OUT = 50  # the interval of an MRR of 0.8 is then about 0.1 on each side
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
 # Numbers of random streams; the two kinds of pairs have 0 and 1.
@@ -130,6 +131,8 @@ def _print_counts(report: Mapping[str, Any]) -> None:
             for example in source["examples"].get(reason, ()):
                 print(f"    {example}")
     parts = [f"{report['train']:,} rows to train on", f"{report['held_out']:,} held out"]
+    if report["held_out"] < FEW_HELD_OUT and report["settings"]["eval_fraction"] < MAX_TEST_SHARE:
+        parts[1] += f" (few to judge the model by: eval_fraction={MAX_TEST_SHARE} holds out more)"
     left_out = {
         "share a text or a repository with a held-out row": report["shared_with_held_out"],
         f"beyond max_train_samples={report['settings']['max_train_samples']}": report.get("not_drawn", 0),
