@@ -238,14 +238,14 @@ class DocumentGroup:
 
 @dataclass
 class DocumentGroups:
-    """The N tokens of a flat batch (all texts in one row), in groups of texts; `order` (N,) restores their order."""
+    """The texts of a flat batch (N tokens in one row), grouped by length; `order` (N,) restores the order of tokens."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
-        """Group texts with these lengths; the caller sets each group's mask, which depends on the attention backend."""
+        """Group texts by their `lengths` in tokens; the caller sets each group's mask for the attention backend."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         members: list[list[int]] = []
         for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
@@ -428,8 +428,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         "attentions": ModularStarEncoderAttention,
     }
 
-    # `from_pretrained` calls each of these with its class, path and keyword arguments. For a checkpoint with other
-    # tensor names, it returns a class and arguments that can load it. `read_published_layout` is one.
+    # Functions like `read_published_layout`. `from_pretrained` calls each with its class, path and keyword arguments.
+    # For a checkpoint with other tensor names, the function returns a class and arguments that can load the checkpoint.
     _layout_readers: ClassVar[list[Callable]] = []
 
     def __init__(self, config: ModularStarEncoderConfig, *inputs: Any, **kwargs: Any) -> None:
@@ -595,7 +595,7 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """In the first process, return the full tensors of a model that `fully_shard` split; `None` for other models."""
+    """Gather in the first process the full tensors of a model split by `fully_shard`; `None` for other models."""
     # With a `distributed_config`, transformers has split the tensors when it loaded them, and also gathers them.
     if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
@@ -790,7 +790,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return the backend's mask. It hides padding, or separates packed texts (rows whose positions restart)."""
+        """Return the attention backend's mask, which hides padding or separates packed texts (positions restart)."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
@@ -807,7 +807,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the index of each text's first token among the B · T tokens, then B · T; `None` if a row is one text."""
+    """Return where texts begin in the flattened batch of B · T tokens, then B · T; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -825,7 +825,7 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the real tokens of `states` as (1, N, H), the texts' bounds in it, and a function to restore padding."""
+    """Return the N real tokens (1, N, H), the indices where texts begin, with N last, and a function to pad again."""
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)
@@ -841,7 +841,7 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return states with one row per text, and their mask; packed texts (B, T, H) become (texts, longest text, H)."""
+    """Split packed texts at `bounds` into rows (texts, longest text, H), with a mask; without `bounds`, do nothing."""
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)
@@ -854,7 +854,7 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Return (B, H): each row's mean of real tokens, or one token: its last or first real one, or the `legacy` one."""
+    """Return a vector per row, (B, H): the mean of its real tokens, or one token (see `config.pooling`)."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long)

@@ -48,7 +48,7 @@ _RENAMINGS = {
 _PROJECTION = re.compile(rf"{_TRUNK}projection_heads\.(\d+)\.")
 _LAYER = re.compile(rf"{_TRUNK}layers\.(\d+)\.")
 
-# Arguments of `from_pretrained` that are not fields, although the configuration has attributes of these names.
+# Arguments of `from_pretrained` that stay in `kwargs`, although a configuration has attributes of these names.
 _NOT_FIELDS = ("dtype", "torch_dtype", "attn_implementation")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -92,7 +92,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published checkpoint's configuration, and move fields from `kwargs` into it; None for any other."""
+    """Return a published checkpoint's configuration, with fields moved from `kwargs` into it; None for others."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None

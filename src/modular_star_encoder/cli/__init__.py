@@ -49,7 +49,7 @@ def existing(text: str) -> str:
 
 
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """Return an argparse type for texts of a form such as `NAME=FILE`: it returns the groups of the regex `pattern`."""
+    """Return an argparse type that returns the groups of the regex `pattern`; errors show `form`, such as NAME=FILE."""
 
     def groups(text: str) -> tuple[str, ...]:
         if match := re.fullmatch(pattern, text):
@@ -81,7 +81,7 @@ def checkpoint(text: str) -> str:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command. Their help is `recipe`, `out`, and an example, `setting`."""
+    """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `out` are help texts, `setting` is an example."""
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

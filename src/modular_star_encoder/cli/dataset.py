@@ -73,8 +73,8 @@ def add_dataset_commands(commands: Any) -> None:
     check.add_argument("files", metavar="FILE", type=existing, nargs="+", help=written)
     against = "evaluation sets: JSON Lines or JSON files, or folders of such files"
     check.add_argument("--against", metavar="ROWS", type=existing, nargs="+", required=True, help=against)
-    check.add_argument("--drop", metavar="FOLDER", help="copy the files to FOLDER without the rows that were found")
-    check.add_argument("--json", metavar="FILE", help="also write to FILE how many rows of each file were found")
+    check.add_argument("--drop", metavar="FOLDER", help="copy the files to FOLDER without rows in evaluation sets")
+    check.add_argument("--json", metavar="FILE", help="also write the numbers of rows in evaluation sets to FILE")
     check.set_defaults(run=run_corpus_check)
 
 

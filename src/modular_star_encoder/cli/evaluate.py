@@ -35,7 +35,7 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("checkpoint", metavar="MODEL", type=_model, help=CHECKPOINT_HELP)
     names = f"benchmarks, separated by commas (default: folder): {', '.join(BENCHMARK_NAMES)}"
     evaluate.add_argument("--benchmark", metavar="NAMES", type=_benchmarks, default=["folder"], help=names)
-    data = "folder of source code or of benchmark files; or a Hub dataset: hub:OWNER/NAME, or hub for the authors'"
+    data = "folder of source code or benchmark files; a Hub dataset hub:OWNER/NAME; or hub, the benchmark authors' own"
     evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
     exits = "exits to measure: all (the default), or a list such as 4,9"
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)

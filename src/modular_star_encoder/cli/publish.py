@@ -64,7 +64,7 @@ def add_publish_commands(commands: Any) -> None:
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repository", metavar="OWNER/NAME", help="repository on the Hub to publish a folder to")
-    parser.add_argument("--license", metavar="NAME", help="for a folder: the Hub's name of its licence: apache-2.0")
+    parser.add_argument("--license", metavar="NAME", help="for a folder: its licence, as the Hub names it (apache-2.0)")
     results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
     parser.add_argument("--evaluation", metavar="FILE", action="append", default=[], help=results)
 

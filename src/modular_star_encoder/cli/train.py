@@ -31,10 +31,10 @@ def add_train_commands(commands: Any) -> None:
     recipes = commands.add_parser("recipes", help="list, print or copy the packaged recipes")
     recipes.set_defaults(run=run_recipes, name=None, file=None)
     actions = recipes.add_subparsers(metavar="ACTION")
-    for action, meaning in (("list", "list all recipes"), ("show", "print one"), ("copy", "copy one to a file")):
+    for action, meaning in (("list", "list all recipes"), ("show", "print a recipe"), ("copy", "copy a recipe")):
         parser = actions.add_parser(action, help=meaning)
         if action != "list":
-            parser.add_argument("name", metavar="NAME", help="such as small/finetune; small names the first in small/")
+            parser.add_argument("name", metavar="NAME", help="such as small/finetune; small is the first in small/")
         if action == "copy":
             parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
 
@@ -64,7 +64,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         width = max(len(one.name) for one in recipes)
         for one in recipes:
             print(f"mose {one.command:8} {one.name:{width}}  {one.summary}")
-        print("\nThe part before / is enough for the first such recipe of a command: `mose finetune mose-code`.")
+        print("\nThe part before / is enough for a command's first recipe in that folder: `mose finetune mose-code`.")
         return
     path = find_recipe(arguments.name)
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]

@@ -43,7 +43,7 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`; if `other` is the reply of another exit, with each hit's rank in it.
+    """Return HTML with the hits of `reply`, and with their ranks in `other`, the reply of another exit, if given.
 
     Paths are relative to `folder`, the indexed folder.
     """
@@ -79,7 +79,7 @@ def lexer_for(language: str) -> Lexer:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as `formatter` writes it. If this takes too long, the rest of the code has no colours.
+    """Return code as HTML, coloured by `formatter`. If this takes too long, the rest of the code has no colours.
 
     For hostile texts, the time of some lexers grows with the square of the length.
     """

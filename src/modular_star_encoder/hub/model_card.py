@@ -34,7 +34,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice, which are those of the uncut model at the exits in `parameters`."""
+        """Return a slice's measurements: costs and scores as of the uncut model, at the exits of `parameters` only."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}

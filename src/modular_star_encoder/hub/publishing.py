@@ -213,7 +213,7 @@ def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
 
 
 def _content_fault(path: Path) -> tuple[str, str]:
-    """Return key and text of what makes the content of a file unsafe; two empty texts if it is safe."""
+    """Return an error's key, such as "pickle", and text if a file has unsafe content; otherwise two empty texts."""
     token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
     with path.open("rb") as file:
         text = file.read(TEXT_LIMIT)

@@ -270,7 +270,7 @@ def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"{checkpoint} is a {name}, which this package lacks: load it in Python, and save `model.slice(k)`."
+        message = f"This package lacks {name}, the class of {checkpoint}. Load it in Python, and save `model.slice(k)`."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 

@@ -98,7 +98,7 @@ def _is_ours(source: str) -> bool:
 class ExitEncoder(Encoder):
     """Embeds texts with a `ModularStarEncoderForRetrieval`, at all exits in one pass.
 
-    `dimensions` has the configuration's `nested_dimensions`, if any, and the full size, largest first.
+    `dimensions` lists the sizes to which embeddings can be cut, largest first; without such sizes, it is (None,).
     `encode_options` are passed to `encode_exits`: max_length, tokens_per_batch, dtype.
     """
 
@@ -129,7 +129,7 @@ class ExitEncoder(Encoder):
         return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
 
     def prompt(self, text: Text) -> str:
-        """Return the published prompt for prose or code: with an instruction if the model was fine-tuned with them."""
+        """Return the published prompt for prose or code: with an instruction if fine-tuning used instructions."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)

@@ -142,7 +142,7 @@ class NumpyEncoder:
         return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
 
     def _words(self, text: str) -> list[str]:
-        """Split a text into parts that can be tokenized one by one; parts with other than ASCII end at white space."""
+        """Split a text into parts that can be tokenized one by one; words with non-ASCII characters stay whole."""
         if any(token in text for token in self._special):
             return [text]
         if text.isascii():
@@ -317,7 +317,7 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return the content of a tokenizer.json that reads special tokens written in a text as `tokenizer` does."""
+    """Return a tokenizer.json with which other libraries read a special token in a text as `tokenizer` does."""
     state = json.loads(tokenizer.to_str())
     if tokenizer.encode_special_tokens:  # sentence-transformers and model2vec ignore this, but read `added_tokens`
         vocabulary = state["model"]["vocab"]

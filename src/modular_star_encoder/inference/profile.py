@@ -167,8 +167,8 @@ def profile_to_file(
     """Measure a checkpoint's profile and write it to `out`, by default in the checkpoint's folder; return both.
 
     `options` are those of `profile_checkpoint`. If the file already has a profile of the same weights, the quality
-    scores in it are kept. Raises UserError if this profile has exits that `exit_layers` leaves out, or if `checkpoint`
-    is a Hub repository and `out` is None.
+    scores in it are kept. Raises UserError if the file has exits that `exit_layers` leaves out, or if `checkpoint` is a
+    Hub repository and `out` is None.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)

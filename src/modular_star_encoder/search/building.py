@@ -69,7 +69,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return lines to print: numbers of files left out, read as Latin-1 or postponed; names if `show_skipped`."""
+        """Return lines to print on files left out, read as Latin-1 or postponed: counts, or names if `show_skipped`."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -83,7 +83,7 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)` if it is set or a file was embedded or postponed; [] otherwise."""
+        """Return `lines(show_skipped)` if `show_skipped`, or if a file was embedded or postponed; [] otherwise."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 
@@ -124,7 +124,7 @@ def update_store(
         processes: number of processes that parse files; with 0 or 1, a crash of the parser ends this process.
         progress: whether to show a progress bar.
         seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
-            With a limit, the report has no unchanged files that an earlier update left out.
+            With a limit, the report lacks files that an earlier update left out, unless they have changed.
 
     Raises:
         UserError: the folder does not exist.

@@ -458,8 +458,8 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
-    The index is the one at `location`. If that is None, it is the index in `folder`, or without a folder in the working
-    folder or its nearest parent. If these have none, it is in the user's cache, and is built there if it is missing.
+    The index is at `location` if given, otherwise in `folder`; without both, in the working folder or the nearest
+    parent that has one. If none is found, it is the index in the user's cache, which is built if it is missing.
 
     Args:
         folder: the folder to search; the working folder if None.
@@ -496,7 +496,7 @@ def open_for_search(
 
 
 def _own_index(folder: str) -> str | None:
-    """Return the path of the index in a folder; None if there is none, or if it is of another folder."""
+    """Return the path of the index in a folder; None if there is none, or if it indexes another folder."""
     folder = os.path.expanduser(folder)
     location = os.path.join(folder, INDEX_FOLDER)
     is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(folder)

@@ -300,7 +300,7 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Mark the rows of files with these ids as deleted: the files are deleted, or have rows in another segment."""
+        """Mark rows as deleted: those of the files with the ids `dead`, which are gone or have new rows elsewhere."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
@@ -315,7 +315,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return the cosine similarities (P,) of the rows with the numbers `places` (P,) to `unit`, of length 1."""
+        """Return the cosine similarities (P,) of the rows numbered `places` (P,) to `unit` (D,), which has length 1."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):
@@ -324,7 +324,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers (P,) of the rows with a word, and how often the word is in each (P,), at most 255."""
+        """Return the numbers (P,) of the rows that contain a word, and how often each contains it (P,), at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -359,7 +359,7 @@ _Places = list[tuple[_Segment, np.ndarray]]
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return those `_BEST_BY_SIGNS` chosen rows (more if tied) whose signs differ from `unit` in fewest components."""
+    """Return the `_BEST_BY_SIGNS` `chosen` rows (more if tied) whose vectors share most signs with `unit`."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]

@@ -78,7 +78,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Yield the pieces of lines `start` to `end`, which have these `definitions`; `outer` names their class."""
+        """Divide lines `start` to `end`, with these `definitions`, into pieces; `outer` is their class's name."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
@@ -174,7 +174,7 @@ class Memo(dict[str, _Value], Generic[_Value]):
 
 
 def _stems(text: str) -> list[str]:
-    """Return the stems of each word's parts and, if several, of the word: camel, cas, camelcas for `camelCase`."""
+    """Return stems of each word's parts, and of the word if it has several: camel, cas, camelcas for `camelCase`."""
     found = []
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]

@@ -66,7 +66,7 @@ def _wrap_errors(method: Callable) -> Callable:
 class QdrantStore(VectorStore):
     """The rows of an index in a collection of a Qdrant server.
 
-    Writers are not locked out. Sizes and times of files are not stored, because other machines may use the collection.
+    Writers take no lock. Sizes and times of files are not stored, because other machines may use the collection.
 
     Args:
         client: a `QdrantClient`, for a server or in memory.

@@ -249,7 +249,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return gains (F,) for words of the question in a file's name; a word in its folder's name counts half."""
+    """Return a gain per file, (F,), for the question's words in its name; words in its folder's name count half."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -277,9 +277,9 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return gains (N,): only the best piece of each file, by `gained` (its score so far), has a gain above 0.
+    """Return gains (N,): above 0 only for the best piece of each file by `gained`, the scores of pieces so far.
 
-    It is the sum of the file's five best `scores`, divided by the largest such sum. `file_of` (N,): numbers of files.
+    The gain is the sum of the file's five best `scores`, divided by the largest sum. `file_of` (N,) numbers the files.
     """
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
@@ -296,7 +296,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,): below 1 for re-exports, type declarations, and tests that the question does not mention."""
+    """Return a factor per file, (F,): below 1 for re-exports, type declarations, and tests not asked for."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)

@@ -46,7 +46,7 @@ class Row:
 class Found:
     """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
 
-    The piece is read only when `snippet` is used, because of hundreds of candidates a few are shown. `exit_layer` is
+    The piece is read only when `snippet` is used, because most candidates are never shown. `exit_layer` is
     the exit that ranked the row; None if only words did. `reasons` is {ranking rule: what it added to the score}.
     """
 
@@ -109,7 +109,7 @@ class VectorStore(Protocol):
         """
 
     def files(self) -> dict[str, str | None]:
-        """Return {file_id: hash of the file's content}; None instead if rows are missing or of different contents."""
+        """Return {file_id: hash of the file's content}; a hash is None if rows are missing or of different contents."""
 
     def stamps(self) -> Stamps:
         """Return the files' sizes and times that `keep_stamps` stored last; empty if this store keeps none."""

@@ -336,13 +336,13 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            message = f"The rows of {answers_file} don't belong to those of {file}; remove {answers_file.parent}."
+            message = f"{answers_file} does not have the ids of {file}. Remove {answers_file.parent}, and build again."
             raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return a sort key of (name, count): files, rows, documented, dropped, kept; in each, the largest count first."""
+    """Return a key to sort (name, count): files, rows, documented, dropped, kept; then larger counts first."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number

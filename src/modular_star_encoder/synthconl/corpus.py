@@ -188,7 +188,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; a row is a pair, or a function without description."""
+    """Return (package number, counts, rows) per item: a file's rows are pairs, and functions without description."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -277,7 +277,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _key(text: str) -> bytes:
-    """Return a hash of the letters (in lower case) and digits of a text."""
+    """Return a hash of the letters (in lower case) and digits of a text; texts with the same hash count as equal."""
     return hashlib.blake2b(description_key(text).encode(errors="replace"), digest_size=12).digest()
 
 
@@ -299,7 +299,7 @@ class EvaluationTexts:
                 for kind, text in dict.fromkeys(_evaluation_texts(path)):
                     self._add(source.name.partition(".")[0], kind, text)
         if not self._texts:
-            raise UserError("corpus.against", "The evaluation sets have no text in `code`, `description` or `query`.")
+            raise UserError("corpus.against", "The evaluation sets need texts in `code`, `description` or `query`.")
 
     def _add(self, name: str, kind: str, text: str) -> None:
         self.counts[f"{name} {kind}"] += 1

@@ -152,7 +152,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write the missing files of fingerprints, one per shard; return memory-mapped parts for each of `columns`."""
+    """Write the missing files of fingerprints, one per shard; return each column's fingerprints, memory-mapped."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

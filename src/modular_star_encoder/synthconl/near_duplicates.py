@@ -83,8 +83,8 @@ class DuplicateSettings:
             `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the pairs of
             similarity 0.7, and many more pairs below it.
         match: two rows are near-duplicates if the texts in one column are (`"either"`), or in all columns (`"both"`).
-        bucket_limit: largest number of rows with the same hashes in a band with which a row is compared; rows with the
-            smallest ids come first. This bounds memory: at most bands × `bucket_limit` pairs of eight bytes per row,
+        bucket_limit: a row is compared with at most this number of the rows that have the same hashes in a band: those
+            of smallest ids. This bounds memory: at most bands × `bucket_limit` pairs of eight bytes per row,
             and less than one pair in ordinary corpora.
         giant_cluster: largest number of different rows in a cluster that keeps only one row. A cluster is a group of
             rows linked by near pairs, directly or through other rows. A larger cluster may link unlike rows through
@@ -498,7 +498,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each node's partner with the highest value (−1 if none; of several, the smallest), and that value."""
+    """Return each row's most similar partner (−1 if none; of equal ones, the smallest number), and the similarity."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

@@ -221,7 +221,7 @@ def push_dataset(
             repo_type="dataset",
             folder_path=root,
             allow_patterns=[name for name, _ in files],
-            # Otherwise the files of an earlier upload with another number of shards would stay in the dataset.
+            # Without this, files of an earlier upload with another number of shards would stay in the dataset.
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",
         )

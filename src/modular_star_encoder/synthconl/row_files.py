@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(
-            "synthconl.build.running", f"Another process writes to {folder}. Wait until it ends, or choose another."
+            "synthconl.build.running", f"Another process writes to {folder}. Wait, or choose another folder."
         ) from None
 
 
@@ -44,7 +44,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write tables to one file, each as a row group; return the number of rows. The file appears complete."""
+    """Write tables to one file, each as a row group; return the number of rows. The file appears once complete."""
     rows = 0
     with (
         staged_file(path, resumable=True) as temporary,
@@ -108,7 +108,7 @@ class Shard:
     rows: int
 
     def identity(self) -> dict[str, object]:
-        """Return the file's name, rows, size and time of change; a later call sees from these whether it changed."""
+        """Return the file's name, rows, size and time of change; a later call compares these to see a change."""
         status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 

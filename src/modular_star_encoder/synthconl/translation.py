@@ -75,7 +75,7 @@ class OpenAIBackend:
     /chat/completions`.
 
     Args:
-        model: The server's name of the model.
+        model: Name of the model on the server.
         revision: Revision of the model. It is not sent, only shown in the dataset's card.
         max_tokens: Largest number of tokens of an answer.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
@@ -230,7 +230,7 @@ class TranslationSettings:
 
     Args:
         backend: `openai`: any server with OpenAI's chat protocol, such as `vllm serve` or `transformers serve`.
-        model: the server's name of the model.
+        model: name of the model on the server.
         max_tokens: largest number of tokens of an answer; longer answers are cut by the server and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; each function is translated to one of these other than its own language.
@@ -406,7 +406,7 @@ def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
 
 
 class _CompletionFile:
-    """Stores the completions of one file of rows: in a journal until each row has one, then in a parquet file."""
+    """Stores the completions of one file of rows: in a journal until all rows have one, then in a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids = target, ids
@@ -452,7 +452,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged, or no function has its id: delete it and build again."
+            message = f"Line {number} of {path} is damaged or has no function's id: delete the line, and build again."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered
