@@ -97,7 +97,7 @@ def test_texts_that_cannot_form_pairs_are_left_out_and_counted(tokenizer):
 
 
 def test_bad_input_is_refused_in_one_sentence(tokenizer):
-    with raises("data.in_context.too_few_repositories", "of 2 qualify"):
+    with raises("data.in_context.too_few_repositories", "of 2 repositories"):
         make(tokenizer, repository_texts(repositories=1) | {"short": ["x", "y"]})
     with raises("data.in_context.arguments", "max_tokens", 35):
         make(tokenizer, max_tokens=34)

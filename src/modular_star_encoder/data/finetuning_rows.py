@@ -44,9 +44,9 @@ _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     """Retrieval rows as token ids, each text with its prompt.
 
-    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. Only `{text}` is cut to
-    the limit. If it contains the characters of a special token, they stay ordinary characters. Item `i` of this dataset
-    has `query_ids` (the description of row `i`) and `document_ids` (its first snippet), int64 (T,) for T tokens.
+    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. If that is too long,
+    only `{text}` is cut. The characters of a special token in `{text}` stay ordinary characters. Item `i` of this
+    dataset has `query_ids` (description of row `i`) and `document_ids` (its first snippet), int64 (T,) for T tokens.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return {"query_ids": self.tokens(index, None), "document_ids": self.tokens(index, 0)}
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of one text of a row, with its prompt and cut to the limit, int64 (T,).
+        """Return the token ids of one text of a row, int64 (T,), with its prompt; a text that is too long is cut.
 
         `number` is None for the description, -1 for the hard negative, or the index of a snippet. If `renaming` is
         given, it draws new names for the frequent words of code (see `rename_frequent_words`).
@@ -116,7 +116,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return (mean tokens of a description, of a snippet), counted with the longest prompt and up to the limits."""
+        """Return (mean tokens of a description, of a snippet), after cutting and with the longest code prompt."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -155,7 +155,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return {"query", "document", …: (text, whether it is code)} for row `index`; words keep their names."""
+        """Return {"query", "document", …: (text, whether it is code)} for row `index`, without renamed words."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
@@ -172,7 +172,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """Return (ids before a text with this prompt, id after it); UserError if `max_tokens` leaves none for the text."""
+    """Return (ids before a text with this prompt, id after it); UserError if `max_tokens` has no room for a text."""
     ids = tokenizer(prompt)["input_ids"]
     if not ids or ids[-1] != tokenizer.cls_token_id:
         raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")

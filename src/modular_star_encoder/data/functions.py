@@ -91,8 +91,8 @@ def extract_functions(
 ) -> list[DocumentedFunction]:
     """Return the functions that `find_functions` finds in a source file.
 
-    A `.h` file that holds C++ is parsed as C++. `find_functions` adds to `counts`, if given. A file that can't be
-    parsed gives no functions, and adds 1 to `counts["files that do not parse"]`.
+    A `.h` file that holds C++ is parsed as C++. `counts`, if given, gets the numbers of files and functions
+    with faults. A file that can't be parsed gives no functions, and adds 1 to `counts["files that do not parse"]`.
     """
     language = language_of_text(file.language, file.path, file.text)
     try:
@@ -129,7 +129,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the documented functions that `drop_reason` keeps, also several with equal code; add to `counts`."""
+    """Yield documented functions that `drop_reason` keeps, even with equal code; add function counts to `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -233,7 +233,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)} (written `installed: true`), not {options}."
+        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}; `installed` can only be true."
         raise UserError("data.corpus.source", message)
     kind = named[0]
     source, snippets = options.pop(kind), options.pop("snippets", "files")
@@ -273,7 +273,7 @@ def documentation_summary(documentation: str) -> str:
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     """Return the function in a row of CodeSearchNet, with columns named as on the Hub or in the authors' JSON Lines.
 
-    Python code is returned without its docstring, because with it BM25 has an MRR of 97 %. None if removing it fails.
+    Python code is returned without its docstring, because BM25 has an MRR of 97 % with it. None if removal fails.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():

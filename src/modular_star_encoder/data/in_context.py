@@ -181,8 +181,8 @@ class PairSampler:
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
             message = "Training rows and held-out rows each need two repositories in one language, both with"
-            message += f" 2 texts of {MIN_SNIPPET_TOKENS} tokens or more. Of the repositories of one of them, "
-            message += f"{qualified} of {len(np.unique(repository))} qualify ({', '.join(corpus.repositories[:4])}): "
+            message += f" 2 texts of {MIN_SNIPPET_TOKENS} tokens or more. In one set, only {qualified} of "
+            message += f"{len(np.unique(repository))} repositories qualify ({', '.join(corpus.repositories[:4])}): "
             message += "use at least four repositories in one language."
             raise UserError("data.in_context.too_few_repositories", message)
         self.dropped_texts = len(numbers) - len(used)

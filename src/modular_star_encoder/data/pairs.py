@@ -77,7 +77,7 @@ class SourceExamples(NamedTuple):
 
     texts: list[RetrievalExample]  # in the order of the source
     skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for this reason
-    examples: dict[str, list[str]]  # reason → for the first three of these: place, such as a file's line, and beginning
+    examples: dict[str, list[str]]  # reason → the first three of these, each as its place (a file's line) and beginning
 
 
 _Found = RetrievalExample | str | tuple[str, Any]
@@ -93,7 +93,7 @@ class ExampleReader:
     """
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make` gives a row's examples, or reasons to skip it; if `strict`, these raise UserError (`data.row`)."""
+        """`make` gives a row's examples, or reasons to skip it; if `strict`, a reason raises UserError (`data.row`)."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -143,7 +143,7 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if None in (self.description, self.code, self.language):
-            raise UserError("data.triplets.columns", "`description`, `code` and `language` must each name a column.")
+            raise UserError("data.triplets.columns", "`columns` needs names for `description`, `code` and `language`.")
         if self.negative_language is not None and self.negative is None:
             message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
             raise UserError("data.triplets.negative_language", message)
@@ -466,7 +466,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) for each line of one of BigCloneBench's lists of pairs, in the form of `open_dataset_rows`."""
+    """Yield (place, row), as `open_dataset_rows` does, for each line of a BigCloneBench file such as `train.txt`."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()

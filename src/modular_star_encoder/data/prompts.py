@@ -18,14 +18,14 @@ CLS_TOKEN = "<cls>"  # noqa: S105
 MASK_TOKEN = "<mask>"  # noqa: S105
 
 SPECIAL_TOKENS = (PAD_TOKEN, SEP_TOKEN, CLS_TOKEN, MASK_TOKEN)
-"""In the order of their ids, 0 to 3, in a tokenizer of `train_tokenizer`."""
+"""The special tokens in the order of their ids, 0 to 3, in a tokenizer that `train_tokenizer` makes."""
 
 SINGLE_TEMPLATE = f"{SEP_TOKEN} $A {CLS_TOKEN}"
 PAIR_TEMPLATE = f"{SEP_TOKEN} $A {SEP_TOKEN} $B {CLS_TOKEN}"
 
 CODE_INSTRUCTION = "Represent this {language} code snippet for retrieval:"
 ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"
-"""For code in an unknown language. It is not a published instruction: those always name the language."""
+"""Instruction for code in an unknown language. It is not published: all published ones for code name the language."""
 TEXT_INSTRUCTION = "Represent this code description for retrieving supporting snippets of code:"
 
 LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))

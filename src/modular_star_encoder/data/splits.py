@@ -87,7 +87,7 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Return the training and held-out rows of a recipe: read from `folder`, or else made and written to it.
+    """Return the training and held-out rows of a recipe: read from `folder` or, if it has none, made and stored there.
 
     Whole repositories are held out. Rows without a repository are held out one by one.
 
@@ -323,8 +323,8 @@ class BatchPlan:
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
-            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change this, or add rows."
-            message += " A group is the rows that share a text; it gives a batch at most one pair."
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size"
+            message += " or add rows. A group is the rows that share a text; it gives a batch at most one pair."
             message += f" The data has {listed or 'no pairs'}{negatives}."
             raise UserError("data.batch_size", message)
         self._latest: tuple[int, list[Draw]] = (-1, [])

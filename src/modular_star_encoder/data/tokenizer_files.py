@@ -150,7 +150,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with a step, which may be a sequence of steps; "" if nothing is. `parts`: its mappings.
+    """Return what is wrong with a step or a sequence of steps, or "". `parts` are all mappings in its JSON.
 
     The keys of a mapping decide what kind of step it is, because `tokenizers` also reads steps without a `type`.
     """

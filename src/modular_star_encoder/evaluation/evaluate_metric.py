@@ -70,7 +70,7 @@ class _Given:
 def _rank(scores: Sequence[Sequence[float]], relevant: Sequence[Sequence[int]]) -> Any:
     lengths = [len(one) for one in scores]
     if lengths != [len(one) for one in relevant] or not set(chain.from_iterable(relevant)) <= {0, 1}:
-        raise UserError("evaluation.references", "Each prediction of a query needs one reference, which is 0 or 1.")
+        raise UserError("evaluation.references", "A query needs one reference, 0 or 1, for each of its scores.")
     padded = np.full((len(scores), max(lengths)), -np.inf, dtype=np.float32)
     for row, one in zip(padded, scores, strict=True):
         row[: len(one)] = one

@@ -43,8 +43,8 @@ class MultiExitEvaluator(BaseEvaluator):
         tokenizer: required for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own tokenizer.
         exit_layers: exits to evaluate; all exits of the model if None.
         recall_at: values of k for Recall@k.
-        prompts: {`query`, `document` or `document_{language}`: prefix of these texts}. If None, the prompts of the
-            SentenceTransformer, or the published prompts if the configuration has `instruction_prompts`, else none.
+        prompts: {`query`, `document` or `document_{language}`: prefix of these texts}. If None: a SentenceTransformer's
+            own; for other models the published ones, or none if `config.instruction_prompts` is false.
         max_length: longer texts are cut to this number of tokens; the model's limit if None.
         tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
         name: prefix of the names of the metrics, to tell several evaluators apart.

@@ -141,7 +141,7 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return each exit's loss in one direction, summed over the B rows (E, B, D).
+    """Return {name: sum over the B `rows` (E, B, D)} of each exit's losses and hits, in one direction.
 
     The candidates are the columns (E, C, D); the positive of row b is column (rank of this process) × B + b. Scores
     are computed chunk by chunk and again in the backward pass, so that memory grows linearly with the batch.
@@ -160,7 +160,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return {name: sum of a loss over `rows`}. `rows` (E, R, D) have their positives at the indices `own` (R,)."""
+    """Return {name: sum over the R `rows` (E, R, D)}; `own` (R,) is the index in `columns` of each row's positive."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -197,7 +197,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Return similarities (places, R, C) at the exits `places` of embeddings cut to size `cut` and normalised again."""
+    """Return similarities (len(places), R, C) of rows and columns at exits `places`, cut to `cut` and normalised."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]

@@ -117,11 +117,11 @@ class ContrastiveSettings:
         chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
             if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                message = f"{name}={getattr(self, name)!r} does not work with exit_schedule: set it to deepest."
+                message = f"{name}={getattr(self, name)!r} does not work with exit_schedule: set {name} to deepest."
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if `teacher` or `alignment_target` is an exit that a step lacks, or a size is too large."""
+        """Raise UserError if `teacher` or `alignment_target` is not in `exit_layers`, or a size is too large."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):
@@ -132,7 +132,7 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError unless `rows` (side → number of rows) has the sides of `pairs`, equal numbers in a pair."""
+        """Raise UserError unless `rows`, side → row count, has the sides of `pairs` and equal counts in each pair."""
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."
@@ -183,7 +183,7 @@ def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Gather (E, N, D) of every process as (processes, E, N, D); the backward pass sums gradients (reduce-scatter)."""
+    """Gather all processes' (E, N, D) into (processes, E, N, D); the backward pass sums gradients (reduce-scatter)."""
 
     @staticmethod
     def forward(ctx: Any, stack: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """Halve the mini-batch with the most rows until there are `count`; `count` is at most the number of all rows."""
+    """Halve the mini-batch with the most rows until there are `count` mini-batches (at most one for each row)."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
@@ -209,7 +209,7 @@ def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, boo
 
 @contextmanager
 def _autocast(settings: list[tuple[str, torch.dtype, bool, bool]]) -> Iterator[None]:
-    """Context manager: autocast with these settings, after emptying the cache of weights cast without a graph."""
+    """Context manager: autocast with `settings`, after emptying the cache of weights cast without a graph."""
     torch.clear_autocast_cache()
     with ExitStack() as stack:
         for setting in settings:

@@ -68,7 +68,7 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 
 
 def _name(name: str) -> str:
-    """Return the name of a start or variant unchanged; ValueError if it can't name a folder, or names another kind."""
+    """Return the name of a start or variant unchanged; ValueError if it can't name a folder, or names other models."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
         raise ValueError(f"must be one word, not {TOGETHER}, and must not begin with exit-")
     return name
@@ -96,7 +96,7 @@ class AblationRecipe:
     Args:
         finetuning: settings that all models share; see `FinetuningRecipe`. Its seed decides which rows are held out.
             About half of these, in whole repositories, are validation rows (for learning rates), the others test rows.
-        starts: {name of a start: settings that replace those of `finetuning`}, such as `model: runs/pretrained/model`.
+        starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             A dot separates nested settings, as in `distillation.teacher`.
         learning_rates: learning rates to try for each kind of model, with the first seed, by default only that of
             `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
@@ -125,7 +125,7 @@ class AblationRecipe:
     def __post_init__(self) -> None:
         for changes in (*self.starts.values(), *self.variants.values()):
             if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
-                message = f"Remove {', '.join(sorted(fixed))} from `starts` and `variants`: all models share these."
+                message = f"Remove {', '.join(sorted(fixed))} from `starts` and `variants`: these must not differ."
                 raise UserError("ablation.variants", message)
         if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
             raise UserError("ablation.starts", f"`variants_on` must name keys of `starts`, not {', '.join(unknown)}.")
@@ -181,9 +181,9 @@ def ablate(
     """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
     Models are trained in this order: the shallowest and the deepest exit alone, all exits together, the other exits
-    alone, the recipe's variants. The rows are stored in `out/data/`, the result of each model (a cell) in
+    alone, the recipe's variants. The rows are stored in `out/data/`, the result of each model in
     `out/cells/{start}/{kind}/`. The reports `ablation.json`, `ablation.md` and, if matplotlib is installed,
-    `ablation.png` are written after every ten cells and at the end. A later call may add starts, seeds, learning rates
+    `ablation.png` are written after every ten models and at the end. A later call may add starts, seeds, learning rates
     and variants. UserError if settings do not fit each other or the model, or `out` has results of other settings.
 
     Args:
@@ -191,7 +191,7 @@ def ablate(
         out: folder of the ablation.
         command: the command line, for the reports.
         progress: whether to show progress bars.
-        announce: called with a line of text before each cell is trained.
+        announce: called with a line of text before each model is trained.
 
     Returns:
         The content of `ablation.json`; see `summarize`.
@@ -289,7 +289,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Train and evaluate a cell unless its file exists; return whether it was trained."""
+        """Train and evaluate the model of a cell unless its result is stored; return whether it was trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -401,8 +401,8 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
     """Return the mean × 100 of `values`, one array (seeds, queries) per task, with a bootstrap interval.
 
     Keys: `value`, `low`, `high`, and `by_seed`, the mean of each seed. A resample draws seeds and, within each task,
-    queries. To compare two models, pass the differences of their values: these are paired by seed and query. The
-    intervals of `comparisons` estimates all hold with 95 % confidence (Bonferroni: each has 1 - 0.05 / comparisons).
+    queries. To compare two models, pass the differences of their values, paired by seed and query. `comparisons` is
+    the number of estimates whose intervals hold together with 95 % confidence (Bonferroni, 1 - 0.05 / comparisons).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)
@@ -417,7 +417,7 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
 
 
 def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
-    """Return `passed` (None if a result is missing) and the `estimate` of deepest exit alone − shallowest alone."""
+    """Return the `estimate` of deepest − shallowest exit, each alone, and `passed`: is it enough? None if not known."""
     first, last = (ranks(recipe, found, start, f"exit-{e}", e) for e in (exits[0], exits[-1]))
     if first is None or last is None:
         return {"passed": None}

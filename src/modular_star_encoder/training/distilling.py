@@ -89,8 +89,8 @@ def teach(
 
     Returns:
         The training batches and the evaluation batches with the teacher's vectors, and entries for the training log.
-        With `settings.centre_by_kind`, these are `teacher_means`, {`query`, `document`: mean vector of the training
-        texts of this kind, as a list of D numbers}; otherwise there are none.
+        The only entry, with `settings.centre_by_kind`, is `teacher_means`: {`query`, `document`: mean vector of the
+        training texts of this kind, as a list of D numbers}.
     """
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []

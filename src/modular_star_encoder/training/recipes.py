@@ -151,7 +151,7 @@ class PretrainingRecipe(TrainingRecipe):
         max_tokens: largest number of tokens of a row, special tokens included.
         mlm_probability: fraction of the text tokens to predict.
         tokenizer: folder or Hub id, by default a new tokenizer of the model's vocabulary size, trained on the corpus.
-        start_from_corpus: initialise token vectors from spelling, output biases from frequency; for small models.
+        start_from_corpus: initialise token vectors by spelling and output biases by frequency; helps small models.
         packing: join all rows of a batch to one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
         eval_rows: number of held-out rows in an evaluation.
@@ -185,7 +185,7 @@ class StartingRecipe(TrainingRecipe):
             weights, name a folder of `hub_configs`, or one with a config.json but no weights, and set `tokenizer`.
         exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other heads are removed.
         config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
-        unpad_inputs: do not compute padding tokens in training; the saved model keeps the setting it has.
+        unpad_inputs: do not compute padding tokens in training; the saved model keeps its starting point's value.
         lora: train LoRA adapters in place of the trunk's weights, and train the heads in full. The value is a mapping
             of arguments of `peft.LoraConfig`; `{}` means this package's defaults. None trains all weights.
     """

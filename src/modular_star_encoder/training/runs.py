@@ -186,7 +186,7 @@ class Run:
 
     `log` is the training log if the run is finished, otherwise None. To continue a run that has a model or checkpoint,
     all settings except `MAY_CHANGE` must equal those in `recipe.json`. Before the first checkpoint, only the settings
-    named in `until_trained` must. Nothing is written before `begin` is called.
+    named in `until_trained` must be equal. Nothing is written before `begin` is called.
 
     UserError if settings differ (`training.run.other_settings`), or if the folder has files, but no run of this `kind`
     (`training.run.not_a_run`).

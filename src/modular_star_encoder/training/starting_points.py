@@ -119,7 +119,7 @@ class StartingPoint(Generic[Model]):
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"`tokenizer` has {tokens} tokens, but the model only {vocab_size}; leave it out of the recipe."
+        message = f"`tokenizer` has {tokens} tokens, but the model only {vocab_size}; leave `tokenizer` out."
         raise UserError("training.tokenizer.too_large", message)
 
 

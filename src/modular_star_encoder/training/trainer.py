@@ -40,8 +40,8 @@ class MultiExitTrainer(Trainer):
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
-        args: a `MultiExitTrainingArguments`; a plain `TrainingArguments` means its defaults. `remove_unused_columns` is
-            set to False, because the objective defines the columns of a batch.
+        args: `MultiExitTrainingArguments`, or plain `TrainingArguments` to train exits with the defaults of the former.
+            `remove_unused_columns` is set to False, because the objective defines the columns of a batch.
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
         exit_layers: the exits to train; all exits of the model by default.
@@ -291,7 +291,7 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Add the files that `SentenceTransformer` needs to load a saved model, if it can compute its embeddings."""
+    """Add the files that `SentenceTransformer` needs to load a model, if it can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):

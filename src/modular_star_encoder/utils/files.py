@@ -83,9 +83,9 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = Fal
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
     """Context manager: yield a temporary path. The file or folder written there replaces `target` at the end.
 
-    After an error it is removed instead. Set `resumable` for jobs that may be killed and restarted, and that run in one
-    process at a time: the data is then flushed to the disk before the rename, and the temporary name is always the
-    same, so that the next attempt removes what a killed attempt left.
+    After an error, that file or folder is removed instead. Set `resumable` for jobs that may be killed and restarted,
+    and that run in one process at a time: the data is then flushed to the disk before the rename, and the temporary
+    name is always the same, so that the next attempt removes what a killed attempt left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")

@@ -40,7 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return the processor, its cores, torch's threads and `memory_gb` (10^9 bytes, or None); on cuda also the GPU."""
+    """Return processor, cores, torch's threads and `memory_gb` (10^9 bytes; None if unknown); on cuda also the GPU."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -164,7 +164,7 @@ def _yaml_fault(data: bytes) -> str:
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key such as `a.b.c` in nested mappings, and add missing ones; UserError if it can't be set."""
+    """Set a dotted key such as `a.b.c` in nested mappings, adding missing mappings; UserError if it can't be set."""
     *parents, last = names = key.split(".")
     fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1"
     for parent in parents if not fault else ():

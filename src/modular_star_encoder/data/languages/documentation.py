@@ -68,7 +68,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, as one line; "" for a licence, or if there is none.
+    """Return the first paragraph of the comments before a function, as one line; "" for a licence or without prose.
 
     Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Tags that introduce prose,
     such as `@brief`, are removed too. Other tags before the prose are removed together with their text.

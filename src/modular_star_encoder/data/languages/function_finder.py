@@ -48,7 +48,7 @@ def find_functions(
     functions without a description are left out too. PHP code needs its `<?php`. The numbers of files and functions
     with a syntax error, and of functions nested too deeply, are added to `counts`.
 
-    Raises UnparsableSourceError if `text` can't be parsed, or has syntax errors and no function without one.
+    Raises UnparsableSourceError if `text` can't be parsed, or has syntax errors and no function that is free of them.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parse(source.bytes, grammar)
@@ -314,7 +314,7 @@ def _end_of_last_statement(node: Node) -> int:
 
 
 def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
-    """Return the cuts that remove the first line's indentation from a span's other lines, not from `fixed_lines`."""
+    """Return the cuts that remove the first line's indentation from a span's other lines, except `fixed_lines`."""
     found = _INDENT.match(source.bytes, source.line_start(start), start)
     indent = found[0].rpartition(b"\f")[2] if found else b""
     lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]

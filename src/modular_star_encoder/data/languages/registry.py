@@ -133,6 +133,6 @@ def language_named(name: Any) -> str | None:
 
 
 def display_name(name: str) -> str:
-    """Return a language's name as prompts write it: in lower case, and `"c++"` for `"cpp"`; `name` may be unknown."""
+    """Return a language's name as prompts write it: in lower case, and `"c++"` for `"cpp"`; unknown names are kept."""
     name = name.strip().lower()
     return (_LANGUAGE[name].display_name if name in _LANGUAGE else "") or name

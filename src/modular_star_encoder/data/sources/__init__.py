@@ -103,7 +103,7 @@ def is_closed(path: PurePath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether `text` says it is generated: in lines 1 to 5, or as `generated … do not edit` in lines 1 to 40."""
+    """Return whether `text` says it is generated, in lines 1 to 5, or in lines 1 to 40 as `generated … do not edit`."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 

@@ -92,7 +92,7 @@ def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Call
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, kind of error) of a fetch. No message of an error: it may hold the URL."""
+    """Return (content, why it is left out, kind of error) of a fetch, but no error message, which may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:

@@ -91,7 +91,7 @@ def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            message = f"The authors of {name} have no Hub repository: give its folder, or hub:OWNER/NAME of a copy."
+            message = f"The authors of {name} have no Hub repository: give a local folder, or hub:OWNER/NAME of a copy."
             raise UserError("benchmark.not_on_hub", message)
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))

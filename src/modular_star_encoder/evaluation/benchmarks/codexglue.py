@@ -255,4 +255,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments can't read {language!r}: name a language.") from None
+        raise UserError("benchmark.masking.language", f"Pygments has no language {language!r}: name another.") from None
