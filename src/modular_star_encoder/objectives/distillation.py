@@ -52,7 +52,7 @@ class DistillationObjective(ContrastiveObjective):
     The loss of an exit is the weighted sum of three terms: the distance to the teacher's vector of each text (LEAF,
     arXiv 2509.12539), the divergence from the teacher's similarities within the batch, and the contrastive loss. If
     `contrastive` has a `false_negative_margin` or `false_negative_factor`, the teacher decides which negatives are
-    masked (as in GISTEmbed, arXiv 2402.16829). A margin of 0 masks negatives that the teacher scores higher.
+    masked (as in GISTEmbed, arXiv 2402.16829). A margin of 0 masks negatives that the teacher ranks above the positive.
 
     All exits share the teacher's space. Queries embedded at any exit may therefore be searched against documents
     embedded at any other exit, or by the teacher itself (after the same centring, if training used centred vectors).
