@@ -116,7 +116,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return (mean tokens of a description, of a snippet), cut and with prompts; for snippets, the longest prompt."""
+        """Return (mean tokens of a description, of a snippet), cut and with prompts (for code, the longest)."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
