@@ -62,7 +62,7 @@ class PaddingCollator(_Padding):
 
 
 class RetrievalCollator(_Padding):
-    """Pads rows of `RetrievalTexts` or `RetrievalBatches` to a batch, on the tokenizer's `padding_side`.
+    """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
 
     Returns the entries `query` and `document`; also `negative` if rows have hard negatives (`negative_ids`), and `text`
     if rows have unpaired texts (`text_ids`). Each entry is a mapping of tensors, for B texts of at most T tokens:

@@ -160,7 +160,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {"query", "document", …: (row, number)}, the arguments of `RetrievalTexts.tokens` for row `index`."""
+        """Return, for each text of batch row `index`, the arguments of `RetrievalTexts.tokens`: {"query": …, …}."""
         step, place = divmod(index, self.batch_size)
         row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}

@@ -74,7 +74,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """Prepare the rows; UserError if `tokenizer` did not make `corpus`, or too few repositories can be used."""
+        """Prepare the rows; UserError if another tokenizer made `corpus`, or too few repositories can be used."""
         if max_tokens < MIN_ROW_TOKENS:
             message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
             raise UserError("data.in_context.arguments", message)

@@ -262,14 +262,14 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's `data` with nothing but `pairs` and the names of all columns; unchanged if it has no `pairs`.
+    """Return a recipe's `data` with `pairs` alone: its source, options and all columns; unchanged without `pairs`.
 
     `data.pairs` is a file, folder or Hub id, or a mapping with `source` and the options of `open_dataset_rows`.
     `data.columns`, or `columns` in that mapping, names the columns of `query` and `positive`, and optionally of
     `negative` (a text, or a list whose first text is used), `score`, `language` and `repository`. If one of these is
-    null, no column is used for it. If one is not given, its column is guessed from the names in the file. Rows whose
-    score is below `min_score` (0.5 by default) are left out. UserError if the source does not exist, a named column is
-    missing, or the column of query or positive can't be guessed.
+    null, no column is used for it. If one is not given, its column is guessed from the names in the file. `min_score`
+    (0.5 by default) stays an option: readers leave out rows with a lower score. UserError if the source does not exist,
+    a named column is missing, or the column of query or positive can't be guessed.
     """
     if settings.get("pairs") is None:
         return dict(settings)

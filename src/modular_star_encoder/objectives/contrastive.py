@@ -160,7 +160,11 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return {name: sum over the R `rows` (E, R, D)}; `own` (R,) is the index in `columns` of each row's positive."""
+    """Return {name of a loss or hit count: its sum over a chunk of R queries, by exit}.
+
+    `rows` (E, R, D) are the queries' embeddings at E exits, `columns` (E, C, D) those of all candidates. `own` (R,) is
+    the index of each query's positive in `columns`.
+    """
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}

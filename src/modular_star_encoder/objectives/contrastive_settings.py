@@ -121,7 +121,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if `teacher` or `alignment_target` is not in `exit_layers`, or a size is too large."""
+        """Raise UserError if the teacher or target is not in `exit_layers`, or `dimensions` exceed the full size."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):

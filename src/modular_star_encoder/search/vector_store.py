@@ -199,7 +199,7 @@ class IndexSettings:
         object.__setattr__(self, "languages", languages)  # because the class is frozen
 
     def to_dict(self, location: str) -> dict[str, Any]:
-        """Return the settings as JSON values; `folder` is relative if the index at `location` is in it."""
+        """Return the settings as JSON values. `folder` is relative to `location` if it contains the index there."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         index = _real_path(location)
         if index is not None and os.path.commonpath([self.folder, index]) == self.folder:
@@ -226,7 +226,7 @@ class IndexSettings:
         return replace(settings, folder=folder)
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if the settings `asked` of an update differ from those of the index; the message has both."""
+        """Raise UserError if an update's settings, `asked`, differ from those of the index; the message has both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         differences = [
             f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"

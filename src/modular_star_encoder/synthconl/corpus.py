@@ -225,7 +225,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' files to a corpus without equal or near-duplicate rows; write it; return its statistics."""
+    """Join the packages' files into a corpus without equal or near-duplicate rows; write it; return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -282,11 +282,11 @@ def _key(text: str) -> bytes:
 
 
 class EvaluationTexts:
-    """Finds the texts that equal, or nearly equal, a text of an evaluation set, whole or cut to `MAX_CHARACTERS`.
+    """Finds texts that equal, or nearly equal, a text of an evaluation set or its first `MAX_CHARACTERS` characters.
 
     A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files; it is named
-    after the file or folder. Its texts are the benchmark's code and query in rows of CodeSearchNet. In other rows, they
-    are `code` (text, list or {language: text}), `description` and `query`, and each paragraph of the last two.
+    after the file or folder. Rows in CodeSearchNet's format give the code and the query of its benchmark. Other rows
+    give `code` (text, list or {language: text}), and `description` and `query`, whole and paragraph by paragraph.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:

@@ -318,9 +318,9 @@ class _Column:
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the m distinct rows among n by the hashes of their texts, `digests` uint64 (n, 2 × columns).
 
-    `order`, int64 (n,), lists the rows by ascending id. Of equal rows, the one of smallest id is distinct; a row with
-    only blank texts equals no other row. Return the distinct rows by ascending id, int64 (m,), and for each of the n
-    rows the index of the distinct row that it equals, int64 (n,).
+    `order`, int64 (n,), lists the rows by ascending id. Of equal rows, the one of smallest id stands for all; a row
+    with only blank texts equals no other row. Return the distinct rows by ascending id, int64 (m,), and for each of the
+    n rows the index among these m of the row that it equals, int64 (n,).
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))

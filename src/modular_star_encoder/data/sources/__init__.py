@@ -111,7 +111,7 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Return whether `text` is marked as generated and not to be edited.
 
-    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or the latter as a whole line up to line 40.
+    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or the latter as a line in lines 11 to 40.
     """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):

@@ -175,7 +175,7 @@ _FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]
 
 
 def glob_expression(glob: bytes) -> bytes:
-    """Return a regular expression for a git pattern, read as in git's wildmatch.c; re.error if it never matches."""
+    """Return a regular expression for a git pattern, read as in git's wildmatch.c; re.error if no path can match."""
     start = _LITERAL.findall(glob)[0]  # git compares this literal text first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
     # Index in `parts` and kind of the previous wildcard that stays in a folder, and of the previous one that does not.
