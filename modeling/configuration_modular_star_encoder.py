@@ -14,6 +14,7 @@
 """Configuration of ModularStarEncoder, a bidirectional StarCoder2 encoder with exits at several depths."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Literal
@@ -258,8 +259,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
                 return value[0]
             return value
 
-        if methods := [key for key in config_dict if callable(getattr(cls, key, None))]:
-            raise ValueError(f"{methods[0]} is the name of a method, not of a setting: remove it from config.json.")
+        for key in config_dict:
+            own = inspect.getattr_static(cls, key, None)
+            if callable(getattr(cls, key, None)) or (isinstance(own, property) and own.fset is None):
+                raise ValueError(f"{key} is the name of a method, not of a setting: remove it from config.json.")
         if "exit_layer" in kwargs:
             kwargs["exit_layer"] = as_int(kwargs["exit_layer"])
         ignored = {"transformers_weights", "attn_implementation", "_attn_implementation"}

@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -280,3 +281,74 @@ def test_a_terminal_of_few_characters_and_a_closed_output_get_a_plain_answer():
     assert answer.stderr.startswith("mose: error: There is no checkpoint folder no-?")
     script = "import sys; sys.stdout = None; from modular_star_encoder.cli.main import main; sys.exit(main(['doctor']))"
     assert "Traceback" not in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stderr
+
+
+def test_ctrl_c_during_the_imports_ends_quietly():
+    lines = (
+        "import os, signal, sys",
+        "class Finder:",
+        "    def find_spec(name, *_):",
+        "        name == 'modular_star_encoder.cli' and os.kill(os.getpid(), signal.SIGINT)",
+        "sys.meta_path.insert(0, Finder)",
+        "from modular_star_encoder.__main__ import main",
+        "main()",
+    )
+    process = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_deleted_current_folder_is_reported(mose, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    status, _, errors = mose("recipes", "list")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "current folder no longer exists" in errors
+
+
+def test_a_variable_of_the_environment_that_is_no_number_is_named(mose, monkeypatch):
+    monkeypatch.setenv("TQDM_MININTERVAL", "a'b")
+    monkeypatch.setattr("modular_star_encoder.cli.main.parse", lambda _: float(os.environ["TQDM_MININTERVAL"]))
+    status, _, errors = mose("doctor")
+    assert status == 2
+    assert "TQDM_MININTERVAL=a'b" in errors
+
+
+@pytest.mark.parametrize("out", ["dangling", "loop", "file/out"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "index FOLDER --out OUT",
+        "evaluate mose-code --data FOLDER --out OUT",
+        "profile mose-code --out OUT",
+        "slice mose-code --exit-layer 2 OUT",
+        "grow mose-code OUT --exit-layers 0 1",
+        "card mose-code --repository me/model --out OUT",
+        "publish mose-code --repository me/model --license mit --out OUT",
+        "export mose-code --format static --out OUT",
+        "pretrain small --out OUT corpus.folder=FOLDER",
+        "finetune mose-code --out OUT data.pairs=pairs.csv",
+        "ablate small --out OUT",
+        "dataset build recipe.yaml --out OUT",
+        "dataset dedup FOLDER --columns code --out OUT",
+        "dataset corpus fetch FOLDER/file --out OUT",
+        "dataset corpus build FOLDER/file --packages FOLDER --out OUT",
+        "dataset corpus check FOLDER/file --against FOLDER --drop OUT",
+    ],
+)
+def test_a_place_that_cannot_be_written_is_reported_at_the_start(mose, tmp_path, monkeypatch, words, out):
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for room in ("inference.checkpoints", "training", "synthconl"):
+        monkeypatch.setitem(sys.modules, f"modular_star_encoder.{room}", None)  # nothing else is begun
+    status, _, errors = mose(*words.replace("FOLDER", str(tmp_path)).replace("OUT", str(tmp_path / out)).split())
+    assert (status, errors.count("\n")) == (2, 1)
+    assert f"{tmp_path / out} can't be written" in errors
+
+
+def test_a_link_in_place_of_a_folder_s_index_is_reported(mose, tmp_path):
+    (tmp_path / ".mose").symlink_to("nothing")
+    status, _, errors = mose("index", tmp_path)
+    assert status == 2
+    assert f"{tmp_path / '.mose'} is not an index" in errors

@@ -16,6 +16,7 @@ from modular_star_encoder.data.pairs import (
     read_retrieval_examples,
     resolve_pairs,
 )
+from modular_star_encoder.data.sources import dataset_rows
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
@@ -58,6 +59,25 @@ def repositories(reader):
 
 
 KINDS = pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("a.jsonl.gz", "\n"), ("a.csv.gz", "\n"), ("b.csv.gz", ",\n"), ("c.csv.gz", "")]
+)
+def test_a_small_file_that_unpacks_to_many_rows_is_not_read_to_its_end(tmp_path, monkeypatch, name, line):
+    monkeypatch.setattr(dataset_rows, "_MAX_ROWS", 1000)
+    monkeypatch.setattr(dataset_rows, "_MAX_CHARACTERS", 10_000)
+    with gzip.open(tmp_path / name, "wt") as file:
+        file.write("query,positive\n" + (line or "a" * 100 + "\n") * 100_000)
+    with raises("data.source.damaged", tmp_path / name, "too many for a file"):
+        read_retrieval_examples({"pairs": str(tmp_path / name)}, progress=False)
+
+
+def test_a_parquet_file_of_many_equal_rows_is_not_read(tmp_path):
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2**21, pyarrow.int32()), ["f"])
+    pyarrow.parquet.write_table(pyarrow.table({"query": column, "positive": column}), tmp_path / "a.parquet")
+    with raises("data.source.damaged", tmp_path / "a.parquet", "2,097,152 rows"):
+        read_retrieval_examples({"pairs": str(tmp_path / "a.parquet")}, progress=False)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])

@@ -203,6 +203,18 @@ PUBLISHED = {  # what published tokenizers have
     "llama-3, qwen": {"pre_tokenizer": splits(LLAMA_3)},
     "o200k": {"pre_tokenizer": splits(O200K)},
     "deepseek": {"pre_tokenizer": splits(DEEPSEEK)},
+    **{
+        name: {"pre_tokenizer": splits(pattern)}
+        for name, pattern in {
+            "gpt-2's pattern": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+            "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*" + SPACES,
+            "qwen-2": LLAMA_3.replace("{1,3}", ""),
+            "deepseek coder": r"\s?\p{P}+|[\r\n]|\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+|[一-龥ࠀ-一가-퟿]+",
+            "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+            "lines": r"(?:\r\n|\n)+",
+            "white space": r"\s+(?!\S)",
+        }.items()
+    },
     "albert": {
         "normalizer": sequence(
             [replaces('"', String="``"), {"type": "NFKD"}, charsmap("صلى الله عليه وسلم"), replaces(" ", Regex=" {2,}")]
@@ -227,6 +239,10 @@ HOSTILE = {
     "thousands of steps": {"normalizer": sequence([{"type": "NFC"}] * 5000)},
     "nested repetition": {"pre_tokenizer": splits("(a+)+$")},
     "same alternatives": {"pre_tokenizer": splits("(a|a)*c")},
+    **{
+        f"alternatives {pattern}": {"pre_tokenizer": splits(pattern)}
+        for pattern in (r"(?:\r\n|\r|\n)*x", r"(?:\n|\s)+x", r"(?:\n|)+x", r"(?:\n?\r|\t)+x", r"(?:\n+|\t)+x")
+    },
     "three runs": {"normalizer": replaces("", Regex="a*a*a*c")},
     "many options": {"normalizer": replaces("", Regex="a?" * 30 + "b")},
     "a backward reference": {"pre_tokenizer": splits(r"(a+)\1+")},
@@ -253,6 +269,7 @@ HOSTILE = {
     "a long merge in a text": {"model": bpe(["a " + "b" * 5000])},
     "many merges": {"model": bpe([""] * 70_000)},
     "many words": {"model": unigram([""] * 70_000, unk_id=0)},
+    "a large file of settings": {"tokenizer_config.json": " " * 2**20},
     "a long special token": {"tokenizer_config.json": {"bos_token": "a" * 3000}},
     "a long special token in a map": {"special_tokens_map.json": {"bos_token": {"content": "a" * 3000}}},
     "a long token in a list": {"tokenizer_config.json": {"extra_special_tokens": ["a" * 3000]}},
@@ -297,6 +314,7 @@ def test_what_published_tokenizers_have_is_allowed(tokenizer, tmp_path, changes)
 def test_files_that_cost_more_than_a_sentence_are_refused_unread(tokenizer, tmp_path, monkeypatch, changes):
     for name, smaller in {
         "_MAX_BYTES": 2**20,
+        "_MAX_SETTINGS_BYTES": 2**19,
         "_MAX_TOKENS": 2**17,
         "_MAX_SETTINGS": 2**17,
         "_MAX_ENTRIES": 2**16,

@@ -200,6 +200,33 @@ def _link(folder, name):
     (folder / name).symlink_to(folder.parent / "secret")
 
 
+def _tensors(folder, header, size=0):
+    data = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.truncate(8 + len(data) + size)
+
+
+EMPTY, HUGE = ({"dtype": "U8", "shape": [end], "data_offsets": [0, end]} for end in (0, 2**40))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda folder: change_config(folder, **{f"k{n}": n for n in range(20_000)}), "its config.json has more than"),
+        (partial(_tensors, header={f"t{n}": EMPTY for n in range(20_000)}), "names tensors in more than"),
+        (partial(_tensors, header={"t" * 2**21: EMPTY}), "names tensors in more than"),
+        (partial(_tensors, header={"t": EMPTY}, size=2**40), "has more bytes than its header says"),
+        (partial(_tensors, header={"t": HUGE}, size=2**40), "or more than"),
+    ],
+)
+def test_files_too_large_to_read_in_seconds_are_reported_unread(copy, change, problem, monkeypatch):
+    change(copy)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    with pytest.raises(FileNotFoundError, match=problem):
+        load_checkpoint(copy)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

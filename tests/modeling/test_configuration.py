@@ -47,6 +47,7 @@ def test_a_contradiction_is_refused_at_construction(changes, sentence):
     ("build", "changes", "sentence"),
     [
         (ModularStarEncoderConfig.from_dict, {"config_dict": {"check_exit": 1}}, "check_exit is the name of a method"),
+        (ModularStarEncoderConfig.from_dict, {"config_dict": {"sub_configs": 1}}, "sub_configs is the name of a"),
         (tiny_config, {"num_labels": 10**18}, r"num_labels=10{18} must be from 0 to 65536"),
         (tiny_model, {"hidden_act": "leaky"}, "hidden_act='leaky' must be one of .*leaky_relu"),
         (tiny_model, {"projection_act": "leaky"}, "projection_act='leaky' must be one of .*leaky_relu"),

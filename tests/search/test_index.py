@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -238,9 +239,26 @@ def test_one_process_writes_at_a_time(code, tmp_path, checkpoint, monkeypatch):
     from filelock import FileLock
 
     index = build(code, tmp_path / "index", checkpoint)
-    with FileLock(tmp_path / "index" / ".lock"), raises("search.index.locked", tmp_path / "index"):
+    with FileLock(tmp_path / "index" / ".lock"), raises("files.locked", tmp_path / "index"):
         index.update(progress=False)
     assert index.update(processes=1, progress=False).embedded_files == 0
+
+
+@pytest.mark.parametrize("full", ["safetensors.numpy.save_file", "os.replace"])
+def test_a_disk_that_is_full_at_the_first_rows_leaves_no_index(code, checkpoint, monkeypatch, full):
+    real = os.replace
+    error = OSError(errno.ENOSPC, "No space left on device")
+
+    def no_space(*arguments, **options):
+        if full == "os.replace" and not any((code / ".mose").glob("rows-*.safetensors")):
+            return real(*arguments)
+        raise error
+
+    monkeypatch.setattr(full, no_space)
+    with pytest.raises(OSError, match="No space") as caught:
+        build(code, None, checkpoint)
+    assert caught.value is error
+    assert os.listdir(code / ".mose") == [".lock"]
 
 
 def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, checkpoint, monkeypatch):

@@ -177,7 +177,7 @@ def test_a_removed_stage_is_built_again_with_other_settings_but_not_with_answers
 
 
 def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(row_files, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("modular_star_encoder.utils.files.LOCK_SECONDS", 0.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     recipe = small_recipe(corpus, server.base_url)
@@ -197,7 +197,7 @@ def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(c
         (tmp_path / "pairs", lambda: corpus_at(tmp_path / "corpus" / "raw", tmp_path / "pairs", processes=0)),
     ):
         folder.mkdir(exist_ok=True)
-        with FileLock(folder / ".lock"), raises("synthconl.build.running", folder):
+        with FileLock(folder / ".lock"), raises("files.locked", folder):
             second()
         if folder != tmp_path / "out":
             second()  # nothing is left behind that a later run minds

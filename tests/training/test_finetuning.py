@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -15,6 +16,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training import runs
 from modular_star_encoder.training.finetuning import finetune, load_finetuning
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
+from modular_star_encoder.training.starting_points import StartingPoint
 from tests.errors import raises
 from tests.processes import run_processes
 from tests.published.stand_in import write_stand_in
@@ -140,6 +142,18 @@ def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
     with raises("training.run.not_a_run", tmp_path):
         run(recipe_file, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.utils.files.LOCK_SECONDS", 0.0)
+    with FileLock(tmp_path / ".lock"):
+        with raises("files.locked", tmp_path):
+            run(recipe_file, tmp_path)
+        (tmp_path / "recipe.json").write_text("{}")
+        monkeypatch.setattr(StartingPoint, "load", None)  # a begun run is refused at once
+        with raises("files.locked", tmp_path):
+            run(recipe_file, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.json"}
 
 
 def test_data_that_could_not_be_read_may_be_replaced_in_the_same_folder(recipe_file, tmp_path):

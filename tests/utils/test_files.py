@@ -12,6 +12,7 @@ from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.files import (
     check_types,
     check_writable,
+    locked,
     read_json,
     scratch_folder,
     staged_file,
@@ -87,8 +88,9 @@ def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_r
     assert sorted(os.listdir(tmp_path)) == [f".mose-card.{os.getppid()}.tmp", f".out.{os.getppid()}.tmp", "out"]
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "NaN", "9" * 30, "{", "\ud800"])
-def test_json_beyond_the_limits_is_a_value_error(tmp_path, text):
+@pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "NaN", "9" * 30, "{", "\ud800", f"[{'[],' * 600}0]"])
+def test_json_beyond_the_limits_is_a_value_error(tmp_path, text, monkeypatch):
+    monkeypatch.setattr("modular_star_encoder.utils.files.MAX_JSON_VALUES", 1000)
     (tmp_path / "a.json").write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError):  # noqa: PT011 (the library's sentences differ)
         read_json(tmp_path / "a.json")
@@ -139,3 +141,15 @@ def test_an_item_that_kills_its_process_costs_no_other(deadly):
 def test_an_error_in_the_function_is_that_of_the_caller():
     with pytest.raises(ValueError, match="a thousand"):
         mapped([1, 2, 1000])
+
+
+def test_a_folder_that_another_process_writes_is_refused_and_one_s_own_lock_is_taken_again(tmp_path):
+    held = f"with locked(Path({str(tmp_path)!r})): print(flush=True), input()"
+    program = f"from modular_star_encoder.utils.files import *\n{held}"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with raises("files.locked", tmp_path), locked(tmp_path, 0):
+            pass
+        other.communicate(b"\n")
+    with locked(tmp_path, 0), locked(tmp_path, 0):
+        pass

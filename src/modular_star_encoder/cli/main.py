@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     room = ""  # last part of the name of the command's module, such as "search", for `missing_extra`
     try:
+        check_current_folder()
         arguments = parse(argv)
+        check_folders(arguments)
         room = arguments.run.__module__.rpartition(".")[2]
         arguments.run(arguments)
         if sys.stdout is not None:
@@ -95,13 +97,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:
             raise
-        words = " ".join((str(shown) or "Not enough memory.").split())
+        words = " ".join((str(shown) or "Not enough memory.").split()) + number_of_environment(str(shown))
         sentence = "".join(one if one.isprintable() else "�" for one in words)  # a file's text could control a terminal
         if len(sentence) > 2000:  # it quotes a long value
             sentence = f"{sentence[:1500]} … {sentence[-400:]}"
         print(f"mose: error: {sentence}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_current_folder() -> None:
+    """Raise FileNotFoundError if the current folder is deleted: libraries would end the process, or not say why."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("The current folder no longer exists. Change to another one.") from None
+
+
+def check_folders(arguments: argparse.Namespace) -> None:
+    """Raise UserError (`files.not_writable`) if a folder that the command is to write can't be written."""
+    from modular_star_encoder.utils.files import check_writable
+
+    for folder in (getattr(arguments, "out", None), getattr(arguments, "drop", None)):
+        # `profile` writes a file, and an index may be on a server.
+        if folder and getattr(arguments.run, "__name__", "") != "run_profile" and not folder.startswith("qdrant:"):
+            check_writable(os.path.expanduser(folder), is_folder=True)
+
+
+def number_of_environment(error: str) -> str:
+    """Say which variable of the environment has the value that this error of Python calls no number; "" if none."""
+    if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
+        return ""
+    wrong = [f"{name}={value}" for name, value in os.environ.items() if error.endswith(f": {value!r}")]
+    return f" (in the environment: {', '.join(wrong)})" if wrong else ""
 
 
 def keep_few_compiled_operations() -> None:

@@ -108,13 +108,14 @@ class ExampleReader:
                     yield found
                     continue
                 reason, part = (found, row) if isinstance(found, str) else found
+                skipped[reason] += 1
+                if skipped[reason] > _EXAMPLES:
+                    continue
                 text = part.text if isinstance(part, BadLine) else json.dumps(part, ensure_ascii=False, default=str)
                 shown = f"{place}: {text[:_EXAMPLE_LENGTH]}".encode(errors="backslashreplace").decode()
                 if self._strict:
                     raise UserError("data.row", f"A row can't be used ({reason}): {shown}")
-                skipped[reason] += 1
-                if skipped[reason] <= _EXAMPLES:
-                    examples[reason].append(shown)
+                examples[reason].append(shown)
 
     def read(self, what: str, progress: bool) -> SourceExamples:
         """Return all examples; the progress bar says "Reading" and `what`."""

@@ -19,7 +19,7 @@ from modular_star_encoder.utils.files import read_json
 
 MAX_TOKEN_ID = 2**24  # ids must be below it; tokenizers writes a line for every number up to the largest id
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_MAX_BYTES = 2**26
+_MAX_BYTES, _MAX_SETTINGS_BYTES = 2**26, 2**22
 _MAX_TEXT = 10_000  # characters of a pattern, or of another text in a step
 _MAX_TOKEN, _MAX_PIECE = 2000, 256  # characters of a token; of a Unigram token, which is tried at each place of a text
 _MAX_TOKENS, _MAX_SETTINGS = 2**23, 2**21  # characters of all tokens or merges; of all added tokens or settings
@@ -41,6 +41,7 @@ _ITEMS = re.compile(
     r"|\\[pPx]\{[^}]*\}|\\[^gk1-9]|\[\^?\]?(?:\\.|\[[^\]]*\]|[^\]\\])*\]|[^\\(\[]",
     re.DOTALL,
 )
+_BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no flag changes
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
@@ -59,7 +60,8 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
         if file is not None and os.path.lexists(file):
             found.append(name)
             try:
-                content = read_json(file, most_bytes=_MAX_BYTES, finite=False)
+                most = _MAX_BYTES if name == _FILES[0] else _MAX_SETTINGS_BYTES
+                content = read_json(file, most_bytes=most, finite=False)
                 fault = _state_fault(content) if name == _FILES[0] else _settings_fault(content)
             except (TypeError, AttributeError, LookupError, OSError) as error:
                 fault = f"it is damaged ({error})"
@@ -197,23 +199,32 @@ def _growth(part: dict[str, Any]) -> float:
 def _ways(pattern: str) -> float:
     """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
-    The numbers of ways of alternatives are added, those of successive items multiplied. Nested repetitions therefore
-    exceed any limit. An expression with another kind of item, such as a backward reference, gives infinity.
+    The numbers of ways of alternatives are added, those of successive items multiplied. Alternatives such as `\\r\\n|\\n`,
+    which begin with different escapes, count as one. Nested repetitions therefore exceed any limit. An expression with
+    another kind of item, such as a backward reference, gives infinity.
     """
     # For each open group, the ways of: its earlier alternatives; this alternative but for its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0
+    firsts = [[""]]  # of each open group: the first items of its alternatives, and its quantifiers
     while item := _ITEMS.match(pattern, end):  # not `finditer`, which would search on after an item that it can't read
         text, end = item[0], item.end()
         total, before, last = groups[-1]
+        if not firsts[-1][-1] and text not in ")|":
+            firsts[-1][-1] = text
         if text[0] == "(" and text[-1] != ")":
             groups.append((0.0, 1.0, 1.0))
+            firsts.append([""])
         elif text == ")" and len(groups) > 1:
             groups.pop()
+            names, ways = firsts.pop(), total + before * last
+            is_one = len({*filter(_BEGINNING.fullmatch, names)}) == len(names) == ways
             outer, ahead, previous = groups[-1]
-            groups[-1] = (outer, ahead * previous, total + before * last)
+            groups[-1] = (outer, ahead * previous, 1.0 if is_one else ways)
         elif text == "|":
+            firsts[-1].append("")
             groups[-1] = (total + before * last, 1.0, 1.0)
         elif text[0] in "*+?" or item["low"] or item["high"]:
+            firsts[-1].append(text)
             low, high = int(text[0] == "+"), 1 if text[0] == "?" else _RUN
             if item["low"] is not None:  # ten digits are enough to be above the limit
                 low = int(item["low"][:10] or 0)

@@ -3,6 +3,7 @@
 A name is a folder, a Hub repository (OWNER/NAME), or a model that comes with this package, such as `mose-code`.
 """
 
+import json
 import os
 import re
 from importlib.resources import files
@@ -13,6 +14,7 @@ from modular_star_encoder.utils.files import read_json
 
 PROFILE_NAME = "exit_profile.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_MAX_CONFIG, _MAX_INDEX, _MAX_HEADER, _MAX_WEIGHTS = 2**17, 2**22, 2**20, 2**34  # bytes
 
 
 def shipped_models() -> tuple[str, ...]:
@@ -76,13 +78,36 @@ def _unsafe_file(folder: Path) -> str:
         target = file.resolve()
         if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
             return f"its {file.name} is a link to a file outside the folder"
+        is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
+        if is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond
+            return f"its {file.name} has more than {_MAX_CONFIG:,} bytes"
+    for file in folder.glob("*.safetensors"):
+        if fault := _weights_fault(file):
+            return f"its {file.name} {fault}"
     if not (folder / WEIGHT_FILES[0]).is_file():
         try:
-            shards = {str(shard) for shard in read_json(folder / WEIGHT_FILES[1])["weight_map"].values()}
+            index = read_json(folder / WEIGHT_FILES[1], most_bytes=_MAX_INDEX)
+            shards = {str(shard) for shard in index["weight_map"].values()}
         except (ValueError, TypeError, LookupError, AttributeError):
             return f"its {WEIGHT_FILES[1]} does not name its weights"
         if odd := sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
             return f"its weights {odd[0]} are not a file in the folder"
+    return ""
+
+
+def _weights_fault(file: Path) -> str:
+    """Return what makes a file of weights too large to read; "" if nothing does, or if its header is damaged."""
+    with file.open("rb") as opened:
+        header = opened.read(min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER + 1))
+    if len(header) > _MAX_HEADER:
+        return f"names tensors in more than {_MAX_HEADER:,} bytes"
+    try:
+        tensors = [one for name, one in json.loads(header).items() if name != "__metadata__"]
+        size = 8 + len(header) + max(one["data_offsets"][1] for one in tensors)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # safetensors reports it
+        size = _MAX_WEIGHTS
+    if file.stat().st_size > min(size, _MAX_WEIGHTS):
+        return f"has more bytes than its header says, or more than {_MAX_WEIGHTS:,}"
     return ""
 
 

@@ -122,7 +122,7 @@ class ExitProfile:
             how = "Measure it with `mose profile`, or pass a profile from another file as `profile`."
             raise FileNotFoundError(f"There is no exit profile {path}. {how}")
         try:
-            content = read_json(path)
+            content = read_json(path, most_bytes=2**22)
             version, exits = content.pop("format"), {}
             for exit_layer, values in sorted(content.pop("exits").items(), key=lambda item: int(item[0])):
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))

@@ -219,7 +219,7 @@ class CodeIndex:
             with self._lock, self.store.locked(0):
                 return self._update(progress=False, seconds=seconds)
         except UserError as error:
-            if error.key != "search.index.locked":
+            if error.key != "files.locked":
                 raise
         return self.report
 

@@ -4,6 +4,7 @@ Every change ends by replacing the manifest atomically; if the process is killed
 segment is one safetensors file that is mapped into memory: a search reads only the parts that it needs.
 """
 
+import errno
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import numpy as np
 from modular_star_encoder.search.pieces import Memo, Snippet
 from modular_star_encoder.search.vector_store import INDEX_FOLDER, MEMORY, Filter, Found, Row, Stamps
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, read_json, write_text
+from modular_star_encoder.utils.files import check_types, locked, read_json, write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 100_000
@@ -59,6 +60,8 @@ def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
         except (FileNotFoundError, UserError):
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_OTHER_DAMAGE) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
             message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
             raise UserError("search.index.unreadable", message) from error
 
@@ -74,10 +77,13 @@ class LocalStore:
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
         self._segments: dict[str, _Segment] = {}
-        self._is_snapshot = False
+        self._is_snapshot = self._is_new = False
         self._stamps: Stamps = {}
-        if self.folder is not None and (self.folder.is_file() or self._strange_files()):
-            message = f"{location} is not an index: it is a file, or has files of another program. Name another folder."
+        is_no_folder = self.folder is not None and os.path.lexists(self.folder) and not self.folder.is_dir()
+        if is_no_folder or self._strange_files():
+            message = (
+                f"{location} is not an index: it is no folder, or has files of another program. Name another folder."
+            )
             raise UserError("search.index.foreign", message)
 
     @contextmanager
@@ -85,19 +91,15 @@ class LocalStore:
         if self.folder is None:
             yield
             return
-        from filelock import FileLock, Timeout
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", is_singleton=True)  # a process that holds the lock may take it again
-        try:  # waits, because worker processes of a killed process hold its lock for a moment longer
-            lock.acquire(timeout=seconds)
-        except Timeout as error:
-            message = f"Another process is writing the index {self.location}. Try again when that process has ended."
-            raise UserError("search.index.locked", message) from error
-        try:
-            yield
-        finally:
-            lock.release()
+        with locked(self.folder, seconds):
+            try:
+                yield
+            except BaseException:
+                if self._is_new and not self._read()["segments"]:  # an index without rows, after a full disk
+                    for name in (MANIFEST, ".gitignore"):
+                        (self.folder / name).unlink(missing_ok=True)
+                    self._remove_other_segments(())
+                raise
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -117,6 +119,7 @@ class LocalStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.folder.name == INDEX_FOLDER:  # an index in another folder may be meant to be committed
                 write_text(self.folder / ".gitignore", "*\n")  # a link there is replaced, not followed
+        self._is_new = True
         self._write({"settings": dict(settings), "segments": {}})
 
     @_reading
@@ -252,10 +255,13 @@ class LocalStore:
             self._manifest = manifest
             return
         write_text(self.folder / MANIFEST, json.dumps(manifest))  # as ASCII: a folder's name need not be Unicode
-        for path in self.folder.glob("rows-*"):
-            if path.stem not in manifest["segments"] and _SEGMENT_NAME.match(path.name):
-                path.unlink(missing_ok=True)
+        self._remove_other_segments(manifest["segments"])
         self._version = None
+
+    def _remove_other_segments(self, names: Collection[str]) -> None:
+        for path in self.folder.glob("rows-*") if self.folder is not None else ():
+            if path.stem not in names and _SEGMENT_NAME.match(path.name):
+                path.unlink(missing_ok=True)
 
     def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
         """Write a new segment and return its name; the caller must add the name to the manifest."""

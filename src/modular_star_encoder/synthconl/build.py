@@ -36,8 +36,6 @@ from modular_star_encoder.synthconl.near_duplicate_job import REPORT, drop_near_
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
 from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
 from modular_star_encoder.synthconl.row_files import (
-    LOCK,
-    locked,
     read_file,
     read_rows,
     row_files,
@@ -46,7 +44,7 @@ from modular_star_encoder.synthconl.row_files import (
 )
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.files import LOCK, locked, staged_folder, write_json
 from modular_star_encoder.utils.settings import Count, Float, Int, Probability, settings_class
 
 SPLITS = ("train", "validation")

@@ -33,10 +33,9 @@ from modular_star_encoder.data.splits import draw_repositories
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import read_json, read_jsonl
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
-from modular_star_encoder.synthconl.row_files import locked
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import scratch_folder, staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import locked, scratch_folder, staged_file, staged_folder, write_json
 from modular_star_encoder.utils.settings import check_names, read_mapping
 
 # Each client writes to the folder in which it runs. `debian-source` needs a deb-src line among apt's sources.

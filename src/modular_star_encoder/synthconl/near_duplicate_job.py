@@ -28,17 +28,15 @@ from modular_star_encoder.synthconl.near_duplicates import (
     fingerprint,
 )
 from modular_star_encoder.synthconl.row_files import (
-    LOCK,
     Shard,
     check_columns,
     find_shards,
-    locked,
     read_ids,
     read_texts,
     write_kept,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json, staged_file, write_json
+from modular_star_encoder.utils.files import LOCK, locked, read_json, staged_file, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _LARGEST_CLUSTERS = 20

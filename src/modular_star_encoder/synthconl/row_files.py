@@ -11,30 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_file
 
 ROWS_PER_FILE = 1000
-LOCK, LOCK_SECONDS = ".lock", 5.0  # wait, because the workers of a killed process hold its lock for a moment
 ROWS_PER_PUBLISHED_FILE = 100_000
 _ROWS_AT_A_TIME = 1024
 
 Item = TypeVar("Item")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Context manager: hold a folder's lock; UserError if another process still holds it after `LOCK_SECONDS`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise UserError(
-            "synthconl.build.running", f"Another process writes to {folder}. Wait, or choose another folder."
-        ) from None
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -273,6 +273,7 @@ class _Cells:
             raise UserError("ablation.exit_layers", message)
         if not (out / "cells").is_dir():  # `cells` may have been copied from another machine, without `data`
             runs.check_folder(out, "data", "ablation")
+        self._held = runs.hold(out)
         self.data = prepare_retrieval_data(**base.rows(), folder=out / "data", progress=progress)
         self.groups = PairGroups(self.data.train)
         self.tasks = {

@@ -27,7 +27,7 @@ from modular_star_encoder.modeling import (
 )
 from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, TrainingSettings
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_json
+from modular_star_encoder.utils.files import locked, write_json
 from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS = "model", "adapter", "checkpoints"
@@ -181,6 +181,14 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
         raise UserError("training.run.not_a_run", f"{out} is not empty and has no {kind}; choose another folder.")
 
 
+def hold(out: Path) -> contextlib.ExitStack:
+    """Lock a run's folder in the main process, until what is returned is closed or deleted; see `locked`."""
+    held = contextlib.ExitStack()
+    if processes_of_run().is_main_process:
+        held.enter_context(locked(out))
+    return held
+
+
 class Run:
     """The folder of a run: `recipe.json` (its settings), `checkpoints/`, and `model/` with the training log.
 
@@ -188,8 +196,8 @@ class Run:
     all settings except `MAY_CHANGE` must equal those in `recipe.json`. Before the first checkpoint, only the settings
     named in `until_trained` must be equal. Nothing is written before `begin` is called.
 
-    UserError if settings differ (`training.run.other_settings`), or if the folder has files, but no run of this `kind`
-    (`training.run.not_a_run`).
+    UserError if settings differ (`training.run.other_settings`), if the folder has files, but no run of this `kind`
+    (`training.run.not_a_run`), or if another process trains there (`files.locked`).
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
@@ -200,17 +208,18 @@ class Run:
             with contextlib.suppress(UserError):  # adds defaults for settings that did not exist when the run began
                 before = _plain(build_settings(type(recipe), before, str(self._written)))
             trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
-            begun = any(path != self._written for path in out.iterdir())
+            begun = any(path != self._written and not path.name.startswith(".") for path in out.iterdir())
             names = {*self.settings, *before} if trained else set(until_trained) if begun else set()
             if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != self.settings.get(name)):
                 message = f"{out} has a run with other values of {', '.join(other)}; choose another folder."
                 raise UserError("training.run.other_settings", message)
         log = out / LOG
         self.log: dict[str, Any] | None = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else None
+        self._held = hold(out) if self._written.is_file() and self.log is None else None
 
     def begin(self) -> None:
         """Create the folder and write `recipe.json`; call this when all checks have passed."""
-        self._out.mkdir(parents=True, exist_ok=True)
+        self._held = self._held or hold(self._out)
         write_json(self._written, self.settings)
 
     def end(self, log: Mapping[str, Any]) -> None:

@@ -18,21 +18,50 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from modular_star_encoder.utils.errors import UserError
 
-MAX_JSON_BYTES = 2**28
+MAX_JSON_BYTES, MAX_JSON_VALUES = 2**26, 2**23
+LOCK, LOCK_SECONDS = ".lock", 5.0
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise UserError (`files.not_writable`) if no file can be written to `path`; call this before long work."""
+def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
+    """Raise UserError (`files.not_writable`) if no file can be written to `path`; call this before long work.
+
+    With `is_folder`, `path` must be a folder, or a place where one can be created, with missing parents.
+    """
     path = Path(path).absolute()
-    if path.is_dir():
-        reason = "it is a folder; name a file"
-    elif not path.parent.is_dir():
-        reason = f"the folder {path.parent} does not exist; create it"
-    elif not os.access(path.parent, os.W_OK):
-        reason = f"the folder {path.parent} is read-only; name a file in another folder"
+    parent = next(one for one in path.parents if not is_folder or os.path.lexists(one))
+    if os.path.lexists(path) and not path.exists():
+        reason = "it is a link that leads nowhere"
+    elif path.exists() and path.is_dir() != is_folder:
+        reason = "it is a file; name a folder" if is_folder else "it is a folder; name a file"
+    elif not parent.is_dir():
+        reason = f"{parent} is not a folder" if os.path.lexists(parent) else f"{parent} does not exist; create it"
+    elif not os.access(parent, os.W_OK) and not (is_folder and path.exists()):
+        reason = f"the folder {parent} is read-only; name another place"
     else:
         return
     raise UserError("files.not_writable", f"{path} can't be written: {reason}.")
+
+
+@contextmanager
+def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
+    """Context manager: hold the lock of a folder, which is created if missing; a process may take its lock again.
+
+    UserError (`files.locked`) if another process holds it for `seconds` (by default `LOCK_SECONDS`) more: the workers
+    of a process that was killed hold its lock for a moment.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
+    except Timeout as error:
+        message = f"Another process is writing {folder}. Try again when it has ended, or name another folder."
+        raise UserError("files.locked", message) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def similar_files(path: str | os.PathLike[str]) -> str:
@@ -46,15 +75,18 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
     """Return the value of a JSON file.
 
-    ValueError if the file is not JSON in UTF-8, has more than `most_bytes` bytes, or is nested too deeply. If `finite`,
-    also ValueError if a number is NaN, infinite, or 2**63 or more in magnitude.
+    ValueError if the file is not JSON in UTF-8, has more than `most_bytes` bytes or `MAX_JSON_VALUES` values, or is
+    nested too deeply. If `finite`, also ValueError if a number is NaN, infinite, or 2**63 or more in magnitude.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() and path.stat().st_size <= most_bytes):  # a pipe never ends
         raise ValueError(f"not a file of at most {most_bytes:,} bytes")
     checks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number) if finite else {}
+    text = path.read_text(encoding="utf-8")
+    if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), **checks)
+        return json.loads(text, **checks)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"),
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
 _MAX_LINE = 2**26  # characters of a line
+_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**20, 2**27, 100  # see `_size_fault`
 _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
 _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # report of near-deduplication on the rows that it dropped; in a folder of parquet files
@@ -72,11 +74,15 @@ def open_rows(
             the dataset, such as the folder of one language.
     """
     import datasets
+    from pyarrow import parquet
 
     shown, files = _shown(source), _files(source, _PARQUET)
     if isinstance(source, str | os.PathLike):
         check_source(source)
     try:
+        for file in filter(os.path.isfile, files):
+            if fault := _size_fault(file, parquet.read_metadata(file).num_rows):
+                raise UserError("data.source.damaged", f"{file} can't be read: {fault}.")
         if files:
             # Without a fixed size, a batch is as large as the first row group, which may have no rows.
             options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
@@ -88,6 +94,8 @@ def open_rows(
                 str(source), config, split=split, revision=revision, data_dir=data_dir, streaming=True
             )
         known = rows.column_names or list(next(iter(rows), {}))
+    except UserError:
+        raise
     except Exception as error:  # the Hub, the network and the formats raise many kinds of errors
         there = files and all(map(os.path.isfile, files))
         advice = "is it damaged, or not parquet?" if there else _NOT_FOUND
@@ -222,17 +230,38 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
 
 @contextmanager
 def _open_text(file: str) -> Iterator[Iterator[str]]:
-    """Open a text file and yield an iterator of its lines; OSError at a line that is too long."""
+    """Open a text file and yield an iterator of its lines; OSError at a line that is too long, or too many lines."""
 
     def lines(text: Any) -> Iterator[str]:
-        while line := text.readline(_MAX_LINE):
+        characters = 0
+        for count in itertools.count(1):
+            line = text.readline(_MAX_LINE)
+            characters += len(line)
             if len(line) == _MAX_LINE:
                 raise OSError(f"a line has {_MAX_LINE:,} characters or more")
+            if fault := _size_fault(file, count, characters):
+                raise OSError(fault)
+            if not line:
+                return
             yield line
 
     opener: Any = gzip.open if file.endswith(".gz") else open
     with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
         yield lines(text)
+
+
+def _size_fault(file: str, rows: int, characters: int = 0) -> str:
+    """Say which content is too large for a file of its size, as no real texts are; "" if none is.
+
+    `_MAX_ROWS` and `_MAX_CHARACTERS` are free; beyond them, each byte may hold a row and `_MAX_RATIO` characters.
+    """
+    if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
+        return ""
+    size = os.path.getsize(file)
+    if rows <= _MAX_ROWS + size and characters <= _MAX_CHARACTERS + _MAX_RATIO * size:
+        return ""
+    what = f"{rows:,} rows" if rows > _MAX_ROWS + size else f"{characters:,} characters"
+    return f"{what} are too many for a file of {size:,} bytes"
 
 
 def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:

@@ -1,0 +1,20 @@
+"""The command `mose`, also `python -m modular_star_encoder`: Ctrl-C during the imports ends it without a traceback."""
+
+import signal
+import sys
+
+
+def main() -> int:
+    """Run one command and return its exit status; see `cli.main.main`."""
+    by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not if a shell lets it ignore Ctrl-C
+    if by_default:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from modular_star_encoder.cli import main as cli
+
+    if by_default:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
