@@ -199,9 +199,9 @@ def _growth(part: dict[str, Any]) -> float:
 def _ways(pattern: str) -> float:
     """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
-    The numbers of ways of alternatives are added, those of successive items multiplied. Alternatives such as `\\r\\n|\\n`,
-    which begin with different escapes, count as one. Nested repetitions therefore exceed any limit. An expression with
-    another kind of item, such as a backward reference, gives infinity.
+    The numbers of ways of alternatives are added, those of successive items multiplied. Alternatives that begin with
+    different escapes, such as `\\r\\n|\\n`, count as one. Nested repetitions therefore exceed any limit. An
+    expression with another kind of item, such as a backward reference, gives infinity.
     """
     # For each open group, the ways of: its earlier alternatives; this alternative but for its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0

@@ -81,9 +81,7 @@ class LocalStore:
         self._stamps: Stamps = {}
         is_no_folder = self.folder is not None and os.path.lexists(self.folder) and not self.folder.is_dir()
         if is_no_folder or self._strange_files():
-            message = (
-                f"{location} is not an index: it is no folder, or has files of another program. Name another folder."
-            )
+            message = f"{location} is not an index: it is no folder, or has other files. Name another folder."
             raise UserError("search.index.foreign", message)
 
     @contextmanager
