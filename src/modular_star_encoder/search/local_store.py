@@ -81,8 +81,8 @@ class LocalStore:
         self._stamps: Stamps = {}
         is_no_folder = self.folder is not None and os.path.lexists(self.folder) and not self.folder.is_dir()
         if is_no_folder or self._strange_files():
-            message = f"{location} is not an index: it is no folder, or has other files. Name another folder."
-            raise UserError("search.index.foreign", message)
+            message = f"{location} is not an index: it is no folder or has files of another program."
+            raise UserError("search.index.foreign", f"{message} Name another folder.")
 
     @contextmanager
     def locked(self, seconds: float = 3.0) -> Iterator[None]:
