@@ -1,11 +1,13 @@
 """All readers of data from strangers: a function that writes tiny files of each kind, and what reads them."""
 
+import base64
 import gzip
 import importlib
 import json
 import pkgutil
 import tarfile
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +85,30 @@ def seed_exit_zero(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
     state = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))  # as static exports need it
+
+
+def seed_unigram(folder: Path) -> None:
+    charsmap = base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"a\0").decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    words = {"normalizer": normalizer, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": True}}
+    seed_tokenizer(
+        folder, lambda vocab: {"type": "Unigram", "unk_id": 0, "vocab": [[one, -1.0] for one in vocab]}, words
+    )
+
+
+def seed_wordpiece(folder: Path) -> None:
+    model = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    words = {"normalizer": {"type": "BertNormalizer", "lowercase": True}, "pre_tokenizer": {"type": "BertPreTokenizer"}}
+    seed_tokenizer(folder, lambda vocab: model | {"vocab": vocab, "unk_token": next(iter(vocab))}, words)
+
+
+def seed_tokenizer(folder: Path, model: Callable[[dict[str, int]], dict], steps: dict) -> None:
+    """Write a checkpoint whose tokenizer is of another kind, with the same tokens."""
+    with_code(save_tiny_checkpoint, folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocab = dict(sorted(state["model"]["vocab"].items(), key=lambda item: item[1]))
+    state |= {"model": model(vocab), "post_processor": None, "decoder": None} | steps
+    (folder / "tokenizer.json").write_text(json.dumps(state))
 
 
 def seed_finetuned(folder: Path) -> None:
@@ -252,6 +278,8 @@ checkpoint, shards, exit_zero = (partial(with_code, one) for one in (save_tiny_c
 READERS = {
     "config": Reader(checkpoint, EMBED, ("config.json",)),
     "tokenizer": Reader(checkpoint, EMBED, ("token*.json",)),
+    "unigram": Reader(seed_unigram, EMBED, ("tokenizer.json",)),
+    "wordpiece": Reader(seed_wordpiece, EMBED, ("tokenizer.json",)),
     "weights": Reader(checkpoint, EMBED, ("*.safetensors",)),
     "weights-index": Reader(shards, EMBED, ("*.index.json",)),
     "exit-zero": Reader(exit_zero, EMBED, ("*.json", "*.safetensors")),
