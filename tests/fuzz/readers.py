@@ -88,7 +88,7 @@ def seed_exit_zero(folder: Path) -> None:
 
 
 def seed_unigram(folder: Path) -> None:
-    charsmap = base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"a\0").decode()
+    charsmap = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"a\0").decode()
     normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
     words = {"normalizer": normalizer, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": True}}
     seed_tokenizer(
