@@ -98,7 +98,8 @@ def seed_unigram(folder: Path) -> None:
 
 def seed_wordpiece(folder: Path) -> None:
     model = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
-    words = {"normalizer": {"type": "BertNormalizer", "lowercase": True}, "pre_tokenizer": {"type": "BertPreTokenizer"}}
+    cleaned = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+    words = {"normalizer": {"type": "BertNormalizer", **cleaned}, "pre_tokenizer": {"type": "BertPreTokenizer"}}
     seed_tokenizer(folder, lambda vocab: model | {"vocab": vocab, "unk_token": next(iter(vocab))}, words)
 
 
