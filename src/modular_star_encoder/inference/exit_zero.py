@@ -38,7 +38,7 @@ _PRE_TOKENIZERS: list[Any] = [{"type": "WhitespaceSplit"}]
 _PRE_TOKENIZERS += [{"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}+|[^\p{L}\p{N}]{1,3}"}}]
 _PRE_TOKENIZERS[1] |= {"behavior": "Isolated", "invert": False}
 _DIVIDES = ({"type": "Sequence", "normalizers": _NORMALIZERS}, {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS})
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s]{1,3}", re.ASCII)  # divides ASCII text in the same way
+_WORD = re.compile(r"\w++|[^\w\s]{1,3}+", re.ASCII)  # an identifier of ASCII text, or as above
 _SPACE = re.compile(r"\s+", re.ASCII)
 _MOST_KNOWN_WORDS, _FEW_WORDS = 200_000, 64
 
@@ -103,7 +103,7 @@ class NumpyEncoder:
         self._special = [] if self.tokenizer.encode_special_tokens else [token.content for token in added]
         parts = (self.tokenizer.normalizer, self.tokenizer.pre_tokenizer)
         self._has_words = tuple(part and json.loads(part.__getstate__()) for part in parts) == _DIVIDES
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, bytes] = {}  # word → its token ids as uint32
 
     @property
     def table(self) -> np.ndarray:
@@ -119,7 +119,7 @@ class NumpyEncoder:
             batch = self._ids(texts[start : start + _TEXTS_PER_BATCH])
             # All texts share one buffer, because new memory for each text takes as long as the sums.
             buffer = np.empty((max(map(len, batch)), self._tokens.shape[1]), dtype=np.float32)
-            for place, ids in enumerate((np.array(one, dtype=np.intp) for one in batch), start):
+            for place, ids in enumerate(batch, start):
                 weights = self._weights[ids]
                 totals[place] = weights.sum()
                 tokens = np.take(self._tokens, ids, axis=0, out=buffer[: len(ids)], mode="clip")
@@ -128,18 +128,21 @@ class NumpyEncoder:
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text. If the tokenizer reads words one by one, equal words are read once."""
         if not self._has_words:
-            return [one.ids for one in self.tokenizer.encode_batch_fast(list(texts))]
+            return [np.array(one.ids, dtype=np.uint32) for one in self.tokenizer.encode_batch_fast(list(texts))]
         divided = [self._words(text) for text in texts]
         if len(self._known) > _MOST_KNOWN_WORDS:
             self._known.clear()
         new = list(set(chain.from_iterable(divided)).difference(self._known))
         encode: Any = self.tokenizer.encode_batch_fast  # it starts threads, which takes too long for few words
         encoded = encode(new) if len(new) > _FEW_WORDS else map(self.tokenizer.encode, new)
-        self._known.update((word, one.ids) for word, one in zip(new, encoded, strict=True))
-        return [list(chain.from_iterable(map(self._known.__getitem__, one)))[: self._most_tokens] for one in divided]
+        self._known.update(
+            (word, np.array(one.ids, np.uint32).tobytes()) for word, one in zip(new, encoded, strict=True)
+        )
+        ids = (np.frombuffer(b"".join(map(self._known.__getitem__, one)), np.uint32) for one in divided)
+        return [one[: self._most_tokens] for one in ids]
 
     def _words(self, text: str) -> list[str]:
         """Split a text into parts that can be tokenized one by one; words with non-ASCII characters stay whole."""
@@ -167,7 +170,7 @@ class NumpyEncoder:
                     result[exit_layer][place] = embedding / np.linalg.norm(embedding)
         return result
 
-    def _states(self, ids: list[int], layers: int) -> Iterator[np.ndarray]:
+    def _states(self, ids: np.ndarray, layers: int) -> Iterator[np.ndarray]:
         """Yield the states (T, H) of a text after 0, 1, … `layers` layers."""
         states = self._tokens[ids]
         yield states
@@ -203,14 +206,16 @@ class NumpyEncoder:
         return states * self._tensor(f"{name}.weight") + self._tensor(f"{name}.bias")
 
     def _linear(self, name: str, values: np.ndarray) -> np.ndarray:
-        return values @ self._tensor(f"{name}.weight").T + self._tensor(f"{name}.bias")
+        return values @ self._tensor(f"{name}.weight", transposed=True) + self._tensor(f"{name}.bias")
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _tensor(self, name: str, transposed: bool = False) -> np.ndarray:
+        """Return a tensor as float32; a matrix for `_linear` is transposed in memory: quicker for a short text."""
         if name not in self._tensors:
             from safetensors import safe_open
 
             with safe_open(self.folder / "model.safetensors", "np") as tensors:
-                self._tensors[name] = tensors.get_tensor(name).astype(np.float32)
+                tensor = tensors.get_tensor(name)
+            self._tensors[name] = np.ascontiguousarray(tensor.T if transposed else tensor, dtype=np.float32)
         return self._tensors[name]
 
 

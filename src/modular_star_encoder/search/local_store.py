@@ -28,7 +28,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types, locked, read_json, write_text
 
 MANIFEST = "index.json"
-APPROXIMATE_ROWS = 100_000
+APPROXIMATE_ROWS = 10_000
 """If a search has more rows than this, it compares the signs of all vectors first, and then only the best exactly."""
 _BEST_BY_SIGNS = 4000
 MOST_ROWS = 65_536

@@ -179,10 +179,11 @@ def _stems(text: str) -> list[str]:
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]
         whole = [word.lower().strip("_$")] if len(parts) > 1 else []
-        found += [_stem(part) for part in [*parts, *whole]]
+        found += [*map(_part_stems.__getitem__, parts), *map(_stem, whole)]
     return found
 
 
+_part_stems = Memo(lambda part: _stem(part))
 _joined_stems = Memo(lambda text: " ".join(_stems(text)))
 # All ASCII characters that separate words.
 _SEPARATORS = str.maketrans({one: " " for one in map(chr, range(128)) if not (one.isalnum() or one in "_$")})
