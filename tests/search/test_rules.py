@@ -108,3 +108,8 @@ def test_reasons_add_up_to_the_score():
 def test_a_piece_is_found_by_its_name_its_path_and_what_it_defines():
     words = snippet_words(piece("src/HttpClient.py", "Retry", text="pass"))
     assert {"http", "client", "httpclient", "src", "retry", "defines:retry"} <= set(words.split())
+
+
+def test_a_name_counts_four_times():
+    named = piece("http.py", "Retry", text="pass")
+    assert snippet_words(named).split().count("retry") == named.embedded().count("Retry") == 4

@@ -16,6 +16,8 @@ SMALL_CLASS = 20
 MOST_LINES = 60
 """Maximum number of lines of a block of other lines. Functions are divided if they have more than twice this number."""
 EMBEDDED_CHARACTERS = 1600
+_WEIGHT_OF_NAME, _WEIGHT_OF_FILE_NAME = 4, 2
+"""How often a piece's name and its file's name count."""
 _LONGEST_FUNCTION = 2 * MOST_LINES
 _LONGEST_LINE = MAX_LINE_BYTES // 4  # in characters (of up to four bytes); the rest of a longer line is left out
 _FEWEST_LETTERS = 8
@@ -49,9 +51,9 @@ class Snippet:
     defines: tuple[str, ...] = ()  # names that the piece defines, such as `push` for `Stack.push`
 
     def embedded(self) -> str:
-        """Return the text to embed: the file's folder and name, the piece's name, then the code."""
+        """Return the text to embed: the file's folder and name, the piece's name four times, then the code."""
         place = " ".join(self.path.split("/")[-2:])
-        return f"{place} {self.name}\n{self.text}"[:EMBEDDED_CHARACTERS]
+        return f"{place}{f' {self.name}' * _WEIGHT_OF_NAME}\n{self.text}"[:EMBEDDED_CHARACTERS]
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
@@ -149,7 +151,6 @@ _STOP_WORD = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST_STEM = 3
-_WEIGHT_OF_NAME = 2
 _DEFINES = "defines:"
 
 
@@ -238,13 +239,14 @@ def definition_word(name: str) -> str:
 def snippet_words(snippet: Snippet) -> str:
     """Return a piece's words for BM25, with spaces between.
 
-    They are the stems of its text, name, file name (twice) and folder name, and one word for each name that it defines.
+    They are the stems of its text, name (four times), file name (twice) and folder name, and one word for each name
+    that it defines.
     """
-    words = _words_of(f"{snippet.text} {snippet.name} {_place(snippet.path)}")
+    words = _words_of(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])
 
 
 @lru_cache(maxsize=16)
 def _place(path: str) -> str:
     place = PurePosixPath(path)
-    return f"{place.stem} " * _WEIGHT_OF_NAME + place.parent.name
+    return f"{place.stem} " * _WEIGHT_OF_FILE_NAME + place.parent.name

@@ -20,7 +20,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types
 
 QDRANT, MEMORY = "qdrant:", "memory://"
-FORMAT = 4
+FORMAT = 5
 DEFAULT_CHECKPOINT = "mose-code"
 """The model that is packaged with the code."""
 LONGEST_PATH = 4096
