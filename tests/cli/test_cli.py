@@ -123,6 +123,8 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
         ("related FOLDER/nowhere.py:3", "is not a file"),
         ("search x --folder FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
+        ("search 'a question' nowhere", "'nowhere' is not a folder"),
+        ("search without quotes", "Write: mose search"),
         ("search x --folder FOLDER --model CHECKPOINT --exit-layer 0", "its exits are 1, 2, 4"),
         ("search x --folder FOLDER --model CHECKPOINT --rerank-exit-layer 3", "its exits are 1, 2, 4"),
         ("search x --folder empty --model CHECKPOINT", "holds no source code"),

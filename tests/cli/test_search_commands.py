@@ -61,13 +61,13 @@ def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):
     status, out, _ = mose("search", "add two numbers", "--languages", "go", "--exit-layer", "1")
     assert status == 0
     assert "add.go:3 " in out.splitlines()[0]
-    cascade = ("search", "push", "pop", "--rerank-exit-layer", "4", "--candidates", "3")
+    cascade = ("search", "push", "pop an item", "--rerank-exit-layer", "4", "--candidates", "3")
     _, out, err = mose(*cascade)
     assert "# push" in out
     assert "exit 4 re-ranked 2 of 2 answers" in err
     status, out, _ = mose(*cascade, "--json")
     answers = json.loads(out)
-    assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop"])
+    assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop an item"])
     assert all(answer["reranked"] and answer["method"] == "hybrid" for answer in answers)
 
 

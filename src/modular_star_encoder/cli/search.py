@@ -226,7 +226,8 @@ def _take_folder(arguments: argparse.Namespace) -> None:
     if questions and os.path.isdir(os.path.expanduser(last)):
         arguments.questions, arguments.folder = questions, last
         return
-    is_path = re.match(r"(~|\.{0,2})/\S*$", last) or (questions and (os.path.isfile(last) or re.match(r"\S+/$", last)))
+    # One word after a question is a misspelt folder, or quotation marks are missing, as in `retry timeout`.
+    is_path = re.match(r"(~|\.{0,2})/\S*$", last) or (questions and (os.path.isfile(last) or len(last.split()) == 1))
     near = []
     if questions:
         from difflib import get_close_matches
