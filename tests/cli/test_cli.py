@@ -266,6 +266,23 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 
 
+def test_pretrain_ends_with_the_held_out_quality_of_each_exit_and_the_next_command(mose, tmp_path, monkeypatch):
+    metrics = {"mlm_loss": 2.5, "icc_accuracy": 0.75}
+    evaluation = {f"eval_{name}_exit_{k}": value + k for k in (1, 12) for name, value in metrics.items()}
+    log = {"steps": 6, "evaluation": evaluation}
+    monkeypatch.setattr("modular_star_encoder.training.pretraining.pretrain", lambda recipe, out: log)
+    status, out, _ = mose("pretrain", "mini", "--out", tmp_path / "a run", f"corpus.folder={tmp_path}")
+    assert status == 0
+    _, header, _, *rows, last, _, _ = [line.replace(" ", "") for line in out.splitlines()]
+    assert [header, *rows] == ["|heldout,exit|MLMloss|ICCaccuracy(%)|", "|1|3.500|175.0|", "|12|14.500|1275.0|"]
+    assert last.startswith(f"6steps;resultin{tmp_path}/arun/model.")
+    command = ["mose", "finetune", "small", "--out", f"{tmp_path}/a run-retrieval", f"model={tmp_path}/a run/model"]
+    assert [shlex.split(line) for line in out.splitlines()[-2:]] == [
+        [*command, f"data.functions.folder={tmp_path}"],
+        [*command, "data.pairs=pairs.csv"],
+    ]
+
+
 def test_help_of_training_lists_the_keys_of_its_recipe(capsys):
     keys = {"pretrain": ["tokens_per_step  "], "ablate": ["learning_rates  "]}
     keys["finetune"] = ["objective.mini_batch_tokens  ", "pairs_per_device  "]

@@ -71,6 +71,9 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
     assert estimate.rows_per_step == 4
     training = [entry for entry in log["log_history"] if "loss" in entry]
     assert len(training) == 30
+    evaluations = [entry for entry in log["log_history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == list(range(3, 31, 3))
+    assert log["evaluation"] == evaluations[-1]
     for kind in ("mlm_loss", "icc_accuracy"):
         assert {f"{kind}_exit_{exit_layer}" for exit_layer in (1, 2, 4)} <= set(training[0])
         assert f"eval_{kind}_exit_4" in log["evaluation"]

@@ -8,7 +8,7 @@ from modular_star_encoder.training import find_recipe, hub_config_folder, packag
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
-from modular_star_encoder.training.runs import ExitProgressCallback, format_log
+from modular_star_encoder.training.runs import ExitProgressCallback, final_metrics, format_log
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
 
@@ -32,20 +32,44 @@ def test_a_log_line_is_short_and_names_each_exit():
 
 
 @pytest.mark.parametrize(
-    ("device", "seconds", "said"), [("cpu", 60, "max_steps=30 "), ("cpu", 1, ""), ("cuda", 60, "")]
+    ("device", "seconds", "warmup", "announced", "said"),
+    [
+        ("cpu", 60, 0, 41, "about 59 minutes on this CPU. To train for only 15 minutes, stop it and start again with "),
+        ("cpu", 60, 0.2, 41, "with max_steps=15 and another"),
+        ("cpu", 60, 40, 41, "with max_steps=15 warmup_steps=6 and another"),
+        ("cpu", 18, 40, 43, "about 17 minutes on this CPU"),
+        ("cpu", 1, 40, None, ""),
+        ("cuda", 60, 40, None, ""),
+    ],
 )
-def test_a_long_run_on_a_cpu_names_the_number_of_steps_that_shortens_it(monkeypatch, capsys, device, seconds, said):
-    bar, arguments = ExitProgressCallback(), SimpleNamespace(device=SimpleNamespace(type=device))
+def test_a_long_run_on_a_cpu_names_the_number_of_steps_that_shortens_it(
+    monkeypatch, capsys, device, seconds, warmup, announced, said
+):
+    arguments = SimpleNamespace(device=SimpleNamespace(type=device), warmup_steps=warmup)
+    bar, lines = ExitProgressCallback(), []
     state = TrainerState(global_step=40, max_steps=100)  # resumed from step 40
     monkeypatch.setattr("time.perf_counter", lambda: state.global_step * seconds)
     bar.on_train_begin(arguments, state, None)
     for state.global_step in range(41, 46):
         bar.on_step_end(arguments, state, None)
+        said_now = [line for line in capsys.readouterr().err.splitlines() if "max_steps=" in line]
+        lines += [(state.global_step, line) for line in said_now]
     assert (bar.training_bar.initial, bar.training_bar.n) == (40, 45)
     bar.on_train_end(arguments, state, None)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "max_steps=" in line]
-    assert len(lines) == bool(said)
-    assert all(said in line for line in lines)
+    assert [step for step, _ in lines] == ([announced] if announced else [])
+    assert all(said in line for _, line in lines)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "again"),
+    [(12, {}, False), (13, {}, True), (12, {"ema_decay": 0.9}, True), (12, {"load_best_model_at_end": True}, True)],
+)
+def test_the_last_step_is_evaluated_once_unless_the_weights_have_changed_since(step, changes, again):
+    logged, new = {"eval_loss": 2.0, "step": 12}, {"eval_loss": 1.0}
+    state = TrainerState(global_step=step, log_history=[{"eval_loss": 3.0, "step": 6}, logged, {"step": step}])
+    arguments = SimpleNamespace(**{"ema_decay": 0.0, "load_best_model_at_end": False} | changes)
+    trainer = SimpleNamespace(args=arguments, state=state, evaluate=lambda: new)
+    assert final_metrics(trainer) is (new if again else logged)
 
 
 @pytest.mark.parametrize(

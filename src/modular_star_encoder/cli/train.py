@@ -103,9 +103,21 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "pretrain")
     from modular_star_encoder.training.pretraining import pretrain
     from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
+    from modular_star_encoder.utils.reports import markdown_table, percent
 
-    log = pretrain(load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides), arguments.out)
-    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+    recipe = load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides)
+    log, prefix = pretrain(recipe, arguments.out), "eval_mlm_loss_exit_"
+    header, rows = ["held out, exit", "MLM loss", "ICC accuracy (%)"], []
+    for name, loss in log["evaluation"].items():
+        if name.startswith(prefix):
+            exit_layer = name.removeprefix(prefix)
+            rows.append([exit_layer, f"{loss:.3f}", percent(log["evaluation"][f"eval_icc_accuracy_exit_{exit_layer}"])])
+    print("", *markdown_table([header, *rows]), sep="\n")
+    model = os.path.join(arguments.out, "model")
+    print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or own pairs:")
+    command = ["mose", "finetune", "small", "--out", f"{os.path.normpath(arguments.out)}-retrieval", f"model={model}"]
+    for data in (f"data.functions.folder={recipe.corpus.get('folder', 'FOLDER')}", "data.pairs=pairs.csv"):
+        print(f"    {shlex.join([*command, data])}")
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:

@@ -143,7 +143,9 @@ def finetune(
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": run.settings, "preflight": asdict(estimate)} | batches[2]
+    log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings, "preflight": asdict(estimate)} | batches[
+        2
+    ]
     model.config.unpad_inputs = start.config.unpad_inputs
     start.save(trainer, out)
     if state.is_main_process:
@@ -207,7 +209,7 @@ def finetune_classifier(
         data_collator=collator,
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": trainer.evaluate(), "recipe": run.settings}
+    log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
     log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
     model.config.unpad_inputs = start.config.unpad_inputs
     start.save(trainer, out)

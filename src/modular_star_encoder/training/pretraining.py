@@ -133,7 +133,7 @@ def pretrain(
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     log |= {
-        "evaluation": trainer.evaluate(),
+        "evaluation": runs.final_metrics(trainer),
         "recipe": run.settings,
         "preflight": asdict(estimate),
         "unigram_entropy": torch.special.entr(counts.double() / counts.sum()).sum().item(),

@@ -37,8 +37,11 @@ LOG = Path(MODEL, "training_log.json")
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that may differ when a run is continued, because they do not influence what is learned."""
 
-LONG_RUN = 30 * 60
+LONG_RUN = 15 * 60
 """A run on a CPU that takes more than this number of seconds is announced as long."""
+
+LONG_STEP = 20
+"""If the first step takes more than this number of seconds, it is enough to estimate the duration of a run."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,14 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     }
 
 
+def final_metrics(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics of the trained model: those logged at the last step, or else of a new evaluation."""
+    args, state = trainer.args, trainer.state
+    changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
+    found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
+    return trainer.evaluate() if changed or not found else found[-1]
+
+
 @contextlib.contextmanager
 def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
     """Context manager: on the first SIGINT or SIGTERM, save a checkpoint after the step, raise KeyboardInterrupt."""
@@ -319,12 +330,13 @@ def format_log(logs: dict[str, float]) -> str:
 class ExitProgressCallback(ProgressCallback):
     """`Trainer`'s progress bar, with the time left and readable log lines.
 
-    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr says so after three steps.
+    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr says so after three steps, or after
+    the first one if this takes longer than `LONG_STEP` seconds.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._first_step, self._first_end = state.global_step + 1, 0.0
+        self._first_step, self._begin, self._announced = state.global_step + 1, time.perf_counter(), False
         if self.training_bar is not None:
             bar, self.current_step = self.training_bar, state.global_step
             bar.unit = "step"
@@ -335,15 +347,21 @@ class ExitProgressCallback(ProgressCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        if state.global_step == self._first_step:  # not measured, because it is slower than the others
-            self._first_end = time.perf_counter()
-        if self.training_bar is None or args.device.type != "cpu" or state.global_step != self._first_step + 2:
+        now, done = time.perf_counter(), state.global_step - self._first_step
+        step = (now - self._begin) / max(1, done)
+        if done == 0:  # later estimates leave the first step out, because it is slower than the others
+            self._begin = now
+        if self.training_bar is None or args.device.type != "cpu" or self._announced:
             return
-        step = (time.perf_counter() - self._first_end) / 2
-        if (left := step * (state.max_steps - state.global_step)) > LONG_RUN:
-            short = max(1, int(LONG_RUN / step))
-            message = f"mose: training will take about {left / 3600:.1f} hours on this CPU. To train for only "
-            message += f"{LONG_RUN // 60} minutes, stop it and start again with max_steps={short} and another --out."
+        left = step * (state.max_steps - state.global_step)
+        if left > LONG_RUN and (done == 2 or (done == 0 and step > LONG_STEP)):
+            self._announced, short = True, max(1, int(LONG_RUN / step))
+            settings = f"max_steps={short}"
+            if args.warmup_steps >= 1:  # a smaller number is a fraction of all steps
+                settings += f" warmup_steps={max(1, round(args.warmup_steps * short / state.max_steps))}"
+            duration = f"{left / 3600:.1f} hours" if left > 5400 else f"{left / 60:.0f} minutes"
+            message = f"mose: training will take about {duration} on this CPU. To train for only "
+            message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out."
             self.training_bar.write(message, file=sys.stderr)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
