@@ -110,7 +110,7 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("publish MANIFEST --repository me/model", "is a manifest"),
         ("dataset build recipe.yaml --out out", "'no/such/folder' does not exist"),
         ("dataset build recipe.yaml --out out translation.backend=gpt", "gpt"),
-        ("dataset build recipe.yaml --out out translation.options.api_key_variable=NO_KEY", "NO_KEY"),
+        ("dataset build recipe.yaml --out out translation.options.api_key_variable=MOSE_NO_KEY", "MOSE_NO_KEY"),
         ("dataset build none.yaml --out out", "none.yaml"),
         ("dataset stats out.parquet", "cannot be read"),
         ("dataset push out.parquet owner/name", "no finished dataset"),

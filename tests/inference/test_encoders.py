@@ -123,7 +123,7 @@ def server(monkeypatch):
         rows = [{"index": i, "embedding": embedding(text)} for i, text in enumerate(request.body["input"])]
         return 200, {"data": rows[::-1]}, {}  # in any order
 
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MOSE_API_KEY", KEY)
     with LocalServer(answer) as server:
         server.replies = []
         yield server
@@ -162,6 +162,13 @@ def test_refusals_and_wrong_answers_are_not_retried_and_never_show_the_key(serve
         encode(server, ["a"])
     assert KEY not in str(error.value)
     assert len(server.requests) == 1
+
+
+def test_the_key_of_openai_is_sent_to_no_other_address(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.delenv("MOSE_API_KEY")
+    encode(server, ["a"])
+    assert "authorization" not in server.requests.pop().headers
 
 
 def test_an_endpoint_is_a_retriever(server):

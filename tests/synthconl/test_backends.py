@@ -71,7 +71,8 @@ def test_requests_are_taken_as_they_are_needed():
         ({"base_url": "http://h/v1", "concurrency": 0}, "synthconl.backend.options", ["concurrency", "0"]),
         ({"base_url": "http://h/v1", "batch": 3}, "synthconl.backend.options", ["batch"]),
         ({"base_url": "http://h/v1", "body": {"stream": True}}, "synthconl.backend.body", ["stream"]),
-        ({"base_url": "http://h/v1", "api_key_variable": "NO_KEY"}, "http.token.missing", ["NO_KEY"]),
+        ({"base_url": "http://h/v1", "api_key_variable": "MOSE_NO"}, "http.token.missing", ["MOSE_NO"]),
+        ({"base_url": "http://h/v1", "api_key_variable": "HOME"}, "http.token.variable", ["HOME", "MOSE_API_KEY"]),
     ],
 )
 def test_options_are_checked_before_anything_is_sent(options, key, values):
@@ -99,10 +100,10 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_stays_busy_stops_the_run():
 
 
 def test_the_request_is_greedy_takes_further_fields_and_sends_only_the_named_key(monkeypatch):
-    monkeypatch.setenv("A_KEY", KEY)
+    monkeypatch.setenv("MOSE_KEY", KEY)
     headers = []
     with OpenAIServer(echo, lambda number, body, sent: headers.append(sent)) as server:
-        complete(server, api_key_variable="A_KEY")
+        complete(server, api_key_variable="MOSE_KEY")
         assert headers.pop()["authorization"] == f"Bearer {KEY}"
         server.requests.clear()
         complete(server, body={"max_tokens": None, "max_completion_tokens": 7, "repetition_penalty": 1.0})

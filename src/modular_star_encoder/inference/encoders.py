@@ -63,7 +63,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
 
     Args:
         name: folder or Hub repository of a ModularStarEncoder or of any model that sentence-transformers can load;
-            or `openai:MODEL` or `openai:MODEL@URL` (API key in OPENAI_API_KEY).
+            or `openai:MODEL` (API key in OPENAI_API_KEY) or `openai:MODEL@URL` (API key in MOSE_API_KEY).
         exit_layers: exits of a ModularStarEncoder; all if None. Layers above the deepest one are not loaded.
     """
     source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
@@ -191,7 +191,8 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is read from `OPENAI_API_KEY` for each call of `encode`, and is never stored, shown or logged.
+    The API key is read for each call of `encode`, and is never stored, shown or logged. It is in `OPENAI_API_KEY` for
+    OpenAI's own address and in `MOSE_API_KEY` for any other, because a recipe may name a stranger's server.
 
     Args:
         model: name of the model at the endpoint.
@@ -216,7 +217,8 @@ class EndpointEncoder(Encoder):
         # Endpoints reject empty inputs.
         inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
         parts, batches = [], range(0, len(inputs), self.batch_size)
-        token = token_from_environment("OPENAI_API_KEY", required=False)
+        variable = "OPENAI_API_KEY" if self.base_url == OPENAI_URL else "MOSE_API_KEY"
+        token = token_from_environment(variable, required=False)
         with HTTPClient(token=token, **self._client_options) as client:
             for start in tqdm(batches, desc=self.name, unit="request", disable=not progress, leave=False):
                 parts.append(self._embed(client, inputs[start : start + self.batch_size]))

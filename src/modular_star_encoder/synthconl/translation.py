@@ -79,7 +79,8 @@ class OpenAIBackend:
         revision: Revision of the model. It is not sent, only shown in the dataset's card.
         max_tokens: Largest number of tokens of an answer.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
-        api_key_variable: Environment variable with the API key; None if the server needs no key.
+        api_key_variable: Environment variable with the API key, whose name begins with `MOSE_`, so that a stranger's
+            recipe can send no other secret to its `base_url`; None if the server needs no key.
         concurrency, attempts, pause, timeout: See `HTTPClient`.
         body: Fields to add to or replace in the body of every request, such as `{"repetition_penalty": 1.0}`. A field
             with the value None is not sent.
@@ -102,6 +103,10 @@ class OpenAIBackend:
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
             raise UserError("synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it.")
+        if api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
+            message = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}: "
+            message += "set MOSE_API_KEY to the server's key and name that variable."
+            raise UserError("http.token.variable", message)
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         self._url = check_url(base_url) + "/chat/completions"
         http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
