@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field as Constraint
+from pydantic import with_config
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
 from modular_star_encoder.data.pairs import have_negatives, resolve_pairs
@@ -40,6 +42,18 @@ def load_config(name: str) -> ModularStarEncoderConfig:
     return ModularStarEncoderConfig.from_pretrained(hub_config_folder(name))
 
 
+_MAPPINGS = {one.name for one in fields(MultiExitTrainingArguments) if "dict" in str(one.type)}
+_Rank = Annotated[Count, Constraint(le=1024)]
+
+
+@with_config(extra="allow")
+class LoraArguments(TypedDict, total=False):
+    """Arguments of `peft.LoraConfig` that decide how much memory the adapters take; peft checks all others."""
+
+    r: _Rank
+    rank_pattern: Mapping[str, _Rank]
+
+
 @settings_class
 class TrainingSettings:
     """Settings of any training run: all arguments of `MultiExitTrainingArguments`, with this package's defaults.
@@ -50,7 +64,7 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
         logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
             below 1 is a fraction of all steps.
-        training: {name: value} of all other arguments.
+        training: {name: value} of all other arguments. None may upload, or be the name of a file to read.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -84,6 +98,16 @@ class TrainingSettings:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in self.training.items():
+            if name.startswith(("push_to_hub", "hub_", "trackio_")):
+                message = f"A recipe can't upload: leave out {name}, and publish the trained model with `mose publish`."
+                raise UserError("training.arguments.upload", message)
+            if name == "parallelism_config":
+                message = f"Leave out {name}: `accelerate launch` sets it, with its options --parallelism_config_…"
+                raise UserError("training.arguments.decided", message)
+            # transformers takes a string for the name of a JSON file and reads it.
+            if name in _MAPPINGS and not isinstance(value, Mapping | None):
+                raise UserError("training.arguments.mapping", f"{name} must be a mapping of settings, not {value!r}.")
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
@@ -121,8 +145,11 @@ class TrainingSettings:
         }
         try:
             return MultiExitTrainingArguments(**(defaults | decided | given))
-        except (TypeError, ValueError) as error:
-            raise UserError(getattr(error, "key", "training.arguments.value"), f"{error}") from error
+        except UserError:
+            raise
+        except Exception as error:  # of `TrainingArguments`, or of a library that an argument needs
+            message = f"TrainingArguments rejects a setting: {' '.join(str(error).split())}"
+            raise UserError("training.arguments.value", message) from error
 
 
 @settings_class
@@ -194,7 +221,7 @@ class StartingRecipe(TrainingRecipe):
     exit_layer: Int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     unpad_inputs: Switch = True
-    lora: Mapping[str, Any] | None = None
+    lora: LoraArguments | None = None
 
     def lengths(self) -> dict[str, int]:
         """Return {name: value} of the settings that limit the number of tokens of a text."""

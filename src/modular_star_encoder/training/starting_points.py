@@ -271,7 +271,7 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     """Freeze the trunk of a model, add LoRA adapters to its linear layers, and return the `PeftModel`.
 
     The heads are trained, and saved with the adapters. `settings` are arguments of `peft.LoraConfig`; UserError
-    (`training.lora`) if one is unknown. If `settings` is None, the model is returned unchanged.
+    (`training.lora`) if peft rejects one. If `settings` is None, the model is returned unchanged.
     """
     if settings is None:
         return model
@@ -283,7 +283,7 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     heads += [name for name, _ in model.named_children() if name not in ("model", "projection_heads")]
     defaults = {"modules_to_save": heads, "r": 16, "lora_alpha": 32, "target_modules": linear}
     try:
-        config = LoraConfig(**{**defaults, **settings})
-    except TypeError as error:
-        raise UserError("training.lora", f"`lora` must hold arguments of peft.LoraConfig: {error}.") from error
-    return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(**{**defaults, **settings}))
+    except (TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
+        message = f"`lora` must hold arguments of peft.LoraConfig: {' '.join(str(error).split())}."
+        raise UserError("training.lora", message) from error
