@@ -67,6 +67,15 @@ def test_the_links_of_a_page_lead_to_files_that_exist(page):
         assert (page.parent / target).exists(), target
 
 
+def test_every_row_of_the_tables_of_recipe_keys_has_the_cells_of_its_header():
+    page = runpy.run_path(str(ROOT / "docs/build.py"))["recipes_page"]()
+    tables = [block.splitlines() for block in re.split("\n\n+", page.strip()) if re.search(r"^\|", block, re.MULTILINE)]
+    for head, line, *rows in tables:
+        assert line == "|---|---|"
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in (head, *rows)} == {3}
+    assert "| `translation.options` | Mapping[str, Any], default {}; " in page
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 

@@ -143,10 +143,11 @@ def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sou
     monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
     monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: {})
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     report = str(sources["finetuned"].parent / "report.json")
     folder = [str(sources["finetuned"]), "--repository", "me/new", "--evaluation", report]
     assert cli.main(["publish", *folder]) == 0
-    assert capsys.readouterr().out.endswith("nothing was uploaded: a dry run\n")
+    assert capsys.readouterr().out.endswith("a dry run; --upload uploads the changes\n")
     assert "me/new" not in hub.repositories
     assert cli.main(["publish", *folder, "--upload", "--public"]) == 0
     assert f"revision {hub.commits('me/new')[0]}" in capsys.readouterr().out

@@ -47,7 +47,7 @@ def test_a_dry_run_reports_what_differs_and_writes_nothing(hub, api, staged):
     first, second = staged
     dry = push(first, api)
     assert {(change.kind, change.path) for change in dry.changes} == {("+", name) for name in contents(first.folder)}
-    assert str(dry).splitlines()[-1] == "nothing was uploaded: a dry run"
+    assert str(dry).splitlines()[-1] == "nothing was uploaded: a dry run; --upload uploads the changes"
     assert hub.repositories == {}
     assert not [method for method, _ in hub.requests if method not in ("GET", "HEAD")]
     push(first, api, upload=True)
@@ -62,6 +62,8 @@ def test_an_upload_is_one_commit_and_the_same_again_is_none(hub, api, staged):
     assert hub.files("me/tiny") == contents(first.folder)
     assert hub.repositories["me/tiny"].private
     assert hub.commits("me/tiny")[:-1] == [done.revision]
+    assert f"{hub.endpoint}/me/tiny\n" in str(done)
+    assert f'AutoModel.from_pretrained("me/tiny", revision="{done.revision}"' in str(done)
     again = push(first, api, upload=True)
     assert (again.changes, again.revision, again.uploaded) == ((), done.revision, False)
     assert "nothing differs" in str(again)

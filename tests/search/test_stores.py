@@ -237,7 +237,7 @@ def test_a_reader_survives_a_merge_between_its_manifest_and_its_segments(tmp_pat
 
 def test_a_folder_of_other_things_is_no_index(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with raises("search.index.foreign", tmp_path):
+    with raises("search.index.foreign", f'mose search "QUESTION" {tmp_path}'):
         LocalStore(tmp_path)
     with raises("search.index.foreign", "thesis.tex"):
         LocalStore(tmp_path / "thesis.tex")

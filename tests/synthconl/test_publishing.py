@@ -33,7 +33,7 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(finished, monkeypatch, tmp_
     upload = push_dataset(finished, "owner/name")
     assert {name for name, _ in upload.files} == FILES
     assert all(size == (finished / "dataset" / name).stat().st_size for name, size in upload.files)
-    assert str(upload).splitlines()[-1] == "nothing was uploaded to owner/name: a dry run"
+    assert str(upload).splitlines()[-1].startswith("nothing was uploaded to owner/name: a dry run; --upload")
     assert upload == push_dataset(finished / "dataset", "owner/name")
     with raises("synthconl.push.no_dataset", tmp_path):
         push_dataset(tmp_path, "owner/name")

@@ -96,9 +96,8 @@ def add_search_commands(commands: Any) -> None:
 def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
     what = f"checkpoint to embed with: a folder or Hub repository (default: {default})"
     parser.add_argument("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
-    parser.add_argument(
-        "--exit-layer", metavar="K", type=int, help="exit to embed at (default: 0 for mose-code, else the deepest)"
-    )
+    exit_layer = "exit to embed at (default: 0 if the checkpoint has it, else the deepest)"
+    parser.add_argument("--exit-layer", metavar="K", type=int, help=exit_layer)
     parser.add_argument("--latency-ms", metavar="MS", type=float, help="use the best exit that embeds within this time")
     parser.add_argument("--memory-mb", metavar="MB", type=float, help="use the best exit with at most this peak memory")
 

@@ -86,6 +86,7 @@ class Publication:
     revision: str | None  # latest commit of the branch; None if the branch does not exist or the Hub is unreachable
     uploaded: bool = False  # whether the changes were uploaded
     difference: float | None = None  # largest difference between embeddings of repository and source checkpoint
+    url: str = ""  # web address of the branch; empty if nothing was uploaded
     unreachable: str = ""  # why a dry run could not compare the files with the Hub; `changes` then has all files
 
     def __str__(self) -> str:
@@ -98,9 +99,15 @@ class Publication:
             )
         if self.unreachable:
             lines.append(f"not compared with the Hub: {self.unreachable}")
-        end = f"revision {self.revision}" if self.uploaded else "nothing was uploaded: a dry run"
-        end = end if self.changes else f"nothing differs from revision {self.revision}"
-        return "\n".join([f"{name}:", *lines, end])
+        if not self.changes:
+            lines.append(f"nothing differs from revision {self.revision}")
+        elif self.uploaded:
+            options = f'revision="{self.revision}", trust_remote_code=True'
+            load = f'AutoModel.from_pretrained("{self.repository}", {options})'
+            lines += [f"revision {self.revision} of {self.url}", f"load it with transformers: {load}"]
+        else:
+            lines.append("nothing was uploaded: a dry run; --upload uploads the changes")
+        return "\n".join([f"{name}:", *lines])
 
 
 def publish(
@@ -143,7 +150,7 @@ def publish(
         my-name/my-encoder:
                  5,123  + README.md
         ...
-        nothing was uploaded: a dry run
+        nothing was uploaded: a dry run; --upload uploads the changes
     """
     api, unreachable = api or HfApi(), ""
     try:
@@ -298,7 +305,8 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
         raise OSError(f"After the upload, {left[0].path} in {repository} is not the staged file: publish again.")
-    return Publication(repository, branch, changes, commit.oid, uploaded=True)
+    url = f"{api.endpoint}/{repository}{'' if branch == MAIN else f'/tree/{branch}'}"
+    return Publication(repository, branch, changes, commit.oid, uploaded=True, url=url)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:

@@ -81,8 +81,12 @@ class LocalStore:
         self._stamps: Stamps = {}
         is_no_folder = self.folder is not None and os.path.lexists(self.folder) and not self.folder.is_dir()
         if is_no_folder or self._strange_files():
-            message = f"{location} is not an index: it is no folder or has files of another program."
-            raise UserError("search.index.foreign", f"{message} Name another folder.")
+            fault, advice = "it is no folder", ""
+            if not is_no_folder:
+                fault = "it has files of another program"
+                advice = f'; to search a folder of code, leave out --index: mose search "QUESTION" {location}'
+            message = f"{location} is not an index: {fault}. Name another folder{advice}."
+            raise UserError("search.index.foreign", message)
 
     @contextmanager
     def locked(self, seconds: float = 3.0) -> Iterator[None]:

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -125,7 +125,7 @@ class DatasetRecipe:
     max_characters: Count = 8000
     max_syntax_error_share: Probability = MAX_SYNTAX_ERROR_SHARE
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
-    against: Benchmarks = Constraint(default_factory=dict)
+    against: Benchmarks = field(default_factory=dict)
     validation_rows: Count = 2000
     max_repository_share: Annotated[Float, Constraint(gt=0, le=1)] = 0.05
     card: CardSettings = CardSettings()

@@ -187,7 +187,8 @@ class Upload:
         """Return lines with the size and path of each file, the total size, and whether the files were uploaded."""
         lines = [f"{size:>14,}  {name}" for name, size in self.files]
         total = f"{sum(size for _, size in self.files):>14,}  bytes in {len(self.files)} files"
-        end = f"uploaded to {self.url}" if self.url else f"nothing was uploaded to {self.repository}: a dry run"
+        dry = f"nothing was uploaded to {self.repository}: a dry run; --upload uploads these files"
+        end = f"uploaded to {self.url}" if self.url else dry
         return "\n".join([*lines, total, end])
 
 

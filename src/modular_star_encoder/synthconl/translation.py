@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -248,7 +248,7 @@ class TranslationSettings:
     max_tokens: Count = 2048
     prompt: Annotated[str, AfterValidator(check_prompt)] = PROMPT
     targets: Languages = LANGUAGES
-    options: Mapping[str, Any] = Constraint(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     prompt_price: NonNegative = 0.0
     completion_price: NonNegative = 0.0
 

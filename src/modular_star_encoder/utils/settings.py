@@ -275,7 +275,9 @@ def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         default = defaults.get(one.name, default)
         required = default is MISSING or one.name in getattr(kind, "REQUIRED", ())
-        shown = "required" if required else f"default {default}"
+        text = str(default)
+        text = text if text and text.isprintable() else repr(default)  # an empty text, or one of several lines
+        shown = "required" if required else f"default {text}"
         meaning = meanings.get(one.name) or (f"see {collected[1].__base__.__name__}." if collected else "")
         yield prefix + one.name, f"{_type_name(hints[one.name])}, {shown}{f'; {meaning}' if meaning else ''}"
 
