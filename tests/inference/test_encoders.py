@@ -91,6 +91,24 @@ def test_a_sentence_transformer_gets_its_own_prompts(plain):
     assert block.scores == pytest.approx(queries @ codes.T, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "module", ["null", '{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.WordEmbeddings"}']
+)
+def test_a_folder_of_wrong_modules_is_one_sentence(tmp_path, module):
+    (tmp_path / "modules.json").write_text(f"[{module}]")
+    with raises("checkpoint.damaged", tmp_path):
+        load_encoder(str(tmp_path))
+
+
+def test_code_in_a_folder_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run the code"))
+    (tmp_path / "config.json").write_text('{"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "code.py").write_text("raise SystemExit")
+    (tmp_path / "modules.json").write_text("[]")
+    with raises("checkpoint.damaged", tmp_path):
+        load_encoder(str(tmp_path))
+
+
 def test_a_folder_is_opened_as_what_it_is(checkpoint, plain):
     ours, theirs = load_encoder(str(checkpoint)), load_encoder(plain)
     assert (ours.exit_layers, ours.name.split("/")[-1]) == ((1, 2, 4), "model")

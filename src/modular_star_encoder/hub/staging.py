@@ -74,7 +74,7 @@ def _stage(
             weights.unlink()
         for weights in source.glob(WEIGHTS):
             shutil.copyfile(weights, folder / weights.name)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "modules.json").is_file():
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
         # Use mean pooling for a pre-trained model, because the later check compares means of token states.
@@ -124,7 +124,7 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
         message = f"{source} has only adapters: publish the merged model, the folder model/ of `mose finetune`."
         raise UserError("hub.staging.checkpoint", message)
     check_checkpoint(source)
-    architecture = AutoConfig.from_pretrained(source).architectures[0]
+    architecture = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures[0]
     model_class = class_named(architecture, source)
     if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."

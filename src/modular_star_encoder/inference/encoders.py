@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
-from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.checkpoints import clear_errors, load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
@@ -84,12 +84,13 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
 
     for one in (Path(source), *Path(source).glob("*/")):  # modules may have folders of their own
         check_tokenizer(one)
-    return SentenceTransformerEncoder(SentenceTransformer(source), label)
+    with clear_errors(source):
+        return SentenceTransformerEncoder(SentenceTransformer(source, trust_remote_code=False), label)
 
 
 def _is_ours(source: str) -> bool:
     try:
-        return isinstance(AutoConfig.from_pretrained(source), ModularStarEncoderConfig)
+        return isinstance(AutoConfig.from_pretrained(source, trust_remote_code=False), ModularStarEncoderConfig)
     except (ValueError, OSError):
         # transformers does not know the model type, or config.json is elsewhere, as in old SentenceTransformers.
         return False

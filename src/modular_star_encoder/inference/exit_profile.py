@@ -262,7 +262,7 @@ def load_at_budget(
         9
     """
     profile = profile or checkpoint_profile(checkpoint)
-    options = {"dtype": profile.dtype, **(model_kwargs or {})}
+    options = {"dtype": profile.dtype, "trust_remote_code": False, **(model_kwargs or {})}
     path = resolve_checkpoint(checkpoint)
     return AutoModel.from_pretrained(path, exit_layer=select_exit(profile, **budget), **options).eval()
 
