@@ -177,6 +177,17 @@ def test_an_index_that_came_with_a_folder_reads_nothing_outside_it(hostile, tmp_
     assert {row["name"] for row in stored_rows(tmp_path / "clone" / ".mose")} == {"good"}
 
 
+def test_the_segments_of_an_index_are_files_of_its_own_folder(code, tmp_path, checkpoint):
+    build(code, tmp_path / "theirs", checkpoint)
+    (segment,) = (tmp_path / "theirs").glob("rows-*")
+    build(code, tmp_path / "index", checkpoint)
+    manifest = tmp_path / "index" / "index.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "segments": {f"../theirs/{segment.stem}": []}}))
+    with raises("search.index.unreadable", "names segments"):
+        CodeIndex.open(tmp_path / "index").search(["push"])
+
+
 def test_an_update_follows_no_link_in_its_index_and_removes_only_its_own_files(hostile, tmp_path, checkpoint):
     victim, folder = tmp_path / "victim", tmp_path / "clone"
     victim.write_text("mine")

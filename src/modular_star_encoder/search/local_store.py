@@ -42,8 +42,8 @@ _STAMPS = "stamps.json"
 _OWN_FILES = {".gitignore", ".lock", _STAMPS}
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
-_SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}\b")
-_LARGEST_ROW = 1 << 26  # bytes of a decompressed row; even a file of 5 MB in one piece is smaller
+_SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}")
+_LARGEST_ROW = 1 << 25  # bytes of a decompressed row; even a file of 5 MB in one piece is smaller
 
 _Arrays = dict[str, np.ndarray]
 _values = attrgetter(*(one.name for one in fields(Snippet)))
@@ -247,6 +247,8 @@ class LocalStore:
         status = path.stat()
         if self._version != (status.st_mtime_ns, status.st_ino):
             manifest = read_json(path)
+            if not all(map(_SEGMENT_NAME.fullmatch, manifest["segments"])):
+                raise ValueError(f"{MANIFEST} names segments that are not files of this folder")
             self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
             self._version = (status.st_mtime_ns, status.st_ino)
         return self._manifest
@@ -262,7 +264,7 @@ class LocalStore:
 
     def _remove_other_segments(self, names: Collection[str]) -> None:
         for path in self.folder.glob("rows-*") if self.folder is not None else ():
-            if path.stem not in names and _SEGMENT_NAME.match(path.name):
+            if path.stem not in names and _SEGMENT_NAME.fullmatch(path.stem):
                 path.unlink(missing_ok=True)
 
     def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
