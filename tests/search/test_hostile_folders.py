@@ -200,7 +200,14 @@ def test_an_update_follows_no_link_in_its_index_and_removes_only_its_own_files(h
     assert (folder / ".mose" / ".gitignore").read_text() == "*\n"
 
 
-LARGE = json.dumps(["a.py", "python", "f", 1, 1, "x" * (1 << 27), 1, ["f"]]).encode()
+def test_a_segment_whose_header_is_too_large_is_damage(code, tmp_path, checkpoint, monkeypatch):
+    build(code, tmp_path / "index", checkpoint)
+    monkeypatch.setattr(local_store, "MAX_JSON_BYTES", 20)
+    with raises("search.index.unreadable", "more than 20"):
+        CodeIndex.open(tmp_path / "index").store.count()
+
+
+LARGE = json.dumps(["a.py", "python", "f", 1, 1, "x" * (1 << 25), 1, ["f"]]).encode()
 
 
 @pytest.mark.parametrize("row", [LARGE, b"[" * 200_000], ids=["too large", "too deep"])

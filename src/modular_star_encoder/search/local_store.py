@@ -25,7 +25,7 @@ import numpy as np
 from modular_star_encoder.search.pieces import Memo, Snippet
 from modular_star_encoder.search.vector_store import INDEX_FOLDER, MEMORY, Filter, Found, Row, Stamps
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, locked, read_json, write_text
+from modular_star_encoder.utils.files import MAX_JSON_BYTES, check_types, locked, parse_json, read_json, write_text
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 10_000
@@ -349,7 +349,7 @@ class _Segment:
         content = unpacking.decompress(self["rows"][first:last].tobytes(), _LARGEST_ROW)
         if not unpacking.eof:
             raise ValueError(f"row {place} is cut or takes more than {_LARGEST_ROW:,} bytes")
-        values = json.loads(content)
+        values = parse_json(content.decode(), finite=False)
         values[-1] = tuple(values[-1])  # `defines`, a list in JSON
         snippet = Snippet(*values)
         check_types(snippet)
@@ -485,8 +485,10 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
         raise ValueError(f"{path.name} is not a file")
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int(content[:8].view("<u8")[0])
-    header = json.loads(content[8:start].tobytes()) if start <= len(content) else {}
-    files = json.loads(header.pop("__metadata__")["files"])
+    if start > min(len(content), MAX_JSON_BYTES):
+        raise ValueError(f"the header of {path.name} is cut or takes more than {MAX_JSON_BYTES:,} bytes")
+    header = parse_json(content[8:start].tobytes().decode())
+    files = parse_json(header.pop("__metadata__")["files"])
     arrays = {}
     for name, one in header.items():
         first, last = one["data_offsets"]

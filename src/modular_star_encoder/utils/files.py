@@ -81,8 +81,12 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
     path = Path(path)
     if path.exists() and not (path.is_file() and path.stat().st_size <= most_bytes):  # a pipe never ends
         raise ValueError(f"not a file of at most {most_bytes:,} bytes")
+    return parse_json(path.read_text(encoding="utf-8"), finite=finite)
+
+
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """Return the value of a text in JSON; ValueError as in `read_json`."""
     checks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number) if finite else {}
-    text = path.read_text(encoding="utf-8")
     if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
         raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
     try:

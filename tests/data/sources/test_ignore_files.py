@@ -7,8 +7,10 @@ import subprocess
 
 import pytest
 
+from modular_star_encoder.data.sources import ignore_files
 from modular_star_encoder.data.sources.ignore_files import glob_expression
 from modular_star_encoder.data.sources.repositories import folder_repositories
+from tests.errors import raises
 
 IGNORES = {
     ".gitignore": "build/\n*.gen.py\n!keep.gen.py\n/top.py\nlogs/**/x.py\n# comment\n\\#odd.py\nspace\\ d.py\n",
@@ -118,6 +120,36 @@ def test_tracked_files_are_read_even_where_a_pattern_matches(tmp_path):
     for damaged in (b"", b"DIRC", index.read_bytes()[:200]):
         index.write_bytes(damaged)
         assert "a.py" in read(folder)
+
+
+@pytest.mark.parametrize("limits", [{"MAX_INDEX_BYTES": 200}, {"MAX_INDEX_BYTES": 1000}, {"_LONGEST_PATH": 100}])
+def test_a_git_index_of_very_many_or_very_long_paths_is_not_used(tmp_path, monkeypatch, limits):
+    folder = make(tmp_path / "repository", ["build/" + "long/" * 20 + "a.py", "b.py"])
+    git(folder, "add", ".")
+    (folder / ".gitignore").write_text("build/\n")
+    assert len(read(folder)) == 2
+    for name, value in limits.items():
+        monkeypatch.setattr(ignore_files, name, value)
+    assert read(folder) == ["b.py"]
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".moseignore", ".git", "g/commondir", "g/index", "g/info/exclude"])
+@pytest.mark.parametrize("device", [None, "/dev/zero"])
+def test_pipes_and_devices_among_the_files_of_git_are_not_read(tmp_path, name, device):
+    (tmp_path / "g" / "info").mkdir(parents=True)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / ".gitignore").write_text("b.py\n")
+    (tmp_path / ".git").write_text("gitdir: g\n")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.symlink(device, tmp_path / name) if device else os.mkfifo(tmp_path / name)
+    assert read(tmp_path) == ["a.py"]
+
+
+@pytest.mark.parametrize("limit", ["MOST_LINES", "_MAX_BYTES"])
+def test_an_ignore_file_with_too_many_patterns_is_named(repository, monkeypatch, limit):
+    monkeypatch.setattr(ignore_files, limit, 2)
+    with raises("data.ignore.too_large", repository / ".git/info/exclude" if limit == "_MAX_BYTES" else ".gitignore"):
+        read(repository)
 
 
 def test_a_repository_inside_and_a_second_work_tree_have_rules_of_their_own(repository):

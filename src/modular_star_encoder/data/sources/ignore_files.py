@@ -6,13 +6,21 @@ settings, such as `core.excludesFile`, are not read.
 
 import os
 import re
+import stat
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from modular_star_encoder.utils.errors import UserError
+
 _IGNORE_FILES = (".gitignore", ".moseignore")
+MOST_LINES = 10_000  # of an ignore file
+MAX_INDEX_BYTES = 256_000_000  # of a git index, and of the paths in it with those of their folders
+_MAX_BYTES = 250_000  # of any other file
+_LONGEST_PATH = 4096
 
 
 class IgnoreFiles:
@@ -88,24 +96,24 @@ class _Repository:
         self._top = top
         self._git = git = top / ".git"
         common = git
-        with suppress(OSError, ValueError):
-            if git.is_file():  # a work tree or a submodule
-                self._git = git = top / git.read_text(errors="surrogateescape").removeprefix("gitdir:").strip()
-                common = git
-                common = git / (git / "commondir").read_text(errors="surrogateescape").strip()
+        if link := os.fsdecode(_content(git)):  # a work tree or a submodule
+            self._git = git = top / link.removeprefix("gitdir:").strip()
+            common = git / os.fsdecode(_content(git / "commondir")).strip()
         self.exclude = os.fspath(common / "info" / "exclude")
 
     @cached_property
     def tracked(self) -> frozenset[bytes]:
         """The paths of the files that git tracks, and of the folders with such files."""
-        names: list[bytes] = []
-        with suppress(OSError, ValueError, IndexError, struct.error):  # no index, or one cut short
-            names = _index_names((self._git / "index").read_bytes())
-        found, top = set(), os.fsencode(self._top)
-        for name in names:
-            while name and (path := os.path.join(top, name)) not in found:
-                found.add(path)
-                name = os.path.dirname(name)
+        found, top, left = set(), os.fsencode(self._top), MAX_INDEX_BYTES
+        try:
+            for name in _index_names(_content(self._git / "index", MAX_INDEX_BYTES)):
+                while name and (path := os.path.join(top, name)) not in found:
+                    found.add(path)
+                    name = os.path.dirname(name)
+                    if (left := left - len(path)) < 0:
+                        return frozenset()
+        except (ValueError, IndexError, struct.error):  # no index, or a damaged one
+            return frozenset()
         return frozenset(found)
 
 
@@ -113,12 +121,11 @@ _ENTRY_BYTES, _FLAGS = 62, struct.Struct(">H")
 _HAS_MORE_FLAGS = 0x4000
 
 
-def _index_names(content: bytes) -> list[bytes]:
-    """Return the paths in the content of a git index file of version 2, 3 or 4 with SHA-1 (gitformat-index)."""
+def _index_names(content: bytes) -> Iterator[bytes]:
+    """Yield the paths in the content of a git index file of version 2, 3 or 4 with SHA-1 (gitformat-index)."""
     magic, version, count = struct.unpack_from(">4sII", content)
-    names: list[bytes] = []
     if magic != b"DIRC" or version not in (2, 3, 4):
-        return names
+        return
     at, name = 12, b""
     for _ in range(count):
         (flags,) = _FLAGS.unpack_from(content, at + _ENTRY_BYTES - 2)
@@ -131,19 +138,37 @@ def _index_names(content: bytes) -> list[bytes]:
             kept = len(name) - cut
         end = content.index(b"\0", start)
         name = name[:kept] + content[start:end]
-        names.append(name)
+        if len(name) > _LONGEST_PATH:  # version 4 can double its length with every entry
+            raise ValueError("a path that no system opens")
+        yield name
         at = end + 1 if version == 4 else at + (end - at + 8) // 8 * 8
-    return names
+
+
+def beginning(file: str | os.PathLike[str], size: int) -> bytes | None:
+    """Return the first `size` bytes of a file; None if it can't be read or is a pipe or device, which may never end."""
+    with suppress(OSError, ValueError), open(file, "rb", opener=_open_without_waiting) as opened:
+        if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            return opened.read(size)
+    return None
+
+
+def _open_without_waiting(file: str, flags: int) -> int:
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _content(file: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
+    content = beginning(file, most + 1) or b""
+    return content if len(content) <= most else b""
 
 
 def _rules(file: str, folder: str) -> list[_Rule]:
     """Return the rules of an ignore file for the paths below a folder; no rules if the file can't be read."""
-    content = b""
-    with suppress(OSError, ValueError):
-        if os.path.isfile(file):  # a pipe would be read for ever
-            content = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content = beginning(file, _MAX_BYTES + 1) or b""
+    if len(content) > _MAX_BYTES or content.count(b"\n") > MOST_LINES:
+        message = f"{file} has more than {MOST_LINES:,} lines or {_MAX_BYTES:,} bytes: shorten it."
+        raise UserError("data.ignore.too_large", message)
     rules = []
-    for line in content.split(b"\n"):
+    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         line = line.removesuffix(b"\r")
         glob = line.rstrip(b" ")
         if (len(glob) - len(glob.rstrip(b"\\"))) % 2:  # the last backslash escapes the space after it
@@ -195,7 +220,7 @@ def glob_expression(glob: bytes) -> bytes:
             star, wide = None, (len(parts), kind)
         if kind == "set":
             values, at = _set(glob, at)
-            parts.append(b"[%s]" % b"".join(b"\\x%02x" % value for value in values) if values else b"(?!)")
+            parts.append(b"[%s]" % _ranges(values) if values else b"(?!)")
         else:
             parts.append(_SIMPLE.get(kind) or re.escape(match[kind]))
     return b"".join(parts)
@@ -235,3 +260,14 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
             low = item["first"][-1]
             chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # as in git, `[b-a]` matches `b`
     return [value for value in range(256) if (value in chosen) != is_negative and value != ord("/")], at + 1
+
+
+def _ranges(values: list[int]) -> bytes:
+    """Return the content of a set of a regular expression, as ranges: short, also if nearly all bytes match."""
+    ends = [[values[0], values[0]]]
+    for value in values[1:]:
+        if value == ends[-1][1] + 1:
+            ends[-1][1] = value
+        else:
+            ends.append([value, value])
+    return b"".join(b"\\x%02x-\\x%02x" % (low, high) for low, high in ends)

@@ -30,7 +30,7 @@ from modular_star_encoder.data.sources import (
     decode_source,
     is_closed,
 )
-from modular_star_encoder.data.sources.ignore_files import IgnoreFiles
+from modular_star_encoder.data.sources.ignore_files import IgnoreFiles, beginning
 from modular_star_encoder.utils.errors import UserError
 
 STANDARD_LIBRARY = "python-standard-library"
@@ -80,7 +80,7 @@ class FileReader(SourceReader):
         for repository, path, location, language in self._files:
             if self.is_known is not None and self.is_known(path, location):
                 continue
-            content = _beginning(location, self._filters.max_bytes + 1)
+            content = beginning(location, self._filters.max_bytes + 1)
             text, reason = ("", "unreadable") if content is None else self._filters.decode(content)
             if reason:
                 skipped[reason] += 1
@@ -213,19 +213,8 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
 def _language_of_script(location: Path) -> str | None:
     if location.suffix or location.name.startswith(".") or os.path.islink(location):
         return None
-    beginning = _beginning(location, _SHEBANG_BYTES)
-    return language_of_script(beginning) if beginning else None
-
-
-def _beginning(location: Path, size: int) -> bytes | None:
-    """Return the first `size` bytes of a file; None if it can't be read or is a pipe, which would be read for ever."""
-    try:
-        if stat.S_ISREG(location.stat().st_mode):
-            with location.open("rb") as file:
-                return file.read(size)
-    except OSError:
-        pass
-    return None
+    content = beginning(location, _SHEBANG_BYTES)
+    return language_of_script(content) if content else None
 
 
 _SHEBANG_BYTES = 128
