@@ -1,5 +1,6 @@
 import pytest
 
+from modular_star_encoder.data.languages import function_finder
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.search.pieces import MOST_LINES, file_pieces, is_boilerplate
 from tests.data.polyglot import NAMES, SOURCES
@@ -108,6 +109,13 @@ def test_a_long_function_is_divided_and_every_part_bears_its_name():
 def test_a_file_that_cannot_be_parsed_is_blocks_of_lines(language, text):
     (piece,) = file_pieces("a", language, text)
     assert (piece.name, piece.text) == ("", text)
+
+
+@pytest.mark.parametrize(("language", "line"), [("python", "def a():0\n"), ("markdown", "# a\n")])
+def test_a_file_of_very_many_definitions_is_blocks_of_lines(monkeypatch, language, line):
+    assert len(file_pieces("a", language, line * 120)) == 120
+    monkeypatch.setattr(function_finder, "MAX_DEFINITIONS", 100)
+    assert [piece.last_line for piece in file_pieces("a", language, line * 120)] == [60, 120]
 
 
 def test_form_feeds_and_unicode_separators_end_no_line():

@@ -23,6 +23,7 @@ from modular_star_encoder.data.languages.parsing import (
 from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
+MAX_DEFINITIONS = 20_000  # a file with more is data: an index has better rows of its blocks of lines
 _MAX_NAME_LENGTH = 200
 
 
@@ -83,15 +84,18 @@ _KINDS = ("function", "scope", "type", "extension")
 def outline(text: str, language: str) -> list[Definition]:
     """Return the functions, classes and other definitions in `text`, outer ones before those inside them.
 
-    `text` may have syntax errors. Raises UnparsableSourceError if it can't be parsed, or if thousands of brackets that
-    nothing closes would make a query take minutes.
+    `text` may have syntax errors. Raises UnparsableSourceError if it can't be parsed, if thousands of brackets that
+    nothing closes would make a query take minutes, or if the query finds more than `MAX_DEFINITIONS`.
     """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     tree = parse(source.bytes, grammar)
     if has_wide_error(tree):
         raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
-    for _, captures in QueryCursor(grammar.definitions).matches(tree.root_node):
+    matches = QueryCursor(grammar.definitions).matches(tree.root_node)
+    if len(matches) > MAX_DEFINITIONS:
+        raise UnparsableSourceError(f"The text has more than {MAX_DEFINITIONS:,} definitions.")
+    for _, captures in matches:
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
             continue
