@@ -306,6 +306,27 @@ def test_columns_of_pairs_are_guessed_from_their_names_in_files_of_any_kind(tmp_
     assert [text.description for text in read(chosen)["pairs"].texts] == [ADD[1], SUBTRACT[1]]
 
 
+@pytest.mark.parametrize(
+    ("header", "query", "positive"),
+    [
+        ("title,answer_code,answer_id,code_language", "title", "answer_code"),
+        ("Question text,code-text", "Question text", "code-text"),
+        ("code,answer_code,the question", "the question", "code"),
+        ("title,answer_code,code_2", "", "positive"),  # two columns fit
+        ("question_answer,code", "query", ""),  # one column fits two roles
+    ],
+)
+def test_a_column_that_alone_has_a_known_word_in_its_name_is_guessed(tmp_path, header, query, positive):
+    (tmp_path / "pairs.csv").write_text(f"{header}\n" + ",".join("abcd"[: header.count(",") + 1]) + "\n")
+    if missing := {"query", "positive"} & {query, positive}:
+        with raises("data.pairs.columns", *missing):
+            resolve_pairs({"pairs": str(tmp_path / "pairs.csv")})
+    else:
+        columns = resolve_pairs({"pairs": str(tmp_path / "pairs.csv")})["pairs"]["columns"]
+        assert (columns["query"], columns["positive"]) == (query, positive)
+        assert columns["language"] is None
+
+
 def test_negatives_of_pairs_are_texts_or_lists_and_a_lone_repository_separates_nothing(tmp_path):
     rows = [pair(negatives=["x = 1", "x = 2"], repo="me/mine"), pair(*SUBTRACT, negatives="x = 3", repo="me/mine")]
     settings = resolve_pairs({"pairs": str(write(tmp_path / "a.jsonl", rows))})

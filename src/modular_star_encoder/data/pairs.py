@@ -7,6 +7,7 @@ solutions of exercises (code alone).
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -268,7 +269,8 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     `data.pairs` is a file, folder or Hub id, or a mapping with `source` and the options of `open_dataset_rows`.
     `data.columns`, or `columns` in that mapping, names the columns of `query` and `positive`, and optionally of
     `negative` (a text, or a list whose first text is used), `score`, `language` and `repository`. If one of these is
-    null, no column is used for it. If one is not given, its column is guessed from the names in the file. `min_score`
+    null, no column is used for it. If one is not given, its column is guessed from the names in the file; for query and
+    positive, the only column with such a name as a word, and with no name of another role, will do. `min_score`
     (0.5 by default) stays an option: readers leave out rows with a lower score. UserError if the source does not exist,
     a named column is missing, or the column of query or positive can't be guessed.
     """
@@ -291,6 +293,16 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
         for role, names in _PAIR_COLUMNS.items():
             if role not in columns:
                 columns[role] = next((by_name.pop(name) for name in names.split() if name in by_name), None)
+        words = {column: set(re.split(r"[^a-z]+", name)) - {"text"} for name, column in by_name.items()}
+        for role in ("query", "positive"):
+            fit = [
+                column
+                for column, own in words.items()
+                if [other for other, names in _PAIR_COLUMNS.items() if own & set(names.split())] == [role]
+                and "id" not in own
+            ]
+            if columns[role] is None and len(fit) == 1:
+                columns[role] = fit[0]
         if unknown := [role for role in ("query", "positive") if columns[role] is None]:
             message = f"No column of {source} looks like the {' and the '.join(unknown)}. It has {', '.join(there)}."
             raise UserError("data.pairs.columns", f"{message} Set data.columns={{query: NAME, positive: NAME}}.")
