@@ -261,7 +261,9 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     recipe = str(write_recipe(tmp_path / "recipe.yaml", settings))
     status, out, _ = mose("finetune", recipe, "max_steps=1", "--out", tmp_path / "run", "seed=1")
     assert status == 0
-    assert out.splitlines()[-1] == f"1 steps; result in {tmp_path / 'run' / 'model'}"
+    run = tmp_path / "run"
+    assert out.splitlines()[-1] == f"1 steps; result in {run / 'model'}, these tables in {run / 'report.md'}"
+    assert (run / "report.md").read_text() in out
     assert "rows per step         8 (8 on each of 1 processes)" in out
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 

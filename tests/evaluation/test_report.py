@@ -38,8 +38,8 @@ def tables(report):
     return report.tables
 
 
-def test_a_table_has_a_row_for_each_exit_and_retriever_and_the_mean_of_its_columns(tables, results):
-    toy, pairs = tables
+def test_a_table_has_a_row_for_each_exit_and_retriever_and_the_mean_of_its_columns(report, results):
+    toy, pairs = report.tables
     assert [row.label for row in toy.rows] == ["given, exit 1", "given, exit 2", "given, exit 3", "BM25"]
     for row in toy.rows:
         key = ("toy", row.retriever, row.exit_layer)
@@ -56,7 +56,24 @@ def test_a_table_has_a_row_for_each_exit_and_retriever_and_the_mean_of_its_colum
     assert (toy.reference, last.difference) == ("given, exit 3", None)  # the deepest
     for row in (toy.rows[0], toy.rows[3]):
         assert row.difference.value == pytest.approx(row.mean.value - last.mean.value)
+        assert row.difference.low < row.difference.value < row.difference.high
+        assert f" {row.difference.value * 100:+.1f} ({row.difference.low * 100:+.1f} to " in report.to_markdown()
     assert toy.rows[3].difference.p < 0.05  # BM25 finds no words in numbers
+    assert pairs.rows[0].difference.low is None  # no interval for F1
+
+
+def test_each_exit_is_compared_with_the_same_exit_before(tmp_path, results):
+    exits = [one for one in results if one.retriever == "given"]
+    before = [replace(one, retriever="before", exit_layer=4 - one.exit_layer) for one in exits]
+    report = make_report(TASKS[:2], [*results, *before], before="before")
+    (table,) = report.tables
+    assert table.reference == "the same exit (before)"
+    differences = {row.label: row.difference.value for row in table.rows if row.difference}
+    one, two, three = (row.mean.value for row in table.rows[:3])
+    expected = {"given, exit 1": one - three, "given, exit 2": 0, "given, exit 3": three - one}
+    assert differences == pytest.approx(expected)
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict()))
+    assert read_quality(tmp_path / "report.json") == {1: one, 2: two, 3: three}  # not those of `before`
 
 
 def test_markdown_shows_values_intervals_command_and_notes(report, tables):

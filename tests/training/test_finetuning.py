@@ -70,6 +70,13 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     mrr = {(row.retriever, row.exit_layer): row.mean.value for row in text_to_code.rows}
     assert list(mrr) == [*((name, k) for name in ("trained", "before training") for k in EXIT_LAYERS), ("BM25", None)]
     assert mrr["before training", 4] < mrr["trained", 4]
+    for row in text_to_code.rows:
+        if row.retriever == "trained":
+            gain = mrr["trained", row.exit_layer] - mrr["before training", row.exit_layer]
+            assert row.difference.value == pytest.approx(gain)
+        else:
+            assert row.difference is None
+    assert "| trained, exit 4" in (tmp_path / "run" / "report.md").read_text()
     assert mrr["BM25", None] > 0.9
     assert not model.config.unpad_inputs
     encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from modular_star_encoder.cli import add_recipe_options
@@ -122,19 +123,21 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "finetune")
-    from modular_star_encoder.evaluation.report import TABLES, Report
     from modular_star_encoder.training.finetuning import load_finetuning
+    from modular_star_encoder.training.runs import REPORT
     from modular_star_encoder.utils.reports import markdown_table, percent
 
     recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
     log = finetune(recipe, arguments.out)
-    if log.get("retrieval"):
-        print(f"\n{Report(TABLES.validate_python(log['retrieval']['tables']), ()).to_markdown()}")
+    report, also = Path(arguments.out, REPORT), ""
+    if report.is_file():  # not for classifiers
+        print(f"\n{report.read_text(encoding='utf-8')}")
+        also = f", these tables in {report}"
     for split, scores in log.get("scores", {}).items():  # only for classifiers
         header = [f"{split} (%), exit", *next(iter(scores.values()))]
         rows = [[str(exit_layer), *map(percent, values.values())] for exit_layer, values in scores.items()]
         print("", *markdown_table([header, *rows]), sep="\n")
-    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}")
+    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}{also}")
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:

@@ -37,10 +37,18 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A row's mean minus the reference row's mean, and the p-value of this difference in a paired permutation test."""
+    """A row's mean minus the reference row's mean, with the p-value of a paired permutation test and an interval."""
 
     value: float
     p: float
+    low: float | None = None  # bounds of the 95 % bootstrap interval of the difference; None for F1
+    high: float | None = None
+
+    def __str__(self) -> str:
+        change = f"{100 * self.value:+.1f}"
+        if self.low is None or self.high is None:
+            return change
+        return f"{change} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Row:
     columns: Mapping[str, Estimate]  # {column of the table: value of the main metric in this column}
     mean: Estimate  # mean of the main metric over all tasks
     others: Mapping[str, float]  # {metric other than the main one: its mean over all tasks}
-    difference: Difference | None  # from the reference row; None in the reference row itself
+    difference: Difference | None  # from the reference row; None in rows that are compared with no other
 
     @property
     def label(self) -> str:
@@ -69,7 +77,7 @@ class Table:
     benchmark: str
     metric: str  # the main metric
     rows: Sequence[Row]  # in the order of the retrievers; exits of a retriever ascend
-    reference: str  # the label of the reference row, which the other rows are compared with
+    reference: str  # what rows are compared with: the label of the reference row, or "the same exit (RETRIEVER)"
     size: str  # the numbers of queries (or pairs) and candidates, in words
     notes: Sequence[str]  # caveats, shown below the table
 
@@ -121,27 +129,38 @@ def versions() -> dict[str, str]:
 
 
 def make_report(
-    tasks: Sequence[Task], results: Sequence[TaskResult], command: str = "", checksum: str | None = None
+    tasks: Sequence[Task],
+    results: Sequence[TaskResult],
+    command: str = "",
+    checksum: str | None = None,
+    before: str | None = None,
 ) -> Report:
-    """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`."""
+    """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`.
+
+    The rows of a table are compared with its reference row: the deepest exit of the first retriever with exits, or else
+    the first row. If `before` is the name of a retriever, each exit of the others is compared with its same exit.
+    """
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
-    tables = [_table(name, [task for task in tasks if task.benchmark == name], results) for name in benchmarks]
+    tables = [_table(name, [task for task in tasks if task.benchmark == name], results, before) for name in benchmarks]
     return Report(tables, results, command, checksum)
 
 
-def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult]) -> Table:
+def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult], before: str | None) -> Table:
     found: dict[_Key, dict[str, TaskResult]] = {}
     for result in results:
         if result.benchmark == benchmark:
             found.setdefault((result.retriever, result.exit_layer, result.dimensions), {})[result.task] = result
     groups = {key: [by_task[task.name] for task in tasks] for key, by_task in found.items()}
-    # The reference is the deepest exit (full embeddings) of the first retriever with exits, else the first retriever.
     own = [key for key in groups if key[1] is not None]
     own = [key for key in own if key[0] == own[0][0]]
     reference = max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else next(iter(groups))
     first = groups[reference]
-    rows = [_row(key, tasks, group, None if key == reference else first) for key, group in groups.items()]
-    label = next(row.label for row in rows if row.difference is None)
+    compared = {key: (before, *key[1:]) if before else reference for key in groups}
+    rows = [
+        _row(key, tasks, group, None if compared[key] == key else groups.get(compared[key]))
+        for key, group in groups.items()
+    ]
+    label = f"the same exit ({before})" if before else next(row.label for row in rows if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
     size = f"{sum(len(result.values) for result in first):,} {'queries' if first[0].candidates else 'pairs'}"
     if first[0].candidates:
@@ -182,7 +201,8 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult]) 
         first, second = (np.array(result.values, dtype=np.int64) for result in pairs[0])
         return Difference(value, metrics.f1_permutation_test(first, second))
     differences = [dict(zip(a.ids, np.subtract(a.values, b.values), strict=True)) for a, b in pairs]
-    return Difference(value, metrics.permutation_test(metrics.shares(differences)))
+    bounds = metrics.bootstrap_interval(metrics.spread(differences))
+    return Difference(value, metrics.permutation_test(metrics.shares(differences)), *bounds)
 
 
 def to_latex(tables: Sequence[Table]) -> str:
@@ -224,7 +244,7 @@ def _cells(table: Table) -> list[list[str]]:
     for row in table.rows:
         means = [percent(row.mean.value)] if mean else []
         one = row.difference
-        changed = ["", ""] if one is None else [f"{100 * one.value:+.1f}", f"{one.p:.4f}"]
+        changed = ["", ""] if one is None else [str(one), f"{one.p:.4f}"]
         values = [percent(estimate.value) for estimate in row.columns.values()]
         cells.append([row.label, *values, *means, interval(row.mean), *map(percent, row.others.values()), *changed])
     return cells
@@ -233,7 +253,7 @@ def _cells(table: Table) -> list[list[str]]:
 def _explain(table: Table) -> list[str]:
     ties = "" if table.metric == "f1" else "; ties count against the retriever"
     values = f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries."
-    tests = f"Δ and p: difference from {table.reference}, paired permutation test."
+    tests = f"Δ: difference from {table.reference}, with its interval; p: paired permutation test."
     return [f"{values} {tests}", *(f"Note: {note}." for note in table.notes)]
 
 
@@ -281,7 +301,7 @@ def _evaluated_model(table: Table) -> Table:
 
 def _own_exits(table: Table) -> dict[int, Row]:
     """Return {exit_layer: the row with the largest embeddings} of the evaluated model."""
-    own = next(row.retriever for row in table.rows if row.difference is None)
+    own = next((row.retriever for row in table.rows if row.exit_layer is not None), None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
 

@@ -36,6 +36,7 @@ from modular_star_encoder.training.recipes import ClassificationRecipe, Finetuni
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import write_text
 from modular_star_encoder.utils.settings import build_settings, read_mapping
 
 logger = logging.get_logger(__name__)
@@ -71,10 +72,10 @@ def finetune(
 
     If the recipe has `distillation`, every exit also learns the vectors of a teacher.
 
-    `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and at the end `model/` with
-    `training_log.json`. `AutoModel` can load `model/`, and so can `SentenceTransformer`, if its modules support the
-    model's pooling. With `lora`, `model/` has the merged weights, and `adapter/` the adapters. If `out` already has a
-    training log, nothing is trained, and this log is returned.
+    `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and at the end `report.md` (scores of
+    all exits) and `model/` with `training_log.json`. `AutoModel` can load `model/`, and so can `SentenceTransformer`,
+    if its modules support the model's pooling. With `lora`, `model/` has the merged weights, and `adapter/` the
+    adapters. If `out` already has a training log, nothing is trained, and this log is returned.
 
     With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
     contradicts itself, the model or the data, or if `out` has a run with another recipe.
@@ -155,7 +156,9 @@ def finetune(
         encoders = [exit_encoder(*loaded, name, longest) for name, loaded in models.items()]
         tasks = held_out_tasks(rows.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
         results = evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], progress=progress)
-        report = make_report(tasks, results, checksum=checkpoint_checksum(out / runs.MODEL))
+        checksum, first = checkpoint_checksum(out / runs.MODEL), "before training" if before else None
+        report = make_report(tasks, results, checksum=checksum, before=first)
+        write_text(out / runs.REPORT, report.to_markdown())
         log |= {"data": rows.report, "retrieval": report.to_dict()}
         run.end(log)
     state.wait_for_everyone()

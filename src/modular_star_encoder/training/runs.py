@@ -30,7 +30,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import locked, write_json
 from modular_star_encoder.utils.settings import build_settings
 
-MODEL, ADAPTER, CHECKPOINTS = "model", "adapter", "checkpoints"
+MODEL, ADAPTER, CHECKPOINTS, REPORT = "model", "adapter", "checkpoints", "report.md"
 LOG = Path(MODEL, "training_log.json")
 """Path of the training log in a run's folder. It is written last, so that a run with a log is finished."""
 
