@@ -1,7 +1,9 @@
 import asyncio
 import json
 import os
+import subprocess
 import sys
+import threading
 
 import pytest
 from mcp import Client, StdioServerParameters
@@ -96,6 +98,23 @@ def test_an_index_that_came_with_a_folder_serves_no_other_folder(code, tmp_path,
     build(tmp_path / "outside", code / ".mose", checkpoint)
     assert main(["mcp", str(code)]) == 2
     assert str(tmp_path / "outside") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_message_with_half_a_character_is_answered(code):
+    start = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}
+    read = {"name": "read", "arguments": {"path": "\ud800.py"}}
+    command = [sys.executable, "-m", "modular_star_encoder.cli.main", "mcp", str(code)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        for number, (method, params) in enumerate((("initialize", start), ("tools/call", read))):
+            message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+            print(json.dumps(message), file=server.stdin, flush=True)
+        timer = threading.Timer(60, server.kill)  # without an answer, reading would wait without end
+        timer.start()
+        result = [json.loads(server.stdout.readline()) for _ in range(2)][1]["result"]
+        timer.cancel()
+        server.stdin.close()
+    assert (result["isError"], "�.py" in result["content"][0]["text"]) == (True, True)
 
 
 def test_answers_are_cut(index, code):

@@ -259,7 +259,7 @@ def run_related(arguments: argparse.Namespace) -> None:
 
 def run_mcp(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import CodeIndex, open_store
-    from modular_star_encoder.search.mcp_server import build_server
+    from modular_star_encoder.search.mcp_server import serve
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
     folder = os.path.expanduser(arguments.folder)
@@ -268,7 +268,7 @@ def run_mcp(arguments: argparse.Namespace) -> None:
     index = CodeIndex.open(store) if has_index else CodeIndex.build(folder, store, progress=False)
     # An index that came with other people's code may name another folder, whose files would then be read.
     index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
-    build_server(index).run("stdio")
+    serve(index)
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

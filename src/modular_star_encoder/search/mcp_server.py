@@ -6,10 +6,15 @@ files of the index: none that git ignores, none in hidden folders, none outside 
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Annotated, Any, BinaryIO, cast
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -77,6 +82,37 @@ def build_server(index: CodeIndex) -> MCPServer:
         return _cut("\n".join(f"{number}\t{printable(line)}" for number, line in enumerate(chosen, first)))
 
     return server
+
+
+class _Input(io.BufferedIOBase):
+    """Lines of JSON from a binary file, with � in place of lone surrogates such as `\\ud800`.
+
+    The mcp library can't decode such a message, and would never answer it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1, /) -> bytes:
+        line = self._file.readline()
+        if b"\\ud" in line.lower():
+            with suppress(ValueError, RecursionError):  # not JSON: the library reports it
+                text = json.dumps(json.loads(line), ensure_ascii=False)
+                return re.sub("[\ud800-\udfff]", "�", text).encode() + b"\n"
+        return line
+
+
+def serve(index: CodeIndex) -> None:
+    """Serve the tools on stdin and stdout until stdin ends."""
+    own = sys.stdin
+    sys.stdin = cast(Any, SimpleNamespace(buffer=_Input(own.buffer)))
+    try:
+        build_server(index).run("stdio")
+    finally:
+        sys.stdin = own
 
 
 def _cut(text: str) -> str:
