@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from modular_star_encoder.utils import files
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.files import (
     check_types,
@@ -86,6 +87,17 @@ def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_r
     with staged_folder(tmp_path / "out"), scratch_folder("card"):
         pass
     assert sorted(os.listdir(tmp_path)) == [f".mose-card.{os.getppid()}.tmp", f".out.{os.getppid()}.tmp", "out"]
+
+
+def test_folders_nested_too_deeply_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FOLDER_DEPTH", 2)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("c.csv", "a/b/d.csv", "e.txt"):
+        (tmp_path / name).touch()
+    assert files.files_below(tmp_path, "*.csv") == [tmp_path / "a" / "b" / "d.csv", tmp_path / "c.csv"]
+    (tmp_path / "a" / "b" / "c").mkdir()
+    with raises("files.folder.too_deep", tmp_path, "2"):
+        files.files_below(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "NaN", "9" * 30, "{", "\ud800", f"[{'[],' * 600}0]"])

@@ -35,7 +35,7 @@ from modular_star_encoder.evaluation.benchmarks.rows import read_json, read_json
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import locked, scratch_folder, staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import files_below, locked, scratch_folder, staged_file, staged_folder, write_json
 from modular_star_encoder.utils.settings import check_names, read_mapping
 
 # Each client writes to the folder in which it runs. `debian-source` needs a deb-src line among apt's sources.
@@ -294,7 +294,7 @@ class EvaluationTexts:
         self._grams: dict[str, dict[int, list[int]]] = {kind: defaultdict(list) for kind in _TOKEN}  # 5-gram → texts
         self._texts: list[tuple[str, int]] = []  # for each text number: (name of the set, number of 5-grams)
         for source in map(Path, sources):
-            for path in sorted(source.rglob("*.json*")) if source.is_dir() else [source]:
+            for path in files_below(source, "*.json*") if source.is_dir() else [source]:
                 for kind, text in dict.fromkeys(_evaluation_texts(path)):
                     self._add(source.name.partition(".")[0], kind, text)
         if not self._texts:

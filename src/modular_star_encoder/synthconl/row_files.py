@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file
+from modular_star_encoder.utils.files import files_below, staged_file
 
 ROWS_PER_FILE = 1000
 ROWS_PER_PUBLISHED_FILE = 100_000
@@ -100,7 +100,7 @@ class Shard:
 
 def find_shards(folder: Path) -> tuple[Shard, ...]:
     """Return the parquet files in a folder and its subfolders, in the order of their names; UserError if none."""
-    paths = sorted(folder.rglob("*.parquet"))
+    paths = files_below(folder, "*.parquet")
     if not paths:
         raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file (*.parquet).")
     return tuple(Shard(path, path.relative_to(folder).as_posix(), _opened(path).metadata.num_rows) for path in paths)

@@ -1,5 +1,6 @@
 """Writes files and folders so that they appear complete or not at all; reads and checks JSON."""
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from modular_star_encoder.utils.errors import UserError
 
 MAX_JSON_BYTES, MAX_JSON_VALUES = 2**26, 2**23
+MAX_FOLDER_DEPTH = 200
 LOCK, LOCK_SECONDS = ".lock", 5.0
 
 
@@ -70,6 +72,20 @@ def similar_files(path: str | os.PathLike[str]) -> str:
     there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = get_close_matches(path.name, there, n=3, cutoff=0.6)
     return f" (similar: {', '.join(str(path.parent / name) for name in near)})" if near else ""
+
+
+def files_below(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+    """Return the sorted paths of all files below a folder whose names fit `pattern`; links to folders are not followed.
+
+    UserError (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder):
+        if folders and len(Path(parent).relative_to(folder).parts) >= MAX_FOLDER_DEPTH:
+            message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
+            raise UserError("files.folder.too_deep", message)
+        found += [Path(parent, name) for name in fnmatch.filter(names, pattern)]
+    return sorted(found)
 
 
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:

@@ -149,6 +149,17 @@ def test_repositories_may_be_deeper(tmp_path):
         folder_repositories(tmp_path, depth=-1)
 
 
+@pytest.mark.parametrize("obey", [False, True])
+def test_folders_nested_too_deeply_are_left_out_and_listed(tmp_path, obey):
+    deep = tmp_path.joinpath(*["d"] * 201)
+    deep.mkdir(parents=True)
+    for folder in (deep, deep.parent):
+        (folder / "a.py").write_text("x = 1\n")
+    reader = folder_repositories(tmp_path, depth=0, obey_ignore_files=obey)
+    assert [file.path for file in reader] == ["d/" * 200 + "a.py"]
+    assert reader.skipped_files == [("d/" * 200 + "d", "folder nested too deeply")]
+
+
 def test_an_iteration_that_was_abandoned_does_not_add_to_the_counts_of_the_next(tmp_path):
     write(tmp_path, {"a/a.py": "x", "a/b.py": b"\xe9", "a/c.py": "x"})
     reader = folder_repositories(tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import similar_files
+from modular_star_encoder.utils.files import files_below, similar_files
 
 if TYPE_CHECKING:
     import datasets
@@ -211,7 +211,7 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     name = os.path.expanduser(os.fspath(source))
     if not os.path.isdir(name):
         return [name] if name.endswith(suffixes) else []
-    found = [file for file in sorted(Path(name).rglob("*")) if file.name.endswith(suffixes)]
+    found = [file for file in files_below(name) if file.name.endswith(suffixes)]
     if any(file.suffix == ".parquet" for file in found):
         found = [file for file in found if file.name != _NO_ROWS]
     splits = {one: [file for file in found if file.name.startswith((f"{one}-", f"{one}."))] for one in _SPLITS}

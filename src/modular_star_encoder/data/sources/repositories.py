@@ -32,6 +32,7 @@ from modular_star_encoder.data.sources import (
 )
 from modular_star_encoder.data.sources.ignore_files import IgnoreFiles, beginning
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import MAX_FOLDER_DEPTH, files_below
 
 STANDARD_LIBRARY = "python-standard-library"
 OWN_DISTRIBUTION = "modular-star-encoder"
@@ -126,7 +127,7 @@ def installed_repositories(
                     found.append(_File(name, file.as_posix(), Path(str(distribution.locate_file(file))), str(language)))
     if STANDARD_LIBRARY not in seen:
         library = _source_files(Path(sysconfig.get_path("stdlib")), chosen)
-        found += [file._replace(repository=STANDARD_LIBRARY) for file, _ in library]
+        found += [file._replace(repository=STANDARD_LIBRARY) for file, reason in library if not reason]
     return FileReader(((file, filters.reason_by_path(PurePath(file.path), file.language)) for file in found), filters)
 
 
@@ -142,6 +143,7 @@ def folder_repositories(
     """Return a reader of the source files under `folder`.
 
     Symbolic links are not followed. Hidden folders, virtual environments and `CLOSED_FOLDERS` are not entered.
+    Folders nested more than `MAX_FOLDER_DEPTH` deep are left out.
 
     Args:
         languages: languages to read; by default `LANGUAGES`.
@@ -185,7 +187,12 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
     """Yield every source file, with its path relative to `root`, and why it is left out (None if it is not)."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
+    too_deep: list[Path] = []
     for parent, folders, files in os.walk(root, onerror=closed.append):
+        if len(Path(parent).parts) - len(root.parts) > MAX_FOLDER_DEPTH:
+            too_deep.append(Path(parent))
+            folders.clear()
+            continue
         if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
             continue
@@ -205,9 +212,10 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
             if obey or not is_link:
                 path = location.relative_to(root).as_posix()
                 yield _File("", path, location, str(language)), "symbolic link" if is_link else None
-    for error in closed if obey else ():
-        location = Path(error.filename)
-        yield _File("", location.relative_to(root).as_posix(), location, ""), "unreadable folder"
+    left_out = [(path, "folder nested too deeply") for path in too_deep]
+    left_out += [(Path(error.filename), "unreadable folder") for error in closed if obey]
+    for location, reason in left_out:
+        yield _File("", location.relative_to(root).as_posix(), location, ""), reason
 
 
 def _language_of_script(location: Path) -> str | None:
@@ -348,7 +356,7 @@ def archive_repositories(
     """
     root = Path(source).expanduser()
     if root.is_dir():
-        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if not path.is_symlink()}
+        files = {path.relative_to(root).as_posix(): path for path in files_below(root) if not path.is_symlink()}
     else:
         files = {root.name: root}
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
