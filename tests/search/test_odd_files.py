@@ -1,11 +1,11 @@
 import os
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
+from modular_star_encoder.data.sources import repositories
 from modular_star_encoder.search.building import update_store
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.vector_store import Filter, IndexSettings, file_id, path_expression
@@ -131,15 +131,15 @@ def test_what_is_no_ordinary_file_is_named(folder, kind):
 )
 def test_a_file_that_changes_while_it_is_read_is_read_or_named(folder, monkeypatch, change, expected):
     (folder / "odd.py").write_text("x = 1\n" * 9)
-    original = Path.open
+    original = repositories.beginning
 
-    def changed_before(path, *arguments, **options):
-        if path.name == "odd.py" and arguments == ("rb",):
+    def changed_before(path, size):
+        if path.name == "odd.py":
             monkeypatch.undo()
             change(path)
-        return original(path, *arguments, **options)
+        return original(path, size)
 
-    monkeypatch.setattr(Path, "open", changed_before)
+    monkeypatch.setattr(repositories, "beginning", changed_before)
     assert outcome(folder, "odd.py") == expected
 
 

@@ -27,8 +27,8 @@ def old_code(code):
 @pytest.fixture
 def read(monkeypatch):
     """Names of the files that are read."""
-    names, real = [], repositories._beginning
-    monkeypatch.setattr(repositories, "_beginning", lambda file, size: names.append(file.name) or real(file, size))
+    names, real = [], repositories.beginning
+    monkeypatch.setattr(repositories, "beginning", lambda file, size: names.append(file.name) or real(file, size))
     return names
 
 
