@@ -80,6 +80,58 @@ def test_a_parquet_file_of_many_equal_rows_is_not_read(tmp_path):
         read_retrieval_examples({"pairs": str(tmp_path / "a.parquet")}, progress=False)
 
 
+def one_text_in_every_row(rows):
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), ["f" * 500])
+
+
+@pytest.mark.parametrize(
+    ("columns", "groups", "fault"),
+    [
+        ({"a": pyarrow.nulls(3000, pyarrow.string())}, 1, "3,000 rows"),
+        ({"a": [["x"] * 3000]}, 1, "3,000 rows"),
+        ({"a": one_text_in_every_row(900)}, 1, "characters"),
+        ({f"c{number}": ["x"] for number in range(20)}, 1, "20 columns"),
+        ({"a": ["x"] * 30}, 30, "30 row groups"),
+    ],
+)
+def test_a_parquet_file_that_unpacks_to_more_than_its_share_is_not_read(tmp_path, monkeypatch, columns, groups, fault):
+    limits = {"_MAX_ROWS": 1000, "_MAX_CHARACTERS": 10_000, "_MAX_COLUMNS": 10, "_MAX_ROW_GROUPS": 10}
+    for name, value in limits.items():
+        monkeypatch.setattr(dataset_rows, name, value)
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(table) // groups)
+    with raises("data.source.damaged", fault):
+        list(dataset_rows.open_dataset_rows(tmp_path / "a.parquet", []))
+
+
+def test_rows_of_a_column_with_a_large_dictionary_are_decoded_few_at_a_time(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.table({"a": one_text_in_every_row(900)}), tmp_path / "a.parquet")
+    monkeypatch.setattr(dataset_rows, "_MAX_BATCH_BYTES", 10_000)
+    sizes = {len(batch) for batch in dataset_rows.parquet_batches(tmp_path / "a.parquet")}
+    assert max(sizes) <= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [("a.csv", ",".join(map(str, range(20))), "10 columns"), ("a.jsonl", "x" * 2000, "1,000 characters")],
+)
+def test_a_header_with_many_columns_and_a_line_without_end_are_errors(tmp_path, monkeypatch, name, content, fault):
+    monkeypatch.setattr(dataset_rows, "_MAX_COLUMNS", 10)
+    monkeypatch.setattr(dataset_rows, "_MAX_LINE", 1000)
+    (tmp_path / name).write_text(content)
+    with raises("data.source.damaged", fault):
+        list(dataset_rows.open_dataset_rows(tmp_path / name, []))
+
+
+def test_lines_with_many_values_and_scores_with_thousands_of_digits_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_rows, "_MAX_LINE_VALUES", 1000)
+    good = [{"query": f"Add {n}.", "code": f"def add{n}(): pass", "score": 1} for n in range(3)]
+    rows = [*good, good[0] | {"score": 10**4200 - 1}, good[0] | {"values": [0] * 1000}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (examples,) = read_retrieval_examples({"pairs": str(tmp_path / "a.jsonl")}, progress=False).values()
+    assert examples.skipped == {"score is not a number": 1, "more than 1,000 values": 1}
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
 def test_the_published_columns_become_triplets_again_and_again(tmp_path, name):
     reader = open_triplets(write(tmp_path / name, [row(), row(1)]))

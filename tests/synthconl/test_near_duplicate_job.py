@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import runpy
 from itertools import islice
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from modular_star_encoder.data.sources import dataset_rows
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
 from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
@@ -84,7 +86,7 @@ def test_the_stage_keeps_what_the_search_in_memory_keeps(source, tmp_path, match
 def test_files_keep_their_names_columns_and_schema_however_many_rows_are_read_at_a_time(
     source, finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(row_files, "_ROWS_AT_A_TIME", 5)
+    monkeypatch.setattr(row_files, "_ROWS_PER_GROUP", 5)
     out = tmp_path / "out"
     assert drop(source, out) == finished[0]
     assert written_order(out) == written_order(finished[1])
@@ -131,6 +133,49 @@ def test_without_ids_the_first_row_of_the_first_file_stays_and_a_file_may_lose_a
     read = [row for _, row in open_dataset_rows(tmp_path / "out", ["code"])]
     assert read == written_order(tmp_path / "out")
     assert (read[0], len(read)) == (rows[0], kept)
+
+
+def test_rows_that_are_read_one_by_one_are_written_in_one_row_group(tmp_path, monkeypatch):
+    write_shards(tmp_path / "in", [{"code": f"x = {number}"} for number in range(30)], sizes=(30,))
+    monkeypatch.setattr(dataset_rows, "_MAX_BATCH_BYTES", 1)
+    drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against={})
+    assert pq.read_metadata(tmp_path / "out/part-0/0.parquet").num_row_groups == 1
+
+
+@pytest.mark.parametrize("name", ["report.json/a.parquet", "dropped.jsonl/a.parquet"])
+def test_a_source_with_the_name_of_a_report_is_an_error_before_anything_is_written(tmp_path, name):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"code": ["x"]}), path)
+    with raises("synthconl.near_duplicates.name", path):
+        drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_in_hidden_folders_are_no_rows(tmp_path):
+    for name, text in (("a", "x = 1"), (".near-duplicate-job", "y = 2"), (".lock", "z = 3")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        pq.write_table(pa.table({"code": [text]}), tmp_path / "in" / name / "a.parquet")
+    report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against={})
+    assert report["rows"] == report["counts"]["kept"] == 1
+    assert [path.parent.name for path in (tmp_path / "out").rglob("*.parquet")] == ["a"]
+
+
+def two_of_one_name(path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["code", "code"]), path)
+
+
+def invalid_text(path):
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"code": text}), path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, two_of_one_name, invalid_text])
+def test_a_pipe_and_columns_of_one_name_and_invalid_text_are_errors(tmp_path, make):
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in" / "a.parquet")
+    with raises("synthconl.shards.unreadable", tmp_path / "in" / "a.parquet"):
+        drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None)
 
 
 @pytest.mark.slow

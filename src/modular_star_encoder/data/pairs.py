@@ -360,7 +360,7 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, Any], min_score: float) 
         try:
             if not float(value["score"]) >= min_score:
                 return f"{columns['score']} below {min_score}"
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # an integer may have 4,300 digits
             return f"{columns['score']} is not a number"
     if code_key(value["positive"]) in (code_key(value["query"]), code_key(value["negative"] or "")):
         return f"{columns['positive']} equals another text of the row"

@@ -22,6 +22,7 @@ import pyarrow.parquet
 
 from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, SourceExamples, read_retrieval_examples
+from modular_star_encoder.data.sources.dataset_rows import parquet_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder, write_json
 
@@ -206,11 +207,10 @@ def _table(texts: Sequence[RetrievalExample]) -> pyarrow.Table:
 
 def _rows(path: Path) -> list[RetrievalExample]:
     rows = []
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            snippets = tuple(map(Snippet, row["languages"], row["codes"]))
-            negative = Snippet(row["negative_language"], row["negative_code"]) if row["negative_code"] else None
-            rows.append(RetrievalExample(row["description"], snippets, row["repository"], negative))
+    for row in parquet_rows(path):
+        snippets = tuple(map(Snippet, row["languages"], row["codes"]))
+        negative = Snippet(row["negative_language"], row["negative_code"]) if row["negative_code"] else None
+        rows.append(RetrievalExample(row["description"], snippets, row["repository"], negative))
     return rows
 
 

@@ -85,6 +85,10 @@ def drop_near_duplicates(
         raise UserError("synthconl.near_duplicates.columns", message)
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
+    for shard in shards:
+        if shard.name.split("/")[0] in (REPORT, DROPPED):
+            message = f"{source / shard.name} would be written where {REPORT} or {DROPPED} is; rename it."
+            raise UserError("synthconl.near_duplicates.name", message)
     check_columns(shards, columns, id_column)
     other_sets = {name: list(texts) for name, texts in (against or {}).items()}
     job = {

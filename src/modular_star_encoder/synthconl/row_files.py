@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from modular_star_encoder.data.sources.dataset_rows import open_parquet, parquet_batches, parquet_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import files_below, staged_file
 
 ROWS_PER_FILE = 1000
 ROWS_PER_PUBLISHED_FILE = 100_000
-_ROWS_AT_A_TIME = 1024
+_ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26
 
 Item = TypeVar("Item")
 
@@ -76,7 +77,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return the rows of a parquet file; all columns if `columns` is None. UserError if it can't be read."""
     with _unreadable(file):
-        return pq.read_table(file, columns=list(columns) if columns else None, partitioning=None).to_pylist()
+        return list(parquet_rows(file, columns or None))
 
 
 def count_rows(folder: Path) -> int:
@@ -99,8 +100,9 @@ class Shard:
 
 
 def find_shards(folder: Path) -> tuple[Shard, ...]:
-    """Return the parquet files in a folder and its subfolders, in the order of their names; UserError if none."""
-    paths = files_below(folder, "*.parquet")
+    """Return the parquet files below a folder by name, without those in hidden folders; UserError if none."""
+    found = [(path, path.relative_to(folder)) for path in files_below(folder, "*.parquet")]
+    paths = [path for path, name in found if not any(part.startswith(".") for part in name.parts[:-1])]
     if not paths:
         raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file (*.parquet).")
     return tuple(Shard(path, path.relative_to(folder).as_posix(), _opened(path).metadata.num_rows) for path in paths)
@@ -124,7 +126,7 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
 def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
     """Yield the texts of up to 1,024 rows at a time, as one list for each of `columns`."""
     with _unreadable(shard.path):
-        for batch in _opened(shard.path).iter_batches(_ROWS_AT_A_TIME, columns=list(columns)):
+        for batch in parquet_batches(shard.path, columns):
             yield [batch.column(name).to_pylist() for name in columns]
 
 
@@ -140,7 +142,8 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
     columns = []
     for one in shards:
         with _unreadable(one.path):
-            columns.append(_opened(one.path).read([id_column])[id_column])
+            schema = pa.schema([_opened(one.path).schema_arrow.field(id_column)])
+            columns.append(pa.Table.from_batches(parquet_batches(one.path, [id_column]), schema)[id_column])
     kind = pa.large_string()
     if all(pa.types.is_integer(one.type) for one in columns):
         kind = pa.uint64() if any(pa.types.is_uint64(one.type) for one in columns) else pa.int64()
@@ -155,30 +158,40 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
-    """Copy a shard to `target` with all columns, but only the rows for which `kept`, bool (rows,), is true."""
-    file = _opened(shard.path)
+    """Copy a shard to `target` with all columns, but only the rows for which `kept`, bool (rows,), is true.
+
+    Row groups have about `_ROWS_PER_GROUP` rows or `_GROUP_BYTES` bytes, however few rows are read at a time.
+    """
+    schema = _opened(shard.path).schema_arrow
 
     def tables() -> Iterator[pa.Table]:
-        start = 0
+        start, size = 0, 0
+        group: list[pa.Table] = []
         with _unreadable(shard.path):
-            for batch in file.iter_batches(_ROWS_AT_A_TIME * 8):
-                yield pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
+            for batch in parquet_batches(shard.path, most_rows=_ROWS_PER_GROUP):
+                chosen = pa.Table.from_batches([batch]).filter(pa.array(kept[start : start + len(batch)]))
                 start += len(batch)
+                group += [chosen] if len(chosen) else []
+                size += len(chosen) + chosen.nbytes * _ROWS_PER_GROUP // _GROUP_BYTES
+                if size >= _ROWS_PER_GROUP:
+                    yield pa.concat_tables(group)
+                    group, size = [], 0
+        yield pa.concat_tables([schema.empty_table(), *group])
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_parquet(target, tables(), file.schema_arrow)
+    write_parquet(target, tables(), schema)
 
 
 def _opened(path: Path) -> pq.ParquetFile:
     with _unreadable(path):
-        return pq.ParquetFile(path)
+        return open_parquet(path)
 
 
 @contextmanager
 def _unreadable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError("synthconl.shards.unreadable", f"{path} can't be read as a parquet file ({error}).") from error
 
 

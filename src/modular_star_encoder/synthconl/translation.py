@@ -29,6 +29,7 @@ from pydantic import Field as Constraint
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
+from modular_star_encoder.data.sources.dataset_rows import parquet_batches
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types, read_json, write_json
@@ -393,7 +394,11 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    table = pa.concat_tables(pq.read_table(file, columns=["finish_reason", *_TOKENS]) for file in row_files(out))
+    names = ["finish_reason", *_TOKENS]
+    table = pa.Table.from_batches(
+        (batch for file in row_files(out) for batch in parquet_batches(file, names)),
+        pa.schema([SCHEMA.field(name) for name in names]),
+    )
     tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
     errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
     sessions = _read_sessions(out / SESSIONS)

@@ -103,12 +103,18 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
 def parse_json(text: str, *, finite: bool = True) -> Any:
     """Return the value of a text in JSON; ValueError as in `read_json`."""
     checks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number) if finite else {}
-    if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
-        raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
+    check_json_values(text, MAX_JSON_VALUES)
     try:
         return json.loads(text, **checks)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+
+
+def check_json_values(text: str, most: int) -> int:
+    """Return how many values the JSON in `text` has at most; ValueError if more than `most`. Call before parsing."""
+    if (values := sum(map(text.count, ",[{"))) > most:
+        raise ValueError(f"more than {most:,} values")
+    return values
 
 
 def _number(text: str) -> int | float:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import re
 
 import pytest
@@ -121,3 +122,27 @@ def test_lines_without_end_and_files_that_unpack_to_more_than_their_share_are_no
     path.write_bytes(gzip.compress(content))
     with raises("benchmark.file.unexpected", path):
         rows.read_jsonl(path, dict)
+
+
+@pytest.mark.parametrize("content", ["[" + "0," * 2000 + "0]", "[0]\n" * 2000])
+def test_json_lines_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(rows, "MAX_LINE_VALUES", 1000)
+    monkeypatch.setattr(rows.files, "MAX_JSON_VALUES", 1000)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(content.encode()))
+    with raises("benchmark.file.unexpected", path, "values"):
+        rows.read_jsonl(path, list)
+
+
+def test_json_files_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows.files, "MAX_JSON_VALUES", 1000)
+    (tmp_path / "rows.json").write_text("[" + "0," * 2000 + "0]")
+    with raises("benchmark.file.unexpected", tmp_path / "rows.json", "1,000 values"):
+        rows.read_json(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("read", [rows.read_json, lambda path: rows.read_jsonl(path, dict)])
+def test_a_pipe_is_not_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.json")
+    with raises("benchmark.file.unexpected", tmp_path / "pipe.json"):
+        read(tmp_path / "pipe.json")

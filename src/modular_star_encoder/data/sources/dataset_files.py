@@ -19,13 +19,12 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
-import datasets
 import fsspec
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
-from modular_star_encoder.data.sources.dataset_rows import Source, open_rows, table_rows
+from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
@@ -138,18 +137,20 @@ def row_repositories(
     `columns` names the columns; the default fits The Stack. For `source` and `options` see `open_rows`.
     """
     columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
-    rows = open_rows(source, columns=[name for name in asdict(columns).values() if name], **options)
+    rows = open_rows(
+        source, columns=[name for name in asdict(columns).values() if name], batch_size=_ROWS_PER_BATCH, **options
+    )
     return SourceReader(partial(_read_rows, rows, columns, check_languages(languages), filters or FileFilters()))
 
 
 def _read_rows(
-    rows: datasets.IterableDataset,
+    rows: Iterable[Mapping[str, Any]],
     columns: RowColumns,
     languages: tuple[str, ...],
     filters: FileFilters,
     skipped: Counter[str],
 ) -> Iterator[SourceFile]:
-    for row in table_rows(rows, _ROWS_PER_BATCH):
+    for row in rows:
         path = PurePath((row[columns.path] or "").lstrip("/"))
         language = language_named(row[columns.language]) if columns.language else language_of(path)
         text = (row[columns.text] or "").removeprefix("\ufeff")
@@ -190,14 +191,12 @@ def the_stack_repositories(
     """
     http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
     _check_contents(content_url, http)
-    rows = open_rows(source, columns=("repo_name", "files"), **options)
+    rows = open_rows(source, columns=("repo_name", "files"), batch_size=_ROWS_PER_BATCH, **options)
     chosen, filters = check_languages(languages), filters or FileFilters()
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         fetched = 0
-        wanted = (
-            one for row in table_rows(rows, _ROWS_PER_BATCH) for one in _wanted_files(row, chosen, filters, skipped)
-        )
+        wanted = (one for row in rows for one in _wanted_files(row, chosen, filters, skipped))
         fetching = _fetched(wanted, content_url, http, filters.max_bytes + _GZIP_OVERHEAD)
         with tqdm(desc="Fetching contents", unit=" files", disable=not progress) as bar:
             for file, encoding, future in fetching:

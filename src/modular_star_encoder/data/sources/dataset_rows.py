@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import files_below, similar_files
+from modular_star_encoder.utils.files import check_json_values, files_below, similar_files
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
+    from pyarrow import parquet
 
 _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
 _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"), (".csv", ".csv.gz", ".tsv")
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
-_MAX_LINE = 2**26  # characters of a line
-_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**20, 2**27, 100  # see `_size_fault`
+_MAX_LINE, _MAX_LINE_VALUES = 2**24, 2**20  # characters of a line; values of a line of JSON
+_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**20, 2**25, 100  # see `_size_fault`
+_MAX_COLUMNS, _MAX_ROW_GROUPS, _MIN_GROUP_ROWS = 1000, 1000, 100  # see `open_parquet`
+_MAX_BATCH_BYTES = 2**28  # of rows that are decoded at a time; a row may be larger
 _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
 _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # report of near-deduplication on the rows that it dropped; in a folder of parquet files
@@ -64,38 +68,33 @@ def open_rows(
     split: str = "train",
     revision: str | None = None,
     data_dir: str | None = None,
-) -> datasets.IterableDataset:
-    """Open parquet files or a Hub dataset for streaming, with some of the columns.
+    batch_size: int = _ROWS_PER_BATCH,
+) -> Iterable[dict[str, Any]]:
+    """Return the rows of parquet files or of a Hub dataset, with some of the columns; they can be read repeatedly.
 
     Args:
         source: A parquet file or URL, a list of these, a folder of such files, or the name of a dataset of the Hub.
         columns: Names of the columns to read; all if empty.
         config, split, revision, data_dir: As in `datasets.load_dataset`, for the Hub only; `data_dir` is a folder of
             the dataset, such as the folder of one language.
+        batch_size: Number of rows to decode at a time.
     """
-    import datasets
-    from pyarrow import parquet
-
     shown, files = _shown(source), _files(source, _PARQUET)
     if isinstance(source, str | os.PathLike):
         check_source(source)
+    local = bool(files) and not any("://" in file for file in files)
+    rows: Any = None
     try:
-        for file in filter(os.path.isfile, files):
-            if fault := _size_fault(file, parquet.read_metadata(file).num_rows):
-                raise UserError("data.source.damaged", f"{file} can't be read: {fault}.")
-        if files:
-            # Without a fixed size, a batch is as large as the first row group, which may have no rows.
-            options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
-            rows = datasets.load_dataset("parquet", data_files={"rows": files}, **options)
-            # Row groups instead of files: pyarrow reads ahead of a slow consumer, up to a whole file.
-            rows = rows.reshard() if hasattr(rows, "reshard") else rows
+        if local:
+            schemas = []
+            for file in files:
+                schemas.append(open_parquet(file).schema_arrow)
+            known = [name for name in schemas[0].names if all(name in one.names for one in schemas)]
         else:
-            rows = datasets.load_dataset(
-                str(source), config, split=split, revision=revision, data_dir=data_dir, streaming=True
-            )
-        known = rows.column_names or list(next(iter(rows), {}))
-    except UserError:
-        raise
+            rows = _streamed(source, files, config, split=split, revision=revision, data_dir=data_dir)
+            known = rows.column_names or list(next(iter(rows), {}))
+    except _RowsError as error:
+        raise UserError("data.source.damaged", f"{file} can't be read: {error}.") from error
     except Exception as error:  # the Hub, the network and the formats raise many kinds of errors
         there = files and all(map(os.path.isfile, files))
         advice = "is it damaged, or not parquet?" if there else _NOT_FOUND
@@ -105,7 +104,102 @@ def open_rows(
         message = f"The dataset {shown!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(known)}."
         raise UserError("data.source.column", message)
     # A name may occur twice: a hard negative may share the language column of another code.
-    return rows.select_columns(list(dict.fromkeys(columns or known)))
+    chosen = list(dict.fromkeys(columns or known))
+    if local:
+        return _Repeatable(lambda: (row for file in files for row in parquet_rows(file, chosen, batch_size)))
+    table = rows.select_columns(chosen).with_format("arrow")
+    # `iter`, unlike `__iter__`, does not divide rows among the workers of a DataLoader.
+    return _Repeatable(lambda: (row for one in table.iter(batch_size=batch_size) for row in one.to_pylist()))
+
+
+def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
+    """Open parquet files at `urls`, or if there are none, the dataset `source` of the Hub."""
+    import datasets
+
+    if not urls:
+        return datasets.load_dataset(str(source), config, streaming=True, **options)
+    # Without a fixed size, a batch is as large as the first row group, which may have no rows.
+    rows = datasets.load_dataset(
+        "parquet", data_files={"rows": urls}, split="rows", streaming=True, batch_size=_ROWS_PER_TABLE
+    )
+    # Row groups instead of files: pyarrow reads ahead of a slow consumer, up to a whole file.
+    return rows.reshard() if hasattr(rows, "reshard") else rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeatable:
+    read: Callable[[], Iterator[dict[str, Any]]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.read()
+
+
+class _RowsError(OSError):
+    """A file of rows passes a limit; the message says which."""
+
+
+def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
+    """Open a parquet file whose metadata is within limits; OSError if not, or if it is a folder or a pipe.
+
+    A column may have as many values as a text file may have rows (see `_size_fault`), and row groups on average
+    `_MIN_GROUP_ROWS` rows, if there are more than `_MAX_ROW_GROUPS`.
+    """
+    from pyarrow import parquet
+
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise _RowsError("it is not a regular file")
+    opened = parquet.ParquetFile(file)
+    data = opened.metadata
+    if data.num_columns > _MAX_COLUMNS:
+        raise _RowsError(f"it has {data.num_columns:,} columns; at most {_MAX_COLUMNS:,} are allowed")
+    if data.num_row_groups > _MAX_ROW_GROUPS + data.num_rows // _MIN_GROUP_ROWS:
+        raise _RowsError(f"it has {data.num_row_groups:,} row groups, too many for {data.num_rows:,} rows")
+    names = opened.schema_arrow.names
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise _RowsError(f"it has two columns named {repeated[0]!r}")
+    chunks = [[group.column(one).num_values for one in range(data.num_columns)] for group in _groups(data)]
+    values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
+    if fault := _size_fault(file, values, sum(group.total_byte_size for group in _groups(data))):
+        raise _RowsError(fault)
+    return opened
+
+
+def _groups(data: parquet.FileMetaData) -> list[parquet.RowGroupMetaData]:
+    return [data.row_group(number) for number in range(data.num_row_groups)]
+
+
+def parquet_batches(
+    file: str | os.PathLike[str], columns: Sequence[str] | None = None, most_rows: int = _ROWS_PER_TABLE
+) -> Iterator[pyarrow.RecordBatch]:
+    """Yield a parquet file's rows, at most `most_rows` at a time, fewer if they may be large; all columns if None.
+
+    OSError as in `open_parquet`, or if the content unpacks to more than a text file of this size may have.
+    """
+    import pyarrow
+
+    opened = open_parquet(file)
+    # A dictionary may hold a text as long as the column chunk, and every row may have this text.
+    largest = 1
+    for group in _groups(opened.metadata):
+        chunks = [group.column(number) for number in range(group.num_columns)]
+        read = [one for one in chunks if columns is None or one.path_in_schema.startswith(tuple(columns))]
+        largest = max(largest, sum(one.total_uncompressed_size for one in read))
+    rows = min(most_rows, max(1, _MAX_BATCH_BYTES // largest))
+    size = 0
+    for batch in opened.iter_batches(rows, columns=None if columns is None else list(columns)):
+        for column in batch.columns:
+            size += (column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column).nbytes
+        if fault := _size_fault(file, 0, size):
+            raise _RowsError(fault)
+        yield batch
+
+
+def parquet_rows(
+    file: str | os.PathLike[str], columns: Sequence[str] | None = None, most_rows: int = _ROWS_PER_BATCH
+) -> Iterator[dict[str, Any]]:
+    """Yield a parquet file's rows; see `parquet_batches`."""
+    for batch in parquet_batches(file, columns, most_rows):
+        yield from batch.to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +243,8 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
             for file in files:
                 check_source(file)
             return _DatasetRows(name, partial(read, files))
-    rows = open_rows(files or source, columns=columns, **({} if files else {"split": split}), **options)
-    return _DatasetRows(name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(table_rows(rows), 1)))
+    rows = open_rows(files or source, columns=columns, split=split, **options)
+    return _DatasetRows(name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)))
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
@@ -250,7 +344,7 @@ def _open_text(file: str) -> Iterator[Iterator[str]]:
         yield lines(text)
 
 
-def _size_fault(file: str, rows: int, characters: int = 0) -> str:
+def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
     """Say which content is too large for a file of its size, as no real texts are; "" if none is.
 
     `_MAX_ROWS` and `_MAX_CHARACTERS` are free; beyond them, each byte may hold a row and `_MAX_RATIO` characters.
@@ -260,7 +354,7 @@ def _size_fault(file: str, rows: int, characters: int = 0) -> str:
     size = os.path.getsize(file)
     if rows <= _MAX_ROWS + size and characters <= _MAX_CHARACTERS + _MAX_RATIO * size:
         return ""
-    what = f"{rows:,} rows" if rows > _MAX_ROWS + size else f"{characters:,} characters"
+    what = f"{rows:,} rows or values" if rows > _MAX_ROWS + size else f"{characters:,} characters"
     return f"{what} are too many for a file of {size:,} bytes"
 
 
@@ -268,6 +362,8 @@ def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
     """Read the first line of a CSV file: return the names of its columns and the character between its fields."""
     header = next(lines, "")
     delimiter = max(",;\t", key=header.count)
+    if header.count(delimiter) >= _MAX_COLUMNS:
+        raise OSError(f"the first line names more than {_MAX_COLUMNS:,} columns")
     return next(csv.reader([header], delimiter=delimiter), []), delimiter
 
 
@@ -301,14 +397,12 @@ def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
+                        check_json_values(line, _MAX_LINE_VALUES)
+                    except ValueError as error:
+                        yield f"{file}, line {number}", BadLine(str(error), line.strip())
+                        continue
+                    try:
                         row, fault = json.loads(line), "not a JSON object"
                     except (ValueError, RecursionError):  # too deeply nested brackets
                         row, fault = None, "not JSON"
                     yield f"{file}, line {number}", row if isinstance(row, dict) else BadLine(fault, line.strip())
-
-
-def table_rows(rows: datasets.IterableDataset, batch_size: int = _ROWS_PER_BATCH) -> Iterator[dict[str, Any]]:
-    """Yield all rows in order, decoded `batch_size` at a time; in a DataLoader, every worker gets all rows."""
-    # `iter`, unlike `__iter__`, does not divide rows among workers.
-    for table in rows.with_format("arrow").iter(batch_size=batch_size):
-        yield from table.to_pylist()

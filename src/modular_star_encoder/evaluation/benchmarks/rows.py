@@ -12,9 +12,12 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Constraint
 
+from modular_star_encoder.data.sources.dataset_rows import parquet_rows
+from modular_star_encoder.utils import files
 from modular_star_encoder.utils.errors import UserError
 
-MAX_LINE_BYTES, MAX_RATIO = 2**27, 100  # a gzip file may unpack to MAX_LINE_BYTES + MAX_RATIO × its size in bytes
+MAX_LINE_BYTES, MAX_RATIO = 2**26, 100  # a gzip file may unpack to MAX_LINE_BYTES + MAX_RATIO × its size in bytes
+MAX_LINE_VALUES = 2**20  # values of a line of JSON; a file may have `MAX_JSON_VALUES` and one for each of its bytes
 
 Filled = Annotated[str, Constraint(pattern=r"\S")]  # a text with more than white space
 Tokens = Annotated[list[str], Constraint(min_length=1)]
@@ -53,6 +56,8 @@ def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, text without line break) of each line of a text file, plain or compressed with gzip."""
     number = total = 0
+    if path.exists() and not path.is_file():  # a pipe never ends
+        refuse(path, None, "a regular file")
     try:
         most = MAX_LINE_BYTES + path.stat().st_size * (MAX_RATIO if path.suffix == ".gz" else 1)
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -83,14 +88,24 @@ def checked(path: Path, line: int | None, check: Callable[[Any], Value], data: A
 def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
     """Read a file with one JSON value per line, each of the type `kind`, such as a subclass of `FileRow`."""
     check = partial(TypeAdapter(kind).validate_json, strict=True)
-    rows = [checked(path, number, check, line) for number, line in read_lines(path)]
+    rows: list[Value] = []
+    left = files.MAX_JSON_VALUES + path.stat().st_size
+    for number, line in read_lines(path):
+        try:
+            left -= files.check_json_values(line, min(MAX_LINE_VALUES, left))
+        except ValueError as error:
+            refuse(path, number, "JSON", str(error))
+        rows.append(checked(path, number, check, line))
     return rows or refuse(path, 1, "a JSON object", "an empty file")
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
     """Read a file that holds one JSON value of the type `kind`."""
-    text = "\n".join(line for _, line in read_lines(path))
-    return checked(path, None, partial(TypeAdapter(kind).validate_json, strict=True), text)
+    try:
+        value = files.read_json(path, finite=False)
+    except ValueError as error:
+        refuse(path, None, "JSON in UTF-8", str(error))
+    return checked(path, None, partial(TypeAdapter(kind).validate_python, strict=True), value)
 
 
 def read_table(path: Path, kind: type[Value]) -> list[Value]:
@@ -98,13 +113,12 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
     if path.suffix != ".parquet":
         return read_jsonl(path, kind)
     import pyarrow
-    from pyarrow import parquet
 
+    check = TypeAdapter(kind).validate_python
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        return [checked(path, number, check, row) for number, row in enumerate(parquet_rows(path), start=1)]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         refuse(path, None, "a Parquet file", " ".join(str(error).split())[:120])
-    return [checked(path, number, TypeAdapter(kind).validate_python, row) for number, row in enumerate(rows, start=1)]
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
