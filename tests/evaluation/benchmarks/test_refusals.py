@@ -124,10 +124,11 @@ def test_lines_without_end_and_files_that_unpack_to_more_than_their_share_are_no
         rows.read_jsonl(path, dict)
 
 
-@pytest.mark.parametrize("content", ["[" + "0," * 2000 + "0]", "[0]\n" * 2000])
-def test_json_lines_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(rows, "MAX_LINE_VALUES", 1000)
-    monkeypatch.setattr(rows.files, "MAX_JSON_VALUES", 1000)
+@pytest.mark.parametrize(
+    ("limit", "content"), [("MAX_LINE_VALUES", "[" + "0," * 2000 + "0]"), ("files.MAX_JSON_VALUES", "[0]\n" * 2000)]
+)
+def test_json_lines_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch, limit, content):
+    monkeypatch.setattr(f"{rows.__name__}.{limit}", 1000)
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(content.encode()))
     with raises("benchmark.file.unexpected", path, "values"):
