@@ -144,9 +144,8 @@ def finetune(
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
-    log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings, "preflight": asdict(estimate)} | batches[
-        2
-    ]
+    log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
+    log |= {"preflight": asdict(estimate), **batches[2]}
     model.config.unpad_inputs = start.config.unpad_inputs
     start.save(trainer, out)
     if state.is_main_process:
