@@ -170,7 +170,7 @@ class PairSampler:
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """Sort the used texts of `corpus`; `room` is the number of tokens that two snippets may have together."""
+        """Group the used texts by repository and language; `room`: most tokens that two snippets may have together."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]

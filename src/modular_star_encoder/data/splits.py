@@ -307,11 +307,11 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    If the data gives both kinds of pairs, they alternate in a batch, beginning with text → code. In each epoch, the
-    groups of a kind come in a new random order, and each group gives one pair, from the next of its rows. The last
-    groups are left out if they do not fill a batch. A batch never has two pairs of one group: if both kinds would come
-    from the same group, a random other group gives the code → code pair. If a hard negative is in the group of a row of
-    the batch, the hard negative of a random other row is used.
+    If the data gives pairs of both kinds, text → code and code → code, they alternate in a batch. Rows that share a text
+    form a group. In each epoch, groups come in a new random order, and each gives one pair, from the next of its rows;
+    groups that do not fill a last batch are left out. A batch never has two pairs of one group, because they would be
+    false negatives: if both kinds take the same group, a random other group gives the code → code pair. A hard negative
+    that is in a group of the batch is replaced by that of a random other row.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:

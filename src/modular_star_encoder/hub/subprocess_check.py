@@ -89,7 +89,7 @@ def main(folder: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of one request of `verify_reload`; all models run the code in the checkpoint."""
+    """Return {way of loading the checkpoint: embeddings}; each way runs the checkpoint's own code (remote code)."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer

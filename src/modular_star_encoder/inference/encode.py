@@ -233,7 +233,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs `compiled` on chunks of tokens; in autocast or outside inference mode, `plain`."""
+    """Return a function that runs `compiled` on chunks of tokens, but `plain` in autocast or with gradients."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)

@@ -112,7 +112,7 @@ class NumpyEncoder:
 
     @_damage_reported
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of length 1 of N texts at exit 0; zeros for a text without tokens."""
+        """Embed N texts at exit 0: return unit vectors, float32 (N, D); zeros for a text without tokens."""
         means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
         totals = np.zeros((len(texts), 1), dtype=np.float32)
         for start in range(0, len(texts), _TEXTS_PER_BATCH):

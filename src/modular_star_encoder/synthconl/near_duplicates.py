@@ -362,7 +362,7 @@ def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarra
 
 
 def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row and the second row of each pair, as two arrays int64 (pairs,)."""
+    """Return the numbers of the first and of the second row of each pair, as two arrays int64 (pairs,)."""
     return (pairs >> _SHIFT).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
 

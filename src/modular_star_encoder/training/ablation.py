@@ -139,7 +139,7 @@ class AblationRecipe:
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return one training run; UserError if the settings of its start or variant are wrong."""
+        """Return the settings of one training run; UserError if those of its start or its kind are wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):

@@ -160,7 +160,7 @@ class TeacherVectors:
         return np.where(self._hashes[found] == hashes, self._places[found], -1)
 
     def rows(self, places: np.ndarray) -> np.ndarray:
-        """Return the vectors in N rows, given by number, float32 (N, D); their length is 1, up to float16 rounding."""
+        """Return the vectors of the rows numbered `places`, float32 (N, D); of length 1, up to float16 rounding."""
         chunks = np.searchsorted(self._starts, places, side="right") - 1
         pairs = zip(chunks.tolist(), (places - self._starts[chunks]).tolist(), strict=True)
         return np.array([self._chunks[chunk]["vector"][row] for chunk, row in pairs], dtype=np.float32)

@@ -64,7 +64,7 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
         logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
             below 1 is a fraction of all steps.
-        training: {name: value} of all other arguments. None may upload, or be the name of a file to read.
+        training: {name: value} of all other arguments; those that upload or name a file to read are refused.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
