@@ -307,9 +307,9 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    If the data gives pairs of both kinds, text → code and code → code, they alternate in a batch. Rows that share a text
-    form a group. In each epoch, groups come in a new random order, and each gives one pair, from the next of its rows;
-    groups that do not fill a last batch are left out. A batch never has two pairs of one group, because they would be
+    If the data gives pairs of both kinds, text → code and code → code, they alternate in a batch. Rows that share a
+    text form a group. In each epoch, groups come in a new random order, and each gives one pair, from the next of its
+    rows; groups that do not fill a last batch are left out. A batch never has two pairs of one group, because they are
     false negatives: if both kinds take the same group, a random other group gives the code → code pair. A hard negative
     that is in a group of the batch is replaced by that of a random other row.
     """
