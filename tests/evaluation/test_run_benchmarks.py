@@ -99,7 +99,7 @@ def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp
     ("options", "message"),
     [
         (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "`all` needs a local folder"),
-        (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "Not a directory"),
+        (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "is not a folder"),
         (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
         (("--benchmark", "cosqa", "--out", "OUT", "--json", "FILE/x.json"), "file"),
         (("--benchmark", "cosqa", "--out", "OUT", "--exit-layers", "3", "--allow-subset"), "its exits are 1, 2, 4"),

@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.report import TABLES
@@ -268,6 +269,7 @@ def test_wrong_settings_are_refused_before_anything_is_trained(recipe_file, tmp_
     with raises(key, value):
         run(recipe_file, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
+    assert not is_deepspeed_zero3_enabled()  # raises if a rejected setting is still in force
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import Field as Constraint
 from pydantic import with_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
@@ -148,6 +149,7 @@ class TrainingSettings:
         except UserError:
             raise
         except Exception as error:  # of `TrainingArguments`, or of a library that an argument needs
+            unset_hf_deepspeed_config()  # the rejected settings would break the loading of every later model
             message = f"TrainingArguments rejects a setting: {' '.join(str(error).split())}"
             raise UserError("training.arguments.value", message) from error
 
