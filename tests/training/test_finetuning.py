@@ -258,7 +258,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("deepspeed.stage=1", "training.arguments.value", "deepspeed"),
         ("lora.r=1000000000", "settings.value", "lora.r"),
         ("lora.rank_pattern.q_proj=1000000000", "settings.value", "lora.rank_pattern.q_proj"),
-        ("lora.target_modules=[nowhere]", "training.lora", "nowhere"),
+        ("lora.target_modules=[nowhere]", "training.lora", "target"),
         ("lora.speed=3", "training.lora", "speed"),
         ("config.intermediate_size=65", "checkpoint.shapes", "do not fit"),
         ("data.rows=x", "data.sources", "rows"),
