@@ -261,7 +261,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
         for key in config_dict:
             own = inspect.getattr_static(cls, key, None)
-            if callable(getattr(cls, key, None)) or (isinstance(own, property) and own.fset is None):
+            read_only = key == "sub_configs" or (isinstance(own, property) and own.fset is None)
+            if read_only or callable(getattr(cls, key, None)):
                 raise ValueError(f"{key} is the name of a method, not of a setting: remove it from config.json.")
         if "exit_layer" in kwargs:
             kwargs["exit_layer"] = as_int(kwargs["exit_layer"])

@@ -25,7 +25,12 @@ def test_scores_of_words_are_drawn_as_shares_of_the_best():
     assert lines[1] == "src/a.py:12  █████      10.000  Stack.push  (exit 9)"
 
 
-@pytest.mark.parametrize(("share", "bar"), [(0, "    "), (1, "████"), (2, "████"), (-1, "    "), (0.5625, "██▎ ")])
+NAN = float("nan")  # the score of a model with damaged weights
+
+
+@pytest.mark.parametrize(
+    ("share", "bar"), [(0, "    "), (1, "████"), (2, "████"), (-1, "    "), (NAN, "    "), (0.5625, "██▎ ")]
+)
 def test_bars(share, bar):
     assert score_bar(share, 4) == bar
 

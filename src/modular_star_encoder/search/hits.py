@@ -101,7 +101,7 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
 
 def score_bar(share: float, width: int = 10) -> str:
     """Return a bar of `width` characters for a share from 0 (empty) to 1 (full); other shares count as 0 or 1."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    eighths = round(min(max(0.0, share), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
