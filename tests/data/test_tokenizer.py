@@ -283,6 +283,7 @@ HOSTILE = {
     "an unknown id at the end": {"post_processor": {"type": "BertProcessing", "sep": ["a", 2**20], "cls": ["a", 0]}},
     "another type": {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": 5}},
     "another version's file": {"tokenizer_config.json": {"fast_tokenizer_files": ["tokenizer.1.0.json"]}},
+    "half a surrogate pair": {"tokenizer_config.json": {"note": "\ud800"}},
     "many special tokens": {"tokenizer_config.json": {"extra_special_tokens": [f"<{n}>" for n in range(5000)]}},
     "a large template": {"chat_template.jinja": " " * 2**21},
     "brackets": {"tokenizer_config.json": "[" * 10**5},

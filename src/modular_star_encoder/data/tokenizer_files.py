@@ -7,6 +7,7 @@ how much text they can make. For local folders, it imports neither torch nor tra
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -79,6 +80,7 @@ def _settings_fault(settings: dict[str, Any]) -> str:
     """Return what is wrong with the settings of a tokenizer, or an empty text."""
     if odd := _FOREIGN & settings.keys():
         return f"it has the setting {min(odd)}; store the tokenizer in tokenizer.json alone"
+    json.dumps(settings, ensure_ascii=False).encode()  # ValueError for half a surrogate pair, which no file can hold
     lists = {name: len(settings.get(name) or ()) for name in ("extra_special_tokens", "additional_special_tokens")}
     lists["added_tokens_decoder"] = len(settings.get("added_tokens_decoder") or ()) * _MAX_SPECIAL // _MAX_ADDED
     if max(lists.values()) > _MAX_SPECIAL or len(settings) > _MAX_ADDED:
