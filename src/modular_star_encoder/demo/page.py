@@ -32,7 +32,7 @@ class ExitCosts:
     """The exit profile of a checkpoint, or the reason why it can't be shown."""
 
     profile: ExitProfile | None  # None if the profile is missing, unreadable or of other weights
-    note: str = ""  # why there is no profile and how to measure one, or a warning that another machine measured it
+    note: str = ""  # why there is no profile, and how to measure one; or that another machine measured it
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str) -> ExitCosts:

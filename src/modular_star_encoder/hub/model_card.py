@@ -112,7 +112,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot scores by latency (by depth if there is no profile); return the file name, or None if there is no plot."""
+    """Plot scores against latency, without a profile against depth; return the file's name, or None if not plotted."""
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:

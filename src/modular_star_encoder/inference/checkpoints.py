@@ -151,7 +151,7 @@ def _load_tokenizer(path: str) -> Any:
 def clear_errors(path: str) -> Iterator[None]:
     """Replace errors of transformers and the Hub about damaged or missing files by errors of one sentence.
 
-    What transformers logs while a model loads appears only if there is no error.
+    Messages that transformers logs while a model loads are shown only if it loads.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 

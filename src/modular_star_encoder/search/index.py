@@ -160,7 +160,7 @@ class CodeIndex:
             device: torch device of the model; if None, a GPU if there is one.
 
         Raises:
-            UserError: there is no index at `location`, or it was not built with `checkpoint`.
+            UserError: there is no index at `location`, or another checkpoint built it.
             OSError: the checkpoint does not exist.
             ImportError: the extra `qdrant` is not installed.
         """

@@ -81,7 +81,7 @@ class LocalStore:
         self._stamps: Stamps = {}
         is_no_folder = self.folder is not None and os.path.lexists(self.folder) and not self.folder.is_dir()
         if is_no_folder or self._strange_files():
-            fault, advice = "it is no folder", ""
+            fault, advice = "it is not a folder", ""
             if not is_no_folder:
                 fault = "it has files of another program"
                 advice = f'; to search a folder of code, leave out --index: mose search "QUESTION" {location}'

@@ -113,7 +113,7 @@ def open_rows(
 
 
 def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
-    """Open parquet files at `urls`, or if there are none, the dataset `source` of the Hub."""
+    """Open the parquet files at `urls`, or the Hub dataset `source` if `urls` is empty."""
     import datasets
 
     if not urls:

@@ -169,7 +169,7 @@ def folder_repositories(
             path = PurePath(file.path)
             name = "/".join(path.parts[:-1][:depth]) if depth else root.name
             own_path = path.relative_to(name).as_posix() if depth else file.path
-            # Filters get the path from `root`, so that a folder `tests` at the top holds tests and is no repository.
+            # Filters get paths relative to `root`: a top folder `tests` then counts as tests, not as a repository.
             reason = reason or filters.reason_by_path(path, file.language)
             yield file._replace(repository=name or ".", path=own_path), reason
 
