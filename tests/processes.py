@@ -1,6 +1,8 @@
-"""Processes that form one group, for tests."""
+"""Processes for tests: those that form one group, and one that is killed."""
 
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,3 +39,22 @@ def leave_together(folder: Path, rank: int, world: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def start_process(target, *arguments, **options):
+    """Start `target(*arguments, **options)` in a process of its own.
+
+    It comes from a server that has the modules loaded already. A fork of the test's own process would inherit the locks
+    that its other threads hold, and could wait for them for ever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.search.conftest", "tests.synthconl.samples"])
+    process = context.Process(target=target, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def ended_by_sigkill(process):
+    """Wait for the process's end, and say whether it was killed."""
+    process.join(timeout=60)
+    return process.exitcode == -signal.SIGKILL

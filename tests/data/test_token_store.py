@@ -1,8 +1,8 @@
 import dataclasses
 import json
-import multiprocessing
 import os
 import pickle
+import pkgutil
 import signal
 from contextlib import suppress
 
@@ -17,6 +17,7 @@ from modular_star_encoder.data.token_store import TokenStore, build_token_store
 from modular_star_encoder.data.tokenizer import encode_content, train_tokenizer
 from tests.data.samples import corpus_of, repository_texts, small_tokenizer
 from tests.errors import raises
+from tests.processes import ended_by_sigkill, start_process
 
 
 def source_files(repositories=6, texts=5):
@@ -86,7 +87,7 @@ def dying(files, after):
 
 def build_and_die(folder, tokenizer, moment, count):
     """Build in a process that kills itself at the `count`-th call of something that building calls."""
-    owner, name = moment
+    owner, name = pkgutil.resolve_name(moment.rpartition(".")[0]), moment.rpartition(".")[2]
     original, calls = getattr(owner, name), []
 
     def dies(*args, **kwargs):
@@ -96,6 +97,7 @@ def build_and_die(folder, tokenizer, moment, count):
         return original(*args, **kwargs)
 
     setattr(owner, name, dies)
+    token_store._FILES_PER_COMMIT = 4
     build(folder, tokenizer)
 
 
@@ -103,15 +105,12 @@ def build_and_die(folder, tokenizer, moment, count):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize(
     "moment",
-    [(os, "replace"), (os, "fsync"), (token_store._Writer, "append"), (token_store, "_digest")],
-    ids=lambda moment: moment[1],
+    ["os.replace", "os.fsync", f"{token_store.__name__}._Writer.append", f"{token_store.__name__}._digest"],
+    ids=lambda moment: moment.rpartition(".")[2],
 )
 def test_a_killed_build_resumes_to_the_same_store(tmp_path, tokenizer, whole, moment, count):
     """Killed with SIGKILL: before a state takes its place, between files, with rows written and not counted."""
-    child = multiprocessing.get_context("fork").Process(target=build_and_die, args=(tmp_path, tokenizer, moment, count))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    assert ended_by_sigkill(start_process(build_and_die, tmp_path, tokenizer, moment, count))
     with raises("data.token_store.missing"):
         TokenStore(tmp_path)
     build(tmp_path, tokenizer)

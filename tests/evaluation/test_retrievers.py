@@ -1,4 +1,3 @@
-import multiprocessing
 import tracemalloc
 
 import numpy as np
@@ -20,6 +19,7 @@ from modular_star_encoder.inference.encoders import Text
 from tests.data.samples import corpus_of
 from tests.errors import raises
 from tests.evaluation import brute_force
+from tests.processes import start_process
 
 
 def embeddings(n, size=24, seed=0):
@@ -186,9 +186,12 @@ def _fill(folder):
         cache.add("m", texts, np.array([[i] for i in range(start, start + 5)]))
 
 
+@pytest.mark.slow
 def test_processes_that_write_the_same_at_once_leave_a_whole_cache(tmp_path):
-    with multiprocessing.get_context("fork").Pool(4) as workers:
-        workers.map(_fill, [tmp_path] * 4, chunksize=1)
+    workers = [start_process(_fill, tmp_path) for _ in range(4)]
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
     texts = [("", f"text {i}") for i in range(60)]
     assert EmbeddingCache(tmp_path).rows("m", texts)[:].ravel().tolist() == list(range(60))
     assert not list(tmp_path.rglob("*.tmp"))

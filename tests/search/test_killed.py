@@ -4,8 +4,9 @@ import pytest
 
 from modular_star_encoder.search import building
 from modular_star_encoder.search.index import CodeIndex
+from tests.processes import ended_by_sigkill, start_process
 from tests.search.conftest import build, stored_rows
-from tests.synthconl.samples import die_before_renaming, ended_by_sigkill, start_process
+from tests.synthconl.samples import die_before_renaming
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """Rows, texts of known similarity, a corpus, a model that translates it, and processes that are killed."""
 
 import hashlib
-import multiprocessing
 import os
 import random
 import re
@@ -38,21 +37,6 @@ def endpoint_settings(server, **changes):
     """Settings of a back end that asks `server`."""
     options = {"base_url": server.base_url, "concurrency": 4, "pause": 0.01} | changes.pop("options", {})
     return TranslationSettings(backend="openai", model="model", options=options, **changes)
-
-
-def start_process(target, *arguments, **options):
-    """Start `target(*arguments, **options)` in a process of its own that has the modules loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.search.conftest", "tests.synthconl.samples"])
-    process = context.Process(target=target, args=arguments, kwargs=options)
-    process.start()
-    return process
-
-
-def ended_by_sigkill(process):
-    """Wait for the process's end, and say whether it was killed."""
-    process.join(timeout=60)
-    return process.exitcode == -signal.SIGKILL
 
 
 TRANSLATIONS = {

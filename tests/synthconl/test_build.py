@@ -23,13 +23,12 @@ from modular_star_encoder.synthconl.row_files import count_rows, read_rows, writ
 from modular_star_encoder.synthconl.translation import SCHEMA, target_language
 from modular_star_encoder.utils.settings import load_settings
 from tests.errors import raises
+from tests.processes import ended_by_sigkill, start_process
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import (
     build_and_die,
-    ended_by_sigkill,
     marker,
     small_recipe,
-    start_process,
     translation,
     write_corpus,
 )

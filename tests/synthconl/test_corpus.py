@@ -10,7 +10,8 @@ import pytest
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.synthconl.corpus import EvaluationTexts, build_corpus, check_corpus, read_packages
 from tests.errors import raises
-from tests.synthconl.samples import die_before_renaming, ended_by_sigkill, start_process
+from tests.processes import ended_by_sigkill, start_process
+from tests.synthconl.samples import die_before_renaming
 
 ROOT = Path(__file__).parent.parent.parent
 LIST = "debian: |\n  go 1:2-1 X\n  bad 1 X\nnpm: |\n  @scope/js 1 X\n  gone 1 X\npypi: |\n  py 1 PSF\n  more 1 X\n"

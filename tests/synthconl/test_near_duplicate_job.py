@@ -15,6 +15,7 @@ from modular_star_encoder.synthconl import row_files
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from tests.errors import raises
+from tests.processes import ended_by_sigkill, start_process
 from tests.synthconl import samples
 from tests.tiny import contents
 
@@ -182,7 +183,7 @@ def test_a_pipe_and_columns_of_one_name_and_invalid_text_are_errors(tmp_path, ma
 def test_killed_at_every_renaming_and_restarted_it_gives_the_same(source, finished, tmp_path):
     arguments, deaths = (samples.drop_and_die, source, tmp_path / "out", AGAINST), 0
     # The first two renamings are of one step, which a death between them repeats.
-    while samples.ended_by_sigkill(process := samples.start_process(*arguments, 2 + deaths % 2)):
+    while ended_by_sigkill(process := start_process(*arguments, 2 + deaths % 2)):
         deaths += 1
         assert deaths < 30
     assert process.exitcode == 0
