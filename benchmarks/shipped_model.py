@@ -21,7 +21,7 @@ from ratios import median_of, take_turns
 from report import RESULTS, write
 
 from modular_star_encoder.evaluation.benchmarks import load_benchmark
-from modular_star_encoder.evaluation.lexical import BM25, BM25Scores
+from modular_star_encoder.evaluation.lexical import BM25, bm25_scores
 from modular_star_encoder.evaluation.metrics import bootstrap_interval, spread
 from modular_star_encoder.evaluation.report import make_report
 from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
@@ -96,7 +96,7 @@ def rank(tasks: Sequence[Any], own: EmbeddingRetriever, forms: Mapping[str, tupl
             texts = [task.queries[row] for row in pool.queries], [task.documents[row] for row in pool.documents]
             words = np.concatenate([block.scores for block in BM25().scores(*texts, own.variants[0]).blocks()])
             stemmed = [question_stems(one.text) for one in texts[0]], [stems(one.text) for one in texts[1]]
-            of_search = np.concatenate([block.scores for block in BM25Scores(*stemmed).blocks()])
+            of_search = np.concatenate([block.scores for block in bm25_scores(*stemmed).blocks()])
             found = {"BM25": reciprocal_ranks(words), SEARCH_WORDS: reciprocal_ranks(of_search)}
             vectors = {one.exit_layer: own.scores(*texts, one) for one in own.variants}
             scores = {(k, j): vectors[k].queries[:] @ vectors[j].documents[:].T for k in vectors for j in vectors}

@@ -5,25 +5,16 @@ from dataclasses import replace
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import Block, CosineScores, EmbeddingCache, EmbeddingRetriever
+from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache, EmbeddingRetriever, RowScores
 from modular_star_encoder.evaluation.tasks import Judgements, PairTask, candidate_batches, ranking_task
 from modular_star_encoder.inference.encoders import Text
 
 
-class GivenScores:
-    """Scores (Q, D) in one block."""
-
-    def __init__(self, scores):
-        self.scores = np.array(scores, dtype=np.float32)
-        self.shape = self.scores.shape
-
-    def blocks(self):
-        yield Block(0, 0, self.scores)
-
-
 def rank_matrix(scores, gains):
     """Rank D documents for each of Q queries by scores (Q, D); `gains` (Q, D) are 1 for relevant documents, else 0."""
-    return rank_judged(GivenScores(scores), Judgements(*np.nonzero(gains)))
+    scores = np.array(scores, dtype=np.float32)
+    given = RowScores(scores.shape, lambda start, end: scores[start:end])
+    return rank_judged(given, Judgements(*np.nonzero(gains)))
 
 
 class GivenEncoder:

@@ -6,7 +6,7 @@ ndcg.compute(predictions=[[0.9, 0.3, 0.5]], references=[[1, 0, 0]], k=10)  # {"n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,7 +15,7 @@ import evaluate
 import numpy as np
 
 from modular_star_encoder.evaluation.metrics import f1, outcomes, query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import Block
+from modular_star_encoder.evaluation.retrievers import RowScores
 from modular_star_encoder.evaluation.tasks import Judgements
 from modular_star_encoder.utils.errors import UserError
 
@@ -54,19 +54,6 @@ class RetrievalMetric(evaluate.Metric):
         return {name: float(np.nanmean(query_values(_rank(predictions, references), name)))}
 
 
-class _Given:
-    """An array of scores (Q, D) with the interface `retrievers.Scores`: it is a single block."""
-
-    def __init__(self, scores: np.ndarray) -> None:
-        self.scores, self.shape = scores, scores.shape
-
-    def blocks(self) -> Iterator[Block]:
-        yield Block(0, 0, self.scores)
-
-    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        return self.scores[queries, documents]
-
-
 def _rank(scores: Sequence[Sequence[float]], relevant: Sequence[Sequence[int]]) -> Any:
     lengths = [len(one) for one in scores]
     if lengths != [len(one) for one in relevant] or not set(chain.from_iterable(relevant)) <= {0, 1}:
@@ -74,4 +61,7 @@ def _rank(scores: Sequence[Sequence[float]], relevant: Sequence[Sequence[int]]) 
     padded = np.full((len(scores), max(lengths)), -np.inf, dtype=np.float32)
     for row, one in zip(padded, scores, strict=True):
         row[: len(one)] = one
-    return rank_judged(_Given(padded), Judgements.of([np.flatnonzero(one).tolist() for one in relevant]))
+    return rank_judged(
+        RowScores(padded.shape, lambda start, end: padded[start:end]),
+        Judgements.of([np.flatnonzero(one).tolist() for one in relevant]),
+    )

@@ -8,18 +8,17 @@ Ruby is 17 points lower.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modular_star_encoder.evaluation.retrievers import BLOCK, Block, ExitVariant, Retriever
+from modular_star_encoder.evaluation.retrievers import ExitVariant, Retriever, RowScores
 from modular_star_encoder.inference.encoders import Text
 
 if TYPE_CHECKING:
     import torch
-    from scipy.sparse import csr_matrix
     from transformers import PreTrainedTokenizerFast
 
 K1, B = 1.2, 0.75
@@ -44,42 +43,27 @@ class BM25(Retriever):
     def __init__(self) -> None:
         self.checksum = f"bm25-{K1}-{B}-lucene-{version('bm25s')}"
 
-    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> BM25Scores:
+    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> RowScores:
         """Index D documents and return the BM25 scores (Q, D) of Q queries; `variant` is not used."""
-        tokens = ([identifier_tokens(text.text) for text in texts] for texts in (queries, documents))
-        return BM25Scores(*tokens)
+        return bm25_scores(*([identifier_tokens(text.text) for text in texts] for texts in (queries, documents)))
 
 
-class BM25Scores:
-    """BM25 scores (Q, D) float32 of Q tokenised queries and D tokenised documents."""
+def bm25_scores(queries: list[list[str]], documents: list[list[str]]) -> RowScores:
+    """Return the BM25 scores (Q, D) float32 of Q tokenised queries and D tokenised documents."""
+    import bm25s
 
-    def __init__(self, queries: list[list[str]], documents: list[list[str]]) -> None:
-        import bm25s
+    index = bm25s.BM25(k1=K1, b=B, method="lucene")
+    if has_words := any(documents):  # bm25s can't index an empty vocabulary
+        index.index(documents, show_progress=False)
 
-        self.shape = (len(queries), len(documents))
-        self._queries = [sorted(set(query)) for query in queries]
-        self._index = None
-        if any(documents):  # bm25s can't index an empty vocabulary
-            self._index = bm25s.BM25(k1=K1, b=B, method="lucene")
-            self._index.index(documents, show_progress=False)
-
-    def blocks(self) -> Iterator[Block]:
-        return _row_blocks(self.shape, lambda start, end: np.stack([self._row(row) for row in range(start, end)]))
-
-    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Return the scores (P,) float32 of P pairs, as in `Scores`; each query is scored once for all its pairs."""
-        scores = np.empty(len(queries), dtype=np.float32)
-        order = np.argsort(queries, kind="stable")
-        for pairs in np.split(order, np.flatnonzero(np.diff(queries[order])) + 1):
-            if len(pairs):
-                scores[pairs] = self._row(queries[pairs[0]])[documents[pairs]]
+    def rows(start: int, end: int) -> np.ndarray:
+        scores = np.zeros((end - start, len(documents)), dtype=np.float32)
+        for row, query in zip(scores, queries[start:end], strict=True):
+            if query and has_words:
+                row[:] = index.get_scores(sorted(set(query)))
         return scores
 
-    def _row(self, query: int) -> np.ndarray:
-        terms = self._queries[query]
-        if self._index is None or not terms:
-            return np.zeros(self.shape[1], dtype=np.float32)
-        return self._index.get_scores(terms)
+    return RowScores((len(queries), len(documents)), rows)
 
 
 class TfIdf(Retriever):
@@ -90,43 +74,20 @@ class TfIdf(Retriever):
     def __init__(self) -> None:
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
 
-    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> SparseScores:
+    def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> RowScores:
         """Return the cosine similarities (Q, D) of Q queries and D documents; `variant` is not used."""
-        from scipy.sparse import csr_matrix
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(analyzer=identifier_tokens, sublinear_tf=True)
+        vectorizer, shape = (
+            TfidfVectorizer(analyzer=identifier_tokens, sublinear_tf=True),
+            (len(queries), len(documents)),
+        )
         try:
-            fitted = vectorizer.fit_transform([text.text for text in documents])
+            columns = vectorizer.fit_transform([text.text for text in documents]).sorted_indices().T.tocsr()
         except ValueError:  # no document has a term
-            return SparseScores(csr_matrix((len(queries), 1)), csr_matrix((len(documents), 1)))
-        return SparseScores(vectorizer.transform([text.text for text in queries]), fitted)
-
-
-class SparseScores:
-    """`Scores` (Q, D): dot products of sparse vectors (Q, V) and (D, V), summed over the V terms in a fixed order."""
-
-    def __init__(self, queries: csr_matrix, documents: csr_matrix) -> None:
-        self.shape = (queries.shape[0], documents.shape[0])
-        self._queries, self._documents = queries.sorted_indices(), documents.sorted_indices()
-
-    def blocks(self) -> Iterator[Block]:
-        columns = self._documents.T.tocsr()
-        return _row_blocks(self.shape, lambda start, end: (self._queries[start:end] @ columns).toarray())
-
-    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        scores = np.empty(len(queries), dtype=np.float32)
-        for start in range(0, len(queries), 4096):
-            part = slice(start, start + 4096)
-            products = self._queries[queries[part]].multiply(self._documents[documents[part]])
-            scores[part] = np.asarray(products.sum(axis=1)).ravel()
-        return scores
-
-
-def _row_blocks(shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> Iterator[Block]:
-    step = max(1, BLOCK // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield Block(start, 0, rows(start, min(start + step, shape[0])).astype(np.float32, copy=False))
+            return RowScores(shape, lambda start, end: np.zeros((end - start, shape[1])))
+        asked = vectorizer.transform([text.text for text in queries]).sorted_indices()
+        return RowScores(shape, lambda start, end: (asked[start:end] @ columns).toarray())
 
 
 def identifier_overlap(first: str, second: str) -> float:

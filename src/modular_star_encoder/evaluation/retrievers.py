@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -58,6 +58,25 @@ class Scores(Protocol):
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Return the scores (P,) float32 of P pairs; pair i is query `queries[i]` and document `documents[i]`."""
         ...
+
+
+class RowScores:
+    """`Scores` (Q, D) of which `rows(start, end)` returns the rows `start` to `end`, (end - start, D)."""
+
+    def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> None:
+        self.shape, self._rows = shape, rows
+
+    def blocks(self) -> Iterator[Block]:
+        step = max(1, BLOCK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            yield Block(start, 0, self._rows(start, min(start + step, self.shape[0])).astype(np.float32, copy=False))
+
+    def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        scores = np.empty(len(queries), dtype=np.float32)
+        for block in self.blocks():
+            inside = np.flatnonzero((queries >= block.row) & (queries < block.row + len(block.scores)))
+            scores[inside] = block.scores[queries[inside] - block.row, documents[inside]]
+        return scores
 
 
 class Retriever(Protocol):

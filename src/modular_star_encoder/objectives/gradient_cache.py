@@ -5,18 +5,20 @@ the gradient of the loss with respect to these embeddings. The backward pass emb
 same random states and autocast, and propagates the mini-batch's part of that gradient to the parameters.
 
 For the caller the embeddings are ordinary tensors with gradient: weights of losses, accumulation and a gradient
-scaler's factor reach the parameters by the chain rule. `torch.autograd.grad` with respect to parameters finds nothing,
-because their gradients are accumulated while the loss's `backward` runs.
+scaler's factor reach the parameters by the chain rule. `torch.autograd.grad` is an error, because the gradients of
+parameters are accumulated while the loss's `backward` runs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_numbers
 from modular_star_encoder.utils.errors import UserError
@@ -99,18 +101,45 @@ def embed_sides(
     device = next(iter(sides.values()))["input_ids"].device
     count = _check_processes(sides, len(mini_batches or ()), device)
     if mini_batches is None:
-        outputs = {side: embed(dict(inputs)) for side, inputs in sides.items()}
-        return {side: stack for side, (stack, _) in outputs.items()}, next(iter(outputs.values()))[1]
+        whole = {side: embed(dict(inputs)) for side, inputs in sides.items()}
+        return {side: stack for side, (stack, _) in whole.items()}, next(iter(whole.values()))[1]
     model = getattr(model, "_orig_mod", model)
     if getattr(model, "static_graph", False):
         message = "`mini_batch_tokens` does not work with DDP's static_graph; set static_graph=False."
         raise UserError("contrastive.mini_batches.static_graph", message)
-    # `anchor` requires grad, so that the outputs do too: the parameters are not inputs of the autograd function.
-    anchor = torch.zeros((), device=device, requires_grad=True)
     # FSDP's collectives need the same number of forward passes in each process.
     mini_batches = split_further(mini_batches, count)
-    *stacks, logit_scale = _CachedEmbeddings.apply(anchor, model, embed, sides, mini_batches)
-    return dict(zip(sides, stacks, strict=True)), logit_scale
+    left = len(mini_batches)
+    mps_states: dict[int, Any] = {}  # mini-batch → random state of MPS, the only device whose state torch does not keep
+
+    def run(anchor: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embed a mini-batch: called by the forward pass without a graph, and by the backward pass with one."""
+        nonlocal left
+        inputs = mini_batches[number].cut(sides[mini_batches[number].side])
+        now = torch.mps.get_rng_state() if device.type == "mps" else None
+        if not torch.is_grad_enabled():
+            mps_states[number] = now
+            return embed(inputs)
+        if now is not None:
+            torch.mps.set_rng_state(mps_states[number])
+        left = (left or len(mini_batches)) - 1
+        torch.clear_autocast_cache()  # it may hold weights that were cast without a graph
+        # An outer no_sync (gradient accumulation) applies to the last mini-batch too.
+        with model.no_sync() if left and isinstance(model, DistributedDataParallel) else nullcontext():
+            outputs = embed(inputs)
+        if now is not None:
+            torch.mps.set_rng_state(now)
+        return outputs
+
+    # `anchor` requires grad, so that the outputs do too: the parameters are not inputs of the checkpointed function.
+    anchor = torch.zeros((), device=device, requires_grad=True)
+    outputs = [checkpoint(run, anchor, number, use_reentrant=True) for number in range(len(mini_batches))]
+    # One tensor of all sides: a side that no loss uses has its part in the backward pass too.
+    starts = dict(zip(sides, accumulate(map(number_of_texts, sides.values()), initial=0), strict=False))
+    order = torch.cat([one.rows + starts[one.side] for one in mini_batches]).argsort()
+    joint = torch.cat([stack for stack, _ in outputs], dim=1)[:, order]
+    stacks = joint.split([number_of_texts(inputs) for inputs in sides.values()], dim=1)
+    return dict(zip(sides, stacks, strict=True)), outputs[0][1]
 
 
 def number_of_texts(inputs: Mapping[str, Any]) -> int:
@@ -127,91 +156,3 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
         message = f"Processes have {rows} texts in their batches; give all equally many (dataloader_drop_last=True)."
         raise UserError("contrastive.processes", message)
     return max(others[-1] for others in everyones)
-
-
-class _CachedEmbeddings(torch.autograd.Function):
-    """Return each side's embeddings, then the logit scale; the backward pass embeds mini-batches again, with a graph.
-
-    Each batch has a `ctx` of its own, so several batches may wait for their backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: torch.Tensor,
-        model: nn.Module,
-        embed: Embed,
-        sides: Mapping[str, Mapping[str, Any]],
-        mini_batches: list[MiniBatch],
-    ) -> tuple[torch.Tensor | None, ...]:
-        ctx.model, ctx.embed, ctx.sides, ctx.mini_batches, ctx.device = model, embed, sides, mini_batches, anchor.device
-        ctx.autocast, ctx.random_states = _autocast_settings(ctx.device), []
-        stacks: dict[str, torch.Tensor] = {}
-        logit_scale = None
-        for mini_batch in mini_batches:
-            ctx.random_states.append(_random_states(ctx.device))
-            side, inputs = mini_batch.side, sides[mini_batch.side]
-            part, logit_scale = embed(mini_batch.cut(inputs))
-            if side not in stacks:
-                stacks[side] = part.new_empty(part.shape[0], number_of_texts(inputs), part.shape[2])
-            stacks[side][:, mini_batch.rows] = part
-        return *(stacks[side] for side in sides), logit_scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
-        *stack_gradients, scale_gradient = gradients
-        by_side: dict[str, Any] = dict(zip(ctx.sides, stack_gradients, strict=True))
-        last = len(ctx.mini_batches) - 1
-        for index, (mini_batch, states) in enumerate(zip(ctx.mini_batches, ctx.random_states, strict=True)):
-            # An outer no_sync (gradient accumulation) applies to the last mini-batch too.
-            ddp = ctx.model if isinstance(ctx.model, DistributedDataParallel) and index != last else None
-            with nullcontext() if ddp is None else ddp.no_sync():
-                with torch.enable_grad(), _replay(states, ctx.device), _autocast(ctx.autocast):
-                    stack, logit_scale = ctx.embed(mini_batch.cut(ctx.sides[mini_batch.side]))
-                outputs: list[Any] = [stack]
-                their_gradients = [by_side[mini_batch.side][:, mini_batch.rows]]
-                if index == last and scale_gradient is not None:
-                    outputs, their_gradients = [stack, logit_scale], [*their_gradients, scale_gradient]
-                torch.autograd.backward(outputs, their_gradients)
-        return (None,) * 5
-
-
-def _random_states(device: torch.device) -> list[torch.Tensor]:
-    if device.type == "cpu":
-        return [torch.get_rng_state()]
-    # MPS has one generator, whose functions take no device.
-    place = () if device.type == "mps" else (device,)
-    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(*place)]
-
-
-def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type != "cpu":
-        place = () if device.type == "mps" else (device,)
-        torch.get_device_module(device).set_rng_state(states[1], *place)
-
-
-@contextmanager
-def _replay(states: list[torch.Tensor], device: torch.device) -> Iterator[None]:
-    before = _random_states(device)
-    _set_random_states(states, device)
-    try:
-        yield
-    finally:
-        _set_random_states(before, device)
-
-
-def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, bool, bool]]:
-    cached = torch.is_autocast_cache_enabled()
-    kinds = sorted({"cpu", device.type})
-    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cached) for kind in kinds]
-
-
-@contextmanager
-def _autocast(settings: list[tuple[str, torch.dtype, bool, bool]]) -> Iterator[None]:
-    """Context manager: autocast with `settings`, after emptying the cache of weights cast without a graph."""
-    torch.clear_autocast_cache()
-    with ExitStack() as stack:
-        for setting in settings:
-            stack.enter_context(torch.autocast(*setting))
-        yield
