@@ -117,7 +117,7 @@ def copy(checkpoint, tmp_path):
 def costs_of(folder, **options):
     fingerprint = checkpoint_checksum(folder)
     tiny_profile(options.pop("fingerprint", fingerprint), **options).save(folder / PROFILE_NAME)
-    return ExitCosts.of(str(folder), fingerprint)
+    return ExitCosts.of(str(folder), fingerprint, "my-model")
 
 
 def test_every_figure_is_the_one_of_the_checkpoints_own_profile(copy):
@@ -131,7 +131,7 @@ def test_every_figure_is_the_one_of_the_checkpoints_own_profile(copy):
 
 
 def test_a_checkpoint_without_a_profile_of_its_weights_says_so_and_how_to_make_one(copy):
-    card = cost_card(ExitCosts.of(str(copy), checkpoint_checksum(copy)), 1)
+    card = cost_card(ExitCosts.of(str(copy), checkpoint_checksum(copy), "my-model"), 1)
     assert "my-model has no exit profile" in card
     assert "mose profile my-model" in card
     assert short_name("/gone/from/here/model") == "model"  # the page may be public
@@ -139,7 +139,7 @@ def test_a_checkpoint_without_a_profile_of_its_weights_says_so_and_how_to_make_o
     assert not re.search(r"\d ms|MB", card)
     assert "other weights" in cost_card(costs_of(copy, fingerprint="of another model"), 1)
     (copy / PROFILE_NAME).write_text("{}")
-    assert "can&#x27;t be read" in cost_card(ExitCosts.of(str(copy), "f"), 1)
+    assert "can&#x27;t be read" in cost_card(ExitCosts.of(str(copy), "f", "my-model"), 1)
 
 
 def test_an_unmeasured_quality_or_exit_and_times_of_another_machine_are_named_as_such(copy):

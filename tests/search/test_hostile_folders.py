@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import zlib
 
 import numpy as np
@@ -156,25 +157,53 @@ def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, 
     assert [point.payload for point in client.scroll("theirs")[0]] == [{"mine": 1}]
 
 
-def forged(folder, checkpoint, of):
-    """A folder with an index that claims to be of the folder `of`."""
-    folder.mkdir()
-    (folder / "a.py").write_text(function("good"))
-    build(folder, folder / ".mose", checkpoint)
-    manifest = folder / ".mose" / "index.json"
+def forged(clone, model, **settings):
+    """A folder with an index that has these settings, but was built with others."""
+    clone.mkdir()
+    (clone / "a.py").write_text(function("good"))
+    build(clone, clone / ".mose", model)
+    manifest = clone / ".mose" / "index.json"
     content = json.loads(manifest.read_text())
-    content["settings"]["folder"] = str(of)
+    content["settings"] |= settings
     manifest.write_text(json.dumps(content))
-    (folder / ".mose" / "stamps.json").unlink(missing_ok=True)
+    (clone / ".mose" / "stamps.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("of", ["../../outside", "/"])
 def test_an_index_that_came_with_a_folder_reads_nothing_outside_it(hostile, tmp_path, checkpoint, monkeypatch, of):
-    forged(tmp_path / "clone", checkpoint, of)
+    forged(tmp_path / "clone", checkpoint, folder=of)
     monkeypatch.chdir(tmp_path / "clone")
     with raises("search.index.outside"):
         open_for_search()
     assert {row["name"] for row in stored_rows(tmp_path / "clone" / ".mose")} == {"good"}
+
+
+@pytest.mark.parametrize("model", ["owner/model", "sub/model"])
+def test_an_index_that_came_with_a_folder_loads_no_model_from_it_or_from_the_hub(
+    tmp_path, checkpoint, monkeypatch, model
+):
+    """A model of the Hub is found in this machine's cache, in the version of the index."""
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *place, **_: asked.append(place) or [])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    forged(tmp_path / "clone", checkpoint, checkpoint=model, checksum="a1" * 20)
+    shutil.copytree(checkpoint, tmp_path / "clone" / "sub" / "model")
+    monkeypatch.chdir(tmp_path / "clone")
+    with raises("search.index.model", model, "--model"):
+        open_for_search()
+    assert not asked
+    shutil.copytree(checkpoint, tmp_path / "hub" / f"models--{model.replace('/', '--')}" / "snapshots" / ("a1" * 20))
+    if model == "owner/model":
+        index, _ = open_for_search()
+        assert index.search(["good"])[0].hits[0].name == "good"
+    assert not asked
+
+
+def test_a_folder_with_the_name_of_the_shipped_model_does_not_replace_it(tmp_path, checkpoint, monkeypatch):
+    (tmp_path / "a.py").write_text(function("good"))
+    shutil.copytree(checkpoint, tmp_path / "mose-code")
+    monkeypatch.chdir(tmp_path)
+    assert open_for_search()[0].settings.exit_layers == (0,)  # an exit that the other model lacks
 
 
 def test_the_segments_of_an_index_are_files_of_its_own_folder(code, tmp_path, checkpoint):

@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from modular_star_encoder.data.languages import function_finder
+from modular_star_encoder.data.languages import function_finder, parsing
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.search.pieces import MOST_LINES, file_pieces, is_boilerplate
 from tests.data.polyglot import NAMES, SOURCES
@@ -111,11 +113,19 @@ def test_a_file_that_cannot_be_parsed_is_blocks_of_lines(language, text):
     assert (piece.name, piece.text) == ("", text)
 
 
+@pytest.mark.parametrize("limit", [(function_finder, "MAX_DEFINITIONS"), (parsing, "MAX_NODES")])
 @pytest.mark.parametrize(("language", "line"), [("python", "def a():0\n"), ("markdown", "# a\n")])
-def test_a_file_of_very_many_definitions_is_blocks_of_lines(monkeypatch, language, line):
+def test_a_file_of_very_many_definitions_is_blocks_of_lines(monkeypatch, language, line, limit):
     assert len(file_pieces("a", language, line * 120)) == 120
-    monkeypatch.setattr(function_finder, "MAX_DEFINITIONS", 100)
+    monkeypatch.setattr(*limit, 100)
     assert [piece.last_line for piece in file_pieces("a", language, line * 120)] == [60, 120]
+
+
+def test_a_file_of_half_a_million_definitions_takes_seconds():
+    for language, line in (("python", "def a():0\n"), ("markdown", "# a\n")):
+        start = time.thread_time()
+        assert len(file_pieces("a", language, line * 490_000)) == 490_000 // MOST_LINES + 1
+        assert time.thread_time() - start < 9
 
 
 def test_form_feeds_and_unicode_separators_end_no_line():

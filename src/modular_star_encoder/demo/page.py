@@ -35,9 +35,11 @@ class ExitCosts:
     note: str = ""  # why there is no profile, and how to measure one; or that another machine measured it
 
     @classmethod
-    def of(cls, checkpoint: str, checksum: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint (folder or Hub id) if the measured weights have this checksum."""
-        name = short_name(checkpoint)
+    def of(cls, checkpoint: str, checksum: str, name: str) -> ExitCosts:
+        """Load the exit profile of a checkpoint (folder or Hub id) if the measured weights have this checksum.
+
+        Notes call the checkpoint `name`.
+        """
         advice = f"“mose profile {name}” measures the cost of each exit, and with --quality also its quality."
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -135,7 +137,6 @@ class SearchPage:
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
         self.index, self.link_to = index, link_to
         self.checkpoint = checkpoint or index.settings.checkpoint
-        self.costs = ExitCosts.of(self.checkpoint, index.settings.checksum)
         self.exit_layers = index.settings.exit_layers
         self.sides = min(len(self.exit_layers), 2)
         self.rerank_exit_layers: tuple[int, ...] = ()
@@ -147,8 +148,11 @@ class SearchPage:
             # This loads the layers up to the index's deepest exit, so that no measured search includes loading them.
             self.index.search(["warm up"], top_k=1, exit_layer=self.exit_layers[-1])
             self.rerank_exit_layers = tuple(one for one in exits if one > self.exit_layers[0])
+            model, name = self.index.embedder.checkpoint, short_name(self.checkpoint)
+            self.costs = ExitCosts.of(model, index.settings.checksum, name)
         except _EXPECTED_ERRORS as error:
             self.problem = _one_sentence(error)
+            self.costs = ExitCosts(None, "The checkpoint can't be used, so its costs are unknown.")
 
     def header(self) -> str:
         """Return HTML with the searched folder's name, its number of pieces of code, the exits and the checkpoint."""

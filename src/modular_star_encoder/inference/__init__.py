@@ -37,10 +37,9 @@ def shipped_model(name: str = "mose-code") -> str:
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
-    """Return the folder of a local checkpoint or a shipped model; return any other name with `~` expanded."""
+    """Return the folder of a shipped model, and any other name with `~` expanded; `./mose-code` is always a folder."""
     path = os.path.expanduser(os.fspath(name))
-    is_local = os.path.isfile(os.path.join(path, "config.json"))
-    return shipped_model(path) if not is_local and path in shipped_models() else path
+    return shipped_model(path) if path in shipped_models() else path
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path | None:

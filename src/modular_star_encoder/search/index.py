@@ -14,6 +14,7 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
+from modular_star_encoder.inference import is_repository, shipped_models
 from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, update_store
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
@@ -184,13 +185,33 @@ class CodeIndex:
     def embedder(self) -> Embedder:
         """The `Embedder` of the checkpoint that the index was built with.
 
+        It is read from this machine: strangers may have made the index, so it must not make a search download a model.
+
         Raises:
-            UserError: the checkpoint has changed since the index was built.
+            UserError: the checkpoint has changed since the index was built, or is not on this machine.
             OSError: the checkpoint does not exist.
         """
         if self._embedder is None:
-            self._embedder = self._checked(self.settings.checkpoint)
+            name = self.settings.checkpoint
+            if name in shipped_models() or os.path.realpath(name) == name:
+                self._embedder = self._checked(name)
+            else:
+                folder = self._cached_checkpoint()
+                self._embedder = self._checked(folder, os.path.basename(folder))
         return self._embedder
+
+    def _cached_checkpoint(self) -> str:
+        """Return the folder in the Hub's cache with the repository and commit of the settings."""
+        from huggingface_hub import try_to_load_from_cache
+
+        name, commit = self.settings.checkpoint, self.settings.checksum
+        config = try_to_load_from_cache(name, "config.json", revision=commit) if is_repository(name) else None
+        if not isinstance(config, str):
+            message = f"The index {self.store.location} names the model {name}, which is not on this machine in the"
+            raise UserError(
+                "search.index.model", f"{message} version of the index. If you trust it, add --model {name}."
+            )
+        return os.path.dirname(config)
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
         """Embed new and changed files, and remove deleted files from the index.
@@ -362,10 +383,10 @@ class CodeIndex:
             message = f"The index {self.store.location} was rebuilt since it was opened. Open it again."
             raise UserError("search.index.rebuilt", message)
 
-    def _checked(self, checkpoint: str | os.PathLike[str]) -> Embedder:
+    def _checked(self, checkpoint: str | os.PathLike[str], checksum: str | None = None) -> Embedder:
         """Return the embedder of a checkpoint; UserError if the index was built with other weights or other prompts."""
         embedder = Embedder(checkpoint, self._device)
-        self.settings.refuse_checkpoint(embedder.checkpoint, embedder.checksum, self.store.location)
+        self.settings.refuse_checkpoint(embedder.checkpoint, checksum or embedder.checksum, self.store.location)
         for exit_layer in self.settings.exit_layers:  # damaged settings may name exits that do not exist
             embedder.check_exit(exit_layer)
         if dict(self.settings.prompts) != embedder.prompts():

@@ -4,6 +4,7 @@ import random
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +126,15 @@ def test_a_parse_that_takes_too_long_is_given_up_and_the_next_is_not_disturbed(m
         with pytest.raises(UnparsableSourceError, match="takes longer"):
             find_functions(text, "c")
     assert [one.name for one in find_functions("int g() { return 1; }", "c")] == ["g"]
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(1, 3), (3, 1)])
+def test_a_file_with_macros_is_parsed_again_only_if_that_is_quick(monkeypatch, seconds, passes):
+    took, parse_once = [], parsing.parse_once
+    monkeypatch.setattr(parsing, "time", SimpleNamespace(thread_time=lambda: sum(took)))
+    monkeypatch.setattr(parsing, "parse_once", lambda *source: took.append(seconds) or parse_once(*source))
+    outline("int UNUSED f(int a) { return a; }\nint main(int argc UNUSED UNUSED) { return 0; }\n", "c")
+    assert len(took) == passes
 
 
 def test_threads_may_parse_at_the_same_time():

@@ -16,6 +16,7 @@ from tree_sitter import Parser, Point, Query, QueryCursor, Tree
 from modular_star_encoder.data.languages.registry import Language, language_entry
 
 MAX_PARSE_SECONDS = 5.0  # of processor time; a file of 1 MB takes about half a second on one core
+MAX_NODES = 1_500_000  # of a syntax tree: that of 6 MB of usual code; a query over so many takes up to 5 s
 MAX_LINE_BYTES = 10_000  # longer lines are data or minified code, nested deeply enough to exhaust the memory
 
 
@@ -149,15 +150,17 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
     """Return the syntax tree of UTF-8 `source`, like `parse_once`, but with fewer errors from macros in C and C++.
 
     In these two languages, words that look like macros and break the syntax are replaced by blanks, and the source is
-    parsed again, up to three times. All offsets stay the same. The tree with the fewest errors is returned.
+    parsed again, up to three times within half of `MAX_PARSE_SECONDS`. All offsets stay the same. The tree with the
+    fewest errors is returned.
     """
+    end = time.thread_time() + MAX_PARSE_SECONDS / 2
     tree = best = parse_once(source, grammar)
     fewest = error_bytes(tree, grammar) if grammar.language.has_macros else 0
     for number in range(_MAX_PASSES if fewest else 0):
         blanked = _without_macro_words(source, tree, grammar)
         if number == 0:
             blanked = _MACRO_LINE.sub(lambda match: b" " * len(match[0]), blanked)
-        if blanked == source:
+        if blanked == source or time.thread_time() > end:
             break
         source, tree = blanked, parse_once(blanked, grammar)
         if (errors := error_bytes(tree, grammar)) < fewest:
@@ -168,14 +171,16 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
     """Return the syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
 
-    Raises UnparsableSourceError if `source` has null bytes or a line longer than `MAX_LINE_BYTES`, or if parsing takes
-    longer than `MAX_PARSE_SECONDS`: the time to recover from errors is quadratic, and worse in some grammars.
+    Raises UnparsableSourceError if `source` has null bytes or a line longer than `MAX_LINE_BYTES`, if its tree has more
+    than `MAX_NODES`, or if parsing takes longer than `MAX_PARSE_SECONDS`: the time to recover from errors is quadratic,
+    and worse in some grammars.
     """
     if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
         raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
     tree = grammar.parse(source)
-    if tree is None:
-        raise UnparsableSourceError(f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s.")
+    if tree is None or tree.root_node.descendant_count > MAX_NODES:
+        message = f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s, or the tree has more than {MAX_NODES:,} nodes."
+        raise UnparsableSourceError(message)
     return tree
 
 
