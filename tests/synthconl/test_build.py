@@ -25,13 +25,7 @@ from modular_star_encoder.utils.settings import load_settings
 from tests.errors import raises
 from tests.processes import ended_by_sigkill, start_process
 from tests.synthconl.openai_server import OpenAIServer
-from tests.synthconl.samples import (
-    build_and_die,
-    marker,
-    small_recipe,
-    translation,
-    write_corpus,
-)
+from tests.synthconl.samples import build_and_die, marker, small_recipe, translation, write_corpus
 from tests.synthconl.test_corpus import write_packages
 from tests.synthconl.test_near_duplicate_job import write_shards
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,16 +35,10 @@ from modular_star_encoder.synthconl.extraction import (
 from modular_star_encoder.synthconl.near_duplicate_job import REPORT, drop_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
 from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
-from modular_star_encoder.synthconl.row_files import (
-    read_file,
-    read_rows,
-    row_files,
-    write_rows,
-    write_split,
-)
+from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, locked, staged_folder, write_json
+from modular_star_encoder.utils.files import LOCK, locked, read_json, staged_folder, write_json
 from modular_star_encoder.utils.settings import Count, Float, Int, Probability, settings_class
 
 SPLITS = ("train", "validation")
@@ -95,7 +89,6 @@ Corpora = Annotated[
     BeforeValidator(lambda corpus: [corpus] if isinstance(corpus, Mapping) else corpus),
     Constraint(min_length=1),
 ]
-Benchmarks = Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_check_benchmark)]]
 
 
 @settings_class
@@ -125,7 +118,7 @@ class DatasetRecipe:
     max_characters: Count = 8000
     max_syntax_error_share: Probability = MAX_SYNTAX_ERROR_SHARE
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
-    against: Benchmarks = field(default_factory=dict)
+    against: Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_check_benchmark)]] = field(default_factory=dict)
     validation_rows: Count = 2000
     max_repository_share: Annotated[Float, Constraint(gt=0, le=1)] = 0.05
     card: CardSettings = CardSettings()
@@ -151,6 +144,11 @@ class DatasetRecipe:
             "dataset": {"card": asdict(self.card)},
         }
         return json.loads(json.dumps(settings, default=str))
+
+    def settings_up_to(self, stage: str) -> dict[str, dict[str, Any]]:
+        """Return the `stage_settings` of a stage and of those before it."""
+        settings = self.stage_settings()
+        return dict(islice(settings.items(), list(settings).index(stage) + 1))
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
@@ -197,7 +195,7 @@ class Build:
 
     def report(self, stage: str) -> dict[str, Any]:
         """Return the content of a finished stage's `report.json`."""
-        return json.loads((self.out / stage / REPORT).read_text(encoding="utf-8"))
+        return read_json(self.out / stage / REPORT)
 
     def is_done(self, stage: str) -> bool:
         return (self.out / stage / REPORT).is_file()
@@ -366,7 +364,7 @@ def _check_inputs(build: Build) -> None:
 def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     name, start = stage.__name__, time.monotonic()
     seconds = log.get(name, {}).get("seconds", 0.0)
-    log[name] = {"settings": _settings_up_to(build.recipe, name), "seconds": seconds}
+    log[name] = {"settings": build.recipe.settings_up_to(name), "seconds": seconds}
     write_json(build.out / LOG, log)
     out = build.out / name
     with nullcontext(out) if stage in _CONTINUED else staged_folder(out) as folder:
@@ -376,16 +374,10 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     write_json(build.out / LOG, log)
 
 
-def _settings_up_to(recipe: DatasetRecipe, stage: str) -> dict[str, Any]:
-    settings = recipe.stage_settings()
-    names = list(settings)
-    return {name: settings[name] for name in names[: names.index(stage) + 1]}
-
-
 def _read_log(out: Path) -> dict[str, Any]:
     path = out / LOG
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     ours = (LOCK, f".{LOG}.")
     if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
         message = f"{out} contains files that no dataset build wrote; choose an empty or new folder."
@@ -395,18 +387,16 @@ def _read_log(out: Path) -> dict[str, Any]:
 
 def _check_settings(build: Build, log: dict[str, Any]) -> None:
     for name in (stage.__name__ for stage in STAGES if stage.__name__ in log):
-        other = list(_differences(log[name]["settings"], _settings_up_to(build.recipe, name)))
+        other = _differences(log[name]["settings"], build.recipe.settings_up_to(name))
         if other and (build.out / name).exists():
             made = f"{build.out / name} was made with other values of {', '.join(other)}"
             message = f"{made}. Choose another folder to build in, or remove this one and those of later stages."
             raise UserError("synthconl.build.other_settings", message)
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names, such as `dataset.card.name`, of settings that differ; `name` is the prefix."""
+def _differences(before: Any, now: Any, place: str = "") -> list[str]:
+    """Return the dotted names, such as `dataset.card.name`, of the settings that differ."""
     if not isinstance(before, dict) or not isinstance(now, dict):
-        if before != now:
-            yield name
-        return
-    for key in {**before, **now}:
-        yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return [] if before == now else [place[1:]]
+    names = ((key, f"{place}.{key}") for key in {**before, **now})
+    return [one for key, name in names for one in _differences(before.get(key), now.get(key), name)]

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import subprocess
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
@@ -362,27 +362,20 @@ def check_corpus(
     hits: list[str] = []
     for path in map(Path, files):
         counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
-        others = _others(path, texts, counts, digest, hits)
-        if drop is None:
-            deque(others, maxlen=0)
-        else:
+        others: list[Row] = []  # the rows that match no evaluation text
+        for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
+            row = row if isinstance(row, dict) else {}
+            kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
+            if "text" in row:
+                kinds = [(row.get("kind"), row["text"])]
+            if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
+                raise UserError("corpus.row", f"{place} needs texts in `code` and `description`, or `kind` and `text`.")
+            found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
+            hits += [f"{place} ({row.get('package')}): {one}" for one in found]
+            counts.update(found, rows=1, rows_found=bool(found))
+            digest.update(_line(row))
+            others += [row] if drop and not found else []
+        if drop:
             _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others)
         report["files"][path.name] = {**counts, "sha256_of_lines": digest.hexdigest()}
     return report, hits
-
-
-def _others(path: Path, texts: EvaluationTexts, counts: Counter[str], digest: Any, hits: list[str]) -> Iterator[Row]:
-    """Yield the rows that match no evaluation text; add all rows to `counts` and `digest`, and matches to `hits`."""
-    for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
-        row = row if isinstance(row, dict) else {}
-        kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
-        if "text" in row:
-            kinds = [(row.get("kind"), row["text"])]
-        if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
-            raise UserError("corpus.row", f"{place} needs texts in `code` and `description`, or `kind` and `text`.")
-        found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
-        hits += [f"{place} ({row.get('package')}): {one}" for one in found]
-        counts.update(found, rows=1, rows_found=bool(found))
-        digest.update(_line(row))
-        if not found:
-            yield row

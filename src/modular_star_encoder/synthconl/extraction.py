@@ -72,25 +72,16 @@ def function_rows(
     for corpus in corpora:
         source = open_source(corpus, languages)
         if isinstance(source, SourceReader):
-            rows = _file_rows(source, languages, counts, processes, progress)
+            rows = map(_row, filtered_functions(source, counts, processes, progress))
         else:
             rows = _codesearchnet_rows(source, languages, counts)
         for row in rows:
-            reason = _reason(row, max_characters, seen)
+            reason = _reason(row, languages, max_characters, seen)
             counts[f"dropped: {reason}" if reason else "functions kept"] += 1
             if reason is None:
                 yield row
-
-
-def _file_rows(
-    reader: SourceReader, languages: Sequence[str], counts: Counter[str], processes: int, progress: bool
-) -> Iterator[Row]:
-    for function in filtered_functions(reader, counts, processes, progress):
-        if function.language in languages:
-            yield _row(function)
-        else:
-            counts["dropped: another language"] += 1
-    counts.update({f"files left out: {reason}": count for reason, count in reader.skipped.items()})
+        if isinstance(source, SourceReader):
+            counts.update({f"files left out: {reason}": count for reason, count in source.skipped.items()})
 
 
 def _codesearchnet_rows(
@@ -102,8 +93,7 @@ def _codesearchnet_rows(
             raise UserError("synthconl.codesearchnet", f"{place} is not a row of CodeSearchNet ({row}).")
         if language_named(row.get("language")) not in languages:
             counts["dropped: another language"] += 1
-            continue
-        if function := codesearchnet_function(row):
+        elif function := codesearchnet_function(row):
             yield _row(function, row.get("func_code_url"))
         else:
             counts["dropped: its docstring can't be taken out"] += 1
@@ -115,9 +105,11 @@ def _row(function: DocumentedFunction, url: str | None = None) -> Row:
     return dict(zip(_COLUMNS, values, strict=True))
 
 
-def _reason(row: Row, max_characters: int, seen: set[bytes]) -> str | None:
+def _reason(row: Row, languages: Sequence[str], max_characters: int, seen: set[bytes]) -> str | None:
     """Return why a row is dropped, or None if it is kept; a digest of a kept row's code is added to `seen`."""
     code, description = row["func1_CSN"] or "", row["func_documentation_string"] or ""
+    if row["language1_CSN"] not in languages:
+        return "another language"
     if not code.strip() or not description.strip():
         return "without code or description"
     if len(code) > max_characters:

@@ -27,14 +27,7 @@ from modular_star_encoder.synthconl.near_duplicates import (
     find_near_duplicates,
     fingerprint,
 )
-from modular_star_encoder.synthconl.row_files import (
-    Shard,
-    check_columns,
-    find_shards,
-    read_ids,
-    read_texts,
-    write_kept,
-)
+from modular_star_encoder.synthconl.row_files import Shard, check_columns, find_shards, read_ids, read_texts, write_kept
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import LOCK, locked, read_json, staged_file, write_json
 

@@ -104,13 +104,9 @@ class DuplicateSettings:
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hash the shingles of each text; repeated shingles are kept.
+    """Return `hashes`, uint64 (shingles,), and `bounds`, int64: text i has `hashes[bounds[i]:bounds[i + 1]]`.
 
     A shingle is a substring of `SHINGLE_CHARACTERS` code points. A shorter text is one shingle; a blank text has none.
-
-    Returns:
-        `hashes`, uint64 (number of shingles in all texts,), and `bounds`, int64 (number of texts + 1,): the hashes of
-        text i are `hashes[bounds[i]:bounds[i + 1]]`.
     """
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
@@ -127,11 +123,9 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes ^= hashes >> _HALF
     hashes *= _MIX
     hashes ^= hashes >> _HALF
-    inside_one_text = np.ones(len(characters), bool)
-    ends = np.cumsum(lengths)
-    for offset in range(1, size):
-        inside_one_text[ends - offset] = False
-    return hashes[inside_one_text[:windows]], bounds
+    # Text i begins `(size - 1) * i` characters later than its shingles, so leave out windows over two texts.
+    before = np.cumsum(lengths) - lengths - bounds[:-1]
+    return hashes[np.arange(bounds[-1]) + np.repeat(before, np.diff(bounds))], bounds
 
 
 def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:
@@ -307,8 +301,11 @@ class _Column:
         self.digests = np.concatenate([_matrix(part, "digest") for part in parts])[rows]
         self.not_blank = np.flatnonzero(self.digests.any(axis=1))
 
-    def texts(self, numbers: np.ndarray) -> list[str]:
-        return [self._texts[row].as_py().decode("utf-8", "surrogatepass") for row in self._rows[numbers].tolist()]
+    def shingle_sets(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
+        """Return {number of a row: the hashes of its distinct shingles}."""
+        wanted = np.unique(numbers)
+        texts = (self._texts[row].as_py().decode("utf-8", "surrogatepass") for row in self._rows[wanted].tolist())
+        return dict(zip(wanted.tolist(), shingle_sets(texts), strict=True))
 
     def keys(self) -> np.ndarray:
         """Return the band keys of the m rows, uint64 (bands, m)."""
@@ -316,11 +313,9 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the m distinct rows among n by the hashes of their texts, `digests` uint64 (n, 2 × columns).
+    """Return the m distinct rows by ascending id, int64 (m,), and for each of all n rows its place among them.
 
-    `order`, int64 (n,), lists the rows by ascending id. Of equal rows, the one of smallest id stands for all; a row
-    with only blank texts equals no other row. Return the distinct rows by ascending id, int64 (m,), and for each of the
-    n rows the index among these m of the row that it equals, int64 (n,).
+    Of equal rows, the one of smallest id stands for all; a row with only blank texts equals no other row.
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
@@ -336,9 +331,8 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return (candidate pairs, size of the largest bucket, number of rows over the limit in the band with most).
 
-    The bucket of a row of `column` has the rows of `others` with the same key in a band. The row is paired with the
-    first `limit` rows of its bucket, as (row, other row); if `others` is `column`, only with earlier rows, as (earlier
-    row, row). A row is over the limit if its bucket has more than `limit` such rows.
+    The bucket of a row of `column` has the rows of `others` with the same key in a band; if `others` is `column`, only
+    earlier rows. The row is paired with the first `limit` rows of its bucket.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -369,10 +363,7 @@ def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _near_pairs(
     pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return those of `pairs` that are near in all columns, and the smallest similarity of each over the columns.
-
-    A pair's first row is in the columns `firsts`, its second row in the columns `seconds`.
-    """
+    """Return those of `pairs` that are near in all columns, and the smallest similarity of each over the columns."""
     smallest = np.ones(len(pairs))
     for first, second in zip(firsts, seconds, strict=True):
         smallest = np.minimum(smallest, _similarities(pairs, first, second, progress))
@@ -390,18 +381,11 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
     chunks = np.split(unequal, np.flatnonzero(np.diff(size // _BYTES_AT_A_TIME)) + 1)
     for chunk in tqdm(chunks, desc="Comparing", disable=not progress):
         lefts, rights = left[chunk], right[chunk]
-        if first is second:
-            left_sets = right_sets = _shingle_sets(np.concatenate((lefts, rights)), first)
-        else:
-            left_sets, right_sets = _shingle_sets(lefts, first), _shingle_sets(rights, second)
+        left_sets = first.shingle_sets(np.concatenate((lefts, rights)) if first is second else lefts)
+        right_sets = left_sets if first is second else second.shingle_sets(rights)
         numbers = zip(lefts.tolist(), rights.tolist(), strict=True)
         result[chunk] = [jaccard(left_sets[one], right_sets[other]) for one, other in numbers]
     return result
-
-
-def _shingle_sets(numbers: np.ndarray, column: _Column) -> dict[int, np.ndarray]:
-    wanted = np.unique(numbers)
-    return dict(zip(wanted.tolist(), shingle_sets(column.texts(wanted)), strict=True))
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -421,18 +405,12 @@ def _decide(
     giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
-    """Decide which rows are kept.
+    """Decide which rows are kept: `near` has pairs of distinct rows, `near_others` pairs (distinct row, other text).
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
     2. The remaining rows that are linked by near pairs or by equality, directly or through other rows, are a cluster.
     3. Each cluster keeps its row of smallest id. In a cluster of more than `giant_cluster` distinct rows, taken in the
        order of their ids, a row is dropped only if it is equal or near to a row kept before it.
-
-    Args:
-        distinct, numbers: The results of `_distinct_rows`.
-        near: Near pairs of distinct rows, and their similarities.
-        near_others: Near pairs (distinct row, number of a text, counted through all sets), and their similarities.
-        counts: Further fields of the result.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

@@ -22,15 +22,13 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, ValidationError, validate_call
 from pydantic import Field as Constraint
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
-from modular_star_encoder.data.sources.dataset_rows import parquet_batches
-from modular_star_encoder.synthconl.row_files import count_rows, read_file, row_files, write_parquet
+from modular_star_encoder.synthconl.row_files import count_rows, read_file, read_rows, row_files, write_parquet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types, read_json, write_json
 from modular_star_encoder.utils.http import (
@@ -293,8 +291,6 @@ def translate(
             an earlier call is damaged or belongs to no row (`synthconl.journal`).
     """
     backend = settings.open()
-    if not (total := count_rows(functions)):
-        raise UserError("synthconl.translation.empty", f"{functions} contains no function to translate.")
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
     begun = any(file.stat().st_size for file in out.glob("rows-*"))
     session = _Session(out / SESSIONS, backend)
@@ -319,7 +315,7 @@ def translate(
 
     with (
         ExitStack() as journals,
-        tqdm(desc="Translating", total=total, unit=" functions", disable=not progress) as bar,
+        tqdm(desc="Translating", total=count_rows(functions), unit=" functions", disable=not progress) as bar,
         closing(backend.complete(requests())) as completions,
     ):
         journals.callback(session.write)
@@ -394,21 +390,16 @@ def _read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
-    names = ["finish_reason", *_TOKENS]
-    table = pa.Table.from_batches(
-        (batch for file in row_files(out) for batch in parquet_batches(file, names)),
-        pa.schema([SCHEMA.field(name) for name in names]),
-    )
-    tokens = {name: pc.sum(table[name]).as_py() for name in _TOKENS}
-    errors = pc.sum(pc.is_in(table["finish_reason"], pa.array([ERROR, TOO_LONG]))).as_py()
+    counts = Counter(dict.fromkeys(("completions", "errors", *_TOKENS), 0))
+    for row in read_rows(out, ["finish_reason", *_TOKENS]):
+        failed = row.pop("finish_reason") in (ERROR, TOO_LONG)
+        counts.update(row, completions=1, errors=failed)
     sessions = _read_sessions(out / SESSIONS)
     seconds, counted = (sum(session[name] for session in sessions) for name in ("seconds", "completions"))
     backends = [session["backend"] for session in sessions]
     return {
-        "completions": len(table),
-        "errors": errors,
-        **tokens,
-        "cost": settings.cost(*tokens.values()),
+        **counts,
+        "cost": settings.cost(counts["prompt_tokens"], counts["completion_tokens"]),
         "seconds": round(seconds, 3),
         "completions_per_second": round(counted / seconds, 3) if seconds else 0.0,
         "backends": [one for i, one in enumerate(backends) if one not in backends[:i]],
