@@ -120,11 +120,13 @@ class Manifest:
         above: set[str] = set()
         for entry in self.repositories:
             check_repository_id(self.repository(entry))
+            key, fault = "", ""
             if entry.key in above:
-                raise UserError("hub.manifest.twice", f"{entry.key} is listed twice in `repositories`.")
-            if entry.parent is not None and entry.parent not in above:
-                message = f"{entry.key} is made from {entry.parent}, which must be listed above it in `repositories`."
-                raise UserError("hub.manifest.parent", message)
+                key, fault = "twice", "is listed twice"
+            elif entry.parent is not None and entry.parent not in above:
+                key, fault = "parent", f"is made from {entry.parent}, which must be listed above it"
+            if key:
+                raise UserError(f"hub.manifest.{key}", f"{entry.key} {fault} in `repositories`.")
             above.add(entry.key)
 
     def repository(self, entry: RepositorySettings) -> str:

@@ -76,24 +76,14 @@ class StagedRepository:
 
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
     """Write the card of a staged repository. `parent_revision` is the commit of its parent model, if it is known."""
-    config, measured, settings = staged.config, staged.measurements, staged.settings
-    heading = "" if staged.retrieval else "pre-trained"
-    heading = f"the first {settings.exit_layer} layers" if settings.slice_of else heading
-    head, rows = measurement_rows(measured)
+    head, rows = measurement_rows(staged.measurements)
     card = render_card(
         "model.md.jinja",
         content=staged,
-        settings=settings,
         manifest=manifest,
         metadata=_metadata(staged, manifest).to_yaml(line_break="\n"),
-        heading=heading,
         parent_link=staged.parent.link(parent_revision) if staged.parent else None,
         parent_revision=parent_revision,
-        layers=config.num_hidden_layers,
-        exit_layers=config.exit_layers,
-        parameters=measured.parameters[config.num_hidden_layers],
-        dimension=config.projection_size if staged.retrieval else config.hidden_size,
-        longest=config.max_position_embeddings,
         query=_quoted(staged.prompts.get("query", "") + "sum of two numbers"),
         code=_quoted(staged.prompts.get("document_python", "") + "def add(a, b):\n    return a + b"),
         measured_head=head,

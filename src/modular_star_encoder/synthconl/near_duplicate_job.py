@@ -123,19 +123,20 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; UserError if `out` contains anything else."""
     begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
     used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
+    key, fault = "", ""
     if (used and not begun) or out == source or out in source.parents or source in out.parents:
-        message = f"The folder to write, {out}, must be new or empty, and must neither be in {source} nor contain it."
-        raise UserError("synthconl.near_duplicates.out", message)
-    if begun:
+        key, fault = "out", f"must be new or empty, and must neither be in {source} nor contain it"
+    elif begun:
         try:
             content = read_json(begun[0])
-        except ValueError as error:
-            message = f"{begun[0]} is damaged ({error}); remove its folder and start again."
-            raise UserError("synthconl.near_duplicates.damaged", message) from error
-        before = content.get("job", {}) if begun[0].name == REPORT else content
-        if changed := [name for name in job if before.get(name) != job[name]]:
-            changes = f"other {', '.join(changed)}. Choose another folder, or remove this one to start again"
-            raise UserError("synthconl.near_duplicates.other_job", f"{out} was begun with {changes}.")
+            before = content.get("job", {}) if begun[0].name == REPORT else content
+            if changed := [name for name in job if before.get(name) != job[name]]:
+                changes = f"other {', '.join(changed)}. Choose another folder, or remove this one to start again"
+                key, fault = "other_job", f"was begun with {changes}"
+        except (ValueError, AttributeError) as error:
+            key, fault = "damaged", f"has a damaged {begun[0].name} ({error}); remove the folder and start again"
+    if key:
+        raise UserError(f"synthconl.near_duplicates.{key}", f"The folder to write, {out}, {fault}.")
     return bool(begun)
 
 

@@ -113,14 +113,14 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
     for shard in shards:
         schema = _opened(shard.path).schema_arrow
         for name in (*columns, *([] if id_column is None else [id_column])):
+            key, fault = "", ""
             if name not in schema.names:
-                message = f"{shard.name} has no column {name!r}. Its columns: {', '.join(schema.names)}."
-                raise UserError("synthconl.shards.column_missing", message)
-            kind = schema.field(name).type
-            if not _is_text(kind) and (name in columns or not pa.types.is_integer(kind)):
+                key, fault = "missing", f"is missing. The columns are: {', '.join(schema.names)}"
+            elif not _is_text(kind := schema.field(name).type) and (name in columns or not pa.types.is_integer(kind)):
                 wanted = "text" if name in columns else "text or integers"
-                message = f"Column {name!r} of {shard.name} contains {kind}; it must contain {wanted}."
-                raise UserError("synthconl.shards.column_type", message)
+                key, fault = "type", f"contains {kind}; it must contain {wanted}"
+            if key:
+                raise UserError(f"synthconl.shards.column_{key}", f"Column {name!r} of {shard.name} {fault}.")
 
 
 def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
@@ -196,6 +196,5 @@ def _unreadable(path: Path) -> Iterator[None]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view())

@@ -100,14 +100,16 @@ class OpenAIBackend:
         timeout: Positive = 300.0,
         body: Mapping[str, Any] | None = None,
     ) -> None:
+        key, fault = "", ""
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
-            raise UserError("synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it.")
-        if api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
-            message = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}: "
-            message += "set MOSE_API_KEY to the server's key and name that variable."
-            raise UserError("http.token.variable", message)
-        http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
+            key, fault = "synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it"
+        elif api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
+            fault = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}: set MOSE_API_KEY to the"
+            key, fault = "http.token.variable", f"{fault} server's key and name that variable"
+        if key:
+            raise UserError(key, f"{fault}.")
         self._url = check_url(base_url) + "/chat/completions"
+        http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
         self._open_client = partial(HTTPClient, **http, max_bytes=2**24)
         self._model, self._revision, self._concurrency = model, revision, concurrency
