@@ -261,8 +261,7 @@ def export_onnx_folder(
     Args:
         checkpoint: a folder or Hub repository.
         exit_layer: exit to export; the deepest if None.
-        out: folder to write; it must be empty or not exist. By default it is `{name}-{exit_layer}-onnx`, next to the
-            checkpoint's folder (for a repository, in the current folder).
+        out: folder to write; it must be empty or not exist. For the default, see `default_folder`.
         int8: also write a file with 8-bit weights; needs `tasks`.
         tasks: retrieval tasks on which the model and the ONNX files are evaluated.
 
@@ -303,7 +302,7 @@ def export_onnx_folder(
 
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
-    """Return the default output folder for one exit: `{name}-{exit_layer}-{ending}`, next to the checkpoint."""
+    """Return `{name}-{exit_layer}-{ending}`, next to the checkpoint's folder or, for a Hub repository, right here."""
     local = local_folder(checkpoint)
     folder = Path(Path(checkpoint).name) if local is None else local.resolve()
     return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")

@@ -348,14 +348,9 @@ def check_corpus(
 ) -> tuple[Row, list[str]]:
     """Find the texts of a corpus whose letters and digits equal, or nearly equal, those of an evaluation text.
 
-    Args:
-        files: Files that `build_corpus` wrote.
-        texts: The evaluation texts.
-        drop: Folder for copies of `files` without the rows in which a text was found; None writes no copies.
-
-    Returns:
-        A report with the numbers of rows and of found texts in each file, for a model's card; and for each found text,
-        a line with its file, row, package and evaluation set.
+    `files` are of `build_corpus`; the folder `drop`, if given, gets copies of them without the rows that were found.
+    Return a report with the numbers of rows and of found texts in each file, for a model's card; and for each found
+    text, a line with its file, row, package and evaluation set.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}

@@ -64,15 +64,14 @@ def function_rows(
     """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
     A function is dropped if its language is not in `languages`, if its code has more than `max_characters` characters,
-    or if an earlier function differs from it only in white space. For this comparison, 16 bytes of each kept function
-    stay in memory. `counts` gets the number of rows or files read, the number of functions kept, and the number of
-    functions dropped for each reason.
+    or if an earlier function differs from it only in white space. `counts` gets the numbers of rows or files read, of
+    functions kept, and of functions dropped for each reason.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
         source = open_source(corpus, languages)
         if isinstance(source, SourceReader):
-            rows = map(_row, filtered_functions(source, counts, processes, progress))
+            rows = (_row(one) for one in filtered_functions(source, counts, processes, progress))
         else:
             rows = _codesearchnet_rows(source, languages, counts)
         for row in rows:
@@ -192,9 +191,8 @@ def clean_translation(
 
     The code is accepted if it contains a function and parses as the target language. It may fail to parse in at most
     `max_error_share` of its bytes, but then it must not parse as the source language. A share of 1 skips these checks.
-    An answer of more than `MAX_ANSWER_CHARACTERS` is rejected unread. Grammars are tolerant: of 200 functions in one
-    language, up to 72 % parse as another language with few errors (JavaScript as C++). This rule accepts at most 23 %
-    of them as another language (Java as C++), and every function as its own language.
+    Grammars are tolerant: of 200 functions in one language, up to 72 % parse as another language with few errors
+    (JavaScript as C++). This rule accepts at most 23 % of them (Java as C++), and every function as its own language.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

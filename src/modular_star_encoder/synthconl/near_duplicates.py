@@ -158,13 +158,10 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return one element per text, in the order of the texts; None is treated as a blank text.
+    """Return {`text`, `digest`, `keys`} for each text, in their order; None is treated as a blank text.
 
-    Each element has the fields
-
-    - `text`: the text in UTF-8, which may contain lone surrogates;
-    - `digest`: two uint64, the same for equal texts and zero for blank texts;
-    - `keys`: a uint64 per band; two texts with the same key in a band are compared. Meaningless for blank texts.
+    `text` is the text in UTF-8, which may contain lone surrogates. `digest` has two uint64, the same for equal texts
+    and zero for blank texts. `keys` has a uint64 per band: two texts with the same key in a band are compared.
     """
     contents: list[bytes] = []
     digests = bytearray()

@@ -125,8 +125,7 @@ def dataset_card(
     """Return the text of a dataset's card: YAML metadata and Markdown.
 
     `settings` and `reports` map each stage to its settings (see `DatasetRecipe.stage_settings`) and its report;
-    `splits` maps each split to its numbers of `rows` and `repositories`; `licenses` maps each licence to its number of
-    rows; `versions` maps the name of software to its version.
+    `splits` maps each split to its numbers of `rows` and `repositories`; `licenses` each licence to its number of rows.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]

@@ -19,7 +19,7 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,11 +46,10 @@ ERROR, TOO_LONG = "error", "too_long"
 RUN_OPTIONS = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
+class CompletionRequest(NamedTuple):
     """A prompt to complete, and the id of its row, which its completion will have."""
 
-    id: str  # id of the row
+    id: str
     prompt: str  # the user's message, without a chat template
 
 
@@ -276,21 +275,12 @@ class TranslationSettings:
 def translate(
     functions: Path, out: Path, settings: TranslationSettings, *, seed: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Ask a model to translate every function that has no answer from an earlier call in `out`.
+    """Ask a model to translate every function that has no answer from an earlier call in `out`; report on all calls.
 
-    Args:
-        functions: Folder of files from `write_rows` with the columns `id`, `language1_CSN` and `func1_CSN`.
-        out: Existing folder; it gets one file of completions for each file of functions.
-        settings, seed: The same as in all earlier calls; the caller checks this. `seed` decides the target languages.
-
-    Returns:
-        A report on this call and all earlier ones: `completions` (number of requests that were sent) and `errors` (how
-        many of these failed), `prompt_tokens`, `completion_tokens`, `cost`, `seconds`, `completions_per_second`, and
-        `backends`, the description of each back end used.
-
-    Raises:
-        UserError: The back end can't continue or answers only errors; all answers before that are kept. Or an answer of
-            an earlier call is damaged or belongs to no row (`synthconl.journal`).
+    `functions` is a folder of `write_rows` with the columns `id`, `language1_CSN` and `func1_CSN`. For each of its
+    files, the existing folder `out` gets a file of completions. `settings` and `seed`, which decides the target
+    languages, are those of all earlier calls; the caller checks this. UserError if the back end can't continue or
+    answers only errors, but all answers before that are kept; or if an answer of an earlier call is damaged.
     """
     backend = settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
