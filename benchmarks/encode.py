@@ -31,7 +31,7 @@ from sentence_transformers import SentenceTransformer
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.inference.checkpoints import load_checkpoint
-from modular_star_encoder.inference.encode import compile_for_inference, encode_exits, evaluating
+from modular_star_encoder.inference.encode import compile_for_inference, encode_exits
 
 LANGUAGES = ("go", "javascript", "ruby")
 BATCH_SIZE = 32
@@ -127,7 +127,7 @@ def unsorted_encode(model: torch.nn.Module, tokenizer: Any, texts: list[str]) ->
     """Padded batches in the order of the corpus."""
     unpad, model.config.unpad_inputs = model.config.unpad_inputs, False
     parts = []
-    with evaluating(model):
+    with torch.inference_mode():
         for start in range(0, len(texts), BATCH_SIZE):
             batch = tokenizer(
                 texts[start : start + BATCH_SIZE],

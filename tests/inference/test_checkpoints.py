@@ -74,14 +74,9 @@ def change_tensors(folder, drop=(), **added):
     save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def change_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def change_tokenizer(folder, **changes):
-    state = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(state | changes))
+def change_json(folder, name="config.json", **changes):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | changes))
 
 
 def write(name, content):
@@ -89,7 +84,7 @@ def write(name, content):
 
 
 def change(**changes):
-    return lambda folder: change_config(folder, **changes)
+    return partial(change_json, **changes)
 
 
 @pytest.fixture
@@ -114,7 +109,8 @@ DAMAGES = [
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", ""),
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
-    (lambda folder: change_tokenizer(folder, normalizer=PANIC), "tokenizer", "out of bounds"),
+    (partial(change_json, name="tokenizer.json", normalizer=PANIC), "tokenizer", "out of bounds"),
+    (write("config.json", '{"a":' * 5000 + "1" + "}" * 5000), "damaged", ""),
 ]
 
 
@@ -135,15 +131,13 @@ def test_exits_above_a_missing_head_are_loaded_without_it(copy):
 
 
 def test_a_model_of_another_class_is_not_sliced(copy, tmp_path):
-    change_config(copy, architectures=["TheirModel"])
+    change_json(copy, architectures=["TheirModel"])
     with raises("checkpoint.other_class", "TheirModel"):
         slice_checkpoint(copy, 2, tmp_path / "slice")
 
 
 def test_a_slice_of_a_repository_is_a_sentence_transformer_too(copy, tmp_path, monkeypatch):
-    settings = json.loads((copy / "config_sentence_transformers.json").read_text())
-    settings["prompts"] = {"query": "find: "}
-    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    change_json(copy, "config_sentence_transformers.json", prompts={"query": "find: "})
     cache_repository(copy, tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -213,23 +207,11 @@ EMPTY, HUGE = ({"dtype": "U8", "shape": [end], "data_offsets": [0, end]} for end
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda folder: change_config(folder, **{f"k{n}": n for n in range(20_000)}), "its config.json has more than"),
+        (change(**{f"k{n}": n for n in range(20_000)}), "its config.json has more than"),
         (partial(_tensors, header={f"t{n}": EMPTY for n in range(20_000)}), "names tensors in more than"),
         (partial(_tensors, header={"t" * 2**21: EMPTY}), "names tensors in more than"),
         (partial(_tensors, header={"t": EMPTY}, size=2**40), "has more bytes than its header says"),
         (partial(_tensors, header={"t": HUGE}, size=2**40), "or more than"),
-    ],
-)
-def test_files_too_large_to_read_in_seconds_are_reported_unread(copy, change, problem, monkeypatch):
-    change(copy)
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
-    with pytest.raises(FileNotFoundError, match=problem):
-        load_checkpoint(copy)
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
         (partial(_pipe, name="tokenizer.json"), "its tokenizer.json is not a file"),
         (partial(_pipe, name="other.safetensors"), "its other.safetensors is not a file"),
         (partial(_index, shard="../foreign.safetensors"), "its weights ../foreign.safetensors"),
@@ -239,8 +221,11 @@ def test_files_too_large_to_read_in_seconds_are_reported_unread(copy, change, pr
         (partial(_link, name="1_Pooling/config.json"), "its config.json is a link to a file outside"),
     ],
 )
-def test_pipes_and_files_outside_the_folder_are_reported_and_not_read(copy, change, problem):
+def test_files_too_large_to_read_in_seconds_pipes_and_files_outside_the_folder_are_reported_unread(
+    copy, change, problem, monkeypatch
+):
     change(copy)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
     with pytest.raises(FileNotFoundError, match=re.escape(problem)):
         load_checkpoint(copy)
 
@@ -253,18 +238,10 @@ def test_a_link_to_the_blobs_of_the_hub_s_cache_is_followed(copy):
 
 
 def test_a_configuration_chooses_neither_other_weights_nor_an_attention(copy):
-    config = json.loads((copy / "config.json").read_text())
-    hostile = {"transformers_weights": "adapter_model.bin", "attn_implementation": "flex_attention"}
-    (copy / "config.json").write_text(json.dumps(config | hostile))
+    change_json(copy, transformers_weights="adapter_model.bin", attn_implementation="flex_attention")
     loaded = load_checkpoint(copy)[0].config
     assert loaded._attn_implementation == "sdpa"
     assert not hasattr(loaded, "transformers_weights")
-
-
-def test_a_deeply_nested_configuration_is_damaged(copy):
-    (copy / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
-    with raises("checkpoint.damaged", copy):
-        load_checkpoint(copy)
 
 
 def test_a_model_without_projection_heads_is_an_error(tmp_path):

@@ -302,10 +302,7 @@ def test_exits_and_sizes_that_the_model_does_not_have_are_refused(changes, key, 
     with raises(key, value):
         ContrastiveSettings(**changes).check((4, 18, 36), 1024)
     ContrastiveSettings(teacher=9, alignment_target=9).check((4, 18, 36), 1024)
-
-
-def test_exit_0_is_named_as_every_other_exit():
-    settings = {"teacher": 0, "alignment_target": 0, "dimensions": {0: [64]}}
+    settings = {"teacher": 0, "alignment_target": 0, "dimensions": {0: [64]}}  # exit 0 is named as every other exit
     ContrastiveSettings(**settings, distillation_weight=1.0, alignment_weight=1.0).check((0, 2), 1024)
 
 

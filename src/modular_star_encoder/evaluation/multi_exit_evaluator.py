@@ -109,7 +109,7 @@ class MultiExitEvaluator(BaseEvaluator):
         """Build an evaluator from the mappings that sentence-transformers' InformationRetrievalEvaluator takes.
 
         Args:
-            queries, corpus: {id: text} of the queries, and of the documents.
+            queries, corpus: {id: text} of the queries, and of the documents, which are candidates of every query.
             relevant: {id of a query: ids of its relevant documents}; queries without any are left out.
             language: programming language of all documents; None if unknown, or if the documents are prose.
             options: arguments of the class other than `task`.

@@ -260,11 +260,9 @@ def _explain(table: Table) -> list[str]:
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
     """Read the tables in a results file, with the rows of the evaluated model and of retrievers without exits.
 
-    Of several embedding sizes at an exit, only the largest is read.
-
-    Args:
-        path: report.json, a file that `mose evaluate --json` wrote, or training_log.json of `mose finetune`.
-        checkpoint: checksum of the weights. UserError if the file has another one; if empty, it is not compared.
+    Of several embedding sizes at an exit, only the largest is read. `path` is report.json, a file that
+    `mose evaluate --json` wrote, or training_log.json of `mose finetune`. UserError if it has another checksum of the
+    weights than `checkpoint` (not compared if empty).
     """
     try:
         content = read_json(path)
@@ -287,23 +285,21 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
     the table has no exits. An exit profile can store the result. For `path` and `checkpoint` see `read_tables`.
     """
     tables = read_tables(path, checkpoint)
-    own = _own_exits(next((one for one in tables if one.benchmark == benchmark), tables[0]))
-    if not own:
+    table = next((one for one in tables if one.benchmark == benchmark), tables[0])
+    quality = {row.exit_layer: row.mean.value for row in table.rows if row.exit_layer is not None}
+    if not quality:
         raise UserError("evaluation.report.no_exits", f"{path} has no results of exits: evaluate a model with exits.")
-    return {exit_layer: row.mean.value for exit_layer, row in own.items()}
+    return quality
 
 
 def _evaluated_model(table: Table) -> Table:
     """Return the table without the exits of other models, and without truncated embeddings of the evaluated model."""
-    own = _own_exits(table)
-    return replace(table, rows=[row for row in table.rows if row.exit_layer is None or row is own.get(row.exit_layer)])
-
-
-def _own_exits(table: Table) -> dict[int, Row]:
-    """Return {exit_layer: the row with the largest embeddings} of the evaluated model."""
     own = next((row.retriever for row in table.rows if row.exit_layer is not None), None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
-    return {row.exit_layer: row for row in rows if row.retriever == own and row.exit_layer is not None}
+    largest = {row.exit_layer: row for row in rows if row.retriever == own}
+    return replace(
+        table, rows=[row for row in table.rows if row.exit_layer is None or row is largest.get(row.exit_layer)]
+    )
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:

@@ -159,12 +159,9 @@ def ranking_task(
 ) -> RetrievalTask:
     """Build a task to rank all documents for each query, or only the documents in the query's batch.
 
-    Args:
-        ids: ids of the queries; their row numbers if None.
-        judgements: which documents are relevant to a query; if None, only document i is relevant to query i.
-        batches: row numbers (B,) of each batch: the candidates of its queries are the documents with the same numbers.
-            If None, all documents are candidates of all queries.
-        options: other fields of `RetrievalTask`.
+    By default, `ids` are the row numbers of the queries, and document i is the only one relevant to query i. `batches`
+    are row numbers (B,): the candidates of the queries in a batch are the documents with the same numbers. `options`
+    are other fields of `RetrievalTask`.
     """
     rows = range(len(queries))
     ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
@@ -196,13 +193,10 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task whose queries are descriptions, and whose documents are the code that they describe.
+    """Build a task to find code by its description, from rows of (description, code, language).
 
-    Args:
-        rows: (description, code, language), such as `RetrievalRow`s.
-        size: number of candidates of each query, the documents of its batch (see `candidate_batches`); all if None.
-        seed: random seed of the batches.
-        options: passed to `ranking_task`.
+    `size` is the number of candidates of each query, the documents of its batch (see `candidate_batches`); all if None.
+    `options` are passed to `ranking_task`.
     """
     pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
@@ -217,14 +211,7 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from queries and documents, {id: text}; queries without a relevant document are left out.
-
-    Args:
-        queries, corpus: {id: text}; all documents are candidates of each query.
-        relevant: {id of a query: ids of its relevant documents}.
-        language: programming language of all documents; None if unknown, or if the documents are prose.
-        options: other fields of `RetrievalTask`.
-    """
+    """Build a task as `MultiExitEvaluator.from_mappings` says; `options` are other fields of `RetrievalTask`."""
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
@@ -243,11 +230,8 @@ def task_from_mappings(
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
     """Build a task of text → code pairs and a task of code → code pairs; a task of fewer than two pairs is left out.
 
-    Args:
-        texts: the held-out rows.
-        limit: largest number of queries of a task, which are drawn at random. If more than 1000 are drawn, they form
-            batches of 1000, and the rest is left out.
-        seed: random seed of the draw.
+    A task has at most `limit` queries, which are drawn at random. If more than 1000 are drawn, they form batches of
+    1000, and the rest is left out.
     """
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():

@@ -317,14 +317,10 @@ def write_sentence_transformer_files(
     """Write to a checkpoint's folder what SentenceTransformer reads: `modules.json`, the prompts and other settings.
 
     The `last_hidden_state` of a retrieval model holds the projected tokens of an exit, which the standard modules
-    pool and normalise. `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit.
+    pool and normalise. `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit, `prompt_name=…` the prompt.
 
-    Args:
-        prompts: {name: prefix}, for `SentenceTransformer.encode(prompt_name=…)`.
-        modules: content of `modules.json`.
-        dimension: size of the embeddings; `config.projection_size` if None.
-        pooling: `"mean"` or `"lasttoken"`, for a model that returns only tokens. If None, `config.pooling`; UserError
-            if SentenceTransformer can't pool and normalise as `config` says.
+    `dimension` is the size of the embeddings if it is not `config.projection_size`, and `pooling` that of a model which
+    returns only tokens. If it is None, UserError if SentenceTransformer can't pool and normalise as `config` says.
     """
     if pooling is None:
         check_servable(config)
@@ -346,7 +342,7 @@ def write_sentence_transformer_files(
     for name, content in zip(SENTENCE_TRANSFORMER_FILES, contents, strict=True):
         path = Path(folder, name)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(path, content)
     path = Path(folder, "tokenizer_config.json")
     if not config.instruction_prompts and path.is_file():
         # No prompt has a special token, so libraries can treat special tokens in texts as ordinary characters.

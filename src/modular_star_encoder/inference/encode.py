@@ -156,28 +156,18 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a `with` block with the model in evaluation mode and torch in inference mode; restore both afterwards."""
-    was_training = model.training
+def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
+    """Context manager: evaluation and inference mode, and, on a CPU, no padding unless pooling is "legacy"."""
+    config, was_training = model.config, model.training
+    as_configured = config.unpad_inputs
+    if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
+        config.unpad_inputs = True
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Like `evaluating`, but on a CPU the model also skips padding tokens, unless its pooling is "legacy"."""
-    config = model.config
-    as_configured = config.unpad_inputs
-    if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
-        config.unpad_inputs = True
-    try:
-        with evaluating(model):
-            yield
-    finally:
         config.unpad_inputs = as_configured
 
 

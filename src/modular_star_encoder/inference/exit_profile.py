@@ -106,13 +106,9 @@ class ExitProfile:
         """Return the sorted names of the benchmarks on which the profile has the score of an exit."""
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the profile as the JSON object that `save` writes."""
-        return {"format": 1, **dataclasses.asdict(self)}
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a JSON file, atomically."""
-        write_json(path, self.to_dict())
+        write_json(path, {"format": 1, **dataclasses.asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:

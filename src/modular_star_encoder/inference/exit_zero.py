@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -51,22 +51,17 @@ _STATIC_MODULES = (
 )
 
 
-def _damage_reported(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Decorate a method that reads files of a checkpoint, so that it raises UserError for a damaged file."""
-
-    @wraps(read)
-    def checked(self: Any, argument: Any) -> Any:
-        try:
-            return read(self, argument)
-        except (OSError, UserError):
+@contextmanager
+def _damage_reported(folder: str | Path) -> Iterator[None]:
+    """Context manager for code that reads files of a checkpoint; UserError if one is damaged."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except BaseException as error:  # tokenizers raises no narrower class
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
-        except BaseException as error:  # tokenizers raises no narrower class
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
-            folder = getattr(self, "folder", argument)
-            raise UserError("checkpoint.damaged", f"{folder} cannot be used: {error}") from error
-
-    return checked
+        raise UserError("checkpoint.damaged", f"{folder} cannot be used: {error}") from error
 
 
 class NumpyEncoder:
@@ -80,53 +75,53 @@ class NumpyEncoder:
         (1, 384)
     """
 
-    @_damage_reported
     def __init__(self, folder: str | Path) -> None:
         """Read a checkpoint; raise UserError or OSError if a file is missing or damaged, or if exit 0 needs torch."""
         from tokenizers import Tokenizer
 
-        self.folder, self._config = Path(folder), read_config(folder)
-        if not has_exit_zero(self._config):
-            raise ValueError("it has no exit 0, or its exit 0 needs torch.")
-        self._tensors: dict[str, np.ndarray] = {}
-        self._tokens = self._tensor("model.embed_tokens.weight")
-        self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
-        check_tokenizer(folder)
-        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        settings = read_json(self.folder / "tokenizer_config.json")
-        split = settings.get("split_special_tokens", not self._config.get("instruction_prompts", True))
-        self.tokenizer.encode_special_tokens = split
-        self.tokenizer.no_padding()
-        self._most_tokens = self._config["max_position_embeddings"]
-        self.tokenizer.enable_truncation(self._most_tokens)
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        self._special = [] if self.tokenizer.encode_special_tokens else [token.content for token in added]
-        parts = (self.tokenizer.normalizer, self.tokenizer.pre_tokenizer)
-        self._has_words = tuple(part and json.loads(part.__getstate__()) for part in parts) == _DIVIDES
-        self._known: dict[str, bytes] = {}  # word → its token ids as uint32
+        self.folder, self._known = Path(folder), dict[str, bytes]()  # word → its token ids as uint32
+        with _damage_reported(folder):
+            self._config = read_config(folder)
+            if not has_exit_zero(self._config):
+                raise ValueError("it has no exit 0, or its exit 0 needs torch.")
+            self._tensors: dict[str, np.ndarray] = {}
+            self._tokens = self._tensor("model.embed_tokens.weight")
+            self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
+            check_tokenizer(folder)
+            self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            settings = read_json(self.folder / "tokenizer_config.json")
+            split = settings.get("split_special_tokens", not self._config.get("instruction_prompts", True))
+            self.tokenizer.encode_special_tokens = split
+            self.tokenizer.no_padding()
+            self._most_tokens = self._config["max_position_embeddings"]
+            self.tokenizer.enable_truncation(self._most_tokens)
+            added = self.tokenizer.get_added_tokens_decoder().values()
+            self._special = [] if self.tokenizer.encode_special_tokens else [token.content for token in added]
+            parts = (self.tokenizer.normalizer, self.tokenizer.pre_tokenizer)
+            self._has_words = tuple(part and json.loads(part.__getstate__()) for part in parts) == _DIVIDES
 
     @property
     def table(self) -> np.ndarray:
         """(V, D) float32: each token's projected embedding times the token's learned weight, not normalised."""
         return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
-    @_damage_reported
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embed N texts at exit 0: return unit vectors, float32 (N, D); zeros for a text without tokens."""
-        means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
-        totals = np.zeros((len(texts), 1), dtype=np.float32)
-        for start in range(0, len(texts), _TEXTS_PER_BATCH):
-            batch = self._ids(texts[start : start + _TEXTS_PER_BATCH])
-            # All texts share one buffer, because new memory for each text takes as long as the sums.
-            buffer = np.empty((max(map(len, batch)), self._tokens.shape[1]), dtype=np.float32)
-            for place, ids in enumerate(batch, start):
-                weights = self._weights[ids]
-                totals[place] = weights.sum()
-                tokens = np.take(self._tokens, ids, axis=0, out=buffer[: len(ids)], mode="clip")
-                means[place] = weights @ tokens / (totals[place] or 1.0)
-        embeddings = self._linear("projection_heads.0.dense", means) * (totals > 0)
-        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+        with _damage_reported(self.folder):
+            means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
+            totals = np.zeros((len(texts), 1), dtype=np.float32)
+            for start in range(0, len(texts), _TEXTS_PER_BATCH):
+                batch = self._ids(texts[start : start + _TEXTS_PER_BATCH])
+                # All texts share one buffer, because new memory for each text takes as long as the sums.
+                buffer = np.empty((max(map(len, batch)), self._tokens.shape[1]), dtype=np.float32)
+                for place, ids in enumerate(batch, start):
+                    weights = self._weights[ids]
+                    totals[place] = weights.sum()
+                    tokens = np.take(self._tokens, ids, axis=0, out=buffer[: len(ids)], mode="clip")
+                    means[place] = weights @ tokens / (totals[place] or 1.0)
+            embeddings = self._linear("projection_heads.0.dense", means) * (totals > 0)
+            lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+            return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text. If the tokenizer reads words one by one, equal words are read once."""

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,13 +122,13 @@ def profile_checkpoint(
     parameters = {k: model.slice(k).num_parameters() for k in exits}
     attention, bytes_each = config._attn_implementation, model.dtype.itemsize
     del model  # so that it takes no memory from the processes that measure the memory of each exit
-    memory = dict.fromkeys(exits, MemoryUse(None, [None] * len(plan.shapes)))
+    memory: dict[int, Any] = dict.fromkeys(exits, (None, [None] * len(plan.shapes)))
     for k in tqdm(exits if plan.memory else (), "measuring memory", unit="exit", disable=not progress, leave=False):
         memory[k] = measure_memory(path, k, device, dtype, plan.shapes, torch.get_num_threads())
     profiled = {}
     for k in exits:
         measurements = []
-        for (size, length), peak in zip(plan.shapes, memory[k].peaks, strict=True):
+        for (size, length), peak in zip(plan.shapes, memory[k][1], strict=True):
             seconds = times[k, (size, length)]
             median, late = np.percentile(seconds, [50, 95])
             measurement = Measurement(
@@ -150,7 +150,7 @@ def profile_checkpoint(
         dtype=dtype,
         attn_implementation=attention,
         checkpoint=checkpoint_checksum(path),
-        base_memory_mb=memory[exits[0]].base,
+        base_memory_mb=memory[exits[0]][0],
         machine=machine_kind(device),
         versions=library_versions(),
         date=datetime.now(UTC).date().isoformat(),
@@ -242,19 +242,12 @@ def _measure_times(
     return times
 
 
-class MemoryUse(NamedTuple):
-    """The memory of a process that embeds batches, in MB (10^6 bytes); None if unknown."""
-
-    base: float | None  # before the model is loaded, with all libraries imported
-    peaks: list[float | None]  # one per batch; on a CPU, the largest memory so far
-
-
 def measure_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
-) -> MemoryUse:
-    """Return the memory of a new process that loads one exit and embeds one batch per shape.
+) -> tuple[float | None, list[float | None]]:
+    """Return the memory (in MB, None if unknown) of a new process before it loads one exit, and after each batch shape.
 
-    On a CPU, `shapes` must ascend by number of tokens: each peak is the largest memory so far, loading included.
+    On a CPU, `shapes` must ascend by number of tokens: each value is the largest memory so far, loading included.
     """
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
@@ -262,7 +255,7 @@ def measure_memory(
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
         raise OSError(f"The memory of exit {exit_layer} can't be measured: the measuring process ended with: {last}")
-    return MemoryUse(*json.loads(process.stdout.splitlines()[-1]))
+    return tuple(json.loads(process.stdout.splitlines()[-1]))
 
 
 def peak_memory_mb() -> float | None:
@@ -279,7 +272,7 @@ def peak_memory_mb() -> float | None:
 
 def _measure_own_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
-) -> MemoryUse:
+) -> tuple[float | None, list[float | None]]:
     torch.set_num_threads(threads)
     on_gpu, peaks = device == "cuda", []
     base = None if on_gpu else peak_memory_mb()
@@ -289,7 +282,7 @@ def _measure_own_memory(
             torch.cuda.reset_peak_memory_stats()
         embed(model, random_batch(model, *shape), exit_layer)
         peaks.append(torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak_memory_mb())
-    return MemoryUse(base, peaks)
+    return base, peaks
 
 
 if __name__ == "__main__":

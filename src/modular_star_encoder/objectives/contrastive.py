@@ -27,27 +27,11 @@ def losses_from_embeddings(
     """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3) and the further terms that `settings` switches on.
 
     Each anchor of this process is scored against the positives and negatives of all processes, and each positive of
-    this process against the anchors of all processes. The loss is the cross-entropy, averaged over both directions and
-    over the pairs. If `settings.pairs` has several sets, a text is scored only against texts of its own set.
+    this process against the anchors of all processes, both only within their set of `settings.pairs`. The loss is the
+    cross-entropy, averaged over both directions and over the pairs.
 
-    Args:
-        stacks: side of a batch, such as `query` → embeddings (E, B, D) of B texts at E exits, L2-normalised. Row b of
-            the positives and negatives belongs to row b of the anchors.
-        exit_layers: the E exits, in the order of the embeddings.
-        settings: which terms are computed, and how; by default `ContrastiveSettings()`.
-        logit_scale: a learned factor of the similarities (1,), in place of `settings.logit_scale`.
-
-    Returns:
-        `losses` (E,), the sum of the terms. `terms`: `clip`, and `distillation` and `alignment` if their weights are
-        above 0, multiplied by these weights. `metrics`: `clip_loss`, `distillation_loss` and `alignment_loss`, without
-        the weights; `clip_accuracy`, the share of anchors whose own positive is the most similar candidate, at the
-        largest embedding size; `clip_accuracy_smallest`, at the smallest size in `dimensions`;
-        `clip_accuracy_{anchor}_{positive}` for each of several sets of pairs; `masked_negatives`, the share of
-        negatives that are masked; and a learned `logit_scale`.
-
-    Raises:
-        UserError: a side is missing or is not in `settings.pairs`, the sides of a pair have different numbers of rows,
-            or the settings name an exit or a size that does not exist.
+    `stacks` is {side: embeddings (E, B, D), L2-normalised} at the E exits `exit_layers`. A learned `logit_scale` (1,)
+    replaces that of `settings`. For what is returned and raised see `ContrastiveObjective`.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -277,7 +261,12 @@ class ContrastiveObjective:
             exit_layers: the exits to train.
 
         Returns:
-            `losses` (E,), float32 with gradient, and `metrics`; see `losses_from_embeddings`.
+            `losses` (E,), float32 with gradient, the sum of the terms. `terms`: `clip`, and `distillation` and
+            `alignment` if their weights are above 0, multiplied by these weights. `metrics`: `clip_loss`,
+            `distillation_loss` and `alignment_loss`, without the weights; `clip_accuracy`, the share of anchors whose
+            own positive is the most similar candidate, at the largest embedding size; `clip_accuracy_smallest`, at the
+            smallest size in `dimensions`; `clip_accuracy_{anchor}_{positive}` for each of several sets of pairs;
+            `masked_negatives`, the share of negatives that are masked; and a learned `logit_scale`.
 
         Raises:
             UserError: a side is missing or superfluous, sides of a pair or processes have different numbers of rows, or

@@ -108,7 +108,7 @@ class DistillationObjective(ContrastiveObjective):
         Returns:
             `losses` (E,), float32 with gradient. The terms, multiplied by their weights: `cosine`, `clip` and, if its
             weight is above 0, `relational`. The metrics: `cosine_loss`, `relational_loss`, `masked_by_teacher` (the
-            share of negatives that are masked) and those of `losses_from_embeddings`.
+            share of negatives that are masked) and those of `ContrastiveObjective`.
 
         Raises:
             UserError: a side of a pair is missing, the sides of a pair or the processes have different numbers of rows,

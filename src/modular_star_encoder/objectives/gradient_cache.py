@@ -86,15 +86,9 @@ def embed_sides(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Embed every side of a batch at every exit; return side → (E, B, D), and the learned logit scale (1,) or None.
 
-    Args:
-        model: the model that `embed` calls, possibly wrapped; under DDP, gradients are synchronised in the last
-            mini-batch only.
-        embed: returns the embeddings (E, B, D) and the logit scale for the inputs of a side, or of a part of its rows.
-        sides: side → inputs, which are `input_ids` and `attention_mask` (B, T), padded left or right.
-        settings: `mini_batch_tokens` is the size of mini-batches; if it is None, each side is embedded at once.
-
-    Raises:
-        UserError: processes have different numbers of texts, or mini-batches don't work (packed texts, static graph).
+    `embed` returns both for the inputs of a side, or of a part of its rows; it calls `model`, which may be wrapped.
+    Under DDP, gradients are synchronised in the last mini-batch only. UserError if processes have different numbers of
+    texts, or mini-batches don't work (packed texts, static graph).
     """
     tokens = settings.mini_batch_tokens
     mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)

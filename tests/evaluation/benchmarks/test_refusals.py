@@ -124,25 +124,27 @@ def test_lines_without_end_and_files_that_unpack_to_more_than_their_share_are_no
         rows.read_jsonl(path, dict)
 
 
+READERS = (rows.read_json, lambda path: rows.read_jsonl(path, list))
+LONG_LIST = "[" + "0," * 2000 + "0]"
+
+
 @pytest.mark.parametrize(
-    ("limit", "content"), [("MAX_LINE_VALUES", "[" + "0," * 2000 + "0]"), ("files.MAX_JSON_VALUES", "[0]\n" * 2000)]
+    ("read", "limit", "lines"),
+    [
+        (READERS[0], "files.MAX_JSON_VALUES", [LONG_LIST]),
+        (READERS[1], "MAX_LINE_VALUES", [LONG_LIST]),
+        (READERS[1], "files.MAX_JSON_VALUES", ["[0]"] * 2000),
+    ],
 )
-def test_json_lines_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch, limit, content):
+def test_json_files_and_lines_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch, read, limit, lines):
     monkeypatch.setattr(f"{rows.__name__}.{limit}", 1000)
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(content.encode()))
+    path = tmp_path / ("rows.json" if read is rows.read_json else "rows.jsonl.gz")
+    published.write_lines(path, lines)
     with raises("benchmark.file.unexpected", path, "values"):
-        rows.read_jsonl(path, list)
+        read(path)
 
 
-def test_json_files_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows.files, "MAX_JSON_VALUES", 1000)
-    (tmp_path / "rows.json").write_text("[" + "0," * 2000 + "0]")
-    with raises("benchmark.file.unexpected", tmp_path / "rows.json", "1,000 values"):
-        rows.read_json(tmp_path / "rows.json")
-
-
-@pytest.mark.parametrize("read", [rows.read_json, lambda path: rows.read_jsonl(path, dict)])
+@pytest.mark.parametrize("read", READERS)
 def test_a_pipe_is_not_read(tmp_path, read):
     os.mkfifo(tmp_path / "pipe.json")
     with raises("benchmark.file.unexpected", tmp_path / "pipe.json"):

@@ -143,14 +143,11 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
     """Load POJ-104: one task whose queries are programs, to find the other programs that solve the same problem."""
     (path,) = require_files(folder, ("test.jsonl",))
     rows = read_jsonl(path, _Program)
-    names, labels = list(check_unique(path, [row.index for row in rows], "index")), [row.label for row in rows]
+    names, labels = list(check_unique(path, [row.index for row in rows], "index")), [int(row.label) for row in rows]
     notes = check_size(path, len(labels), POJ_PROGRAMS, "programs", allow_subset=allow_subset)
-    # Every other text with the same label is relevant.
-    _, numbers = np.unique(labels, return_inverse=True)
-    members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
-    documents = [members[number][members[number] != row] for row, number in enumerate(numbers)]
-    query = np.repeat(np.arange(len(labels)), [len(found) for found in documents])
-    judgements = Judgements(query, np.concatenate(documents))
+    is_relevant = np.equal.outer(labels, labels)  # every other program for the same problem
+    np.fill_diagonal(is_relevant, False)
+    judgements = Judgements(*np.nonzero(is_relevant))
     texts = [Text(row.code, "c++") for row in rows]
     options: dict[str, Any] = {"metrics": ("map@r", "mrr", "recall@10"), "exclude_self": True, "notes": notes}
     return [ranking_task("poj104", "test", texts, texts, names, judgements, **options)]

@@ -33,9 +33,12 @@ class FileRow(BaseModel):
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
     """Raise a UserError that names the file, the line or row (if not None), what was expected and what was found."""
+    _report(path, line, f"expected {expected}{f', found {found}' if found else ''}")
+
+
+def _report(path: Path, line: int | None, fault: str) -> NoReturn:
     place = f"{path}, line {line}" if line is not None else f"{path}"
-    message = f"{place}: expected {expected}{f', found {found}' if found else ''}."
-    raise UserError("benchmark.file.unexpected", message)
+    raise UserError("benchmark.file.unexpected", f"{place}: {fault}.")
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -79,10 +82,8 @@ def checked(path: Path, line: int | None, check: Callable[[Any], Value], data: A
     try:
         return check(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place, field = "" if line is None else f", line {line}", ".".join(map(str, first["loc"]))
-        message = f"{path}{place}: {field and field + ': '}{first['msg']}."
-        raise UserError("benchmark.file.unexpected", message) from None
+        first = error.errors(include_url=False)[0]
+        _report(path, line, ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))))
 
 
 def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
