@@ -171,9 +171,10 @@ def template(names, ids=(1,)):
     return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": special}
 
 
-def charsmap(text):
-    """Return the step that T5 and XLM-R begin with, its map with an empty trie and one text."""
-    content = (4).to_bytes(4, "little") + bytes(4) + text.encode() + bytes(1)
+def charsmap(text, *units):
+    """Return the step that T5 and XLM-R begin with, its map with one text and a trie that begins with `units`."""
+    trie = np.array([*units, *[0] * (256 - len(units))], "<u4").tobytes()
+    content = len(trie).to_bytes(4, "little") + trie + text.encode() + bytes(1)
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
 
 
@@ -253,6 +254,9 @@ HOSTILE = {
     "a large id": {"added_tokens": [{"id": 2**24, "content": "a"}]},
     "many added tokens": {"added_tokens": [{"id": 1, "content": "a"}] * 20_000},
     "words of any length": {"model": {"vocab": {"a": 0}, "unk_token": "a", "max_input_chars_per_word": 10**9}},
+    "a map beyond its end": {"normalizer": charsmap("a", 256 << 10)},
+    "a map to no text": {"normalizer": charsmap("a", 1 << 8, 2**31 + 9)},
+    "a map to the middle of a character": {"normalizer": charsmap("é", 1 << 8 | 1 << 10, 2**31 + 1)},
     "a map of another size": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAA"}},
     "a map of no words": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BQAAAAAAAAAA"}},
     "a map without a trie": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},

@@ -109,7 +109,9 @@ DAMAGES = [
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", ""),
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
-    (partial(change_json, name="tokenizer.json", normalizer=PANIC), "tokenizer", "out of bounds"),
+    (partial(change_json, name="tokenizer.json", normalizer=PANIC), "tokenizer", "beyond its end"),
+    (write("tokenizer_config.json", '{"pad_token": ""}'), "tokenizer", "has no token ''"),
+    (write("tokenizer_config.json", '{"extra_special_tokens": {"pad_token": ""}}'), "tokenizer", "has no token ''"),
     (write("config.json", '{"a":' * 5000 + "1" + "}" * 5000), "damaged", ""),
 ]
 

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -98,6 +101,14 @@ def test_a_folder_of_wrong_modules_is_one_sentence(tmp_path, module):
     (tmp_path / "modules.json").write_text(f"[{module}]")
     with raises("checkpoint.damaged", tmp_path):
         load_encoder(str(tmp_path))
+
+
+def test_a_padding_token_that_is_in_no_vocabulary_is_one_sentence(plain, tmp_path):
+    copy = shutil.copytree(plain, tmp_path / "copy")
+    for settings in copy.rglob("tokenizer_config.json"):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": ""}))
+    with raises("checkpoint.tokenizer", copy, "has no token ''"):
+        load_encoder(str(copy))
 
 
 def test_code_in_a_folder_is_neither_run_nor_offered(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -254,6 +255,13 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("deepspeed=/dev/zero", "training.arguments.mapping", "/dev/zero"),
         ("fsdp_config=/dev/zero", "training.arguments.mapping", "/dev/zero"),
         ("lr_scheduler_kwargs=5", "training.arguments.mapping", "lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs={a: 1} lr_scheduler_type=linear", "training.arguments.value", "'a'"),
+        ("lr_scheduler_kwargs={num_cycles: b} lr_scheduler_type=cosine", "training.arguments.value", "'b'"),
+        ("optim=adamw_torch optim_args=a", "training.arguments.value", "unpack"),
+        ("accelerator_config={a: 1}", "training.arguments.value", "'a'"),
+        ("accelerator_config.gradient_accumulation_kwargs={a: 1}", "training.arguments.value", "'a'"),
+        ("activation_checkpointing=true activation_checkpointing_kwargs={a: 1}", "training.arguments.value", ": a"),
+        ("report_to=nowhere", "training.arguments.value", "nowhere"),
         ("parallelism_config=5", "training.arguments.decided", "parallelism_config"),
         ("deepspeed.stage=1", "training.arguments.value", "deepspeed"),
         ("lora.r=1000000000", "settings.value", "lora.r"),
@@ -267,7 +275,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
 )
 def test_wrong_settings_are_refused_before_anything_is_trained(recipe_file, tmp_path, override, key, value):
     with raises(key, value):
-        run(recipe_file, tmp_path / "run", override)
+        run(recipe_file, tmp_path / "run", *re.split(r" (?=\w+=)", override))
     assert not (tmp_path / "run").exists()
     assert not is_deepspeed_zero3_enabled()  # raises if a rejected setting is still in force
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from modular_star_encoder.data.tokenizer import token_spellings, train_tokenizer
+from modular_star_encoder.training import pretraining
 from modular_star_encoder.training.pretraining import model_config, pretrain
 from modular_star_encoder.training.recipes import PretrainingRecipe, hub_config_folder, load_recipe
 from modular_star_encoder.training.starting_points import start_from_spellings, start_from_unigrams
@@ -94,6 +95,7 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
         ("milestones=[1] fractions=[0.1]", "training.schedule", "warmup_steps=2"),
         ("milestones=[5] fractions=[half]", "training.schedule", "['half']"),
         ("max_tokens=32", "settings.value", "max_tokens must be greater than or equal to 35, not 32"),
+        ("eval_rows=1000000000", "settings.value", "eval_rows must be less than or equal to 100000"),
         ("max_steps=0", "settings.value", "max_steps must be greater than 0, not 0"),
         ("corpus.depth=0", "training.corpus.too_few_repositories", "1 repositories (corpus"),
         ("corpus.rows=x", "data.corpus.source", "exactly one"),
@@ -104,6 +106,18 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
     with raises(key, value):
         run(recipe_file, tmp_path / "run", *re.split(r" (?=\w+=)", override))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_accuracy_by_identifiers_is_measured_on_a_part_of_many_held_out_rows(recipe_file, tmp_path, monkeypatch):
+    class Drawn(Exception):
+        pass
+
+    def measured(*rows, tokenizer=None):
+        raise Drawn([sum(1 for _ in part) for part in rows[:2]])
+
+    monkeypatch.setattr(pretraining, "identifier_overlap_accuracy", measured)
+    with pytest.raises(Drawn, match=re.escape("[2048, 2048]")):
+        run(recipe_file, tmp_path / "run", "eval_rows=100000")
 
 
 def test_five_repositories_are_enough_whatever_share_is_held_out_and_both_parts_are_named(

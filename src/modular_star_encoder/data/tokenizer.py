@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -26,7 +27,7 @@ from modular_star_encoder.data.prompts import (
     SPECIAL_TOKENS,
 )
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
-from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.errors import UserError, is_panic
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 TEXTS_PER_BATCH = 256
@@ -76,12 +77,28 @@ def train_tokenizer(
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or Hub repository, exactly as its `tokenizer.json` defines it.
 
-    UserError (`checkpoint.tokenizer`) if a file of the tokenizer is missing or unsafe; see `check_tokenizer`.
+    UserError (`checkpoint.tokenizer`) if a file of the tokenizer is missing, damaged or unsafe; see `check_tokenizer`.
     """
     if not check_tokenizer(path):  # else transformers would look for files of other kinds
         raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json: name a checkpoint that has one.")
-    # Not `AutoTokenizer`: StarCoder2's descendants name GPT-2's class, which doesn't split numbers into digits.
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    try:
+        # Not `AutoTokenizer`: StarCoder2's descendants name GPT-2's class, which doesn't split numbers into digits.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer("a")  # a setting of a wrong type may cause an error only when it is used
+    except BaseException as error:  # for a damaged file, tokenizers raises no narrower class
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        message = f"The tokenizer of {path} is damaged: {' '.join(str(error).split())}"
+        raise UserError("checkpoint.tokenizer", message) from error
+    check_padding(tokenizer, path)
+    return tokenizer
+
+
+def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
+    """Raise UserError (`checkpoint.tokenizer`) if the tokenizer's token for padding is not in its vocabulary."""
+    if (token := getattr(tokenizer, "pad_token", None)) is not None and tokenizer.pad_token_id is None:
+        message = f"The tokenizer of {path} has no token {token!r}. Name a token of its vocabulary as pad_token."
+        raise UserError("checkpoint.tokenizer", message)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

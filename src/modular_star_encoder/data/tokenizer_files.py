@@ -15,6 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json
 
@@ -189,13 +191,31 @@ def _growth(part: dict[str, Any]) -> float:
         size = int.from_bytes(content[:4], "little")
         if not 0 < size <= len(content) - 4 or size % 4:
             raise ValueError("its precompiled_charsmap is cut")
-        texts = content[4 + size :].split(b"\0")  # the replacements follow a size and a trie
-        return max(1, *(len(text.decode(errors="replace")) for text in texts), 1)
+        trie, texts = np.frombuffer(content, "<u4", size // 4, offset=4), content[4 + size :]
+        _check_trie(trie.astype(np.int64), texts)
+        return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")), 1)
     if "pattern" in part and "content" in part:
         pattern, new = part["pattern"], len(part["content"])
         old = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
         return max(1, new / old if old else 1 + new)  # a regular expression may match an empty text
     return 1 + len(part.get("prepend") or "")
+
+
+def _check_trie(units: np.ndarray, texts: bytes) -> None:
+    """Raise ValueError if a double-array trie refers beyond its units, int64 (number,), or to no beginning in `texts`.
+
+    A unit holds the distance to its children (with their largest possible number, 256), and whether the first of these
+    is a place in `texts`. The format is that of darts-clone; tokenizers panics if it follows a wrong reference.
+    """
+    texts.decode()
+    nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
+    children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))
+    if (children | 255).max(initial=255) < len(units):
+        places = units[children[units[nodes] & 256 > 0]] & 2**31 - 1
+        begins = np.frombuffer(texts + b"\0", np.uint8) & 0xC0 != 0x80
+        if places.max(initial=0) < len(begins) and begins[places].all():
+            return
+    raise ValueError("its precompiled_charsmap refers to places beyond its end")
 
 
 def _ways(pattern: str) -> float:

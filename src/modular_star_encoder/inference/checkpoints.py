@@ -28,7 +28,7 @@ from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
-from modular_star_encoder.utils.errors import UserError, is_panic
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum, read_json, staged_folder, write_json
 
 SENTENCE_TRANSFORMER_FILES = (
@@ -75,7 +75,7 @@ def load_checkpoint(
     config, path = load_config(path), resolve_checkpoint(path)
     if exit_layer is not None:
         config.check_exit(exit_layer)
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= config.vocab_size:
         message = f"The tokenizer of {path} has the token id {last}, but the model has only {config.vocab_size} tokens."
         raise UserError("checkpoint.tokenizer", message)
@@ -131,20 +131,6 @@ def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
             message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
             raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
     return model
-
-
-def _load_tokenizer(path: str) -> Any:
-    try:
-        tokenizer = load_tokenizer(path)
-        tokenizer("a")  # a setting of a wrong type may cause an error only when it is used
-        return tokenizer
-    except UserError:
-        raise
-    except BaseException as error:  # for a damaged file, tokenizers raises no narrower class
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        message = f"The tokenizer of {path} is missing or damaged: {_one_line(error)}"
-        raise UserError("checkpoint.tokenizer", message) from error
 
 
 @contextmanager
@@ -251,7 +237,7 @@ def write_checkpoint(
     if exit_layer is not None:
         config.check_exit(exit_layer)
     model = _load_whole(class_named(config.architectures[0], path), path, exit_layer=exit_layer)
-    own_tokenizer = _load_tokenizer(resolve_checkpoint(tokenizer or path))
+    own_tokenizer = load_tokenizer(resolve_checkpoint(tokenizer or path))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
     model.save_pretrained(out)

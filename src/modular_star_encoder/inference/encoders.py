@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
+from modular_star_encoder.data.tokenizer import check_padding
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import clear_errors, load_checkpoint
@@ -85,7 +86,9 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
     for one in (Path(source), *Path(source).glob("*/")):  # modules may have folders of their own
         check_tokenizer(one)
     with clear_errors(source):
-        return SentenceTransformerEncoder(SentenceTransformer(source, trust_remote_code=False), label)
+        theirs = SentenceTransformer(source, trust_remote_code=False)
+        check_padding(theirs.tokenizer, source)
+        return SentenceTransformerEncoder(theirs, label)
 
 
 def _is_ours(source: str) -> bool:

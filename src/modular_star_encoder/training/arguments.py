@@ -1,13 +1,18 @@
 """`MultiExitTrainingArguments`: how the exits are trained, and a learning rate that changes in steps."""
 
+import copy
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import scratch_folder
 from modular_star_encoder.utils.settings import Int, NonNegative
 
 EXIT_SCHEDULES = ("all", "rotate", "alternate", "deepest_first")
@@ -98,6 +103,30 @@ class MultiExitTrainingArguments(TrainingArguments):
             return step / self.warmup_steps
         passed = sum(step >= milestone for milestone in self.milestones)
         return self.fractions[passed - 1] if passed else 1.0
+
+
+def check_arguments(arguments: MultiExitTrainingArguments) -> None:
+    """Raise the error of transformers or torch for an argument that they would check only when training begins.
+
+    `Trainer` makes the optimizer and the learning-rate schedule of a tiny model, which is then run as in training.
+    """
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "projection_size"), 8)
+    counts = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    model = ModularStarEncoderForRetrieval(ModularStarEncoderConfig(**sizes, **counts, exit_layers=[1])).train()
+    arguments = copy.deepcopy(arguments)  # `Trainer` changes them, and creates `output_dir`
+    with scratch_folder("arguments") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments.output_dir = str(folder)
+        trainer = Trainer(model, arguments, eval_dataset=[])
+        trainer.create_optimizer()
+        schedule: Any = trainer.create_scheduler(arguments.max_steps)
+        for step in (arguments.max_steps // 2, arguments.max_steps):  # a warm-up hides errors in the first steps
+            schedule.step(step)
+        if arguments.gradient_checkpointing:
+            options: Any = arguments.gradient_checkpointing_kwargs or {}
+            own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+            model.gradient_checkpointing_enable(options or None, **own)
+        model(torch.zeros(1, 4, dtype=torch.long, device=model.device)).exit_embeddings.sum().backward()
 
 
 def bf16_is_faster() -> bool:

@@ -23,7 +23,7 @@ from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
 from modular_star_encoder.training import find_recipe, hub_config_folder
-from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster, check_arguments
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import (
     Count,
@@ -127,8 +127,8 @@ class TrainingSettings:
         """Return the arguments to train on `processes` devices and to write checkpoints to `folder`.
 
         UserError if a batch can't be divided among the devices (see `batches`), the recipe sets an argument that
-        follows from its other settings (`training.arguments.decided`), or `TrainingArguments` rejects an argument
-        (`training.arguments.value`).
+        follows from its other settings (`training.arguments.decided`), or transformers rejects an argument
+        (`training.arguments.value`); see `check_arguments`.
         """
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
         decided["per_device_eval_batch_size"] = decided["per_device_train_batch_size"]
@@ -145,10 +145,12 @@ class TrainingSettings:
             "report_to": "none",
         }
         try:
-            return MultiExitTrainingArguments(**(defaults | decided | given))
+            arguments = MultiExitTrainingArguments(**(defaults | decided | given))
+            check_arguments(arguments)
+            return arguments
         except UserError:
             raise
-        except Exception as error:  # of `TrainingArguments`, or of a library that an argument needs
+        except Exception as error:  # of transformers, or of a library that an argument needs
             unset_hf_deepspeed_config()  # the rejected settings would break the loading of every later model
             message = f"TrainingArguments rejects a setting: {' '.join(str(error).split())}"
             raise UserError("training.arguments.value", message) from error
@@ -183,7 +185,7 @@ class PretrainingRecipe(TrainingRecipe):
         start_from_corpus: initialise token vectors by spelling and output biases by frequency; helps small models.
         packing: join all rows of a batch to one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
-        eval_rows: number of held-out rows in an evaluation.
+        eval_rows: number of held-out rows in an evaluation, at most 100,000.
     """
 
     COMMAND: ClassVar[str] = "pretrain"
@@ -196,7 +198,7 @@ class PretrainingRecipe(TrainingRecipe):
     start_from_corpus: Switch = False
     packing: Switch = False
     eval_fraction: Share = 0.05
-    eval_rows: Count = 512
+    eval_rows: Annotated[Count, Constraint(le=100_000)] = 512
 
     def batches(self, processes: int) -> dict[str, Any]:
         batch = {"rows_per_device": self.rows_per_device, "max_tokens": self.max_tokens, "processes": processes}
