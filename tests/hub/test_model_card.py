@@ -12,26 +12,8 @@ from modular_star_encoder.hub.staging import stage_repositories, without_paths
 from modular_star_encoder.inference.checkpoints import slice_checkpoint
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from tests.errors import raises
-from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
+from tests.hub.repositories import finetuned_entry, manifest, write_finetuned
 from tests.tiny import tiny_model
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    return write_pretrained(root / "pretrained"), write_finetuned(root / "model")
-
-
-@pytest.fixture(scope="module")
-def plan(checkpoints):
-    pretrained, finetuned = checkpoints
-    entries = [
-        {"name": "tiny-pretrained", "checkpoint": str(pretrained), "training_data": "Files."},
-        finetuned_entry(finetuned, trained_from="tiny-pretrained"),
-        {"name": "tiny-2", "slice_of": "tiny", "exit_layer": 2, "only_exit": True},
-        {"name": "tiny", "branch": "exit-2", "slice_of": "tiny", "exit_layer": 2},
-    ]
-    return manifest(entries, limits="Few.", datasets=["some/data"])
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +81,9 @@ def test_the_metadata_validates_and_comes_back(staged):
 
 def test_parent_and_slices_name_each_other_with_revisions(plan, staged):
     weights = re.findall(r"\| (\d) \| \[([^]]+)\]\((\S+)\) \| `(\w{64})` \|", card(staged["tiny"]))
-    assert [(k, name) for k, name, *_ in weights] == [("2", "me/tiny-2"), ("2", "me/tiny, branch exit-2")]
-    assert weights[1][2].endswith("/me/tiny/tree/exit-2")
+    slices = [*((k, f"me/tiny-{k}") for k in "124"), ("2", "me/tiny, branch exit-2")]
+    assert [(k, name) for k, name, *_ in weights] == slices
+    assert weights[-1][2].endswith("/me/tiny/tree/exit-2")
     write_card(staged["tiny-2"], plan, revision := "1" * 40)
     link = f"(https://huggingface.co/me/tiny/tree/{revision}) at exit 2, revision `{revision}`"
     assert link in card(staged["tiny-2"])
@@ -108,9 +91,9 @@ def test_parent_and_slices_name_each_other_with_revisions(plan, staged):
     assert "revision `" not in card(staged["tiny-2"])
 
 
-def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_lacks(checkpoints, tmp_path):
+def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_lacks(sources, tmp_path):
     entries = [
-        {"name": "tiny", "checkpoint": str(checkpoints[1])},
+        {"name": "tiny", "checkpoint": str(sources["finetuned"])},
         {"name": "tiny-2", "slice_of": "tiny", "exit_layer": 2},
         {"name": "tiny-1", "slice_of": "tiny-2", "exit_layer": 1},
     ]
@@ -121,15 +104,15 @@ def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_
         stage_repositories(manifest(entries), tmp_path / "again")
 
 
-def test_a_folder_that_mose_slice_wrote_names_its_parent_and_exit_in_its_card(checkpoints, staged, tmp_path):
-    sliced = slice_checkpoint(checkpoints[1], 2, tmp_path / "slice")
+def test_a_folder_that_mose_slice_wrote_names_its_parent_and_exit_in_its_card(sources, staged, tmp_path):
+    sliced = slice_checkpoint(sources["finetuned"], 2, tmp_path / "slice")
     (one,) = stage_repositories(manifest([{"name": "tiny-2", "checkpoint": str(sliced)}]), tmp_path / "staged")
     assert "Cut from model at exit 2 of 1, 2, 4: " in card(one)
     assert "Cut from" not in card(staged["tiny"])
 
 
-def test_snippets_hold_the_prompts_of_the_checkpoint(checkpoints, tmp_path):
-    copy = shutil.copytree(checkpoints[1], tmp_path / "model")
+def test_snippets_hold_the_prompts_of_the_checkpoint(sources, tmp_path):
+    copy = shutil.copytree(sources["finetuned"], tmp_path / "model")
     path = copy / "config_sentence_transformers.json"
     prompts = {"query": 'find "🔍": ', "document_python": "code: "}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": prompts}))

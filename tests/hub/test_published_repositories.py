@@ -18,29 +18,10 @@ from modular_star_encoder.hub import publishing, subprocess_check
 from modular_star_encoder.hub.publishing import TEXTS, publish
 from modular_star_encoder.hub.subprocess_check import ReloadRequest
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import TOKEN, StandInHub
 from tests.tiny import EXIT_LAYERS
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    return {"pretrained": write_pretrained(root / "pretrained"), "finetuned": write_finetuned(root / "model")}
-
-
-@pytest.fixture(scope="module")
-def plan(sources):
-    slices = [{"name": f"tiny-{k}", "slice_of": "tiny", "exit_layer": k, "only_exit": True} for k in EXIT_LAYERS]
-    entries = [
-        {"name": "tiny-pretrained", "checkpoint": str(sources["pretrained"])},
-        finetuned_entry(sources["finetuned"], trained_from="tiny-pretrained"),
-        *slices,
-        {"name": "tiny", "branch": "exit-2", "slice_of": "tiny", "exit_layer": 2},
-    ]
-    return manifest(entries)
 
 
 @pytest.fixture(scope="module")

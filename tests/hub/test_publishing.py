@@ -10,25 +10,12 @@ from modular_star_encoder.hub import publishing
 from modular_star_encoder.hub.publishing import publish, push
 from modular_star_encoder.hub.staging import stage_repositories
 from tests.errors import raises
-from tests.hub.repositories import finetuned_entry, manifest, write_finetuned, write_pretrained
 from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
 from tests.tiny import contents
 
 pytestmark = pytest.mark.slow
 
 LARGE = {"model.safetensors", "quality_by_latency.png"}
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    entries = [
-        {"name": "pre", "checkpoint": str(write_pretrained(root / "pretrained"))},
-        finetuned_entry(write_finetuned(root / "model"), trained_from="pre"),
-        {"name": "tiny-1", "slice_of": "tiny", "exit_layer": 1},
-        {"name": "tiny", "branch": "exit-2", "slice_of": "tiny", "exit_layer": 2, "only_exit": True},
-    ]
-    return manifest(entries)
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +171,11 @@ def test_branches_start_empty_slices_name_their_parents_revision_and_the_same_ag
     monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: {})
     publications = publish(plan, upload=True, api=api, progress=False, staging=tmp_path / "staged")
     places = [f"{one.repository} {one.branch}" for one in publications]
-    assert places == ["me/pre main", "me/tiny main", "me/tiny-1 main", "me/tiny exit-2"]
-    assert {path.name for path in (tmp_path / "staged").iterdir()} == {"pre", "tiny", "tiny-1", "tiny@exit-2"}
+    names = ["tiny-pretrained", "tiny", "tiny-1", "tiny-2", "tiny-4"]
+    assert places == [*(f"me/{name} main" for name in names), "me/tiny exit-2"]
+    assert {path.name for path in (tmp_path / "staged").iterdir()} == {*names, "tiny@exit-2"}
     assert len(hub.commits("me/tiny", "exit-2")) == len(hub.commits("me/tiny")) == 2
     main, branch = hub.files("me/tiny"), hub.files("me/tiny", "exit-2")
-    assert "quality_by_latency.png" in main
-    assert "quality_by_latency.png" not in branch
     assert len(branch["model.safetensors"]) < len(main["model.safetensors"])
     for files, parent in ((hub.files("me/tiny-1"), 1), (branch, 1), (main, 0)):
         assert f"revision `{publications[parent].revision}`" in files["README.md"].decode()

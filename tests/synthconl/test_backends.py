@@ -9,7 +9,13 @@ from itertools import islice
 
 import pytest
 
-from modular_star_encoder.synthconl.translation import Completion, CompletionRequest, OpenAIBackend, TranslationSettings
+from modular_star_encoder.synthconl.translation import (
+    PROMPT,
+    Completion,
+    CompletionRequest,
+    OpenAIBackend,
+    TranslationSettings,
+)
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 
@@ -64,20 +70,25 @@ def test_requests_are_taken_as_they_are_needed():
 
 
 @pytest.mark.parametrize(
-    ("options", "key", "values"),
+    ("options", "changes", "key", "values"),
     [
-        ({}, "synthconl.backend.options", ["base_url"]),
-        ({"base_url": "localhost:8000"}, "http.url", ["localhost:8000"]),
-        ({"base_url": "http://h/v1", "concurrency": 0}, "synthconl.backend.options", ["concurrency", "0"]),
-        ({"base_url": "http://h/v1", "batch": 3}, "synthconl.backend.options", ["batch"]),
-        ({"base_url": "http://h/v1", "body": {"stream": True}}, "synthconl.backend.body", ["stream"]),
-        ({"base_url": "http://h/v1", "api_key_variable": "MOSE_NO"}, "http.token.missing", ["MOSE_NO"]),
-        ({"base_url": "http://h/v1", "api_key_variable": "HOME"}, "http.token.variable", ["HOME", "MOSE_API_KEY"]),
+        ({"base_url": None}, {}, "synthconl.backend.options", ["base_url"]),
+        ({"base_url": "localhost:8000"}, {}, "http.url", ["localhost:8000"]),
+        ({"concurrency": 0}, {}, "synthconl.backend.options", ["concurrency", "0"]),
+        ({"batch": 3}, {}, "synthconl.backend.options", ["batch"]),
+        ({"body": {"stream": True}}, {}, "synthconl.backend.body", ["stream"]),
+        ({"api_key_variable": "MOSE_NO"}, {}, "http.token.missing", ["MOSE_NO"]),
+        ({"api_key_variable": "HOME"}, {}, "http.token.variable", ["HOME", "MOSE_API_KEY"]),
+        ({}, {"backend": "gpt"}, "settings.value", ["'gpt'"]),
+        ({}, {"prompt": "Translate {code}"}, "synthconl.prompt", ["Found: code"]),
+        ({}, {"prompt": PROMPT + "{"}, "synthconl.prompt", ["'{'"]),
+        ({}, {"prompt": PROMPT + "{code.__class__}"}, "synthconl.prompt", ["code.__class__"]),
     ],
 )
-def test_options_are_checked_before_anything_is_sent(options, key, values):
+def test_settings_and_options_are_checked_before_anything_is_sent(options, changes, key, values):
+    options = {name: value for name, value in {"base_url": "http://h/v1", **options}.items() if value is not None}
     with raises(key, *values):
-        TranslationSettings(backend="openai", model="model", options=options).open()
+        TranslationSettings(**{"backend": "openai", "model": "model", "options": options, **changes}).open()
 
 
 def first_times(number, *reply):

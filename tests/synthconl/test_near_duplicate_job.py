@@ -143,20 +143,14 @@ def test_rows_that_are_read_one_by_one_are_written_in_one_row_group(tmp_path, mo
     assert pq.read_metadata(tmp_path / "out/part-0/0.parquet").num_row_groups == 1
 
 
-@pytest.mark.parametrize("name", ["report.json/a.parquet", "dropped.jsonl/a.parquet"])
-def test_a_source_with_the_name_of_a_report_is_an_error_before_anything_is_written(tmp_path, name):
-    path = tmp_path / "in" / name
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"code": ["x"]}), path)
-    with raises("synthconl.near_duplicates.name", path):
-        drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None)
-    assert not (tmp_path / "out").exists()
+def one_row(path):
+    pq.write_table(pa.table({"code": [f"x = '{path}'"]}), path)
 
 
 def test_files_in_hidden_folders_are_no_rows(tmp_path):
-    for name, text in (("a", "x = 1"), (".near-duplicate-job", "y = 2"), (".lock", "z = 3")):
+    for name in ("a", ".near-duplicate-job", ".lock"):
         (tmp_path / "in" / name).mkdir(parents=True)
-        pq.write_table(pa.table({"code": [text]}), tmp_path / "in" / name / "a.parquet")
+        one_row(tmp_path / "in" / name / "a.parquet")
     report = drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None, against={})
     assert report["rows"] == report["counts"]["kept"] == 1
     assert [path.parent.name for path in (tmp_path / "out").rglob("*.parquet")] == ["a"]
@@ -171,12 +165,32 @@ def invalid_text(path):
     pq.write_table(pa.table({"code": text}), path)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, two_of_one_name, invalid_text])
-def test_a_pipe_and_columns_of_one_name_and_invalid_text_are_errors(tmp_path, make):
-    (tmp_path / "in").mkdir()
-    make(tmp_path / "in" / "a.parquet")
-    with raises("synthconl.shards.unreadable", tmp_path / "in" / "a.parquet"):
+def damaged_row_group(path):
+    pq.write_table(pa.table({"code": [f"x = {number}" * 50 for number in range(300)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + bytes(300) + content[308:])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "key"),
+    [
+        ("report.json/a.parquet", one_row, "near_duplicates.name"),
+        ("dropped.jsonl/a.parquet", one_row, "near_duplicates.name"),
+        ("a.parquet", os.mkfifo, "shards.unreadable"),
+        ("a.parquet", two_of_one_name, "shards.unreadable"),
+        ("a.parquet", lambda path: path.write_bytes(b"PAR1, but no more"), "shards.unreadable"),
+        ("a.parquet", invalid_text, "shards.unreadable"),
+        ("a.parquet", damaged_row_group, "shards.unreadable"),
+        ("a.txt", one_row, "shards.missing"),
+    ],
+)
+def test_names_of_reports_and_pipes_and_damaged_files_and_columns_of_one_name_are_errors(tmp_path, name, make, key):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    make(path)
+    with raises(f"synthconl.{key}", tmp_path / "in" if key == "shards.missing" else path):
         drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None)
+    assert make in (invalid_text, damaged_row_group) or not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -215,26 +229,16 @@ def test_ids_must_be_there_and_differ(tmp_path, ids, fault):
 
 @pytest.mark.parametrize("kinds", [("uint64", "uint64"), ("int32", "string"), ("string", "large_string")])
 def test_ids_may_be_of_any_integer_or_text_type(tmp_path, kinds):
-    text = samples.code(random.Random(0))
+    (tmp_path / "in").mkdir()
     for number, kind in enumerate(kinds):
         values = pa.array([2**31 - 2 - number], pa.int64()).cast(kind)
-        (tmp_path / "in").mkdir(exist_ok=True)
-        pq.write_table(pa.table({"id": values, "code": [text]}), tmp_path / "in" / f"{number}.parquet")
+        pq.write_table(pa.table({"id": values, "code": ["x = 1"]}), tmp_path / "in" / f"{number}.parquet")
     drop(tmp_path / "in", tmp_path / "out", columns=["code"], against=None)
     assert [str(row["id"]) for row in written_order(tmp_path / "out")] == ["2147483645"]
 
 
-def test_folders_that_cannot_be_used_are_reported(source, rows, finished, tmp_path):
-    with raises("synthconl.shards.missing", tmp_path):
-        drop(tmp_path, tmp_path / "out")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1, but no more")
-    with raises("synthconl.shards.unreadable", "broken.parquet"):
-        drop(tmp_path, tmp_path / "out")
-    whole = write_shards(tmp_path / "damaged", [{"id": n, "code": f"x = {n}" * 50} for n in range(300)]) / "part-0"
-    content = (whole / "0.parquet").read_bytes()
-    (whole / "0.parquet").write_bytes(content[:8] + bytes(300) + content[308:])
-    with raises("synthconl.shards.unreadable", "0.parquet"):
-        drop(tmp_path / "damaged", tmp_path / "o", columns=["code"])
+def test_folders_of_other_files_or_another_job_are_not_written(source, rows, finished, tmp_path):
+    (tmp_path / "file").touch()
     for out in (tmp_path, source, source / "out"):
         with raises("synthconl.near_duplicates.out", out):
             drop(source, out)

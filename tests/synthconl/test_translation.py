@@ -13,9 +13,7 @@ from modular_star_encoder.synthconl.extraction import MAX_ANSWER_CHARACTERS, REA
 from modular_star_encoder.synthconl.row_files import read_rows
 from modular_star_encoder.synthconl.translation import (
     LANGUAGE_NAMES,
-    PROMPT,
     Completion,
-    TranslationSettings,
     target_language,
     translate,
     translation_request,
@@ -156,20 +154,6 @@ def test_errors_are_recorded_once_others_are_answered_and_every_text_fits_into_a
         assert len(server.bodies) == ROWS
     rows = {(row["finish_reason"], row["text"], row["error"]) for row in read_rows(folders[1])}
     assert rows == {("stop", "a?b\0", ""), ("error", "", "status 400, half: ?")}
-
-
-@pytest.mark.parametrize(
-    ("changes", "key", "value"),
-    [
-        ({"backend": "gpt"}, "settings.value", "'gpt'"),
-        ({"prompt": "Translate {code}"}, "synthconl.prompt", "Found: code"),
-        ({"prompt": PROMPT + "{"}, "synthconl.prompt", "'{'"),
-        ({"prompt": PROMPT + "{code.__class__}"}, "synthconl.prompt", "code.__class__"),
-    ],
-)
-def test_wrong_settings_are_refused(changes, key, value):
-    with raises(key, value):
-        TranslationSettings(**{"backend": "openai", "model": "model", **changes})
 
 
 SOURCE = "def add(a, b):\n    return a + b"

@@ -71,7 +71,7 @@ def function_rows(
     for corpus in corpora:
         source = open_source(corpus, languages)
         if isinstance(source, SourceReader):
-            rows = (_row(one) for one in filtered_functions(source, counts, processes, progress))
+            rows: Iterator[Row] = (_row(one) for one in filtered_functions(source, counts, processes, progress))
         else:
             rows = _codesearchnet_rows(source, languages, counts)
         for row in rows:
