@@ -112,22 +112,22 @@ class Manifest:
     limits: str | None = None
 
     def __post_init__(self) -> None:
+        key, fault = "", ""
         if not self.namespace:
-            raise UserError("hub.manifest.namespace", "Set `namespace` to your name on the Hub: namespace=NAME.")
-        if not self.license or (self.license == "other" and not self.license_name):
-            message = "`license` must be a name that the Hub knows, or `other` with `license_name`."
-            raise UserError("hub.manifest.license", message)
+            key, fault = "namespace", "Set `namespace` to your name on the Hub: namespace=NAME"
+        elif not self.license or (self.license == "other" and not self.license_name):
+            key, fault = "license", "`license` must be a name that the Hub knows, or `other` with `license_name`"
         above: set[str] = set()
-        for entry in self.repositories:
+        for entry in self.repositories if not key else ():
             check_repository_id(self.repository(entry))
-            key, fault = "", ""
             if entry.key in above:
-                key, fault = "twice", "is listed twice"
+                key, fault = "twice", f"{entry.key} is listed twice in `repositories`"
             elif entry.parent is not None and entry.parent not in above:
-                key, fault = "parent", f"is made from {entry.parent}, which must be listed above it"
-            if key:
-                raise UserError(f"hub.manifest.{key}", f"{entry.key} {fault} in `repositories`.")
+                fault = f"{entry.key} is made from {entry.parent}, which must be listed above it in `repositories`"
+                key = "parent"
             above.add(entry.key)
+        if key:
+            raise UserError(f"hub.manifest.{key}", f"{fault}.")
 
     def repository(self, entry: RepositorySettings) -> str:
         """Return the Hub id of an entry's repository, "namespace/name"."""

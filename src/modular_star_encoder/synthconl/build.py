@@ -152,7 +152,7 @@ class DatasetRecipe:
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Build a dataset, or continue an interrupted build with the same recipe.
+    """Build a dataset, or continue an interrupted build with the same recipe; return the dataset's folder.
 
     After a kill at any point, the same call continues. It repeats no finished stage, loses and duplicates no row, and
     requests only pending translations again. One process at a time can build in a folder.
@@ -160,12 +160,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     Args:
         recipe: What to build.
         out: The folder to work in: new, empty, or left by an earlier call with the same settings. It gets a folder for
-            each of `STAGES`.
+            each of `STAGES`; the last, `out/dataset`, has parquet files in `data`, `statistics.json` and a card.
         progress: Whether to show progress bars.
-
-    Returns:
-        The folder of the finished dataset, `out/dataset`: parquet files in `data`, `statistics.json` and the card
-        `README.md`.
 
     Raises:
         UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the translating model fails.
@@ -212,13 +208,16 @@ def functions(build: Build, out: Path) -> Report:
         processes=recipe.processes,
         progress=build.progress,
     )
-    if not write_rows(out, rows, FUNCTION_SCHEMA):
-        message = f"`corpus` has no documented function to translate ({_listed(counts)})."
-        raise UserError("synthconl.build.empty", message)
+    write_rows(out, rows, FUNCTION_SCHEMA)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
-        message = f"All functions are in repository {repositories.pop()!r}. The validation split needs a second one."
-        raise UserError("synthconl.build.one_repository", message)
+        key, fault = "empty", f"`corpus` has no documented function to translate ({_listed(counts)})"
+        for name in repositories:
+            key, fault = (
+                "one_repository",
+                f"All functions are in {name!r}; the validation split needs a second repository",
+            )
+        raise UserError(f"synthconl.build.{key}", f"{fault}.")
     return {"counts": dict(sorted(counts.items(), key=_place))}
 
 

@@ -73,15 +73,15 @@ def drop_near_duplicates(
         UserError: files, columns or ids can't be used; `out` has other files or was begun with other arguments; or
             another process works in `out`.
     """
-    if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
-        message = f"`columns` must be a list of one or more column names, none of them twice; not {columns!r}."
-        raise UserError("synthconl.near_duplicates.columns", message)
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
-    for shard in shards:
-        if shard.name.split("/")[0] in (REPORT, DROPPED):
-            message = f"{source / shard.name} would be written where {REPORT} or {DROPPED} is; rename it."
-            raise UserError("synthconl.near_duplicates.name", message)
+    key, fault = "", ""
+    if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
+        key, fault = "columns", f"`columns` must be a list of names, none of them twice, not {columns!r}"
+    elif reserved := [one.path for one in shards if one.name.split("/")[0] in (REPORT, DROPPED)]:
+        key, fault = "name", f"{reserved[0]} would be written where {REPORT} or {DROPPED} is; rename it"
+    if key:
+        raise UserError(f"synthconl.near_duplicates.{key}", f"{fault}.")
     check_columns(shards, columns, id_column)
     other_sets = {name: list(texts) for name, texts in (against or {}).items()}
     job = {

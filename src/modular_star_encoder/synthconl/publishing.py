@@ -97,22 +97,6 @@ def size_category(rows: int) -> str:
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M")
 
 
-def _card_metadata(card: Mapping[str, Any], rows: int, splits: Iterable[str]) -> DatasetCardData:
-    names = ("license_name", "license_link") if card["license"] == "other" else ()
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    return DatasetCardData(
-        pretty_name=card["name"],
-        language=["code", "en"],
-        license=card["license"],
-        **{name: card[name] for name in names if card[name]},
-        task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
-        size_categories=[size_category(rows)],
-        language_creators=["found", "machine-generated"],
-        tags=["code", "code-search", *card["tags"]],
-        configs=[{"config_name": "default", "data_files": files}],
-    )
-
-
 def dataset_card(
     *,
     settings: Mapping[str, Mapping[str, Any]],
@@ -129,11 +113,24 @@ def dataset_card(
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
+    of_license = ("license_name", "license_link") if card["license"] == "other" else ()
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    metadata = DatasetCardData(
+        pretty_name=card["name"],
+        language=["code", "en"],
+        license=card["license"],
+        **{name: card[name] for name in of_license if card[name]},
+        task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
+        size_categories=[size_category(rows)],
+        language_creators=["found", "machine-generated"],
+        tags=["code", "code-search", *card["tags"]],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
     targets = [LANGUAGE_NAMES[name] for name in LANGUAGES if name in translations["targets"]]
     languages = [name for name in LANGUAGES if any(name in pair.split(" → ") for pair in reports["triplets"]["pairs"])]
     return render_card(
         "dataset.md.jinja",
-        metadata=_card_metadata(card, rows, splits).to_yaml(line_break="\n"),
+        metadata=metadata.to_yaml(line_break="\n"),
         rows=rows,
         card=card,
         settings=settings,
