@@ -1,15 +1,11 @@
 """Checkpoints to publish, with figures such as the measuring commands write."""
 
-import hashlib
 import json
-import shutil
 
 from modular_star_encoder.hub.manifest import Manifest
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_profile, tiny_tokenizer
-
-REPOSITORY = "some-org/tiny.star-encoder"
 
 
 def write_pretrained(folder):
@@ -53,19 +49,3 @@ def manifest(repositories, **changes):
 def finetuned_entry(folder, **changes):
     report = str(folder.parent / "report.json")
     return {"name": "tiny", "checkpoint": str(folder), "evaluation": [report], **changes}
-
-
-def cache_repository(checkpoint, cache):
-    """Lay a checkpoint out as a download would: files by their hash, and a snapshot of links to them."""
-    repository = cache / f"models--{REPOSITORY.replace('/', '--')}"
-    commit = hashlib.sha1(b"a commit", usedforsecurity=False).hexdigest()
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "blobs").mkdir()
-    for file in [path for path in checkpoint.rglob("*") if path.is_file()]:
-        blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-        shutil.copyfile(file, blob)
-        link = repository / "snapshots" / commit / file.relative_to(checkpoint)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob)
-    return repository / "snapshots" / commit

@@ -29,8 +29,7 @@ class OpenAIServer(LocalServer):
     def respond(self, request: Request) -> Reply:
         if self.fault and (reply := self.fault(request.number, request.body, request.headers)) is not None:
             return reply
-        if request.path != "/v1/chat/completions":
-            return 404, {"error": {"message": "Not found"}}, {}
+        assert request.path == "/v1/chat/completions"
         prompt = request.body["messages"][0]["content"]
         completion = self.answer(prompt)
         if completion.error:

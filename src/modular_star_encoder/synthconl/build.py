@@ -168,10 +168,10 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
             Its answers before that are kept.
     """
     build = Build(recipe, Path(out).absolute(), progress)
-    _check_settings(build, _read_log(build.out))
+    _read_log(build)
     _check_inputs(build)
     with locked(build.out):
-        log = _read_log(build.out)
+        log = _read_log(build)
         # Remove the temporary files of a killed process.
         for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -373,24 +373,22 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     write_json(build.out / LOG, log)
 
 
-def _read_log(out: Path) -> dict[str, Any]:
-    path = out / LOG
-    if path.is_file():
-        return read_json(path)
+def _read_log(build: Build) -> dict[str, Any]:
+    """Return the log of earlier calls; UserError if they had other settings, or the folder has files of others."""
+    out, key, fault = build.out, "", ""
+    log = read_json(out / LOG) if (out / LOG).is_file() else {}
     ours = (LOCK, f".{LOG}.")
-    if out.exists() and (not out.is_dir() or not all(entry.name.startswith(ours) for entry in out.iterdir())):
-        message = f"{out} contains files that no dataset build wrote; choose an empty or new folder."
-        raise UserError("synthconl.build.out", message)
-    return {}
-
-
-def _check_settings(build: Build, log: dict[str, Any]) -> None:
+    if not log and out.exists() and not (out.is_dir() and all(one.name.startswith(ours) for one in out.iterdir())):
+        key, fault = "out", f"{out} contains files that no dataset build wrote; choose an empty or new folder"
     for name in (stage.__name__ for stage in STAGES if stage.__name__ in log):
         other = _differences(log[name]["settings"], build.recipe.settings_up_to(name))
-        if other and (build.out / name).exists():
-            made = f"{build.out / name} was made with other values of {', '.join(other)}"
-            message = f"{made}. Choose another folder to build in, or remove this one and those of later stages."
-            raise UserError("synthconl.build.other_settings", message)
+        if other and (out / name).exists() and not key:
+            made = f"{out / name} was made with other values of {', '.join(other)}"
+            key = "other_settings"
+            fault = f"{made}. Choose another folder to build in, or remove this one and those of later stages"
+    if key:
+        raise UserError(f"synthconl.build.{key}", f"{fault}.")
+    return log
 
 
 def _differences(before: Any, now: Any, place: str = "") -> list[str]:

@@ -123,9 +123,11 @@ def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes ^= hashes >> _HALF
     hashes *= _MIX
     hashes ^= hashes >> _HALF
-    # Text i begins `(size - 1) * i` characters later than its shingles, so leave out windows over two texts.
-    before = np.cumsum(lengths) - lengths - bounds[:-1]
-    return hashes[np.arange(bounds[-1]) + np.repeat(before, np.diff(bounds))], bounds
+    inside_one_text = np.ones(len(characters), bool)
+    ends = np.cumsum(lengths)
+    for offset in range(1, size):
+        inside_one_text[ends - offset] = False
+    return hashes[inside_one_text[:windows]], bounds
 
 
 def shingle_sets(texts: Iterable[str]) -> list[np.ndarray]:

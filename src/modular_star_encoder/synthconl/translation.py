@@ -291,7 +291,7 @@ def translate(
         for path in row_files(functions):
             target = out / path.name
             if target.is_file():
-                _journal(target).unlink(missing_ok=True)  # a killed process may have left it
+                Path(f"{target}.journal").unlink(missing_ok=True)  # a killed process may have left it
                 bar.update(pq.read_metadata(path).num_rows)
                 continue
             rows = read_file(path, ("id", "language1_CSN", "func1_CSN"))
@@ -319,7 +319,7 @@ def translate(
             tokens, seconds = session.counts["completion_tokens"], session.seconds()
             cost = settings.cost(session.counts["prompt_tokens"], tokens)
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, cost {cost:.2f}", refresh=False)
-    return _report(out, settings)
+    return _report(out, settings, session.sessions)
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
@@ -350,9 +350,17 @@ class _Session:
     """Counts the completions of one call of `translate`; saves the counts of all calls about every 30 seconds."""
 
     def __init__(self, path: Path, backend: OpenAIBackend) -> None:
-        self._path, self._backend, self._earlier = path, backend, _read_sessions(path)
+        self._path, self._backend = path, backend
         self.counts: Counter[str] = Counter()
         self._start, self._next_note = time.monotonic(), 0.0
+        try:
+            self.sessions = self._earlier = read_json(path) if path.is_file() else []
+            valid = all(isfinite(one["seconds"] + one["completions"]) and one["backend"] for one in self.sessions)
+        except (ValueError, TypeError, LookupError):
+            valid = False
+        if not valid:
+            message = f"{path} is damaged. Remove it: it holds counts and times, but no answers."
+            raise UserError("synthconl.journal", message)
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
@@ -367,26 +375,16 @@ class _Session:
     def write(self) -> None:
         if self.counts:
             own = {**self.counts, "seconds": self.seconds(), "backend": self._backend.describe()}
-            write_json(self._path, [*self._earlier, own], resumable=True)
+            self.sessions = [*self._earlier, own]
+            write_json(self._path, self.sessions, resumable=True)
             self._next_note = self.seconds() + _SECONDS_BETWEEN_NOTES
 
 
-def _read_sessions(path: Path) -> list[dict[str, Any]]:
-    try:
-        sessions = read_json(path) if path.is_file() else []
-        if all(isfinite(one["seconds"] + one["completions"]) and one["backend"] for one in sessions):
-            return list(sessions)
-    except (ValueError, TypeError, LookupError):
-        pass
-    raise UserError("synthconl.journal", f"{path} is damaged. Remove it: it holds counts and times, but no answers.")
-
-
-def _report(out: Path, settings: TranslationSettings) -> dict[str, Any]:
+def _report(out: Path, settings: TranslationSettings, sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     counts = Counter(dict.fromkeys(("completions", "errors", *_TOKENS), 0))
     for row in read_rows(out, ["finish_reason", *_TOKENS]):
         failed = row.pop("finish_reason") in (ERROR, TOO_LONG)
         counts.update(row, completions=1, errors=failed)
-    sessions = _read_sessions(out / SESSIONS)
     seconds, counted = (sum(session[name] for session in sessions) for name in ("seconds", "completions"))
     backends = [session["backend"] for session in sessions]
     return {
@@ -402,10 +400,10 @@ class _CompletionFile:
     """Stores the completions of one file of rows: in a journal until all rows have one, then in a parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
-        self._target, self._ids = target, ids
-        self._answered = _read_journal(_journal(target), set(ids))
+        self._target, self._ids, self._path = target, ids, Path(f"{target}.journal")
+        self._answered = _read_journal(self._path, set(ids))
         self.missing = set(ids) - self._answered.keys()
-        self.journal = _journal(target).open("ab")
+        self.journal = self._path.open("ab")
         self._finish()
 
     def add(self, completion: Completion) -> None:
@@ -423,11 +421,7 @@ class _CompletionFile:
             rows = [asdict(self._answered[row_id]) for row_id in self._ids]
             write_parquet(self._target, [pa.Table.from_pylist(rows, SCHEMA)], SCHEMA)
             self.journal.close()
-            _journal(self._target).unlink()
-
-
-def _journal(target: Path) -> Path:
-    return target.with_name(f"{target.name}.journal")
+            self._path.unlink()
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
