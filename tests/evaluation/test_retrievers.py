@@ -26,26 +26,6 @@ def embeddings(n, size=24, seed=0):
     return np.random.default_rng(seed).normal(size=(n, size)).astype(np.float32)
 
 
-def judgements(queries, documents, per_query=3, seed=0):
-    generator = np.random.default_rng(seed)
-    return Judgements.of([generator.choice(documents, per_query, replace=False).tolist() for _ in range(queries)])
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("metric", ["mrr", "recall@5", "ndcg@10", "map@r"])
-def test_ranks_are_those_of_a_brute_force_ranking(metric, tied):
-    queries, documents = embeddings(30, 6), embeddings(80, 6, seed=1)
-    if tied:
-        documents = documents[np.arange(80) % 7]
-    judged = judgements(30, 80)
-    values = query_values(rank_judged(CosineScores(queries, documents), judged), metric)
-    gains = np.zeros((30, 80))
-    gains[judged.query, judged.document] = 1
-    rows = zip(brute_force.cosines(queries, documents), gains, strict=True)
-    expected = [brute_force.METRICS[metric](*row) for row in rows]
-    assert values == pytest.approx(expected, abs=1e-9)
-
-
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize(("block", "wide"), [(1, 10**6), (64, 10**6), (256, 40), (1, 8), (10**6, 60)])
 def test_ranks_do_not_depend_on_the_size_of_a_block(monkeypatch, block, wide, exclude_self):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import BackendCompilerFailed
 
+from modular_star_encoder.inference import encode
 from modular_star_encoder.inference.encode import _in_chunks, compile_for_inference
 from tests.errors import raises
 from tests.tiny import tiny_batch, tiny_model
@@ -15,10 +16,17 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "TOKENS_PER_CHUNK", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
-def pair():
+def pair(small_chunks):
     model = tiny_model(exit_layers=(1, 2), num_hidden_layers=2).bfloat16().eval()
-    return model, compile_for_inference(model, tokens_per_chunk=8, progress=False)
+    return model, compile_for_inference(model, progress=False)
 
 
 @torch.inference_mode()
@@ -38,7 +46,7 @@ def test_a_compiled_model_gives_the_same_embeddings_up_to_rounding(pair, lengths
 
 def test_compiled_code_runs_for_inference_alone_in_parts_of_equal_length():
     parts = []
-    forward = _in_chunks(lambda states: states + 1, lambda part: parts.append(len(part)) or part + 2, 8)
+    forward = _in_chunks(lambda states: states + 1, lambda part: parts.append(len(part)) or part + 2)
     states = torch.zeros(2, 9, 3)
     assert torch.equal(forward(states), states + 1)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -63,9 +71,7 @@ def test_the_model_given_stays_as_it_is_and_both_share_and_save_the_same_tensors
     assert all(torch.equal(saved[name], own[name]) for name in own)
 
 
-def test_chunks_of_one_token_and_other_devices_are_an_error():
-    with raises("compile.tokens_per_chunk", 1):
-        compile_for_inference(tiny_model(), tokens_per_chunk=1)
+def test_other_devices_are_an_error():
     with raises("compile.device", "meta"):
         compile_for_inference(tiny_model().to("meta"))
 

@@ -158,15 +158,17 @@ def server(monkeypatch):
         yield server
 
 
-def encode(server, texts, **options):
-    encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0, **options)
+def encode(server, texts):
+    encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0)
     return encoder.encode([("", text) for text in texts], (None,), progress=False)[None]
 
 
-def test_texts_go_in_batches_and_embeddings_come_back_in_order(server):
+def test_texts_go_in_batches_and_embeddings_come_back_in_order(server, monkeypatch):
+    monkeypatch.setattr(encoders, "TEXTS_PER_REQUEST", 2)
+    monkeypatch.setattr(encoders, "MAX_CHARACTERS", 10)
     texts = ["banana", "a", "cc", "dada", "e"]
-    assert encode(server, texts, batch_size=2).tolist() == [embedding(text) for text in texts]
-    encode(server, ["", "x" * 50], max_characters=10)
+    assert encode(server, texts).tolist() == [embedding(text) for text in texts]
+    encode(server, ["", "x" * 50])
     assert server.requests.pop().body["input"] == [" ", "x" * 10]
     assert [request.body["input"] for request in server.requests] == [["banana", "a"], ["cc", "dada"], ["e"]]
     for one in server.requests:

@@ -150,22 +150,24 @@ def clear_errors(path: str) -> Iterator[None]:
         yield
         for record in records:
             log.callHandlers(record)
-    except UserError:
-        raise
-    except _DAMAGED as error:
-        raise UserError("checkpoint.damaged", f"{path} cannot be loaded: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
+    except (*_DAMAGED, RuntimeError, OSError) as error:
+        if (clear := _clear_error(error, path)) is None:
             raise
-        message = f"{path} cannot be loaded: its weights do not fit its configuration."
-        raise UserError("checkpoint.shapes", message) from error
-    except OSError as error:
-        if os.path.isdir(path):
-            raise
-        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
-        raise OSError(message) from error
+        raise clear from error
     finally:
         log.removeFilter(keep)
+
+
+def _clear_error(error: Exception, path: str) -> Exception | None:
+    """Return an error of one sentence in place of `error`; None if `error` is one, or is no damage."""
+    if isinstance(error, OSError):
+        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
+        return None if os.path.isdir(path) else OSError(message)
+    if isinstance(error, _DAMAGED):
+        message = f"{path} cannot be loaded: {_one_line(error)}"
+        return None if isinstance(error, UserError) else UserError("checkpoint.damaged", message)
+    message = f"{path} cannot be loaded: its weights do not fit its configuration."
+    return UserError("checkpoint.shapes", message) if "mismatch" in str(error) else None
 
 
 def _one_line(error: BaseException) -> str:

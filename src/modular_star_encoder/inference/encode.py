@@ -19,6 +19,7 @@ from modular_star_encoder.data.tokenizer import ContentEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
+TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at least two
 _tokenizing = threading.Lock()  # a tokenizer stores the truncation of the current call, so threads take turns
 _INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
 _PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
@@ -172,18 +173,14 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 
 
 def compile_for_inference(
-    model: ModularStarEncoderForRetrieval, *, tokens_per_chunk: int = 1024, progress: bool = True
+    model: ModularStarEncoderForRetrieval, *, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
-    """Return a copy of the model with compiled MLPs. It shares the parameters of `model`, which does not change.
+    """Return a copy of a model on a CPU with compiled MLPs. It shares the parameters of `model`, which does not change.
 
     The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. The compiled MLPs run in `torch.inference_mode()`
     without autocast, as in `encode_exits` and `SentenceTransformer.encode`; otherwise the plain MLPs run. Compiled MLPs
     hold copies of the weights: this about doubles the memory for weights, and later changes of the parameters do not
     reach the compiled MLPs. Compiling takes a second or more per layer, and may need a C++ compiler.
-
-    Args:
-        model: a model on a CPU.
-        tokens_per_chunk: number of tokens that an MLP processes at once, at least two.
 
     Example:
         >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
@@ -191,12 +188,10 @@ def compile_for_inference(
     """
     if model.device.type != "cpu":
         raise UserError("compile.device", f"The model to compile is on {model.device}. Move it to the CPU.")
-    if tokens_per_chunk < 2:
-        raise UserError("compile.tokens_per_chunk", f"tokens_per_chunk={tokens_per_chunk}, but it must be at least 2.")
     compiled = model.slice(model.config.num_hidden_layers).eval()
     for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
         # Only an attribute of the instance is set, so that the names of the parameters in saved files do not change.
-        layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model), tokens_per_chunk)
+        layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model))
     return compiled
 
 
@@ -221,7 +216,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 
 
 def _in_chunks(
-    plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor], chunk: int
+    plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that runs `compiled` on chunks of tokens, but `plain` in autocast or with gradients."""
 
@@ -230,7 +225,7 @@ def _in_chunks(
         if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
             return plain(states)
         # Parts of about equal length, because a short last part would be slow.
-        parts = flat.tensor_split(-(-len(flat) // chunk))
+        parts = flat.tensor_split(-(-len(flat) // TOKENS_PER_CHUNK))
         outputs = [compiled(part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)
 

@@ -27,6 +27,7 @@ from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_en
 
 OPENAI_URL = "https://api.openai.com/v1"
 ENDPOINT_PREFIX = "openai:"
+MAX_CHARACTERS, TEXTS_PER_REQUEST = 16_000, 128  # longer texts are cut, because endpoints reject too long texts
 
 Prompted = tuple[str, str]  # (prompt, text that follows it)
 
@@ -197,35 +198,26 @@ class EndpointEncoder(Encoder):
 
     The API key is read for each call of `encode`, and is never stored, shown or logged. It is in `OPENAI_API_KEY` for
     OpenAI's own address and in `MOSE_API_KEY` for any other, because a recipe may name a stranger's server.
-
-    Args:
-        model: name of the model at the endpoint.
-        base_url: URL of the endpoint, without `/embeddings`.
-        batch_size: number of texts in a request.
-        max_characters: number of characters to which longer texts are cut, because endpoints reject too long texts.
-        client_options: passed to `HTTPClient`: attempts, pause, timeout.
+    `base_url` has no `/embeddings`; `client_options` are those of `HTTPClient`.
     """
 
-    def __init__(
-        self, model: str, base_url: str, *, batch_size: int = 128, max_characters: int = 16_000, **client_options: Any
-    ) -> None:
+    def __init__(self, model: str, base_url: str, **client_options: Any) -> None:
         self.name, self.base_url = model, check_url(base_url)
-        self.batch_size, self.max_characters = batch_size, max_characters
         self._client_options: dict[str, Any] = {"attempts": 7, "timeout": 120.0, **client_options}
-        identity = json.dumps([model, self.base_url, max_characters])
+        identity = json.dumps([model, self.base_url, MAX_CHARACTERS])
         self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
         # Endpoints reject empty inputs.
-        inputs = [(prompt + text)[: self.max_characters] or " " for prompt, text in texts]
-        parts, batches = [], range(0, len(inputs), self.batch_size)
+        inputs = [(prompt + text)[:MAX_CHARACTERS] or " " for prompt, text in texts]
+        parts, batches = [], range(0, len(inputs), TEXTS_PER_REQUEST)
         variable = "OPENAI_API_KEY" if self.base_url == OPENAI_URL else "MOSE_API_KEY"
         token = token_from_environment(variable, required=False)
         with HTTPClient(token=token, **self._client_options) as client:
             for start in tqdm(batches, desc=self.name, unit="request", disable=not progress, leave=False):
-                parts.append(self._embed(client, inputs[start : start + self.batch_size]))
+                parts.append(self._embed(client, inputs[start : start + TEXTS_PER_REQUEST]))
         return {None: np.concatenate(parts) if parts else _NONE}
 
     def _embed(self, client: HTTPClient, inputs: list[str]) -> np.ndarray:

@@ -56,10 +56,8 @@ def _damage_reported(folder: str | Path) -> Iterator[None]:
     """Context manager for code that reads files of a checkpoint; UserError if one is damaged."""
     try:
         yield
-    except (OSError, UserError):
-        raise
     except BaseException as error:  # tokenizers raises no narrower class
-        if not isinstance(error, Exception) and not is_panic(error):
+        if isinstance(error, OSError | UserError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise UserError("checkpoint.damaged", f"{folder} cannot be used: {error}") from error
 
