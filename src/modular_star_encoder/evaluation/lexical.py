@@ -44,7 +44,6 @@ class BM25(Retriever):
         self.checksum = f"bm25-{K1}-{B}-lucene-{version('bm25s')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> RowScores:
-        """Index D documents and return the BM25 scores (Q, D) of Q queries; `variant` is not used."""
         return bm25_scores(*([identifier_tokens(text.text) for text in texts] for texts in (queries, documents)))
 
 
@@ -75,7 +74,6 @@ class TfIdf(Retriever):
         self.checksum = f"tfidf-sublinear-{version('scikit-learn')}"
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> RowScores:
-        """Return the cosine similarities (Q, D) of Q queries and D documents; `variant` is not used."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer, shape = (

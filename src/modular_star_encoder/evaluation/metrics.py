@@ -127,50 +127,33 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
     return Ranking(queries, judgements.query, rank)
 
 
-def reciprocal_ranks(ranking: Ranking, cutoff: int | None = None) -> np.ndarray:
-    """Return 1 / (rank of the first relevant document) for each query, (Q,); 0 if this rank is above `cutoff`."""
-    first = np.full(ranking.queries, np.inf)
-    np.minimum.at(first, ranking.query, ranking.rank)
-    return np.where(first <= (cutoff or np.inf), 1.0 / first, 0.0)
-
-
-def ndcgs(ranking: Ranking, k: int | None = None) -> np.ndarray:
-    """Return each query's NDCG over its first `k` documents (all if None), (Q,) (Järvelin & Kekäläinen 2002).
-
-    A relevant document adds 1 / log2(rank + 1). The sum is divided by that of the ideal ranking, also cut at `k`.
-    """
-
-    def cumulated(rank: np.ndarray) -> np.ndarray:
-        gain = np.where(rank <= (k or np.inf), 1 / np.log2(rank + 1), 0.0)
-        return np.bincount(ranking.query, weights=gain, minlength=ranking.queries)
-
-    return cumulated(ranking.rank) / cumulated(_places(ranking.query))
-
-
-def average_precisions_at_r(ranking: Ranking) -> np.ndarray:
-    """Return each query's average precision at R, (Q,) in [0, 1]; R is the number of documents relevant to the query.
-
-    A relevant document adds (its place among the relevant documents) / (its rank), or 0 if its rank is above R. The
-    sum is divided by R (Musgrave et al. 2020), as in CodeXGLUE's evaluator for POJ-104.
-    """
-    order = np.lexsort((ranking.rank, ranking.query))
-    query, rank = ranking.query[order], ranking.rank[order]
-    size = np.bincount(query, minlength=ranking.queries)
-    precision = np.where(rank <= size[query], _places(query) / rank, 0.0)
-    return np.bincount(query, weights=precision, minlength=ranking.queries) / size
-
-
 def query_values(ranking: Ranking, metric: str) -> np.ndarray:
-    """Return each query's value (Q,) of `metric`: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r; else raise UserError."""
+    """Return each query's value (Q,) of `metric`: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r; else raise UserError.
+
+    MRR is 1 / (rank of the first relevant document). Recall is the fraction of the relevant documents that are found.
+    NDCG (Järvelin & Kekäläinen 2002) is the sum of 1 / log2(rank + 1) over the relevant documents, divided by that of
+    the ideal ranking. Documents at ranks above K count as not found. MAP@R (Musgrave et al. 2020, as in CodeXGLUE for
+    POJ-104) is the mean over the R relevant documents of (place among them) / rank, or 0 at ranks above R.
+    """
     name, at, cut = metric.partition("@")
-    k = int(cut) if cut.isdecimal() and int(cut) else None
+    k = float(cut) if cut.isdecimal() else 0 if at else np.inf
+    query, rank, count = ranking.query, ranking.rank, ranking.queries
+    relevant = np.bincount(query, minlength=count)
     if metric == "map@r":
-        return average_precisions_at_r(ranking)
-    if name == "recall" and k is not None:  # the fraction of relevant documents among the first k
-        found = np.bincount(ranking.query[ranking.rank <= k], minlength=ranking.queries)
-        return found / np.bincount(ranking.query, minlength=ranking.queries)
-    if name in ("mrr", "ndcg") and (k is not None or not at):
-        return {"mrr": reciprocal_ranks, "ndcg": ndcgs}[name](ranking, k)
+        order = np.lexsort((rank, query))
+        query, rank = query[order], rank[order]
+        precision = np.where(rank <= relevant[query], _places(query) / rank, 0.0)
+        return np.bincount(query, weights=precision, minlength=count) / relevant
+    if name == "recall" and 0 < k < np.inf:
+        return np.bincount(query[rank <= k], minlength=count) / relevant
+    if name == "mrr" and k > 0:
+        first = np.full(count, np.inf)
+        np.minimum.at(first, query, rank)
+        return np.where(first <= k, 1.0 / first, 0.0)
+    if name == "ndcg" and k > 0:
+        gains = [np.where(place <= k, 1 / np.log2(place + 1), 0.0) for place in (rank, _places(query))]
+        found, ideal = (np.bincount(query, weights=gain, minlength=count) for gain in gains)
+        return found / ideal
     available = "mrr, mrr@K, recall@K, ndcg, ndcg@K, map@r, with K at least 1"
     raise UserError("evaluation.metric.unknown", f"Unknown metric {metric!r}. Available: {available}.")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,31 +138,24 @@ def run_mteb(
     common = {"revision": checkpoint_checksum(path), "adapted_from": None if is_local else path}
     metas = {k: _model_meta(model, name, k, common) for k in encoder.exit_layers if k is not None}
     cache = mteb.ResultCache(out)
+    options: dict[str, Any] = {"cache": cache, "co2_tracker": False, "show_progress_bar": False}
+    options["encode_kwargs"] = {"show_progress_bar": progress}
     scores: dict[int, dict[str, float]] = {exit_layer: {} for exit_layer in metas}
     for task in tqdm(chosen, desc="mteb", unit="task", disable=not progress):
         # mteb itself would reuse complete results of another dataset with the same name.
         known = {k: cache.load_task_result(task.metadata.name, meta) for k, meta in metas.items()}
         revision = task.metadata.revision
         due = [k for k, one in known.items() if overwrite or one is None or one.dataset_revision != revision]
-        encoders = [MtebExitEncoder(retriever, k, due, meta, prompts) for k, meta in metas.items()]
-        for exit_layer, score in _run_task(task, encoders, cache, progress):
-            scores[exit_layer][task.metadata.name] = score
+        was_loaded = task.data_loaded
+        if due and not was_loaded:
+            task.load_data()  # once for all exits; mteb would load and drop the data for each exit
+        for k, meta in metas.items():
+            options["overwrite_strategy"] = "always" if k in due else "only-missing"
+            result = mteb.evaluate(MtebExitEncoder(retriever, k, due, meta, prompts), task, **options)
+            scores[k][task.metadata.name] = float(result.task_results[0].get_score())
+        if not was_loaded and task.data_loaded:
+            task.unload_data()
     return scores
-
-
-def _run_task(
-    task: AbsTask, encoders: Sequence[MtebExitEncoder], cache: mteb.ResultCache, progress: bool
-) -> Iterator[tuple[int, float]]:
-    was_loaded, due = task.data_loaded, encoders[0].exit_layers
-    if due and not was_loaded:
-        task.load_data()  # once for all exits; mteb would load and drop the data for each exit
-    options: dict[str, Any] = {"encode_kwargs": {"show_progress_bar": progress}, "show_progress_bar": False}
-    for encoder in encoders:
-        strategy = "always" if encoder.exit_layer in due else "only-missing"
-        result = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy=strategy, co2_tracker=False, **options)
-        yield encoder.exit_layer, float(result.task_results[0].get_score())
-    if not was_loaded and task.data_loaded:
-        task.unload_data()
 
 
 def _model_meta(

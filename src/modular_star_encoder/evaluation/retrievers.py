@@ -128,7 +128,6 @@ class EmbeddingRetriever(Retriever):
         return self.cache.rows(self._space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
-        """Return the cosine similarities (Q, D) of a variant, such as one exit; call `prepare` with all texts first."""
         asked, answers = ([(self.encoder.prompt(one), one.text) for one in texts] for texts in (queries, documents))
         rows = self.rows(asked, variant.exit_layer), self.rows(answers, variant.exit_layer)
         return CosineScores(*rows, dimensions=variant.dimensions)

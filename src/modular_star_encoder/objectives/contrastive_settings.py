@@ -158,16 +158,6 @@ def rank_and_count() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Return the `numbers` of each process, in the order of ranks; every process must pass equally many numbers."""
-    processes = rank_and_count()[1]
-    if processes == 1:
-        return [list(numbers)]
-    everyones = torch.empty(processes, len(numbers), dtype=torch.long, device=device)
-    distributed.all_gather(list(everyones), torch.tensor(numbers, device=device))
-    return everyones.tolist()
-
-
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gather each side's embeddings from all processes, with gradient: (E, B, D) becomes (E, processes × B, D).
 

@@ -16,11 +16,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, gather_numbers
+from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings, rank_and_count
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -143,9 +143,13 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
     """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` of any process."""
-    texts = [number_of_texts(inputs) for inputs in sides.values()]
-    everyones = gather_numbers([*texts, mini_batches], device)
-    if any(others[:-1] != texts for others in everyones):
+    if (processes := rank_and_count()[1]) == 1:
+        return mini_batches
+    numbers = torch.tensor([*map(number_of_texts, sides.values()), mini_batches], device=device)
+    gathered = numbers.new_empty(processes, len(numbers))
+    distributed.all_gather(list(gathered), numbers)
+    everyones = gathered.tolist()
+    if any(others[:-1] != everyones[0][:-1] for others in everyones):
         rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
         message = f"Processes have {rows} texts in their batches; give all equally many (dataloader_drop_last=True)."
         raise UserError("contrastive.processes", message)
