@@ -53,21 +53,19 @@ def test_a_staged_repository_has_exactly_the_expected_files(folder):
     check_files(folder, extra=[ONNX])
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_a_pickle_is_found_by_its_name_and_by_its_content(folder, protocol):
-    (folder / "weights.pt").write_bytes(b"")
-    refused("pickle", folder, "weights.pt", extra=["weights.pt"])
-    (folder / "weights.pt").unlink()
-    (folder / "exit_profile.json").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
-    refused("pickle", folder, "exit_profile.json")
-    torch.save({"a": 1}, folder / "exit_profile.json")
-    refused("pickle", folder, "exit_profile.json")
-
-
-def test_damaged_weights_are_found(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    refused("safetensors", folder, weights.name)
+@pytest.mark.parametrize(
+    ("name", "write", "fault"),
+    [
+        ("weights.pt", lambda path: path.touch(), "pickle"),
+        ("exit_profile.json", lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=2)), "pickle"),
+        ("exit_profile.json", lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=5)), "pickle"),
+        ("exit_profile.json", lambda path: torch.save({"a": 1}, path), "pickle"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "safetensors"),
+    ],
+)
+def test_a_pickle_is_found_by_its_name_and_by_its_content_and_so_are_damaged_weights(folder, name, write, fault):
+    write(folder / name)
+    refused(fault, folder, name, extra=["weights.pt"])
 
 
 SECRETS = (
