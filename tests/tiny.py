@@ -1,5 +1,6 @@
 """Models and a tokenizer small enough to build in every test."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -96,6 +97,17 @@ def tiny_profile(fingerprint, exits=EXIT_LAYERS, quality=True, machine=None):
         versions={"torch": "2.13.0"},
         date="2026-01-02",
     )
+
+
+REPOSITORY = "some-org/tiny.star-encoder"
+
+
+def cache_repository(checkpoint, cache):
+    """Lay a checkpoint out as a download would: a snapshot named by its commit, which `main` refers to."""
+    repository, commit = cache / f"models--{REPOSITORY.replace('/', '--')}", "a1" * 20
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return shutil.copytree(checkpoint, repository / "snapshots" / commit)
 
 
 def contents(folder):

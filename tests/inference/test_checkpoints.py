@@ -16,9 +16,8 @@ from transformers import AutoModel
 from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderModel
 from tests.errors import raises
-from tests.hub.repositories import REPOSITORY, cache_repository
 from tests.published.stand_in import write_stand_in
-from tests.tiny import EXIT_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, REPOSITORY, cache_repository, tiny_model, tiny_tokenizer
 
 TEXTS = ["add two numbers", "def subtract(first, second):\n    return first - second", "x"]
 

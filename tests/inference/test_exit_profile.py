@@ -19,8 +19,7 @@ from modular_star_encoder.inference.exit_profile import (
 )
 from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
 from tests.errors import raises
-from tests.hub.repositories import REPOSITORY, cache_repository
-from tests.tiny import save_tiny_checkpoint, tiny_batch, tiny_model
+from tests.tiny import REPOSITORY, cache_repository, save_tiny_checkpoint, tiny_batch, tiny_model
 
 SHAPES = ((1, 128), (8, 128))
 
