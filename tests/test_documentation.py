@@ -1,3 +1,4 @@
+import argparse
 import os
 import re
 import runpy
@@ -57,8 +58,9 @@ def test_the_command_lines_of_a_page_are_accepted_and_name_files_and_recipes_tha
             assert words[0] in targets, line
         elif program == "mose":
             arguments = cli.parse(words)
-            if hasattr(arguments, "recipe") and words[0] != "dataset":
-                assert find_recipe(arguments.recipe, words[0]).is_file(), line
+            if hasattr(arguments, "recipe"):
+                command = "dataset build" if words[0] == "dataset" else words[0]
+                assert find_recipe(arguments.recipe, command).is_file(), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -84,7 +86,16 @@ def test_every_command_has_an_example_which_it_accepts(monkeypatch):
     accept_every_input(monkeypatch)
     assert {command.prog for command in cli.all_commands(cli.build_parser())} == cli.EXAMPLES.keys()
     for example in "\n".join(cli.EXAMPLES.values()).splitlines():
-        cli.parse(shlex.split(example)[1:])
+        arguments = cli.parse(shlex.split(example)[1:])
+        if "mose recipes copy" in example:
+            assert find_recipe(arguments.name).is_file()
+
+
+def test_the_help_of_a_command_names_no_file_of_a_clone(monkeypatch):
+    for command in cli.all_commands(cli.build_parser()):
+        assert not re.search("hub_configs/|examples/|benchmarks/", argparse.ArgumentParser.format_help(command)), (
+            command
+        )
 
 
 def run(name, monkeypatch, raised=None):

@@ -177,6 +177,15 @@ def test_an_upload_without_a_hub_or_a_token_fails_before_anything_heavy(mose, ch
     assert "hf auth login" in mose(*words)[2]
 
 
+def test_a_wrong_column_of_pairs_is_reported_before_anything_heavy(mose, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modular_star_encoder.training.finetuning", None)  # its import would fail
+    (tmp_path / "pairs.csv").write_text("a,b\n1,2\n")
+    words = ("finetune", "mose-code", "--out", tmp_path / "run", f"data.pairs={tmp_path / 'pairs.csv'}")
+    for columns, message in (((), "It has a, b."), (("data.columns.query=prose",), "no column prose")):
+        status, _, errors = mose(*words, *columns)
+        assert (status, message in errors) == (2, True)
+
+
 def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypatch):
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # so that it is put back
     monkeypatch.delenv("LRU_CACHE_CAPACITY")

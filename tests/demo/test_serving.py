@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import runpy
@@ -131,6 +132,21 @@ def test_a_client_that_sends_too_much_gets_a_sentence(address, data, named):
     left, right = asked(address, data, "long")
     assert named in re.fullmatch('<p class="mose-error" role="alert">([^<]*)</p>', left)[1]
     assert right == ""
+
+
+def test_a_request_that_the_page_never_sends_prints_no_traceback(address, capfd):
+    good = ["add", [], "", 0, 0, 1]
+    for place in range(len(good)):
+        for wrong in (None, 1e308, "x" * 5000, [[]], {"a": 1}, ["other"], True):
+            asked(address, [*good[:place], wrong, *good[place + 1 :]], f"wrong{place}")
+    asked(address, [], "empty")
+    for body in ({"data": good, "fn_index": 10**30, "session_hash": "a"}, {"data": good}, []):
+        assert httpx.post(f"{address}gradio_api/queue/join", json=body).status_code in (400, 422)
+    assert httpx.get(address, headers={"x-forwarded-host": "[::"}).status_code == 400
+    with contextlib.suppress(httpx.RemoteProtocolError):  # the answer ends early
+        httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "unknown"})
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert "mose-hit" in asked(address, good, "after")[0]
 
 
 def test_a_port_that_is_taken_is_one_sentence(index):

@@ -66,6 +66,19 @@ def test_a_hit_leads_to_its_lines(shared_index, monkeypatch, tmp_path):
         assert hit.text.splitlines() == lines[hit.line - 1 : hit.last_line]
 
 
+@pytest.mark.parametrize("method", ["hybrid", "lexical"])
+def test_a_hit_inside_a_very_long_function_is_the_lines_that_match_with_its_name(tmp_path, checkpoint, method):
+    lines = ["def very_long(x):", *(f"    step_{n} = x * {n}" for n in range(400))]
+    lines[250:250] = ["    # retry the upload", "    for attempt in range(5):", "        upload(2 ** attempt)"]
+    write_code(tmp_path / "code", {"a.py": "\n".join(lines)})
+    index = build(tmp_path / "code", tmp_path / "index", checkpoint)
+    hit = index.search(["retry the upload"], top_k=1, method=method)[0].hits[0]
+    assert (hit.name, hit.line, hit.last_line) == ("very_long", 251, 300)
+    assert hit.text.startswith("    # retry the upload\n    for attempt")
+    hit = index.search(["very long"], top_k=1, method=method, path="a.py")[0].hits[0]
+    assert hit.name == "very_long"
+
+
 def test_only_files_that_changed_are_embedded_and_vanished_ones_removed(code, tmp_path, checkpoint, pieces):
     index = build(code, tmp_path / "index", checkpoint)
     before = {row["row_id"]: row for row in stored_rows(tmp_path / "index")}

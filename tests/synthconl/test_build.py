@@ -231,7 +231,7 @@ SETTINGS = {"corpus": {"folder": "code"}, "translation": TRANSLATION}
 
 
 def test_the_example_is_a_recipe_of_the_papers_settings():
-    example = Path(__file__).parents[2] / "examples" / "dataset" / "recipe.yaml"
+    example = Path(__file__).parents[2] / "hub_configs" / "synthconl" / "recipe.yaml"
     recipe = load_settings(DatasetRecipe, example, ["corpus.folder=/code", "translation.options.concurrency=3"])
     assert recipe.corpus == ({"folder": "/code"},)
     assert recipe.translation.model == "Qwen/Qwen2.5-Coder-7B-Instruct"

@@ -107,12 +107,15 @@ def test_the_papers_rate_is_a_fraction_of_the_peak_at_every_boundary():
         ("mose-code/exit-0", "finetune", "mose-code/exit-0"),
         ("finetuned", "finetune", "finetuned/recipe"),
         ("hub_configs/mini/recipe.yaml", "pretrain", "mini/recipe"),
+        ("synthconl", "dataset build", "synthconl/recipe"),
+        ("mose-code/corpus", None, "mose-code/corpus"),
+        ("small/publish", None, "small/publish"),
     ],
 )
 def test_a_packaged_recipe_is_found_by_its_name_and_by_its_folders(tmp_path, monkeypatch, name, command, file):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert find_recipe(name, command) == hub_config_folder(file.partition("/")[0]).parent / f"{file}.yaml"
+    assert find_recipe(name, command) == hub_config_folder("small").parent / f"{file}.yaml"
 
 
 def test_a_file_of_the_same_name_comes_first_and_an_unknown_name_lists_what_there_is(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ def add_dataset_commands(commands: Any) -> None:
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="extract functions, translate them, drop near-duplicates, and split")
-    recipe, folder = "a YAML file, such as examples/dataset/recipe.yaml", "folder to write; an old build is continued"
+    recipe, folder = "a YAML file, or synthconl, the packaged recipe", "folder to write; an old build is continued"
     add_recipe_options(build, recipe, "corpus.folder=~/code", folder)
     build.set_defaults(run=run_dataset_build)
 
@@ -54,7 +54,7 @@ def add_dataset_commands(commands: Any) -> None:
     corpus = commands.add_parser("corpus", help="build a corpus of functions from packages of Debian, npm and PyPI")
     commands = corpus.add_subparsers(required=True, metavar="COMMAND")
     fetch = commands.add_parser("fetch", help="download those packages of a corpus that are not in FOLDER yet")
-    packages = "list of packages, such as hub_configs/mose-code/corpus.yaml"
+    packages = "list of packages, such as a copy of mose-code/corpus (`mose recipes copy`)"
     fetch.add_argument("corpus", metavar="FILE", type=existing, help=packages)
     fetch.add_argument("--out", metavar="FOLDER", required=True, help="folder to write, with a folder for each package")
     fetch.set_defaults(run=run_corpus_fetch)
@@ -80,9 +80,11 @@ def add_dataset_commands(commands: Any) -> None:
 
 def run_dataset_build(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.synthconl.build import DatasetRecipe, build_dataset
+    from modular_star_encoder.training import find_recipe
     from modular_star_encoder.utils.settings import load_settings
 
-    print(build_dataset(load_settings(DatasetRecipe, arguments.recipe, arguments.overrides), arguments.out))
+    recipe = find_recipe(arguments.recipe, "dataset build")
+    print(build_dataset(load_settings(DatasetRecipe, recipe, arguments.overrides), arguments.out))
 
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:

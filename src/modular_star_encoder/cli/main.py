@@ -38,7 +38,7 @@ EXAMPLES = {
     "mose grow": "mose grow runs/exit-0/model runs/grown --exit-layers 0 1 2 4 6",
     "mose card": "mose card my-slice --repository me/my-slice --license apache-2.0",
     "mose publish": "mose publish my-slice --repository me/my-slice --license apache-2.0\n"
-    "mose publish hub_configs/small/publish.yaml namespace=me --upload",
+    "mose recipes copy small/publish publish.yaml\nmose publish publish.yaml namespace=me --upload",
     "mose export": "mose export mose-code --exit-layer 2 --out my-onnx\n"
     "mose export mose-code --format static --out my-table",
     "mose pretrain": "mose pretrain small --out runs/small corpus.folder=~/code",
@@ -47,13 +47,13 @@ EXAMPLES = {
     "mose recipes list": "mose recipes list",
     "mose recipes show": "mose recipes show small",
     "mose recipes copy": "mose recipes copy small my.yaml",
-    "mose dataset build": "mose dataset build examples/dataset/recipe.yaml --out build corpus.folder=~/code",
+    "mose dataset build": "mose dataset build synthconl --out build corpus.folder=~/code",
     "mose dataset dedup": "mose dataset dedup data --out deduplicated --columns query,code",
     "mose dataset stats": "mose dataset stats build",
     "mose dataset push": "mose dataset push build me/my-dataset",
-    "mose dataset corpus fetch": "mose dataset corpus fetch hub_configs/mose-code/corpus.yaml --out packages",
-    "mose dataset corpus build": "mose dataset corpus build hub_configs/mose-code/corpus.yaml --packages packages"
-    " --out pairs",
+    "mose dataset corpus fetch": "mose recipes copy mose-code/corpus corpus.yaml\n"
+    "mose dataset corpus fetch corpus.yaml --out packages",
+    "mose dataset corpus build": "mose dataset corpus build corpus.yaml --packages packages --out pairs",
     "mose dataset corpus check": "mose dataset corpus check pairs/pairs.jsonl.gz --against test.jsonl --drop clean",
     "mose doctor": "mose doctor",
 }

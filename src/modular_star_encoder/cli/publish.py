@@ -33,7 +33,7 @@ def add_publish_commands(commands: Any) -> None:
     card.set_defaults(run=run_card)
 
     publish = commands.add_parser("publish", help="verify repositories, and list what --upload would change on the Hub")
-    source = "a manifest, such as hub_configs/small/publish.yaml, or a checkpoint's folder"
+    source = "a manifest, such as a copy of small/publish (`mose recipes copy`), or a checkpoint's folder"
     publish.add_argument("source", metavar="MANIFEST", help=source)
     settings = "settings of the manifest to change, such as namespace=NAME"
     publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=settings)

@@ -35,7 +35,11 @@ def add_train_commands(commands: Any) -> None:
     for action, meaning in (("list", "list all recipes"), ("show", "print a recipe"), ("copy", "copy a recipe")):
         parser = actions.add_parser(action, help=meaning)
         if action != "list":
-            parser.add_argument("name", metavar="NAME", help="such as small/finetune; small is the first in small/")
+            parser.add_argument(
+                "name",
+                metavar="NAME",
+                help="such as small/finetune, mose-code/corpus or small/publish; small is the first in small/",
+            )
         if action == "copy":
             parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
 
@@ -64,7 +68,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         recipes = packaged_recipes()
         width = max(len(one.name) for one in recipes)
         for one in recipes:
-            print(f"mose {one.command:8} {one.name:{width}}  {one.summary}")
+            print(f"mose {one.command:13} {one.name:{width}}  {one.summary}")
         print("\nThe part before / is enough for a command's first recipe in that folder: `mose finetune mose-code`.")
         return
     path = find_recipe(arguments.name)

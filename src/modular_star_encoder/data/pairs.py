@@ -310,12 +310,14 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if a file or folder that a recipe's `data` names does not exist; imports no torch."""
+    """Raise UserError if a source in a recipe's `data` does not exist or lacks a column of pairs; imports no torch."""
     for name in ("pairs",) if settings.get("pairs") else ("triplets", "parallel"):
         source = settings.get(name)
         source = source.get("source") if isinstance(source, Mapping) else source
         if isinstance(source, str):
             check_source(source)
+            if name == "pairs" and os.path.exists(os.path.expanduser(source)):
+                resolve_pairs(settings)
 
 
 def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:

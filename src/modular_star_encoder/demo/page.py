@@ -22,6 +22,7 @@ from modular_star_encoder.utils.errors import UserError, naming_extra
 TOP_K = 5
 MOST_WAITING = 100
 """Maximum number of questions that wait for an answer; further ones are refused (HTTP status 503)."""
+BAD_REQUEST = "The page does not send such a request: reload it."
 _CANDIDATES = 50
 # Errors that a user can fix: the page shows one sentence instead of a traceback.
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
@@ -189,7 +190,9 @@ class SearchPage:
         try:
             where = {"languages": languages or None, "path": path if (path or "").strip() else None}
             exits = [self._exit_at(position) for position in positions]
-            replies = [self._ask(question, one, int(rerank or 0), where) for one in exits]
+            replies = [
+                self._ask(question, one, rerank if rerank in self.rerank_exit_layers else 0, where) for one in exits
+            ]
         except _EXPECTED_ERRORS as error:
             return [message_html(_one_sentence(error), error=True), *[""] * (len(positions) - 1)]
         others = [*reversed(replies)] if len(replies) > 1 else [None]
@@ -251,7 +254,20 @@ def build_blocks(page: SearchPage) -> Any:
         gradio.on(changes, page.answer, trigger_mode="always_last", **options)
     # The queue limits how many questions wait; without it, clients could ask any number at once.
     blocks.queue(max_size=MOST_WAITING, api_open=False)
+    blocks.preprocess_data = _without_tracebacks(blocks.preprocess_data, gradio.Error)
     return blocks
+
+
+def _without_tracebacks(read_values: Callable[..., Any], gradio_error: Callable[..., Exception]) -> Callable[..., Any]:
+    """Wrap Gradio's reader of a request's values: for values that the page never sends, Gradio prints no traceback."""
+
+    async def read(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await read_values(*arguments, **options)
+        except Exception as error:
+            raise gradio_error(BAD_REQUEST, print_exception=False) from error
+
+    return read
 
 
 def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from pygments.formatters import HtmlFormatter
 
 from modular_star_encoder.data.languages.registry import language_of
-from modular_star_encoder.demo.page import SearchPage, build_blocks, import_gradio
+from modular_star_encoder.demo.page import BAD_REQUEST, SearchPage, build_blocks, import_gradio
 from modular_star_encoder.demo.results import LinkTo, code_styles, highlighted
 from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex, file_inside
@@ -39,7 +40,7 @@ _PAGE_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; ob
 _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _Scope = MutableMapping[str, Any]
-_Call = Callable[..., Awaitable[None]]
+_Call = Callable[..., Awaitable[Any]]
 ROUTE = "/source"
 LARGEST_REQUEST = 100_000
 """Maximum number of bytes of a request's body; larger ones are refused (HTTP status 413)."""
@@ -155,20 +156,34 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
 
 
 class _PolicyMiddleware:
+    """Adds headers to responses; if the application fails, logs one line and responds with status 400."""
+
     def __init__(self, app: _Call) -> None:
         self._app = app
 
     async def __call__(self, scope: _Scope, receive: _Call, send: _Call) -> None:
+        from starlette.responses import PlainTextResponse
+
         policy = _SOURCE_POLICY if scope.get("path") == ROUTE else _PAGE_POLICY
+        has_started = False
 
         async def send_with_policy(message: _Scope) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
+                has_started = True
                 added = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
                 added["referrer-policy"] = "no-referrer"
                 message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in added.items())]
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
+        try:
+            await self._app(scope, receive, send_with_policy)
+        except Exception as error:  # without this, strangers could fill the server's log with tracebacks
+            if scope["type"] != "http":
+                raise
+            print(printable(f"mose: error: {scope['path'][:200]}: {error!r:.200}"), file=sys.stderr)
+            if not has_started:
+                await PlainTextResponse(BAD_REQUEST, 400)(scope, receive, send_with_policy)
 
 
 def repository_links(address: str) -> LinkTo:

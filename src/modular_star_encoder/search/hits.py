@@ -13,7 +13,7 @@ class Hit:
 
     Attributes:
         path: path of the file, relative if it is below the working folder, else absolute.
-        line: 1-based line at which the definition begins.
+        line: 1-based line at which the definition begins; inside a very long one, the line that matches best.
         name: name of the function or class; empty for other lines.
         score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`, whose entry
             `similarity and words` is at most 1.

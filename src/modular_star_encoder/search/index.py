@@ -19,6 +19,7 @@ from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, u
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.local_store import LocalStore
+from modular_star_encoder.search.pieces import best_line
 from modular_star_encoder.search.ranking import Cascade, Method, Ranker, by_words
 from modular_star_encoder.search.vector_store import (
     DEFAULT_CHECKPOINT,
@@ -285,7 +286,8 @@ class CodeIndex:
             if method == "lexical":
                 words = [by_words(self.store, question, top_k, where) for question in questions]
                 return [
-                    Answer(one, self._hits(rows), method=method) for one, rows in zip(questions, words, strict=True)
+                    Answer(one, self._hits(rows, one), method=method)
+                    for one, rows in zip(questions, words, strict=True)
                 ]
             ranker = self._ranker(exit_layer, cascade)
             answers = []
@@ -294,7 +296,9 @@ class CodeIndex:
                     ranked = ranker.by_similarity(vectors, top_k, where)
                 else:
                     ranked = ranker.by_rules(question, vectors, top_k, where)
-                answers.append(Answer(question, self._hits(ranked.found), ranked.margin, ranked.reranked, method))
+                answers.append(
+                    Answer(question, self._hits(ranked.found, question), ranked.margin, ranked.reranked, method)
+                )
             return answers
 
     def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
@@ -359,21 +363,22 @@ class CodeIndex:
                 raise UserError("search.cascade.exit_layer", message)
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
-    def _hits(self, found: Sequence[Found]) -> list[Hit]:
+    def _hits(self, found: Sequence[Found], question: str = "") -> list[Hit]:
         root = readable_path(_shown_folder(self.folder))
+        snippets = [one.snippet for one in found]
         return [
             Hit(
                 path=os.path.join(root, one.path),
-                line=snippet.line,
+                line=line,
                 name=snippet.name,
                 score=one.score,
                 exit_layer=one.exit_layer,
                 last_line=snippet.last_line,
                 language=snippet.language,
-                text="\n".join(snippet.text.split("\n")[snippet.line - snippet.first_line :]),
+                text="\n".join(snippet.text.split("\n")[line - snippet.first_line :]),
                 reasons=one.reasons,
             )
-            for one, snippet in ((one, one.snippet) for one in found)
+            for one, snippet, line in zip(found, snippets, (best_line(one, question) for one in snippets), strict=True)
         ]
 
     def _check_unchanged(self) -> None:

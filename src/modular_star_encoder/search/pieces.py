@@ -225,6 +225,20 @@ def question_stems(question: str) -> list[str]:
     return sorted(set(stems(" ".join(telling))))
 
 
+def best_line(snippet: Snippet, question: str) -> int:
+    """Return the 1-based number of the line of a piece to show first.
+
+    It is the piece's `line`; but if the definition around the piece begins before it, such as a very long function, it
+    is the first of the three lines that have the most words of the question.
+    """
+    if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
+        return snippet.line
+    wanted = set(question_stems(question))
+    met = [wanted.intersection(stems(line)) for line in snippet.text.split("\n")]
+    counts = [(len(one.union(*met[at + 1 : at + 3])), len(one)) for at, one in enumerate(met)]
+    return snippet.first_line + counts.index(max(counts))
+
+
 def telling_parts(question: str) -> set[str]:
     """Return the stems of the parts of a question's words, without stop words and parts of fewer than 3 letters."""
     words = " ".join(word for word in _WORD.findall(question) if not _STOP_WORD.fullmatch(word))

@@ -9,7 +9,7 @@ from pathlib import Path
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import similar_files
 
-_COMMANDS = {"corpus": "pretrain", "data": "finetune", "finetuning": "ablate"}
+_COMMANDS = {"translation": "dataset build", "corpus": "pretrain", "data": "finetune", "finetuning": "ablate"}
 # If only a folder is named, such as `small`, the first of these recipes in the folder is used.
 _MAIN = {command: place for place, command in enumerate(("finetune", "recipe", "ablation"))}
 
@@ -43,7 +43,8 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     """Return the path of a recipe. `name` is the path of a YAML file, or a packaged recipe such as `small/finetune`.
 
     A folder alone, such as `small`, means its first recipe. If `command` is given, only packaged recipes for this
-    `mose` command are searched. UserError (`settings.file`) if no recipe is found; the message lists these recipes.
+    `mose` command are searched; if not, also other packaged YAML files, such as `small/publish`. UserError
+    (`settings.file`) if no recipe is found; the message lists these recipes.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -54,6 +55,8 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     for one in recipes:
         if wanted in (one.name, one.name.partition("/")[0]):
             return one.path
+    if command is None and (other := _root() / f"{wanted}.yaml") in _root().glob("*/*.yaml"):  # a manifest, or packages
+        return other
     names = ", ".join(one.name for one in recipes)
     message = f"Recipe {name} not found. Give the path of a YAML file{similar_files(path)}, or one of: {names}."
     raise UserError("settings.file", message)
