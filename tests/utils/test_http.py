@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import gzip
 import socket
 import time
@@ -15,6 +16,7 @@ from modular_star_encoder.utils.http import (
     wrap_hub_errors,
 )
 from tests.errors import raises
+from tests.loopback import LoopbackHandler, LoopbackServer
 from tests.utils.http_server import LocalServer
 
 TOKEN = "sk-a-very-secret-key"
@@ -122,6 +124,18 @@ def test_a_body_that_may_unpack_to_gigabytes_is_not_read(encoding):
     bomb = gzip.compress(bytes(10**7))
     with raises("http.too_large"):
         send([(200, bomb, {"Content-Encoding": "gzip"})], max_bytes=10**6)
+
+
+def test_a_server_that_says_continue_for_ever_is_left():
+    class Handler(LoopbackHandler):
+        def do_GET(self):
+            with contextlib.suppress(OSError):
+                for _ in range(400):
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+
+    with LoopbackServer(Handler, None) as server, HTTPClient(total_time=30, attempts=1) as client:
+        with raises("http.too_large", "100,000 interim"):
+            client.request("GET", f"http://127.0.0.1:{server.server_port}")
 
 
 def test_redirects_are_followed_only_on_request():

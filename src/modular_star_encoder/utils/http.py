@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _ENCODINGS = "gzip, deflate"
 _DECODED = frozenset({"", "identity", "gzip", "deflate"})
 _LONGEST_PAUSE = 60.0
+_MAX_INTERIM = 100_000  # answers such as `100 Continue` over one connection, which httpcore reads without a limit
 LOG_IN = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
 
 
@@ -170,7 +172,8 @@ class HTTPClient:
 
     async def _receive(self, method: str, url: str, body: Any) -> Response:
         content = bytearray()
-        async with self._client.stream(method, url, json=body) as stream:
+        trace = {"trace": partial(_limit_interim, url_host(url))}
+        async with self._client.stream(method, url, json=body, extensions=trace) as stream:
             if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
                 # httpx decodes a whole chunk at once. With two encodings, or a rare one, it may grow to gigabytes.
                 message = f"{url_host(url)} sends content encoded as {encoding[:40]!r}; only {_ENCODINGS} can be read."
@@ -202,6 +205,23 @@ class HTTPClient:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
+
+
+async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None:
+    """Make a connection that httpcore has opened raise HTTPRequestError after `_MAX_INTERIM` interim answers."""
+    if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+        connection = info["return_value"]
+        read, counts = connection.read, [0]
+
+        async def limited(*arguments: Any, **options: Any) -> bytes:
+            content: bytes = await read(*arguments, **options)
+            counts[0] += content.count(b"\r\n\r\nHTTP/1.")
+            if counts[0] > _MAX_INTERIM:
+                message = f"{host} sends more than the limit of {_MAX_INTERIM:,} interim answers."
+                raise HTTPRequestError("http.too_large", message)
+            return content
+
+        connection.read = limited
 
 
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
