@@ -73,6 +73,15 @@ def test_a_small_file_that_unpacks_to_many_rows_is_not_read_to_its_end(tmp_path,
         read_retrieval_examples({"pairs": str(tmp_path / name)}, progress=False)
 
 
+def test_a_row_of_a_gzip_file_needs_a_few_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_rows, "_MAX_ROWS", 1000)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines(f"{number}\n" for number in range(3000))
+    assert (tmp_path / "a.jsonl.gz").stat().st_size > 3000
+    with raises("data.source.damaged", "rows"):
+        list(dataset_rows.open_dataset_rows(tmp_path / "a.jsonl.gz", []))
+
+
 def test_a_parquet_file_of_many_equal_rows_is_not_read(tmp_path):
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2**21, pyarrow.int32()), ["f"])
     pyarrow.parquet.write_table(pyarrow.table({"query": column, "positive": column}), tmp_path / "a.parquet")
@@ -82,6 +91,29 @@ def test_a_parquet_file_of_many_equal_rows_is_not_read(tmp_path):
 
 def one_text_in_every_row(rows):
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), ["f" * 500])
+
+
+def one_text_in_lists(values):
+    return pyarrow.ListArray.from_arrays(pyarrow.array([0, values], pyarrow.int32()), one_text_in_every_row(values))
+
+
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_lists_that_repeat_a_text_are_measured_before_they_are_decoded(tmp_path, store_schema):
+    texts = one_text_in_lists(500)
+    table = pyarrow.table({"a": texts, "b": pyarrow.StructArray.from_arrays([texts], ["c"]), "d": [[[1]]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=store_schema)
+    read = [row for _, row in dataset_rows.open_dataset_rows(tmp_path / "a.parquet", [])]
+    assert read == [{"a": ["f" * 500] * 500, "b": {"c": ["f" * 500] * 500}, "d": [[1]]}]
+    (batch,) = dataset_rows.parquet_batches(tmp_path / "a.parquet")
+    assert batch.schema == dataset_rows.open_parquet(tmp_path / "a.parquet").schema_arrow
+    pyarrow.parquet.write_table(
+        pyarrow.table({"a": one_text_in_lists(260_000)}), tmp_path / "a.parquet", store_schema=store_schema
+    )
+    pool = pyarrow.default_memory_pool()
+    before = pool.max_memory()
+    with raises("data.source.damaged", "characters"):
+        list(dataset_rows.open_dataset_rows(tmp_path / "a.parquet", []))
+    assert pool.max_memory() < max(before + 1, 10**8)  # decoded, the list has 130 MB
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ def test_a_server_that_says_continue_for_ever_is_left():
                 for _ in range(400):
                     self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
 
-    with LoopbackServer(Handler, None) as server, HTTPClient(total_time=30, attempts=1) as client:
-        with raises("http.too_large", "100,000 interim"):
-            client.request("GET", f"http://127.0.0.1:{server.server_port}")
+    client, fault = HTTPClient(total_time=30, attempts=1), raises("http.too_large", "100,000 interim")
+    with LoopbackServer(Handler, None) as server, client, fault:
+        client.request("GET", f"http://127.0.0.1:{server.server_port}")
 
 
 def test_redirects_are_followed_only_on_request():

@@ -147,6 +147,21 @@ def test_reading_stops_at_the_limits_of_members_and_of_unpacked_bytes(tmp_path, 
     assert read(tmp_path / "zeros.tar.gz") == ([], {MUCH: 1})
 
 
+@pytest.mark.parametrize("suffix", [".zip", ".tgz", ".tar.bz2", ".tar.xz"])
+def test_an_archive_that_unpacks_to_many_times_its_size_is_left_at_a_part(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(repositories, "FREE_BYTES", 2**20)
+    path = make(tmp_path / "bomb", {f"{number}.py": "word = 1\n" * 100_000 for number in range(30)}, suffix)
+    paths, skipped = read(path)
+    assert (len(paths) < 6, skipped) == (True, {MUCH: 1})
+
+
+def test_members_whose_unpacking_has_no_limit_are_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.py", "x = 1")
+        archive.writestr("b.py", "x = 1", zipfile.ZIP_DEFLATED)
+    assert read(tmp_path) == (["b.py"], {"unreadable": 1})
+
+
 def test_a_zip_with_a_huge_directory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(repositories, "MAX_ARCHIVE_MEMBERS", 9)
     make_zip(tmp_path / "a.zip", {f"{'x' * 900}{number}.py": "x" for number in range(9)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import itertools
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"),
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
 _MAX_LINE, _MAX_LINE_VALUES = 2**24, 2**20  # characters of a line; values of a line of JSON
-_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**20, 2**25, 100  # see `_size_fault`
+_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**18, 2**25, 100  # see `_size_fault`
 _MAX_COLUMNS, _MAX_ROW_GROUPS, _MIN_GROUP_ROWS = 1000, 1000, 100  # see `open_parquet`
 _MAX_BATCH_BYTES = 2**28  # of rows that are decoded at a time; a row may be larger
 _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
@@ -176,14 +175,23 @@ def parquet_batches(
     OSError as in `open_parquet`, or if the content unpacks to more than a text file of this size may have.
     """
     import pyarrow
+    from pyarrow import parquet
 
     opened = open_parquet(file)
-    # A dictionary may hold a text as long as the column chunk, and every row may have this text.
-    largest = 1
-    for group in _groups(opened.metadata):
-        chunks = [group.column(number) for number in range(group.num_columns)]
+    leaves = [opened.schema.column(number) for number in range(len(opened.schema))]
+    lists = [one.path for one in leaves if one.max_repetition_level and one.physical_type == "BYTE_ARRAY"]
+    indices = parquet.ParquetFile(file, read_dictionary=lists) if lists else None
+    # A dictionary may hold a text as long as the column chunk; every row may have this text, and lists many times.
+    largest, size = 1, 0
+    for number, group in enumerate(_groups(opened.metadata)):
+        chunks = [group.column(one) for one in range(group.num_columns)]
         read = [one for one in chunks if columns is None or one.path_in_schema.startswith(tuple(columns))]
-        largest = max(largest, sum(one.total_uncompressed_size for one in read))
+        names = [one.path_in_schema for one in read if one.path_in_schema in lists]
+        table = indices.read_row_group(number, names) if indices and names else pyarrow.table({})
+        in_lists = sum(_decoded_bytes(part) for column in table.columns for part in column.chunks)
+        largest, size = max(largest, in_lists + sum(one.total_uncompressed_size for one in read)), size + in_lists
+        if fault := _size_fault(file, 0, size):
+            raise _RowsError(fault)
     rows = min(most_rows, max(1, _MAX_BATCH_BYTES // largest))
     size = 0
     for batch in opened.iter_batches(rows, columns=None if columns is None else list(columns)):
@@ -192,6 +200,16 @@ def parquet_batches(
         if fault := _size_fault(file, 0, size):
             raise _RowsError(fault)
         yield batch
+
+
+def _decoded_bytes(column: pyarrow.Array) -> int:
+    """Return the size of the texts in a column, also in its lists and structures; dictionaries are not decoded."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(column.type):
+        return compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    inner = column.flatten() if types.is_nested(column.type) else []
+    return sum(map(_decoded_bytes, inner if isinstance(inner, list) else [inner]))
 
 
 def parquet_rows(
@@ -328,12 +346,12 @@ def _open_text(file: str) -> Iterator[Iterator[str]]:
 
     def lines(text: Any) -> Iterator[str]:
         characters = 0
-        for count in itertools.count(1):
+        for number in count(1):
             line = text.readline(_MAX_LINE)
             characters += len(line)
             if len(line) == _MAX_LINE:
                 raise OSError(f"a line has {_MAX_LINE:,} characters or more")
-            if fault := _size_fault(file, count, characters):
+            if fault := _size_fault(file, number, characters):
                 raise OSError(fault)
             if not line:
                 return
@@ -347,14 +365,16 @@ def _open_text(file: str) -> Iterator[Iterator[str]]:
 def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
     """Say which content is too large for a file of its size, as no real texts are; "" if none is.
 
-    `_MAX_ROWS` and `_MAX_CHARACTERS` are free; beyond them, each byte may hold a row and `_MAX_RATIO` characters.
+    `_MAX_ROWS` and `_MAX_CHARACTERS` are free; beyond them, each byte may hold a row and `_MAX_RATIO` characters. In a
+    gzip file, a row needs 8 bytes.
     """
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return ""
     size = os.path.getsize(file)
-    if rows <= _MAX_ROWS + size and characters <= _MAX_CHARACTERS + _MAX_RATIO * size:
+    most_rows = _MAX_ROWS + (size // 8 if os.fspath(file).endswith(".gz") else size)
+    if rows <= most_rows and characters <= _MAX_CHARACTERS + _MAX_RATIO * size:
         return ""
-    what = f"{rows:,} rows or values" if rows > _MAX_ROWS + size else f"{characters:,} characters"
+    what = f"{rows:,} rows or values" if rows > most_rows else f"{characters:,} characters"
     return f"{what} are too many for a file of {size:,} bytes"
 
 

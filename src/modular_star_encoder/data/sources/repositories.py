@@ -250,6 +250,7 @@ _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an 
 # How much of one archive is read.
 MAX_ARCHIVE_MEMBERS = 200_000
 MAX_ARCHIVE_BYTES = 8_000_000_000  # unpacked; in a zip, only of the members that are read
+FREE_BYTES, MAX_RATIO = 2**24, 50  # beyond the free bytes, each byte of the archive may unpack to 50: code to 3 to 20
 
 
 class ArchiveLimitError(Exception):
@@ -271,7 +272,8 @@ def archive_members(location: Path) -> Iterator[Member]:
     Raises ArchiveLimitError if the archive exceeds a limit, and an error in `BROKEN_ARCHIVE` if it is damaged.
     """
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
-    for number, member in enumerate(members(location)):
+    most_bytes = min(MAX_ARCHIVE_BYTES, FREE_BYTES + MAX_RATIO * location.stat().st_size)
+    for number, member in enumerate(members(location, most_bytes)):
         if number == MAX_ARCHIVE_MEMBERS:
             raise ArchiveLimitError(_TOO_MANY)
         yield member
@@ -297,17 +299,16 @@ class _LimitedFile:
         return getattr(self._file, name)
 
 
-def _zip_members(location: Path) -> Iterator[Member]:
-    left = MAX_ARCHIVE_BYTES
-
+def _zip_members(location: Path, left: int) -> Iterator[Member]:
     def read(info: zipfile.ZipInfo, size: int) -> bytes:
         nonlocal left
-        with archive.open(info) as file:
-            content = file.read(size)
-        left -= len(content)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile limits no other unpacking
+            raise zipfile.BadZipFile(f"compression {info.compress_type}")
+        left -= min(size, info.file_size)
         if left < 0:
             raise ArchiveLimitError(_TOO_LARGE)
-        return content
+        with archive.open(info) as file:
+            return file.read(size)
 
     with location.open("rb") as file:
         # zipfile reads the whole directory at once.
@@ -331,10 +332,10 @@ class _TarInfo(tarfile.TarInfo):
         return info
 
 
-def _tar_members(location: Path) -> Iterator[Member]:
+def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
     opener = TAR_OPENERS[_archive_suffix(location)]
     with location.open("rb") as raw, opener(raw) as unpacked:
-        file: Any = _LimitedFile(unpacked, MAX_ARCHIVE_BYTES, _TOO_LARGE)
+        file: Any = _LimitedFile(unpacked, most_bytes, _TOO_LARGE)
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
