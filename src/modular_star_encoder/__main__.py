@@ -1,4 +1,4 @@
-"""The command `mose`, also `python -m modular_star_encoder`: Ctrl-C during the imports ends it without a traceback."""
+"""The command `mose`, also `python -m modular_star_encoder`: Ctrl-C in imports or at the end leaves no traceback."""
 
 import signal
 import sys
@@ -13,7 +13,12 @@ def main() -> int:
 
     if by_default:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return cli.main()
+    try:
+        return cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if by_default:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -327,6 +327,17 @@ def test_ctrl_c_during_the_imports_ends_quietly():
     assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_ends_leaves_no_traceback(number):
+    script = f"""import atexit, os, sys
+from modular_star_encoder.__main__ import main
+atexit.register(os.kill, os.getpid(), {number:d})
+sys.argv[1:] = ["recipes", "list"]
+sys.exit(main())"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (-number, "")
+
+
 def test_a_deleted_current_folder_is_reported(mose, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

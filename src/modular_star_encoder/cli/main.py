@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a closed stream is None
             stream.reconfigure(errors="replace")  # a terminal may not have all characters
-    if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     room = ""  # last part of the name of the command's module, such as "search", for `missing_extra`
     try:
+        if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         check_current_folder()
         arguments = parse(argv)
         check_folders(arguments)
