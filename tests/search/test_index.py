@@ -12,6 +12,7 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint, save_ret
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search import building
 from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.hits import format_answer
 from modular_star_encoder.search.index import CodeIndex, find_index
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.ranking import Cascade
@@ -67,14 +68,19 @@ def test_a_hit_leads_to_its_lines(shared_index, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["hybrid", "lexical"])
-def test_a_hit_inside_a_very_long_function_is_the_lines_that_match_with_its_name(tmp_path, checkpoint, method):
+def test_a_hit_inside_a_very_long_function_is_shown_from_the_lines_that_match(tmp_path, checkpoint, method):
     lines = ["def very_long(x):", *(f"    step_{n} = x * {n}" for n in range(400))]
     lines[250:250] = ["    # retry the upload", "    for attempt in range(5):", "        upload(2 ** attempt)"]
     write_code(tmp_path / "code", {"a.py": "\n".join(lines)})
     index = build(tmp_path / "code", tmp_path / "index", checkpoint)
-    hit = index.search(["retry the upload"], top_k=1, method=method)[0].hits[0]
-    assert (hit.name, hit.line, hit.last_line) == ("very_long", 251, 300)
-    assert hit.text.startswith("    # retry the upload\n    for attempt")
+    answer = index.search(["retry the upload"], top_k=1, method=method)[0]
+    hit = answer.hits[0]
+    assert (hit.name, hit.best_line) == ("very_long", 251)
+    assert hit.line < 251 < hit.last_line
+    assert hit.text.splitlines() == lines[hit.line - 1 : hit.last_line]
+    shown = format_answer(answer)
+    assert "a.py:251 " in shown
+    assert shown.splitlines()[1].strip() == "# retry the upload"
     hit = index.search(["very long"], top_k=1, method=method, path="a.py")[0].hits[0]
     assert hit.name == "very_long"
 

@@ -13,7 +13,7 @@ class Hit:
 
     Attributes:
         path: path of the file, relative if it is below the working folder, else absolute.
-        line: 1-based line at which the definition begins; inside a very long one, the line that matches best.
+        line: 1-based line at which the definition begins, or the first line of a piece inside a very long definition.
         name: name of the function or class; empty for other lines.
         score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`, whose entry
             `similarity and words` is at most 1.
@@ -22,6 +22,7 @@ class Hit:
         language: lower-case name of the programming language.
         text: the code from `line` to `last_line`.
         reasons: {ranking rule: number that it added to the score}; negative if the rule lowers the score.
+        best_line: 1-based line to show first: `line`, or inside a very long definition the line that matches best.
     """
 
     path: str
@@ -33,9 +34,10 @@ class Hit:
     language: str = ""
     text: str = ""
     reasons: Mapping[str, float] = field(default_factory=dict)
+    best_line: int = 0
 
     def __str__(self) -> str:
-        return printable(f"{self.path}:{self.line}  {self.summary()}")
+        return printable(f"{self.path}:{self.best_line or self.line}  {self.summary()}")
 
     def summary(self) -> str:
         """Return score, name and exit, as in `0.512  Stack.push  (exit 9)`; `(words)` if no exit ranked the hit."""
@@ -91,10 +93,11 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []
     for hit in answer.hits:
-        shown.append(printable(f"{hit.path}:{hit.line}  {score_bar(hit.score / whole)} {hit.summary()}"))
+        first = hit.best_line or hit.line
+        shown.append(printable(f"{hit.path}:{first}  {score_bar(hit.score / whole)} {hit.summary()}"))
         if explain:
             shown.append(_INDENT + ", ".join(f"{name} {gain:+.2f}" for name, gain in hit.reasons.items()))
-        code = [line for line in hit.text.splitlines() if line.strip()][:lines]
+        code = [line for line in hit.text.splitlines()[first - hit.line :] if line.strip()][:lines]
         shown += [_INDENT + printable(line)[: width - len(_INDENT)].rstrip() for line in code]
     return "\n".join(shown) if shown else "nothing found"
 

@@ -365,20 +365,20 @@ class CodeIndex:
 
     def _hits(self, found: Sequence[Found], question: str = "") -> list[Hit]:
         root = readable_path(_shown_folder(self.folder))
-        snippets = [one.snippet for one in found]
         return [
             Hit(
                 path=os.path.join(root, one.path),
-                line=line,
+                line=snippet.line,
                 name=snippet.name,
                 score=one.score,
                 exit_layer=one.exit_layer,
                 last_line=snippet.last_line,
                 language=snippet.language,
-                text="\n".join(snippet.text.split("\n")[line - snippet.first_line :]),
+                text="\n".join(snippet.text.split("\n")[snippet.line - snippet.first_line :]),
                 reasons=one.reasons,
+                best_line=best_line(snippet, question),
             )
-            for one, snippet, line in zip(found, snippets, (best_line(one, question) for one in snippets), strict=True)
+            for one, snippet in ((one, one.snippet) for one in found)
         ]
 
     def _check_unchanged(self) -> None:

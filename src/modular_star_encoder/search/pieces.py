@@ -236,7 +236,7 @@ def best_line(snippet: Snippet, question: str) -> int:
     wanted = set(question_stems(question))
     met = [wanted.intersection(stems(line)) for line in snippet.text.split("\n")]
     counts = [(len(one.union(*met[at + 1 : at + 3])), len(one)) for at, one in enumerate(met)]
-    return snippet.first_line + counts.index(max(counts))
+    return max(snippet.line, snippet.first_line + counts.index(max(counts)))
 
 
 def telling_parts(question: str) -> set[str]:
