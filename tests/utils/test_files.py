@@ -100,6 +100,18 @@ def test_folders_nested_too_deeply_are_one_sentence(tmp_path, monkeypatch):
         files.files_below(tmp_path)
 
 
+def test_links_out_of_a_folder_are_counted_and_left_out_except_into_the_hub_s_cache(tmp_path, caplog):
+    (folder := tmp_path / "data").mkdir()
+    (tmp_path / "blobs").mkdir()
+    for file in (folder / "a.csv", tmp_path / "b.csv", tmp_path / "blobs" / "c"):
+        file.touch()
+    links = {"inside": "a.csv", "outside": "../b.csv", "blob": "../blobs/c", "loop": "loop.csv", "device": "/dev/zero"}
+    for name, target in links.items():
+        (folder / f"{name}.csv").symlink_to(target)
+    assert [path.stem for path in files.files_below(folder, "*.csv")] == ["a", "blob", "inside", "loop"]
+    assert f"2 links in {folder}" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "NaN", "9" * 30, "{", "\ud800", f"[{'[],' * 600}0]"])
 def test_json_beyond_the_limits_is_a_value_error(tmp_path, text, monkeypatch):
     monkeypatch.setattr("modular_star_encoder.utils.files.MAX_JSON_VALUES", 1000)

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json
+from modular_star_encoder.utils.files import leads_outside, read_json
 
 PROFILE_NAME = "exit_profile.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -73,9 +73,8 @@ def _unsafe_file(folder: Path) -> str:
     for file in (*texts, *folder.glob("*.safetensors")):
         if not file.is_file():  # reading a pipe would never end
             return f"its {file.name} is not a file"
-    for file in texts:  # they are copied, so no link may leave the folder, except into `blobs` of the Hub's cache
-        target = file.resolve()
-        if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
+    for file in texts:
+        if leads_outside(file, folder):  # it would be copied
             return f"its {file.name} is a link to a file outside the folder"
         is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
         if is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond

@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -75,8 +76,9 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 
 
 def files_below(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
-    """Return the sorted paths of all files below a folder whose names fit `pattern`; links to folders are not followed.
+    """Return the sorted paths of all files below a folder whose names fit `pattern`.
 
+    Links to folders, and links that lead out of the folder, are not followed; a warning counts the latter.
     UserError (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
     """
     found = []
@@ -85,7 +87,17 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path
             message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
             raise UserError("files.folder.too_deep", message)
         found += [Path(parent, name) for name in fnmatch.filter(names, pattern)]
-    return sorted(found)
+    inside = sorted(path for path in found if not (path.is_symlink() and leads_outside(path, folder)))
+    if len(inside) < len(found):
+        message = "%d links in %s lead out of it and are left out; name their targets to read them."
+        logging.getLogger(__name__).warning(message, len(found) - len(inside), os.fspath(folder))
+    return inside
+
+
+def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
+    """Return whether links lead from a path below `folder` out of it, other than to `blobs` of the Hub's cache."""
+    target = Path(os.path.realpath(path))
+    return target.parent.name != "blobs" and not target.is_relative_to(os.path.realpath(folder))
 
 
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
