@@ -126,6 +126,15 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(copy, damag
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
+@pytest.mark.parametrize("size", ["vocab_size", "intermediate_size"])
+@pytest.mark.parametrize("use", [load_checkpoint, lambda copy: slice_checkpoint(copy, 2, copy.parent / "slice")])
+def test_sizes_beyond_those_of_the_weights_are_refused_before_memory_is_filled(copy, use, size, monkeypatch):
+    change_json(copy, **{size: 2**16})
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    with raises("checkpoint.shapes", copy):
+        use(copy)
+
+
 def test_exits_above_a_missing_head_are_loaded_without_it(copy):
     change_tensors(copy, drop=[HEAD])
     assert load_checkpoint(copy, exit_layer=1)[0].config.num_hidden_layers == 1

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 import modular_star_encoder.modeling as modeling
@@ -80,7 +80,7 @@ def load_checkpoint(
         message = f"The tokenizer of {path} has the token id {last}, but the model has only {config.vocab_size} tokens."
         raise UserError("checkpoint.tokenizer", message)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
-    model = _load_whole(AutoModel, path, trust_remote_code=False, **options)
+    model = _load_whole(AutoModel, config, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
         raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads, so it can't embed: fine-tune it.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
@@ -121,9 +121,17 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     return None
 
 
-def _load_whole(model_class: Any, path: str, **options: Any) -> Any:
+def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, **options: Any) -> Any:
     """Load a model; raise UserError if its weight files lack a tensor, or have layers that its configuration lacks."""
     with clear_errors(path):
+        with torch.device("meta"):
+            parameters = modeling.ModularStarEncoderModel(config).num_parameters()
+        files = list(Path(path).glob("*.safetensors"))
+        if files and parameters > sum(file.stat().st_size for file in files):
+            for file in files:  # SafetensorError if it is cut
+                safe_open(file, framework="pt")
+            # transformers would fill gigabytes with random numbers before it reports tensors of other sizes.
+            raise RuntimeError(f"size mismatch: {parameters} parameters")
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
         # A published model may lack the bias of the head that predicts tokens; this bias is then zero.
         missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
@@ -238,7 +246,7 @@ def write_checkpoint(
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
         config.check_exit(exit_layer)
-    model = _load_whole(class_named(config.architectures[0], path), path, exit_layer=exit_layer)
+    model = _load_whole(class_named(config.architectures[0], path), config, path, exit_layer=exit_layer)
     own_tokenizer = load_tokenizer(resolve_checkpoint(tokenizer or path))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
