@@ -415,17 +415,17 @@ def check_search(
     questions: Sequence[str], top_k: int, method: str, languages: Sequence[str] | None, path: str | None
 ) -> Filter:
     """Return the filter of rows to search; raise UserError if an argument of `CodeIndex.search` is invalid."""
+    key = fault = ""
     if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-        message = "`questions` must be a list of at least one question, none of them blank."
-        raise UserError("search.questions", message)
-    if broken := [one for one in questions if one.encode(errors="replace").decode() != one]:
-        raise UserError(
-            "search.questions", f"The question {broken[0]!a} must be Unicode text, without lone surrogates."
-        )
-    if top_k < 1:
-        raise UserError("search.top_k", f"`top_k` must be at least 1, not {top_k}.")
-    if method not in get_args(Method):
-        raise UserError("search.method", f"`method` must be hybrid, vector or lexical, not {method!r}.")
+        key, fault = "questions", "`questions` must be a list of at least one question, none of them blank."
+    elif broken := [one for one in questions if one.encode(errors="replace").decode() != one]:
+        key, fault = "questions", f"The question {broken[0]!a} must be Unicode text, without lone surrogates."
+    elif top_k < 1:
+        key, fault = "top_k", f"`top_k` must be at least 1, not {top_k}."
+    elif method not in get_args(Method):
+        key, fault = "method", f"`method` must be hybrid, vector or lexical, not {method!r}."
+    if fault:
+        raise UserError(f"search.{key}", fault)
     return Filter(check_languages(languages, ()), None if path is None else path_expression(path))
 
 
