@@ -124,6 +124,7 @@ def test_the_reference_lists_keys_with_type_default_and_meaning():
         ("? [a]\n: 1", "YAML"),
         ("#" * 2**20 + "\na: 1", "1,048,576"),
         ("a: \x00", "YAML"),
+        ('a: ["\\ud800"]', "surrogate"),
         ("- a", "mapping"),
     ],
 )

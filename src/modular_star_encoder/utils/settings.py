@@ -156,8 +156,8 @@ def _yaml_fault(data: bytes) -> str:
         if isinstance(event, yaml.AliasEvent):
             return f"it has the alias *{event.anchor}; write the value again instead"
         if isinstance(event, yaml.ScalarEvent):
-            if "\0" in event.value:
-                return "it has a text with a null character"
+            if re.search(r"[\0\ud800-\udfff]", event.value):
+                return "it has a text with a null character or half a surrogate pair"
             if event.style is None and re.fullmatch(rf"[-+.\d][-+.:\w]{{{MAX_YAML_NUMBER},}}", event.value):
                 return f"it has a number or date of more than {MAX_YAML_NUMBER} characters"
     return ""
