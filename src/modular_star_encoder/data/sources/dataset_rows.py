@@ -16,7 +16,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.data.sources.parquet_pages import unpacked_bytes
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_json_values, files_below, similar_files
 
@@ -161,10 +160,6 @@ def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
     values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
     if fault := _size_fault(file, values, sum(group.total_byte_size for group in _groups(data))):
         raise _RowsError(fault)
-    with open(file, "rb") as raw:
-        for chunk in (group.column(one) for group in _groups(data) for one in range(data.num_columns)):
-            if unpacked_bytes(raw, chunk) > chunk.total_uncompressed_size:
-                raise _RowsError(f"column {chunk.path_in_schema} has more or larger pages than its metadata says")
     return opened
 
 
