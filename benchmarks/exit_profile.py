@@ -9,6 +9,7 @@ memory on a CPU include what every exit has: token embeddings; interpreter and l
 
 import argparse
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +37,11 @@ def main() -> None:
         checkpoint = write_random_checkpoint(arguments.config, Path(folder, "model"))
         profile = profile_checkpoint(checkpoint, plan, dtype=arguments.dtype)
     print(format_profile(profile))
-    figures = {"config": arguments.config, "shares_of_the_deepest_exit": shares(profile), "profile": profile.to_dict()}
+    figures = {
+        "config": arguments.config,
+        "shares_of_the_deepest_exit": shares(profile),
+        "profile": {"format": 1, **asdict(profile)},
+    }
     print(f"\n{write(f'exit_profile_{arguments.config}', figures)}")
 
 

@@ -100,16 +100,19 @@ def test_folders_nested_too_deeply_are_one_sentence(tmp_path, monkeypatch):
         files.files_below(tmp_path)
 
 
-def test_links_out_of_a_folder_are_counted_and_left_out_except_into_the_hub_s_cache(tmp_path, caplog):
+def test_links_out_of_a_folder_are_an_error_except_into_the_hub_s_cache(tmp_path):
     (folder := tmp_path / "data").mkdir()
     (tmp_path / "blobs").mkdir()
     for file in (folder / "a.csv", tmp_path / "b.csv", tmp_path / "blobs" / "c"):
         file.touch()
-    links = {"inside": "a.csv", "outside": "../b.csv", "blob": "../blobs/c", "loop": "loop.csv", "device": "/dev/zero"}
-    for name, target in links.items():
+    for name, target in {"inside": "a.csv", "blob": "../blobs/c", "loop": "loop.csv"}.items():
         (folder / f"{name}.csv").symlink_to(target)
     assert [path.stem for path in files.files_below(folder, "*.csv")] == ["a", "blob", "inside", "loop"]
-    assert f"2 links in {folder}" in caplog.text
+    for name, target in {"outside": "../b.csv", "device": "/dev/zero"}.items():
+        (folder / f"{name}.csv").symlink_to(target)
+    with raises("files.folder.links", "2 links", folder / "device.csv"):
+        files.files_below(folder, "*.csv")
+    assert files.files_below(folder, links=False) == [folder / "a.csv"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1e999", "NaN", "9" * 30, "{", "\ud800", f"[{'[],' * 600}0]"])

@@ -126,14 +126,19 @@ def test_a_body_that_may_unpack_to_gigabytes_is_not_read(encoding):
         send([(200, bomb, {"Content-Encoding": "gzip"})], max_bytes=10**6)
 
 
-def test_a_server_that_says_continue_for_ever_is_left():
+@pytest.mark.parametrize("answers_at_once", [1000, 1])
+def test_a_server_that_says_continue_for_ever_is_left(monkeypatch, answers_at_once):
+    monkeypatch.setattr("modular_star_encoder.utils.http._MAX_INTERIM", limit := 30 * answers_at_once)
+
     class Handler(LoopbackHandler):
         def do_GET(self):
             with contextlib.suppress(OSError):
-                for _ in range(400):
-                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+                for _ in range(60):
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * answers_at_once)
+                    time.sleep(0.001)  # so that one read does not find many
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
-    client, fault = HTTPClient(total_time=30, attempts=1), raises("http.too_large", "100,000 interim")
+    client, fault = HTTPClient(total_time=30, attempts=1), raises("http.too_large", f"{limit:,} interim")
     with LoopbackServer(Handler, None) as server, client, fault:
         client.request("GET", f"http://127.0.0.1:{server.server_port}")
 

@@ -76,10 +76,8 @@ class TfIdf(Retriever):
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> RowScores:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer, shape = (
-            TfidfVectorizer(analyzer=identifier_tokens, sublinear_tf=True),
-            (len(queries), len(documents)),
-        )
+        vectorizer = TfidfVectorizer(analyzer=identifier_tokens, sublinear_tf=True)
+        shape = (len(queries), len(documents))
         try:
             columns = vectorizer.fit_transform([text.text for text in documents]).sorted_indices().T.tocsr()
         except ValueError:  # no document has a term

@@ -126,6 +126,8 @@ class Manifest:
                 fault = f"{entry.key} is made from {entry.parent}, which must be listed above it in `repositories`"
                 key = "parent"
             above.add(entry.key)
+            if key:
+                break
         if key:
             raise UserError(f"hub.manifest.{key}", f"{fault}.")
 

@@ -97,7 +97,7 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
         shown.append(printable(f"{hit.path}:{first}  {score_bar(hit.score / whole)} {hit.summary()}"))
         if explain:
             shown.append(_INDENT + ", ".join(f"{name} {gain:+.2f}" for name, gain in hit.reasons.items()))
-        code = [line for line in hit.text.splitlines()[first - hit.line :] if line.strip()][:lines]
+        code = [line for line in hit.text.split("\n")[first - hit.line :] if line.strip()][:lines]
         shown += [_INDENT + printable(line)[: width - len(_INDENT)].rstrip() for line in code]
     return "\n".join(shown) if shown else "nothing found"
 

@@ -212,7 +212,8 @@ def functions(build: Build, out: Path) -> Report:
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
         key, fault = "empty", f"`corpus` has no documented function to translate ({_listed(counts)})"
-        for name in repositories:
+        if repositories:
+            name = repositories.pop()
             key, fault = (
                 "one_repository",
                 f"All functions are in {name!r}; the validation split needs a second repository",

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import subprocess
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
@@ -355,9 +355,9 @@ def check_corpus(
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []
-    for path in map(Path, files):
-        counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
-        others: list[Row] = []  # the rows that match no evaluation text
+
+    def others(path: Path, counts: Counter[str], digest: Any) -> Iterator[Row]:
+        """Yield the rows of a file that match no evaluation text; count all rows, and collect the matches."""
         for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
             row = row if isinstance(row, dict) else {}
             kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
@@ -366,11 +366,17 @@ def check_corpus(
             if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
                 raise UserError("corpus.row", f"{place} needs texts in `code` and `description`, or `kind` and `text`.")
             found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
-            hits += [f"{place} ({row.get('package')}): {one}" for one in found]
+            hits.extend(f"{place} ({row.get('package')}): {one}" for one in found)
             counts.update(found, rows=1, rows_found=bool(found))
             digest.update(_line(row))
-            others += [row] if drop and not found else []
+            if not found:
+                yield row
+
+    for path in map(Path, files):
+        counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
         if drop:
-            _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others)
+            _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others(path, counts, digest))
+        else:
+            deque(others(path, counts, digest), maxlen=0)
         report["files"][path.name] = {**counts, "sha256_of_lines": digest.hexdigest()}
     return report, hits

@@ -109,7 +109,10 @@ def check_arguments(arguments: MultiExitTrainingArguments) -> None:
     """Raise the error of transformers or torch for an argument that they would check only when training begins.
 
     `Trainer` makes the optimizer and the learning-rate schedule of a tiny model, which is then run as in training.
+    Arguments for DeepSpeed and FSDP are not tried: their state in accelerate can be made only once.
     """
+    if arguments.deepspeed_plugin is not None or arguments.fsdp:
+        return
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "projection_size"), 8)
     counts = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
     model = ModularStarEncoderForRetrieval(ModularStarEncoderConfig(**sizes, **counts, exit_layers=[1])).train()

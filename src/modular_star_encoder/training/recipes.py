@@ -148,7 +148,7 @@ class TrainingSettings:
             arguments = MultiExitTrainingArguments(**(defaults | decided | given))
             check_arguments(arguments)
             return arguments
-        except UserError:
+        except (UserError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of transformers, or of a library that an argument needs
             unset_hf_deepspeed_config()  # the rejected settings would break the loading of every later model

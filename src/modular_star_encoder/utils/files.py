@@ -3,7 +3,6 @@
 import fnmatch
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -75,11 +74,12 @@ def similar_files(path: str | os.PathLike[str]) -> str:
     return f" (similar: {', '.join(str(path.parent / name) for name in near)})" if near else ""
 
 
-def files_below(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bool = True) -> list[Path]:
     """Return the sorted paths of all files below a folder whose names fit `pattern`.
 
-    Links to folders, and links that lead out of the folder, are not followed; a warning counts the latter.
-    UserError (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
+    Links to folders are not followed; without `links`, those to files are left out too. UserError if folders are nested
+    more than `MAX_FOLDER_DEPTH` deep (`files.folder.too_deep`), or a link leads out of the folder
+    (`files.folder.links`): the folder may be a stranger's, and a file left out in silence would make results wrong.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -87,11 +87,13 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path
             message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
             raise UserError("files.folder.too_deep", message)
         found += [Path(parent, name) for name in fnmatch.filter(names, pattern)]
-    inside = sorted(path for path in found if not (path.is_symlink() and leads_outside(path, folder)))
-    if len(inside) < len(found):
-        message = "%d links in %s lead out of it and are left out; name their targets to read them."
-        logging.getLogger(__name__).warning(message, len(found) - len(inside), os.fspath(folder))
-    return inside
+    linked = {path for path in found if path.is_symlink()}
+    if not links:
+        found = [path for path in found if path not in linked]
+    elif outside := sorted(path for path in linked if leads_outside(path, folder)):
+        message = f"{len(outside)} links, such as {outside[0]}, lead out of the folder. Name their targets instead."
+        raise UserError("files.folder.links", message)
+    return sorted(found)
 
 
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import random
+import re
 import ssl
 import sys
 import threading
@@ -35,6 +36,7 @@ _ENCODINGS = "gzip, deflate"
 _DECODED = frozenset({"", "identity", "gzip", "deflate"})
 _LONGEST_PAUSE = 60.0
 _MAX_INTERIM = 100_000  # answers such as `100 Continue` over one connection, which httpcore reads without a limit
+_INTERIM = re.compile(rb"HTTP/\d\.\d 1\d\d")
 LOG_IN = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
 
 
@@ -211,12 +213,14 @@ async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None
     """Make a connection that httpcore has opened raise HTTPRequestError after `_MAX_INTERIM` interim answers."""
     if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
         connection = info["return_value"]
-        read, counts = connection.read, [0]
+        read, count, end = connection.read, 0, b""
 
         async def limited(*arguments: Any, **options: Any) -> bytes:
+            nonlocal count, end
             content: bytes = await read(*arguments, **options)
-            counts[0] += content.count(b"\r\n\r\nHTTP/1.")
-            if counts[0] > _MAX_INTERIM:
+            begun = end + content  # a status line may come in two reads
+            count, end = count + len(_INTERIM.findall(begun)), begun[-11:]
+            if count > _MAX_INTERIM:
                 message = f"{host} sends more than the limit of {_MAX_INTERIM:,} interim answers."
                 raise HTTPRequestError("http.too_large", message)
             return content

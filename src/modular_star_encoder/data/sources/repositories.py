@@ -357,7 +357,7 @@ def archive_repositories(
     """
     root = Path(source).expanduser()
     if root.is_dir():
-        files = {path.relative_to(root).as_posix(): path for path in files_below(root) if not path.is_symlink()}
+        files = {path.relative_to(root).as_posix(): path for path in files_below(root, links=False)}
     else:
         files = {root.name: root}
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
