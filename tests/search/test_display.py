@@ -40,3 +40,10 @@ def test_what_steers_a_terminal_is_not_printed():
     assert "\x1b" not in str(hit(0.5, "\x1b[2J"))
     assert "\x1b" not in format_answer(Answer("?", [hit(0.5, "\x1b[2J", "\x1b]0;title\x07 = 1")]))
     assert max(map(len, format_answer(Answer("?", [hit(0.5, text="x" * 500)]), width=80).splitlines())) == 80
+
+
+def test_a_hit_inside_a_very_long_function_is_shown_from_its_best_line():
+    found = Hit("a.py", 10, "f", 0.5, 0, text="a\x0cb\u2028\nc\nretry()\ndone()", best_line=12)
+    place, *code = format_answer(Answer("?", [found], method="vector")).splitlines()
+    assert place.startswith("a.py:12 ")
+    assert [line.strip() for line in code] == ["retry()", "done()"]
