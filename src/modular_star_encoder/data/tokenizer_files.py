@@ -54,6 +54,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
     take hours, fill the memory or end the process. The files of published tokenizers pass.
     """
     folder, found = os.fspath(path), []
+    faults: dict[Any, str] = {}  # {file: what is wrong with it, or ""}
     for name in _FILES:
         file: Any = os.path.join(folder, name)
         if not os.path.isdir(folder):
@@ -70,11 +71,13 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
                 fault = f"it is damaged ({error})"
             except ValueError as error:
                 fault = str(error)
-            if fault:
-                raise UserError("checkpoint.tokenizer", f"{file} can't be used as a file of a tokenizer: {fault}.")
+            faults[file] = fault
     for file in chain.from_iterable(map(Path(folder).glob, ("*.jinja", "*/*.jinja"))):
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-            raise UserError("checkpoint.tokenizer", f"{file} must be a regular file of at most {_MAX_BYTES:,} bytes.")
+            faults[file] = f"it must be a regular file of at most {_MAX_BYTES:,} bytes"
+    for file, fault in faults.items():
+        if fault:
+            raise UserError("checkpoint.tokenizer", f"{file} can't be used as a file of a tokenizer: {fault}.")
     return _FILES[0] in found
 
 
