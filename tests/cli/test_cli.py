@@ -316,6 +316,7 @@ def test_a_terminal_of_few_characters_and_a_closed_output_get_a_plain_answer():
 def test_ctrl_c_during_the_imports_ends_quietly():
     lines = (
         "import os, signal, sys",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell may start us with SIGINT ignored
         "class Finder:",
         "    def find_spec(name, *_):",
         "        name == 'modular_star_encoder.cli' and os.kill(os.getpid(), signal.SIGINT)",
@@ -329,7 +330,8 @@ def test_ctrl_c_during_the_imports_ends_quietly():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_python_ends_leaves_no_traceback(number):
-    script = f"""import atexit, os, sys
+    script = f"""import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from modular_star_encoder.__main__ import main
 atexit.register(os.kill, os.getpid(), {number:d})
 sys.argv[1:] = ["recipes", "list"]
