@@ -1,7 +1,7 @@
 """A manifest is a YAML file, as in hub_configs, that lists the repositories to publish and their sources."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pydantic import Field
@@ -112,24 +112,23 @@ class Manifest:
     limits: str | None = None
 
     def __post_init__(self) -> None:
-        key, fault = "", ""
+        for key, fault in self._faults():
+            raise UserError(f"hub.manifest.{key}", f"{fault}.")
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
         if not self.namespace:
-            key, fault = "namespace", "Set `namespace` to your name on the Hub: namespace=NAME"
-        elif not self.license or (self.license == "other" and not self.license_name):
-            key, fault = "license", "`license` must be a name that the Hub knows, or `other` with `license_name`"
+            yield "namespace", "Set `namespace` to your name on the Hub: namespace=NAME"
+        if not self.license or (self.license == "other" and not self.license_name):
+            yield "license", "`license` must be a name that the Hub knows, or `other` with `license_name`"
         above: set[str] = set()
-        for entry in self.repositories if not key else ():
+        for entry in self.repositories:
             check_repository_id(self.repository(entry))
             if entry.key in above:
-                key, fault = "twice", f"{entry.key} is listed twice in `repositories`"
-            elif entry.parent is not None and entry.parent not in above:
+                yield "twice", f"{entry.key} is listed twice in `repositories`"
+            if entry.parent is not None and entry.parent not in above:
                 fault = f"{entry.key} is made from {entry.parent}, which must be listed above it in `repositories`"
-                key = "parent"
+                yield "parent", fault
             above.add(entry.key)
-            if key:
-                break
-        if key:
-            raise UserError(f"hub.manifest.{key}", f"{fault}.")
 
     def repository(self, entry: RepositorySettings) -> str:
         """Return the Hub id of an entry's repository, "namespace/name"."""

@@ -167,7 +167,7 @@ def clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error of one sentence in place of `error`; None if `error` is one, or is no damage."""
+    """Return the error to raise in place of `error`; None if `error` is clear itself, or has another cause."""
     if isinstance(error, OSError):
         message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
         return None if os.path.isdir(path) else OSError(message)

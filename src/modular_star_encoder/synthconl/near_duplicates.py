@@ -314,7 +314,7 @@ class _Column:
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the m distinct rows by ascending id, int64 (m,), and for each of all n rows its place among them.
 
-    Of equal rows, the one of smallest id stands for all; a row with only blank texts equals no other row.
+    Of equal rows, only the one with the smallest id is used. Rows with only blank texts never count as equal.
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
