@@ -135,7 +135,7 @@ def test_a_server_that_says_continue_for_ever_is_left(monkeypatch, answers_at_on
             with contextlib.suppress(OSError):
                 for _ in range(60):
                     self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * answers_at_once)
-                    time.sleep(0.001)  # so that one read does not find many
+                    time.sleep(0.02)  # so that one read does not find many
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     client, fault = HTTPClient(total_time=30, attempts=1), raises("http.too_large", f"{limit:,} interim")
