@@ -1,3 +1,4 @@
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,7 @@ from transformers import TrainerState
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
-from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster, check_arguments
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
 from modular_star_encoder.training.runs import ExitProgressCallback, final_metrics, format_log
 from modular_star_encoder.utils.settings import format_reference
@@ -176,3 +177,25 @@ def test_the_papers_recipes_hold_its_figures(name):
         assert recipe.objective.logit_scale == 10.0
         changes = {"config": {"logit_scale_init_value": 30.0}, "exit_weights": "uniform"}
         assert load_recipe(kind, find_recipe("finetuned/recommended")).to_dict() == recipe.to_dict() | changes
+
+
+@pytest.mark.parametrize(
+    ("plan", "tried"), [({}, True), ({"fsdp": True}, False), ({"deepspeed_plugin": object()}, False)]
+)
+def test_arguments_are_tried_on_a_tiny_model_unless_deepspeed_or_fsdp_would_hold_it(monkeypatch, tmp_path, plan, tried):
+    models = []
+
+    class Stopped(Exception):
+        """Raised in place of making a trainer."""
+
+    def make_trainer(model, *_, **__):
+        models.append(model)
+        raise Stopped
+
+    monkeypatch.setattr("modular_star_encoder.training.arguments.Trainer", make_trainer)
+    arguments = MultiExitTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    for name, value in plan.items():
+        setattr(arguments, name, value)
+    with suppress(Stopped):
+        check_arguments(arguments)
+    assert bool(models) is tried
