@@ -56,12 +56,12 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Return the class to load a checkpoint with, and the keyword arguments for its `from_pretrained`.
+    """Return (class to load a checkpoint with, keyword arguments for its `from_pretrained`).
 
-    For a published checkpoint, the arguments are `kwargs` with a complete `config`, and a `key_mapping` from its tensor
-    names to ours. The class is `model_class`, with two exceptions. The base class of all models becomes the class that
-    fits the file. The trunk, chosen by an `AutoModel` that does not know the published class name, becomes the
-    retrieval model if the file has projection heads. For other checkpoints, `model_class` and `kwargs` do not change.
+    Without the published layout, these are `model_class` and `kwargs`, unchanged. With it, `config` is complete and
+    `key_mapping` maps the file's tensor names to ours. Two classes are replaced: the base class of our models by the
+    class whose tensors the file has, and the bare model by the retrieval model if the file has projection heads
+    (`AutoModel` chooses the bare model because it does not know the published class name).
 
     Raises:
         ValueError: tensors do not match a published checkpoint; the message names them.

@@ -37,7 +37,10 @@ def shipped_model(name: str = "mose-code") -> str:
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
-    """Return the folder of a shipped model, and any other name with `~` expanded; `./mose-code` is always a folder."""
+    """Return the folder of a shipped model if `name` is its name; otherwise `name` with `~` expanded.
+
+    Thus `./mose-code` is always a folder.
+    """
     path = os.path.expanduser(os.fspath(name))
     return shipped_model(path) if path in shipped_models() else path
 

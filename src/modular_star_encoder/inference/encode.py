@@ -175,12 +175,13 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 def compile_for_inference(
     model: ModularStarEncoderForRetrieval, *, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
-    """Return a copy of a model on a CPU with compiled MLPs. It shares the parameters of `model`, which does not change.
+    """Return a copy of `model`, which must be on a CPU, with compiled MLPs; `model` does not change.
 
-    The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. The compiled MLPs run in `torch.inference_mode()`
-    without autocast, as in `encode_exits` and `SentenceTransformer.encode`; otherwise the plain MLPs run. Compiled MLPs
-    hold copies of the weights: this about doubles the memory for weights, and later changes of the parameters do not
-    reach the compiled MLPs. Compiling takes a second or more per layer, and may need a C++ compiler.
+    The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. It shares all parameters with `model`, but each
+    compiled MLP also holds its own copy of its weights. So the weights take about twice the memory, and later changes
+    of the parameters do not reach the compiled MLPs. They run in `torch.inference_mode()` without autocast, as in
+    `encode_exits` and `SentenceTransformer.encode`; otherwise the plain MLPs run. Compiling takes a second or more per
+    layer, and may need a C++ compiler.
 
     Example:
         >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
