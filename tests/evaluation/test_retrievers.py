@@ -135,17 +135,22 @@ def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path
     assert cache.missing("m/exit-9", TEXTS) == TEXTS
 
 
-def test_damaged_shards_and_pickles_are_an_error_by_name(tmp_path):
-    EmbeddingCache(tmp_path).add("m", TEXTS, embeddings(len(TEXTS), 8))
-    (path,) = tmp_path.glob("m/*.npy")
-    damages = [b"", path.read_bytes()[:100], path.read_bytes()[:-1], b"\x80\x04N."]
+def test_the_texts_of_a_damaged_shard_or_a_pickle_are_embedded_again_into_the_same_file(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    cache.add("m", TEXTS[:1], embeddings(1, 8))
+    cache.add("m", TEXTS[1:], embeddings(3, 8))
+    path = next(path for path in tmp_path.glob("m/*.npy") if len(np.load(path)) == 3)
+    whole = path.read_bytes()
+    damages = [b"", whole[:100], whole[:-1], b"\x80\x04N."]
     for other in (np.array([{"a": 1}], dtype=object), np.ones((4, 8), dtype=np.float32)):
         np.save(path, other, allow_pickle=True)
         damages.append(path.read_bytes())
     for damage in damages:
         path.write_bytes(damage)
-        with raises("evaluation.cache.damaged", path):
-            EmbeddingCache(tmp_path).missing("m", TEXTS)
+        again = EmbeddingCache(tmp_path)
+        assert again.missing("m", TEXTS) == TEXTS[1:]
+        again.add("m", TEXTS[1:], embeddings(3, 8))
+        assert path.read_bytes() == whole
 
 
 def test_wrong_embeddings_are_an_error_and_not_stored(tmp_path):

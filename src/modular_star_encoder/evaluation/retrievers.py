@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -113,7 +113,7 @@ class EmbeddingRetriever(Retriever):
     def embed(self, texts: Iterable[Prompted], exit_layers: Iterable[int | None], *, progress: bool = True) -> None:
         """Embed the (prompt, text) pairs that are not cached yet, longest first, at all `exit_layers` in one pass."""
         texts = list(dict.fromkeys(texts))
-        absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self._space(k), texts))}
+        absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self.space(k), texts))}
         # A text that one exit lacks is embedded for all these exits: the pass to the deepest computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
@@ -121,18 +121,19 @@ class EmbeddingRetriever(Retriever):
             chunk = wanted[start : start + self.chunk]
             embeddings = self.encoder.encode(chunk, tuple(absent), progress=progress)
             for exit_layer in absent:
-                self.cache.add(self._space(exit_layer), chunk, embeddings[exit_layer])
+                self.cache.add(self.space(exit_layer), chunk, embeddings[exit_layer])
 
     def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
         """Return the cached embeddings (N, F) of N (prompt, text) pairs at one exit; first call `embed` with them."""
-        return self.cache.rows(self._space(exit_layer), texts)
+        return self.cache.rows(self.space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
         asked, answers = ([(self.encoder.prompt(one), one.text) for one in texts] for texts in (queries, documents))
         rows = self.rows(asked, variant.exit_layer), self.rows(answers, variant.exit_layer)
         return CosineScores(*rows, dimensions=variant.dimensions)
 
-    def _space(self, exit_layer: int | None) -> str:
+    def space(self, exit_layer: int | None) -> str:
+        """Return the name of the cache's space with the embeddings of this model at an exit."""
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 
@@ -200,21 +201,26 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 
 
 class EmbeddingCache:
-    """Stores embeddings by model, exit, prompt and text, so that several benchmarks embed the same text only once.
+    """Stores embeddings by model, exit, prompt and text, so that each text is embedded only once.
 
     A *space* holds the embeddings of one model at one exit. It is a folder of shards, memory-mapped `.npy` files. A row
     of a shard has the hash of a (prompt, text) pair and its embedding. Shards are written atomically and never change,
-    so several processes may read and write at once. Without `folder`, shards are in memory.
+    so several processes may read and write at once, and a killed job continues with the missing texts. A damaged shard
+    is deleted, and its texts are embedded again. Without `folder`, shards are in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._spaces: dict[str, _Space] = {}
 
-    def missing(self, space: str, texts: Iterable[Prompted]) -> list[Prompted]:
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files itself; embeddings in memory are sent to it.
+        return vars(self) if self.folder is None else {"folder": self.folder, "_spaces": {}}
+
+    def missing(self, space: str, texts: Sequence[Prompted]) -> list[Prompted]:
         """Return the (prompt, text) pairs without an embedding in `space` (one model and exit), in the given order."""
-        places = self._space(space).places
-        return [text for text in texts if _key(text) not in places]
+        places = self._space(space).places(texts)
+        return [text for text, place in zip(texts, places, strict=True) if place < 0]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
         """Store the embeddings (N, F) float32 of N (prompt, text) pairs in `space` (one model and exit)."""
@@ -237,9 +243,17 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the embeddings (N, F) of N (prompt, text) pairs in `space`; a row is read when it is indexed."""
+        """Return the embeddings (N, F) of N (prompt, text) pairs in `space`; a row is read when it is indexed.
+
+        KeyError if a text has no embedding in `space`.
+        """
         found = self._space(space)
-        return CachedRows(found.shards, np.array([found.places[_key(text)] for text in texts]).reshape(-1, 2))
+        places = found.places(texts)
+        if len(missing := np.flatnonzero(places < 0)):
+            raise KeyError(f"The cache has no embedding of the text {texts[missing[0]][1][:40]!r}.")
+        starts = np.cumsum([0, *map(len, found.shards)])
+        shard = np.searchsorted(starts, places, side="right") - 1
+        return CachedRows(found.shards, np.stack([shard, places - starts[shard]], axis=1))
 
     def _space(self, name: str) -> _Space:
         if name not in self._spaces:
@@ -247,22 +261,34 @@ class EmbeddingCache:
             for path in sorted((self.folder / name).glob("*.npy")) if self.folder is not None else ():
                 try:
                     space.append(np.load(path, mmap_mode="r", allow_pickle=False))
-                except (ValueError, OSError, EOFError, IndexError) as error:
-                    raise UserError("evaluation.cache.damaged", f"{path} is damaged ({error}): delete it.") from None
+                except (ValueError, EOFError, IndexError):  # damaged
+                    path.unlink(missing_ok=True)
         return self._spaces[name]
 
 
-@dataclass(slots=True)
 class _Space:
-    """Embeddings of one model at one exit, in shards; `places` is {hash of a text: (number of its shard, row)}."""
+    """Embeddings of one model at one exit, in shards; a row's number counts the rows of earlier shards too."""
 
-    shards: list[np.ndarray] = field(default_factory=list)
-    places: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.shards: list[np.ndarray] = []
+        self._hashes = [np.empty(0, np.uint64)]
+        self._index: tuple[np.ndarray, np.ndarray] | None = None  # all hashes, ascending, and their rows' numbers
 
     def append(self, shard: np.ndarray) -> None:
-        for row, key in enumerate(shard["key"]):
-            self.places.setdefault(key.tobytes(), (len(self.shards), row))
+        self._hashes.append(_short(shard["key"].tobytes()))
         self.shards.append(shard["embedding"])
+        self._index = None
+
+    def places(self, texts: Sequence[Prompted]) -> np.ndarray:
+        """Return the number (N,) int64 of each text's row; -1 if its embedding is missing."""
+        if self._index is None:
+            hashes = np.concatenate(self._hashes)
+            order = np.argsort(hashes, kind="stable")
+            # The added last entry is found for a hash above all others.
+            self._index = np.append(hashes[order], np.uint64(2**64 - 1)), np.append(order, -1)
+        wanted, (known, numbers) = _short(b"".join(map(_key, texts))), self._index
+        found = np.searchsorted(known, wanted)
+        return np.where(known[found] == wanted, numbers[found], -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,3 +314,8 @@ def _key(text: Prompted) -> bytes:
     prompt, content = text
     # The length of the prompt keeps ("a", "bc") and ("ab", "c") apart.
     return hashlib.sha256(f"{len(prompt)}:{prompt}{content}".encode(errors="surrogatepass")).digest()
+
+
+def _short(keys: bytes) -> np.ndarray:
+    """Return the first 64 bits of each of N joined keys, uint64 (N,): enough to tell texts apart, and quick to sort."""
+    return np.frombuffer(keys, "<u8")[::4]

@@ -1,34 +1,30 @@
 """Distillation: store a teacher's vectors (embeddings) of many texts, and add them to the batches of a student model.
 
-A teacher's vectors are stored in a folder of `.npy` files. Each row of a file has the hash of a text and its vector.
-A file is written atomically, so a killed job continues with the missing texts. A damaged file is removed, and the
-vectors of its texts are computed again.
+The vectors are stored in an `EmbeddingCache`, so a killed job continues with the missing texts.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.pairs import RetrievalExample
 from modular_star_encoder.data.sources.dataset_rows import open_texts
-from modular_star_encoder.inference.encoders import Encoder, load_encoder
+from modular_star_encoder.evaluation.retrievers import EmbeddingCache, EmbeddingRetriever
+from modular_star_encoder.inference.encoders import Encoder, Prompted, load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.recipes import TeacherSettings
 from modular_star_encoder.training.starting_points import start_from_teacher
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_file, write_json
 
-TEXTS_PER_CHUNK = 4096
+TEXTS_PER_SUM = 4096
 PAIRS_PER_TEXT = 2
 _UNPAIRED = 12  # number of the random stream that draws unpaired texts; `RetrievalBatches` uses other numbers
 
@@ -105,7 +101,7 @@ def teach(
         texts = token_texts(tokenizer)
         found = compute_teacher_vectors(teacher, texts, settings.cache, prompt=settings.document_prompt, **options)
         counts = train.rows.token_counts(len(tokenizer))
-        start_from_teacher(model, tokenizer, found.rows(found.places(texts)), counts)
+        start_from_teacher(model, tokenizer, found.rows(texts), counts)
     alone = None
     if unpaired:
         examples, prompts = [RetrievalExample(text, ()) for text in unpaired], model.config.instruction_prompts
@@ -131,55 +127,30 @@ def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [text.removeprefix("##") if len(text) > 2 else text for text in texts]
 
 
+@dataclass(frozen=True)
 class TeacherVectors:
-    """The stored vectors of one teacher with one prompt, in a folder; a vector is looked up by its text."""
+    """The vectors of one teacher with one prompt, found by text in a cache."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open a folder that `compute_teacher_vectors` wrote, and remove its damaged files."""
-        self.folder = folder
-        self._cut: int | None = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["max_characters"]
-        self._chunks: list[np.ndarray] = []
-        for path in sorted(folder.glob("chunk-*.npy")):
-            try:
-                self._chunks.append(np.load(path, mmap_mode="r", allow_pickle=False))
-            except (ValueError, EOFError):
-                path.unlink()
-        hashes = np.concatenate([np.empty(0, np.uint64), *(chunk["hash"] for chunk in self._chunks)])
-        order = np.argsort(hashes, kind="stable")
-        # `searchsorted` finds the added last entry for a hash above all others; -1 means that no vector is stored.
-        self._hashes, self._places = np.append(hashes[order], np.uint64(2**64 - 1)), np.append(order, -1)
-        self._starts = np.cumsum([0, *map(len, self._chunks)])
+    cache: EmbeddingCache
+    space: str  # the teacher and its exit
+    prompt: str
+    max_characters: int | None
 
-    def __reduce__(self) -> tuple[type["TeacherVectors"], tuple[Path]]:
-        return type(self), (self.folder,)  # another process maps the files itself, instead of receiving the vectors
+    def prompted(self, texts: Iterable[str]) -> list[Prompted]:
+        """Return (prompt, text cut to `max_characters`) of each text."""
+        return [(self.prompt, text[: self.max_characters]) for text in texts]
 
-    def places(self, texts: Iterable[str]) -> np.ndarray:
-        """Return the row number of the stored vector of each of N texts, int64 (N,); -1 for a text without a vector."""
-        hashes = text_hashes(text[: self._cut] for text in texts)
-        found = np.searchsorted(self._hashes, hashes)
-        return np.where(self._hashes[found] == hashes, self._places[found], -1)
+    def rows(self, texts: Iterable[str]) -> np.ndarray:
+        """Return the vectors of N texts, float32 (N, D), scaled to length 1; KeyError if one is not stored."""
+        return _unit(self.cache.rows(self.space, self.prompted(texts))[:])
 
-    def rows(self, places: np.ndarray) -> np.ndarray:
-        """Return the vectors of the rows numbered `places`, float32 (N, D); of length 1, up to float16 rounding."""
-        chunks = np.searchsorted(self._starts, places, side="right") - 1
-        pairs = zip(chunks.tolist(), (places - self._starts[chunks]).tolist(), strict=True)
-        return np.array([self._chunks[chunk]["vector"][row] for chunk, row in pairs], dtype=np.float32)
-
-    def vector(self, text: str) -> np.ndarray:
-        """Return the vector of a text, float32 (D,); raise KeyError if it is not stored."""
-        if (places := self.places([text]))[0] < 0:
-            raise KeyError(f"{self.folder} holds no vector of the text {text[:40]!r}.")
-        return self.rows(places)[0]
-
-    def mean(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the mean vector of `texts`, float32 (D,), and store it in the folder. Equal texts count once."""
-        hashes, places = np.unique(text_hashes(text[: self._cut] for text in texts)), np.unique(self.places(texts))
-        path = self.folder / f"mean-{hashlib.sha256(hashes.tobytes()).hexdigest()[:16]}.npy"
-        if not path.is_file():
-            parts = np.array_split(places, len(places) // TEXTS_PER_CHUNK + 1)
-            total = sum(self.rows(part).sum(axis=0, dtype=np.float64) for part in parts)
-            _write(path, (total / len(places)).astype(np.float32))
-        return np.load(path, allow_pickle=False)
+    def mean(self, texts: Iterable[str]) -> np.ndarray:
+        """Return the mean vector (D,) float32 of `texts`; equal texts count once, and their order does not matter."""
+        different = sorted(set(self.prompted(texts)))
+        rows = self.cache.rows(self.space, different)
+        starts = range(0, len(rows), TEXTS_PER_SUM)
+        sums = [_unit(rows[start : start + TEXTS_PER_SUM]).sum(axis=0, dtype=np.float64) for start in starts]
+        return (sum(sums) / len(rows)).astype(np.float32)
 
 
 def compute_teacher_vectors(
@@ -191,16 +162,16 @@ def compute_teacher_vectors(
     max_characters: int | None = None,
     progress: bool = True,
 ) -> TeacherVectors:
-    """Return stored vectors of a teacher's deepest exit; texts that are not in the cache yet are embedded first.
+    """Return the vectors of a teacher's deepest exit; texts that are not in the cache yet are embedded first.
 
-    The cache has one folder for each combination of teacher, prompt and `max_characters`. A teacher is identified by
-    its weights, tokenizer and configuration, or, behind an endpoint, by its model's name and URL. Only one process at a
-    time may compute the same texts.
+    The cache tells teachers apart by their weights, tokenizer and configuration, or, behind an endpoint, by model name
+    and URL.
 
     Args:
         teacher: the encoder that embeds the texts.
         texts: texts without `prompt`.
-        cache: a folder; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or `~/.cache`.
+        cache: folder of an `EmbeddingCache`; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or
+            `~/.cache`.
         prompt: prefix of every text.
         max_characters: longer texts are cut to this number of characters; the teacher may cut them further.
 
@@ -208,28 +179,21 @@ def compute_teacher_vectors(
 
     Example:
         >>> teacher = load_encoder("BAAI/bge-small-en-v1.5")  # doctest: +SKIP
-        >>> compute_teacher_vectors(teacher, ["read a file"]).vector("read a file").shape  # doctest: +SKIP
-        (384,)
+        >>> compute_teacher_vectors(teacher, ["read a file"]).rows(["read a file"]).shape  # doctest: +SKIP
+        (1, 384)
     """
     root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
+    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser()))
     exit_layer = teacher.exit_layers[-1]
-    key = {"checksum": teacher.checksum, "exit_layer": exit_layer, "prompt": prompt, "max_characters": max_characters}
-    folder = root.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", {"teacher": teacher.name, **key})
-    different = list(dict.fromkeys(text[:max_characters] for text in texts))
-    missing = [different[place] for place in np.flatnonzero(TeacherVectors(folder).places(different) < 0)]
-    starts = range(0, len(missing), TEXTS_PER_CHUNK)
-    for start in tqdm(starts, f"{teacher.name}, vectors", unit=f" × {TEXTS_PER_CHUNK} texts", disable=not progress):
-        chunk = missing[start : start + TEXTS_PER_CHUNK]
-        vectors = teacher.encode([(prompt, text) for text in chunk], [exit_layer], progress=False)[exit_layer]
-        if not np.isfinite(vectors).all():
-            message = f"{teacher.name} computed a vector with NaN or infinity: check its weights or use float32."
-            raise UserError("teacher.not_finite", message)
-        rows = np.empty(len(chunk), [("hash", "<u8"), ("vector", "<f2", vectors.shape[1:])])
-        rows["hash"], rows["vector"] = text_hashes(chunk), _unit(vectors)
-        _write(folder / f"chunk-{hashlib.sha256(rows['hash'].tobytes()).hexdigest()[:16]}.npy", rows)
-    return TeacherVectors(folder)
+    vectors = TeacherVectors(retriever.cache, retriever.space(exit_layer), prompt, max_characters)
+    try:
+        retriever.embed(vectors.prompted(texts), [exit_layer], progress=progress)
+    except UserError as error:
+        if error.key != "evaluation.embeddings.not_finite":
+            raise
+        message = f"{teacher.name} computed a vector with NaN or infinity: check its weights or use float32."
+        raise UserError("teacher.not_finite", message) from error
+    return vectors
 
 
 class TeacherTargets:
@@ -248,21 +212,10 @@ class TeacherTargets:
 
         If `kind` is None, the text's vector as a document is used, and the mean nearest to this vector is subtracted.
         """
-        vector = self._vectors[kind or "document"].vector(text)
+        vector = self._vectors[kind or "document"].rows([text])[0]
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))
 
 
-def text_hashes(texts: Iterable[str]) -> np.ndarray:
-    """Return a 64-bit hash of each of N texts, uint64 (N,)."""
-    digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts)
-    return np.frombuffer(b"".join(digests), dtype="<u8")
-
-
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    with staged_file(path, resumable=True) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
