@@ -8,11 +8,10 @@ import pytest
 from modular_star_encoder.training import ablation as ablation_module
 from modular_star_encoder.training.ablation import (
     AblationRecipe,
+    Results,
     ablate,
-    best_rate,
     estimate,
     plot_ablation,
-    summarize,
     to_markdown,
 )
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
@@ -43,7 +42,7 @@ def run(recipe_file, out, *overrides):
 
 @pytest.mark.slow
 def test_real_cells_are_trained_kept_and_continued(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation_module, "gate", lambda *_: {"passed": True})
+    monkeypatch.setattr(Results, "gate", lambda *_: {"passed": True})
     out = tmp_path / "run"
     results, trained = run(recipe_file, out)
     assert trained == [f"start/{kind}/rate-0.003-seed-0" for kind in ("exit-1", "exit-4", "together")]
@@ -76,15 +75,13 @@ def cell_of(recipe, mrr, *, validation=None):
 
 
 def planned(recipe, scores):
-    """The cells that are trained, where a cell (start, kind, rate, seed) scores as `scores` says; and all of them."""
-    found, order = {}, []
-    for cell in ablation_module._plan(recipe, (1, 2, 4), found):
+    """The keys of the cells in the order of training, and the results if `scores(*key, exit)` is the score of each."""
+    results = Results(recipe, (1, 2, 4))
+    for cell in ablation_module._plan(results):
         key = (cell.start, cell.kind, cell.recipe.learning_rate, cell.recipe.seed)
-        if key not in found:
-            order.append(key)
-            exits = [int(cell.kind[5:])] if cell.kind.startswith("exit-") else [1, 2, 4]
-            found[key] = cell_of({}, {e: scores(*key, e) for e in exits})
-    return order, found
+        exits = [int(cell.kind[5:])] if cell.kind.startswith("exit-") else [1, 2, 4]
+        results.found.setdefault(key, cell_of({}, {e: scores(*key, e) for e in exits}))
+    return list(results.found), results
 
 
 def test_gates_come_first_then_all_exits_then_variants_where_together_costs_most(recipe_file):
@@ -96,7 +93,7 @@ def test_gates_come_first_then_all_exits_then_variants_where_together_costs_most
         alone = 0.4 + (0.0 if start == "flat" else 0.05 * e) + (0.01 if rate == 0.2 else 0.0)
         return alone - (0.1 if start == "harmed" and kind == "together" else 0.0)
 
-    order, found = planned(recipe, scores)
+    order, results = planned(recipe, scores)
     starts = [start for start, *_ in order]
     assert order[:3] == [("deep", "exit-1", 0.1, 0), ("deep", "exit-1", 0.2, 0), ("deep", "exit-1", 0.2, 1)]
     assert starts[:18] == ["deep"] * 6 + ["flat"] * 6 + ["harmed"] * 6
@@ -106,7 +103,7 @@ def test_gates_come_first_then_all_exits_then_variants_where_together_costs_most
         == order[-2:]
         == [("harmed", "alternate", 0.2, seed) for seed in (0, 1)]
     )
-    results = summarize(recipe, (1, 2, 4), found)["starts"]
+    results = results.summary()["starts"]
     assert [results[start]["gate"]["passed"] for start in ("deep", "flat", "harmed")] == [True, False, True]
     assert results["deep"]["gate"]["value"] == pytest.approx(15)
     assert results["harmed"]["exits"]["2"]["difference"]["value"] == pytest.approx(-10)
@@ -122,7 +119,7 @@ def test_a_rate_is_chosen_by_validation_not_by_test_scores(recipe_file):
         ("start", "together", 0.1, 0): cell_of({}, {1: 0.2, 4: 0.3}, validation=0.9),
         ("start", "together", 0.2, 0): cell_of({}, {1: 0.8, 4: 0.9}, validation=0.1),
     }
-    assert best_rate(recipe, found, "start", "together") == 0.1
+    assert Results(recipe, (1, 4), found).best_rate("start", "together") == 0.1
 
 
 def test_intervals_cover_queries_and_seeds_and_widen_with_the_number_of_comparisons():
@@ -156,12 +153,12 @@ def results(recipe_file):
         AblationRecipe, recipe_file, ["variants={other: {exit_schedule: alternate}}", "exit_layers=null"]
     )
     levels = {"together": 0.0, "other": 0.1}
-    _, found = planned(recipe, lambda start, kind, rate, seed, e: 0.1 * e + levels.get(kind, 0.05))
+    _, results = planned(recipe, lambda start, kind, rate, seed, e: 0.1 * e + levels.get(kind, 0.05))
     return {
         "command": "mose ablate x",
         "recipe": {"finetuning": {"max_steps": 3, "batch_size": 4}, "variants": {"other": {}, "missing": {}}},
         "finished": False,
-        **summarize(recipe, (1, 2, 4), found),
+        **results.summary(),
     }
 
 

@@ -109,10 +109,8 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 
     from modular_star_encoder.data.pairs import open_triplets
     from modular_star_encoder.synthconl.publishing import dataset_statistics
-    from modular_star_encoder.utils.files import check_writable, write_json
+    from modular_star_encoder.utils.files import write_json
 
-    if arguments.json:
-        check_writable(arguments.json)
     triplets = open_triplets(arguments.source, split=arguments.split)
     statistics = dataset_statistics(triplets)
     for reason, count in triplets.skipped.most_common():
@@ -154,10 +152,8 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 def run_corpus_check(arguments: argparse.Namespace) -> None:
     """Print the texts of a corpus that are in evaluation sets; UserError if there are any and --drop is not given."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
-    from modular_star_encoder.utils.files import check_writable, write_json
+    from modular_star_encoder.utils.files import write_json
 
-    if arguments.json:
-        check_writable(arguments.json)
     report, hits = check_corpus(arguments.files, EvaluationTexts(arguments.against), arguments.drop)
     print("\n".join(hits), end="\n" if hits else "")
     if arguments.json:

@@ -80,10 +80,8 @@ def _model(text: str) -> str:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.evaluation.run import run_benchmarks
-    from modular_star_encoder.utils.files import check_writable, write_json
+    from modular_star_encoder.utils.files import write_json
 
-    if arguments.json:
-        check_writable(arguments.json)
     report = run_benchmarks(
         arguments.checkpoint,
         arguments.benchmark,

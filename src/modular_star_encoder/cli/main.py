@@ -115,9 +115,11 @@ def check_current_folder() -> None:
 
 
 def check_folders(arguments: argparse.Namespace) -> None:
-    """Raise UserError (`files.not_writable`) if a folder that the command is to write can't be written."""
+    """Raise UserError (`files.not_writable`) if a folder or JSON file that the command writes can't be written."""
     from modular_star_encoder.utils.files import check_writable
 
+    if isinstance(file := getattr(arguments, "json", None), str):  # `search` and `index` have a switch of this name
+        check_writable(file)
     for folder in (getattr(arguments, "out", None), getattr(arguments, "drop", None)):
         # `profile` writes a file, and an index may be on a server.
         if folder and getattr(arguments.run, "__name__", "") != "run_profile" and not folder.startswith("qdrant:"):

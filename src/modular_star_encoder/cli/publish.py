@@ -102,21 +102,17 @@ def run_publish(arguments: argparse.Namespace) -> None:
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     if arguments.upload:  # before torch is imported and the repositories are verified
-        _check_upload()
+        from huggingface_hub import get_token
+
+        from modular_star_encoder.utils.http import LOG_IN, check_hub
+
+        check_hub()
+        if not get_token():
+            raise UserError("cli.publish.token", LOG_IN)
     from modular_star_encoder.hub.publishing import publish
 
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
     print(*publications, sep="\n\n")
-
-
-def _check_upload() -> None:
-    from huggingface_hub import get_token
-
-    from modular_star_encoder.utils.http import LOG_IN, check_hub
-
-    check_hub()
-    if not get_token():
-        raise UserError("cli.publish.token", LOG_IN)
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
 """The ablation of the paper's Table 5 (arXiv 2503.03008): is an exit better if it is trained together with others?
 
-A *start* is a checkpoint and an objective. From each start, models of several *kinds* are trained: all exits together,
-each exit alone, and variants of training together. A *cell* is one training run: a start, a kind, a learning rate and a
-seed. Each result is stored in its own file, so that an interrupted ablation trains only what is missing. Learning rates
-are chosen on validation rows, and scores come from test rows. The question makes sense only if deep exits are better.
-So the shallowest and the deepest exit are trained alone first. The other models of a start are trained only if the
-deepest exit is better by at least `gate` points of MRR × 100, and the interval of this difference is above 0.
+A *start* is a starting point of training: a checkpoint, or random weights, with settings. From each start, models of
+several *kinds* are trained: all exits together, each exit alone, and variants of training together. A *cell* is one
+training run: a start, a kind of model, a learning rate and a seed. Each result is stored in its own file, so an
+interrupted ablation trains only what is missing. Learning rates are chosen by scores on validation rows; all reported
+differences come from test rows.
+
+The question makes sense only if deep exits are better. So the shallowest and the deepest exit are trained alone first.
+The other models of a start are trained only if the deepest exit is better by at least `gate` points of MRR × 100, and
+the interval of this difference is above 0.
 """
 
 import copy
@@ -16,7 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,84 +183,181 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
-    Models are trained in this order: the shallowest and the deepest exit alone, all exits together, the other exits
-    alone, the recipe's variants. The rows are stored in `out/data/`, the result of each model in
-    `out/cells/{start}/{kind}/`. The reports `ablation.json`, `ablation.md` and, if matplotlib is installed,
-    `ablation.png` are written after every ten models and at the end. A later call may add starts, seeds, learning rates
-    and variants. UserError if settings do not fit each other or the model, or `out` has results of other settings.
+    From each starting point in `recipe.starts`, models are trained in this order: the shallowest exit alone, the
+    deepest exit alone, all exits together, each other exit alone, the recipe's variants. `out/data/` gets the rows, and
+    `out/cells/` one file with the result of each training run. The reports `ablation.json`, `ablation.md` and, if
+    matplotlib is installed, `ablation.png` are written after every ten runs and at the end. A later call may add
+    starting points, seeds, learning rates and variants.
 
     Args:
         recipe: the settings.
         out: folder of the ablation.
         command: the command line, for the reports.
         progress: whether to show progress bars.
-        announce: called with a line of text before each model is trained.
+        announce: called with a line of text before each training run.
 
     Returns:
-        The content of `ablation.json`; see `summarize`.
+        The content of `ablation.json`; see `Results.summary`.
+
+    Raises:
+        UserError: settings contradict each other or the model, or `out` has results of other settings.
     """
     cells = _Cells(recipe, Path(out), progress, announce)
 
     def report(done: bool) -> dict[str, Any]:
-        found = {"command": without_places(command), "recipe": without_places(recipe.to_dict())}
-        results = {
-            **found,
-            "finished": done,
-            **summarize(recipe, cells.exits, cells.found),
-            "versions": dict(versions()),
-        }
-        write_json(Path(out) / "ablation.json", results)
-        write_text(Path(out) / "ablation.md", to_markdown(results))
+        content = {"command": without_places(command), "recipe": without_places(recipe.to_dict()), "finished": done}
+        content |= {**cells.results.summary(), "versions": dict(versions())}
+        write_json(Path(out) / "ablation.json", content)
+        write_text(Path(out) / "ablation.md", to_markdown(content))
         if find_spec("matplotlib"):
-            plot_ablation(results, Path(out) / "ablation.png")
-        return results
+            plot_ablation(content, Path(out) / "ablation.png")
+        return content
 
-    for cell in _plan(recipe, cells.exits, cells.found):
+    for cell in _plan(cells.results):
         cells.trained += cells.add(cell)
         if cells.trained % CELLS_PER_REPORT == 1:
             report(done=False)
     return report(done=True)
 
 
-# {(start, kind of model, learning rate, seed): content of the file with the result of this training run}
-Found = Mapping[tuple[str, str, float, int], Mapping[str, Any]]
+@dataclass(frozen=True)
+class Results:
+    """The results of an ablation's training runs, and the comparison of their models."""
+
+    recipe: AblationRecipe
+    exits: Sequence[int]  # all exits of the model, ascending
+    # {(start, kind of model, learning rate, seed): content of the file with the result of this run}
+    found: dict[tuple[str, str, float, int], Mapping[str, Any]] = field(default_factory=dict)
+
+    def best_rate(self, start: str, kind: str) -> float:
+        """Return the learning rate with the best validation MRR of the first seed, averaged over exits and tasks."""
+
+        def mrr(rate: float) -> float:
+            tasks = self.found[start, kind, rate, self.recipe.seeds[0]]["validation"].values()
+            return float(np.mean([np.mean(values) for task in tasks for values in task.values()]))
+
+        return max(self.recipe.rates, key=mrr)
+
+    def tried(self, start: str) -> list[str]:
+        """Return the kinds of models of a start for which every rate was tried, in the order of training."""
+        known = dict.fromkeys(kind for of_start, kind, _, _ in self.found if of_start == start)
+        runs = {kind: [(start, kind, rate, self.recipe.seeds[0]) for rate in self.recipe.rates] for kind in known}
+        return [kind for kind in runs if kind not in self.recipe.variants and self.found.keys() >= {*runs[kind]}]
+
+    def ranks(self, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
+        """Return {task: reciprocal ranks (seeds, queries) of an exit on test rows}; None if a seed's run is missing."""
+        own = TOGETHER if kind in self.recipe.variants else kind
+        if own not in self.tried(start):
+            return None
+        keys = [(start, kind, self.best_rate(start, own), seed) for seed in self.recipe.seeds]
+        if any(key not in self.found for key in keys):
+            return None
+        tasks = self.found[keys[0]]["test"]
+        return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
+
+    def gate(self, start: str) -> dict[str, Any]:
+        """Return the `estimate` of the deepest exit alone − the shallowest exit alone, and whether the start `passed`.
+
+        `passed` is None, without an estimate, if one of the two models is missing.
+        """
+        first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
+        if first is None or last is None:
+            return {"passed": None}
+        difference = estimate(_differences(last, first), len(self.recipe.starts))
+        return {"passed": difference["value"] >= self.recipe.gate and difference["low"] > 0, **difference}
+
+    def summary(self) -> dict[str, Any]:
+        """Compare exits trained together, exits trained alone, and variants, where the results of all seeds exist.
+
+        Returns:
+            `exits`, `seeds`, `cells` (one dict per training run: scores by exit, seconds, gradient cosines) and
+            `starts`. `starts` has for each start: `gate` (see `gate`), `rates` {kind of model: best learning rate},
+            `exits` {exit: `together`, `alone`, `difference`}, `mean_difference` (over exits), and `variants` {name:
+            `exits` {exit: `score`, `from_together`, `from_alone`}}. Each score and difference is an `estimate`. The
+            intervals of `difference` hold simultaneously for all exits and starts, those of variants for all exits and
+            variants.
+        """
+        cells = []
+        for (start, kind, rate, seed), content in self.found.items():
+            scores = {part: _by_exit(content[part]) for part in ("validation", "test")}
+            costs = {name: content[name] for name in ("seconds", "cosines")}
+            cells.append({"start": start, "kind": kind, "rate": rate, "seed": seed, **scores, **costs})
+        starts = {start: self._summary_of(start) for start in self.recipe.starts}
+        return {"exits": list(self.exits), "seeds": list(self.recipe.seeds), "cells": cells, "starts": starts}
+
+    def _summary_of(self, start: str) -> dict[str, Any]:
+        def known(kind: str) -> dict[int, dict[str, np.ndarray]]:
+            found = {e: self.ranks(start, kind.format(e), e) for e in self.exits}
+            return {e: ranks for e, ranks in found.items() if ranks is not None}
+
+        recipe, alone, together = self.recipe, known("exit-{}"), known(TOGETHER)
+        rates = {kind: self.best_rate(start, kind) for kind in self.tried(start)}
+        result: dict[str, Any] = {"gate": self.gate(start), "rates": rates, "exits": {}, "variants": {}}
+        for e in self.exits:
+            both = {kind: list(of[e].values()) for kind, of in ((TOGETHER, together), ("alone", alone)) if e in of}
+            result["exits"][str(e)] = {kind: estimate(values) for kind, values in both.items()}
+        differences = {e: _differences(together[e], alone[e]) for e in together if e in alone}
+        for e, values in differences.items():
+            result["exits"][str(e)]["difference"] = estimate(values, len(self.exits) * len(recipe.starts))
+        if differences:
+            means = [np.mean(of_task, axis=0) for of_task in zip(*differences.values(), strict=True)]
+            result["mean_difference"] = estimate(means)
+        comparisons = len(self.exits) * max(1, len(recipe.variants))
+        for name in recipe.variants:
+            by_exit = {}
+            for e, own in known(name).items():
+                others = {"from_together": together[e]} | ({"from_alone": alone[e]} if e in alone else {})
+                changes = {to: estimate(_differences(own, other), comparisons) for to, other in others.items()}
+                by_exit[str(e)] = {"score": estimate(list(own.values())), **changes}
+            if by_exit:
+                result["variants"][name] = {"exits": by_exit}
+        return result
 
 
-def _plan(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> Iterator[AblationCell]:
-    """Yield the training runs in order. The caller adds each result to `found`, because later runs depend on it."""
-    alone = [f"exit-{e}" for e in (exits if recipe.exit_layers is None else recipe.exit_layers)]
-    ends = [f"exit-{exits[0]}", f"exit-{exits[-1]}"]
+def _differences(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return [own[task] - other[task] for task in own]
+
+
+def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Return {exit: score × 100}, where the score is the mean over tasks of the mean over queries."""
+    exits = next(iter(tasks.values()))
+    return {e: round(100 * float(np.mean([np.mean(task[e]) for task in tasks.values()])), 2) for e in exits}
+
+
+def _plan(results: Results) -> Iterator[AblationCell]:
+    """Yield the training runs in order. The caller adds each result to `results`: later runs depend on it."""
+    recipe, exits = results.recipe, results.exits
 
     def cells(start: str, kind: str) -> Iterator[AblationCell]:
         for rate in recipe.rates if kind not in recipe.variants else ():
             yield recipe.cell(start, kind, rate, recipe.seeds[0])
-        rate = best_rate(recipe, found, start, kind if kind not in recipe.variants else TOGETHER)
+        rate = results.best_rate(start, kind if kind not in recipe.variants else TOGETHER)
         for seed in recipe.seeds:
             yield recipe.cell(start, kind, rate, seed)
 
     for start in recipe.starts:
-        for kind in ends:
-            yield from cells(start, kind)
-    passed = [start for start in recipe.starts if gate(recipe, exits, found, start)["passed"]]
+        for e in (exits[0], exits[-1]):
+            yield from cells(start, f"exit-{e}")
+    passed = [start for start in recipe.starts if results.gate(start)["passed"]]
+    alone = [f"exit-{e}" for e in (exits if recipe.exit_layers is None else recipe.exit_layers)]
     for start in passed:
         for kind in dict.fromkeys([TOGETHER, *alone]):
             yield from cells(start, kind)
-    harm = {start: summarize(recipe, exits, found)["starts"][start]["mean_difference"] for start in passed}
     chosen = recipe.variants_on
-    if chosen is None:
-        chosen = (min(passed, key=lambda start: harm[start]["value"]),) if passed else ()
-    for start in chosen:
+    if chosen is None and passed:
+        starts = results.summary()["starts"]
+        chosen = (min(passed, key=lambda start: starts[start]["mean_difference"]["value"]),)
+    for start in chosen or ():
         for kind in recipe.variants if start in passed else ():
             yield from cells(start, kind)
 
 
 class _Cells:
-    """Trains the runs whose results are missing in an ablation's folder; `found` has the results of all runs."""
+    """Trains the runs whose results are missing in an ablation's folder; `results` has the results of all runs."""
 
     def __init__(self, recipe: AblationRecipe, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
         base = recipe.base()
         self.out, self.progress, self.announce = out, progress, announce
-        self.found: dict[tuple[str, str, float, int], dict[str, Any]] = {}
         self._texts: dict[str, RetrievalTexts] = {}
         self.trained = 0
         for start in recipe.starts:
@@ -265,12 +365,13 @@ class _Cells:
             for kind in (TOGETHER, *varied):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
-                    self.exits = tuple(self._start(cell, out)[0].config.exit_layers)
+                    exits = tuple(self._start(cell, out)[0].config.exit_layers)
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
-        if unknown := sorted(set(recipe.exit_layers or ()) - set(self.exits)):
-            message = f"`exit_layers` names {unknown}, but the model's exits are {list(self.exits)}."
+        if unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
+            message = f"`exit_layers` names {unknown}, but the model's exits are {list(exits)}."
             raise UserError("ablation.exit_layers", message)
+        self.results = Results(recipe, exits)
         if not (out / "cells").is_dir():  # `cells` may have been copied from another machine, without `data`
             runs.check_folder(out, "data", "ablation")
         self._held = runs.hold(out)
@@ -295,7 +396,6 @@ class _Cells:
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
         made_from["checksum"] = checkpoint_checksum(source) if weights else None
-        key = (cell.start, cell.kind, recipe.learning_rate, recipe.seed)
         known = path.is_file()
         if known:
             content = read_json(path)
@@ -308,7 +408,7 @@ class _Cells:
             content = {"recipe": made_from, **self._train(cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
-        self.found[key] = content
+        self.results.found[cell.start, cell.kind, recipe.learning_rate, recipe.seed] = content
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
@@ -369,28 +469,6 @@ def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]
     return parts
 
 
-def best_rate(recipe: AblationRecipe, found: Found, start: str, kind: str) -> float:
-    """Return the learning rate with the best validation MRR of the first seed, averaged over exits and tasks."""
-
-    def mrr(rate: float) -> float:
-        tasks = found[start, kind, rate, recipe.seeds[0]]["validation"].values()
-        return float(np.mean([np.mean(values) for task in tasks for values in task.values()]))
-
-    return max(recipe.rates, key=mrr)
-
-
-def ranks(recipe: AblationRecipe, found: Found, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
-    """Return {task: reciprocal ranks of an exit on test rows, (seeds, queries)}; None if a seed's result is missing."""
-    own = TOGETHER if kind in recipe.variants else kind
-    if own not in _tried(recipe, found, start):
-        return None
-    keys = [(start, kind, best_rate(recipe, found, start, own), seed) for seed in recipe.seeds]
-    if any(key not in found for key in keys):
-        return None
-    tasks = found[keys[0]]["test"]
-    return {task: np.array([found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
-
-
 @cache
 def _resamples(size: int, seed: int) -> np.ndarray:
     """Return the weight of each of `size` items in each bootstrap mean, float32 (RESAMPLES, size); rows sum to 1."""
@@ -415,88 +493,6 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
     found = {"value": by_seed.mean(), "low": low, "high": high}
     rounded = {name: round(100 * float(value), 2) for name, value in found.items()}
     return rounded | {"by_seed": [round(100 * float(value), 2) for value in by_seed]}
-
-
-def gate(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
-    """Return the `estimate` of deepest − shallowest exit, each alone, and `passed`: is it enough? None if not known."""
-    first, last = (ranks(recipe, found, start, f"exit-{e}", e) for e in (exits[0], exits[-1]))
-    if first is None or last is None:
-        return {"passed": None}
-    found_difference = estimate([last[task] - first[task] for task in first], len(recipe.starts))
-    return {"passed": found_difference["value"] >= recipe.gate and found_difference["low"] > 0, **found_difference}
-
-
-def summarize(recipe: AblationRecipe, exits: Sequence[int], found: Found) -> dict[str, Any]:
-    """Compare exits trained together, exits trained alone, and variants, where the results of all seeds exist.
-
-    Returns:
-        `exits`, `seeds`, `cells` (one dict per training run: scores by exit, seconds, gradient cosines) and `starts`.
-        `starts` has for each name: `gate` (see `gate`), `rates` {kind of model: best learning rate}, `exits` {exit:
-        `together`, `alone`, `difference`}, `mean_difference` (over exits), and `variants` {name: `exits` {exit:
-        `score`, `from_together`, `from_alone`}}. Each score and difference is an `estimate`. The intervals of
-        `difference` hold simultaneously for all exits and starts, those of variants for all exits and variants.
-    """
-    rows = [
-        {
-            "start": start,
-            "kind": kind,
-            "rate": rate,
-            "seed": seed,
-            **{part: _by_exit(content[part]) for part in ("validation", "test")},
-            **{name: content[name] for name in ("seconds", "cosines")},
-        }
-        for (start, kind, rate, seed), content in found.items()
-    ]
-    starts = {start: _summarize_start(recipe, exits, found, start) for start in recipe.starts}
-    return {"exits": list(exits), "seeds": list(recipe.seeds), "cells": rows, "starts": starts}
-
-
-def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Return {exit: score × 100}, where the score is the mean over tasks of the mean over queries."""
-    exits = next(iter(tasks.values()))
-    return {e: round(100 * float(np.mean([np.mean(task[e]) for task in tasks.values()])), 2) for e in exits}
-
-
-def _summarize_start(recipe: AblationRecipe, exits: Sequence[int], found: Found, start: str) -> dict[str, Any]:
-    rates = {kind: best_rate(recipe, found, start, kind) for kind in _tried(recipe, found, start)}
-    result: dict[str, Any] = {"gate": gate(recipe, exits, found, start), "rates": rates, "exits": {}, "variants": {}}
-    alone = {e: one for e in exits if (one := ranks(recipe, found, start, f"exit-{e}", e)) is not None}
-    together = {e: one for e in exits if (one := ranks(recipe, found, start, TOGETHER, e)) is not None}
-    both = [e for e in together if e in alone]
-    for e in exits:
-        shown = {kind: list(of[e].values()) for kind, of in ((TOGETHER, together), ("alone", alone)) if e in of}
-        result["exits"][str(e)] = {kind: estimate(values) for kind, values in shown.items()}
-    differences = {e: _difference(together[e], alone[e]) for e in both}
-    for e, values in differences.items():
-        result["exits"][str(e)]["difference"] = estimate(values, len(exits) * len(recipe.starts))
-    if both:
-        result["mean_difference"] = estimate(
-            [np.mean(task, axis=0) for task in zip(*differences.values(), strict=True)]
-        )
-    comparisons = len(exits) * max(1, len(recipe.variants))
-    for kind in recipe.variants:
-        own = {e: one for e in together if (one := ranks(recipe, found, start, kind, e)) is not None}
-        by_exit = {
-            str(e): {
-                "score": estimate(list(one.values())),
-                "from_together": estimate(_difference(one, together[e]), comparisons),
-                **({"from_alone": estimate(_difference(one, alone[e]), comparisons)} if e in alone else {}),
-            }
-            for e, one in own.items()
-        }
-        if by_exit:
-            result["variants"][kind] = {"exits": by_exit}
-    return result
-
-
-def _tried(recipe: AblationRecipe, found: Found, start: str) -> list[str]:
-    """Return the kinds of models of a start for which every rate was tried, in the order of training."""
-    kinds = dict.fromkeys(kind for of_start, kind, _, _ in found if of_start == start and kind not in recipe.variants)
-    return [kind for kind in kinds if all((start, kind, rate, recipe.seeds[0]) in found for rate in recipe.rates)]
-
-
-def _difference(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    return [own[task] - other[task] for task in own]
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:

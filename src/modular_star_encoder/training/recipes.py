@@ -78,15 +78,7 @@ class TrainingSettings:
         "max_grad_norm": 1.0,
         "save_total_limit": 2,
         "dataloader_num_workers": 0,
-        "exit_weights": "paper",
-        "normalize_exit_weights": False,
-        "exit_schedule": "all",
-        "detach_shallow_exits": False,
-        "share_heads": False,
-        "ema_decay": 0.0,
-        "log_gradient_norms": False,
-        "milestones": (),
-        "fractions": (),
+        **{name: getattr(MultiExitTrainingArguments, name, ()) for name in MultiExitTrainingArguments.__annotations__},
     }
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
 

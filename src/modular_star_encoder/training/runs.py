@@ -56,7 +56,7 @@ class Preflight:
     tokens_per_row: float  # mean number of tokens in all texts of a row together
     flops_per_row: float  # FLOPs of the forward and the backward pass of a row
     memory_bytes: int  # upper estimate per device: float32 weights, gradients and two moments, and activations
-    groups: Mapping[str, int]  # {kind of pairs: number of groups}; rows of different groups have no text in common
+    groups: Mapping[str, int]  # {kind of pairs: number of groups, 0 if none}; two groups have no text in common
     epochs: Mapping[str, float]  # {kind of pairs: how often the run uses each group}
 
     def __str__(self) -> str:
@@ -77,34 +77,29 @@ class Preflight:
         return "\n".join(f"{name:21} {value}" for name, value in lines.items())
 
 
-def preflight(
+def _preflight(
     model: ModularStarEncoderPreTrainedModel,
-    *,
-    rows_per_step: int,
-    steps: int,
+    recipe: TrainingSettings,
     processes: int,
+    rows_per_step: int,
     texts: Sequence[Sequence[float]],
     tokens_in_memory: int,
+    *,
     passes: float = 1.0,
     head_flops: float = 0.0,
     other_bytes: int = 0,
     groups: Mapping[str, int] | None = None,
 ) -> Preflight:
-    """Estimate the parameters, memory and floating-point operations of a training run.
+    """Estimate the size of a training run; `model` may be on the meta device.
 
     FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
     et al. (arXiv 2204.02311, appendix B).
 
-    Args:
-        model: the model, with its adapters if it has any; it may be on the meta device.
-        texts: for each kind of row, the mean number of tokens of each text in it. All kinds are equally frequent.
-        tokens_in_memory: number of tokens on one device whose activations are kept at once.
-        passes: FLOPs per row, relative to one forward and one backward pass; 4/3 with cached gradients.
-        head_flops: FLOPs of the heads per row.
-        other_bytes: further bytes kept on each device.
-        groups: {kind of pairs: number of groups}; the number is 0 if the data has no such pairs.
+    `texts` has the mean number of tokens of each text in a row, for each of the equally frequent kinds of rows.
+    `tokens_in_memory` is the number of tokens on a device whose activations are kept at once. `passes` is relative to
+    one forward and one backward pass of each row. `head_flops` are FLOPs per row, `other_bytes` bytes per device.
     """
-    config = model.config
+    config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -113,7 +108,7 @@ def preflight(
     # How many 2-byte numbers the blocks keep of each token for the backward pass: 16 × H (block input, normalised
     # inputs, queries, keys, values, attention output, projections, residuals), and the MLP before and after activation.
     kept = config.num_hidden_layers * (16 * config.hidden_size + 2 * config.intermediate_size)
-    counts = {kind: count for kind, count in (groups or {}).items() if count}
+    counts = {kind: count for kind, count in groups.items() if count}
     return Preflight(
         parameters=parameters,
         trained_parameters=trained,
@@ -123,7 +118,7 @@ def preflight(
         tokens_per_row=sum(lengths) / len(texts),
         flops_per_row=passes * sum((6.0 * layers + attention * T) * T for T in lengths) / len(texts) + head_flops,
         memory_bytes=4 * parameters + 12 * trained + 2 * tokens_in_memory * kept + other_bytes,
-        groups=groups or {},
+        groups=groups,
         epochs={kind: steps * rows_per_step / len(counts) / count for kind, count in counts.items()},
     )
 
@@ -131,18 +126,12 @@ def preflight(
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> Preflight:
-    """Estimate the size of a pre-training run (see `preflight`). The heads compute masked tokens only."""
+    """Estimate the size of a pre-training run. The heads compute masked tokens only."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
-    return preflight(
-        model,
-        rows_per_step=recipe.tokens_per_step // recipe.max_tokens,
-        steps=recipe.max_steps,
-        processes=processes,
-        texts=[[recipe.max_tokens]],
-        tokens_in_memory=recipe.rows_per_device * recipe.max_tokens,
-        head_flops=6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens,
-    )
+    head_flops = 6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens
+    rows, in_memory = recipe.tokens_per_step // recipe.max_tokens, recipe.rows_per_device * recipe.max_tokens
+    return _preflight(model, recipe, processes, rows, [[recipe.max_tokens]], in_memory, head_flops=head_flops)
 
 
 def finetuning_preflight(
@@ -152,21 +141,25 @@ def finetuning_preflight(
     groups: Mapping[str, int],
     tokens: tuple[float, float],
 ) -> Preflight:
-    """Estimate the size of a fine-tuning run. `tokens`: mean numbers of tokens of a description and of a snippet."""
+    """Estimate the size of a fine-tuning run.
+
+    `groups` is {kind of pairs in the data: number of groups}. `tokens` are the mean numbers of tokens of a description
+    and of a code snippet.
+    """
     text, code = tokens
-    settings, sides = recipe.objective, len(recipe.objective.sides)
+    mini_batch, sides = recipe.objective.mini_batch_tokens, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
     kinds = {TEXT_TO_CODE: [text, code, *negatives], CODE_TO_CODE: [code, code, *negatives]}
     in_batch = sides * recipe.batch_size // processes * max(recipe.lengths().values())
     embeddings = len(model.config.exit_layers) * sides * recipe.batch_size * model.config.projection_size
-    return preflight(
+    return _preflight(
         model,
-        rows_per_step=recipe.batch_size,
-        steps=recipe.max_steps,
-        processes=processes,
-        texts=[kinds[kind] for kind in groups],
-        tokens_in_memory=min(settings.mini_batch_tokens or in_batch, in_batch),
-        passes=1.0 if settings.mini_batch_tokens is None else 4 / 3,
+        recipe,
+        processes,
+        recipe.batch_size,
+        [kinds[kind] for kind in groups],
+        min(mini_batch or in_batch, in_batch),
+        passes=1.0 if mini_batch is None else 4 / 3,  # cached gradients need a second forward pass
         other_bytes=2 * 4 * embeddings,
         groups={kind: groups.get(kind, 0) for kind in kinds},
     )
