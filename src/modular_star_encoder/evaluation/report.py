@@ -137,8 +137,9 @@ def make_report(
 ) -> Report:
     """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`.
 
-    The rows of a table are compared with its reference row: the deepest exit of the first retriever with exits, or else
-    the first row. If `before` is the name of a retriever, each exit of the others is compared with its same exit.
+    Each row of a table is compared with the table's reference row: the deepest exit of the first retriever with exits,
+    or, if no retriever has exits, the first row. `before` is the name of a retriever, such as a model before training.
+    If it is given, exit k of every other retriever is compared with exit k of `before` instead.
     """
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, before) for name in benchmarks]

@@ -27,11 +27,11 @@ def losses_from_embeddings(
     """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3) and the further terms that `settings` switches on.
 
     Each anchor of this process is scored against the positives and negatives of all processes, and each positive of
-    this process against the anchors of all processes, both only within their set of `settings.pairs`. The loss is the
-    cross-entropy, averaged over both directions and over the pairs.
+    this process against the anchors of all processes. Texts of different sets in `settings.pairs` are not compared. The
+    loss is the cross-entropy, averaged over both directions and over the pairs.
 
     `stacks` is {side: embeddings (E, B, D), L2-normalised} at the E exits `exit_layers`. A learned `logit_scale` (1,)
-    replaces that of `settings`. For what is returned and raised see `ContrastiveObjective`.
+    replaces that of `settings`. Results and errors are those of `ContrastiveObjective`.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -217,23 +217,18 @@ def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: Co
 class ContrastiveObjective:
     """Objective of `MultiExitTrainer`: the CLIP loss between descriptions and code, or code and code, at each exit.
 
-    With several processes, the candidates come from all processes, and the gradients are those of the joint batch. This
-    needs batches of equal size, and a wrapper that averages gradients (DDP, FSDP2). Gradient accumulation adds no
-    candidates; for large batches, set `mini_batch_tokens`.
+    With several processes, the candidates come from all processes, and the gradients are those of the joint batch. Each
+    process must then have as many pairs in a batch as every other process, and a wrapper (DDP, FSDP2) must average the
+    gradients. Gradient accumulation adds no candidates; for large batches, set `mini_batch_tokens`.
 
     Args:
-        settings: pairs and terms of the loss; by default those of the paper.
+        settings: which texts of a batch form pairs, and which terms the loss has; by default those of the paper.
 
     Example:
-        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
-        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
-        ... )
-        >>> model = ModularStarEncoderForRetrieval(config)
+        >>> from modular_star_encoder.inference.checkpoints import load_checkpoint
+        >>> model, _ = load_checkpoint("mose-code")
         >>> side = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
-        >>> output = ContrastiveObjective()(model, {"query": side, "document": side}, exit_layers=(1, 2))
-        >>> output.losses.shape
+        >>> ContrastiveObjective()(model, {"query": side, "document": side}, exit_layers=(1, 2)).losses.shape
         torch.Size([2])
     """
 
@@ -254,23 +249,23 @@ class ContrastiveObjective:
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: {name of a side: inputs} for every side that `settings.pairs` names, by default `query` and
-                `document`. Inputs are `input_ids` and `attention_mask` (B, T), padded left or right. Row b of one side
-                of a pair matches row b of the other. Different pairs may have different B. A side may mix descriptions
-                and code.
+            batch: {side: inputs} for each name in `settings.pairs`, by default `query` and `document`. A side is one
+                text of every pair, such as all queries. Inputs are `input_ids` and `attention_mask` (B, T), padded left
+                or right. Row b of the query matches row b of the document. A side may mix descriptions and code. If
+                `settings.pairs` has several sets of pairs, each set may have another B.
             exit_layers: the exits to train.
 
         Returns:
             `losses` (E,), float32 with gradient, the sum of the terms. `terms`: `clip`, and `distillation` and
             `alignment` if their weights are above 0, multiplied by these weights. `metrics`: `clip_loss`,
             `distillation_loss` and `alignment_loss`, without the weights; `clip_accuracy`, the share of anchors whose
-            own positive is the most similar candidate, at the largest embedding size; `clip_accuracy_smallest`, at the
-            smallest size in `dimensions`; `clip_accuracy_{anchor}_{positive}` for each of several sets of pairs;
-            `masked_negatives`, the share of negatives that are masked; and a learned `logit_scale`.
+            positive is the most similar candidate, at the largest embedding size; `clip_accuracy_smallest`, the same
+            at the smallest size in `dimensions`; `clip_accuracy_{anchor}_{positive}` for each of several sets of pairs;
+            `masked_negatives`, the share of negatives that are masked; and `logit_scale`, if it is learned.
 
         Raises:
-            UserError: a side is missing or superfluous, sides of a pair or processes have different numbers of rows, or
-                the settings name an exit that is not trained.
+            UserError: `batch` does not have exactly the sides that `settings.pairs` names, two sides of a pair or two
+                processes have different numbers of rows, or the settings name an exit that is not trained.
         """
         self.settings.check_sides({side: number_of_texts(inputs) for side, inputs in batch.items()})
         stacks, logit_scale = self.embed(model, batch, exit_layers)

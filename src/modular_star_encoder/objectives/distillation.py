@@ -54,29 +54,26 @@ class DistillationObjective(ContrastiveObjective):
     `contrastive` has a `false_negative_margin` or `false_negative_factor`, the teacher decides which negatives are
     masked (as in GISTEmbed, arXiv 2402.16829). A margin of 0 masks negatives that the teacher ranks above the positive.
 
-    All exits share the teacher's space. Queries embedded at any exit may therefore be searched against documents
-    embedded at any other exit, or by the teacher itself (after the same centring, if training used centred vectors).
+    All exits learn the teacher's space. So a query that one exit embeds can be compared with documents that another
+    exit or the teacher embeds. If training used centred vectors, centre the teacher's vectors in the same way.
 
-    Texts without a pair are further entries of the batch, which `contrastive.pairs` does not name. Only the first term
-    applies to them. Several processes and gradient caching (`mini_batch_tokens`) work as in `ContrastiveObjective`.
+    A batch may have further texts that belong to no pair, as a side that `contrastive.pairs` does not name. Only the
+    first term applies to these texts. Several processes and gradient caching (`mini_batch_tokens`) work as in
+    `ContrastiveObjective`.
 
     Args:
-        settings: the weights of the terms.
-        contrastive: pairs, logit scale, mini-batches and masking; by default a logit scale of 20 and a margin of 0.
-            Its `distillation_weight` and `alignment_weight`, of terms between exits, must be 0.
+        settings: the weights of the three terms.
+        contrastive: pairs, logit scale, mini-batches and masking; by default a logit scale of 20 and a margin of 0. The
+            weights of terms between exits (`distillation_weight`, `alignment_weight`) must be 0.
 
     Raises:
         UserError: `distillation_weight` or `alignment_weight` is not 0 (`distillation.contrastive`).
 
     Example:
-        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[0, 2], num_attention_heads=4,
-        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
-        ... )
-        >>> model = ModularStarEncoderForRetrieval(config)
+        >>> from modular_star_encoder.inference.checkpoints import load_checkpoint
+        >>> model, _ = load_checkpoint("mose-code")
         >>> side = {"input_ids": torch.ones(4, 6, dtype=torch.long), "attention_mask": torch.ones(4, 6)}
-        >>> side["teacher"] = torch.randn(4, 16)
+        >>> side["teacher"] = torch.randn(4, model.config.projection_size)
         >>> batch = {"query": side, "document": side, "text": side}
         >>> DistillationObjective()(model, batch, exit_layers=(0, 2)).losses.shape
         torch.Size([2])

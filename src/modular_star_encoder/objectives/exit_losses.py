@@ -18,7 +18,7 @@ class ObjectiveOutput:
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
         metrics: name → one value per exit (E,), or one for all exits (); detached. The logs show means over batches.
-        terms: name → (E,) with gradient; their sum is `losses`. Empty if the losses have no parts.
+        terms: name → (E,) with gradient; the sum of all terms is `losses`. Empty if the loss has only one term.
     """
 
     losses: torch.Tensor
@@ -29,10 +29,13 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    It may have two more members. `check(exit_layers, embedding_size, rotates=…)` is called when the trainer is created.
-    It raises UserError if the objective does not fit the model, or if `rotates` is true (each step trains the deepest
-    exit and one other) and the objective needs other exits. `caches_gradients` is true if `backward` fills the
-    gradients though no graph leads from the losses to the parameters.
+    An objective may have a method `check(exit_layers, embedding_size, rotates=…)`, which the trainer calls when it is
+    created. The method raises UserError if the objective does not fit the model. `rotates` is true if some steps do not
+    train all exits (`exit_schedule`); the method then raises UserError if the objective needs an exit other than the
+    deepest in every step.
+
+    An objective may have an attribute `caches_gradients`. It is true if the gradients of parameters can be computed
+    only by `losses.backward()`, not by `torch.autograd.grad`.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:

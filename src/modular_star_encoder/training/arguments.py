@@ -31,17 +31,18 @@ class MultiExitTrainingArguments(TrainingArguments):
             the deepest and one other exit, which changes from step to step. `"alternate"`: in every other step only
             the deepest, otherwise all (BERxiT, Xin et al., EACL 2021). `"deepest_first"`: only the deepest in the first
             half of all steps, then all (the mixed regime of arXiv 2407.14320).
-        detach_shallow_exits: only the deepest exit's loss trains the trunk; the losses of the other exits train their
-            own heads alone. DeeBERT (arXiv 2004.12993) does so in two stages, here both happen at once. The model must
-            have projection heads.
+        detach_shallow_exits: only the deepest exit's loss trains the trunk; the loss of each other exit trains only the
+            head of this exit. DeeBERT (arXiv 2004.12993) trains trunk and heads in two stages, here in one. The model
+            must have projection heads.
         share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
             are trained by the sum of the exits' gradients.
         ema_decay: decay of an exponential moving average of the weights (0: none). The saved model has the average
             in place of the last step's weights. Not supported with FSDP.
         log_gradient_norms: log gradients of the exits' weighted losses. `gradient_norm_exit_{layer}` is the norm of an
-            exit's gradient on the trunk. `gradient_cosine_layer_{number}` is the cosine of two exits' gradients on one
-            layer, averaged over all pairs of exits; below 0, the exits conflict. Layer 0 means all weights outside the
-            layers. A logged step runs one more backward pass per exit. Not supported with FSDP.
+            exit's gradient of the trunk's weights. `gradient_cosine_layer_{number}` is the cosine of two exits'
+            gradients of one layer's weights, averaged over all pairs of exits; below 0, the exits conflict. Layer 0
+            means all weights outside the layers. A logged step runs one more backward pass per exit. Not supported with
+            FSDP.
         milestones: ascending steps at which the learning rate changes to the next of `fractions`. They replace
             `lr_scheduler_type`; see `rate_fraction`.
         fractions: for each milestone, the learning rate from that step on, as a fraction of the peak.
@@ -92,8 +93,8 @@ class MultiExitTrainingArguments(TrainingArguments):
     def rate_fraction(self, step: int) -> float:
         """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak.
 
-        The fraction rises to 1 over `warmup_steps` and stays 1 until the first milestone. From each of `milestones` on,
-        it is the number at the same position of `fractions`.
+        The fraction rises to 1 over `warmup_steps` and stays 1 until the first milestone. From milestone i on, it is
+        entry i of `fractions`.
 
         In pre-training, the paper (arXiv 2503.03008) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and
         0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. The paper does not say whether the factors multiply.
@@ -108,8 +109,8 @@ class MultiExitTrainingArguments(TrainingArguments):
 def check_arguments(arguments: MultiExitTrainingArguments) -> None:
     """Raise the error of transformers or torch for an argument that they would check only when training begins.
 
-    `Trainer` makes the optimizer and the learning-rate schedule of a tiny model, which is then run as in training.
-    Arguments for DeepSpeed and FSDP are not tried: their state in accelerate can be made only once.
+    `Trainer` makes an optimizer and a learning-rate schedule for a tiny model, then this model runs a forward and a
+    backward pass. Arguments for DeepSpeed and FSDP are not tried, because a process can set up DeepSpeed or FSDP only once.
     """
     if arguments.deepspeed_plugin is not None or arguments.fsdp:
         return

@@ -45,9 +45,9 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a fine-tuning recipe; return it and the function for its task, `finetune` or `finetune_classifier`.
+    """Read a fine-tuning recipe; return it and the function that runs it, `finetune` or `finetune_classifier`.
 
-    The arguments and errors are those of `load_recipe`.
+    For `path`, `overrides` and errors see `load_recipe`.
     """
     path = find_recipe(os.fspath(path), "finetune")
     content = read_mapping(path, overrides)
@@ -73,12 +73,11 @@ def finetune(
     If the recipe has `distillation`, every exit also learns the vectors of a teacher.
 
     `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and at the end `report.md` (scores of
-    all exits) and `model/` with `training_log.json`. `AutoModel` can load `model/`, and so can `SentenceTransformer`,
-    if its modules support the model's pooling. With `lora`, `model/` has the merged weights, and `adapter/` the
-    adapters. If `out` already has a training log, nothing is trained, and this log is returned.
+    all exits) and `model/` with `training_log.json`. `AutoModel` can load `model/`. `SentenceTransformer` can load it
+    too, if its modules support the model's pooling. With `lora`, `model/` has the merged weights, and `adapter/` has
+    the adapters. If `out` already has a training log, nothing is trained, and this log is returned.
 
-    With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
-    contradicts itself, the model or the data, or if `out` has a run with another recipe.
+    With several processes (`accelerate launch`, `torchrun`), every process calls this function.
 
     Args:
         recipe: the settings.
@@ -87,6 +86,9 @@ def finetune(
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
         before: whether to also evaluate the model before training.
+
+    Raises:
+        UserError: settings contradict each other, the model or the data, or `out` has a run with another recipe.
 
     Returns:
         The training log: what `train_to_the_end` returns, `evaluation` (final losses and accuracies on held-out pairs),
@@ -165,7 +167,7 @@ def finetune(
 
 
 def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> ExitEncoder:
-    """Return an encoder for all exits of a model, which is moved to the GPU, or to the CPU if there is none."""
+    """Move a model to the GPU, or to the CPU if there is no GPU; return an encoder of texts at all its exits."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return ExitEncoder(model, tokenizer, name, max_length=max_length)
 

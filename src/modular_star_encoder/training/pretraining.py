@@ -45,8 +45,8 @@ def pretrain(
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
     with `training_log.json`. If `out` already has a training log, nothing is trained, and this log is returned.
 
-    With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if the recipe
-    contradicts itself, the model or the number of processes, or if `out` has a run with another recipe.
+    With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if settings
+    contradict each other, the model or the number of processes, or if `out` has a run with another recipe.
 
     Args:
         recipe: the settings.
@@ -73,8 +73,8 @@ def pretrain(
     if repositories is not None and len(repositories) < 4:  # None: not known before the whole corpus is read
         raise UserError(
             "training.corpus.too_few_repositories",
-            f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs two to train on "
-            "and two to hold out, so that both sets have pairs of snippets from two different repositories.",
+            f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs at least four: two "
+            "to train on and two to hold out, so that both sets have pairs of snippets from different repositories.",
         )
     run = runs.Run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
     if run.log is not None:
@@ -148,12 +148,12 @@ def pretrain(
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """Return the configuration that a recipe's `model` names; UserError (`config.unknown`) if there is none."""
+    """Return the configuration of a recipe's `model`; UserError (`config.unknown`) if no such model is found."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 
 def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig, folder: Path, progress: bool) -> Path:
-    """Train a tokenizer on the corpus and save it to `folder`, unless this folder exists; return `folder`."""
+    """Train a tokenizer on the corpus and save it in `folder`, if this folder does not exist yet; return `folder`."""
 
     def texts() -> Iterator[str]:
         left = TOKENIZER_CHARACTERS

@@ -65,7 +65,7 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
         logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
             below 1 is a fraction of all steps.
-        training: {name: value} of all other arguments; those that upload or name a file to read are refused.
+        training: {name: value} of all other arguments; an argument that uploads, or that names a file, is refused.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -118,9 +118,9 @@ class TrainingSettings:
     def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
         """Return the arguments to train on `processes` devices and to write checkpoints to `folder`.
 
-        UserError if a batch can't be divided among the devices (see `batches`), the recipe sets an argument that
-        follows from its other settings (`training.arguments.decided`), or transformers rejects an argument
-        (`training.arguments.value`); see `check_arguments`.
+        UserError if a batch can't be divided equally among the devices (see `batches`), the recipe sets an argument
+        that follows from its other settings (`training.arguments.decided`), or transformers rejects an argument
+        (`training.arguments.value`; see `check_arguments`).
         """
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
         decided["per_device_eval_batch_size"] = decided["per_device_train_batch_size"]
@@ -208,9 +208,9 @@ class StartingRecipe(TrainingRecipe):
             weights, name a folder of `hub_configs`, or one with a config.json but no weights, and set `tokenizer`.
         exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other heads are removed.
         config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
-        unpad_inputs: do not compute padding tokens in training; the saved model keeps its starting point's value.
-        lora: train LoRA adapters in place of the trunk's weights, and train the heads in full. The value is a mapping
-            of arguments of `peft.LoraConfig`; `{}` means this package's defaults. None trains all weights.
+        unpad_inputs: do not compute padding tokens in training; the saved model has the value of its starting point.
+        lora: train LoRA adapters in place of the trunk's weights, and all weights of the heads. The value is a mapping
+            of arguments of `peft.LoraConfig`; `{}` means this package's defaults. None: train all weights.
     """
 
     task: Literal["retrieval", "classification"] = "retrieval"

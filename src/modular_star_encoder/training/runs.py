@@ -166,7 +166,7 @@ def finetuning_preflight(
 
 
 def processes_of_run() -> PartialState:
-    """Return accelerate's state of this run's processes. Without a GPU they communicate by gloo."""
+    """Return accelerate's `PartialState` of this run's processes, which use gloo if there is no GPU."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -178,7 +178,7 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
 
 
 def hold(out: Path) -> contextlib.ExitStack:
-    """Lock a run's folder in the main process, until what is returned is closed or deleted; see `locked`."""
+    """Lock a run's folder in the main process (see `locked`); closing or deleting the returned stack unlocks it."""
     held = contextlib.ExitStack()
     if processes_of_run().is_main_process:
         held.enter_context(locked(out))
@@ -188,9 +188,9 @@ def hold(out: Path) -> contextlib.ExitStack:
 class Run:
     """The folder of a run: `recipe.json` (its settings), `checkpoints/`, and `model/` with the training log.
 
-    `log` is the training log if the run is finished, otherwise None. To continue a run that has a model or checkpoint,
-    all settings except `MAY_CHANGE` must equal those in `recipe.json`. Before the first checkpoint, only the settings
-    named in `until_trained` must be equal. Nothing is written before `begin` is called.
+    `log` is the training log if the run is finished, otherwise None. A run with a model or a checkpoint can be
+    continued if all settings except `MAY_CHANGE` equal those in `recipe.json`. Before the first checkpoint, only the
+    settings named in `until_trained` must be equal. Nothing is written before `begin` is called.
 
     UserError if settings differ (`training.run.other_settings`), if the folder has files, but no run of this `kind`
     (`training.run.not_a_run`), or if another process trains there (`files.locked`).
@@ -231,8 +231,8 @@ def _plain(recipe: TrainingSettings) -> dict[str, Any]:
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
     """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one.
 
-    In a run of one process, Ctrl-C or SIGTERM ends the training after the current step: a checkpoint is written and
-    KeyboardInterrupt raised. A second signal ends the training at once, without a checkpoint.
+    In a run of one process, Ctrl-C or SIGTERM ends the training after the current step: a checkpoint is written, then
+    KeyboardInterrupt is raised. A second signal ends the training at once, without a checkpoint.
 
     Returns:
         `log_history` (one dict per log line), `steps` (the last step), `seconds` (duration of this call) and
@@ -262,7 +262,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """Return the metrics of the trained model: those logged at the last step, or else of a new evaluation."""
+    """Return the metrics of the trained model: as logged at the last step, or from a new evaluation if need be."""
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
@@ -323,8 +323,8 @@ def format_log(logs: dict[str, float]) -> str:
 class ExitProgressCallback(ProgressCallback):
     """`Trainer`'s progress bar, with the time left and readable log lines.
 
-    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr says so after three steps, or after
-    the first one if this takes longer than `LONG_STEP` seconds.
+    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr says so: after the first step if
+    this step takes longer than `LONG_STEP` seconds, otherwise after the third.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

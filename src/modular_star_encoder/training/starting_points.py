@@ -72,9 +72,9 @@ class StartingPoint(Generic[Model]):
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
         """Load the model, in float32, and its tokenizer; every call returns the same weights.
 
-        The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer that adds no special
-        tokens, such as the published one, gets this package's template for them. UserError if there is no tokenizer, or
-        if it has more tokens than the model's vocabulary.
+        The recipe's seed determines the weights of heads that the checkpoint lacks. If the tokenizer adds no special
+        tokens, as in the published models, it gets this package's template, which adds them. UserError if no tokenizer
+        is found, or if the tokenizer has more tokens than the model's vocabulary.
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:
@@ -98,9 +98,10 @@ class StartingPoint(Generic[Model]):
         return model, tokenizer
 
     def save(self, trainer: MultiExitTrainer, out: Path) -> None:
-        """Write the model, LoRA merged, and its tokenizer to `out/model/`; also write LoRA adapters to `out/adapter/`.
+        """Write the trained model and its tokenizer to `out/model/`.
 
-        Every process must call this function, because the model may be spread over all processes.
+        LoRA adapters are merged into this model, and also written to `out/adapter/`. Every process must call this
+        function, because the model may be spread over all processes.
         """
         lora = self._recipe.lora is not None
         trainer.save_model(os.fspath(out / (ADAPTER if lora else MODEL)))
@@ -167,10 +168,11 @@ def start_from_teacher(
 ) -> None:
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
-    A token's embedding is the teacher's vector of this token minus the mean of all tokens, and the head is the
-    identity. If the hidden size is below D, the size of these vectors, the embeddings are their principal components,
-    and the head maps them back. A token's weight is a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for
-    Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero vector and weight 0: no mean includes them.
+    A token's embedding is the teacher's vector of this token minus the mean vector of all tokens, and the head is the
+    identity. If the hidden size is below D, the size of the teacher's vectors, a token's embedding has the principal
+    components of this difference, and the head maps embeddings back to size D. A token's weight is a / (a + frequency),
+    as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero
+    vector and weight 0, and the mean vector leaves them out.
 
     Args:
         model: a model with an exit 0, a linear projection head, token weights, and `projection_size` D.
@@ -211,9 +213,9 @@ def start_from_teacher(
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
     """Return a copy of a model with only exit 0, to which new layers and exits are added.
 
-    At first every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all heads equal
-    the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of the new layers
-    would outweigh them after the first training steps.
+    Before training, every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all
+    heads equal the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of
+    the new layers would outweigh the token embeddings after the first training steps.
 
     Args:
         model: has exit 0 alone, and no exit norm.

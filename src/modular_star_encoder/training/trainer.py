@@ -40,33 +40,31 @@ class MultiExitTrainer(Trainer):
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
-        args: `MultiExitTrainingArguments`, or plain `TrainingArguments` to train exits with the defaults of the former.
-            `remove_unused_columns` is set to False, because the objective defines the columns of a batch.
+        args: `MultiExitTrainingArguments`, or plain `TrainingArguments`, which trains the exits with the default values
+            of `MultiExitTrainingArguments`. `remove_unused_columns` is set to False, because the objective defines the
+            columns of a batch.
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
         exit_layers: the exits to train; all exits of the model by default.
-        evaluator: for example a `MultiExitEvaluator`. At every evaluation, every process calls `evaluator(model,
-            folder, epoch, steps, across_processes=True)` once, with or without an `eval_dataset`; in all processes but
-            the first, `folder` is None. The first process's metrics are logged with the prefix `eval_` and can be
-            `args.metric_for_best_model`.
+        evaluator: for example a `MultiExitEvaluator`; no `eval_dataset` is needed. At every evaluation, every process
+            calls `evaluator(model, folder, epoch, steps, across_processes=True)` once; `folder` is None in all
+            processes but the first. The metrics of the first process are logged with the prefix `eval_`, and
+            `args.metric_for_best_model` may name one of them.
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
     Raises:
-        UserError: the model lacks one of `exit_layers`, `exit_weights` does not fit these exits, or the objective does
-            not fit the model, `exit_schedule`, `detach_shallow_exits` or `log_gradient_norms`.
+        UserError: the model lacks one of `exit_layers`, or has no projection heads, which `detach_shallow_exits` and
+            `share_heads` need; `exit_weights` does not fit the exits; or the objective does not fit the model,
+            `exit_schedule` or `log_gradient_norms`.
 
     Example:
         >>> import tempfile
-        >>> from modular_star_encoder import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
+        >>> from modular_star_encoder.inference.checkpoints import load_checkpoint
         >>> from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-        >>> config = ModularStarEncoderConfig(
-        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_attention_heads=4,
-        ...     num_key_value_heads=2, intermediate_size=64, projection_size=16,
-        ... )
+        >>> model, _ = load_checkpoint("mose-code")
         >>> arguments = MultiExitTrainingArguments(tempfile.mkdtemp(), exit_weights="uniform", use_cpu=True)
-        >>> trainer = MultiExitTrainer(ModularStarEncoderForRetrieval(config), arguments, ContrastiveObjective())
-        >>> trainer.exit_layers
-        (1, 2)
+        >>> MultiExitTrainer(model, arguments, ContrastiveObjective()).exit_layers
+        (0, 1, 2, 4, 6)
     """
 
     def __init__(
@@ -215,8 +213,8 @@ class MultiExitTrainer(Trainer):
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
                 logger.warning_once(
-                    "The deepest exit masks more than a tenth of all negatives as false negatives, so it is not good "
-                    "enough to judge them. First fine-tune without `false_negative_margin` and `false_negative_factor`."
+                    "The deepest exit masks more than a tenth of all negatives as false negatives: it is not trained "
+                    "well enough. First fine-tune without `false_negative_margin` and `false_negative_factor`."
                 )
         super().log(logs, start_time)
 
@@ -267,7 +265,7 @@ def check_objective(
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
-            "`log_gradient_norms` can't be used with `mini_batch_tokens`, which keeps no autograd graph; set only one.",
+            "`log_gradient_norms` does not work with `mini_batch_tokens`, which keeps no autograd graph; set only one.",
         )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
@@ -300,7 +298,7 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
 
 
 class SharedHeads(TrainerCallback):
-    """Callback that keeps heads equal: all start as copies of the last one, and all get the sum of their gradients."""
+    """Callback that keeps heads equal: they start as copies of the last head, and all get the sum of the gradients."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
