@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-import modular_star_encoder.cli.main as cli
 from modular_star_encoder.evaluation.run import run_benchmarks
 from modular_star_encoder.inference import PROFILE_NAME, encoders
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
+from tests.cli import conftest
 from tests.errors import raises
 from tests.evaluation.benchmarks import published
 from tests.inference.test_exit_profile import made_up_profile
 from tests.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
+mose = conftest.mose
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,10 @@ def run(checkpoint, data, out, *names, **options):
     return run_benchmarks(str(checkpoint), names or ["cosqa"], data, out, allow_subset=True, progress=False, **options)
 
 
-def mose(capsys, *arguments):
-    status = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselines(capsys, checkpoint, data, tmp_path):
+def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselines(mose, checkpoint, data, tmp_path):
     out = tmp_path / "out"
     options = ("--allow-subset", "--baselines", "bm25", "--untrained", "--exit-layers", "1,4", "--out", out)
-    status, shown, _ = mose(capsys, "evaluate", checkpoint, "--benchmark", "all", "--data", data, *options)
+    status, shown, _ = mose("evaluate", checkpoint, "--benchmark", "all", "--data", data, *options)
     assert status == 0
     assert shown == (out / "report.md").read_text()
     tables = json.loads((out / "report.json").read_text())["tables"]
@@ -56,13 +51,17 @@ def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselin
 
 
 def test_without_out_the_same_report_goes_to_the_terminal_and_to_a_json_file(
-    capsys, checkpoint, data, tmp_path, monkeypatch
+    mose,
+    checkpoint,
+    data,
+    tmp_path,
+    monkeypatch,
 ):
     monkeypatch.setenv("MOSE_DATA", str(data))
     monkeypatch.setattr("sys.argv", ["mose", "evaluate", "--data", str(data)])
     options = ("--benchmark", "cosqa", "--data", data, "--allow-subset", "--exit-layers", "4")
-    assert mose(capsys, "evaluate", checkpoint, *options, "--baselines", "bm25", "--out", tmp_path / "out")[0] == 0
-    status, shown, _ = mose(capsys, "evaluate", checkpoint, *options, "--json", tmp_path / "results.json")
+    assert mose("evaluate", checkpoint, *options, "--baselines", "bm25", "--out", tmp_path / "out")[0] == 0
+    status, shown, _ = mose("evaluate", checkpoint, *options, "--json", tmp_path / "results.json")
     assert status == 0
     assert "BM25" in shown
     stored, written = (json.loads((tmp_path / name).read_text()) for name in ("out/report.json", "results.json"))
@@ -98,25 +97,18 @@ def test_latencies_that_were_not_measured_alike_are_not_drawn_together(data, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--benchmark", "all", "--data", "hub", "--out", "OUT"), "`all` needs a local folder"),
-        (("--benchmark", "cosqa", "--out", "FILE/out", "--allow-subset"), "is not a folder"),
-        (("--benchmark", "cosqa", "--out", "OUT"), "expected 6,267 codes, found 4"),
-        (("--benchmark", "cosqa", "--out", "OUT", "--json", "FILE/x.json"), "file"),
-        (("--benchmark", "cosqa", "--out", "OUT", "--exit-layers", "3", "--allow-subset"), "its exits are 1, 2, 4"),
-        (("--benchmark", "cosqa", "--out", "OUT", "--baselines", "./no", "--allow-subset"), "no checkpoint folder"),
+        ({}, "expected 6,267 codes, found 4"),
+        ({"exit_layers": (3,), "allow_subset": True}, "its exits are 1, 2, 4"),
+        ({"baselines": ["./no"], "allow_subset": True}, "no checkpoint folder"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_embedded_or_written(
-    capsys, checkpoint, data, tmp_path, monkeypatch, options, message
+    checkpoint, data, tmp_path, monkeypatch, options, message
 ):
-    (tmp_path / "file").write_text("")
-    places = {"OUT": tmp_path / "out", "FILE/out": tmp_path / "file" / "out", "FILE/x.json": tmp_path / "file/x.json"}
     monkeypatch.setattr(encoders, "encode_exits", lambda *_, **__: pytest.fail("embedded before the error"))
-    options = [places.get(option, option) for option in options]
-    status, shown, errors = mose(capsys, "evaluate", checkpoint, "--data", data, *options)
-    assert (status, shown) == (2, "")
-    assert message in errors.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises((ValueError, OSError), match=message):
+        run_benchmarks(str(checkpoint), ["cosqa"], data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_retrievers_of_one_name_are_an_error(checkpoint, data, tmp_path):

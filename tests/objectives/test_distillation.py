@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
@@ -18,11 +20,6 @@ def new_model(**changes):
     return with_dropout(0.0, exit_layers=EXITS, **changes)
 
 
-def softmax(logits):
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 def in_numpy(embeddings, teacher, scale=20.0, temperature=2.0):
     """Cosine, relational and contrastive loss of one exit, and the share of negatives that are masked."""
     unit = {side: vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for side, vectors in teacher.items()}
@@ -30,10 +27,10 @@ def in_numpy(embeddings, teacher, scale=20.0, temperature=2.0):
     found, wanted = embeddings["query"] @ embeddings["document"].T, unit["query"] @ unit["document"].T
     relational = contrastive = masked = 0.0
     for own, target in ((found, wanted), (found.T, wanted.T)):
-        p, q = softmax(scale / temperature * target), softmax(scale / temperature * own)
-        relational += (p * np.log(p / q)).sum(axis=1).mean() * temperature**2 / 2
+        p, q = (softmax(scale / temperature * one, axis=1) for one in (target, own))
+        relational += entropy(p, q, axis=1).mean() * temperature**2 / 2
         above = target > np.diag(target)[:, None]
-        probabilities = softmax(np.where(above, -1e9, scale * own))
+        probabilities = softmax(np.where(above, -1e9, scale * own), axis=1)
         contrastive += -np.log(np.diag(probabilities)).mean() / 2
         masked += above.sum() / (len(own) * (len(own) - 1)) / 2
     return {"cosine": cosine, "relational": relational, "clip": contrastive}, masked
