@@ -158,6 +158,3 @@ def test_other_models_and_embeddings_are_an_error(sentence_transformer, model):
         MultiExitEvaluator.from_pairs(ROWS, exit_layers=(3,))(sentence_transformer)
     with raises("evaluation.candidates.too_few", 1):
         MultiExitEvaluator.from_pairs(ROWS, candidates=1)
-    embeddings = np.full((len(ROWS), 4), np.nan, dtype=np.float32)
-    with raises("evaluation.scores.nan"):
-        evaluator._score(embeddings, embeddings)

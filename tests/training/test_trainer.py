@@ -122,39 +122,28 @@ def test_geometric_weights_train_the_logarithm_of_each_loss(tmp_path):
             torch.testing.assert_close(found[name], p.grad)
 
 
-def test_cosines_between_the_exits_gradients_are_logged_by_layer(tmp_path):
-    settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "log_gradient_norms": True}
-    trainer = make_trainer(tmp_path, with_dropout(0.0), **settings)
-    trainer.train()
-    log = trainer.state.log_history[0]
-    # Layers 3 and 4 belong to the deepest exit alone.
-    assert {name for name in log if "cosine_layer" in name} == {f"gradient_cosine_layer_{layer}" for layer in (0, 1, 2)}
-    batch = next(iter(trainer.get_train_dataloader()))
-    gradients = []
-    for exit_layer in (2, 4):
-        trainer.model.zero_grad()
-        trainer.objective(trainer.model, batch, (exit_layer,)).losses.sum().backward()
-        layer = trainer.model.model.layers[1]
-        gradients.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
-    expected = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
-    assert log["gradient_cosine_layer_2"] == pytest.approx(expected, rel=1e-3)
-
-
 @pytest.mark.parametrize("adapters", [False, True])
-def test_gradient_norms_per_exit_are_those_of_each_weighted_loss_on_the_trunk(tmp_path, adapters):
+def test_the_norm_of_each_exits_gradient_and_cosines_by_layer_are_those_of_the_weighted_losses(tmp_path, adapters):
     model = add_adapters(with_dropout(0.0), {}) if adapters else with_dropout(0.0)
     settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "log_gradient_norms": True}
     trainer = make_trainer(tmp_path, model, **settings)
     trainer.train()
-    batch = next(iter(trainer.get_train_dataloader()))
+    (log, *_), batch, of_layer_2 = trainer.state.log_history, next(iter(trainer.get_train_dataloader())), {}
     for exit_layer in EXIT_LAYERS:
         trainer.model.zero_grad()
         (loss,) = ContrastiveObjective()(trainer.model, batch, (exit_layer,)).losses
         (loss * exit_layer / 4).backward()
-        trunk = [p for name, p in trainer.model.named_parameters() if "projection_heads" not in name]
-        gradients = [p.grad for p in trunk if p.grad is not None]
-        expected = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-        assert trainer.state.log_history[0][f"gradient_norm_exit_{exit_layer}"] == pytest.approx(expected, rel=1e-3)
+        trunk = {name: p.grad for name, p in trainer.model.named_parameters() if "projection_heads" not in name}
+        gradients = {name: gradient.flatten() for name, gradient in trunk.items() if gradient is not None}
+        assert log[f"gradient_norm_exit_{exit_layer}"] == pytest.approx(
+            torch.cat([*gradients.values()]).norm().item(), 1e-3
+        )
+        of_layer_2[exit_layer] = [gradient for name, gradient in gradients.items() if "layers.1." in name]
+    expected = torch.nn.functional.cosine_similarity(*(torch.cat(of_layer_2[k]) for k in (2, 4)), dim=0).item()
+    assert log["gradient_cosine_layer_2"] == pytest.approx(expected, rel=1e-3)
+    # Layers 3 and 4 belong to the deepest exit alone, and adapters are in layers only.
+    layers = (1, 2) if adapters else (0, 1, 2)
+    assert {name for name in log if "cosine" in name} == {f"gradient_cosine_layer_{layer}" for layer in layers}
 
 
 @pytest.mark.parametrize("adapters", [False, True])

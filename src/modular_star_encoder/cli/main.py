@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_current_folder() -> None:
-    """Raise FileNotFoundError if the current folder is deleted: libraries would end the process, or not say why."""
+    """Raise FileNotFoundError if the current folder was deleted: libraries would crash, or give an unclear error."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def number_of_environment(error: str) -> str:
-    """Say which variable of the environment has the value that this error of Python calls no number; "" if none."""
+    """Return a note on the environment variables whose value caused this error about a number; "" if there are none."""
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
         return ""
     wrong = [f"{name}={value}" for name, value in os.environ.items() if error.endswith(f": {value!r}")]

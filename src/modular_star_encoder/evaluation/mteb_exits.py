@@ -178,6 +178,7 @@ def _model_meta(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
+    """Return each task once, with the tasks of named benchmarks; UserError if a name is unknown or no task is given."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:

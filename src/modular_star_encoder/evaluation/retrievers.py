@@ -3,10 +3,10 @@
 A retriever may have several *variants* that one pass over the texts computes: the exits of a model, and at each exit
 the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
 
-The cosine similarity of two unit vectors is the float64 sum of the products of their components, added pairwise in the
-order of the components and rounded to float32. A matrix product adds in another order, so its rounding error differs.
-A block keeps the scores of the matrix product that round to the same float32 despite this error, and computes the other
-scores in the fixed order. Scores of equal vectors are therefore equal, whatever the block size or the library.
+The cosine similarity of two unit vectors is the float64 sum of the products of their components, added in a fixed order
+(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but adds in an order that depends on the
+block size and the library. So a score of the matrix product is kept only if its rounding error cannot change the
+float32 number; all other scores are summed in the fixed order. Equal vectors therefore always have equal scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluate retrievers on benchmarks, both given by names, and report the results.
+"""Evaluate retrievers on benchmarks, which are given by their names, and report the results.
 
 `mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. In a folder `out`, each result is stored in a
 file whose name is a hash of everything that the result depends on (texts and protocol of the task, weights of the

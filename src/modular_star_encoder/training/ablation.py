@@ -71,7 +71,7 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 
 
 def _name(name: str) -> str:
-    """Return the name of a start or variant unchanged; ValueError if it can't name a folder, or names other models."""
+    """Return the name of a start or variant; ValueError if no folder can have it, or it means another kind of model."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
         raise ValueError(f"must be one word, not {TOGETHER}, and must not begin with exit-")
     return name
@@ -101,11 +101,12 @@ class AblationRecipe:
             About half of these, in whole repositories, are validation rows (for learning rates), the others test rows.
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             A dot separates nested settings, as in `distillation.teacher`.
-        learning_rates: learning rates to try for each kind of model, with the first seed, by default only that of
+        learning_rates: learning rates to try for each kind of model, with the first seed; by default only the rate in
             `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
             use the rate that is chosen for training all exits together.
-        seeds: one model of each kind is trained with each seed, which sets new weights, batches, renaming and dropout.
-        exit_layers: exits to train alone, all exits of the model if None.
+        seeds: one model of each kind is trained with each seed. The seed determines the weights of new heads, the
+            batches, which words are renamed, and dropout.
+        exit_layers: exits to train alone; all exits of the model if None.
         gate: points of MRR × 100 by which the deepest exit must be better than the shallowest, both trained alone;
             otherwise no other model of the start is trained.
         variants: {name of a variant: settings that replace those of training all exits together}.

@@ -110,7 +110,7 @@ def check_arguments(arguments: MultiExitTrainingArguments) -> None:
     """Raise the error of transformers or torch for an argument that they would check only when training begins.
 
     `Trainer` makes an optimizer and a learning-rate schedule for a tiny model, then this model runs a forward and a
-    backward pass. Arguments for DeepSpeed and FSDP are not tried, because a process can set up DeepSpeed or FSDP only once.
+    backward pass. Arguments for DeepSpeed and FSDP are not tried, because a process can set up each of them only once.
     """
     if arguments.deepspeed_plugin is not None or arguments.fsdp:
         return
