@@ -300,9 +300,10 @@ def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
     assert model.config.unpad_inputs
 
 
-def test_8_bit_weights_of_a_linear_head_that_is_used_twice(tmp_path):
-    head = {"projection_head": "linear", "projection_order": "pool_then_project", "projection_size": 32}
-    model = tiny_model(**head, pooling="mean").eval()
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("order", ["pool_then_project", "project_then_pool"])
+def test_8_bit_weights_leave_no_matrix_in_float_and_attention_copies_no_keys(tmp_path, head, order):
+    model = tiny_model(projection_head=head, projection_order=order, projection_size=24, pooling="mean").eval()
     export_onnx(model, tmp_path / "model.onnx")
     quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
     inputs = {name: value.numpy() for name, value in tiny_batch().items()}
@@ -310,6 +311,11 @@ def test_8_bit_weights_of_a_linear_head_that_is_used_twice(tmp_path):
         open_session(tmp_path / file).run(["sentence_embedding"], inputs)[0] for file in ("model.onnx", "int8.onnx")
     )
     assert ((exact * small).sum(axis=1) > 0.98).all()
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    assert not [one.name for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) > 1]
+    repeated = {"IsNaN", "Tile"} & {node.op_type for node in graph.node}
+    assert not repeated
+    assert sum(node.op_type == "Expand" for node in graph.node) < 2 * model.config.num_hidden_layers
 
 
 @pytest.mark.skipif(

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.inference import local_folder
@@ -78,6 +80,24 @@ OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
 # A protobuf file has at most 2 GiB; this limit on the weights leaves space for the graph.
 _LARGEST_FILE = 2**31 - 2**27
+
+
+_ATTENTION = "mose_onnx"
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention with few graph nodes: query heads with common keys are rows of one product, so no keys are copied."""
+    batch, heads, tokens, size = query.shape
+    rows = (batch, heads // module.num_key_value_groups, module.num_key_value_groups * tokens)
+    scores = ((query * scaling).reshape(*rows, size) @ key.transpose(2, 3)).reshape(batch, heads, tokens, tokens)
+    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+    return (weights.reshape(*rows, tokens) @ value).reshape(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, eager_mask)
 
 
 class _ServedExit(torch.nn.Module):
@@ -128,13 +148,14 @@ def export_onnx(
         import onnxscript  # noqa: F401 - torch's exporter needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     served = served_exit(model, exit_layer)
+    served.model.set_attn_implementation(_ATTENTION)
     with quiet_libraries(), torch.no_grad():
         program: Any = torch.onnx.export(served, (), kwargs=sample, dynamo=True, verbose=False, **options)
     # The exporter adds to each node the lines of code that it comes from, with local paths: remove them.
     save_graph(ClearMetadataAndDocStringPass()(program.model).model, path)
 
 
-def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> torch.nn.Module:
+def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> Any:
     """Return a module that computes one exit, to be exported: in evaluation mode, with the weights of `model`."""
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     # Skipping padding needs the lengths as Python numbers, which an exported graph does not have.
@@ -224,16 +245,23 @@ def _batches(vocab_size: int, longest: int) -> Iterator[dict[str, torch.Tensor]]
 def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Copy an ONNX file to `target` with the weights of linear layers and token embeddings rounded to int8."""
     with naming_extra():
+        import onnx
         import onnx_ir
         from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxscript.optimizer import fold_constants
     # Write to a temporary folder, because the quantiser gives the weights file a name that servers do not expect.
     with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=Path(target).parent) as folder:
-        # Only token embeddings and linear layers: a head's transposed weights can't have one scale per output.
         options = SETTINGS | {"op_types_to_quantize": ["Gather", "MatMul"]}
         options["use_external_data_format"] = Path(f"{os.fspath(source)}_data").exists()
-        draft = Path(folder, "model.onnx")
+        folded, draft = Path(folder, "folded.onnx"), Path(folder, "model.onnx")
         with quiet_libraries():
-            quantize_dynamic(source, draft, weight_type=QuantType.QInt8, **options)
+            # The quantiser finds only weights that no node transposes, and transposes weights without their shapes.
+            graph = fold_constants(onnx_ir.load(source), input_size_limit=2**40, output_size_limit=2**40).model
+            save_graph(graph, folded)
+            without_shapes = onnx.load(folded, load_external_data=False)
+            del without_shapes.graph.value_info[:]
+            onnx.save(without_shapes, folded)
+            quantize_dynamic(folded, draft, weight_type=QuantType.QInt8, **options)
         save_graph(onnx_ir.load(draft), target)
 
 
