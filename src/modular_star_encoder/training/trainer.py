@@ -144,7 +144,7 @@ class MultiExitTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save a checkpoint for `AutoModel` and, if possible, `SentenceTransformer`; delete the pickled arguments."""
+        """Save a checkpoint for `AutoModel` and, if possible, `SentenceTransformer`; delete `Trainer`'s pickle file."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self._folder)
@@ -181,7 +181,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return each exit's gradient norm on the trunk, (E,), and {layer: mean cosine of two exits' gradients, ()}."""
+        """Return the norm of each exit's gradient on the trunk (E,), and {layer: mean cosine () of pairs of exits}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
