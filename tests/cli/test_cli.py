@@ -14,7 +14,6 @@ import pytest
 from safetensors import SafetensorError
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.cli import doctor
 from modular_star_encoder.cli.evaluate import BENCHMARK_NAMES
 from modular_star_encoder.evaluation.benchmarks import ALL, BENCHMARKS
 from modular_star_encoder.inference import PROFILE_NAME
@@ -40,10 +39,10 @@ for option in ("--help", "--version"):
 def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_extra(mose, monkeypatch):
     def distribution(name):
         if name == "gradio":
-            raise doctor.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return metadata.distribution(name)
 
-    monkeypatch.setattr(doctor, "distribution", distribution)
+    monkeypatch.setattr(cli, "distribution", distribution)
     status, out, _ = mose("doctor")
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert status == 0
