@@ -164,23 +164,9 @@ def compute_teacher_vectors(
 ) -> TeacherVectors:
     """Return the vectors of a teacher's deepest exit; texts that are not in the cache yet are embedded first.
 
-    The cache tells teachers apart by their weights, tokenizer and configuration, or, behind an endpoint, by model name
-    and URL.
-
-    Args:
-        teacher: the encoder that embeds the texts.
-        texts: texts without `prompt`.
-        cache: folder of an `EmbeddingCache`; by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME` or
-            `~/.cache`.
-        prompt: prefix of every text.
-        max_characters: longer texts are cut to this number of characters; the teacher may cut them further.
-
-    Raises UserError if a vector has NaN or infinity (`teacher.not_finite`).
-
-    Example:
-        >>> teacher = load_encoder("BAAI/bge-small-en-v1.5")  # doctest: +SKIP
-        >>> compute_teacher_vectors(teacher, ["read a file"]).rows(["read a file"]).shape  # doctest: +SKIP
-        (1, 384)
+    `texts` are without the prompt. The teacher embeds the first `max_characters` characters of each, after `prompt`.
+    `cache` is the folder of an `EmbeddingCache`, by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME`
+    or `~/.cache`. UserError (`teacher.not_finite`) if a vector has NaN or infinity.
     """
     root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
     retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser()))
@@ -199,9 +185,9 @@ def compute_teacher_vectors(
 class TeacherTargets:
     """The vectors that a student learns: a teacher's vectors of descriptions (`query`) and code snippets (`document`).
 
-    `means` maps `query` and `document` to mean vectors (D,). If it is given, the mean of its kind is subtracted from
-    each vector, and the difference is scaled to length 1: what all vectors of a kind have in common does not help to
-    rank them. The MRR of bge-small on held-out pairs is 75.8 without the subtraction, 81.5 with it.
+    `means` is {`query` or `document`: mean vector (D,)}. If it is given, the mean of the text's kind is subtracted from
+    the text's vector, and the difference is scaled to length 1: what all texts of a kind have in common does not help
+    to rank them. The MRR of bge-small on held-out pairs is 75.8 without the subtraction, 81.5 with it.
     """
 
     def __init__(self, vectors: Mapping[str, TeacherVectors], means: Mapping[str, np.ndarray] | None = None) -> None:
