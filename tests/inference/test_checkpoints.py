@@ -200,6 +200,7 @@ def _index(folder, shard):
 
 def _link(folder, name):
     (folder.parent / "secret").write_text("{}")
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(folder.parent / "secret")
 
@@ -229,6 +230,8 @@ EMPTY, HUGE = ({"dtype": "U8", "shape": [end], "data_offsets": [0, end]} for end
         (partial(_index, shard=["a"]), "its weights"),
         (partial(_link, name="modules.json"), "its modules.json is a link to a file outside"),
         (partial(_link, name="1_Pooling/config.json"), "its config.json is a link to a file outside"),
+        (partial(_link, name="additional_chat_templates/x.jinja"), "its x.jinja is a link to a file outside"),
+        (write("adapter_config.json", "{}"), "merge the adapter first"),
     ],
 )
 def test_files_too_large_to_read_in_seconds_pipes_and_files_outside_the_folder_are_reported_unread(
@@ -242,9 +245,17 @@ def test_files_too_large_to_read_in_seconds_pipes_and_files_outside_the_folder_a
 
 def test_a_link_to_the_blobs_of_the_hub_s_cache_is_followed(copy):
     (copy.parent / "blobs").mkdir()
-    (copy / "config.json").rename(copy.parent / "blobs" / "1")
-    (copy / "config.json").symlink_to("../blobs/1")
-    load_checkpoint(copy)
+    (copy.parent / "snapshots").mkdir()
+    snapshot = copy.rename(copy.parent / "snapshots" / "1")
+    (snapshot / "config.json").rename(copy.parent / "blobs" / "1")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    load_checkpoint(snapshot)
+    (copy.parent / "other").mkdir()
+    (copy.parent / "blobs").rename(copy.parent / "other" / "blobs")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../other/blobs/1")
+    with pytest.raises(FileNotFoundError, match="outside"):
+        load_checkpoint(snapshot)
 
 
 def test_a_configuration_chooses_neither_other_weights_nor_an_attention(copy):

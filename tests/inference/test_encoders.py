@@ -1,8 +1,12 @@
 import json
+import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
@@ -18,6 +22,7 @@ from modular_star_encoder.inference.encoders import (
     Text,
     load_encoder,
 )
+from modular_star_encoder.utils.errors import UserError
 from tests.errors import raises
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.utils.http_server import LocalServer
@@ -101,6 +106,41 @@ def test_a_folder_of_wrong_modules_is_one_sentence(tmp_path, module):
     (tmp_path / "modules.json").write_text(f"[{module}]")
     with raises("checkpoint.damaged", tmp_path):
         load_encoder(str(tmp_path))
+
+
+def _pickle_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _grow(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _dense(folder):
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text('{"in_features": 100000, "out_features": 100000}')
+    save_file({"linear.weight": torch.zeros(1)}, folder / "2_Dense" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (_pickle_weights, "pytorch_model.bin is pickled"),
+        (lambda folder: os.mkfifo(folder / "sentence_bert_config2.json"), "is not a file"),
+        (partial(_grow, num_labels=30_000_000), "num_labels above"),
+        (partial(_grow, num_hidden_layers=10**6), "num_hidden_layers above"),
+        (partial(_grow, vocab_size=10**6, hidden_size=2304), "do not fit its configuration"),
+        (_dense, "do not fit its configuration"),
+    ],
+)
+def test_files_of_other_models_are_bounded_and_nothing_is_unpickled(plain, tmp_path, monkeypatch, change, fault):
+    folder = tmp_path / "copy"
+    SentenceTransformer(plain, device="cpu").save(str(folder))
+    change(folder)
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer.__init__", None)
+    with pytest.raises((FileNotFoundError, UserError), match=fault):
+        load_encoder(str(folder))
 
 
 def test_a_padding_token_that_is_in_no_vocabulary_is_one_sentence(plain, tmp_path):

@@ -14,6 +14,8 @@ from modular_star_encoder.utils.files import leads_outside, read_json
 
 PROFILE_NAME = "exit_profile.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_READ = ("*.json", "*.jinja", "*.txt", "*.safetensors")  # files of a checkpoint, and of folders in it
+_MOST = {"num_labels": 10**5} | dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 1000)
 _MAX_CONFIG, _MAX_INDEX, _MAX_HEADER, _MAX_WEIGHTS = 2**17, 2**22, 2**20, 2**34  # bytes
 
 
@@ -51,8 +53,11 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     return Path(path) if path == os.path.expanduser(os.fspath(name)) and os.path.isdir(path) else None
 
 
-def check_checkpoint(name: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError unless `name` is a shipped model, OWNER/NAME or a folder with config.json and weights."""
+def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) -> None:
+    """Raise FileNotFoundError unless `name` is a shipped model, OWNER/NAME or a folder with config.json and weights.
+
+    With `of_modules`, the folder may be of any SentenceTransformer, which has these files in folders of its modules.
+    """
     folder = Path(resolve_checkpoint(name))
     if is_repository(name):
         return
@@ -60,39 +65,64 @@ def check_checkpoint(name: str | os.PathLike[str]) -> None:
     if not folder.is_dir():
         known = f"a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
         fault = f"There is no checkpoint folder {name}: give a folder that exists, {known}."
+    elif of_modules and (folder / "modules.json").is_file():
+        fault = _unsafe_file(folder)
     elif not (folder / "config.json").is_file():
         fault = f"{name} is not a checkpoint: it has no config.json. Name a folder with config.json and weights."
     elif not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
-    elif odd := _unsafe_file(folder):
-        fault = f"{name} is not a checkpoint: {odd}."
+    else:
+        fault = _unsafe_file(folder)
+    for place in (folder, *folder.glob("*/")) if of_modules else (folder,):
+        fault = fault or _unsafe_weights(place) or (of_modules and _huge_number(place)) or ""
     if fault:
-        raise FileNotFoundError(fault)
+        raise FileNotFoundError(fault if str(name) in fault else f"{name} is not a checkpoint: {fault}.")
 
 
 def _unsafe_file(folder: Path) -> str:
-    """Return what is wrong with a checkpoint's files: a pipe, a link out of the folder, no weights; "" if nothing."""
-    texts = [*folder.glob("*.json"), *folder.glob("*/*.json"), *folder.glob("*.jinja")]
-    for file in (*texts, *folder.glob("*.safetensors")):
+    """Return which file of a checkpoint is unsafe to read: a pipe, a link out of the folder, …; "" if none is."""
+    for file in (path for pattern in _READ for place in ("", "*/") for path in folder.glob(place + pattern)):
         if not file.is_file():  # reading a pipe would never end
             return f"its {file.name} is not a file"
-    for file in texts:
+        if file.suffix == ".safetensors":
+            if fault := _weights_fault(file):
+                return f"its {file.name} {fault}"
+            continue
         if leads_outside(file, folder):  # it would be copied
             return f"its {file.name} is a link to a file outside the folder"
         is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
         if is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond
             return f"its {file.name} has more than {_MAX_CONFIG:,} bytes"
-    for file in folder.glob("*.safetensors"):
-        if fault := _weights_fault(file):
-            return f"its {file.name} {fault}"
-    if not (folder / WEIGHT_FILES[0]).is_file():
-        try:
-            index = read_json(folder / WEIGHT_FILES[1], most_bytes=_MAX_INDEX)
-            shards = {str(shard) for shard in index["weight_map"].values()}
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return f"its {WEIGHT_FILES[1]} does not name its weights"
-        if odd := sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
-            return f"its weights {odd[0]} are not a file in the folder"
+    return ""
+
+
+def _huge_number(folder: Path) -> str:
+    """Return the number in a configuration that costs transformers memory before it reads a weight; "" if none does."""
+    try:
+        config = read_json(folder / "config.json")
+        huge = [name for name, most in _MOST.items() if isinstance(config.get(name), int) and config[name] > most]
+    except (OSError, ValueError, AttributeError):  # the loader reports it
+        return ""
+    return f"its config.json has {huge[0]} above {_MOST[huge[0]]:,}" if huge else ""
+
+
+def _unsafe_weights(folder: Path) -> str:
+    """Return what is wrong with the weights of a checkpoint or of one of its modules; "" if nothing is."""
+    if (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
+        return "its adapter_config.json would change the weights: merge the adapter first"
+    if (folder / WEIGHT_FILES[0]).is_file():
+        return ""
+    if pickled := next(folder.glob("pytorch_model*.bin"), None):
+        return f"its {pickled.name} is pickled: store the weights in {WEIGHT_FILES[0]}"
+    if not (folder / WEIGHT_FILES[1]).exists():
+        return ""
+    try:
+        index = read_json(folder / WEIGHT_FILES[1], most_bytes=_MAX_INDEX)
+        shards = {str(shard) for shard in index["weight_map"].values()}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return f"its {WEIGHT_FILES[1]} does not name its weights"
+    if odd := sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
+        return f"its weights {odd[0]} are not a file in the folder"
     return ""
 
 

@@ -126,12 +126,7 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
     with clear_errors(path):
         with torch.device("meta"):
             parameters = modeling.ModularStarEncoderModel(config).num_parameters()
-        files = list(Path(path).glob("*.safetensors"))
-        if files and parameters > sum(file.stat().st_size for file in files):
-            for file in files:  # SafetensorError if it is cut
-                safe_open(file, framework="pt")
-            # transformers would fill gigabytes with random numbers before it reports tensors of other sizes.
-            raise RuntimeError(f"size mismatch: {parameters} parameters")
+        check_size(parameters, Path(path))
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
         # A published model may lack the bias of the head that predicts tokens; this bias is then zero.
         missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
@@ -139,6 +134,18 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
             message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
             raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
     return model
+
+
+def check_size(parameters: int, folder: Path) -> None:
+    """Raise RuntimeError if a folder's weights have fewer bytes than a model has parameters.
+
+    transformers would fill gigabytes with random numbers before it reports tensors of other sizes.
+    """
+    files = list(folder.glob("*.safetensors"))
+    if files and parameters > sum(file.stat().st_size for file in files):
+        for file in files:  # SafetensorError if it is cut
+            safe_open(file, framework="pt")
+        raise RuntimeError(f"size mismatch: {parameters} parameters")
 
 
 @contextmanager

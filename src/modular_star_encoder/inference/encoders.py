@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import check_padding
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
-from modular_star_encoder.inference.checkpoints import clear_errors, load_checkpoint
+from modular_star_encoder.inference.checkpoints import check_size, clear_errors, load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import read_json
 from modular_star_encoder.utils.http import HTTPClient, check_url, token_from_environment
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -72,8 +73,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
     folder = local_folder(name)
     label = name if folder is None else "/".join(folder.resolve().parts[-2:])
     if not is_endpoint:
-        if not Path(source, "modules.json").is_file():
-            check_checkpoint(name)
+        check_checkpoint(name, of_modules=True)
         if _is_ours(source):
             own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
             return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
@@ -84,12 +84,23 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
         return EndpointEncoder(model, url or OPENAI_URL)
     from sentence_transformers import SentenceTransformer
 
-    for one in (Path(source), *Path(source).glob("*/")):  # modules may have folders of their own
-        check_tokenizer(one)
     with clear_errors(source):
-        theirs = SentenceTransformer(source, trust_remote_code=False)
+        for one in (Path(source), *Path(source).glob("*/")):  # modules may have folders of their own
+            check_tokenizer(one)
+            check_size(_count_parameters(one), one)
+        theirs = SentenceTransformer(source, trust_remote_code=False, model_kwargs={"use_safetensors": True})
         check_padding(theirs.tokenizer, source)
         return SentenceTransformerEncoder(theirs, label)
+
+
+def _count_parameters(folder: Path) -> int:
+    """Return the number of parameters that the configuration of a SentenceTransformer's module names."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if "model_type" not in config:
+        return config.get("in_features", 0) * config.get("out_features", 0)
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False)).num_parameters()
 
 
 def _is_ours(source: str) -> bool:

@@ -97,9 +97,12 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
 
 
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Return whether links lead from a path below `folder` out of it, other than to `blobs` of the Hub's cache."""
-    target = Path(os.path.realpath(path))
-    return target.parent.name != "blobs" and not target.is_relative_to(os.path.realpath(folder))
+    """Return whether `path` is, or passes through, a symbolic link to a place outside `folder`.
+
+    Links from a snapshot in the Hub's cache to its blobs are allowed.
+    """
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return target.parent != root.parent.parent / "blobs" and not target.is_relative_to(root)
 
 
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:

@@ -28,11 +28,13 @@ from modular_star_encoder.utils.errors import UserError
 
 Settings = TypeVar("Settings")
 
-MAX_YAML_BYTES = 2**20
+MAX_YAML_BYTES = 2**19
 MAX_YAML_NODES = 20_000
 MAX_YAML_DEPTH = 32
 MAX_YAML_NUMBER = 100
 """Largest number of characters in a number or a date of a YAML file."""
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be installed without its parser in C
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
@@ -139,7 +141,7 @@ def read_yaml(data: bytes, where: str) -> Any:
     try:
         if fault := f"it is larger than {MAX_YAML_BYTES:,} bytes" if len(data) > MAX_YAML_BYTES else _yaml_fault(data):
             raise yaml.YAMLError(fault)
-        return yaml.safe_load(data.decode("utf-8-sig"))
+        return yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a safe loader
     except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
         raise UserError("settings.file", f"{where} is not a YAML file: {' '.join(str(error).split())}") from error
 
@@ -147,7 +149,7 @@ def read_yaml(data: bytes, where: str) -> Any:
 def _yaml_fault(data: bytes) -> str:
     """Return which limit of this module a YAML document exceeds, or ""; no value of the document is constructed."""
     depth = 0
-    for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=yaml.SafeLoader)):
+    for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             return f"it is nested more than {MAX_YAML_DEPTH} levels deep"
@@ -155,10 +157,12 @@ def _yaml_fault(data: bytes) -> str:
             return f"it has more than {MAX_YAML_NODES:,} values"
         if isinstance(event, yaml.AliasEvent):
             return f"it has the alias *{event.anchor}; write the value again instead"
+        if getattr(event, "tag", None):
+            return f"it has the tag {event.tag}; leave it out"
         if isinstance(event, yaml.ScalarEvent):
             if re.search(r"[\0\ud800-\udfff]", event.value):
                 return "it has a text with a null character or half a surrogate pair"
-            if event.style is None and re.fullmatch(rf"[-+.\d][-+.:\w]{{{MAX_YAML_NUMBER},}}", event.value):
+            if not event.style and re.fullmatch(rf"[-+.\d][-+.:\w]{{{MAX_YAML_NUMBER},}}", event.value):
                 return f"it has a number or date of more than {MAX_YAML_NUMBER} characters"
     return ""
 
