@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_star_encoder.demo.results import LinkTo, Reply, message_html, results_html
-from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, checkpoint_profile
+from modular_star_encoder.inference.exit_profile import ExitProfile, checkpoint_profile
 from modular_star_encoder.search.hits import printable
 from modular_star_encoder.search.index import LONGEST_QUESTION, CodeIndex
 from modular_star_encoder.search.ranking import Cascade
@@ -37,9 +37,12 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str, name: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint (folder or Hub id) if the measured weights have this checksum.
+        """Load the exit profile of a checkpoint; give a note instead if no profile of its weights can be loaded.
 
-        Notes call the checkpoint `name`.
+        Args:
+            checkpoint: folder or Hub id of the checkpoint.
+            checksum: checksum of the checkpoint's weights; a profile of weights with another checksum is not shown.
+            name: what the note calls the checkpoint.
         """
         advice = f"“mose profile {name}” measures the cost of each exit, and with --quality also its quality."
         try:
@@ -53,54 +56,44 @@ class ExitCosts:
         if profile.checkpoint != checksum:
             return cls(None, f"The exit profile of {name} was measured with other weights: {advice}")
         moved = any("another machine" in str(one.message) for one in caught)
-        return cls(profile, "Measured on another machine: its times may not hold here." if moved else "")
+        return cls(profile, "The times were measured on another machine and may differ on this one." if moved else "")
 
 
 def short_name(checkpoint: str) -> str:
-    """Return a Hub id unchanged, and only the last part of a folder's path, because the page may be public."""
+    """Return a Hub id unchanged, but only the last part of a folder's path: the page may be public."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
     """Return HTML with a bar for each cost and quality of one exit; the highest value of any exit fills a bar."""
-    if costs.profile is None:
+    if (profile := costs.profile) is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
-    profile = costs.profile
     if exit_layer not in profile.exits:
         return f'<p class="mose-note">The exit profile has no measurements of exit {exit_layer}.</p>'
-    shape = profile.shapes[0]
-
-    def measured(value: Callable[[Measurement], float | None]) -> dict[int, float | None]:
-        return {one: value(profile.measurement(one, shape)) for one in profile.exits}
-
-    sizes: dict[int, float | None] = {one: part.parameters / 1e6 for one, part in profile.exits.items()}
+    measured = {one: profile.measurement(one, profile.shapes[0]) for one in profile.exits}
     rows = [
-        _meter("latency", measured(lambda one: one.latency_ms_p50), exit_layer, "{:,.1f} ms"),
-        _meter("memory", measured(lambda one: one.peak_memory_mb), exit_layer, "{:,.0f} MB"),
-        _meter("parameters", sizes, exit_layer, "{:,.1f} M"),
+        _meter("latency", {k: one.latency_ms_p50 for k, one in measured.items()}, exit_layer, "{:,.1f} ms"),
+        _meter("memory", {k: one.peak_memory_mb for k, one in measured.items()}, exit_layer, "{:,.0f} MB"),
+        _meter("parameters", {k: one.parameters / 1e6 for k, one in profile.exits.items()}, exit_layer, "{:,.1f} M"),
     ]
     for benchmark in profile.benchmarks:
-        values = {one: part.quality.get(benchmark) for one, part in profile.exits.items()}
+        values = {k: one.quality.get(benchmark) for k, one in profile.exits.items()}
         rows.append(_meter(benchmark, values, exit_layer, "{:.3f}", kind="quality"))
     if not profile.benchmarks:
-        rows.append('<p class="mose-note">The quality was not measured: “mose profile --quality” adds it.</p>')
+        rows.append('<p class="mose-note">The quality was not measured: “mose profile --quality” measures it.</p>')
     return f'<div class="mose-meters">{"".join(rows)}</div>'
 
 
 def circumstances(costs: ExitCosts) -> str:
     """Return a line of HTML that says how and on which machine costs were measured; empty without a profile."""
-    if costs.profile is None:
+    if (profile := costs.profile) is None:
         return ""
-    profile = costs.profile
     size, length = profile.shapes[0]
-    machine = profile.machine.get("gpu") or (
-        f"{profile.machine.get('processor', 'unknown processor')}, {profile.machine.get('threads', '?')} thread(s)"
-    )
-    text = (
-        f"Latency: median time to embed {size} × {length} tokens; memory: peak of a process. Exit profile "
-        f"of {profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
-    )
+    processor, threads = profile.machine.get("processor", "unknown processor"), profile.machine.get("threads", "?")
+    machine = profile.machine.get("gpu") or f"{processor}, {threads} thread(s)"
+    text = f"Latency: median time to embed {size} × {length} tokens; memory: peak of a process. Exit profile of"
+    text = f"{text} {profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
     return f'<p class="mose-note">{escape(text.strip())}</p>'
 
 
@@ -116,7 +109,7 @@ def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, patt
 
 
 _ASK = "Say in plain words what the code should do, and press Enter."
-_ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --rebuild” adds the others."
+_ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --rebuild” builds it with all exits."
 
 
 class SearchPage:
@@ -124,15 +117,14 @@ class SearchPage:
 
     Attributes:
         exit_layers: exits of the index, ascending.
-        rerank_exit_layers: exits of the checkpoint that are deeper than the index's shallowest exit; empty if the
-            checkpoint can't be used.
-        problem: one sentence that says why the checkpoint can't be used; empty if it can be used.
+        rerank_exit_layers: exits of the checkpoint that are deeper than the index's shallowest exit.
+        problem: why the checkpoint can't be used, as one sentence; empty if it can be used.
         sides: number of exits that the page shows side by side: two, or one if the index has only one exit.
 
     Args:
         index: an index from `CodeIndex.open`; its checkpoint is loaded now.
         link_to: a function that returns the web address of a hit's file; see `LinkTo`.
-        checkpoint: folder or Hub id of the index's checkpoint if it was moved; by default the one that the index names.
+        checkpoint: folder or Hub id where the index's checkpoint is now, if it was moved.
     """
 
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
@@ -157,19 +149,14 @@ class SearchPage:
 
     def header(self) -> str:
         """Return HTML with the searched folder's name, its number of pieces of code, the exits and the checkpoint."""
-        folder = os.path.basename(self.index.folder)
-        facts = (
-            f"{self.index.store.count():,} pieces of code",
-            f"exit{'s' if self.sides > 1 else ''} {', '.join(map(str, self.exit_layers))}",
-            f"checkpoint {short_name(self.checkpoint)}",
-        )
-        named, line = (escape(printable(text)) for text in (folder, " · ".join(facts)))
-        head = f"<h1>Search <em>{named}</em></h1><p>{line}</p>"
+        exits = f"exit{'s' if self.sides > 1 else ''} {', '.join(map(str, self.exit_layers))}"
+        facts = f"{self.index.store.count():,} pieces of code · {exits} · checkpoint {short_name(self.checkpoint)}"
+        folder, line = (escape(printable(text)) for text in (os.path.basename(self.index.folder), facts))
         problem = message_html(self.problem, error=True) if self.problem else ""
-        return f'<div class="mose-header">{head}</div>{problem}'
+        return f'<div class="mose-header"><h1>Search <em>{folder}</em></h1><p>{line}</p></div>{problem}'
 
     def costs_at(self, position: Any) -> str:
-        """Return HTML with the costs of the exit at a slider position, which counts the index's exits from 0."""
+        """Return HTML with the costs of an exit; `position` 0 of the slider is the index's shallowest exit."""
         exit_layer = self._exit_at(position)
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
@@ -180,25 +167,23 @@ class SearchPage:
     def answer(
         self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exits with these `positions` (0 is the index's first exit); return HTML for each.
+        """Search at one exit for each slider in `positions` (see `costs_at`); return HTML with the hits of each exit.
 
-        If the question is empty or an error occurs, the first text says what to do, and the others are "". `languages`
-        and the pattern `path` select files (if empty, all). `rerank` is a deeper exit that re-ranks the hits, or 0.
+        If the question is empty or an error occurs, the first text says what to do, and all further texts are "".
+        `languages` and the pattern `path` select files (if empty, all). `rerank` is a deeper exit to re-rank at, or 0.
         """
+        rest = [""] * (len(positions) - 1)
         if not question or not question.strip():
-            return [message_html(_ASK), *[""] * (len(positions) - 1)]
+            return [message_html(_ASK), *rest]
         try:
             where = {"languages": languages or None, "path": path if (path or "").strip() else None}
-            exits = [self._exit_at(position) for position in positions]
-            replies = [
-                self._ask(question, one, rerank if rerank in self.rerank_exit_layers else 0, where) for one in exits
-            ]
+            deeper = rerank if rerank in self.rerank_exit_layers else 0
+            replies = [self._ask(question, self._exit_at(position), deeper, where) for position in positions]
         except _EXPECTED_ERRORS as error:
-            return [message_html(_one_sentence(error), error=True), *[""] * (len(positions) - 1)]
-        others = [*reversed(replies)] if len(replies) > 1 else [None]
+            return [message_html(_one_sentence(error), error=True), *rest]
+        others = reversed(replies) if len(replies) > 1 else [None]
         folder = readable_path(self.index.folder)
-        pairs = zip(replies, others, strict=True)
-        return [results_html(reply, other, folder, self.link_to) for reply, other in pairs]
+        return [results_html(*pair, folder, self.link_to) for pair in zip(replies, others, strict=True)]
 
     def _ask(self, question: str, exit_layer: int, rerank: int, where: dict[str, Any]) -> Reply:
         if len(question) > LONGEST_QUESTION:
@@ -223,7 +208,6 @@ def _one_sentence(error: BaseException) -> str:
 def build_blocks(page: SearchPage) -> Any:
     """Return the page as `gradio.Blocks`, with its components and their calls; ImportError without Gradio."""
     gradio = import_gradio()
-    last = len(page.exit_layers) - 1
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
         gradio.HTML(page.header())
         with gradio.Row(elem_classes="mose-ask"):
@@ -238,15 +222,11 @@ def build_blocks(page: SearchPage) -> Any:
             deeper = page.rerank_exit_layers
             choices = [("no", 0), *((f"by exit {one}", one) for one in deeper)]
             rerank = gradio.Dropdown(choices, value=0, label="Re-rank the best", visible=bool(deeper))
-        sliders, results = [], []
         with gradio.Row(equal_height=False, elem_classes="mose-sides"):
-            for side in range(page.sides):
-                slider, result = _side(gradio, page, last if side == 1 else 0, side)
-                sliders.append(slider)
-                results.append(result)
+            sliders, results = zip(*(_side(gradio, page, side) for side in range(page.sides)), strict=True)
         gradio.HTML(page.footer())
         inputs = [question, languages, path, rerank, *sliders]
-        options = {"inputs": inputs, "outputs": results, "concurrency_id": "search", "concurrency_limit": 1}
+        options = {"inputs": inputs, "outputs": [*results], "concurrency_id": "search", "concurrency_limit": 1}
         # The page's functions are not an API: programs use `mose search --json`.
         options |= {"api_visibility": "private", "show_progress": "minimal"}
         gradio.on([button.click, question.submit], page.answer, **options)
@@ -259,7 +239,7 @@ def build_blocks(page: SearchPage) -> Any:
 
 
 def _without_tracebacks(read_values: Callable[..., Any], gradio_error: Callable[..., Exception]) -> Callable[..., Any]:
-    """Wrap Gradio's reader of a request's values: for values that the page never sends, Gradio prints no traceback."""
+    """Wrap the function with which Gradio reads a request's values, so that invalid values print no traceback."""
 
     async def read(*arguments: Any, **options: Any) -> Any:
         try:
@@ -270,27 +250,21 @@ def _without_tracebacks(read_values: Callable[..., Any], gradio_error: Callable[
     return read
 
 
-def _side(gradio: Any, page: SearchPage, position: int, side: int) -> tuple[Any, Any]:
+def _side(gradio: Any, page: SearchPage, side: int) -> tuple[Any, Any]:
     """Add a column with a slider, the costs and the hits of one exit to the page; return the slider and the hits."""
-    exits = page.exit_layers
+    last = len(page.exit_layers) - 1
+    position = last if side == 1 else 0
     with gradio.Column(min_width=420, elem_classes="mose-side"):
         with gradio.Column(elem_classes="mose-exit", elem_id=f"exit-{side + 1}"):
-            slider = gradio.Slider(
-                0,
-                max(len(exits) - 1, 1),
-                value=position,
-                step=1,
-                label="Exit" if page.sides == 1 else ("Exit", "Compared with exit")[side],
-                interactive=len(exits) > 1,
-                buttons=[],
-            )
-            ticks = "".join(f"<span>{one}</span>" for one in exits)
+            label = ("Exit", "Compared with exit")[side]
+            options: dict[str, Any] = {"step": 1, "label": label, "interactive": last > 0, "buttons": []}
+            slider = gradio.Slider(0, max(last, 1), value=position, **options)
+            ticks = "".join(f"<span>{one}</span>" for one in page.exit_layers)
             gradio.HTML(f'<div class="mose-ticks" aria-hidden="true">{ticks}</div>')
             costs = gradio.HTML(page.costs_at(position), elem_classes="mose-costs")
         result = gradio.HTML(message_html(_ASK) if side == 0 else "", elem_id=f"results-{side + 1}")
-        slider.change(
-            page.costs_at, slider, costs, trigger_mode="always_last", api_visibility="private", show_progress="hidden"
-        )
+        options = {"trigger_mode": "always_last", "api_visibility": "private", "show_progress": "hidden"}
+        slider.change(page.costs_at, slider, costs, **options)
     return slider, result
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
+from operator import attrgetter
 
 from pygments import format
 from pygments.formatters import HtmlFormatter
@@ -29,23 +30,17 @@ LinkTo = Callable[[str, Hit], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to a question at one exit, and the time that it took.
-
-    Attributes:
-        answer: the hits.
-        exit_layer: the exit whose vectors were searched; a deeper exit may have re-ranked the hits.
-        milliseconds: wall-clock time to embed the question, search and re-rank, measured without cached embeddings.
-    """
+    """The answer to a question at one exit, and the time that it took."""
 
     answer: Answer
-    exit_layer: int
-    milliseconds: float
+    exit_layer: int  # the exit whose embeddings were searched; a deeper exit may have re-ranked the hits
+    milliseconds: float  # wall-clock time to embed the question, search and re-rank, without cached embeddings
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`, and with their ranks in `other`, the reply of another exit, if given.
+    """Return HTML with the hits of `reply`; with `other`, another exit's reply, also show each hit's rank there.
 
-    Paths are relative to `folder`, the indexed folder.
+    `folder` is the indexed folder; the HTML shows paths relative to this folder.
     """
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
@@ -53,10 +48,9 @@ def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo
     head = f'<p class="mose-asked"><b>{asked}</b> · this question took {reply.milliseconds:,.0f} ms</p>'
     if not reply.answer.hits:
         return head + message_html("Nothing was found. Choose more languages or more files.")
-    ranks = {} if other is None else {_place(hit): rank for rank, hit in enumerate(other.answer.hits, 1)}
     hits = []
     for rank, hit in enumerate(reply.answer.hits, 1):
-        badge = "" if other is None else _badge(rank, ranks.get(_place(hit)), other)
+        badge = "" if other is None else _badge(rank, hit, other)
         path = os.path.relpath(hit.path, folder).replace(os.sep, "/")
         hits.append(_hit_html(rank, hit, path, link_to(path, hit), badge))
     return head + "".join(hits)
@@ -79,9 +73,9 @@ def lexer_for(language: str) -> Lexer:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as HTML, coloured by `formatter`. If this takes too long, the rest of the code has no colours.
+    """Return code as HTML, coloured by `formatter`; without colours from the point at which the time limit passes.
 
-    For hostile texts, the time of some lexers grows with the square of the length.
+    Without a limit, some lexers would take a time that grows with the square of a hostile text's length.
     """
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
@@ -137,13 +131,12 @@ def _code_block(hit: Hit) -> str:
     return f'<details><summary>{block}<span>{more}</span></summary><pre class="mose-code">{whole}</pre></details>'
 
 
-def _badge(rank: int, other_rank: int | None, other: Reply) -> str:
-    if other_rank is None:
-        count = len(other.answer.hits)
-        return f'<span class="mose-badge mose-new">not among the {count} found at exit {other.exit_layer}</span>'
+def _badge(rank: int, hit: Hit, other: Reply) -> str:
+    """Return HTML with the rank of a hit in the reply `other`."""
+    place = attrgetter("path", "line", "last_line", "name")
+    places = [place(one) for one in other.answer.hits]
+    if place(hit) not in places:
+        return f'<span class="mose-badge mose-new">not among the {len(places)} found at exit {other.exit_layer}</span>'
+    other_rank = places.index(place(hit)) + 1
     kind = "mose-same" if other_rank == rank else "mose-moved"
     return f'<span class="mose-badge {kind}">#{other_rank} at exit {other.exit_layer}</span>'
-
-
-def _place(hit: Hit) -> tuple[str, int, int, str]:
-    return hit.path, hit.line, hit.last_line, hit.name

@@ -69,11 +69,12 @@ def served(
 
     Args:
         index: an index from `CodeIndex.open`.
-        checkpoint: folder or Hub id of the index's checkpoint if it was moved; with another, the page shows an error.
+        checkpoint: folder or Hub id where the index's checkpoint is now, if it was moved; with any other checkpoint,
+            the page shows an error.
         host: IPv4 address or name to listen at; by default the variable GRADIO_SERVER_NAME, or else 127.0.0.1.
         port: port to listen at; by default the variable GRADIO_SERVER_PORT, or else the first free port from 7860 on.
-        source: web address of the indexed folder at a revision of a repository; hits then link there. By default, hits
-            link to the files on this machine.
+        source: web address of the indexed folder in a repository, to which hits link; by default, hits link to the
+            files on this machine.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -82,7 +83,12 @@ def served(
     if port is not None and not 1 <= port <= 65535:
         raise UserError("demo.port", f"--port must be from 1 to 65535, not {port}.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
-    _check_host(host)
+    try:  # without this check, Gradio would try a hundred ports
+        with socket.socket(socket.AF_INET) as trial:
+            trial.bind((host, 0))
+    except (OSError, UnicodeError) as error:
+        message = f"--host must be an IPv4 address or a name of this machine, not {host!r}."
+        raise UserError("demo.host", message) from error
     links = repository_links(source) if source else LocalFiles(index)
     gradio = import_gradio()
     blocks = build_blocks(SearchPage(index, links, checkpoint))
@@ -113,16 +119,6 @@ def served(
         blocks.close(verbose=False)
 
 
-def _check_host(host: str) -> None:
-    """Raise UserError if this machine can't listen at `host`; without this check, Gradio would try a hundred ports."""
-    with socket.socket(socket.AF_INET) as trial:
-        try:
-            trial.bind((host, 0))
-        except (OSError, UnicodeError) as error:
-            message = f"--host must be an IPv4 address or a name of this machine, not {host!r}."
-            raise UserError("demo.host", message) from error
-
-
 def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
     from starlette.middleware import Middleware
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -141,7 +137,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
     from anyio import CapacityLimiter, to_thread
     from starlette.responses import HTMLResponse
 
-    one_at_a_time = CapacityLimiter(1)  # many requests then need the memory of one, and leave threads for questions
+    one_at_a_time = CapacityLimiter(1)  # bounds the memory of many requests, and leaves threads for questions
 
     async def show(request: Request) -> HTMLResponse:
         query = request.query_params
@@ -156,7 +152,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
 
 
 class _PolicyMiddleware:
-    """Adds headers to responses; if the application fails, logs one line and responds with status 400."""
+    """Adds headers to responses; if the application fails, prints one line and responds with status 400."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app
@@ -171,9 +167,8 @@ class _PolicyMiddleware:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                added = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-                added["referrer-policy"] = "no-referrer"
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in added.items())]
+                added = [(b"content-security-policy", policy.encode()), (b"referrer-policy", b"no-referrer")]
+                message["headers"] = [*message["headers"], *added, (b"x-content-type-options", b"nosniff")]
             await send(message)
 
         try:
@@ -220,35 +215,31 @@ class LocalFiles:
         Raises:
             UserError, OSError: the file is not in the index, or can't be read (see `CodeIndex.read_file`).
         """
-        return _source_page(path, LINE_END.split(self._index.read_file(path)), first, last)
+        lines = LINE_END.split(self._index.read_file(path))
+        start = end = characters = 0  # the page shows lines[start:end]
+        for end, line in enumerate(lines):
+            characters += min(len(line), _LONGEST_LINE)
+            if end - start == MOST_LINES or characters > MOST_CHARACTERS:
+                if end >= first:
+                    break
+                start, characters = end, min(len(line), _LONGEST_LINE)
+        else:
+            end = len(lines)
+        marked = [*range(max(first - start, 1), min(last, end) - start + 1)]
+        options = {"linenos": "inline", "linenostart": start + 1, "linespans": "L", "hl_lines": marked}
+        formatter = HtmlFormatter(**options, cssclass="code", style="friendly")
+        shown = (printable(line)[:_LONGEST_LINE] for line in lines[start:end])
+        code = highlighted("\n".join(shown), language_of(PurePath(path)) or "", formatter)
+        earlier = f'<a href="{escape(_page_address(path, start))}">earlier lines</a> ' if start else ""
+        later = f'<a href="{escape(_page_address(path, end + 1))}">later lines</a>' if end < len(lines) else ""
+        title = escape(printable(path))
+        style = f"<style>{_css('source.css')}\n{formatter.get_style_defs('.code')}</style>"
+        head = f'<head><meta charset="utf-8"><title>{title}</title>{style}</head>'
+        return f'<!doctype html><html lang="en">{head}<body><h1>{title} {earlier}{later}</h1>{code}</body></html>'
 
 
 def _page_address(path: str, first: int, last: int = 0) -> str:
     return f"{ROUTE.removeprefix('/')}?{urlencode({'path': path, 'first': first, 'last': last})}#L-{first}"
-
-
-def _source_page(path: str, lines: list[str], first: int, last: int) -> str:
-    start = end = characters = 0  # the page shows lines[start:end]
-    for end, line in enumerate(lines):
-        characters += min(len(line), _LONGEST_LINE)
-        if end - start == MOST_LINES or characters > MOST_CHARACTERS:
-            if end >= first:
-                break
-            start, characters = end, min(len(line), _LONGEST_LINE)
-    else:
-        end = len(lines)
-    marked = range(max(first - start, 1), min(last, end) - start + 1)
-    formatter = HtmlFormatter(
-        linenos="inline", linenostart=start + 1, linespans="L", hl_lines=[*marked], cssclass="code", style="friendly"
-    )
-    shown = (printable(line)[:_LONGEST_LINE] for line in lines[start:end])
-    code = highlighted("\n".join(shown), language_of(PurePath(path)) or "", formatter)
-    earlier = f'<a href="{escape(_page_address(path, start))}">earlier lines</a> ' if start else ""
-    later = f'<a href="{escape(_page_address(path, end + 1))}">later lines</a>' if end < len(lines) else ""
-    title = escape(printable(path))
-    style = f"<style>{_css('source.css')}\n{formatter.get_style_defs('.code')}</style>"
-    head = f'<head><meta charset="utf-8"><title>{title}</title>{style}</head>'
-    return f'<!doctype html><html lang="en">{head}<body><h1>{title} {earlier}{later}</h1>{code}</body></html>'
 
 
 def _css(name: str) -> str:

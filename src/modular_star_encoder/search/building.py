@@ -36,8 +36,7 @@ _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an in
 _ROWS_PER_BATCH_IN_A_HURRY = 32
 _ROWS_PER_EMBEDDING = 256  # embedded at once: few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
-_FRESH_NS = 2_000_000_000
-"""If a file is read within this time (in ns) after a change, it may change again and keep its time of change."""
+_FRESH_NS = 2_000_000_000  # a file that changed less than 2 s ago may change again without a new time of change
 
 _Piece = tuple[Snippet, str]  # a piece and its words, with spaces between
 _Changed = tuple[SourceFile, list[_Piece]]
@@ -47,15 +46,14 @@ _Changed = tuple[SourceFile, list[_Piece]]
 class UpdateReport:
     """Numbers of files and rows that one update of an index read, embedded, removed or left out."""
 
-    files: int = 0  # source files of the folder: those that were read, and those known to be unchanged
+    files: int = 0  # source files of the folder that were read or are known to be unchanged
     embedded_files: int = 0  # new or changed files that were embedded
-    embedded_rows: int = 0  # the rows of these files
+    embedded_rows: int = 0  # rows of these files
     removed_files: int = 0  # files removed from the index, because they were deleted or are now left out
     rows: int = 0  # rows in the index after the update
     postponed_files: int = 0  # files that may have changed but were not embedded, for lack of time
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of each file left out
-    # Paths of the files read as Latin-1, because they are not UTF-8 and declare no encoding.
-    guessed_files: list[str] = field(default_factory=list)
+    guessed_files: list[str] = field(default_factory=list)  # paths of files read as Latin-1: not UTF-8, none declared
     seconds: float = 0.0  # duration of the update
 
     @property
@@ -83,7 +81,7 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)` if `show_skipped`, or if a file was embedded or postponed; [] otherwise."""
+        """Return `lines(show_skipped)`; but [] if not `show_skipped` and no file was embedded or postponed."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 
@@ -124,7 +122,7 @@ def update_store(
         processes: number of processes that parse files; with 0 or 1, a crash of the parser ends this process.
         progress: whether to show a progress bar.
         seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
-            With a limit, the report lacks files that an earlier update left out, unless they have changed.
+            With a limit, files that an earlier update left out are reported only if they have changed.
 
     Raises:
         UserError: the folder does not exist.
@@ -143,10 +141,9 @@ def update_store(
     writer = _Writer(store, settings, embedder, seconds)
     with _bar(length_hint(reader), progress) as advance:
         reader.is_known = lambda path, location: writer.is_known(path, location) and (advance() or True)
-        for chunk in _divided(writer.changed(reader, advance), processes, settings.exit_layers):
-            for file, pieces in chunk:
-                writer.add(file, pieces)
-                advance()
+        for file, pieces in chain.from_iterable(_divided(writer.changed(reader, advance), processes, settings)):
+            writer.add(file, pieces)
+            advance()
         writer.finish()
     report = writer.report
     report.rows, report.seconds = store.count(), time.perf_counter() - start
@@ -166,18 +163,16 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
         yield bar.update
 
 
-def _divided(files: Iterator[SourceFile], processes: int, exits: tuple[int, ...]) -> Iterator[list[_Changed]]:
-    """Divide files into pieces in worker processes, and yield lists of a few files with their pieces.
-
-    At exit 0, numpy may use only one thread meanwhile, because parsing makes better use of the other cores.
-    """
+def _divided(files: Iterator[SourceFile], processes: int, settings: IndexSettings) -> Iterator[list[_Changed]]:
+    """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
     for first in files:  # runs at most once, so that the imports below happen only if there is a file
         from threadpoolctl import threadpool_limits
 
         from modular_star_encoder.utils.crash_safe import crash_safe_map
 
         rest = chain([first], files)
-        with threadpool_limits(1 if exits == (0,) else None, user_api="blas"):
+        # At exit 0, numpy gets one thread, because parsing makes better use of the other cores.
+        with threadpool_limits(1 if settings.exit_layers == (0,) else None, user_api="blas"):
             yield from crash_safe_map(_pieces, rest, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
 
 
@@ -255,7 +250,7 @@ class _Writer:
             self.write()
 
     def write(self) -> None:
-        """Write the rows of the collected files in one transaction."""
+        """Embed the collected pieces, and write the rows of their files in one transaction."""
         self._embed()
         if self._keys:
             self._store.replace_files(self._held.keys() & self._keys, self._rows)
@@ -294,8 +289,7 @@ def _pieces(files: list[SourceFile]) -> list[_Changed]:
     return [_divide(one, language_of_text(one.language, one.path, one.text)) for one in files]
 
 
-def _blocks(file: SourceFile) -> list[_Changed]:
-    """Divide a file that crashes the parser into blocks of lines."""
+def _blocks(file: SourceFile) -> list[_Changed]:  # for a file that crashes the parser: blocks of lines
     return [_divide(file, "")]
 
 

@@ -77,10 +77,6 @@ class Embedder:
             facts = load_config(self.checkpoint).to_dict()
         return facts
 
-    @property
-    def _instructions(self) -> bool:
-        return self._facts["instruction_prompts"]
-
     def exits(
         self,
         exit_layer: int | None = None,
@@ -103,7 +99,17 @@ class Embedder:
         for one in named:
             self.check_exit(one)
         if budget:
-            return (self._exit_within(budget, named or self.trained_exits),)
+            from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
+
+            profile, allowed = checkpoint_profile(self._folder), named or self.trained_exits
+            exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in allowed}
+            if not exits:
+                names = ", ".join(map(str, allowed))
+                message = (
+                    f"The exit profile of {self.checkpoint} lacks exits {names}. Measure them with `mose profile`."
+                )
+                raise UserError("search.profile.exits", message)
+            return (select_exit(replace(profile, exits=exits), **budget),)
         if named:
             return tuple(sorted(set(named)))
         # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.
@@ -117,27 +123,14 @@ class Embedder:
             raise UserError("search.exit_layer", message)
         return exit_layer
 
-    def _exit_within(self, budget: Mapping[str, Any], exit_layers: Sequence[int]) -> int:
-        from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
-
-        profile = checkpoint_profile(self._folder)
-        exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in exit_layers}
-        if not exits:
-            names = ", ".join(map(str, exit_layers))
-            message = f"The exit profile of {self.checkpoint} lacks exits {names}. Measure them with `mose profile`."
-            raise UserError("search.profile.exits", message)
-        return select_exit(replace(profile, exits=exits), **budget)
-
     def prompts(self) -> dict[str, str]:
         """Return {"query": prompt before questions, "document": prompt before code, with placeholder `{language}`}."""
-        document = CODE_INSTRUCTION + SEP_TOKEN if self._instructions else ""
-        return {"query": text_prompt(instructions=self._instructions), "document": document}
+        instructions = self._facts["instruction_prompts"]
+        document = CODE_INSTRUCTION + SEP_TOKEN if instructions else ""
+        return {"query": text_prompt(instructions=instructions), "document": document}
 
     def check_dimension(self, dimension: int | None) -> int:
-        """Return `dimension`; if it is None, the full size of an embedding.
-
-        Raises UserError if the model was not trained with embeddings of this size.
-        """
+        """Return `dimension`, or an embedding's full size if None; UserError if the model wasn't trained for it."""
         sizes = sorted({*(self._facts.get("nested_dimensions") or ()), self._facts["projection_size"]})
         if dimension is not None and dimension not in sizes:
             named = " or ".join(map(str, sizes))
@@ -146,7 +139,7 @@ class Embedder:
 
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
         """Embed Q questions in one pass; return {exit_layer: embeddings (Q, dimension) float32 of length 1}."""
-        prompt = text_prompt(instructions=self._instructions)
+        prompt = self.prompts()["query"]
         embeddings = self.encoder(exit_layers, len(texts))([prompt + text for text in texts])
         return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
 
@@ -157,8 +150,8 @@ class Embedder:
 
         Equal pieces are usually embedded once: in some large projects, a third of the pieces are copies.
         """
-        exits = tuple(exit_layers)
-        texts = [code_prompt(one.language, instructions=self._instructions) + one.embedded() for one in snippets]
+        exits, instructions = tuple(exit_layers), self._facts["instruction_prompts"]
+        texts = [code_prompt(one.language, instructions=instructions) + one.embedded() for one in snippets]
         keys = [(exits, dimension, text) for text in texts]
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
         if new:
@@ -179,17 +172,15 @@ class Embedder:
     def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
         """Return a function from a list of N texts to {exit_layer: embeddings (N, D) float32}.
 
-        `expected` is the number of texts to embed; None means many. If numpy supports the checkpoint, it computes exit
-        0. It also computes deeper exits if the texts are few, the device is a CPU and torch has not loaded the model
-        yet. In all other cases, torch computes. Raises OSError if the weights can't be read.
+        `expected` is the number of texts to embed; None means many. If numpy supports the checkpoint, numpy computes
+        exit 0, and also deeper exits if the texts are few, the device is a CPU and torch has not loaded the model yet.
+        In all other cases, torch computes. Raises OSError if the weights can't be read.
         """
-        is_short = (
-            expected is not None and expected <= _FEW_TEXTS and self._model is None and self._device in (None, "cpu")
-        )
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode
             return lambda texts: {0: encode(texts)}
-        if is_short and has_layers(self._facts):
+        is_short = expected is not None and expected <= _FEW_TEXTS and self._device in (None, "cpu")
+        if is_short and self._model is None and has_layers(self._facts):
             return partial(self._numpy.encode_exits, exit_layers=exit_layers)
         from modular_star_encoder.inference.checkpoints import load_checkpoint
         from modular_star_encoder.inference.encode import encode_exits
@@ -210,7 +201,7 @@ def _hide_loading_bars() -> None:
     from transformers.utils import logging
 
     downloads_hidden = are_progress_bars_disabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # also hides the bars of downloads
     if not downloads_hidden:
         enable_progress_bars()
 

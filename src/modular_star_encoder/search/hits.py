@@ -15,13 +15,13 @@ class Hit:
         path: path of the file, relative if it is below the working folder, else absolute.
         line: 1-based line at which the definition begins, or the first line of a piece inside a very long definition.
         name: name of the function or class; empty for other lines.
-        score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`, whose entry
-            `similarity and words` is at most 1.
+        score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`.
         exit_layer: the exit whose embeddings ranked the hit; None if it was ranked without embeddings.
         last_line: 1-based last line of the definition; 0 if unknown.
         language: lower-case name of the programming language.
         text: the code from `line` to `last_line`.
-        reasons: {ranking rule: number that it added to the score}; negative if the rule lowers the score.
+        reasons: {ranking rule: what it added to the score}; negative if the rule lowers the score. The entry
+            `similarity and words` is at most 1.
         best_line: 1-based line to show first: `line`, or inside a very long definition the line that matches best.
     """
 

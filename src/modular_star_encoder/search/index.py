@@ -51,8 +51,8 @@ class CodeIndex:
     `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
     Only one process at a time writes an index in a folder. While another process writes, `build` and `update` wait 3 s
     and then raise UserError, `refresh` does nothing, and `open_for_search` waits up to ten minutes for a first build.
-    Searches do not wait. In a local index, a search finds each file as it was either before or after an update; on a
-    Qdrant server, it may find old and new code of a file that is being updated.
+    Searches do not wait. In a local index, a search finds each file either as before or as after an update. On a Qdrant
+    server, a search may find both old and new code of a file that is being updated.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -91,7 +91,7 @@ class CodeIndex:
         processes: int = 2,
         progress: bool = True,
     ) -> Self:
-        """Index a folder, or update its index: then only new and changed files are embedded.
+        """Index a folder; if it has an index, update this index: embed only new and changed files.
 
         After an interruption, the index holds each file as a whole or not at all, and the next call continues.
 
@@ -104,14 +104,14 @@ class CodeIndex:
             exit_layers: several exits to embed at in one pass, instead of `exit_layer`; `search` then uses one of them.
             dimension: number of components of a vector to keep, one that the model was trained for; all if None.
             languages: languages to read; all but `markdown` if None.
-            tests, vendored: whether to read test code (`tests`), and copied libraries and generated code (`vendored`).
+            tests: whether to read test code.
+            vendored: whether to read copied libraries and generated code.
             rebuild: replace an existing index; data of other programs is never replaced.
             device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
 
-        Returns:
-            The index, whose `report` counts what was embedded.
+        Returns the index; its `report` counts the embedded files and rows.
 
         Raises:
             UserError: `folder` is not a folder, or the index was built with other settings (the message names them).
@@ -186,33 +186,26 @@ class CodeIndex:
     def embedder(self) -> Embedder:
         """The `Embedder` of the checkpoint that the index was built with.
 
-        It is read from this machine: strangers may have made the index, so it must not make a search download a model.
+        The checkpoint must be on this machine: an index made by a stranger must not make a search download a model.
 
         Raises:
             UserError: the checkpoint has changed since the index was built, or is not on this machine.
             OSError: the checkpoint does not exist.
         """
         if self._embedder is None:
-            name = self.settings.checkpoint
+            name, commit = self.settings.checkpoint, self.settings.checksum
             if name in shipped_models() or os.path.realpath(name) == name:
                 self._embedder = self._checked(name)
-            else:
-                folder = self._cached_checkpoint()
-                self._embedder = self._checked(folder, os.path.basename(folder))
+                return self._embedder
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(name, "config.json", revision=commit) if is_repository(name) else None
+            if not isinstance(config, str):
+                message = f"The index {self.store.location} needs version {commit} of the model {name}, which is not on"
+                advice = f"this machine. If you trust this model, add --model {name}."
+                raise UserError("search.index.model", f"{message} {advice}")
+            self._embedder = self._checked(os.path.dirname(config), commit)
         return self._embedder
-
-    def _cached_checkpoint(self) -> str:
-        """Return the folder in the Hub's cache with the repository and commit of the settings."""
-        from huggingface_hub import try_to_load_from_cache
-
-        name, commit = self.settings.checkpoint, self.settings.checksum
-        config = try_to_load_from_cache(name, "config.json", revision=commit) if is_repository(name) else None
-        if not isinstance(config, str):
-            message = f"The index {self.store.location} names the model {name}, which is not on this machine in the"
-            raise UserError(
-                "search.index.model", f"{message} version of the index. If you trust it, add --model {name}."
-            )
-        return os.path.dirname(config)
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
         """Embed new and changed files, and remove deleted files from the index.
@@ -228,8 +221,8 @@ class CodeIndex:
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
         """Update the index before a search, and stop reading files after about `seconds`; None for no limit.
 
-        `postponed_files` of the report is the number of files for which there was no time. The index is not updated if
-        it is on a server, read-only or being written by another process, or if the code folder no longer exists.
+        `postponed_files` of the report is the number of files for which there was no time. An index is not updated if
+        it is on a server or read-only, if another process writes it, or if the code folder no longer exists.
 
         Raises:
             UserError, OSError: see `update`.
@@ -284,22 +277,18 @@ class CodeIndex:
         with self._lock, self.store.snapshot():
             self._check_unchanged()
             if method == "lexical":
-                words = [by_words(self.store, question, top_k, where) for question in questions]
-                return [
-                    Answer(one, self._hits(rows, one), method=method)
-                    for one, rows in zip(questions, words, strict=True)
-                ]
-            ranker = self._ranker(exit_layer, cascade)
-            answers = []
-            for question, vectors in zip(questions, ranker.embed(questions), strict=True):
+                results = [by_words(self.store, question, top_k, where) for question in questions]
+            else:
+                ranker = self._ranker(exit_layer, cascade)
+                embedded = zip(questions, ranker.embed(questions), strict=True)
                 if method == "vector":
-                    ranked = ranker.by_similarity(vectors, top_k, where)
+                    results = [ranker.by_similarity(vectors, top_k, where) for _, vectors in embedded]
                 else:
-                    ranked = ranker.by_rules(question, vectors, top_k, where)
-                answers.append(
-                    Answer(question, self._hits(ranked.found, question), ranked.margin, ranked.reranked, method)
-                )
-            return answers
+                    results = [ranker.by_rules(question, vectors, top_k, where) for question, vectors in embedded]
+            return [
+                Answer(question, self._hits(one.found, question), one.margin, one.reranked, method)
+                for question, one in zip(questions, results, strict=True)
+            ]
 
     def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
         """Find the code that resembles the code at a line.
@@ -330,7 +319,7 @@ class CodeIndex:
     def read_file(self, path: str) -> str:
         """Return the present text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
 
-        No other file is read: none outside the folder, no link, and none that the index leaves out, such as `.env`.
+        All other files are refused: those outside the folder, links, and those that the index leaves out, as `.env`.
 
         Raises:
             UserError: the file is not in the index, or it has become a link or another file that an index leaves out.
@@ -364,21 +353,22 @@ class CodeIndex:
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
     def _hits(self, found: Sequence[Found], question: str = "") -> list[Hit]:
-        root = readable_path(_shown_folder(self.folder))
+        relative = os.path.relpath(self.folder)
+        root = readable_path(self.folder if relative.startswith("..") else relative)
         return [
             Hit(
-                path=os.path.join(root, one.path),
-                line=snippet.line,
-                name=snippet.name,
-                score=one.score,
-                exit_layer=one.exit_layer,
-                last_line=snippet.last_line,
-                language=snippet.language,
-                text="\n".join(snippet.text.split("\n")[snippet.line - snippet.first_line :]),
-                reasons=one.reasons,
-                best_line=best_line(snippet, question),
+                path=os.path.normpath(os.path.join(root, row.path)),
+                line=piece.line,
+                name=piece.name,
+                score=row.score,
+                exit_layer=row.exit_layer,
+                last_line=piece.last_line,
+                language=piece.language,
+                text="\n".join(piece.text.split("\n")[piece.line - piece.first_line :]),
+                reasons=row.reasons,
+                best_line=best_line(piece, question),
             )
-            for one, snippet in ((one, one.snippet) for one in found)
+            for row, piece in ((row, row.snippet) for row in found)
         ]
 
     def _check_unchanged(self) -> None:
@@ -389,7 +379,7 @@ class CodeIndex:
             raise UserError("search.index.rebuilt", message)
 
     def _checked(self, checkpoint: str | os.PathLike[str], checksum: str | None = None) -> Embedder:
-        """Return the embedder of a checkpoint; UserError if the index was built with other weights or other prompts."""
+        """Return the embedder of a checkpoint; UserError if the index was built with other weights or prompts."""
         embedder = Embedder(checkpoint, self._device)
         self.settings.refuse_checkpoint(embedder.checkpoint, checksum or embedder.checksum, self.store.location)
         for exit_layer in self.settings.exit_layers:  # damaged settings may name exits that do not exist
@@ -401,7 +391,7 @@ class CodeIndex:
 
 
 def file_inside(folder: str, path: str) -> Path | None:
-    """Return the regular file at `path` in a folder; None if it is missing, outside the folder or behind a link."""
+    """Return the regular file at `path` in a folder; None if there is none, or if it is outside or behind a link."""
     root = os.path.realpath(folder)
     try:
         file = Path(os.path.normpath(os.path.join(root, path)))
@@ -432,7 +422,7 @@ def check_search(
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
     """Open the store at a location: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
 
-    A store is returned as it is. The API key of a Qdrant server is read from the environment variable QDRANT_API_KEY.
+    A store is returned unchanged. The variable QDRANT_API_KEY has the API key of a Qdrant server.
 
     Raises:
         ImportError: the extra `qdrant` is not installed.
@@ -454,8 +444,8 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     """Return the path of the index in a folder, or in its nearest parent that has one; None if there is none.
 
-    Raises UserError if this index is of code outside the folder that contains the index. An index that came with other
-    people's code could otherwise make an update read any folder.
+    Raises UserError if this index is of code outside the folder that contains the index. Otherwise, an index that came
+    with other people's code could make an update read any folder.
     """
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
@@ -484,8 +474,9 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
-    The index is at `location` if given, otherwise in `folder`; without both, in the working folder or the nearest
-    parent that has one. If none is found, it is the index in the user's cache, which is built if it is missing.
+    The index is the one at `location`; without `location`, the one in `folder`; without both, the one in the working
+    folder or its nearest parent that has an index. If there is none, the index is in the user's cache, and is built
+    first if it is missing.
 
     Args:
         folder: the folder to search; the working folder if None.
@@ -522,7 +513,7 @@ def open_for_search(
 
 
 def _own_index(folder: str) -> str | None:
-    """Return the path of the index in a folder; None if there is none, or if it indexes another folder."""
+    """Return the path of the index in a folder; None if there is none, or if it is the index of another folder."""
     folder = os.path.expanduser(folder)
     location = os.path.join(folder, INDEX_FOLDER)
     is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(folder)
@@ -552,8 +543,8 @@ def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequ
 def folder_of(file: str | os.PathLike[str]) -> str:
     """Return the folder to search for code that resembles code of `file`, if no `.mose` index contains the file.
 
-    It is the nearest folder above the file that is a git repository or has an index in the user's cache. If there is
-    none, it is the working folder if the file is in it, else the file's own folder.
+    This is the nearest folder above the file that is a git repository or has an index in the user's cache. If there is
+    none, return the working folder if the file is inside, else the file's own folder.
     """
     above, here = Path(os.path.realpath(file)).parents, Path(os.path.realpath("."))
     for folder in above:
@@ -571,10 +562,3 @@ def _cached_location(folder: str, *options: Any) -> str:
     except OSError:
         return MEMORY
     return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else MEMORY
-
-
-def _shown_folder(folder: str) -> str:
-    relative = os.path.relpath(folder)
-    if relative == ".":
-        return ""
-    return folder if relative.startswith("..") else relative

@@ -79,14 +79,16 @@ class LocalStore:
         self._segments: dict[str, _Segment] = {}
         self._is_snapshot = self._is_new = False
         self._stamps: Stamps = {}
-        is_no_folder = self.folder is not None and os.path.lexists(self.folder) and not self.folder.is_dir()
-        if is_no_folder or self._strange_files():
-            fault, advice = "it is not a folder", ""
-            if not is_no_folder:
-                fault = "it has files of another program"
-                advice = f'; to search a folder of code, leave out --index: mose search "QUESTION" {location}'
-            message = f"{location} is not an index: {fault}. Name another folder{advice}."
-            raise UserError("search.index.foreign", message)
+        fault = advice = ""
+        if self.folder is not None and self.folder.is_dir():
+            names = set(os.listdir(self.folder))
+            if MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names):
+                fault = "it contains other files. Name a new folder, an empty folder or an index"
+                advice = f'. To search code in {location}, do not use --index: mose search "QUESTION" {location}'
+        elif self.folder is not None and os.path.lexists(self.folder):
+            fault = "it is not a folder. Name a folder"
+        if fault:
+            raise UserError("search.index.foreign", f"{location} is not an index: {fault}{advice}.")
 
     @contextmanager
     def locked(self, seconds: float = 3.0) -> Iterator[None]:
@@ -97,7 +99,7 @@ class LocalStore:
             try:
                 yield
             except BaseException:
-                if self._is_new and not self._read()["segments"]:  # an index without rows, after a full disk
+                if self._is_new and not self._read()["segments"]:  # the disk was full before the first rows
                     for name in (MANIFEST, ".gitignore"):
                         (self.folder / name).unlink(missing_ok=True)
                     self._remove_other_segments(())
@@ -156,7 +158,7 @@ class LocalStore:
 
     @_reading
     def finish(self) -> None:
-        """Merge small segments and those with over a third of rows deleted; delete files that the manifest lacks."""
+        """Merge small segments, and segments with over a third of their rows deleted; remove the merged files."""
         manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -237,7 +239,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the manifest; read it again if another process has replaced it. Without an index, it is empty."""
+        """Return the present manifest, which another process may have replaced; `_NO_INDEX` if there is no index."""
         if self.folder is None or self._is_snapshot:
             return self._manifest
         path = self.folder / MANIFEST
@@ -288,18 +290,11 @@ class LocalStore:
             self._segments[name] = _Segment(name, *_mapped(path), location=self.location)
         return self._segments[name]
 
-    def _strange_files(self) -> bool:
-        """Return whether the folder holds files of another program and no index."""
-        names = set(os.listdir(self.folder)) if self.folder is not None and self.folder.is_dir() else set()
-        return MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names)
-
 
 class _Segment:
-    """N rows of an index, in one file whose arrays are mapped into memory."""
+    """N rows of an index, in one file whose arrays are mapped into memory; a row has a number from 0 to N - 1."""
 
-    def __init__(
-        self, name: str, arrays: Mapping[str, np.ndarray], files: list[dict[str, Any]], location: str = MEMORY
-    ) -> None:
+    def __init__(self, name: str, arrays: _Arrays, files: list[dict[str, Any]], location: str = MEMORY) -> None:
         self.name, self.files, self.dead, self.location = name, files, frozenset[str](), location
         self.size = len(arrays["lengths"])
         self.ids = {one["id"] for one in files}
@@ -310,7 +305,7 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Mark rows as deleted: those of the files with the ids `dead`, which are gone or have new rows elsewhere."""
+        """Mark the rows of files as deleted; `dead` has the ids of the files, which are gone or have newer rows."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
@@ -325,7 +320,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return the cosine similarities (P,) of the rows numbered `places` (P,) to `unit` (D,), which has length 1."""
+        """Return the cosine similarities (P,) of a unit vector (D,) to P rows, whose numbers are `places` (P,)."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):
@@ -334,7 +329,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers (P,) of the rows that contain a word, and how often each contains it (P,), at most 255."""
+        """Return the numbers (P,) of the P rows with a word, and how often each row has the word (P,), at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -365,11 +360,11 @@ class _Segment:
         return [int(name.removeprefix("vectors_")) for name in self._arrays if name.startswith("vectors_")]
 
 
-_Places = list[tuple[_Segment, np.ndarray]]
+_Places = list[tuple[_Segment, np.ndarray]]  # segments, each with the numbers of some of its rows
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the `_BEST_BY_SIGNS` `chosen` rows (more if tied) whose vectors share most signs with `unit`."""
+    """Return the `_BEST_BY_SIGNS` rows of `chosen` (more if tied) whose vectors share most signs with `unit` (D,)."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -388,7 +383,7 @@ def _signs(vectors: np.ndarray) -> np.ndarray:
 
 
 def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int) -> list[Found]:
-    """Return the `limit` rows with the best scores, best first; ties are in the order of path and line."""
+    """Return the `limit` best rows of `scored`, (segment, row numbers, scores); equal ones by path and line."""
     found = []
     for segment, places, scores in scored:
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
@@ -427,7 +422,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return arrays that list the rows of each word: word `key[i]` (ascending) is `count[i]` times in row `row[i]`."""
+    """Return the arrays that `_Segment.postings` reads; word `key[i]` (ascending) is `count[i]` times in `row[i]`."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)

@@ -36,7 +36,7 @@ _Path = Annotated[str, Field(max_length=LONGEST_PATH)]
 
 @contextmanager
 def _errors_as_answers() -> Iterator[None]:
-    """Context manager and decorator: replace an expected error by a ToolError, whose sentence the agent gets."""
+    """Context manager and decorator: replace an expected error by a ToolError; the agent gets its sentence."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -85,10 +85,7 @@ def build_server(index: CodeIndex) -> MCPServer:
 
 
 class _Input(io.BufferedIOBase):
-    """Lines of JSON from a binary file, with � in place of lone surrogates such as `\\ud800`.
-
-    The mcp library can't decode such a message, and would never answer it.
-    """
+    """Lines of JSON from a binary file; � replaces lone surrogates such as `\\ud800`, which mcp can't decode."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

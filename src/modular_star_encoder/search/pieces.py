@@ -14,11 +14,10 @@ from modular_star_encoder.data.languages.parsing import MAX_LINE_BYTES, Unparsab
 SMALL_CLASS = 20
 """Maximum number of lines of a class that stays one piece; a longer class is divided into its members."""
 MOST_LINES = 60
-"""Maximum number of lines of a block of other lines. Functions are divided if they have more than twice this number."""
+"""Maximum number of lines of a block of other lines, and of each part of a long function."""
 EMBEDDED_CHARACTERS = 1600
-_WEIGHT_OF_NAME, _WEIGHT_OF_FILE_NAME = 4, 2
-"""How often a piece's name and its file's name count."""
-_LONGEST_FUNCTION = 2 * MOST_LINES
+_WEIGHT_OF_NAME, _WEIGHT_OF_FILE_NAME = 4, 2  # how often a piece's name and its file's name count
+_LONGEST_FUNCTION = 2 * MOST_LINES  # a function with more lines is divided
 _LONGEST_LINE = MAX_LINE_BYTES // 4  # in characters (of up to four bytes); the rest of a longer line is left out
 _FEWEST_LETTERS = 8
 LINE_END = re.compile(r"\r\n|\r|\n")
@@ -60,7 +59,7 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
     """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters.
 
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
-    file that can't be parsed, or whose language is unknown, is divided into blocks of lines.
+    file that can't be parsed, or whose language is unknown (""), is divided into blocks of lines.
     """
     lines = LINE_END.split(text)
     if max(map(len, lines)) > _LONGEST_LINE:
@@ -115,10 +114,8 @@ class _Divider:
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
         """Yield the lines from `start` to `end` in pieces, except pieces with hardly any letters."""
-        while start < end and not self._lines[start].strip():
-            start += 1
-        while start < end and not self._lines[end - 1].strip():
-            end -= 1
+        filled = [number for number in range(start, end) if self._lines[number].strip()]
+        start, end = (filled[0], filled[-1] + 1) if filled else (end, end)
         for first in range(start, end, MOST_LINES):
             last = min(first + MOST_LINES, end)
             if sum(map(str.isalnum, "".join(self._lines[first:last]))) >= _FEWEST_LETTERS:
@@ -128,9 +125,8 @@ class _Divider:
         inside = self._definitions[bisect_left(self._starts, first) : bisect_left(self._starts, end)]
         if line is None:  # a block may begin with the decorators of a class
             line = inside[0].line if inside and inside[0].line < end else first
-        last_parts = (one.name.rpartition(".")[2] for one in inside)
+        names = tuple(dict.fromkeys(one.name.rpartition(".")[2] for one in inside))
         text = "\n".join(self._lines[first:end])
-        names = tuple(dict.fromkeys(last_parts))
         return Snippet(self._path, self._language, name, first + 1, end, text, line + 1, names)
 
 
@@ -151,8 +147,6 @@ _STOP_WORD = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST_STEM = 3
-_DEFINES = "defines:"
-
 
 _Value = TypeVar("_Value")
 _LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
@@ -203,12 +197,8 @@ def _stem(word: str) -> str:
     return word
 
 
-def stems(text: str) -> list[str]:
-    """Return the stems of all words of a text: for `getHTTPResponse` get, http, respons and gethttprespons."""
-    return _words_of(text).split()
-
-
-def _words_of(text: str) -> str:
+def stems(text: str) -> str:
+    """Return the stems of all words of a text: for `getHTTPResponse`, "get http respons gethttprespons"."""
     runs = text.translate(_SEPARATORS).split() if text.isascii() else _WORD.findall(text)
     return " ".join(filter(None, map(_joined_stems.__getitem__, runs)))
 
@@ -222,19 +212,19 @@ def question_stems(question: str) -> list[str]:
     """Return the different stems of a question's words for BM25, without stop words if there are other words."""
     words = _WORD.findall(question)
     telling = [word for word in words if not _STOP_WORD.fullmatch(word)] or words
-    return sorted(set(stems(" ".join(telling))))
+    return sorted(set(stems(" ".join(telling)).split()))
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based number of the line of a piece to show first.
+    """Return the 1-based number of the line of a piece to show first: the piece's `line`, with one exception.
 
-    It is the piece's `line`; but if the definition around the piece begins before it, such as a very long function, it
-    is the first of the three lines that have the most words of the question.
+    If the piece is inside a very long function that begins before the piece, return the first of those three
+    consecutive lines that have the most words of the question.
     """
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))
-    met = [wanted.intersection(stems(line)) for line in snippet.text.split("\n")]
+    met = [wanted.intersection(stems(line).split()) for line in snippet.text.split("\n")]
     counts = [(len(one.union(*met[at + 1 : at + 3])), len(one)) for at, one in enumerate(met)]
     return max(snippet.line, snippet.first_line + counts.index(max(counts)))
 
@@ -247,7 +237,7 @@ def telling_parts(question: str) -> set[str]:
 
 def definition_word(name: str) -> str:
     """Return the extra word that `snippet_words` adds to pieces that define `name`, so that a search can find them."""
-    return _DEFINES + re.sub(r"\s", "", name.lower().rstrip("!?"))
+    return "defines:" + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 
 def snippet_words(snippet: Snippet) -> str:
@@ -256,7 +246,7 @@ def snippet_words(snippet: Snippet) -> str:
     They are the stems of its text, name (four times), file name (twice) and folder name, and one word for each name
     that it defines.
     """
-    words = _words_of(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
+    words = stems(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])
 
 

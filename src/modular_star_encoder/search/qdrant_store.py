@@ -1,10 +1,10 @@
 """Store an index in a collection of a Qdrant server, for indexes that outgrow one machine.
 
-Qdrant has no transactions. New rows of a file are written before its old rows are deleted, and every row stores how
-many rows its file has, so the next update finds incomplete files and writes them again.
+Qdrant has no transactions. New rows of a file are written before the file's old rows are deleted, and every row stores
+how many rows its file has, so the next update finds incomplete files and writes them again.
 
 A search by words ranks as Qdrant recommends for BM25: each row has a sparse vector of term weights, computed with a
-fixed average length, which the server multiplies by inverse document frequencies (Modifier.IDF).
+fixed average length. The server multiplies these weights by inverse document frequencies (Modifier.IDF).
 """
 
 import hashlib
@@ -12,8 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial, wraps
-from operator import itemgetter
+from functools import wraps
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -58,7 +57,7 @@ def _wrap_errors(method: Callable) -> Callable:
             return method(self, *arguments, **options)
         except _import_client().http.exceptions.ApiException as error:
             reason = " ".join(str(error).split())
-            raise OSError(f"The server of {self.location} did not answer, or refused a request: {reason}.") from error
+            raise OSError(f"The server of {self.location} did not answer, or rejected a request: {reason}.") from error
 
     return wrapped
 
@@ -85,7 +84,7 @@ class QdrantStore(VectorStore):
             return None
         metadata = self._client.get_collection(self._name).config.metadata or {}
         if _SETTINGS_KEY not in metadata:
-            message = f"{self.location} is a collection of another program. Name another collection."
+            message = f"{self.location} is a collection of another program. Use another name for the index."
             raise UserError("search.index.foreign", message)
         return metadata[_SETTINGS_KEY]
 
@@ -143,8 +142,8 @@ class QdrantStore(VectorStore):
         name, ids = f"vector_{exit_layer}", [str(one.row_id) for one in found]
         points = self._client.retrieve(self._name, ids, with_payload=False, with_vectors=[name])
         known = {str(point.id): point.vector[name] for point in points}
-        nothing = [0.0] * len(next(iter(known.values()), ()))
-        return np.array([known.get(one, nothing) for one in ids], dtype=np.float32)
+        zeros = [0.0] * len(next(iter(known.values()), ()))
+        return np.array([known.get(one, zeros) for one in ids], dtype=np.float32)
 
     @_wrap_errors
     def count(self) -> int:
@@ -157,14 +156,12 @@ class QdrantStore(VectorStore):
         response = self._client.query_points(self._name, query=query, using=using, limit=limit, query_filter=chosen)
         found = []
         for point in response.points:
-            values = point.payload["snippet"]
-            read = partial(Snippet, **{**values, "defines": tuple(values["defines"])})
-            one = Found(str(point.id), values["path"], point.score, read)
-            found.append((-one.score, one.path, values["first_line"], one))
-        return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2))]
+            snippet = Snippet(**{**point.payload["snippet"], "defines": tuple(point.payload["snippet"]["defines"])})
+            found.append(Found(str(point.id), snippet.path, point.score, lambda piece=snippet: piece))
+        return sorted(found, key=lambda one: (-one.score, one.path, one.snippet.first_line))
 
     def _filter(self, where: Filter) -> Any:
-        """Return Qdrant's form of `where`: None if it accepts all rows, an empty list `must` if it accepts none."""
+        """Return `where` as a Qdrant filter: None if `where` accepts all rows; a filter without conditions if none."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,33 +45,32 @@ class Cascade:
 class Ranked:
     """The rows found for one question, best first."""
 
-    found: list[Found]  # `by_similarity` with a cascade: the rows that were ranked again come first
-    margin: float | None  # best similarity minus second-best similarity at the first exit; None for fewer than two rows
+    found: list[Found]
+    margin: float | None = None  # largest minus second-largest similarity at the first exit; None for fewer than 2 rows
     reranked: bool = False  # whether a cascade ranked the best rows again
 
 
+@dataclass(frozen=True)
 class Ranker:
     """Ranks the rows of an index for questions at one exit; with a cascade, ranks the best again at a deeper exit."""
 
-    def __init__(
-        self,
-        store: VectorStore,
-        settings: IndexSettings,
-        embedder: Embedder,
-        exit_layer: int,
-        cascade: Cascade | None = None,
-    ) -> None:
-        self.exit_layer, self.cascade = exit_layer, cascade
-        self._store, self._settings, self._embedder = store, settings, embedder
+    store: VectorStore
+    settings: IndexSettings
+    embedder: Embedder
+    exit_layer: int
+    cascade: Cascade | None = None
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
         """Return for each question {exit_layer: embedding (D,) float32} at the first exit and the cascade's exit."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
-        embeddings = self._embedder.questions(questions, exits, self._settings.dimension)
+        embeddings = self.embedder.questions(questions, exits, self.settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}."""
+        """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}.
+
+        With a cascade, the rows that it ranked again come first.
+        """
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -91,29 +90,26 @@ class Ranker:
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
-        candidates, words, definers = _candidates(self._store, read, where, nearest)
+        candidates, words, definers = _candidates(self.store, read, where, nearest)
         if not candidates:
-            return Ranked([], None)
-        paths = [one.path for one in candidates]
-        similarities = self._store.vectors(candidates, self.exit_layer) @ vectors[self.exit_layer]
-        margin, exits = _lead(nearest), [self.exit_layer] * len(candidates)
-        cascade = self._cascade_for(margin)
-        if cascade is not None:
-            placed = place(read, paths, definers, similarities, words, cascade.candidates)
+            return Ranked([])
+        for row in candidates:
+            row.exit_layer = self.exit_layer
+        similarities = self.store.vectors(candidates, self.exit_layer) @ vectors[self.exit_layer]
+        margin = _lead(nearest)
+        if cascade := self._cascade_for(margin):
+            placed = place(read, [row.path for row in candidates], definers, similarities, words, cascade.candidates)
             best = [one.candidate for one in placed]
+            for one in best:
+                candidates[one].exit_layer = cascade.exit_layer
             deep = self._similarities([candidates[one] for one in best], vectors, cascade.exit_layer)
             shallow = similarities[best]
             similarities[best] = (deep - deep.mean()) / (deep.std() + 1e-9) * shallow.std() + shallow.mean()
-            for one in best:
-                exits[one] = cascade.exit_layer
-        found = [
-            replace(candidates[one.candidate], score=one.score, exit_layer=exits[one.candidate], reasons=one.reasons)
-            for one in place(read, paths, definers, similarities, words, limit)
-        ]
+        found = _placed(read, candidates, definers, similarities, words, limit)
         return Ranked(found, margin, reranked=cascade is not None)
 
     def _nearest(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> list[Found]:
-        found = self._store.nearest(vectors[self.exit_layer], self.exit_layer, limit, where)
+        found = self.store.nearest(vectors[self.exit_layer], self.exit_layer, limit, where)
         for one in found:
             one.exit_layer = self.exit_layer
         return found
@@ -125,30 +121,28 @@ class Ranker:
 
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
         """Return cosine similarities (N,) of rows to a question; if the index lacks the exit, embed the rows first."""
-        if exit_layer in self._settings.exit_layers:
-            documents = self._store.vectors(found, exit_layer)
+        if exit_layer in self.settings.exit_layers:
+            documents = self.store.vectors(found, exit_layer)
         else:
             snippets = [one.snippet for one in found]
-            documents = self._embedder.snippets(snippets, [exit_layer], self._settings.dimension)[exit_layer]
+            documents = self.embedder.snippets(snippets, [exit_layer], self.settings.dimension)[exit_layer]
         return documents @ vectors[exit_layer]
 
 
-def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> list[Found]:
+def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> Ranked:
     """Return the best `limit` rows for a question by the ranking rules over words alone, without a model."""
     read = Question.of(question)
     candidates, words, definers = _candidates(store, read, where, [])
-    return [
-        replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
-        for one in place(read, [one.path for one in candidates], definers, None, words, limit)
-    ]
+    return Ranked(_placed(read, candidates, definers, None, words, limit))
 
 
 def _candidates(
     store: VectorStore, question: "Question", where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
-    """Return N candidate rows for a question, their BM25 scores (N,), and {name: indices of candidates that define it}.
+    """Find the rows to rank for a question: those in `nearest`, and those that its words or the names in it find.
 
-    The BM25 score of a row is 0 if the row has none of the question's words.
+    Returns N rows; their BM25 scores (N,), 0 for a row with none of the question's words; and, for each name in the
+    question, {name: indices of the rows that define this name}.
     """
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where)
     names = [definition_word(name) for name in question.names]
@@ -161,6 +155,14 @@ def _candidates(
         for name, word in zip(question.names, names, strict=True)
     }
     return list(rows.values()), np.array([words.get(row_id, 0.0) for row_id in rows]), definers
+
+
+def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
+    """Return the candidates that `place` ranks best, with their scores and reasons; `given` are its other arguments."""
+    return [
+        replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
+        for one in place(question, [row.path for row in candidates], *given)
+    ]
 
 
 def _lead(found: Sequence[Found]) -> float | None:
@@ -196,12 +198,12 @@ class Question:
     """A question, and the names of code in it."""
 
     text: str
-    is_symbol: bool  # whether it is a name alone, such as `Router::Match` or `parse_header`
-    names: Mapping[str, float]  # {lower-case name in the question: weight of a match with its definition}
+    is_symbol: bool  # whether the question is only a name, such as `Router::Match` or `parse_header`
+    names: Mapping[str, float]  # {lower-case name in the question: weight of a piece that defines this name}
 
     @classmethod
     def of(cls, text: str) -> "Question":
-        """Make a question from its text, and find the names of code in the text."""
+        """Find the names of code in the text of a question."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
@@ -214,9 +216,9 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return scores (N,): `weight` × standardised similarities + (1 - `weight`) × standardised `words` (BM25 scores).
+    """Return scores (N,): `weight` × standardised similarities + (1 - `weight`) × standardised BM25 scores, `words`.
 
-    The median of these sums is subtracted, and negative scores become 0. Without similarities, return `words`.
+    The median of these N sums is subtracted from each; negative results become 0. Without similarities, return `words`.
     """
     if similarities is None:
         return words.astype(np.float64)
@@ -230,18 +232,19 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return gains (N,): above 0 for a piece that defines a name in the question, higher if its file has that name."""
+    """Return the gains (N,) of N pieces for the names that they define; `paths` are the paths of their N files.
+
+    The gain is above 0 if the question has one of these names (see `place` for `definers`), and higher if the file has
+    this name, too.
+    """
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
-            own = OWN_FILE if _plain(_file_name(paths[number])) == _plain(name) else 1.0
+            # Endings do not count: the file of `Formatter` may be `src/Formatter.cs` or ``src/Formatter`1.cs``.
+            file_name = re.split(r"[^\w-]", PurePosixPath(paths[number]).name)[0]
+            own = OWN_FILE if _plain(file_name) == _plain(name) else 1.0
             gains[number] = max(gains[number], DEFINITION * weight * own)
     return gains
-
-
-def _file_name(path: str) -> str:
-    """Return a file's name without endings: `Formatter` for `src/Formatter.cs` and for ``src/Formatter`1.cs``."""
-    return re.split(r"[^\w-]", PurePosixPath(path).name)[0]
 
 
 def _plain(name: str) -> str:
@@ -249,13 +252,17 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return a gain per file, (F,), for the question's words in its name; words in its folder's name count half."""
+    """Return the gains (F,) of F files: `PATH` × share of the question's words that the file's name has.
+
+    A word that only the name of the file's folder has counts `FOLDER` instead of 1. If the question is a symbol, all
+    gains are 0.
+    """
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
     named = [_named(path) for path in files]
     every = {part for both in named for one in both for part in one}
-    met = np.zeros(len(files))
+    met = np.zeros(len(files))  # for each file, the number of words that its name or its folder's name has
     for word in wanted:
         like = {part for part in every if _alike(word, part)}
         for number, (file, folder) in enumerate(named):
@@ -277,9 +284,14 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return gains (N,): above 0 only for the best piece of each file by `gained`, the scores of pieces so far.
+    """Return the gains (N,) of N pieces: above 0 only for the best piece of each file, which has the largest `gained`.
 
-    The gain is the sum of the file's five best `scores`, divided by the largest sum. `file_of` (N,) numbers the files.
+    The gain is the sum of the five best `scores` of the file's pieces, divided by the largest such sum of any file.
+
+    Args:
+        scores: (N,), the fused scores of similarity and words.
+        gained: (N,), these scores and the gains of the rules before this one.
+        file_of: (N,), the number of each piece's file.
     """
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
@@ -296,7 +308,10 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return a factor for each of F files: below 1 for re-exports, type declarations, and tests unless asked for."""
+    """Return the factors (F,) of F files: below 1 for files of re-exports or type declarations.
+
+    Tests, examples and documentation also have a factor below 1, unless the question is about tests or examples.
+    """
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -330,15 +345,15 @@ def place(
     words: np.ndarray,
     limit: int,
 ) -> list[Placed]:
-    """Return the best `limit` candidates of a question, best first.
+    """Rank N pieces of code, the candidates, for a question by all rules; return the best `limit`, best first.
 
     Args:
         question: the question.
-        candidates: the paths (N) of the pieces.
-        definers: {name in the question: indices of the candidates that define it}.
-        similarities: (N,) cosine similarities to the question; None to rank without a model.
-        words: (N,) BM25 scores; 0 for a piece that has no word of the question.
-        limit: number of candidates to return.
+        candidates: for each candidate, the path of its file.
+        definers: {name in the question: indices, from 0 to N - 1, of the candidates that define this name}.
+        similarities: (N,), cosine similarity of each candidate to the question; None to rank without a model.
+        words: (N,), BM25 score of each candidate; 0 if the candidate has none of the question's words.
+        limit: largest number of candidates to return.
     """
     if not candidates:
         return []

@@ -44,22 +44,17 @@ class Row:
 
 @dataclass(slots=True)  # not frozen: that takes three times as long to make, and a search makes hundreds
 class Found:
-    """A row that a store found, and its score: cosine similarity or BM25 score (higher is better).
-
-    The piece is read only when `snippet` is used, because most candidates are never shown. `exit_layer` is
-    the exit that ranked the row; None if only words did. `reasons` is {ranking rule: what it added to the score}.
-    """
+    """A row that a store found. Its piece is read only when `snippet` is used: most rows are never shown."""
 
     row_id: Hashable  # identifies the row in its store until the store changes
     path: str
-    score: float
-    read: Callable[[], Snippet]
-    exit_layer: int | None = None
-    reasons: Mapping[str, float] = field(default_factory=dict)
+    score: float  # a cosine similarity or a BM25 score, or the score of the ranking rules; higher is better
+    read: Callable[[], Snippet]  # reads the piece from the store
+    exit_layer: int | None = None  # the exit whose embeddings ranked the row; None if only words did
+    reasons: Mapping[str, float] = field(default_factory=dict)  # {ranking rule: what it added to the score}
 
     @property
     def snippet(self) -> Snippet:
-        """The piece of code in the row, read from the store."""
         return self.read()
 
 
@@ -86,14 +81,11 @@ class VectorStore(Protocol):
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context in which no other process writes the index; wait up to `seconds` if one is writing now.
-
-        Raises UserError if another process is still writing the index then.
-        """
+        """Return a context in which no other process writes the index; UserError if one still does after `seconds`."""
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context in which reads see the rows as they were at its start, unless the store has no snapshots."""
+        """Return a context in which all reads see the rows of its start; without effect if a store has no snapshots."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
@@ -103,16 +95,16 @@ class VectorStore(Protocol):
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Make an empty index with these settings; it replaces an existing index, even one that can't be read.
+        """Replace the index, even a damaged one, by an empty index with these settings.
 
-        Raises UserError if `location` has data of another program, which is never replaced.
+        Raises UserError if `location` has data of another program, which are never replaced.
         """
 
     def files(self) -> dict[str, str | None]:
-        """Return {file_id: hash of the file's content}; a hash is None if rows are missing or of different contents."""
+        """Return {file_id: hash of the file's content}; None for a hash if the file's rows are incomplete or mixed."""
 
     def stamps(self) -> Stamps:
-        """Return the files' sizes and times that `keep_stamps` stored last; empty if this store keeps none."""
+        """Return the sizes and times of files that `keep_stamps` stored last; empty if this store keeps none."""
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
@@ -120,11 +112,9 @@ class VectorStore(Protocol):
         return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """Delete the rows of some files, and add new rows.
+        """Delete all rows of the files with the ids `known`, and add `rows`: all rows of each new or changed file.
 
-        Args:
-            known: ids of the files whose stored rows are deleted.
-            rows: all rows of each new or changed file. A file that has rows in the store must be in `known`.
+        If a file of `rows` already has rows in the store, its id must be in `known`.
         """
 
     def finish(self) -> None:
@@ -138,10 +128,9 @@ class VectorStore(Protocol):
         """Return the `limit` rows with the highest BM25 scores for `words`, best first; only scores above 0."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of N rows that this store found; zeros for rows deleted since then."""
+        """Return the embeddings (N, D) float32 of N rows from `nearest` or `lexical`; zeros for rows deleted since."""
 
-    def count(self) -> int:
-        """Return the number of rows."""
+    def count(self) -> int: ...
 
 
 def file_id(path: str) -> str:
@@ -219,21 +208,18 @@ class IndexSettings:
         try:
             settings = cls(**options)
             check_types(settings)
-            folder = os.path.normpath(os.path.join(_real_path(location) or "", settings.folder))
         except TypeError as error:
             message = f"The settings of the index {location} are damaged ({error}): rebuild it (--rebuild)."
             raise UserError("search.index.unreadable", message) from error
-        return replace(settings, folder=folder)
+        return replace(settings, folder=os.path.normpath(os.path.join(_real_path(location) or "", settings.folder)))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
         """Raise UserError if an update's settings, `asked`, differ from those of the index; the message has both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
-        differences = [
-            f"{label} {_shown(getattr(self, name))}, not {_shown(getattr(asked, name))}"
-            for name, label in _LABELS.items()
-            if getattr(self, name) != getattr(asked, name)
-        ]
-        if differences:
+        pairs = [(label, getattr(self, name), getattr(asked, name)) for name, label in _LABELS.items()]
+        if differences := [
+            f"{label} {_shown(own)}, not {_shown(other)}" for label, own, other in pairs if own != other
+        ]:
             message = f"The index {location} was built with {'; '.join(differences)}."
             raise UserError("search.index.other_settings", f"{message} Use another index, or --rebuild to replace it.")
 
