@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from pygments.formatters import HtmlFormatter
 
-from modular_star_encoder.demo.results import (
+from modular_star_encoder.demo.page import (
     FIRST_LINES,
     MOST_CHARACTERS,
     Reply,

@@ -21,8 +21,15 @@ from urllib.parse import quote, urlencode, urlsplit
 from pygments.formatters import HtmlFormatter
 
 from modular_star_encoder.data.languages.registry import language_of
-from modular_star_encoder.demo.page import BAD_REQUEST, SearchPage, build_blocks, import_gradio
-from modular_star_encoder.demo.results import LinkTo, code_styles, highlighted
+from modular_star_encoder.demo.page import (
+    BAD_REQUEST,
+    LinkTo,
+    SearchPage,
+    build_blocks,
+    code_styles,
+    highlighted,
+    import_gradio,
+)
 from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import CodeIndex, file_inside
 from modular_star_encoder.search.pieces import LINE_END

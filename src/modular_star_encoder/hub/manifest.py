@@ -13,11 +13,6 @@ from modular_star_encoder.utils.settings import Switch, load_settings, settings_
 MAIN = "main"
 
 
-def _is_inside(path: str) -> bool:
-    parts = PurePosixPath(path).parts
-    return bool(parts) and parts[0] != "/" and ".." not in parts and "\\" not in path
-
-
 @settings_class
 class RepositorySettings:
     """An entry of a manifest: one repository, or one branch of a repository.
@@ -63,7 +58,8 @@ class RepositorySettings:
     def __post_init__(self) -> None:
         own = ("checkpoint", "evaluation", "profile", "recipe", "sections", "trained_from", "training_log")
         given = [name for name in own if getattr(self, name)]
-        outside = [path for path in self.files if not _is_inside(path)]
+        parts = {path: PurePosixPath(path).parts for path in self.files}
+        outside = [path for path in parts if parts[path][:1] in ((), ("/",)) or ".." in parts[path] or "\\" in path]
         key, fault = "", ""
         if self.slice_of and given:
             key, fault = "slice", f"is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}"
@@ -136,7 +132,7 @@ class Manifest:
 
 
 def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Manifest:
-    """Read a manifest from a YAML file, changed by `overrides` (KEY=VALUE); raise UserError if a value is wrong."""
+    """Read a manifest from a YAML file, changed by `overrides` (KEY=VALUE); UserError if a value is invalid."""
     return load_settings(Manifest, path, overrides)
 
 

@@ -34,7 +34,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return a slice's measurements: costs and scores as of the uncut model, at the exits of `parameters` only."""
+        """Return the measurements of a slice: this model's costs and scores at the exits in `parameters`."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -102,7 +102,10 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot scores against latency, without a profile against depth; return the file's name, or None if not plotted."""
+    """Plot scores against latency or, without a profile, against depth.
+
+    Returns the name of the figure's file; None if there are no scores, or only one exit.
+    """
     if len(measurements.parameters) < 2 or not measurements.tables:
         return None
     if measurements.profile is None:
@@ -115,7 +118,7 @@ def draw(measurements: Measurements, folder: Path) -> str | None:
 
 
 def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a card's table of measurements: a column for each exit and each other retriever."""
+    """Return (header, rows) of a card's table of measurements, with a column for each exit and each other retriever."""
     exits = list(measurements.parameters)
     others = [row for table in measurements.tables for row in table.rows if row.exit_layer is None]
     retrievers = list(dict.fromkeys(row.retriever for row in others))

@@ -187,7 +187,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide all warnings in a `with` block: those of torch's exporter and ONNX's quantiser do not concern our models."""
+    """Hide all warnings in a `with` block; those of torch's exporter and ONNX's quantiser do not concern our models."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -208,8 +208,8 @@ def check_onnx(
     """Compare the outputs of a model at one exit with those of its ONNX file, for batches of one or more random texts.
 
     Returns {name of an output: largest difference}, without padding tokens. If the model's largest absolute value in a
-    batch is above 1, the difference is divided by it. Raises UserError if an output is NaN or differs by more than
-    `tolerance`; the message names the output, the batch and the difference.
+    batch is above 1, differences are relative to this value. Raises UserError if an output is NaN or differs by more
+    than `tolerance`; the message names the output, the batch and the difference.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest = dict.fromkeys(OUTPUTS, 0.0)
@@ -330,7 +330,7 @@ def export_onnx_folder(
 
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
-    """Return `{name}-{exit_layer}-{ending}`, next to the checkpoint's folder or, for a Hub repository, right here."""
+    """Return `{name}-{exit_layer}-{ending}`: next to a checkpoint's folder, or in the working folder for a Hub id."""
     local = local_folder(checkpoint)
     folder = Path(Path(checkpoint).name) if local is None else local.resolve()
     return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")

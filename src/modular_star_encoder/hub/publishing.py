@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from modular_star_encoder.utils.http import check_hub, wrap_hub_errors
 KEPT = (".gitattributes",)  # files that the Hub creates and no commit deletes
 ADDED, CHANGED, DELETED = "+", "~", "-"
 
-# All files except weights that `stage_repositories` may write. If one is missing, loading the repository shows it.
+# All files except weights that `stage_repositories` may write. If a needed file is missing, loading fails later.
 EXPECTED = {
     *("configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py", "config.json"),
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -67,8 +68,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**
 """{dtype: largest allowed difference in a component of a unit vector}; pooling outside the model rounds differently."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """A file that a commit adds (+), changes (~) or deletes (-), with its size in bytes."""
 
     kind: str
@@ -131,8 +131,8 @@ def publish(
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
         upload: whether to upload; if False, nothing is sent, and the call works without a connection to the Hub.
         private: whether new repositories are private.
-        staging: folder in which to keep the staged repositories; it must be empty or not exist. By default they are
-            removed.
+        staging: folder that keeps the staged repositories; it must be empty or not exist. By default, the staged
+            repositories are removed.
         api: client of the Hub; by default one with the token of `hf auth login` or `HF_TOKEN`, and `HF_ENDPOINT`.
         progress: whether to show progress.
 
@@ -192,10 +192,10 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check staged repositories: files, card, tokenizer, and that each loads without this package.
+    """Check the files, card and tokenizer of staged repositories, and that each repository loads without this package.
 
-    Returns {key of the repository: largest difference between its embeddings and those of its source checkpoint}.
-    UserError if a check fails.
+    Returns {key of a repository: largest difference between its embeddings and those of its source checkpoint}.
+    Raises UserError if a check fails.
     """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
@@ -209,7 +209,10 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError if a file in a folder is unsafe, or is neither in `EXPECTED` nor in `extra` nor weights."""
+    """Check that every file in a folder is safe to publish and expected; raise UserError for the first that is not.
+
+    Weights, the files in `EXPECTED` and those in `extra` (paths in the folder) are expected.
+    """
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         key, fault = "unexpected", "is not expected; list it under `files` in the manifest"
@@ -220,7 +223,7 @@ def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
 
 
 def _content_fault(path: Path) -> tuple[str, str]:
-    """Return an error's key, such as "pickle", and text if a file has unsafe content; otherwise two empty texts."""
+    """Return (end of an error's key, sentence on the fault) if a file is unsafe to publish; otherwise ("", "")."""
     token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
     with path.open("rb") as file:
         text = file.read(TEXT_LIMIT)
@@ -253,7 +256,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _compare(staged: StagedRepository, found: Mapping[str, np.ndarray]) -> float:
-    """Return the largest difference between `found` and the source's embeddings; raise UserError above `TOLERANCE`."""
+    """Return the largest difference between `found` and the source's outputs; UserError if it is above `TOLERANCE`."""
     own, dtype = _source_embeddings(staged)
     largest = 0.0
     for name, expected in own.items():
@@ -310,7 +313,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """Return the changes, sorted by path, that make the files on the Hub (`there`, {path: file}) equal to a folder."""
+    """Return the changes, sorted by path, after which the Hub's files, `there`, are those in a folder."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():

@@ -42,7 +42,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write each repository of a manifest and its card to `folder/KEY`. KEY is the entry's key with `--` for `/`."""
+    """Write the files of each repository of a manifest to `folder/KEY`; KEY is the entry's key with `--` for `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None

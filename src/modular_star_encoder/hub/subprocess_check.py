@@ -1,7 +1,8 @@
-"""Load checkpoints as users without this package do: in a new process that can't import it.
+"""Load checkpoints as users without this package do: in a new process that can't import this package.
 
-`verify_reload` starts the process, which runs this file as a script: subprocess_check.py FOLDER. The script reads
-requests.json in FOLDER, and writes one file of arrays for each request. Only `verify_reload` may import this package.
+`verify_reload` starts the process, which runs this file as a script: subprocess_check.py FOLDER. The script reads the
+`ReloadRequest`s from FOLDER/requests.json and writes the arrays of request N to FOLDER/N.npz. In this file, only
+`verify_reload` may import this package.
 """
 
 import contextlib
@@ -33,12 +34,16 @@ class ReloadRequest:
 
 
 def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[dict[str, np.ndarray]]:
-    """Embed texts in a new offline process that loads each checkpoint with the model code in its folder.
+    """Embed texts with checkpoints in a new offline process, which uses the model code in each checkpoint's folder.
 
-    Returns {name: array} for each request. `auto_model` and `sentence_transformer` are the embeddings (N, D) float32 of
-    its N texts at the deepest exit, from AutoModel and SentenceTransformer. `exit-K` are those of SentenceTransformer
-    at exit K. A pre-trained model also has `masked_lm`, the logits (N, V) of each text's last token. Raises UserError
-    (`hub.reload.failed`) if a checkpoint can't be loaded.
+    Each request names a checkpoint and N texts. For each request, return a dictionary of these float32 arrays:
+
+        auto_model             embeddings (N, D) from AutoModel, at the deepest exit
+        sentence_transformer   embeddings (N, D) from SentenceTransformer, at the deepest exit
+        exit-K                 embeddings (N, D) from SentenceTransformer, at exit K of the request's `exit_layers`
+        masked_lm              logits (N, V) of each text's last token; only for a pre-trained model
+
+    Raises UserError (`hub.reload.failed`) if a checkpoint can't be loaded.
     """
     import torch
     from tqdm.auto import tqdm
@@ -89,7 +94,7 @@ def main(folder: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Return {way of loading the checkpoint: embeddings}; each way runs the checkpoint's own code (remote code)."""
+    """Return the arrays of `verify_reload` for one request; every model runs the checkpoint's own code."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
@@ -115,7 +120,7 @@ def embed(
 
 
 def embed_batch(model: Any, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
-    """Return the embeddings (N, D) of N texts; if the model has none, the normalised means of its token states."""
+    """Return the embeddings (N, D) of N texts; of a pre-trained model, the normalised means of its token states."""
     import torch
 
     output = model(**batch, **options)

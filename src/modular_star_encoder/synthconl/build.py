@@ -49,7 +49,7 @@ Report = dict[str, Any]
 
 @settings_class
 class CardSettings:
-    """Texts and metadata that a recipe adds to the dataset's card (README.md).
+    """Texts and metadata for the dataset's card (README.md).
 
     Args:
         name: title of the card.
@@ -105,8 +105,8 @@ class DatasetRecipe:
         against: {name of a benchmark: {`source`: file, folder or Hub id, `column`: name}}; rows that are near a text
             in this column are dropped. Further keys are arguments of `open_dataset_rows`.
         validation_rows: number of rows to hold out for validation, in whole repositories; at most a fifth of all rows.
-        max_repository_share: a repository with a larger share of all rows is only used for validation if the smaller
-            ones have too few rows.
+        max_repository_share: a repository with a larger share of all rows is held out only if all smaller repositories
+            together have too few rows.
         card: see `CardSettings`.
         processes: number of processes that extract functions.
         seed: seed of all random draws: target languages and the validation split.
@@ -129,8 +129,8 @@ class DatasetRecipe:
         for language in self.languages:
             target_language("", language, seed=0, targets=self.translation.targets)
 
-    def stage_settings(self) -> dict[str, dict[str, Any]]:
-        """Return {stage: {setting: JSON value}} with the settings that change a stage's result, in order of stages."""
+    def stage_settings(self, last: str = "dataset") -> dict[str, dict[str, Any]]:
+        """Return {stage: {setting: JSON value}} with the settings that change a stage's result, up to stage `last`."""
 
         def own(*names: str) -> dict[str, Any]:
             return {name: getattr(self, name) for name in names}
@@ -143,19 +143,15 @@ class DatasetRecipe:
             "split": own("validation_rows", "max_repository_share", "seed"),
             "dataset": {"card": asdict(self.card)},
         }
-        return json.loads(json.dumps(settings, default=str))
-
-    def settings_up_to(self, stage: str) -> dict[str, dict[str, Any]]:
-        """Return the `stage_settings` of a stage and of those before it."""
-        settings = self.stage_settings()
-        return dict(islice(settings.items(), list(settings).index(stage) + 1))
+        some = dict(islice(settings.items(), list(settings).index(last) + 1))
+        return json.loads(json.dumps(some, default=str))
 
 
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or continue an interrupted build with the same recipe; return the dataset's folder.
 
-    After a kill at any point, the same call continues. It repeats no finished stage, loses and duplicates no row, and
-    requests only pending translations again. One process at a time can build in a folder.
+    If the process is killed, the same call continues the build. It repeats no finished stage, loses or duplicates no
+    row, and requests only missing translations again. One process at a time can build in a folder.
 
     Args:
         recipe: What to build.
@@ -164,8 +160,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
         progress: Whether to show progress bars.
 
     Raises:
-        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the translating model fails.
-            Its answers before that are kept.
+        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the model that translates
+            fails (its earlier answers are kept).
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _read_log(build)
@@ -212,12 +208,8 @@ def functions(build: Build, out: Path) -> Report:
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
         key, fault = "empty", f"`corpus` has no documented function to translate ({_listed(counts)})"
-        if repositories:
-            name = repositories.pop()
-            key, fault = (
-                "one_repository",
-                f"All functions are in {name!r}; the validation split needs a second repository",
-            )
+        for name in repositories:
+            key, fault = "one_repository", f"All functions are in {name!r}; validation needs a second repository"
         raise UserError(f"synthconl.build.{key}", f"{fault}.")
     return {"counts": dict(sorted(counts.items(), key=_place))}
 
@@ -364,7 +356,7 @@ def _check_inputs(build: Build) -> None:
 def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
     name, start = stage.__name__, time.monotonic()
     seconds = log.get(name, {}).get("seconds", 0.0)
-    log[name] = {"settings": build.recipe.settings_up_to(name), "seconds": seconds}
+    log[name] = {"settings": build.recipe.stage_settings(name), "seconds": seconds}
     write_json(build.out / LOG, log)
     out = build.out / name
     with nullcontext(out) if stage in _CONTINUED else staged_folder(out) as folder:
@@ -375,14 +367,14 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _read_log(build: Build) -> dict[str, Any]:
-    """Return the log of earlier calls; UserError if they had other settings, or the folder has files of others."""
+    """Return the log of earlier calls; UserError if they had other settings, or the folder has other files."""
     out, key, fault = build.out, "", ""
     log = read_json(out / LOG) if (out / LOG).is_file() else {}
     ours = (LOCK, f".{LOG}.")
     if not log and out.exists() and not (out.is_dir() and all(one.name.startswith(ours) for one in out.iterdir())):
         key, fault = "out", f"{out} contains files that no dataset build wrote; choose an empty or new folder"
     for name in (stage.__name__ for stage in STAGES if stage.__name__ in log):
-        other = _differences(log[name]["settings"], build.recipe.settings_up_to(name))
+        other = _differences(log[name]["settings"], build.recipe.stage_settings(name))
         if other and (out / name).exists() and not key:
             made = f"{out / name} was made with other values of {', '.join(other)}"
             key = "other_settings"

@@ -64,8 +64,8 @@ def function_rows(
     """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
     A function is dropped if its language is not in `languages`, if its code has more than `max_characters` characters,
-    or if an earlier function differs from it only in white space. `counts` gets the numbers of rows or files read, of
-    functions kept, and of functions dropped for each reason.
+    or if an earlier function has the same code except for white space. `counts` gets the numbers of rows or files read,
+    of functions kept, and of functions dropped for each reason.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -189,10 +189,13 @@ def clean_translation(
     the answer is itself a function that parses, the code is the answer without the sentences before and after the code.
     Reasoning (`<think>…</think>`) and the indentation shared by all lines are removed.
 
-    The code is accepted if it contains a function and parses as the target language. It may fail to parse in at most
-    `max_error_share` of its bytes, but then it must not parse as the source language. A share of 1 skips these checks.
-    Grammars are tolerant: of 200 functions in one language, up to 72 % parse as another language with few errors
-    (JavaScript as C++). This rule accepts at most 23 % of them (Java as C++), and every function as its own language.
+    The code is accepted if it contains a function and parses as the target language. Code with syntax errors is also
+    accepted if they cover at most `max_error_share` of its bytes and the code does not parse as the source language.
+    A `max_error_share` of 1 skips these checks.
+
+    The rule on the source language is needed because grammars are tolerant: with 200 functions per language, up to 72 %
+    of those in one language have few enough errors in another (JavaScript as C++). With the rule, at most 23 % of them
+    are accepted (Java as C++). Every function is accepted as its own language.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
@@ -250,7 +253,7 @@ def _block(opening: re.Match[str], lines: list[str], *, closed: bool) -> tuple[s
 
 
 def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
-    """Return why `code` is rejected as a translation to the language `target`; "" if it is accepted."""
+    """Return why `code` is rejected as a translation from language `source` to `target`; "" if it is accepted."""
     if max_error_share >= 1:
         return ""
     share, has_function = check_syntax(code, target)

@@ -50,7 +50,7 @@ def drop_near_duplicates(
 
     `dropped.jsonl` in `out` gets a line for each dropped row: `id`; `reason`; `cluster` (the smallest id in the row's
     cluster); `nearest` (the id of the most similar row, or the number, from 0, of the near text in another set); and
-    `similarity`. The job takes a few hundred bytes of memory per row and column and, until its end, disk space for a
+    `similarity`. The job needs a few hundred bytes of memory per row and column and, while it runs, disk space for a
     copy of the texts.
 
     Args:

@@ -312,9 +312,9 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the m distinct rows by ascending id, int64 (m,), and for each of all n rows its place among them.
+    """Return (the m distinct rows by ascending id, int64 (m,); for each of all n rows, the place of its distinct row).
 
-    Of equal rows, only the one with the smallest id is used. Rows with only blank texts never count as equal.
+    Of equal rows, the one with the smallest id is the distinct row. Rows with only blank texts never count as equal.
     """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
@@ -328,10 +328,12 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return (candidate pairs, size of the largest bucket, number of rows over the limit in the band with most).
+    """Pair the rows of `column` with the rows of `others` that have the same key in a band, to compare these pairs.
 
-    The bucket of a row of `column` has the rows of `others` with the same key in a band; if `others` is `column`, only
-    earlier rows. The row is paired with the first `limit` rows of its bucket.
+    The rows of `others` with a row's key in a band are the row's bucket; if `others` is `column`, the bucket has only
+    earlier rows. Each row is paired with the first `limit` rows of its bucket.
+
+    Returns (pairs, size of the largest bucket, number of rows with larger buckets than `limit` in the worst band).
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -362,7 +364,7 @@ def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _near_pairs(
     pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return those of `pairs` that are near in all columns, and the smallest similarity of each over the columns."""
+    """Return (the pairs that are near in all columns; for each of these, the smallest similarity over the columns)."""
     smallest = np.ones(len(pairs))
     for first, second in zip(firsts, seconds, strict=True):
         smallest = np.minimum(smallest, _similarities(pairs, first, second, progress))
@@ -388,7 +390,11 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the (pairs, similarities) of all columns: each pair once, ascending, with its largest similarity."""
+    """Join the near pairs of all columns; of a pair in several columns, keep the largest similarity.
+
+    Each of `parts` has the pairs of one column, uint64, and the similarity of each. Returns (distinct pairs, ascending;
+    the similarity of each).
+    """
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))
     pairs, first = np.unique(pairs[sorting], return_index=True)
@@ -475,7 +481,11 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's most similar partner (−1 if none; of equal ones, the smallest number), and the similarity."""
+    """Return (most similar partner of each row, −1 if none; their similarity, 0 if none), two arrays (`count`,).
+
+    Row `nodes[i]` and partner `partners[i]` have the similarity `values[i]`. Of equally similar partners, the one with
+    the smallest number counts.
+    """
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

@@ -66,11 +66,10 @@ class Completion:
 
 
 class OpenAIBackend:
-    """Let a server complete prompts greedily: `vllm serve`, `transformers serve`, llama.cpp, Ollama, a hosted service.
+    """Complete prompts greedily with a server: `vllm serve`, `transformers serve`, llama.cpp, Ollama, a hosted service.
 
     A request that fails temporarily is sent again (see `HTTPClient`). An error that would repeat for all requests, such
-    as a wrong key, stops the run. Nothing is sent before the first prompt. Protocol: OpenAI's API reference, `POST
-    /chat/completions`.
+    as a wrong key, stops the run. Protocol: OpenAI's API reference, `POST /chat/completions`.
 
     Args:
         model: Name of the model on the server.
@@ -267,9 +266,9 @@ class TranslationSettings:
             message = f"translation.options.{fault['loc'][-1]}: {fault['msg']}. Given: {str(fault['input'])[:60]!r}."
             raise UserError("synthconl.backend.options", message) from error
 
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Return the price of `prompt_tokens` tokens of prompts and `completion_tokens` tokens of answers."""
-        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
+    def cost(self, tokens: Mapping[str, int]) -> float:
+        """Return the price of `tokens`, {"prompt_tokens": number, "completion_tokens": number}."""
+        return (tokens["prompt_tokens"] * self.prompt_price + tokens["completion_tokens"] * self.completion_price) / 1e6
 
 
 def translate(
@@ -278,9 +277,11 @@ def translate(
     """Ask a model to translate every function that has no answer from an earlier call in `out`; report on all calls.
 
     `functions` is a folder of `write_rows` with the columns `id`, `language1_CSN` and `func1_CSN`. For each of its
-    files, the existing folder `out` gets a file of completions. `settings` and `seed`, which decides the target
-    languages, are those of all earlier calls; the caller checks this. UserError if the back end can't continue or
-    answers only errors, but all answers before that are kept; or if an answer of an earlier call is damaged.
+    files, the existing folder `out` gets a file of completions. `seed` decides the target languages. The caller checks
+    that `settings` and `seed` are those of all earlier calls.
+
+    UserError if an answer of an earlier call is damaged, or if the back end can't continue or answers only errors. The
+    answers before such a failure are kept.
     """
     backend = settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
@@ -316,16 +317,15 @@ def translate(
                 files.pop(completion.id).add(completion)
             session.add(trusted)
             bar.update(len(trusted))
-            tokens, seconds = session.counts["completion_tokens"], session.seconds()
-            cost = settings.cost(session.counts["prompt_tokens"], tokens)
-            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, cost {cost:.2f}", refresh=False)
+            speed, cost = session.counts["completion_tokens"] / session.seconds(), settings.cost(session.counts)
+            bar.set_postfix_str(f"{speed:.0f} tokens/s, cost {cost:.2f}", refresh=False)
     return _report(out, settings, session.sessions)
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield lists of completions; errors are held back until an answer shows that the back end still works.
+    """Yield lists of completions; hold errors back until an answer shows that the back end still works.
 
-    `answered` is whether an earlier call received an answer.
+    `answered` says whether an earlier call received an answer.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -389,7 +389,7 @@ def _report(out: Path, settings: TranslationSettings, sessions: Sequence[Mapping
     backends = [session["backend"] for session in sessions]
     return {
         **counts,
-        "cost": settings.cost(counts["prompt_tokens"], counts["completion_tokens"]),
+        "cost": settings.cost(counts),
         "seconds": round(seconds, 3),
         "completions_per_second": round(counted / seconds, 3) if seconds else 0.0,
         "backends": [one for i, one in enumerate(backends) if one not in backends[:i]],
