@@ -88,11 +88,8 @@ def test_each_hit_says_where_the_other_exit_ranks_it():
     first, second, third = (hit(line=line, name=f"f{line}") for line in (1, 2, 3))
     other = Reply(Answer("q", [second, first]), 4, 1.0)
     badges = re.findall('mose-badge (.*?)">(.*?)<', html_of(first, second, third, other=other))
-    assert badges == [
-        ("mose-moved", "#2 at exit 4"),
-        ("mose-moved", "#1 at exit 4"),
-        ("mose-new", "not among the 2 found at exit 4"),
-    ]
+    moved = [("mose-moved", f"#{rank} at exit 4") for rank in (2, 1)]
+    assert badges == [*moved, ("mose-new", "not among the 2 found at exit 4")]
 
 
 def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one():

@@ -149,7 +149,7 @@ def test_a_request_that_the_page_never_sends_prints_no_traceback(address, capfd)
     assert "mose-hit" in asked(address, good, "after")[0]
 
 
-def test_a_port_that_is_taken_is_one_sentence(index):
+def test_a_port_that_is_taken_and_a_host_that_is_not_this_machine_are_one_sentence(index):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -158,17 +158,20 @@ def test_a_port_that_is_taken_is_one_sentence(index):
             pass
     with raises("demo.port", 70_000), served(index, port=70_000):
         pass
+    for host in ("::1", "192.0.2.1", "a" * 64):
+        with raises("demo.host", host), served(index, host=host):
+            pass
 
 
-@pytest.mark.parametrize("host", ["::1", "192.0.2.1", "a" * 64])
-def test_a_host_that_is_not_this_machine_is_one_sentence(index, host):
-    with raises("demo.host"), served(index, host=host):
-        pass
+@pytest.fixture
+def calls(monkeypatch):
+    """(location of the index, options) of each call of `serve`."""
+    made = []
+    monkeypatch.setattr(serving, "serve", lambda index, **options: made.append((index.store.location, options)))
+    return made
 
 
-def test_mose_demo_serves_the_index_named_and_refuses_none(index, checkpoint, monkeypatch, tmp_path, capsys):
-    calls = []
-    monkeypatch.setattr(serving, "serve", lambda index, **options: calls.append((index.store.location, options)))
+def test_mose_demo_serves_the_index_named_and_refuses_none(index, checkpoint, calls, tmp_path, capsys):
     location = index.store.location
     assert main(["demo", "--index", location, "--model", str(checkpoint), "--port", "7999"]) == 0
     assert calls == [(location, {"checkpoint": str(checkpoint), "host": "127.0.0.1", "port": 7999, "source": None})]
@@ -182,9 +185,7 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch, index):
         pass
 
 
-def test_the_space_reads_what_to_serve_from_the_environment(index, checkpoint, monkeypatch):
-    calls = []
-    monkeypatch.setattr(serving, "serve", lambda index, **options: calls.append((index.store.location, options)))
+def test_the_space_reads_what_to_serve_from_the_environment(index, checkpoint, calls, monkeypatch):
     source = "https://github.com/o/n/blob/abc"
     for name, value in {"INDEX": index.store.location, "CHECKPOINT": str(checkpoint), "SOURCE": source}.items():
         monkeypatch.setenv(f"MOSE_{name}", value)

@@ -197,9 +197,8 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
 
 
 def test_without_a_hub_a_dry_run_verifies_and_an_upload_fails_at_once(plan, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        publishing, "verify_repositories", lambda staged, **_: {one.settings.key: 1e-7 for one in staged}
-    )
+    differences = dict.fromkeys([one.key for one in plan.repositories], 1e-7)
+    monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: differences)
     away = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
     done = publish(plan, api=away, progress=False)[1]
     assert {change.path for change in done.changes} >= {"README.md", "model.safetensors"}

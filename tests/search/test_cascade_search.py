@@ -59,11 +59,12 @@ def test_the_best_of_the_shallow_exit_are_ranked_by_the_deep_one(indexes, checkp
 @pytest.mark.parametrize(("way", "passes"), [("text", [[1, 4], [4]]), ("stored", [[1, 4]])])
 def test_the_question_is_embedded_once_and_only_candidates_go_deeper(indexes, monkeypatch, way, passes):
     encoded, encode = [], encode_module.encode_exits
-    monkeypatch.setattr(
-        encode_module,
-        "encode_exits",
-        lambda *a, **o: encoded.append((len(a[2]), list(o["exit_layers"]))) or encode(*a, **o),
-    )
+
+    def spy(model, tokenizer, texts, *, exit_layers, **options):
+        encoded.append((len(texts), list(exit_layers)))
+        return encode(model, tokenizer, texts, exit_layers=exit_layers, **options)
+
+    monkeypatch.setattr(encode_module, "encode_exits", spy)
     index = CodeIndex.open(indexes[way].store.location)
     index.search([QUESTION], method="vector", cascade=Cascade(4, candidates=6))
     assert encoded == [(1 if exits == [1, 4] else 6, exits) for exits in passes]

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,19 +45,13 @@ def hostile(tmp_path, monkeypatch):
     (folder / "folder.py").mkdir()
     (folder / "locked").mkdir()
     (folder / "locked" / "hidden.py").write_text(function("hidden"))
-    write_below_the_longest_path(folder, monkeypatch)
-    return folder
-
-
-def write_below_the_longest_path(folder, monkeypatch):
-    """Folders until their paths are too long to open; in one that isn't, the path of its file is."""
-    with monkeypatch.context() as context:
+    with monkeypatch.context() as context:  # folders with paths up to the longest, and beyond
         context.chdir(folder)
         for _ in range(25):
             os.mkdir("d" * 200)
             os.chdir("d" * 200)
-            with open("f" * 197 + ".py", "w") as file:
-                file.write(function("good"))
+            Path("f" * 197 + ".py").write_text(function("good"))
+    return folder
 
 
 def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_path, checkpoint, monkeypatch):
@@ -82,17 +77,15 @@ def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_p
 def test_names_in_any_encoding_are_indexed_once_and_found(tmp_path, checkpoint):
     folder = os.fsencode(tmp_path) + b"/f\xffolder"
     os.mkdir(folder)
-    for number, name in enumerate(ODD_NAMES):
-        with open(os.path.join(folder, name), "w") as file:
-            file.write(function(f"number_{number}"))
-    # A file whose name is what another one's looks like.
-    with open(os.path.join(folder, b"caf\\xe9.py"), "w") as file:
-        file.write(function("escaped"))
+    names = {name: f"number_{number}" for number, name in enumerate(ODD_NAMES)}
+    names[b"caf\\xe9.py"] = "escaped"  # what the name of another file looks like
+    for name, defined in names.items():
+        Path(os.fsdecode(os.path.join(folder, name))).write_text(function(defined))
     index = build(os.fsdecode(folder), tmp_path / "index", checkpoint)
     assert index.report.embedded_files == index.report.rows == 6
     assert index.update(processes=1, progress=False).embedded_files == 0
     hits = CodeIndex.open(tmp_path / "index").search(["number"], top_k=50)[0].hits
-    assert {hit.name for hit in hits} == {f"number_{number}" for number in range(5)} | {"escaped"}
+    assert {hit.name for hit in hits} == set(names.values())
     for hit in hits:
         hit.path.encode("utf-8")
     assert len(index.search(["number"], path='it\'s "quoted"; DROP TABLE.py')[0].hits) == 1

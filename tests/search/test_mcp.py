@@ -46,6 +46,7 @@ def test_an_agent_searches_reads_and_finds_what_is_alike(index, code):
 
 
 UNREAD = ["../secret.py", "/etc/hostname", "link.py", "linked/secret.py", "nothing.py", "src", "pipe.py", "a\0.py", ""]
+TOOLS = ("read", {}), ("related", {"line": 1})
 UNREAD += [".env", ".mose/secret.py", ".git/config", ".git/secret.py", "ignored.py", "\ud800.py", "src/../.env"]
 
 
@@ -58,9 +59,7 @@ def test_only_what_the_index_may_hold_is_read_or_shown(code, checkpoint):
     os.mkfifo(code / "pipe.py")
     index = build(code, code / ".mose", checkpoint)
     write_code(code, {".mose/secret.py": "SECRET = 'secret of the machine'\n"})
-    calls = [
-        (tool, {"path": path, **more}) for path in UNREAD for tool, more in (("read", {}), ("related", {"line": 1}))
-    ]
+    calls = [(tool, {"path": path, **more}) for path in UNREAD for tool, more in TOOLS]
     calls += [("search", {"question": "secret of the machine", "top_k": 20, "path": path}) for path in (None, "**")]
     for (tool, arguments), (text, is_error) in zip(calls, ask(build_server(index), *calls), strict=True):
         assert is_error is (tool != "search"), (tool, arguments)
@@ -83,12 +82,8 @@ def test_names_and_code_that_steer_a_terminal_are_shown_harmlessly(code, tmp_pat
     name = "a\x1b[2J\u202e\nb.py"
     write_code(code, {name: "def turned():\n    return '\u202e\x1b]0;title\x07\u2066'\n"})
     index = build(code, tmp_path / "index", checkpoint)
-    calls = [
-        ("search", {"question": "turned", "top_k": 1}),
-        ("read", {"path": name}),
-        ("read", {"path": name + "\x1b"}),
-    ]
-    for text, _ in ask(build_server(index), *calls):
+    calls = [("read", {"path": path}) for path in (name, name + "\x1b")]
+    for text, _ in ask(build_server(index), ("search", {"question": "turned", "top_k": 1}), *calls):
         assert "\u202e" not in text
         assert text.replace("\n", "").replace("\t", "").isprintable(), text
 
@@ -135,9 +130,8 @@ def test_code_is_related_to_its_like_and_not_to_itself(tmp_path, checkpoint):
 
 @pytest.mark.slow
 def test_the_command_serves_a_folder(code):
-    server = StdioServerParameters(
-        command=sys.executable, args=["-m", "modular_star_encoder.cli.main", "mcp", str(code)]
-    )
+    arguments = ["-m", "modular_star_encoder.cli.main", "mcp", str(code)]
+    server = StdioServerParameters(command=sys.executable, args=arguments)
     ((text, is_error),) = ask(server, ("search", {"question": "split a header into names and values", "top_k": 1}))
     assert (is_error, text.split(" ")[0]) == (False, "src/parseHeader.js:2-4")
     assert CodeIndex.open(code / ".mose").store.count() == 5

@@ -92,10 +92,12 @@ def test_markdown_is_pieces_by_heading():
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_without_definitions_are_blocks(end):
+def test_lines_without_definitions_are_blocks_and_only_line_ends_end_lines(end):
     found = file_pieces("settings.py", "python", FILES["settings.py"].replace("\n", end))
     assert [(one.first_line, one.last_line) for one in found] == [(1, MOST_LINES), (MOST_LINES + 1, 100)]
     assert found[1].text.split("\n") == [f"OPTION_{number} = {number}" for number in range(MOST_LINES + 1, 101)]
+    others = f"LONG_A = 1\x0c{end}LONG_B = '\u2028'{end}"
+    assert [one.last_line for one in file_pieces("a.py", "python", others)] == [2]
 
 
 def test_a_long_function_is_divided_and_every_part_bears_its_name():
@@ -126,10 +128,6 @@ def test_a_file_of_half_a_million_definitions_takes_seconds():
         start = time.thread_time()
         assert len(file_pieces("a", language, line * 490_000)) == 490_000 // MOST_LINES + 1
         assert time.thread_time() - start < 9
-
-
-def test_form_feeds_and_unicode_separators_end_no_line():
-    assert [one.last_line for one in file_pieces("a.py", "python", "LONG_A = 1\x0c\nLONG_B = '\u2028'\n")] == [2]
 
 
 @pytest.mark.parametrize(

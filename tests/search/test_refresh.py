@@ -11,6 +11,7 @@ from filelock import FileLock
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.data.sources import repositories
 from modular_star_encoder.search.index import CodeIndex, open_for_search
+from tests.errors import raises
 from tests.search.conftest import FILES, build, write_code
 
 LONG_AGO = 1_600_000_000
@@ -89,6 +90,8 @@ def test_a_search_answers_while_another_process_writes_or_nobody_can(old_code, t
     (old_code / "new.py").write_text("NEW = 1 + len('something')\n")
     with FileLock(tmp_path / "index" / ".lock"):
         index.refresh()
+        with raises("files.locked", tmp_path / "index"):
+            index.update(progress=False)
     assert "new.py" not in found(index)
     with monkeypatch.context() as context:
         context.setattr(os, "access", lambda *_: False)

@@ -19,12 +19,10 @@ SETTINGS = {"exit_layers": [1, 4], "dimension": 8, "prompts": {"query": "é"}}
 
 @pytest.fixture(params=["folder", "qdrant", "memory"])
 def store(request, tmp_path):
-    kinds = {
-        "folder": lambda: LocalStore(tmp_path / "index"),
-        "qdrant": lambda: QdrantStore(QdrantClient(":memory:"), "i"),
-        "memory": LocalStore,
-    }
-    made = kinds[request.param]()
+    if request.param == "qdrant":
+        made = QdrantStore(QdrantClient(":memory:"), "i")
+    else:
+        made = LocalStore(tmp_path / "index" if request.param == "folder" else None)
     assert made.settings() is None
     made.create(SETTINGS)
     return made
@@ -196,38 +194,30 @@ def test_a_growing_index_is_merged_into_segments_that_16_bits_number(tmp_path, m
     assert store.count() == 40
 
 
-def test_an_open_store_sees_what_another_writes(tmp_path):
-    one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
-    one.create(SETTINGS)
-    one.replace_files([], rows("a.py", ["first"]))
-    assert found_texts(other.lexical(["first"], 9, Filter())) == ["first"]
-    one.replace_files([file_id("a.py")], rows("a.py", ["second"], "2"))
-    one.finish()
-    assert found_texts(other.lexical(["second"], 9, Filter())) == ["second"]
-    assert other.lexical(["first"], 9, Filter()) == []
-
-
-def test_a_snapshot_of_a_folder_sees_nothing_that_another_writes(tmp_path):
+@pytest.fixture
+def two_stores(tmp_path):
+    """Two open stores of one folder, with rows of two files in two segments."""
     one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
     one.create(SETTINGS)
     for path in ("a.py", "b.py"):
         one.replace_files([], rows(path, [f"first {path}"]))
+    return one, other
+
+
+def test_an_open_store_sees_what_another_writes_except_in_a_snapshot(two_stores):
+    one, other = two_stores
     with other.snapshot():
         one.replace_files([file_id("a.py")], rows("a.py", ["second"], "2"))
         one.finish()  # removes the files of both segments
-        assert sorted(found_texts(other.nearest(np.ones(8, np.float32), 1, 9, Filter()))) == [
-            "first a.py",
-            "first b.py",
-        ]
+        found = other.nearest(np.ones(8, np.float32), 1, 9, Filter())
+        assert sorted(found_texts(found)) == ["first a.py", "first b.py"]
         assert other.lexical(["second"], 9, Filter()) == []
     assert found_texts(other.lexical(["second"], 9, Filter())) == ["second"]
+    assert found_texts(other.lexical(["first"], 9, Filter())) == ["first b.py"]
 
 
-def test_a_reader_survives_a_merge_between_its_manifest_and_its_segments(tmp_path, monkeypatch):
-    one, other = LocalStore(tmp_path / "index"), LocalStore(tmp_path / "index")
-    one.create(SETTINGS)
-    for path in ("a.py", "b.py"):
-        one.replace_files([], rows(path, [f"text of {path}"]))
+def test_a_reader_survives_a_merge_between_its_manifest_and_its_segments(two_stores, monkeypatch):
+    one, other = two_stores
     before, read = other._read(), other._read
     one.finish()
     answers = iter([before])

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -156,8 +156,9 @@ class QdrantStore(VectorStore):
         response = self._client.query_points(self._name, query=query, using=using, limit=limit, query_filter=chosen)
         found = []
         for point in response.points:
-            snippet = Snippet(**{**point.payload["snippet"], "defines": tuple(point.payload["snippet"]["defines"])})
-            found.append(Found(str(point.id), snippet.path, point.score, lambda piece=snippet: piece))
+            values = point.payload["snippet"]
+            read = partial(Snippet, **{**values, "defines": tuple(values["defines"])})
+            found.append(Found(str(point.id), values["path"], point.score, read))
         return sorted(found, key=lambda one: (-one.score, one.path, one.snippet.first_line))
 
     def _filter(self, where: Filter) -> Any:
