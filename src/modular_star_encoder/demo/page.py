@@ -14,8 +14,7 @@ from typing import Any
 
 from pygments import format
 from pygments.formatters import HtmlFormatter
-from pygments.lexer import Lexer
-from pygments.lexers import PhpLexer, TextLexer, get_lexer_by_name
+from pygments.lexers import TextLexer, get_lexer_by_name
 from pygments.token import Text, _TokenType
 from pygments.util import ClassNotFound
 
@@ -27,8 +26,7 @@ from modular_star_encoder.search.vector_store import LONGEST_PATH, readable_path
 from modular_star_encoder.utils.errors import UserError, naming_extra
 
 TOP_K = 5
-MOST_WAITING = 100
-"""Maximum number of questions that wait for an answer; further ones are refused (HTTP status 503)."""
+MOST_WAITING = 100  # largest number of questions that wait for an answer; more are refused (HTTP status 503)
 BAD_REQUEST = "The page does not send such a request: reload it."
 _CANDIDATES = 50
 # Errors that a user can fix: the page shows one sentence instead of a traceback.
@@ -213,8 +211,7 @@ def _one_sentence(error: BaseException) -> str:
 
 
 FIRST_LINES = 9
-MOST_CHARACTERS = 10_000
-"""Maximum number of characters shown of a hit's code; in HTML, each may take twenty."""
+MOST_CHARACTERS = 10_000  # largest number of characters shown of a hit's code; in HTML, each may take twenty
 _LONGEST_LINE = 1000
 _SECONDS, _SECONDS_PER_CHARACTER = 0.1, 2e-5
 
@@ -256,16 +253,6 @@ def message_html(text: str, *, error: bool = False) -> str:
     return f'<p class="{kind}" role="{role}">{escape(printable(text))}</p>'
 
 
-def lexer_for(language: str) -> Lexer:
-    """Return the Pygments lexer of a language, or that of plain text if Pygments does not know the language."""
-    if language == "php":
-        return PhpLexer(startinline=True, stripnl=False)
-    try:
-        return get_lexer_by_name(language, stripnl=False)
-    except ClassNotFound:
-        return TextLexer(stripnl=False)
-
-
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
     """Return code as HTML, coloured by `formatter`; without colours from the point at which the time limit passes.
 
@@ -273,9 +260,14 @@ def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
     """
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
+    options = {"startinline": True} if language == "php" else {}
+    try:
+        lexer = get_lexer_by_name(language, stripnl=False, **options)
+    except ClassNotFound:
+        lexer = TextLexer(stripnl=False)
 
     def tokens() -> Iterator[tuple[_TokenType, str]]:
-        for place, kind, value in lexer_for(language).get_tokens_unprocessed(text):
+        for place, kind, value in lexer.get_tokens_unprocessed(text):
             if time.thread_time() > end:
                 yield Text, text[place:]
                 return

@@ -49,10 +49,8 @@ _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _Scope = MutableMapping[str, Any]
 _Call = Callable[..., Awaitable[Any]]
 ROUTE = "/source"
-LARGEST_REQUEST = 100_000
-"""Maximum number of bytes of a request's body; larger ones are refused (HTTP status 413)."""
-MOST_LINES, MOST_CHARACTERS = 1000, 50_000
-"""Maximum numbers of lines and characters of a file on one page; in HTML, a character may take twenty."""
+LARGEST_REQUEST = 100_000  # largest number of bytes of a request's body; more are refused (HTTP status 413)
+MOST_LINES, MOST_CHARACTERS = 1000, 50_000  # of a file on one page; in HTML, a character may take twenty
 _LONGEST_LINE = 2000
 
 

@@ -1,9 +1,7 @@
 """Export one exit of a retrieval model as an ONNX file, or as a folder for servers that run ONNX (extra `onnx`).
 
-Inputs of the file: `input_ids` and `attention_mask`, int64 (batch_size, sequence_length), padded left or right.
-Outputs, float32: `last_hidden_state` (batch_size, sequence_length, D) has the projected tokens, which
-sentence-transformers pools; `sentence_embedding` (batch_size, D) is pooled and normalised, as
-text-embeddings-inference expects. The folder is for text-embeddings-inference and sentence-transformers' ONNX back end:
+`export_onnx` describes the file's inputs and outputs. The folder is for text-embeddings-inference and
+sentence-transformers' ONNX back end:
 
     config.json                       a StarCoder2 configuration, which optimum supports, with the exit's sizes
     tokenizer.json, tokenizer_config.json
@@ -66,20 +64,14 @@ _STARCODER2 = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "norm_epsilon", "use_bias", "bos_token_id"),
 )
-# Largest allowed difference in a mean metric: rounding may reorder documents with nearly equal scores.
-SCORE_TOLERANCE = 1e-3
-
-TOLERANCE = 1e-4
-
+TOLERANCE = 1e-4  # largest allowed difference in an output of the ONNX file; see `check_onnx`
+SCORE_TOLERANCE = 1e-3  # largest allowed difference in a mean metric: nearly equal scores may change their order
 SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
 """Options of onnxruntime's quantiser: one scale per output channel, and 7 of the 8 bits. With all 8 bits, sums of two
 products saturate on x86 processors without VNNI, so that scores measured with VNNI would not hold there."""
-
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
-
-# A protobuf file has at most 2 GiB; this limit on the weights leaves space for the graph.
-_LARGEST_FILE = 2**31 - 2**27
+_LARGEST_FILE = 2**31 - 2**27  # a protobuf file has at most 2 GiB; this limit on the weights leaves space for the graph
 
 
 _ATTENTION = "mose_onnx"
@@ -116,8 +108,9 @@ def export_onnx(
 ) -> None:
     """Write a model up to one exit as an ONNX file, which `check_onnx` can then compare with the model.
 
-    For B texts of T tokens, its inputs are `input_ids` and `attention_mask`, int64 (B, T). Its outputs are float32:
-    `last_hidden_state` (B, T, D), the projected tokens, and `sentence_embedding` (B, D); D is the projection size.
+    For B texts of T tokens, padded left or right, the file's inputs are `input_ids` and `attention_mask`, int64 (B, T).
+    Its outputs are float32: `last_hidden_state` (B, T, D), the projected tokens, which sentence-transformers pools; and
+    `sentence_embedding` (B, D), pooled and normalised, as text-embeddings-inference expects. D is the projection size.
     Weights above 2 GB go to a second file, `{path}_data`.
 
     Args:

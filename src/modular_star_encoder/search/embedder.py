@@ -17,8 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
 
 _KEPT_EMBEDDINGS = 20_000
-_FEW_TEXTS = 64
-"""Maximum number of texts that numpy embeds at exits above 0; for so few, importing torch would take longer."""
+_FEW_TEXTS = 64  # numpy embeds at most this many at exits above 0: for so few, importing torch would take longer
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → {exit_layer: embeddings (N, D) float32}

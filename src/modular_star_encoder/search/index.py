@@ -39,10 +39,8 @@ from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
-LONGEST_QUESTION = 2000
-"""Maximum number of characters of a question on the demo page or to a tool of `mose mcp`."""
-_MOST_PIECES = 10_000
-"""Maximum number of pieces of a file that `related` reads to find the code at a line."""
+LONGEST_QUESTION = 2000  # largest number of characters of a question on the demo page or to a tool of `mose mcp`
+_MOST_PIECES = 10_000  # largest number of pieces of a file that `related` reads to find the code at a line
 
 
 class CodeIndex:
@@ -266,12 +264,8 @@ class CodeIndex:
             languages: search only code in these languages.
             path: search only files that match this pattern, such as `*.py` or `src/**` (see `path_expression`).
 
-        Returns:
-            One answer per question.
-
-        Raises:
-            UserError: an argument is invalid, the index lacks `exit_layer`, the model lacks the cascade's exit, the
-                checkpoint has changed, or the index was rebuilt after it was opened.
+        Returns one answer per question. Raises UserError if an argument is invalid, the index lacks `exit_layer`, the
+        model lacks the cascade's exit, the checkpoint has changed, or the index was rebuilt after it was opened.
         """
         where = check_search(questions, top_k, method, languages, path)
         with self._lock, self.store.snapshot():

@@ -28,13 +28,10 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import MAX_JSON_BYTES, check_types, locked, parse_json, read_json, write_text
 
 MANIFEST = "index.json"
-APPROXIMATE_ROWS = 10_000
-"""If a search has more rows than this, it compares the signs of all vectors first, and then only the best exactly."""
+APPROXIMATE_ROWS = 10_000  # a search of more rows compares the signs of all vectors, and only the best exactly
 _BEST_BY_SIGNS = 4000
-MOST_ROWS = 65_536
-"""Maximum number of rows of a segment: row numbers have 16 bits, and a merge holds one new segment in memory."""
-LARGE_SEGMENT = 50_000
-"""A segment of at least this number of rows is merged only if over a third of its rows are deleted."""
+MOST_ROWS = 65_536  # in a segment: row numbers have 16 bits, and a merge holds one new segment in memory
+LARGE_SEGMENT = 50_000  # a segment of at least this many rows is merged only if over a third of them are deleted
 _SMALL_SEGMENTS = 32  # an update merges the segments below `LARGE_SEGMENT` if it finds this number of them
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
@@ -431,11 +428,9 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the id, hash, path and language of each file that `rows` come from, once per file."""
-    files: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        own = {"hash": row.file_hash, "path": row.snippet.path, "language": row.snippet.language}
-        files.setdefault(row.file_id, {"id": row.file_id, **own})
-    return list(files.values())
+    keys = "id", "hash", "path", "language"
+    files = dict.fromkeys((row.file_id, row.file_hash, row.snippet.path, row.snippet.language) for row in rows)
+    return [dict(zip(keys, file, strict=True)) for file in files]
 
 
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:

@@ -26,8 +26,7 @@ from modular_star_encoder.search.pieces import LINE_END
 from modular_star_encoder.search.vector_store import LONGEST_PATH
 from modular_star_encoder.utils.errors import UserError
 
-MOST_CHARACTERS = 12_000
-"""Maximum number of characters of an answer: about 3,000 tokens."""
+MOST_CHARACTERS = 12_000  # largest number of characters of an answer: about 3,000 tokens
 MOST_HITS = 20
 MOST_LINES = 400
 _Question = Annotated[str, Field(max_length=LONGEST_QUESTION)]

@@ -11,10 +11,8 @@ from typing import Generic, TypeVar
 from modular_star_encoder.data.languages.function_finder import Definition, outline
 from modular_star_encoder.data.languages.parsing import MAX_LINE_BYTES, UnparsableSourceError
 
-SMALL_CLASS = 20
-"""Maximum number of lines of a class that stays one piece; a longer class is divided into its members."""
-MOST_LINES = 60
-"""Maximum number of lines of a block of other lines, and of each part of a long function."""
+SMALL_CLASS = 20  # largest number of lines of a class that stays one piece; a longer class is divided into its members
+MOST_LINES = 60  # largest number of lines of a block of other lines, and of each part of a long function
 EMBEDDED_CHARACTERS = 1600
 _WEIGHT_OF_NAME, _WEIGHT_OF_FILE_NAME = 4, 2  # how often a piece's name and its file's name count
 _LONGEST_FUNCTION = 2 * MOST_LINES  # a function with more lines is divided
@@ -89,7 +87,9 @@ class _Divider:
             inner, place = definitions[place + 1 : following], following
             if one.start < at:  # it begins on the last line of the previous definition
                 continue
-            first = self._with_comments(one.start, at)
+            first = one.start
+            while first > at and _LEADING.match(self._lines[first - 1]):
+                first -= 1
             yield from self._block(at, first, outer)
             name = f"{outer}.{one.name}" if outer else one.name
             is_small = one.end - first <= SMALL_CLASS and (one.kind != "extension" or len(inner) < 2)
@@ -99,11 +99,6 @@ class _Divider:
                 yield from self.pieces(first, one.end, inner, name)
             at = one.end
         yield from self._block(at, end, outer)
-
-    def _with_comments(self, start: int, lowest: int) -> int:
-        while start > lowest and _LEADING.match(self._lines[start - 1]):
-            start -= 1
-        return start
 
     def _definition(self, first: int, one: Definition, name: str) -> Iterator[Snippet]:
         if one.end - first <= _LONGEST_FUNCTION:

@@ -9,8 +9,8 @@ fixed average length. The server multiplies these weights by inverse document fr
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial, wraps
 from typing import Any
@@ -105,10 +105,14 @@ class QdrantStore(VectorStore):
 
     @_wrap_errors
     def files(self) -> dict[str, str | None]:
-        states: dict[str, Counter[tuple[str, int]]] = {}
-        for payload in self._payloads(["file_id", "file_hash", "file_rows"]):
-            state = payload["file_hash"], payload["file_rows"]
-            states.setdefault(payload["file_id"], Counter())[state] += 1
+        states: defaultdict[str, Counter[tuple[str, int]]] = defaultdict(Counter)
+        offset, fields = None, ["file_id", "file_hash", "file_rows"]
+        while True:
+            points, offset = self._client.scroll(self._name, limit=_PAGE, offset=offset, with_payload=fields)
+            for file, *state in ([point.payload[name] for name in fields] for point in points):
+                states[file][tuple(state)] += 1
+            if offset is None:
+                break
         return {
             file: file_hash if len(counts) == 1 and counts.total() == expected else None
             for file, counts in states.items()
@@ -174,19 +178,12 @@ class QdrantStore(VectorStore):
             must.append(models.FieldCondition(key="path", match=models.MatchAny(any=chosen)))
         return models.Filter(must=must) if must else None
 
-    def _payloads(self, fields: list[str]) -> Iterator[Mapping[str, Any]]:
-        offset = None
-        while True:
-            points, offset = self._client.scroll(self._name, limit=_PAGE, offset=offset, with_payload=fields)
-            yield from (point.payload for point in points)
-            if offset is None:
-                return
-
     def _point(self, row: Row) -> Any:
         vectors: dict[str, Any] = {f"vector_{layer}": values.tolist() for layer, values in row.vectors.items()}
-        weights = _word_weights(row.words.split())
-        if weights:
-            vectors["words"] = self._models.SparseVector(indices=list(weights), values=list(weights.values()))
+        if counts := Counter(map(_word_place, row.words.split())):
+            norm = _K1 * (1 - _B + _B * counts.total() / _AVERAGE_WORDS)
+            weights = [count * (_K1 + 1) / (count + norm) for count in counts.values()]  # BM25 without IDF
+            vectors["words"] = self._models.SparseVector(indices=list(counts), values=weights)
         payload = {name: getattr(row, name) for name in ("file_id", "file_hash", "file_rows")}
         # Filters need `path` and `language` as fields of their own.
         payload |= {"path": row.snippet.path, "language": row.snippet.language, "snippet": asdict(row.snippet)}
@@ -205,11 +202,5 @@ def _row_id(row: Row) -> str:
 
 
 def _word_place(word: str) -> int:
+    """Return a word's place in the sparse vectors: a hash of 32 bits."""
     return int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:4], "big")
-
-
-def _word_weights(words: Sequence[str]) -> dict[int, float]:
-    """Return {hash of a word: its BM25 weight in a row with these words}, without the inverse document frequency."""
-    norm = _K1 * (1 - _B + _B * len(words) / _AVERAGE_WORDS)
-    counts = Counter(map(_word_place, words))
-    return {place: count * (_K1 + 1) / (count + norm) for place, count in counts.items()}

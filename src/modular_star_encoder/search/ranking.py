@@ -21,9 +21,9 @@ from modular_star_encoder.utils.errors import UserError
 
 Method = Literal["hybrid", "vector", "lexical"]
 
+# Largest numbers of candidates that are found by similarity, by words, and by the names that they define.
 _BY_SIMILARITY, _BY_WORDS, _BY_DEFINITION = 100, 400, 50
-"""Number of candidates that are found by similarity, by words, and by the names that they define."""
-_DEFINERS = 1000  # maximum number of rows that are looked up because they define a name
+_DEFINERS = 1000  # largest number of rows that are looked up because they define a name
 
 
 @dataclass(frozen=True, slots=True)

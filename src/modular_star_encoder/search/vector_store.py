@@ -21,12 +21,9 @@ from modular_star_encoder.utils.files import check_types
 
 QDRANT, MEMORY = "qdrant:", "memory://"
 FORMAT = 5
-DEFAULT_CHECKPOINT = "mose-code"
-"""The model that is packaged with the code."""
-LONGEST_PATH = 4096
-"""Maximum number of characters of a path or of a path pattern, as on Linux."""
-INDEX_FOLDER = ".mose"
-"""Name of the folder that holds the index of a code folder by default; it is hidden, so no index reads it."""
+DEFAULT_CHECKPOINT = "mose-code"  # the model that is packaged with the code
+LONGEST_PATH = 4096  # largest number of characters of a path or of a path pattern, as on Linux
+INDEX_FOLDER = ".mose"  # default folder of an index in its code folder; it is hidden, so no index reads it
 
 
 @dataclass(frozen=True, slots=True)

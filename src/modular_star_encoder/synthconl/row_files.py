@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -85,12 +84,11 @@ def count_rows(folder: Path) -> int:
     return sum(_opened(file).metadata.num_rows for file in row_files(folder))
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A user's parquet file: its path, its path in the searched folder (`name`), and its number of rows."""
+class Shard(NamedTuple):
+    """A user's parquet file."""
 
     path: Path
-    name: str
+    name: str  # path in the folder of all shards
     rows: int
 
     def identity(self) -> dict[str, object]:
