@@ -78,11 +78,14 @@ class VectorStore(Protocol):
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context in which no other process writes the index; UserError if one still does after `seconds`."""
+        """Return a context in which no other process writes the index.
+
+        If another process writes it now, wait up to `seconds` and then raise UserError.
+        """
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context in which all reads see the rows of its start; without effect if a store has no snapshots."""
+        """Return a context in which reads see the rows as they were at its start; by default, it has no effect."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
@@ -98,7 +101,7 @@ class VectorStore(Protocol):
         """
 
     def files(self) -> dict[str, str | None]:
-        """Return {file_id: hash of the file's content}; None for a hash if the file's rows are incomplete or mixed."""
+        """Return {file_id: hash of the file's content}, with None as hash if rows are missing or of two contents."""
 
     def stamps(self) -> Stamps:
         """Return the sizes and times of files that `keep_stamps` stored last; empty if this store keeps none."""
