@@ -116,9 +116,9 @@ def test_the_matrix_of_all_scores_is_never_in_memory():
 TEXTS = [("", "alpha"), ("", "beta"), ("query: ", "alpha"), ("", "query: alpha")]
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path, on_disk):
-    cache, values = EmbeddingCache(tmp_path if on_disk else None), embeddings(len(TEXTS), 8)
+@pytest.mark.parametrize(("on_disk", "dtype"), [(False, "float32"), (True, "float32"), (True, "float16")])
+def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path, on_disk, dtype):
+    cache, values = EmbeddingCache(tmp_path if on_disk else None, dtype), embeddings(len(TEXTS), 8).astype(dtype)
     cache.add("m/full", TEXTS[:2], values[:2])
     assert cache.missing("m/full", TEXTS) == TEXTS[2:]
     cache.add("m/full", TEXTS[2:], values[2:])
@@ -131,7 +131,7 @@ def test_what_was_added_comes_back_in_any_order_and_from_several_shards(tmp_path
     if on_disk:  # another process finds them, mapped and not read
         again = EmbeddingCache(tmp_path).rows("m/full", TEXTS)
         assert np.array_equal(again[:], values)
-        assert all(isinstance(shard, np.memmap) for shard in again.shards)
+        assert all(isinstance(shard, np.memmap) and shard.dtype == dtype for shard in again.shards)
     assert cache.missing("m/exit-9", TEXTS) == TEXTS
 
 

@@ -169,7 +169,7 @@ def compute_teacher_vectors(
     or `~/.cache`. UserError (`teacher.not_finite`) if a vector has NaN or infinity.
     """
     root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
-    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser()))
+    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser(), "float16"))
     exit_layer = teacher.exit_layers[-1]
     vectors = TeacherVectors(retriever.cache, retriever.space(exit_layer), prompt, max_characters)
     try:
