@@ -237,6 +237,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("max_code_tokens=512", "training.length.too_long", "max_code_tokens=512"),
         ("batch_size=7", "training.batch_size.multiple", "batch_size=7"),
         ("seed=-1", "settings.value", "seed must be greater than or equal to 0, not -1"),
+        ("attn_implementation=owner/kernel", "settings.value", "owner/kernel"),
         ("lr_scheduler_type=falling", "training.arguments.value", "falling"),
         ("eval_fraction=0.5", "settings.value", "0.2, not 0.5"),
         ("exit_weights=heavy", "exit_weights", "paper, uniform, linear"),

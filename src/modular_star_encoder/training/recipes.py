@@ -155,12 +155,12 @@ class TrainingRecipe(TrainingSettings):
     Args:
         model: a folder of `hub_configs`, or any folder with a config.json; training continues from its weights, if any.
         tokenizer: folder or Hub id of the tokenizer, by default that of the model.
-        attn_implementation: attention implementation to train with, by its name in transformers.
+        attn_implementation: attention implementation to train with, by its name in transformers; no kernel of the Hub.
     """
 
     model: str
     tokenizer: str | None = None
-    attn_implementation: str = "sdpa"
+    attn_implementation: Annotated[str, Constraint(pattern=r"^\w+$")] = "sdpa"
 
 
 @settings_class
