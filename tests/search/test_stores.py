@@ -237,6 +237,15 @@ def test_a_folder_of_other_things_is_no_index(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_a_killed_first_indexing_left_is_no_obstacle(tmp_path):
+    for name in ("..gitignore.12.tmp", ".index.json.7.tmp", ".stamps.json.7.tmp", ".lock", f"rows-{'0' * 32}"):
+        (tmp_path / name).touch()
+    assert LocalStore(tmp_path).settings() is None
+    (tmp_path / ".thesis.tex.7.tmp").touch()
+    with raises("search.index.foreign"):
+        LocalStore(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("location", "key"),
     [(one, "location") for one in ("qdrant:", "qdrant:name", "qdrant:name@localhost", "qdrant:@http://localhost")]

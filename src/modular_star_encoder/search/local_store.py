@@ -36,7 +36,7 @@ _SMALL_SEGMENTS = 32  # an update merges the segments below `LARGE_SEGMENT` if i
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _STAMPS = "stamps.json"
-_OWN_FILES = {".gitignore", ".lock", _STAMPS}
+_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+\.tmp)?")  # whole or half written
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
 _SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}")
@@ -79,7 +79,7 @@ class LocalStore:
         fault = advice = ""
         if self.folder is not None and self.folder.is_dir():
             names = set(os.listdir(self.folder))
-            if MANIFEST not in names and not all(name in _OWN_FILES or name.startswith("rows-") for name in names):
+            if MANIFEST not in names and not all(map(_OWN_FILE.fullmatch, names)):
                 fault = "it contains other files. Name a new folder, an empty folder or an index"
                 advice = f'. To search code in {location}, do not use --index: mose search "QUESTION" {location}'
         elif self.folder is not None and os.path.lexists(self.folder):
