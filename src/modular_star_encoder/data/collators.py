@@ -15,7 +15,7 @@ Row = Mapping[str, torch.Tensor]
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Return a tensor of the rows, padded with `value` on the left or right `side`: int64 (rows, length of longest)."""
+    """Return the rows as one tensor, padded with `value` on `side` ("left" or "right"): int64 (rows, longest row)."""
     length = max(len(row) for row in rows)
     padded = torch.full((len(rows), length), value, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
@@ -25,7 +25,7 @@ def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tenso
 
 
 def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Pad rows of token ids; return `input_ids` and `attention_mask`, both int64 (rows, length of the longest row)."""
+    """Pad rows of token ids; return `input_ids` and `attention_mask`, both int64 (rows, longest row)."""
     mask = pad_rows([torch.ones_like(row) for row in rows], 0, side)
     return {"input_ids": pad_rows(rows, pad_token_id, side), "attention_mask": mask}
 
@@ -50,7 +50,7 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads B rows of `InContextPairs` to T tokens, the length of the longest, on the tokenizer's `padding_side`.
+    """Pads B rows of `InContextPairs` to the T tokens of the longest row, on the tokenizer's `padding_side`.
 
     Returns int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding), (B, T); and `icc_labels`, (B,).
     """
@@ -65,12 +65,10 @@ class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
 
     Returns the entries `query` and `document`; also `negative` if rows have hard negatives (`negative_ids`), and `text`
-    if rows have unpaired texts (`text_ids`). Each entry is a mapping of tensors, for B texts of at most T tokens:
+    if rows have unpaired texts (`text_ids`). Each entry is a mapping of tensors, for the B rows with such a text:
 
-    - `input_ids` and `attention_mask`, int64 (B, T);
+    - `input_ids` and `attention_mask`, int64 (B, T), where T is the number of tokens of the longest of these texts;
     - `teacher`, float32 (B, D), if rows have a teacher's vectors of these texts (`query_teacher` and so on, (D,)).
-
-    B is the number of rows that have a text for this entry.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -99,8 +97,7 @@ class PackingCollator:
 
     - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
     - `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor under two names: the bounds of the rows, int32 (P + 1,);
-    - `max_length_q`, `max_length_k`: number of tokens of the longest row, an int, because flash attention expects it on
-      the CPU;
+    - `max_length_q` and `max_length_k`, the number of tokens of the longest row, as an int;
     - `icc_labels`, int64 (P,).
 
     The batch cannot be divided along its first dimension: train without accelerate's `split_batches` and
@@ -120,14 +117,12 @@ class PackingCollator:
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
             raise UserError("data.packing.unfinished", "A row to pack must end with <cls>: use rows of InContextPairs.")
-        marks = bounds.to(torch.int32)
-        return {
+        batch = {
             "input_ids": input_ids[None],
             "position_ids": (torch.arange(total) - bounds[:-1].repeat_interleave(lengths))[None],
             "labels": torch.cat([row["labels"] for row in rows])[None],
-            "cu_seq_lens_q": marks,
-            "cu_seq_lens_k": marks,
-            "max_length_q": longest,
-            "max_length_k": longest,
             "icc_labels": torch.stack([row["icc_label"] for row in rows]),
         }
+        # Flash attention expects the length on the CPU, so it is an int.
+        marks = {"cu_seq_lens": bounds.to(torch.int32), "max_length": longest}
+        return batch | {f"{name}_{side}": value for name, value in marks.items() for side in "qk"}

@@ -1,4 +1,4 @@
-"""Turns fine-tuning rows into token ids: a query and its code, each with its prompt, or two snippets with a label."""
+"""Fine-tuning rows as token ids: a query and its code, each with its prompt, or two snippets with a label."""
 
 import re
 import string
@@ -21,21 +21,19 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Replace each word of 3 or more characters that occurs 3 or more times in `code`, even a keyword, by a random one.
+    """Return `code` with a random new name for each word of 3 or more characters that occurs 3 or more times.
 
-    All occurrences of a word get the same new word: 3 to 8 random lower-case letters, different from every other word.
+    Keywords are renamed too. A new name has 3 to 8 lower-case letters, replaces all occurrences of the word and differs
+    from all other words of the result.
     """
     counts = Counter(_WORD.findall(code))
-    taken = set(counts)
-    names: dict[str, str] = {}
+    names = {word: word for word in counts}
     for word, count in counts.items():
         if count >= 3 and len(word) >= 3:
-            name = word
-            while name in taken:
-                name = "".join(generator.choice(_LETTERS, size=generator.integers(3, 9)))
-            names[word] = name
-            taken.add(name)
-    return _WORD.sub(lambda match: names.get(match[0], match[0]), code)
+            while (name := "".join(generator.choice(_LETTERS, size=generator.integers(3, 9)))) in names:
+                pass
+            names[word], names[name] = name, name
+    return _WORD.sub(lambda match: names[match[0]], code)
 
 
 _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
@@ -44,9 +42,9 @@ _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     """Retrieval rows as token ids, each text with its prompt.
 
-    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. If that is too long,
-    only `{text}` is cut. The characters of a special token in `{text}` stay ordinary characters. Item `i` of this
-    dataset has `query_ids` (description of row `i`) and `document_ids` (its first snippet), int64 (T,) for T tokens.
+    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. If there are too many
+    tokens, only `{text}` is cut. The characters of a special token in `{text}` stay ordinary characters. Item `i` holds
+    `query_ids` (description of row `i`) and `document_ids` (first snippet of row `i`), int64 (T,) for T tokens.
     """
 
     def __init__(
@@ -116,7 +114,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return (mean tokens of a description, of a snippet), cut and with prompts (for code, the longest)."""
+        """Return the mean numbers of tokens of (a description, a snippet), both cut and with their longest prompt."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -129,9 +127,9 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of `steps` batches that `plan` chooses, one batch after another. Needs a sequential sampler.
 
-    Row `i` depends only on the data, the plan and `i`. It holds `query_ids` and `document_ids`, int64 (T,). For a
-    text → code pair, these are a description and its first snippet; for a code → code pair, two random snippets of one
-    row of `texts`. It also holds `negative_ids` if every row of `texts` has a hard negative.
+    Row `i` depends only on the data, the plan and `i`. A row holds `query_ids` and `document_ids`, int64 (T,). For a
+    text → code pair, these are a description and its first snippet. For a code → code pair, they are two random
+    snippets of one row of `texts`. If every row of `texts` has a hard negative, a row also holds `negative_ids`.
     """
 
     def __init__(
@@ -155,7 +153,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return {"query", "document", …: (text, whether it is code)} for row `index`, without renamed words."""
+        """Return the texts of row `index`, not renamed: {"query": (text, whether the text is code), "document": …}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
@@ -184,15 +182,15 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
 
 def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) -> torch.Tensor:
     before, after = frame
-    content = content[: max_tokens - len(before) - 1]
-    return torch.from_numpy(np.concatenate([before, content, [after]]).astype(np.int64))
+    ids = np.concatenate([before, content[: max_tokens - len(before) - 1], [after]])
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Pairs for clone detection as token ids, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
 
     Row `i` holds `input_ids`, int64 (T,) with T ≤ `max_tokens`, and `labels`, an int64 scalar. If the two snippets are
-    too long together, each may have half of the available tokens, plus those that the other does not need.
+    too long together, each gets half of the available tokens, plus those that the other snippet does not need.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from operator import length_hint
 from typing import Any
 
@@ -48,7 +49,7 @@ class DocumentedFunction:
 
 
 def function_id(function: DocumentedFunction) -> str:
-    """Return a hash of a function's repository, path, language, position and source: 32 hexadecimal digits."""
+    """Return 32 hexadecimal digits: a hash of a function's repository, path, language, position and source."""
     place = f"{function.line}:{'' if function.start_byte is None else function.start_byte}"
     # The length of each part precedes it, so that different lists of parts never make the same text.
     parts = (function.repository, function.path, function.language, place, function.source or function.code)
@@ -58,12 +59,12 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """Return `code` with one space for each run of white space: codes that differ only in layout get equal keys."""
+    """Return `code` with one space for each run of white space, so that codes that differ only in layout are equal."""
     return " ".join(code.split())
 
 
 def description_key(description: str) -> str:
-    """Return the letters and digits of `description` in lower case: nearly identical descriptions get equal keys."""
+    """Return the letters and digits of `description` in lower case, so that nearly identical descriptions are equal."""
     return "".join(filter(str.isalnum, description.lower()))
 
 
@@ -91,15 +92,15 @@ def extract_functions(
 ) -> list[DocumentedFunction]:
     """Return the functions that `find_functions` finds in a source file.
 
-    A `.h` file that holds C++ is parsed as C++. `counts`, if given, gets the numbers of files and functions
-    with faults. A file that can't be parsed gives no functions, and adds 1 to `counts["files that do not parse"]`.
+    A `.h` file that holds C++ is parsed as C++. The numbers of files and functions with faults are added to `counts`.
+    A file that can't be parsed gives no functions, and adds 1 to `counts["files that do not parse"]`.
     """
     language = language_of_text(file.language, file.path, file.text)
+    counts = Counter() if counts is None else counts
     try:
         found = find_functions(file.text, language, documented_only=documented_only, counts=counts)
     except UnparsableSourceError:
-        if counts is not None:
-            counts["files that do not parse"] += 1
+        counts["files that do not parse"] += 1
         return []
     origin = partial(DocumentedFunction, repository=file.repository, path=file.path, language=language)
     return [origin(license=file.license, **asdict(one)) for one in found]
@@ -111,17 +112,14 @@ def collect_functions(
     """Return the documented functions in `files` that `drop_reason` keeps, in order, and counts of files and functions.
 
     Of functions with equal code, only the first is returned. The counts have names such as "documented functions" or
-    "dropped: constructor". `processes` is the number of worker processes that parse. It does not change the result;
-    with 0 or 1, the calling process parses.
+    "dropped: constructor". `processes` is the number of worker processes that parse; with 0 or 1, the calling process
+    parses. The result does not depend on `processes`.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
-    found = 0
     for function in filtered_functions(files, counts, processes, progress):
-        found += 1
-        kept.setdefault(code_key(function.code), function)
-    if found > len(kept):
-        counts["dropped: same code as an earlier function"] = found - len(kept)
+        if kept.setdefault(code_key(function.code), function) is not function:
+            counts["dropped: same code as an earlier function"] += 1
     counts["functions kept"] = len(kept)
     return list(kept.values()), counts
 
@@ -129,7 +127,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield documented functions that `drop_reason` keeps, even with equal code; add function counts to `counts`."""
+    """Yield the documented functions that `drop_reason` keeps, even if codes are equal; update `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -141,14 +139,11 @@ def filtered_functions(
 
 def _filtered(files: list[SourceFile]) -> tuple[list[DocumentedFunction], Counter[str]]:
     counts: Counter[str] = Counter(files=len(files))
-    kept: list[DocumentedFunction] = []
-    for function in (one for found in _functions_by_file(files, counts, True) for one in found):
-        counts["documented functions"] += 1
-        if reason := drop_reason(function):
-            counts[f"dropped: {reason}"] += 1
-        else:
-            kept.append(function)
-    return kept, counts
+    found = list(chain.from_iterable(_functions_by_file(files, counts, True)))
+    reasons = list(map(drop_reason, found))
+    counts.update(["documented functions"] * len(found))
+    counts.update(f"dropped: {reason}" for reason in reasons if reason)
+    return [one for one, reason in zip(found, reasons, strict=True) if reason is None], counts
 
 
 def _functions_by_file(
@@ -168,8 +163,8 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 def outer_functions(files: SourceReader) -> SourceReader:
     """Return a reader that gives each function in the files of the reader `files` as a file of its own.
 
-    The path of a function is the path of its file with `#L{line}` at the end. Functions need no documentation. A nested
-    function is only given as a part of the function around it.
+    The path of such a file is the path of the function's file with `#L{line}` at the end. Functions without
+    documentation are included. A nested function is only given as a part of the function around it.
     """
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -215,11 +210,11 @@ _OPENERS = {
 
 
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
-    """Return a reader of the source code that a recipe's `corpus` names; it applies StarCoder2's filters.
+    """Return a reader of the source code that a recipe's `corpus` names. The reader applies StarCoder2's filters.
 
     Args:
         settings: exactly one of the sources below, the options of that source, and optionally `languages` (a list) and
-            `snippets`. With `snippets: files`, the default, files are read whole; with `snippets: functions`, each
+            `snippets`. With `snippets: files`, the default, files are read whole. With `snippets: functions`, each
             function is read as a file (see `outer_functions`).
 
             - `folder: PATH`; option `depth` (number of levels from PATH down to the repositories);
@@ -235,7 +230,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     if len(named) != 1 or options.get("installed", True) is not True:
         message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}; `installed` can only be true."
         raise UserError("data.corpus.source", message)
-    kind = named[0]
+    (kind,) = named
     source, snippets = options.pop(kind), options.pop("snippets", "files")
     if snippets not in SNIPPETS:
         raise UserError("data.corpus.snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
@@ -273,7 +268,8 @@ def documentation_summary(documentation: str) -> str:
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     """Return the function in a row of CodeSearchNet, with columns named as on the Hub or in the authors' JSON Lines.
 
-    Python code is returned without its docstring, because BM25 has an MRR of 97 % with it. None if removal fails.
+    Python code is returned without its docstring: with the docstring, even BM25 has an MRR of 97 %. Return None if the
+    docstring can't be removed.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
@@ -301,7 +297,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
 
 
 def without_docstring(code: str) -> str | None:
-    """Return Python code without its docstring; None if `code`, which may be indented, does not parse as a function."""
+    """Return the Python function `code`, which may be indented, without its docstring; None if it does not parse."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:

@@ -4,23 +4,23 @@ Source: the MoSE paper (arXiv 2503.03008). Label 1 means "same repository". 15 %
 80 % of these become `<mask>`, 10 % a random token, and 10 % stay as they are.
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
-are closer. A classifier could guess the label from this. The steps below make *languages and lengths independent of the
-label*, and each single snippet too. The *room* is the number of tokens that both snippets of a row may have together.
+are closer. A classifier could guess the label from this. The steps below make the languages, the lengths and each
+single snippet *independent of the label*. The *room* is the number of tokens that both snippets may have together.
 
-1. **A cell**: the languages (l₁, l₂) and lengths in tokens (t₁, t₂), at most the room, of two texts. For this, a
-   repository C is drawn in proportion to the square root of its number of texts (a compromise between seeing every text
-   and every repository equally often), then two different texts of C, in random order. So languages occur together in
-   cells as they do in repositories.
-2. **Two repositories.** A ≠ B are drawn, with the same weights as C, from the repositories with two different texts for
-   this cell: one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two are found,
+1. **A cell** is the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. To get one,
+   draw a repository C in proportion to the square root of its number of texts (a compromise between seeing every text
+   and every repository equally often), then two different texts of C, in random order. So two languages occur together
+   in cells as often as they do in repositories.
+2. **Two repositories** A ≠ B are drawn, with the same weights as C. Each must have two different texts for this cell:
+   one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two repositories are found,
    texts of any length in these languages are enough. If that fails too, another cell is drawn.
-3. **Two texts of each repository**: (a₁, a₂) of A and (b₁, b₂) of B, always two different texts. a₁ and b₁ are drawn
-   from texts in l₁ whose length differs from t₁ by at most a tenth, a₂ and b₂ likewise with l₂ and t₂. If fewer than 4
-   texts qualify, the 4 nearest in length are used. All texts with at least as many tokens as the room qualify equally.
-4. **Windows**, the parts of the texts that the row holds, each beginning at a random place of its text. The first has
+3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. a₁ and b₁ are in l₁, and their
+   lengths differ from t₁ by at most a tenth; a₂ and b₂ likewise with l₂ and t₂. If fewer than 4 texts qualify, the 4
+   nearest in length are used. All texts with at least as many tokens as the room qualify equally.
+4. **Windows** are the parts of the texts that the row holds. Each begins at a random place of its text. The first has
    n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds the room, each window gets half of
-   the room, plus what the other leaves.
-5. **The label**, a fair coin: the pair is (a₁, a₂) for the same repository, (a₁, b₂) for different ones.
+   the room, plus what the other window leaves.
+5. **The label** is a fair coin: the pair is (a₁, a₂) for the same repository, (a₁, b₂) for different ones.
 
 The label is drawn last, so (l₁, l₂, n₁, n₂) has the same distribution for both labels. A and B are exchangeable, even
 if the cell and the lengths are known. So a₂ and b₂ have the same distribution, and the second snippet alone does not
@@ -50,10 +50,10 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 
 
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
-    """A map-style dataset whose rows are two snippets, partly masked, and whether both are from one repository.
+    """A map-style dataset of `length` rows: two snippets, partly masked, and whether both are from one repository.
 
-    It has `length` rows; the docstring of this module says how snippets are drawn. Row `i` depends only on the
-    arguments and `i`, so every worker, process and resumed run makes the same row. A row holds
+    The docstring of this module says how snippets are drawn. Row `i` depends only on the arguments and `i`, so every
+    worker, process and resumed run makes the same row. A row holds
 
     - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
     - `labels`, int64 (T,): the original ids at the masked positions (at least one), −100 elsewhere;
@@ -165,12 +165,15 @@ class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
     A text is used if it has at least 16 tokens, its repository has another used text, and at least two repositories
-    have used texts in its language. `repositories` are the repositories with used texts, as indices of
-    `corpus.repository_names`. `dropped_texts` is the number of texts that are not used.
+    have used texts in its language.
+
+    Attributes:
+        repositories: the repositories with used texts, as indices of `corpus.repository_names`.
+        dropped_texts: the number of texts that are not used.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """Group the used texts by repository and language; `room`: most tokens that two snippets may have together."""
+        """`room` is the number of tokens that two snippets may have together."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
@@ -180,11 +183,10 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = "Training rows and held-out rows each need two repositories in one language, both with"
-            message += f" 2 texts of {MIN_SNIPPET_TOKENS} tokens or more. In one set, only {qualified} of "
-            message += f"{len(np.unique(repository))} repositories qualify ({', '.join(corpus.repositories[:4])}): "
-            message += "use at least four repositories in one language."
-            raise UserError("data.in_context.too_few_repositories", message)
+            message = "Training rows and held-out rows each need two repositories in one language, both with 2 texts of"
+            message += f" {MIN_SNIPPET_TOKENS} tokens or more. In one set, only {qualified} of"
+            message += f" {len(np.unique(repository))} repositories qualify ({', '.join(corpus.repositories[:4])})."
+            raise UserError("data.in_context.too_few_repositories", f"{message} Add repositories in one language.")
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
         self._rows = numbers[order]
@@ -197,33 +199,30 @@ class PairSampler:
         starts, ends = self._group_bounds[:-1], self._group_bounds[1:]
         self._group_repository, self._group_language = repository[starts], language[starts]
         self._languages = languages
-        self._group_keys = self._group_repository.astype(np.int64) * self._languages + self._group_language
+        self._group_keys = self._group_repository.astype(np.int64) * languages + self._group_language
         self._longest = self._lengths[ends - 1]
         self._second_longest = np.where(ends - starts > 1, self._lengths[np.maximum(ends - 2, 0)], 0)
         self._repository_bounds = np.searchsorted(repository, np.arange(len(self.repositories) + 1))
         weights = np.sqrt(np.diff(self._repository_bounds))
         self._cumulative_weights = np.cumsum(weights)
-        self._proposals = {int(one): self._of_language(one, weights) for one in np.unique(language)}
-
-    def _of_language(self, language: int, weights: np.ndarray) -> _Proposals:
-        groups = np.flatnonzero(self._group_language == language)
-        groups = groups[np.argsort(-self._longest[groups], kind="stable")]
-        return _Proposals(groups, -self._longest[groups], np.cumsum(weights[self._group_repository[groups]]))
+        self._proposals: dict[int, _Proposals] = {}
+        for one in np.unique(language).tolist():
+            groups = np.flatnonzero(self._group_language == one)
+            groups = groups[np.argsort(-self._longest[groups], kind="stable")]
+            cumulative = np.cumsum(weights[self._group_repository[groups]])
+            self._proposals[one] = _Proposals(groups, -self._longest[groups], cumulative)
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
         """Return a random pair; raise RuntimeError if hardly any two repositories have texts in the same language."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = cell._replace(first_length=0, second_length=0)
-            repositories = self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length)
-            if repositories is not None:
+            if found := self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length):
                 break
         else:
-            raise RuntimeError(
-                "Too few repositories have texts in the same language: leave out languages that few repositories have."
-            )
-        first, partner = self._draw_texts(rng, repositories[0], cell)
-        first_alternative, stranger = self._draw_texts(rng, repositories[1], cell)
+            raise RuntimeError("Too few repositories have texts in the same language: leave out the rare languages.")
+        first, partner = self._draw_texts(rng, found[0], cell)
+        first_alternative, stranger = self._draw_texts(rng, found[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))
         longest_second = int(min(self._lengths[partner], self._lengths[stranger]))
         first_length = min(longest_first, self.room - min(longest_second, self.room // 2))
@@ -318,7 +317,7 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 
 
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the indices of the texts that `PairSampler` uses; apply its rules until they leave out no further text."""
+    """Return the indices of the texts that `PairSampler` uses: its rules are applied until all remaining texts pass."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
     languages = int(language.max(initial=0)) + 1
     while True:

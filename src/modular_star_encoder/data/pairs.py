@@ -1,8 +1,8 @@
 """Reads pairs for fine-tuning: prose and code of one meaning (retrieval), or two labelled snippets (clone detection).
 
-All sources for retrieval give rows of one type, `RetrievalExample`. Sources are pairs of any two texts, triplets
-(prose, a function, its translation), documented functions of repositories (prose and a function), and parallel
-solutions of exercises (code alone).
+All sources for retrieval give rows of one type, `RetrievalExample`. There are four kinds of sources: pairs of any two
+texts, triplets (prose, a function, its translation), documented functions of repositories (prose and a function), and
+parallel solutions of exercises (code alone).
 """
 
 import json
@@ -17,24 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from modular_star_encoder.data.functions import (
-    DocumentedFunction,
-    code_key,
-    collect_functions,
-    description_key,
-    open_corpus,
-)
+from modular_star_encoder.data import functions
+from modular_star_encoder.data.functions import DocumentedFunction, code_key, description_key
 from modular_star_encoder.data.languages.documentation import reads_as_prose
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named
-from modular_star_encoder.data.sources.dataset_rows import (
-    BadLine,
-    Rows,
-    Source,
-    check_source,
-    column_names,
-    not_unicode,
-    open_dataset_rows,
-)
+from modular_star_encoder.data.sources import dataset_rows
+from modular_star_encoder.data.sources.dataset_rows import BadLine, Rows, Source, not_unicode, open_dataset_rows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import check_names
 
@@ -78,23 +66,21 @@ class SourceExamples(NamedTuple):
 
     texts: list[RetrievalExample]  # in the order of the source
     skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for this reason
-    examples: dict[str, list[str]]  # reason → the first three of these, each as its place (a file's line) and beginning
+    examples: dict[str, list[str]]  # reason → the first three of these: `FILE, line N: beginning of the text`
 
 
 _Found = RetrievalExample | str | tuple[str, Any]
-"""What a row holds: an example, the reason why the row is left out, or (reason, the part of it that is left out)."""
+"""An example, the reason why a whole row is left out, or (reason, the part of a row that is left out)."""
 
 
 class ExampleReader:
     """Iterates over the examples in the rows of a dataset, in order.
 
-    Attributes:
-        skipped: {reason: number of rows, or parts of rows, that the last iteration left out}.
-        examples: {reason: the first three rows left out}, each as its place (line of a file) and the start of its text.
+    `skipped` and `examples`, explained in `SourceExamples`, say what the last iteration left out.
     """
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make` gives a row's examples, or reasons to skip it; if `strict`, a reason raises UserError (`data.row`)."""
+        """`make` gives the examples of a row and the reasons to skip. If `strict`, a reason raises UserError."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -129,9 +115,8 @@ class TripletColumns:
     """The names of the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
     A triplet is a description, a function (`code`) and its translation to another programming language (`other_code`).
-    If `other_code` is None, rows have no translation. If `repository` is None, they have no repository. `negative` is
-    the column of hard negatives, and `negative_language` the column of their languages. If `negative_language` is None,
-    hard negatives are in the language of `code`.
+    `negative` is the column of hard negatives, and `negative_language` the column of their languages, by default that
+    of `code`. If `other_code`, `repository` or `negative` is None, rows have no such part.
     """
 
     description: str = "func_documentation_string"
@@ -168,7 +153,7 @@ def open_triplets(
     """Return a reader of a dataset whose rows are triplets: a description, a function, and its translation.
 
     A row is skipped and counted if its description or a code is blank, if a language is not in `LANGUAGES` (in any
-    spelling: `C++` is `cpp`), if its repository is not a text (it may be missing), or if `fault` returns a reason. With
+    spelling: `C++` is `cpp`), if its repository is neither a text nor missing, or if `fault` returns a reason. With
     `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
@@ -185,23 +170,21 @@ def _triplet(
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
-    sides = [(columns.code, columns.language)]
-    if columns.other_code:
-        sides.append((columns.other_code, columns.other_language))
-    own = len(sides)
-    if columns.negative:
-        sides.append((columns.negative, columns.negative_language or columns.language))
-    snippets = []
-    for code, name in sides:
-        language = language_named(row[name])
-        if language not in LANGUAGES:
-            return f"unknown {name}"
-        snippets.append(Snippet(language, row[code]))
+    codes = [
+        (columns.code, columns.language),
+        (columns.other_code, columns.other_language),
+        (columns.negative, columns.negative_language or columns.language),
+    ]
+    if unknown := [name for code, name in codes if code and language_named(row[name]) not in LANGUAGES]:
+        return f"unknown {unknown[0]}"
+    first, other, negative = (
+        Snippet(language_named(row[name]) or "", row[code]) if code else None for code, name in codes
+    )
     repository = row[columns.repository] or "" if columns.repository else ""
     if not isinstance(repository, str):
         return f"{columns.repository} is not a text"
-    texts, negative = tuple(snippets[:own]), next(iter(snippets[own:]), None)
-    triplet = RetrievalExample(row[columns.description], texts, repository, negative)
+    snippets = tuple(one for one in (first, other) if one)
+    triplet = RetrievalExample(row[columns.description], snippets, repository, negative)
     return not_unicode(repository) or fault(triplet) or triplet
 
 
@@ -209,16 +192,17 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     """Read the retrieval rows of every source in a recipe's `data`; return source name → rows.
 
     Args:
-        settings: One or several of the following sources. A source that is None is not used.
+        settings: One or several of the following sources. SOURCE is the argument `source` of `open_dataset_rows`, and
+            the mappings may also have the other arguments of `open_dataset_rows`. A source that is None is not used.
 
-            - `pairs`: a source of `open_dataset_rows`, or a mapping with `source`, `columns` and the other arguments of
-              `open_dataset_rows`; see `resolve_pairs`. `pairs` replaces all other sources;
-            - `triplets`: a source of `open_dataset_rows`, or a mapping with `source` and the other arguments of
-              `open_triplets`. With `columns: {negative: NAME}` each row also has a hard negative;
-            - `functions`: a folder, or settings of a corpus (see `open_corpus`): its documented functions are read;
-            - `parallel`: a source of `open_dataset_rows` with one exercise per row, in the columns `slug` (its name)
-              and `code` (a mapping of languages to solutions). Or a mapping with `source`, `name` and `code` (other
-              names for these columns), `strict` and the other arguments of `open_dataset_rows`.
+            - `pairs`: SOURCE, or a mapping with `source` and `columns`; see `resolve_pairs`. `pairs` replaces all other
+              sources;
+            - `triplets`: SOURCE, or a mapping with `source` and other arguments of `open_triplets`. With
+              `columns: {negative: NAME}` each row also has a hard negative;
+            - `functions`: a folder, or the settings of a corpus (see `open_corpus`), to read documented functions from;
+            - `parallel`: SOURCE with one exercise per row, in the columns `slug` (name of the exercise) and `code`
+              (mapping of languages to solutions). Or a mapping with `source`, and `name` and `code`, which are other
+              names for these two columns.
 
     A row that can't be used is skipped and counted: for example if code is empty, in an unknown language, or is in fact
     prose (see `reads_as_prose`). With `strict: true` in the mapping of `pairs`, `triplets` or `parallel`, such a row
@@ -244,10 +228,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
             first = "; the first: " + next(iter(found[name].examples.values()))[0] if found[name].examples else ""
-            message = (
-                f"data.{name} ({options.get(default)}) has no usable row (skipped: {reasons or 'nothing'}{first})."
-            )
-            raise UserError("data.source.empty", message)
+            place = f"data.{name} ({options.get(default)})"
+            raise UserError("data.source.empty", f"{place} has no usable row (skipped: {reasons or 'nothing'}{first}).")
     return found
 
 
@@ -264,15 +246,16 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's `data` with `pairs` alone: its source, options and all columns; unchanged without `pairs`.
+    """Return `{"pairs": …}` for a recipe's `data`, with the source, options and all columns of its pairs.
 
-    `data.pairs` is a file, folder or Hub id, or a mapping with `source` and the options of `open_dataset_rows`.
-    `data.columns`, or `columns` in that mapping, names the columns of `query` and `positive`, and optionally of
-    `negative` (a text, or a list whose first text is used), `score`, `language` and `repository`. If one of these is
-    null, no column is used for it. If one is not given, its column is guessed from the names in the file; for query and
-    positive, the only column with such a name as a word, and with no name of another role, will do. `min_score`
-    (0.5 by default) stays an option: readers leave out rows with a lower score. UserError if the source does not exist,
-    a named column is missing, or the column of query or positive can't be guessed.
+    Without `pairs`, return `data` unchanged. `data.pairs` is a file, folder or Hub id, or a mapping with `source` and
+    the options of `open_dataset_rows`. `data.columns`, or `columns` in that mapping, maps roles to names of columns:
+    `query` and `positive`, and optionally `negative` (a text, or a list whose first text is used), `score`, `language`
+    and `repository`. No column is used for a role that is null. The column of a role that is not given is guessed from
+    the names in the file. A column of query or positive may also be guessed if its name alone has a known word of this
+    role, and no word of another role. Readers leave out rows whose score is below the option `min_score` (default 0.5).
+
+    UserError if the source does not exist, a named column is missing, or the column of query or positive is not found.
     """
     if settings.get("pairs") is None:
         return dict(settings)
@@ -285,7 +268,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
         own = {"source", "columns", "min_score", "strict"}
-        there = column_names(source, **{name: value for name, value in options.items() if name not in own})
+        there = dataset_rows.column_names(source, **{name: options[name] for name in options.keys() - own})
         if missing := [name for name in columns.values() if name is not None and name not in there]:
             message = f"{source} has no column {', '.join(map(str, missing))}; its columns are {', '.join(there)}."
             raise UserError("data.source.column", message)
@@ -310,19 +293,19 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if a source in a recipe's `data` does not exist or lacks a column of pairs; imports no torch."""
+    """Raise UserError if a source in a recipe's `data` does not exist, or a column of its pairs is not found."""
     for name in ("pairs",) if settings.get("pairs") else ("triplets", "parallel"):
         source = settings.get(name)
         source = source.get("source") if isinstance(source, Mapping) else source
         if isinstance(source, str):
-            check_source(source)
+            dataset_rows.check_source(source)
             if name == "pairs" and os.path.exists(os.path.expanduser(source)):
                 resolve_pairs(settings)
 
 
-def described(functions: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
+def described(found: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
     """Return one retrieval row for each documented function: its description and its code."""
-    return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in functions]
+    return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in found]
 
 
 def _pairs(
@@ -372,22 +355,21 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, Any], min_score: float) 
 
 
 def _triplets(progress: bool, **options: Any) -> SourceExamples:
-    return open_triplets(fault=_code_fault, **options).read("triplets", progress)
+    def fault(row: RetrievalExample) -> str | None:
+        codes = [*row.snippets, *([row.negative] if row.negative else [])]
+        faults = [*(_not_code(one.code, row.description) for one in codes), not_unicode(row.description)]
+        if row.negative and code_key(row.negative.code) in {code_key(one.code) for one in row.snippets}:
+            faults.append("hard negative is the code itself")
+        return next(filter(None, faults), None)
 
-
-def _code_fault(row: RetrievalExample) -> str | None:
-    codes = [*row.snippets, *([row.negative] if row.negative else [])]
-    faults = [*(_not_code(one.code, row.description) for one in codes), not_unicode(row.description)]
-    if row.negative and code_key(row.negative.code) in {code_key(one.code) for one in row.snippets}:
-        faults.append("hard negative is the code itself")
-    return next(filter(None, faults), None)
+    return open_triplets(fault=fault, **options).read("triplets", progress)
 
 
 def _functions(progress: bool, **settings: Any) -> SourceExamples:
-    reader = open_corpus(settings)
-    functions, counts = collect_functions(reader, progress=progress)
+    reader = functions.open_corpus(settings)
+    found, counts = functions.collect_functions(reader, progress=progress)
     dropped = Counter({reason: count for reason, count in counts.items() if reason.startswith("dropped")})
-    return SourceExamples(described(functions), dropped + reader.skipped, {})
+    return SourceExamples(described(found), dropped + reader.skipped, {})
 
 
 def _parallel(
@@ -440,7 +422,7 @@ _LABELLED_SPLITS, _LABELLED_COLUMNS = ("train", "valid", "test"), ("first", "sec
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """The pairs of snippets in one split for clone detection; a pair's label says whether both snippets do the same."""
+    """The labelled pairs of snippets in one split for clone detection."""
 
     codes: list[str]  # the snippets, each once
     pairs: np.ndarray  # int64 (pairs, 2), indices of `codes`
@@ -462,7 +444,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
         settings: Either `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns
             `first` and `second` (two snippets) and `label` (0 or 1). Or `bigclonebench`, a folder with the files of
             CodeXGLUE (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` has a function per
-            line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two ids and a label per line.
+            line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two such ids and a label per line.
     """
     names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
     if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):
@@ -495,16 +477,13 @@ def _labelled_pairs(rows: Rows, source: Source) -> LabelledPairs:
     table = []
     for place, row in rows:
         values: list[Any] = [row.get(name) if isinstance(row, dict) else None for name in _LABELLED_COLUMNS]
-        first, second, label = values
-        if label not in (0, 1) or not (_is_code(first) and _is_code(second)):
+        *codes, label = values
+        are_texts = all(isinstance(code, str) and code.strip() and not not_unicode(code) for code in codes)
+        if label not in (0, 1) or not are_texts:
             message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, two ids of data.jsonl)."
             raise UserError("data.row", f"{message} The label must be 0 or 1.")
-        table.append([*(places.setdefault(code, len(places)) for code in (first, second)), int(label)])
+        table.append([*(places.setdefault(code, len(places)) for code in codes), int(label)])
     if not table:
         raise UserError("data.source.empty", f"{source} holds no pair of snippets.")
     columns = np.array(table, dtype=np.int64)
     return LabelledPairs(list(places), columns[:, :2], columns[:, 2])
-
-
-def _is_code(text: Any) -> bool:
-    return isinstance(text, str) and bool(text.strip()) and not_unicode(text) is None

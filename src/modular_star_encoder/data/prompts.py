@@ -1,8 +1,8 @@
-"""Defines the published prompts, and the special tokens and templates that the encoder expects around a text.
+"""Defines the published prompts, and the special tokens that the encoder expects around a text.
 
 A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
-the `<cls>`; a prompt is a prefix of the text and carries the instruction and the inner `<sep>`. Training, evaluation,
-model cards and search all use these.
+the `<cls>`. A prompt is a prefix of the text and consists of the instruction and the inner `<sep>`. Training,
+evaluation, model cards and search all use these prompts.
 
 Source: the model cards of modularStarEncoder/ModularStarEncoder-finetuned (instructions and order) and
 bigcode-project/bigcode-encoder (spelling of the special tokens).
@@ -20,12 +20,9 @@ MASK_TOKEN = "<mask>"  # noqa: S105
 SPECIAL_TOKENS = (PAD_TOKEN, SEP_TOKEN, CLS_TOKEN, MASK_TOKEN)
 """The special tokens in the order of their ids, 0 to 3, in a tokenizer that `train_tokenizer` makes."""
 
-SINGLE_TEMPLATE = f"{SEP_TOKEN} $A {CLS_TOKEN}"
-PAIR_TEMPLATE = f"{SEP_TOKEN} $A {SEP_TOKEN} $B {CLS_TOKEN}"
-
 CODE_INSTRUCTION = "Represent this {language} code snippet for retrieval:"
 ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"
-"""Instruction for code in an unknown language. It is not published: all published ones for code name the language."""
+"""Instruction for code in an unknown language. It is not published: all published instructions name the language."""
 TEXT_INSTRUCTION = "Represent this code description for retrieving supporting snippets of code:"
 
 LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))

@@ -1,9 +1,9 @@
 """Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-Training and evaluation rows have no repository, code or description in common. In contrastive learning the other rows
-of a batch are negatives, so all rows of a batch must differ in meaning. Rows with the same description or code,
-directly or through other rows, form a *group*. A batch has at most one row of each group, and its hard negatives are
-not in the groups of its rows.
+Training and evaluation rows have no repository, code or description in common. In contrastive learning, each row of a
+batch takes the other rows as negatives, so all rows of a batch must differ in meaning. Rows with the same description
+or code, directly or through other rows, form a *group*. A batch has at most one row of each group, and no hard negative
+from these groups.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +37,7 @@ _REPLACEMENTS, _NEGATIVES = 2, 3
 
 
 def hashed_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return the names in a random order that depends only on the seed and the names.
-
-    Names are sorted by a hash: the order is the same everywhere, and a new name does not reorder the others.
-    """
+    """Return the names sorted by a hash of the seed and the name, so that a new name does not reorder the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
@@ -49,8 +47,8 @@ def draw_repositories(
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
     Repositories are drawn at random until they have a fifth of all functions, or `min_test` functions if that is less.
-    Repositories with more than `max_repository_share` of all functions are drawn last, the smallest first: no single
-    project should decide the results. At least one repository is left for training. Equal arguments give equal results.
+    Repositories with more than `max_repository_share` of all functions are drawn last, the smallest first, so that no
+    single project decides the results. One repository at least is left for training. Equal arguments, equal results.
     """
     if len(sizes) < 2:
         message = f"Holding out repositories needs at least two repositories, not {len(sizes)}: add some."
@@ -59,14 +57,8 @@ def draw_repositories(
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
     allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}
     order = hashed_order(allowed, seed) + sorted(sizes.keys() - allowed, key=lambda name: (sizes[name], name))
-    held_out: set[str] = set()
-    count = 0
-    for name in order[: len(sizes) - 1]:
-        if count >= target:
-            break
-        held_out.add(name)
-        count += sizes[name]
-    return held_out
+    before = accumulate((sizes[name] for name in order), initial=0)  # functions in the repositories drawn earlier
+    return {name for name, count in zip(order[:-1], before, strict=False) if count < target}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +80,17 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Return the training and held-out rows of a recipe: read from `folder` or, if it has none, made and stored there.
+    """Return the training and held-out rows of a recipe. If `folder` has no rows, they are made and stored there.
 
     Whole repositories are held out. Rows without a repository are held out one by one.
 
     Args:
         settings: A recipe's `data`, which names the sources; see `read_retrieval_examples`.
         folder: Where `train.parquet`, `held_out.parquet` and `report.json` are written, all at once.
-        eval_fraction: Share of each source's rows to hold out; above 0.2, it counts as 0.2.
+        eval_fraction: Share of each source's rows to hold out; a larger share than 0.2 counts as 0.2.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; None for all.
-        progress: Whether to show progress bars, and then how many rows each source has, how many are skipped, and why.
+        progress: Whether to show progress bars, and how many rows each source has, how many are skipped, and why.
         store: Whether to write new rows. If False, `store_retrieval_data` can write them later.
     """
     folder = Path(folder)
@@ -145,15 +137,21 @@ def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
     """Write the rows and their report to `folder`, all at once; do nothing if `folder` has a report."""
     if not (folder / REPORT).is_file():
         with staged_folder(folder) as staging:
-            for name in ("train", "held_out"):
-                pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
+            for name, rows in (("train", data.train), ("held_out", data.held_out)):
+                pyarrow.parquet.write_table(_table(rows), staging / f"{name}.parquet")
             write_json(staging / REPORT, data.report)
 
 
 def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, Any]) -> RetrievalData:
     seed, limit = requested["seed"], requested["max_train_samples"]
     texts = [text for found in sources.values() for text in found.texts]
-    held_out = np.concatenate([_held_out(found.texts, requested["eval_fraction"], seed) for found in sources.values()])
+    held_out = np.array([], dtype=bool)
+    for rows in (found.texts for found in sources.values()):
+        # A row without a repository is drawn by itself.
+        names = [text.repository or f"row {row}" for row, text in enumerate(rows)]
+        least = max(2, round(requested["eval_fraction"] * len(rows)))
+        drawn = draw_repositories(Counter(names), seed=seed, min_test=least)
+        held_out = np.append(held_out, [name in drawn for name in names])
     unseen, groups = np.flatnonzero(held_out), same_content_groups(texts)
     # Each source draws its own repositories to hold out, so one that is held out in one source may be in another.
     repositories = {texts[row].repository for row in unseen} - {""}
@@ -182,13 +180,6 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
         "held_out_repositories": sorted(repositories),
     }
     return RetrievalData([texts[row] for row in train], [texts[row] for row in unseen], report)
-
-
-def _held_out(texts: Sequence[RetrievalExample], fraction: float, seed: int) -> np.ndarray:
-    """Return whether each row of a source is held out, bool (rows,); a row without a repository is drawn by itself."""
-    names = [text.repository or f"row {row}" for row, text in enumerate(texts)]
-    drawn = draw_repositories(Counter(names), seed=seed, min_test=max(2, round(fraction * len(texts))))
-    return np.array([name in drawn for name in names])
 
 
 def _table(texts: Sequence[RetrievalExample]) -> pyarrow.Table:
@@ -225,8 +216,8 @@ class Draw(NamedTuple):
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
     """Return the group of each row, int64 (rows,): groups are numbered from 0.
 
-    Rows with the same description or the same code are in one group. If A has a code of B, and B the description of C,
-    then all three are in one group. Texts are the same if their `description_key` or `code_key` is equal.
+    Rows with the same description or the same code (by `description_key` and `code_key`) are in one group. If A has a
+    code of B, and B the description of C, then all three are in one group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -243,7 +234,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return, for each row, which group has the row's hard negative as a snippet: int64 (rows,); −1 if no group has it.
+    """Return for each row the group that has the row's hard negative as a snippet: int64 (rows,), −1 for no group.
 
     `groups` is the result of `same_content_groups`. Return None if a row has no hard negative, or if there are no rows.
     """
@@ -263,7 +254,15 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """The groups of `same_content_groups`, listed for each kind of pair that their rows can give."""
+    """The groups of `same_content_groups`, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
+
+    Attributes:
+        of_rows: the group of each row, int64 (rows,).
+        negatives: result of `groups_of_negatives`.
+        numbers: kind → the groups whose rows can give a pair of this kind, int64 (groups,).
+        rows: kind → the rows of each of these groups.
+        counts: kind → the number of these groups.
+    """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
         """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
@@ -276,18 +275,13 @@ class PairGroups:
             if len(text.snippets) > 1:
                 rows[CODE_TO_CODE][group].append(row)
         present = [kind for kind in rows if rows[kind]]
-        # kind → the numbers of its groups, int64 (groups,); kind → the rows of each of these groups
         self.numbers = {kind: np.array(list(rows[kind]), dtype=np.int64) for kind in present}
         self.rows = {kind: list(rows[kind].values()) for kind in present}
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Kind of pair, such as `TEXT_TO_CODE` → number of groups whose rows can give a pair of this kind."""
-        return {kind: len(numbers) for kind, numbers in self.numbers.items()}
+        self.counts = {kind: len(rows[kind]) for kind in present}
 
     @property
     def largest_batch(self) -> int:
-        """The largest number of pairs in a batch with which every batch can be filled, whichever rows are drawn."""
+        """The largest batch size, in pairs, for which every batch can be filled, whichever rows are drawn."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each kind fills half of the batch, with pairs from different groups; the two halves have no group in common.
@@ -307,11 +301,11 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    If the data gives pairs of both kinds, text → code and code → code, they alternate in a batch. Rows that share a
-    text form a group. In each epoch, groups come in a new random order, and each gives one pair, from the next of its
-    rows; groups that do not fill a last batch are left out. A batch never has two pairs of one group, because they are
-    false negatives: if both kinds take the same group, a random other group gives the code → code pair. A hard negative
-    that is in a group of the batch is replaced by that of a random other row.
+    If the data gives pairs of both kinds, text → code and code → code, the kinds alternate in a batch. In each epoch,
+    the groups (see `PairGroups`) come in a new random order, and each group gives one pair, from the next of its rows.
+    Groups that do not fill a last batch are left out. A batch never has two pairs of one group, because they would be
+    false negatives: if both kinds choose the same group, a random other group gives the code → code pair. A hard
+    negative that is in a group of the batch is replaced by the hard negative of a random other row.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
@@ -323,10 +317,9 @@ class BatchPlan:
             listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
-            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size"
-            message += " or add rows. A group is the rows that share a text; it gives a batch at most one pair."
-            message += f" The data has {listed or 'no pairs'}{negatives}."
-            raise UserError("data.batch_size", message)
+            message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size or add"
+            message += " rows. Rows that share a text form a group, which gives a batch at most one pair."
+            raise UserError("data.batch_size", f"{message} The data has {listed or 'no pairs'}{negatives}.")
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
@@ -393,10 +386,10 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (plan, number of its batches) to evaluate at most `pairs` pairs, each only once.
+    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each only once.
 
     Batches have `batch_size` pairs, or fewer if the data does not have enough groups. Each of `processes` processes
-    gets an even number of a batch's pairs. UserError (`training.held_out.too_few`) if the data is too small for that.
+    gets an even number of pairs. UserError (`training.held_out.too_few`) if the data is too small for that.
     """
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):

@@ -58,8 +58,8 @@ class TokenCorpus:
         """Return (corpus to train on, held-out corpus): two views of this corpus that have no repository in common.
 
         `eval_fraction` is the share of the repositories to hold out. Only `seed` and the repositories' names decide
-        which are held out. Each of the two corpora gets at least two repositories, or one if there are fewer than four
-        in total. UserError if there is only one.
+        which are held out. Each part gets at least two repositories, or one if there are fewer than four in total.
+        UserError (`data.split.too_few_repositories`) if there is only one.
         """
         names = self.repositories
         if len(names) < 2:
@@ -110,10 +110,11 @@ class TokenStore(TokenCorpus):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open the token store in `folder`; raise UserError if there is none, or if it is unfinished or damaged."""
         folder = Path(folder)
-        state = _finished_state(folder)
+        rows = _MappedRows(folder.absolute())
+        state = rows.state
         names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
         super().__init__(
-            rows=_MappedRows(folder.absolute()),
+            rows=rows,
             row_numbers=np.arange(state.files),
             repository_names=tuple(json.loads(line) for line in names),
             repository_of=_mapped(folder / "repositories.bin", _INDEX, state.files),
@@ -127,22 +128,16 @@ class _MappedRows(TokenRows):
     """The memory-mapped rows of a store. Pickling keeps only the folder's path, because numpy would copy all tokens."""
 
     def __init__(self, folder: Path) -> None:
-        state = _finished_state(folder)
-        self._folder = folder
-        super().__init__(
-            _mapped(folder / "tokens.bin", np.dtype(state.dtype), state.tokens),
-            _mapped(folder / "bounds.bin", _BOUND, state.files + 1),
-        )
+        state = _read_state(folder)
+        if state is None or not state.complete:
+            message = f"{folder} holds no finished token store: call build_token_store."
+            raise UserError("data.token_store.missing", message)
+        self._folder, self.state = folder, state
+        tokens = _mapped(folder / "tokens.bin", np.dtype(state.dtype), state.tokens)
+        super().__init__(tokens, _mapped(folder / "bounds.bin", _BOUND, state.files + 1))
 
     def __reduce__(self) -> tuple[type["_MappedRows"], tuple[Path]]:
         return _MappedRows, (self._folder,)
-
-
-def _finished_state(folder: Path) -> _State:
-    state = _read_state(folder)
-    if state is None or not state.complete:
-        raise UserError("data.token_store.missing", f"{folder} holds no finished token store: call build_token_store.")
-    return state
 
 
 def build_token_store(
@@ -154,35 +149,35 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenize `files` into a store in `folder`, one row per file, and return the store.
 
-    If an earlier call was interrupted, this call continues it: pass the same files in the same order. Files that are
-    already stored are compared, but not tokenized again. A finished store is opened without reading `files`. Only one
-    process may work on a folder at a time; this is not checked. UserError if the folder holds files of another kind, or
-    a store that is damaged or was begun with another tokenizer or other files.
+    To continue an interrupted call, pass the same files in the same order. Files that are already stored are compared,
+    but not tokenized again. A finished store is opened without reading `files`. Only one process may work on a folder
+    at a time; this is not checked. UserError if the folder holds files of another kind, or a store that is damaged or
+    was begun with another tokenizer or other files.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        raise UserError(
-            "data.token_store.other_tokenizer", f"Another tokenizer made the token store {folder}: name another folder."
-        )
-    if not state.complete:
-        with closing(_Writer(folder, state, encoder)) as writer:
-            iterator = iter(files)
-            with tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" texts", disable=not progress) as bar:
-                digest = ""
-                for file in islice(iterator, state.files):  # those already stored
-                    digest = _digest(digest, file)
-                    bar.update()
-                if digest != state.files_digest:
-                    message = f"The token store {folder} was begun with other files: pass those in the same order,"
-                    raise UserError("data.token_store.other_files", f"{message} or name another folder.")
-                while batch := list(islice(iterator, _FILES_PER_COMMIT)):
-                    for start in range(0, len(batch), TEXTS_PER_BATCH):
-                        bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
-                    writer.commit()
-            state.complete = True
+        message = f"Another tokenizer made the token store {folder}: name another folder."
+        raise UserError("data.token_store.other_tokenizer", message)
+    if state.complete:
+        return TokenStore(folder)
+    iterator = iter(files)
+    bar = tqdm(desc="Tokenizing", total=length_hint(files) or None, unit=" texts", disable=not progress)
+    with bar, closing(_Writer(folder, state, encoder)) as writer:
+        digest = ""
+        for file in islice(iterator, state.files):  # the files that are already stored
+            digest = _digest(digest, file)
+            bar.update()
+        if digest != state.files_digest:
+            message = f"The token store {folder} was begun with other files: pass the same files in the same order,"
+            raise UserError("data.token_store.other_files", f"{message} or name another folder.")
+        while batch := list(islice(iterator, _FILES_PER_COMMIT)):
+            for start in range(0, len(batch), TEXTS_PER_BATCH):
+                bar.update(writer.append(batch[start : start + TEXTS_PER_BATCH]))
             writer.commit()
+        state.complete = True
+        writer.commit()
     return TokenStore(folder)
 
 
@@ -201,14 +196,14 @@ class _Writer:
         state = self._state
         rows = self._encoder([file.text for file in files])
         bounds = state.tokens + np.cumsum([len(row) for row in rows])
-        new = [name for name in dict.fromkeys(file.repository for file in files) if name not in self._repositories]
-        self._repositories |= {name: i for i, name in enumerate(new, len(self._repositories))}
-        names = "".join(json.dumps(name) + "\n" for name in new).encode()
+        known = len(self._repositories)
+        repository_of = [self._repositories.setdefault(file.repository, len(self._repositories)) for file in files]
+        names = "".join(json.dumps(name) + "\n" for name in list(self._repositories)[known:]).encode()
         language_of = [self._languages.setdefault(file.language, len(self._languages)) for file in files]
         for name, values, dtype in (
             ("tokens.bin", np.concatenate(rows), state.dtype),
             ("bounds.bin", bounds, _BOUND),
-            ("repositories.bin", [self._repositories[file.repository] for file in files], _INDEX),
+            ("repositories.bin", repository_of, _INDEX),
             ("languages.bin", language_of, _INDEX),
         ):
             self._outputs[name].write(np.asarray(values).astype(dtype).tobytes())
@@ -234,7 +229,7 @@ class _Writer:
 
 
 def _digest(before: str, file: SourceFile) -> str:
-    """Return the digest of all files up to `file`; `before` is the digest of the files that precede it."""
+    """Return the digest of all files up to `file`; `before` is the digest of the files before `file`."""
     content = json.dumps([before, file.repository, file.path, file.language, file.text])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 

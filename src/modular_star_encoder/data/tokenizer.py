@@ -1,7 +1,7 @@
 """Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A tokenizer reads the characters `<sep>` in its input as the special token `<sep>`, and prompts depend on this. In a
-user's code and texts these characters must stay ordinary characters: use `encode_content` for them.
+A tokenizer reads the characters `<sep>` in its input as the special token `<sep>`, and prompts depend on this. In the
+code and texts of users these characters must stay ordinary: encode code and texts by `encode_content`.
 """
 
 import copy
@@ -17,15 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modular_star_encoder.data.prompts import (
-    CLS_TOKEN,
-    MASK_TOKEN,
-    PAD_TOKEN,
-    PAIR_TEMPLATE,
-    SEP_TOKEN,
-    SINGLE_TEMPLATE,
-    SPECIAL_TOKENS,
-)
+from modular_star_encoder.data.prompts import CLS_TOKEN, MASK_TOKEN, PAD_TOKEN, SEP_TOKEN, SPECIAL_TOKENS
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.utils.errors import UserError, is_panic
 
@@ -95,7 +87,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
-    """Raise UserError (`checkpoint.tokenizer`) if the tokenizer's token for padding is not in its vocabulary."""
+    """Raise UserError (`checkpoint.tokenizer`) if the token for padding is not in the vocabulary of `tokenizer`."""
     if (token := getattr(tokenizer, "pad_token", None)) is not None and tokenizer.pad_token_id is None:
         message = f"The tokenizer of {path} has no token {token!r}. Name a token of its vocabulary as pad_token."
         raise UserError("checkpoint.tokenizer", message)
@@ -104,9 +96,9 @@ def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Return a copy of a tokenizer that encodes a text as `<sep> text <cls>` and spells its special tokens like this.
 
-    The published tokenizer adds no special tokens, because its users write them into their texts, and it may spell them
-    differently. In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>` and `<mask>`. All
-    token ids stay the same. A tokenizer with this template and these spellings is returned unchanged.
+    The published tokenizer adds no special tokens, because its users write special tokens into their texts; and it may
+    spell special tokens differently. In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>`
+    and `<mask>`. All token ids stay the same. A tokenizer with this template and these spellings is returned unchanged.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -132,15 +124,13 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=SINGLE_TEMPLATE,
-        pair=PAIR_TEMPLATE,
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (SEP_TOKEN, CLS_TOKEN)],
-    )
+    single, pair = f"{SEP_TOKEN} $A {CLS_TOKEN}", f"{SEP_TOKEN} $A {SEP_TOKEN} $B {CLS_TOKEN}"
+    tokens = [(token, tokenizer.token_to_id(token)) for token in (SEP_TOKEN, CLS_TOKEN)]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a list that holds, at each token's id, the letters and digits of the token in lower case.
+    """Return a list with the letters and digits of every token in lower case, in the order of the token ids.
 
     "parse", " Parse" and "_PARSE" all give "parse". A special token, or a token without letters and digits
     (punctuation, a part of a character), gets a text that no other token has.
@@ -174,7 +164,7 @@ class TokenRows:
         counts = np.zeros(vocab_size, np.int64)
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
             start, end = int(self.bounds[run[0]]), int(self.bounds[run[-1] + 1])
-            # In parts: counting makes wide copies, and the rows may be a file larger than memory.
+            # Count in parts, because `bincount` makes wide copies and the rows may be a file larger than memory.
             for part in range(start, end, _TOKENS_PER_COUNT):
                 counts += np.bincount(self._flat[part : min(part + _TOKENS_PER_COUNT, end)], minlength=vocab_size)
         return counts
@@ -184,7 +174,8 @@ class ContentEncoder:
     """Encodes texts without template, truncation or special tokens, even if a text spells a special token.
 
     `dtype`, the type of the token ids, is uint16 for vocabularies of up to 65,536 tokens, otherwise uint32. `checksum`
-    is a hash of everything that decides the ids; template, padding, truncation, saving and loading do not change it.
+    is a hash of everything that decides the ids. The template, padding and truncation do not change the checksum, nor
+    do saving and loading.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -198,7 +189,7 @@ class ContentEncoder:
         self.checksum = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return one array of token ids for each text, of type `dtype` and shape (number of the text's tokens,)."""
+        """Return one array of token ids for each text, of type `dtype` and shape (tokens of the text,)."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
@@ -224,6 +215,6 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the sorted ids of all special tokens: those with a role such as `sep` and those only marked as special."""
+    """Return the sorted ids of all special tokens, with a role such as `sep` or only marked as special."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(marked.union(tokenizer.all_special_ids))

@@ -26,9 +26,9 @@ def crash_safe_map(
 ) -> Iterator[Result]:
     """Call `function` on chunks of `chunk_size` items in several processes, and yield the results in order.
 
-    If a chunk crashes its process, the chunk is halved until the item that causes the crash is alone. Each part of the
-    chunk then gives a result, and the result for that item is `crashed(item)`. If `processes` is 0 or 1, the calling
-    process does the work, without protection from crashes.
+    If a chunk crashes its process, the chunk is halved until the item that causes the crash is alone. The result for
+    this item is `crashed(item)`, and each other part of the chunk gives a result of its own. If `processes` is 0 or 1,
+    the calling process does the work, without protection from crashes.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
@@ -37,22 +37,17 @@ def crash_safe_map(
         return
     executor = _executor(processes)
     waiting: deque[tuple[list[Item], Future[Result]]] = deque()
-
-    def submit(chunk: list[Item]) -> None:
-        nonlocal executor
-        try:
-            future = executor.submit(function, chunk)
-        except BrokenProcessPool:
-            executor.shutdown()
-            executor = _executor(processes)
-            future = executor.submit(function, chunk)
-        waiting.append((chunk, future))
-
     try:
         while True:
             # The queue is short, so that a large corpus is never entirely in memory.
             for chunk in islice(chunks, 4 * processes + 1 - len(waiting)):
-                submit(chunk)
+                try:
+                    future = executor.submit(function, chunk)
+                except BrokenProcessPool:
+                    executor.shutdown()
+                    executor = _executor(processes)
+                    future = executor.submit(function, chunk)
+                waiting.append((chunk, future))
             if not waiting:
                 break
             chunk, future = waiting.popleft()

@@ -8,8 +8,8 @@ class UserError(ValueError):
     """Raised for bad input, with one sentence that says what was given, what is allowed and what to do.
 
     The command line prints the sentence and exits with status 2; any other exception is a bug and shows its traceback.
-    `key` is the dotted name of the fault, such as `config.exit_layers.order`. Programs and tests can rely on it: it
-    stays the same when the sentence is improved.
+    `key` is the dotted name of the fault, such as `config.exit_layers.order`. It stays the same when the sentence is
+    improved, so programs and tests can rely on the key.
     """
 
     def __init__(self, key: str, message: str) -> None:
@@ -21,11 +21,11 @@ class UserError(ValueError):
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether `error` is a panic of a Rust library, such as tokenizers; a panic is not an `Exception`."""
+    """Return whether a Rust library, such as tokenizers, panicked: such an error is no subclass of `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
-# Extra → modules that it installs. A module of several extras is listed under the extra that most users need.
+# Extra → the modules that the extra installs. A module of several extras is listed once: where most users need it.
 _MODULES = {
     "train": "accelerate bm25s datasets evaluate jinja2 pydantic sklearn",
     "search": "filelock pygments threadpoolctl tree_sitter tree_sitter_language_pack",
@@ -42,10 +42,9 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
-    """Return an ImportError that says which extra of this package installs the missing module; None if no extra does.
+    """Return an ImportError that names the extra of this package to install; None if no extra has the missing module.
 
-    The extras `train` and `dataset` have modules in common. For such a module, the error names `command` as the extra
-    if `command` is "train" or "dataset".
+    If both the extra `train` and the extra `dataset` have the module, `command` ("train" or "dataset") decides.
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
@@ -58,7 +57,7 @@ def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError 
 
 @contextmanager
 def naming_extra() -> Iterator[None]:
-    """Context manager for imports of optional packages; the ImportError of a missing one names the extra to install."""
+    """Context manager for imports of optional packages; if one is missing, ImportError names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

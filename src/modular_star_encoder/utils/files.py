@@ -46,10 +46,10 @@ def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> 
 
 @contextmanager
 def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
-    """Context manager: hold the lock of a folder, which is created if missing; a process may take its lock again.
+    """Context manager: hold the lock of `folder`, and create a missing folder. The same process may take a lock again.
 
-    UserError (`files.locked`) if another process holds it for `seconds` (by default `LOCK_SECONDS`) more: the workers
-    of a process that was killed hold its lock for a moment.
+    UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`). The
+    wait is needed because the workers of a killed process keep its lock for a moment.
     """
     from filelock import FileLock, Timeout
 
@@ -67,7 +67,7 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
 
 
 def similar_files(path: str | os.PathLike[str]) -> str:
-    """Return a hint such as ` (similar: PATH, PATH)` with existing paths whose names resemble that of `path`, or ""."""
+    """Return ` (similar: PATH, PATH)` with up to 3 existing paths in the folder of `path` with similar names, or ""."""
     path = Path(path).expanduser()
     there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = get_close_matches(path.name, there, n=3, cutoff=0.6)
@@ -75,11 +75,11 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 
 
 def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bool = True) -> list[Path]:
-    """Return the sorted paths of all files below a folder whose names fit `pattern`.
+    """Return the sorted paths of all files below `folder` whose names fit `pattern`.
 
-    Links to folders are not followed; without `links`, those to files are left out too. UserError if folders are nested
-    more than `MAX_FOLDER_DEPTH` deep (`files.folder.too_deep`), or a link leads out of the folder
-    (`files.folder.links`): the folder may be a stranger's, and a file left out in silence would make results wrong.
+    Links to folders are not followed. Without `links`, links to files are left out. With `links`, a link to a file
+    outside of `folder` raises UserError (`files.folder.links`), because the folder may come from a stranger. UserError
+    (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -128,7 +128,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 
 def check_json_values(text: str, most: int) -> int:
-    """Return how many values the JSON in `text` has at most; ValueError if more than `most`. Call before parsing."""
+    """Return an upper bound of the number of values in the JSON `text`, not parsed; ValueError if it exceeds `most`."""
     if (values := sum(map(text.count, ",[{"))) > most:
         raise ValueError(f"more than {most:,} values")
     return values
@@ -159,8 +159,8 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     """Context manager: yield a temporary path. The file or folder written there replaces `target` at the end.
 
     After an error, that file or folder is removed instead. Set `resumable` for jobs that may be killed and restarted,
-    and that run in one process at a time: the data is then flushed to the disk before the rename, and the temporary
-    name is always the same, so that the next attempt removes what a killed attempt left.
+    and that run in one process at a time. The data is then flushed to the disk before the rename, and the temporary
+    name is always the same, so that the next attempt removes the leftovers of a killed attempt.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -195,7 +195,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
     def check() -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError("files.folder.not_empty", f"{target} already exists and is not empty; name another folder.")
+            raise UserError("files.folder.not_empty", f"{target} is a file or not empty; name another folder.")
 
     check()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,10 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder, removed at the end or, after a kill, by the next call with `name`."""
+    """Context manager: yield a temporary folder and remove it at the end.
+
+    If the process is killed, the next call with the same `name` removes the folder.
+    """
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
@@ -221,19 +224,12 @@ def _sweep(target: Path) -> None:
     """Remove temporary files for `target` that were left by processes that no longer run."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
-        if (match := form.fullmatch(name)) and not _runs(int(match[1])):
-            with suppress(OSError):
-                _remove(target.with_name(name))
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        if match := form.fullmatch(name):
+            with suppress(OSError):  # the process, or the file, is another user's
+                try:
+                    os.kill(int(match[1]), 0)
+                except (ProcessLookupError, OverflowError):
+                    _remove(target.with_name(name))
 
 
 def _remove(path: Path) -> None:
@@ -250,25 +246,25 @@ def _remove(path: Path) -> None:
 def check_types(record: Any) -> None:
     """Raise TypeError if a field of the dataclass instance `record`, or of one inside it, has a value of wrong type."""
     for name, kind in _hints(type(record)).items():
-        if not fits(value := getattr(record, name), kind):
+        if not _fits(value := getattr(record, name), kind):
             raise TypeError(f"{name} has a value of the wrong type or size: {str(value)[:60]}")
 
 
 _hints: Any = lru_cache(get_type_hints)
 
 
-def fits(value: Any, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     """Return whether `value`, for example read from JSON, has the type `kind`, such as `Mapping[str, list[int]]`."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return any(fits(value, one) for one in kinds)
+        return any(_fits(value, one) for one in kinds)
     if origin is tuple:
         is_tuple = isinstance(value, tuple) and (kinds[-1] is ... or len(kinds) == len(value))
-        return is_tuple and all(map(fits, value, repeat(kinds[0]) if kinds[-1] is ... else kinds))
+        return is_tuple and all(map(_fits, value, repeat(kinds[0]) if kinds[-1] is ... else kinds))
     if origin is not None and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(k, kinds[0]) and fits(v, kinds[1]) for k, v in value.items())
+        return isinstance(value, Mapping) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())
     if origin is not None:
-        return isinstance(value, list | tuple) and all(fits(one, kinds[0]) for one in value)
+        return isinstance(value, list | tuple) and all(_fits(one, kinds[0]) for one in value)
     if kind in (int, float):
         return type(value) in (int, kind) and abs(value) < 2**63  # not NaN
     if is_dataclass(value):

@@ -1,7 +1,7 @@
 """An HTTP client with time-outs, size limits and retries, and checks of web addresses, tokens and the Hub.
 
-Requests run on an event loop in a thread of the client. A caller can therefore send requests concurrently and cancel
-them without an event loop of its own. The message of every error is one sentence without secrets.
+Requests run on an event loop in a thread of the client. A caller can therefore send and cancel concurrent requests
+without an event loop in the caller's thread. The message of every error is one sentence without secrets.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -126,7 +126,15 @@ class HTTPClient:
         """Cancel pending requests and close the connections. No request can be sent afterwards."""
         if self._loop.is_closed():
             return
-        self._run(self._abandon()).result()
+
+        async def abandon() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._client.aclose()
+
+        asyncio.run_coroutine_threadsafe(abandon(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -138,19 +146,16 @@ class HTTPClient:
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
         """Start a request and return a future, whose result is a response with a status below 300.
 
-        If the request fails, the future raises HTTPRequestError, which names only the host of `url`, because the rest
-        may contain a secret. `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again: some
-        gateways report a failure with a success status.
+        If the request fails, the future raises HTTPRequestError. Its message names only the host of `url`, because the
+        rest may contain a secret. `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again:
+        some gateways report a failure with a success status.
         """
-        return self._run(self._send(method, url, body, retry_if))
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return asyncio.run_coroutine_threadsafe(self._send(method, url, body, retry_if), self._loop)
 
     async def _send(self, method: str, url: str, body: Any, retry_if: _Check | None) -> Response:
         key, fault = "no_answer", f"does not answer after {self._attempts} attempt{'s' * (self._attempts > 1)}"
         failed: dict[str, Any] = {"reason": "no answer"}
-        retry_after = None
+        retry_after = ""
         async with self._slots:
             try:
                 async with asyncio.timeout(self._total_time):
@@ -160,11 +165,11 @@ class HTTPClient:
                         try:
                             response = await self._receive(method, url, body)
                         except httpx.RequestError as error:
-                            failed, retry_after = {"reason": f"no answer ({type(error).__name__})"}, None
+                            failed, retry_after = {"reason": f"no answer ({type(error).__name__})"}, ""
                             continue
                         if response.status < 300 and not (retry_if and retry_if(response)):
                             return response
-                        failed, retry_after = self._failure(response), _retry_after(response.headers)
+                        failed, retry_after = self._failure(response), response.headers.get("retry-after", "")
                         if 300 <= response.status < 500 and response.status not in _PASSING_STATUSES:
                             key, fault = "status", "refuses the request"
                             break
@@ -196,21 +201,15 @@ class HTTPClient:
         reason = f"status {response.status}" + (f", {message}" if message else "")
         return {"reason": reason, "status": response.status, "text": text[:4096]}
 
-    def _seconds_to_wait(self, attempt: int, retry_after: float | None) -> float:
-        if retry_after is not None:
-            return min(max(0.0, retry_after), _LONGEST_PAUSE)  # in this order, NaN gives 0
+    def _seconds_to_wait(self, attempt: int, retry_after: str) -> float:
+        for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
+                return min(max(0.0, seconds(retry_after)), _LONGEST_PAUSE)  # in this order, NaN gives 0
         return min(self._pause * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
-
-    async def _abandon(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
 
 
 async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None:
-    """Make a connection that httpcore has opened raise HTTPRequestError after `_MAX_INTERIM` interim answers."""
+    """Make each new connection of httpcore raise HTTPRequestError after `_MAX_INTERIM` interim answers."""
     if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
         connection = info["return_value"]
         read, count, end = connection.read, 0, b""
@@ -252,30 +251,22 @@ def url_host(url: str) -> str:
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
     """Return the token in the environment variable called `variable`, without white space around it.
 
-    Without `variable`, or if the token is missing and not `required`, return "". UserError if a `required` token is
+    Return "" if `variable` is None, or if the token is missing but not `required`. UserError if a `required` token is
     missing (`http.token.missing`), or a token has characters other than printable ASCII (`http.token.characters`).
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
     if fault or (variable and required and not token):
         found = "has characters other than printable ASCII" if fault else "is empty or not set"
-        message = f"The environment variable {variable} {found}. Set it to the endpoint's API key."
+        message = f"The environment variable {variable} {found}. Its value must be the endpoint's API key."
         raise UserError(f"http.token.{fault or 'missing'}", message)
     return token
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """Return `text` with `***` in place of `token` and of each word that contains `sk-`, as OpenAI's keys do."""
+    """Return `text` with `***` in place of `token` and of each word that contains `sk-`, the mark of OpenAI's keys."""
     text = text.replace(token, "***") if token else text
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    value = headers.get("retry-after", "")
-    for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            return seconds(value)
-    return None
 
 
 def check_repository_id(repository: str) -> None:
@@ -293,9 +284,9 @@ def check_repository_id(repository: str) -> None:
 def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     """Raise OSError if HF_HUB_OFFLINE is set or the Hub does not answer a request within `seconds`.
 
-    Without this check, huggingface_hub tries to connect for a minute, and waits for an answer without a limit. Behind a
-    proxy, only HF_HUB_OFFLINE is checked. `endpoint` is the Hub's address; its default is the environment variable
-    HF_ENDPOINT or https://huggingface.co.
+    Without this check, huggingface_hub tries to connect for a minute and waits for an answer without a limit. Behind a
+    proxy, only HF_HUB_OFFLINE is checked. `endpoint` is the Hub's address; the default is the value of the environment
+    variable HF_ENDPOINT, or https://huggingface.co.
     """
     url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     reasons = [f"no answer within {seconds:g} seconds"]
@@ -329,7 +320,10 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
 
 @contextlib.contextmanager
 def wrap_hub_errors(repository: str) -> Iterator[None]:
-    """Context manager: turn errors of the Hub and the network into an OSError of one sentence without the token."""
+    """Context manager for an upload to `repository`: turn errors of the Hub and the network into an OSError.
+
+    The message of the OSError is one sentence without the token.
+    """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 

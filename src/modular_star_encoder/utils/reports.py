@@ -29,7 +29,7 @@ def metric_label(name: str) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table, padded so that columns align; the first of `rows` is the header."""
+    """Return the lines of a Markdown table with aligned columns; the first of `rows` is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -40,7 +40,10 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return processor, cores, torch's threads and `memory_gb` (10^9 bytes; None if unknown); on cuda also the GPU."""
+    """Return a mapping that describes this machine: `processor`, `cores`, `threads` (of torch) and `memory_gb`.
+
+    `memory_gb` is in units of 10^9 bytes, or None if unknown. If `device` is "cuda": also `gpu` and `gpu_memory_gb`.
+    """
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -55,7 +58,7 @@ def machine_kind(device: str = "cpu") -> dict[str, Any]:
 
 
 def processor_model() -> str:
-    """Return the name of the processor's model from /proc/cpuinfo, or else from Python's `platform`."""
+    """Return the model name of the processor, from /proc/cpuinfo or, without this file, from Python's `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -75,7 +78,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def without_places(value: Any) -> Any:
-    """Return a JSON value with `$MOSE_DATA` and `$HOME` in place of the paths in these two environment variables."""
+    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace what these environment variables hold."""
     text = json.dumps(value, default=str)
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
@@ -84,7 +87,7 @@ def without_places(value: Any) -> Any:
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a Hub card of the class `kind`; UserError with `key` if it can't be read or lacks `required` metadata."""
+    """Load a Hub card of the class `kind`; UserError with `key` if it is unreadable or lacks `required` metadata."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]
@@ -97,7 +100,7 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Return the card (YAML, Markdown) from a template in `model_cards/`; UndefinedError if it needs more `values`."""
+    """Return the text of a card, made from a template in `model_cards/`; UndefinedError if a value is missing."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = PackageLoader("modular_star_encoder.model_cards", "")

@@ -1,8 +1,8 @@
 """Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
-A settings class is a frozen dataclass. With the decorator `settings_class`, its types and constraints check the values.
-It may define `OPEN_KEYS = (NAME, OTHER)`: NAME is its field for a mapping, and OTHER is another dataclass. Settings may
-then also have the fields of OTHER as keys, and the mapping in NAME collects their values.
+A settings class is a dataclass. The decorator `settings_class` makes a frozen one whose types and constraints check the
+values. A settings class may define `OPEN_KEYS = (NAME, OTHER)`, with the name of its field for a mapping and another
+dataclass. The fields of OTHER are then keys too, and the mapping in the field NAME collects their values.
 
 YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
 `MAX_YAML_DEPTH` and `MAX_YAML_NUMBER`.
@@ -84,7 +84,8 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 def settings_class(kind: type[Settings]) -> type[Settings]:
     """Class decorator: make a frozen dataclass whose keyword arguments are converted and checked by their types.
 
-    UserError if a value is wrong (`settings.value`), missing (`settings.missing`) or not a field (`settings.unknown`).
+    UserError if a value is wrong (`settings.value`) or missing (`settings.missing`), or if an argument is not a field
+    (`settings.unknown`).
 
     Example:
         >>> @settings_class
@@ -118,7 +119,7 @@ def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides:
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping in a recipe's YAML file, changed by `overrides` as in `load_settings`; no key is checked."""
+    """Return the mapping in a recipe's YAML file, changed by `overrides` as in `load_settings`, with unchecked keys."""
     file = Path(path)
     if not file.is_file():
         raise UserError("settings.file", f"Recipe {path} {'is not a file' if file.exists() else 'not found'}.")
@@ -147,7 +148,7 @@ def read_yaml(data: bytes, where: str) -> Any:
 
 
 def _yaml_fault(data: bytes) -> str:
-    """Return which limit of this module a YAML document exceeds, or ""; no value of the document is constructed."""
+    """Return which limit a YAML document exceeds, or "". The values of the document are not constructed."""
     depth = 0
     for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -168,7 +169,11 @@ def _yaml_fault(data: bytes) -> str:
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key such as `a.b.c` in nested mappings, adding missing mappings; UserError if it can't be set."""
+    """Set a dotted key such as `a.b.c` in the nested mappings of `content`; add missing mappings.
+
+    UserError (`settings.override`) if a part of the key is empty or names a value that is not a mapping. Its message
+    begins with `where`.
+    """
     *parents, last = names = key.split(".")
     fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1"
     for parent in parents if not fault else ():
@@ -182,10 +187,10 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 
 
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
-    """Return an instance of the settings class `kind` with the values of a mapping.
+    """Return an instance of the settings class `kind` with the values of the mapping `content`.
 
-    A wrong name or value raises a UserError whose message begins with `where`. Its key is `settings.value`,
-    `settings.missing` or `settings.unknown`, or the key of a UserError that `kind` raised.
+    A wrong name or value raises a UserError, with a message that begins with `where`. The error's key is
+    `settings.value`, `settings.missing`, `settings.unknown`, or the key of a UserError that `kind` raised.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
@@ -226,16 +231,15 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 def _keys(kind: Any) -> list[Field[Any]]:
     """Return the fields that are keys of a settings class: its own, and those of the dataclass in its `OPEN_KEYS`."""
-    own = [one for one in fields(kind) if one.init]
-    if collected := getattr(kind, "OPEN_KEYS", None):
-        names = {one.name for one in own}
-        own = [one for one in own if one.name != collected[0]]
-        own += [one for one in fields(collected[1]) if one.name not in names]
-    return own
+    own = {one.name: one for one in fields(kind) if one.init}
+    if not (collected := getattr(kind, "OPEN_KEYS", None)):
+        return list(own.values())
+    more = {one.name: one for one in fields(collected[1])}
+    return [one for name, one in (own | more | own).items() if name != collected[0]]
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """Return (key, sentence) of the UserError for the first fault that pydantic found; `where` begins the sentence."""
+    """Return (key, message) of the UserError for the first fault that pydantic found; `where` begins the message."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -259,8 +263,8 @@ def _sentence(fault: Any) -> str:
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, text with type, default and meaning) for each setting of the settings class `kind`.
 
-    Fields of the dataclass in `kind.OPEN_KEYS`, such as `TrainingArguments`, are listed only if they have a description
-    or a default in `kind.DEFAULTS`.
+    A field of the dataclass in `kind.OPEN_KEYS`, such as `TrainingArguments`, is included only if `Args:` describes the
+    field or `kind.DEFAULTS` has a default for it.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)
@@ -308,7 +312,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Return key → first sentence of its description under `Args:` in the docstrings of a class and its bases."""
+    """Return key → first sentence of the key's description under `Args:` in the docstrings of `kind` and its bases."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):

@@ -10,9 +10,9 @@ Inria. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import PurePath
@@ -76,22 +76,8 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
         raise UserError("data.contents.url", f"`content_url` can't be used: {fault}.")
 
 
-@contextmanager
-def _fetcher(url: str, http: Mapping[str, Any], max_bytes: int) -> Iterator[Callable[[str], Future[Any]]]:
-    """Yield a function that starts to fetch a file, given its blob id; leaving the context cancels pending fetches."""
-    with ExitStack() as stack:
-        if urlsplit(url).scheme in _HTTP:
-            client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
-            submit = partial(client.submit, "GET")
-        else:
-            executor = ThreadPoolExecutor(http["concurrency"])
-            stack.callback(executor.shutdown, cancel_futures=True)
-            submit = partial(executor.submit, fsspec.url_to_fs(url)[0].cat_file)
-        yield lambda blob_id: submit(url.replace("{blob_id}", blob_id))
-
-
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why it is left out, kind of error) of a fetch, but no error message, which may hold the URL."""
+    """Return (content, why the file is left out or None, kind of error). A message of an error may hold the URL."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -116,9 +102,7 @@ def unpack(content: bytes, max_bytes: int) -> bytes:
     return unpacked
 
 
-def _reason_by_path(
-    path: PurePath, language: str | None, languages: tuple[str, ...], filters: FileFilters
-) -> str | None:
+def _reason_by_path(path: PurePath, language: str | None, languages: Sequence[str], filters: FileFilters) -> str | None:
     if language not in languages:
         return "another language"
     return "hidden or closed folder" if is_closed(path) else filters.reason_by_path(path, language or "")
@@ -136,30 +120,23 @@ def row_repositories(
 
     `columns` names the columns; the default fits The Stack. For `source` and `options` see `open_rows`.
     """
-    columns = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
-    rows = open_rows(
-        source, columns=[name for name in asdict(columns).values() if name], batch_size=_ROWS_PER_BATCH, **options
-    )
-    return SourceReader(partial(_read_rows, rows, columns, check_languages(languages), filters or FileFilters()))
+    names = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
+    chosen, filters = check_languages(languages), filters or FileFilters()
+    read = [name for name in asdict(names).values() if name]
+    rows = open_rows(source, columns=read, batch_size=_ROWS_PER_BATCH, **options)
 
+    def files(skipped: Counter[str]) -> Iterator[SourceFile]:
+        for row in rows:
+            path = PurePath((row[names.path] or "").lstrip("/"))
+            language = language_named(row[names.language]) if names.language else language_of(path)
+            text = (row[names.text] or "").removeprefix("\ufeff")
+            if reason := _reason_by_path(path, language, chosen, filters) or filters.reason_by_text(text):
+                skipped[reason] += 1
+            else:
+                terms = _joined_licenses(row[names.license]) if names.license else None
+                yield SourceFile(row[names.repository] or "", path.as_posix(), language or "", text, terms)
 
-def _read_rows(
-    rows: Iterable[Mapping[str, Any]],
-    columns: RowColumns,
-    languages: tuple[str, ...],
-    filters: FileFilters,
-    skipped: Counter[str],
-) -> Iterator[SourceFile]:
-    for row in rows:
-        path = PurePath((row[columns.path] or "").lstrip("/"))
-        language = language_named(row[columns.language]) if columns.language else language_of(path)
-        text = (row[columns.text] or "").removeprefix("\ufeff")
-        reason = _reason_by_path(path, language, languages, filters) or filters.reason_by_text(text)
-        if reason:
-            skipped[reason] += 1
-        else:
-            terms = _joined_licenses(row[columns.license]) if columns.license else None
-            yield SourceFile(row[columns.repository] or "", path.as_posix(), language or "", text, terms)
+    return SourceReader(files)
 
 
 def _joined_licenses(value: str | Sequence[str] | None) -> str | None:
@@ -202,12 +179,11 @@ def the_stack_repositories(
             for file, encoding, future in fetching:
                 content, reason, last = _received(future)
                 fetched += not reason
-                text = ""
-                if not reason:
-                    try:
-                        text, reason = filters.decode(unpack(content, filters.max_bytes), encoding)
-                    except zlib.error:
-                        reason = "damaged content"
+                try:
+                    text, damage = filters.decode(unpack(content, filters.max_bytes), encoding)
+                except zlib.error:
+                    text, damage = "", "damaged content"
+                reason = reason or damage
                 bar.update()
                 if reason:
                     skipped[reason] += 1
@@ -234,9 +210,8 @@ def _wanted_files(
             "too large": (record.get("length_bytes") or 0) > filters.max_bytes,
             "no valid blob_id": not _BLOB_ID.fullmatch(record["blob_id"] or ""),
         }
-        reason = _reason_by_path(path, language, languages, filters)
-        reason = reason or next((fault for fault, found in faults.items() if found), None)
-        if reason:
+        faulty = next((fault for fault, found in faults.items() if found), None)
+        if reason := _reason_by_path(path, language, languages, filters) or faulty:
             skipped[reason] += 1
             continue
         terms = _joined_licenses(record.get("detected_licenses")) or record.get("license_type")
@@ -247,11 +222,18 @@ def _wanted_files(
 def _fetched(
     files: Iterable[tuple[SourceFile, str, str]], url: str, http: Mapping[str, Any], max_bytes: int
 ) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
-    """Yield (file, encoding, future of its content) in order; only a few are fetched ahead."""
+    """Yield (file, encoding, future of the content) in order; only a few contents are fetched ahead."""
     waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
-    with _fetcher(url, http, max_bytes) as fetch:
+    with ExitStack() as stack:  # leaving it cancels pending fetches
+        if urlsplit(url).scheme in _HTTP:
+            client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
+            submit = partial(client.submit, "GET")
+        else:
+            executor = ThreadPoolExecutor(http["concurrency"])
+            stack.callback(executor.shutdown, cancel_futures=True)
+            submit = partial(executor.submit, fsspec.url_to_fs(url)[0].cat_file)
         for file, blob_id, encoding in files:
-            waiting.append((file, encoding, fetch(blob_id)))
+            waiting.append((file, encoding, submit(url.replace("{blob_id}", blob_id))))
             if len(waiting) > _AHEAD_PER_THREAD * http["concurrency"]:
                 yield waiting.popleft()
         yield from waiting

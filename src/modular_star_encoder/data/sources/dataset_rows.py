@@ -9,12 +9,11 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_json_values, files_below, similar_files
@@ -37,7 +36,9 @@ _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the 
 _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # report of near-deduplication on the rows that it dropped; in a folder of parquet files
 _HUB_OPTIONS = ("config", "revision", "data_dir")
-_NOT_FOUND = "no file or Hub dataset has this name, or it is gated: accept its terms and log in with `hf auth login`."
+_NOT_FOUND = "no file or Hub dataset has this name, or the dataset is gated (accept its terms, run `hf auth login`)."
+
+Item = TypeVar("Item")
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a list of files, a folder, or the name of a dataset of the Hub."""
@@ -56,7 +57,7 @@ class BadLine:
 
 Row = dict[str, Any] | BadLine
 Rows = Iterable[tuple[str, Row]]
-"""Pairs (place, row). The place says where the row is, such as `data.jsonl, line 3`."""
+"""Pairs (place, row) with a place such as `data.jsonl, line 3`."""
 
 
 def open_rows(
@@ -69,7 +70,7 @@ def open_rows(
     data_dir: str | None = None,
     batch_size: int = _ROWS_PER_BATCH,
 ) -> Iterable[dict[str, Any]]:
-    """Return the rows of parquet files or of a Hub dataset, with some of the columns; they can be read repeatedly.
+    """Return an iterable of the rows of parquet files or of a Hub dataset; it can be read again and again.
 
     Args:
         source: A parquet file or URL, a list of these, a folder of such files, or the name of a dataset of the Hub.
@@ -87,8 +88,8 @@ def open_rows(
         if local:
             schemas = []
             for file in files:
-                schemas.append(open_parquet(file).schema_arrow)
-            known = [name for name in schemas[0].names if all(name in one.names for one in schemas)]
+                schemas.append(open_parquet(file).schema_arrow.names)
+            known = [name for name in schemas[0] if all(name in names for names in schemas)]
         else:
             rows = _streamed(source, files, config, split=split, revision=revision, data_dir=data_dir)
             known = rows.column_names or list(next(iter(rows), {}))
@@ -118,47 +119,50 @@ def _streamed(source: Source, urls: Sequence[str], config: str | None, **options
     if not urls:
         return datasets.load_dataset(str(source), config, streaming=True, **options)
     # Without a fixed size, a batch is as large as the first row group, which may have no rows.
-    rows = datasets.load_dataset(
-        "parquet", data_files={"rows": urls}, split="rows", streaming=True, batch_size=_ROWS_PER_TABLE
-    )
+    options = {"split": "rows", "streaming": True, "batch_size": _ROWS_PER_TABLE}
+    rows = datasets.load_dataset("parquet", data_files={"rows": urls}, **options)
     # Row groups instead of files: pyarrow reads ahead of a slow consumer, up to a whole file.
     return rows.reshard() if hasattr(rows, "reshard") else rows
 
 
 @dataclass(frozen=True, slots=True)
-class _Repeatable:
-    read: Callable[[], Iterator[dict[str, Any]]]
+class _Repeatable(Generic[Item]):
+    """An iterable that calls `read` for each iteration."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    read: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]:
         return self.read()
 
 
 class _RowsError(OSError):
-    """A file of rows passes a limit; the message says which."""
+    """Raised if a file of rows exceeds a limit; the message says which."""
 
 
 def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
-    """Open a parquet file whose metadata is within limits; OSError if not, or if it is a folder or a pipe.
+    """Open a parquet file; OSError if it is a folder or a pipe, or if its metadata exceeds a limit.
 
-    A column may have as many values as a text file may have rows (see `_size_fault`), and row groups on average
-    `_MIN_GROUP_ROWS` rows, if there are more than `_MAX_ROW_GROUPS`.
+    A column may have as many values as a text file may have rows (see `_size_fault`). In a file with more than
+    `_MAX_ROW_GROUPS` row groups, these must have `_MIN_GROUP_ROWS` rows on average.
     """
     from pyarrow import parquet
 
     if os.path.exists(file) and not os.path.isfile(file):
         raise _RowsError("it is not a regular file")
     opened = parquet.ParquetFile(file)
-    data = opened.metadata
+    data, names = opened.metadata, opened.schema_arrow.names
+    fault = ""
     if data.num_columns > _MAX_COLUMNS:
-        raise _RowsError(f"it has {data.num_columns:,} columns; at most {_MAX_COLUMNS:,} are allowed")
-    if data.num_row_groups > _MAX_ROW_GROUPS + data.num_rows // _MIN_GROUP_ROWS:
-        raise _RowsError(f"it has {data.num_row_groups:,} row groups, too many for {data.num_rows:,} rows")
-    names = opened.schema_arrow.names
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise _RowsError(f"it has two columns named {repeated[0]!r}")
-    chunks = [[group.column(one).num_values for one in range(data.num_columns)] for group in _groups(data)]
-    values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
-    if fault := _size_fault(file, values, sum(group.total_byte_size for group in _groups(data))):
+        fault = f"it has {data.num_columns:,} columns; at most {_MAX_COLUMNS:,} are allowed"
+    elif data.num_row_groups > _MAX_ROW_GROUPS + data.num_rows // _MIN_GROUP_ROWS:
+        fault = f"it has {data.num_row_groups:,} row groups, too many for {data.num_rows:,} rows"
+    elif repeated := [name for name in names if names.count(name) > 1]:
+        fault = f"it has two columns named {repeated[0]!r}"
+    else:
+        chunks = [[group.column(one).num_values for one in range(data.num_columns)] for group in _groups(data)]
+        values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
+        fault = _size_fault(file, values, sum(group.total_byte_size for group in _groups(data)))
+    if fault:
         raise _RowsError(fault)
     return opened
 
@@ -170,9 +174,10 @@ def _groups(data: parquet.FileMetaData) -> list[parquet.RowGroupMetaData]:
 def parquet_batches(
     file: str | os.PathLike[str], columns: Sequence[str] | None = None, most_rows: int = _ROWS_PER_TABLE
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield a parquet file's rows, at most `most_rows` at a time, fewer if they may be large; all columns if None.
+    """Yield the rows of a parquet file, at most `most_rows` at a time, and fewer if the rows may be large.
 
-    OSError as in `open_parquet`, or if the content unpacks to more than a text file of this size may have.
+    `columns` are the names of the columns to read; None for all. OSError as in `open_parquet`, or if the content
+    unpacks to more characters than a text file of this size may have.
     """
     import pyarrow
     from pyarrow import parquet
@@ -220,35 +225,31 @@ def parquet_rows(
         yield from batch.to_pylist()
 
 
-@dataclass(frozen=True, slots=True)
-class _DatasetRows:
-    name: str
-    read: Callable[[], Iterator[tuple[str, Row]]]
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
-        place = self.name
-        try:
-            for place, row in self.read():
-                yield place, row
-        except Exception as error:
-            # pyarrow is slow to import, so its errors (ValueErrors and others) are recognised by their module's name.
-            arrow = type(error).__module__.startswith("pyarrow")
-            if not arrow and not isinstance(error, OSError | EOFError | zlib.error | csv.Error):
-                raise
-            message = f"The data set {self.name} can't be read beyond {place}: {error}"
-            raise UserError("data.source.damaged", message) from error
+def _dataset_rows(name: str, read: Callable[[], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
+    """Yield the pairs that `read()` yields; turn the errors of a damaged file into UserError."""
+    place = name
+    try:
+        for place, row in read():
+            yield place, row
+    except Exception as error:
+        # pyarrow is slow to import, so its errors (ValueErrors and others) are recognised by their module's name.
+        arrow = type(error).__module__.startswith("pyarrow")
+        if not arrow and not isinstance(error, OSError | EOFError | zlib.error | csv.Error):
+            raise
+        message = f"The data set {name} can't be read beyond {place}: {error}"
+        raise UserError("data.source.damaged", message) from error
 
 
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
-    """Return the rows of a dataset as an iterable, which can be read again and again in the same order.
+    """Return an iterable of the pairs (place, row) of a dataset; it can be read again and again, in the same order.
 
-    It yields (place, row), with a place such as `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read.
+    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read.
 
     Args:
         source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
         columns: Names of the columns to read; all if empty. In JSON Lines, a row may lack columns and have others.
-        split: The split to read. Of a folder, the files whose names begin with it are read (`train-00000.parquet`), or
-            all files if no name begins with train, validation or test. Files that `source` names are read whole.
+        split: The split to read. In a folder, it is the files whose names begin with `split` (`train-00000.parquet`),
+            or all files if no name begins with train, validation or test. Files that `source` names are read whole.
         options: `config`, `revision` and `data_dir` of a Hub dataset; see `open_rows`.
     """
     name = _shown(source)
@@ -260,9 +261,11 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
         if files and all(file.endswith(kinds) for file in files):
             for file in files:
                 check_source(file)
-            return _DatasetRows(name, partial(read, files))
+            return _Repeatable(partial(_dataset_rows, name, partial(read, files)))
     rows = open_rows(files or source, columns=columns, split=split, **options)
-    return _DatasetRows(name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)))
+    return _Repeatable(
+        partial(_dataset_rows, name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)))
+    )
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
@@ -288,7 +291,7 @@ def column_names(source: Source, **options: Any) -> list[str]:
     """
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
-        rows: Rows = _DatasetRows(files[0], partial(_csv_names, files[0]))
+        rows: Rows = _dataset_rows(files[0], partial(_csv_names, files[0]))
     else:
         rows = open_dataset_rows(source, [], **options)
     read = list(islice(rows, _ROWS_WITH_NAMES))
@@ -308,7 +311,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def not_unicode(text: str) -> str | None:
-    """Return why `text` can't be encoded in UTF-8 (it has lone surrogates, as JSON may), or None if it can."""
+    """Return why `text` can't be encoded in UTF-8 (it has lone surrogates, which JSON can hold), or None if it can."""
     return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 
@@ -317,7 +320,7 @@ def _shown(source: Source) -> str:
 
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
-    """Return the files that `source` names or, if it is a folder, its files of `split`; [] for a Hub dataset."""
+    """Return the files that `source` names or, if `source` is a folder, its files of `split`; [] for a Hub dataset."""
     if isinstance(source, list | tuple):
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))
@@ -340,33 +343,27 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     return [str(file) for file in found]
 
 
-@contextmanager
-def _open_text(file: str) -> Iterator[Iterator[str]]:
-    """Open a text file and yield an iterator of its lines; OSError at a line that is too long, or too many lines."""
-
-    def lines(text: Any) -> Iterator[str]:
-        characters = 0
+def _text_lines(file: str) -> Iterator[str]:
+    """Yield the lines of a text file, also a gzip file; OSError at a line that is too long, or too many lines."""
+    characters = 0
+    opener: Any = gzip.open if file.endswith(".gz") else open
+    with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
         for number in count(1):
             line = text.readline(_MAX_LINE)
             characters += len(line)
-            if len(line) == _MAX_LINE:
-                raise OSError(f"a line has {_MAX_LINE:,} characters or more")
-            if fault := _size_fault(file, number, characters):
+            long = f"a line has {_MAX_LINE:,} characters or more" if len(line) == _MAX_LINE else ""
+            if fault := long or _size_fault(file, number, characters):
                 raise OSError(fault)
             if not line:
                 return
             yield line
 
-    opener: Any = gzip.open if file.endswith(".gz") else open
-    with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
-        yield lines(text)
-
 
 def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
-    """Say which content is too large for a file of its size, as no real texts are; "" if none is.
+    """Return a fault if `file` is too small to hold so many rows and characters of real texts; "" if not.
 
-    `_MAX_ROWS` and `_MAX_CHARACTERS` are free; beyond them, each byte may hold a row and `_MAX_RATIO` characters. In a
-    gzip file, a row needs 8 bytes.
+    Any file may hold `_MAX_ROWS` and `_MAX_CHARACTERS`. Above these limits, each byte of the file may hold one row and
+    `_MAX_RATIO` characters. In a gzip file, a row needs 8 bytes.
     """
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return ""
@@ -379,7 +376,7 @@ def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) ->
 
 
 def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
-    """Read the first line of a CSV file: return the names of its columns and the character between its fields."""
+    """Return (names of the columns, character between fields) of a CSV file, read from the first of its `lines`."""
     header = next(lines, "")
     delimiter = max(",;\t", key=header.count)
     if header.count(delimiter) >= _MAX_COLUMNS:
@@ -388,41 +385,39 @@ def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
 
 
 def _csv_names(file: str) -> Iterator[tuple[str, Row]]:
-    with _open_text(file) as lines:
-        if names := _csv_header(lines)[0]:
-            yield f"{file}, line 1", dict.fromkeys(names)
+    if names := _csv_header(_text_lines(file))[0]:
+        yield f"{file}, line 1", dict.fromkeys(names)
 
 
 def _csv_rows(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """Read CSV files whose first line names the columns; commas, semicolons or tabs separate the fields."""
     csv.field_size_limit(_MAX_FIELD)
     for file in files:
-        with _open_text(file) as lines:
-            names, delimiter = _csv_header(lines)
-            reader = csv.reader(lines, delimiter=delimiter)
-            end = 1
-            for values in reader:
-                begin, end = end + 1, reader.line_num + 1
-                place = f"{file}, line {begin}"
-                if len(values) == len(names):
-                    yield place, dict(zip(names, values, strict=True))
-                elif values:
-                    hint = "; is a quotation mark not closed?" if end > begin else ""
-                    yield place, BadLine(f"not {len(names)} fields{hint}", delimiter.join(values))
+        lines = _text_lines(file)
+        names, delimiter = _csv_header(lines)
+        reader = csv.reader(lines, delimiter=delimiter)
+        end = 1
+        for values in reader:
+            begin, end = end + 1, reader.line_num + 1
+            place = f"{file}, line {begin}"
+            if len(values) == len(names):
+                yield place, dict(zip(names, values, strict=True))
+            elif values:
+                hint = "; is a quotation mark not closed?" if end > begin else ""
+                yield place, BadLine(f"not {len(names)} fields{hint}", delimiter.join(values))
 
 
 def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
     for file in files:
-        with _open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        check_json_values(line, _MAX_LINE_VALUES)
-                    except ValueError as error:
-                        yield f"{file}, line {number}", BadLine(str(error), line.strip())
-                        continue
-                    try:
-                        row, fault = json.loads(line), "not a JSON object"
-                    except (ValueError, RecursionError):  # too deeply nested brackets
-                        row, fault = None, "not JSON"
-                    yield f"{file}, line {number}", row if isinstance(row, dict) else BadLine(fault, line.strip())
+        for number, line in enumerate(_text_lines(file), 1):
+            if not line.strip():
+                continue
+            row, fault = None, ""
+            try:
+                check_json_values(line, _MAX_LINE_VALUES)
+                fault = "not JSON"  # also if brackets are nested too deeply
+                row = json.loads(line)
+                fault = "not a JSON object"
+            except (ValueError, RecursionError) as error:
+                fault = fault or str(error)
+            yield f"{file}, line {number}", row if isinstance(row, dict) else BadLine(fault, line.strip())

@@ -1,7 +1,7 @@
 """Read source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
-Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted,
-and nothing of them is written to disk. Links, devices and paths that lead outside of the archive are counted, but not
+Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
+their content is never written to disk. Links, devices and paths that lead outside of the archive are counted, but not
 read. The size and number of members are limited, and so are the unpacked bytes of an archive.
 """
 
@@ -22,14 +22,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
 from modular_star_encoder.data.languages.registry import check_languages, language_of, language_of_script
-from modular_star_encoder.data.sources import (
-    CLOSED_FOLDERS,
-    FileFilters,
-    SourceFile,
-    SourceReader,
-    decode_source,
-    is_closed,
-)
+from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, decode_source, is_closed
 from modular_star_encoder.data.sources.ignore_files import IgnoreFiles, beginning
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import MAX_FOLDER_DEPTH, files_below
@@ -49,7 +42,7 @@ class _File(NamedTuple):
 
 
 _Found = Iterable[tuple[_File, str | None]]
-"""Files, each with the reason why it is left out before reading, or None."""
+"""Pairs (file, why the file is left out before reading, or None)."""
 
 
 class FileReader(SourceReader):
@@ -58,19 +51,13 @@ class FileReader(SourceReader):
     Attributes:
         skipped_files: (path, reason) of each file that the last iteration left out.
         guessed_files: paths of the files that the last iteration read as Latin-1, because they are not UTF-8.
-        is_known: None, or a function of path and location; files for which it is true are neither read nor counted.
+        is_known: None, or a function of path and location. If it returns True, a file is neither read nor counted.
     """
 
     def __init__(self, found: _Found, filters: FileFilters) -> None:
-        self._filters = filters
-        self._files: list[_File] = []
-        self._left_out: list[tuple[str, str]] = []
-        for file, reason in found:
-            if reason:
-                self._left_out.append((file.path, reason))
-            else:
-                self._files.append(file)
-        self._files.sort()
+        self._filters, found = filters, list(found)
+        self._files = sorted(file for file, reason in found if not reason)
+        self._left_out = [(file.path, reason) for file, reason in found if reason]
         self.skipped_files, self.guessed_files = list(self._left_out), list[str]()
         self.is_known: Callable[[str, Path], bool] | None = None
         super().__init__(self._read_files, tuple(dict.fromkeys(file.repository for file in self._files)))
@@ -106,7 +93,7 @@ def installed_repositories(
     Each distribution is a repository, named by its normalised name (PEP 503). The standard library is the repository
     `python-standard-library`. Distributions in `exclude`, and this package, are left out.
     """
-    # Imported here, because a search reads only folders and does not need them.
+    # Imported here, because a search reads only folders and does not need these modules.
     from importlib import metadata
 
     from packaging.utils import canonicalize_name
@@ -117,7 +104,7 @@ def installed_repositories(
     found: list[_File] = []
     for distribution in metadata.distributions():
         name = canonicalize_name(distribution.name or "")
-        # The first on sys.path is the one that Python imports; a distribution without a name is a broken install.
+        # Of two distributions with one name, Python imports the first on sys.path. One without a name is broken.
         if name and name not in seen:
             seen.add(name)
             for file in distribution.files or []:
@@ -149,10 +136,11 @@ def folder_repositories(
         languages: languages to read; by default `LANGUAGES`.
         depth: number of levels from `folder` down to the repositories; by default 0 if `folder` holds one of
             `CHECKOUT_MARKERS`, else 1. At depth 0, `folder` is the repository. Otherwise a repository is named by its
-            path, such as `"a/b"` at depth 2. A file directly in `a` is then in `"a"`, and one in `folder` in `"."`.
+            path, such as `"a/b"` at depth 2. At this depth, a file directly in `a` belongs to the repository `"a"`, and
+            a file directly in `folder` to `"."`.
         may_be_empty: if False, UserError if there is no file to read.
-        obey_ignore_files: leave out what git ignores, read scripts without a suffix too, and report links, and folders
-            that can't be read, as left out.
+        obey_ignore_files: leave out what git ignores, read scripts without a suffix too, and count links and folders
+            that can't be read as left out.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -184,45 +172,38 @@ def folder_repositories(
 
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[_File, str | None]]:
-    """Yield every source file, with its path relative to `root`, and why it is left out (None if it is not)."""
+    """Yield (file with its path relative to `root`, why the file is left out, or None) for every source file."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
-    too_deep: list[Path] = []
+    left_out: list[tuple[Path, str]] = []
     for parent, folders, files in os.walk(root, onerror=closed.append):
-        if len(Path(parent).parts) - len(root.parts) > MAX_FOLDER_DEPTH:
-            too_deep.append(Path(parent))
-            folders.clear()
-            continue
-        if "pyvenv.cfg" in files:  # a virtual environment, whatever its name
+        is_deep = len(Path(parent).parts) - len(root.parts) > MAX_FOLDER_DEPTH
+        if is_deep:
+            left_out.append((Path(parent), "folder nested too deeply"))
+        if is_deep or "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
             continue
         folders[:] = [
             name
             for name in folders
-            if not (name.startswith(".") or name in CLOSED_FOLDERS)
+            if not is_closed(PurePath(name, "file"))
             and not (ignored and ignored.ignores(os.path.join(parent, name), is_folder=True))
         ]
         for name in files:
             location = Path(parent, name)
-            language = language_of(location) or (_language_of_script(location) if obey else None)
-            if language not in languages or (ignored and ignored.ignores(str(location), is_folder=False)):
-                continue
             # Unlike Path.is_symlink, this raises nothing where a folder may be listed but not entered.
             is_link = os.path.islink(location)
+            language = language_of(location)
+            if obey and not (language or location.suffix or name.startswith(".") or is_link):
+                language = language_of_script(beginning(location, _SHEBANG_BYTES) or b"")
+            if language not in languages or (ignored and ignored.ignores(str(location), is_folder=False)):
+                continue
             if obey or not is_link:
                 path = location.relative_to(root).as_posix()
                 yield _File("", path, location, str(language)), "symbolic link" if is_link else None
-    left_out = [(path, "folder nested too deeply") for path in too_deep]
     left_out += [(Path(error.filename), "unreadable folder") for error in closed if obey]
     for location, reason in left_out:
         yield _File("", location.relative_to(root).as_posix(), location, ""), reason
-
-
-def _language_of_script(location: Path) -> str | None:
-    if location.suffix or location.name.startswith(".") or os.path.islink(location):
-        return None
-    content = beginning(location, _SHEBANG_BYTES)
-    return language_of_script(content) if content else None
 
 
 _SHEBANG_BYTES = 128
@@ -284,7 +265,7 @@ def _archive_suffix(path: Path) -> str:
 
 
 class _LimitedFile:
-    """Wraps the file that tarfile or zipfile reads; raises ArchiveLimitError if they read more than `left` bytes."""
+    """Wraps a file for tarfile or zipfile; a read beyond `left` bytes in total raises ArchiveLimitError(`reason`)."""
 
     def __init__(self, file: IO[bytes], left: float, reason: str) -> None:
         self._file, self.left, self._reason = file, left, reason
@@ -322,7 +303,7 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header that raises ArchiveLimitError before tarfile reads a huge name or huge attributes after it."""
+    """A tar header. ArchiveLimitError before tarfile reads a huge name or huge attributes that follow the header."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -345,10 +326,7 @@ def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
 
 
 def archive_repositories(
-    source: str | os.PathLike[str],
-    *,
-    languages: Iterable[str] | None = None,
-    filters: FileFilters | None = None,
+    source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
     """Return a reader of one archive, or of all archives (files with one of `ARCHIVE_SUFFIXES`) under a folder.
 
@@ -367,32 +345,30 @@ def archive_repositories(
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())
     archives = sorted((name if counts[short[name]] > 1 else short[name], path) for name, path in found.items())
-    read = partial(_read_archives, archives, check_languages(languages), filters or FileFilters())
+    chosen, filters = check_languages(languages), filters or FileFilters()
+
+    def read(skipped: Counter[str]) -> Iterator[SourceFile]:
+        for repository, location in archives:
+            try:
+                for member in archive_members(location):
+                    path = PurePath(member.name)
+                    text, reason = _member_text(member, path, chosen, filters)
+                    if reason:
+                        skipped[reason] += 1
+                    elif text:
+                        yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
+            except ArchiveLimitError as error:
+                skipped[str(error)] += 1
+            except BROKEN_ARCHIVE:
+                skipped["rest of a damaged archive"] += 1
+
     return SourceReader(read, tuple(name for name, _ in archives))
-
-
-def _read_archives(
-    archives: list[tuple[str, Path]], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
-) -> Iterator[SourceFile]:
-    for repository, location in archives:
-        try:
-            for member in archive_members(location):
-                path = PurePath(member.name)
-                text, reason = _member_text(member, path, languages, filters)
-                if reason:
-                    skipped[reason] += 1
-                elif text:
-                    yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
-        except ArchiveLimitError as reason:
-            skipped[str(reason)] += 1
-        except BROKEN_ARCHIVE:
-            skipped["rest of a damaged archive"] += 1
 
 
 def _member_text(
     member: Member, path: PurePath, languages: tuple[str, ...], filters: FileFilters
 ) -> tuple[str, str | None]:
-    """Return (text, None) or ("", why a member is left out), or ("", None) if it is not a source file."""
+    """Return (text, None), ("", why the member is left out), or ("", None) if the member is not a source file."""
     if member.kind == "folder":
         return "", None
     if member.kind == "other":
