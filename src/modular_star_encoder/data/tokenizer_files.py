@@ -1,7 +1,7 @@
 """Checks the files of a tokenizer before `tokenizers` and transformers read them.
 
-A tokenizer's file is a program: its steps replace, split and add text. The check limits how long the steps can run and
-how much text they can make. For local folders, it imports neither torch nor transformers.
+A tokenizer.json is like a program: its steps replace, split and add text. The check limits how long the steps can run
+and how much text they can make. For local folders, the check imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no fl
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder or Hub repository has a tokenizer.json.
+    """Return whether a folder or Hub repository has a tokenizer.json, after a check of all files of the tokenizer.
 
-    UserError (`checkpoint.tokenizer`) if a file of its tokenizer is too large, not JSON, or describes steps that could
-    take hours, fill the memory or end the process. The files of published tokenizers pass.
+    UserError (`checkpoint.tokenizer`) if a file is too large, not JSON, or describes steps that could take hours, fill
+    the memory or end the process. The files of published tokenizers pass.
     """
     folder, found = os.fspath(path), []
     faults: dict[Any, str] = {}  # {file: what is wrong with it, or ""}
@@ -159,9 +159,9 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with a step or a sequence of steps, or "". `parts` are all mappings in its JSON.
+    """Return what is wrong with a step or a sequence of steps, or "". `parts` are all mappings in the step's JSON.
 
-    The keys of a mapping decide what kind of step it is, because `tokenizers` also reads steps without a `type`.
+    The keys of a mapping decide the kind of step, because `tokenizers` also reads steps without a `type`.
     """
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
@@ -185,7 +185,7 @@ def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
 
 
 def _growth(part: dict[str, Any]) -> float:
-    """Return by which factor at most a step can make a text longer."""
+    """Return the largest factor by which a step can make a text longer."""
     keys = {"add_prefix_space", "replacement", "handle_chinese_chars"}
     if part.get("type") in ("ByteLevel", "BertNormalizer") or keys & part.keys():
         return 3
@@ -205,10 +205,11 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _check_trie(units: np.ndarray, texts: bytes) -> None:
-    """Raise ValueError if a double-array trie refers beyond its units, int64 (number,), or to no beginning in `texts`.
+    """Raise ValueError if a double-array trie with `units`, int64 (number,), has a wrong reference.
 
-    A unit holds the distance to its children (with their largest possible number, 256), and whether the first of these
-    is a place in `texts`. The format is that of darts-clone; tokenizers panics if it follows a wrong reference.
+    A unit holds the distance to its children (at most 256), and whether the first child is a place in `texts`. Children
+    must be within `units`, and a place must be the beginning of a character. The format is that of darts-clone;
+    tokenizers panics if it follows a wrong reference.
     """
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
@@ -224,11 +225,11 @@ def _check_trie(units: np.ndarray, texts: bytes) -> None:
 def _ways(pattern: str) -> float:
     """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
-    The numbers of ways of alternatives are added, those of successive items multiplied. Alternatives that begin with
-    different escapes, such as `\\r\\n|\\n`, count as one. Nested repetitions therefore exceed any limit. An
-    expression with another kind of item, such as a backward reference, gives infinity.
+    The ways of alternatives are added, and the ways of successive items are multiplied, so that nested repetitions
+    exceed any limit. Alternatives that begin with different escapes, such as `\\r\\n|\\n`, count as one. An expression
+    with another kind of item, such as a backward reference, gives infinity.
     """
-    # For each open group, the ways of: its earlier alternatives; this alternative but for its last item; the last item.
+    # For each open group, the ways of: its earlier alternatives; this alternative without its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0
     firsts = [[""]]  # of each open group: the first items of its alternatives, and its quantifiers
     while item := _ITEMS.match(pattern, end):  # not `finditer`, which would search on after an item that it can't read

@@ -1,8 +1,8 @@
 """Turns comments and docstrings into the description of a function, one paragraph of prose.
 
-CodeSearchNet's description is the documentation up to the first blank line, or else up to the first `@` (Husain et al.
-2019, arXiv 1909.09436, section 2). Here the description ends at whichever comes first. Only an `@` at the beginning of
-a line counts; other notations for parameters and results at this place end the description too.
+In CodeSearchNet, the description is the documentation up to the first blank line or, without one, up to the first `@`
+(Husain et al. 2019, arXiv 1909.09436, section 2). Here the description ends at the first blank line or at the first
+line that begins with `@` or another notation for parameters and results, whichever comes first.
 """
 
 import ast
@@ -70,14 +70,20 @@ def docstring_description(docstring: str) -> str:
 def comment_description(comments: list[str], language: str) -> str:
     """Return the first paragraph of the comments before a function, as one line; "" for a licence or without prose.
 
-    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools. Tags that introduce prose,
-    such as `@brief`, are removed too. Other tags before the prose are removed together with their text.
+    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools, and tags that introduce
+    prose, such as `@brief`. Other tags before the prose are removed together with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
         return ""
     text = "\n".join(comment for comment in comments if not re.match(entry.directive, comment))
-    prose = " ".join(_first_paragraph(_without_markers(text, entry), entry))
+    if text.startswith("/*"):
+        inside = _BLOCK_START.sub("", text, count=1).removesuffix("/").rstrip("*")
+        lines = [_BLOCK_MARGIN.sub("", line, count=1) for line in inside.split("\n")]
+    else:
+        marker = _RUBY_BLOCK_MARKER if text.startswith("=begin") else entry.line_comment
+        lines = [re.sub(marker, "", line, count=1) for line in text.split("\n")]
+    prose = " ".join(_first_paragraph(lines, entry))
     if "html" in entry.markup:
         prose = _HTML_TAG.sub("", _INLINE_TAG.sub(_shown_text, prose))
     if "doxygen" in entry.markup:
@@ -85,15 +91,6 @@ def comment_description(comments: list[str], language: str) -> str:
     if "rdoc" in entry.markup:
         prose = _RDOC_MARK.sub(r"\1", _RDOC_ESCAPE.sub("", prose))
     return _one_line(html.unescape(prose) if "html" in entry.markup else prose)
-
-
-def _without_markers(text: str, language: Language) -> list[str]:
-    if text.startswith("/*"):
-        inside = _BLOCK_START.sub("", text, count=1).removesuffix("/").rstrip("*")
-        return [_BLOCK_MARGIN.sub("", line, count=1) for line in inside.split("\n")]
-    if text.startswith("=begin"):
-        return [_RUBY_BLOCK_MARKER.sub("", line) for line in text.split("\n")]
-    return [re.sub(language.line_comment, "", line, count=1) for line in text.split("\n")]
 
 
 def _first_paragraph(lines: list[str], language: Language) -> list[str]:
@@ -163,7 +160,7 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
 
 
 def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
-    """Yield the comments before `start`, the last first; stop at a blank line or at code between two comments."""
+    """Yield the comments before `start`, in reverse order; stop at a blank line or at code between two comments."""
     may_follow = language.gap.encode()
     for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
         first, last = spans[index]
@@ -186,6 +183,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 def reads_as_prose(text: str) -> bool:
     """Return whether `text` is prose: three words or more, and no sign of code outside of backticks and `@` lines.
 
-    Measured on twelve languages, it is False for all of 13,835 functions and True for 97.5 % of 12,574 descriptions.
+    Measured on twelve languages, the result is False for all of 13,835 functions and True for 97.5 % of 12,574
+    descriptions.
     """
     return len(_WORD.findall(text)) >= 3 and _CODE.search(_TAGS.sub("", text)) is None

@@ -11,15 +11,9 @@ from itertools import takewhile
 
 from tree_sitter import Node, QueryCursor, Tree
 
+from modular_star_encoder.data.languages import parsing
 from modular_star_encoder.data.languages.documentation import description_before, docstring_description, docstring_of
-from modular_star_encoder.data.languages.parsing import (
-    Grammar,
-    SourceText,
-    UnparsableSourceError,
-    has_wide_error,
-    load_grammar,
-    parse,
-)
+from modular_star_encoder.data.languages.parsing import Grammar, SourceText, UnparsableSourceError, load_grammar
 from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
@@ -46,13 +40,13 @@ def find_functions(
     """Return the functions of `text` that have no syntax error, in order, including methods and nested functions.
 
     Functions without a body, and Python functions whose body is only a docstring, are left out. If `documented_only`,
-    functions without a description are left out too. PHP code needs its `<?php`. The numbers of files and functions
+    functions without a description are left out too. PHP code must have its `<?php`. The numbers of files and functions
     with a syntax error, and of functions nested too deeply, are added to `counts`.
 
     Raises UnparsableSourceError if `text` can't be parsed, or has syntax errors and no function that is free of them.
     """
     grammar, source = load_grammar(language), SourceText(text)
-    tree = parse(source.bytes, grammar)
+    tree = parsing.parse(source.bytes, grammar)
     finder = _Finder(source, tree, grammar)
     found = list(finder.functions(documented_only))
     if tree.root_node.has_error:
@@ -66,16 +60,13 @@ def find_functions(
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A function, class or other definition in a text: the lines from `start` to `end` - 1, counted from 0.
-
-    `line` is the first of these lines after decorators, annotations and attributes.
-    """
+    """A function, class or other definition in a text."""
 
     kind: str  # `function`, `scope` (such as a class), `type`, or `extension` (adds to a type, as `impl` does in Rust)
     name: str
-    start: int
-    end: int
-    line: int
+    start: int  # first line, counted from 0
+    end: int  # line after the last
+    line: int  # first line after decorators, annotations and attributes
 
 
 _KINDS = ("function", "scope", "type", "extension")
@@ -84,13 +75,13 @@ _KINDS = ("function", "scope", "type", "extension")
 def outline(text: str, language: str) -> list[Definition]:
     """Return the functions, classes and other definitions in `text`, outer ones before those inside them.
 
-    `text` may have syntax errors. Raises UnparsableSourceError if it can't be parsed, if thousands of brackets that
-    nothing closes would make a query take minutes, or if the query finds more than `MAX_DEFINITIONS`.
+    `text` may have syntax errors. Raises UnparsableSourceError if `text` can't be parsed, holds thousands of brackets
+    that nothing closes (the query would take minutes), or has more than `MAX_DEFINITIONS`.
     """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
-    tree = parse(source.bytes, grammar)
-    if has_wide_error(tree):
+    tree = parsing.parse(source.bytes, grammar)
+    if parsing.has_wide_error(tree):
         raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
     matches = QueryCursor(grammar.definitions).matches(tree.root_node)
     if len(matches) > MAX_DEFINITIONS:
@@ -113,7 +104,6 @@ def outline(text: str, language: str) -> list[Definition]:
 
 
 def _line(node: Node) -> int:
-    """Return the line of a definition's first word, after decorators and the like."""
     for child in node.children:
         for part in child.children if child.type == "modifiers" else [child]:
             if not _DECORATION.search(part.type):
@@ -199,13 +189,20 @@ class _Finder:
             if docstring and len(_statements(body)) == 1:
                 return None
             description = docstring_description(docstring[1]) if docstring else ""
-            end = _end_of_last_statement(node)
+            last_token = node  # comments may follow it inside `node`
+            while children := [child for child in last_token.children if not child.is_extra]:
+                last_token = children[-1]
+            end = last_token.end_byte
         else:
             description = description_before(start, self._comments, self._source, self._language)
             end = self._end_of_heredocs(end)
         if documented_only and not description:
             return None
-        cuts = _indent_cuts(self._source, start, end, self._fixed_lines)
+        # Remove the first line's indentation from the other lines.
+        before = _INDENT.match(self._source.bytes, self._source.line_start(start), start)
+        indent = before[0].rpartition(b"\f")[2] if before else b""
+        lines = [at for at in self._source.line_starts_between(start, end) if at not in self._fixed_lines]
+        cuts = [(at, at + len(indent), b"") for at in lines if indent and self._source.bytes.startswith(indent, at)]
         if self._language.has_docstrings:
             inside = takewhile(lambda one: one.node.start_byte < end, self._definitions[index:])
             cuts += [cut for one in inside if one.body and (cut := _docstring_cut(one.body, self._source))]
@@ -225,9 +222,9 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the name of the function or scope that a query matched; a qualified name such as `A::b` as `A.b`.
+    """Return the dotted name of the function or scope that a query matched: `A.b` for `A::b`.
 
-    None for a match that is not a function: a macro, or a statement that error recovery took for a function.
+    Return None for a macro, or a statement that error recovery took for a function.
     """
     if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
         return None
@@ -310,23 +307,8 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
     return docstring.start_byte, statements[1].start_byte, b""  # `def f(): "docstring"; return 1`
 
 
-def _end_of_last_statement(node: Node) -> int:
-    """Return where the last token of a Python definition ends; comments may follow it inside `node`."""
-    while children := [child for child in node.children if not child.is_extra]:
-        node = children[-1]
-    return node.end_byte
-
-
-def _indent_cuts(source: SourceText, start: int, end: int, fixed_lines: set[int]) -> list[Cut]:
-    """Return the cuts that remove the first line's indentation from a span's other lines, except `fixed_lines`."""
-    found = _INDENT.match(source.bytes, source.line_start(start), start)
-    indent = found[0].rpartition(b"\f")[2] if found else b""
-    lines = [at for at in source.line_starts_between(start, end) if at not in fixed_lines]
-    return [(at, at + len(indent), b"") for at in lines if indent and source.bytes.startswith(indent, at)]
-
-
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """Return the text from `start` to `end` with the cuts made; of cuts that overlap, only the first is made."""
+    """Return the text from `start` to `end` with the cuts made; of two cuts that overlap, only the first is made."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

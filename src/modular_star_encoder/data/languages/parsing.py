@@ -21,7 +21,7 @@ MAX_LINE_BYTES = 10_000  # longer lines are data or minified code, nested deeply
 
 
 class UnparsableSourceError(ValueError):
-    """Raised if a text can't be parsed as source code, because it is not text or parsing takes too long."""
+    """Raised if a text can't be parsed as source code: it is not text, or parsing takes too much time or memory."""
 
 
 class SourceText:
@@ -42,7 +42,7 @@ class SourceText:
 
     @cached_property
     def _removed(self) -> list[int]:
-        """For each `\\r\\n` of the original, the offset in `bytes` of its `\\n`."""
+        """For each `\\r\\n` of the original, the offset in `bytes` of the `\\n` that replaces it."""
         pairs = re.finditer(rb"\r\n", self._original[self._skipped :])
         return [pair.start() - number for number, pair in enumerate(pairs)]
 
@@ -59,11 +59,11 @@ class SourceText:
         return self._line_starts[self.line(offset) - 1]
 
     def line_starts_between(self, start: int, end: int) -> list[int]:
-        """Return the offsets in `bytes`, after `start` and before `end`, at which lines begin."""
+        """Return the offsets in `bytes` between `start` and `end` (both excluded) at which lines begin."""
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """Return where a span of `bytes` is in the original UTF-8 text: (first byte, byte after the last, text)."""
+        """Return the span of the original UTF-8 text for a span of `bytes`: (first byte, byte after the last, text)."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 
@@ -100,7 +100,6 @@ class Grammar:
     """The tree-sitter parsers and queries of one language; each query is compiled when it is first used."""
 
     def __init__(self, language: Language) -> None:
-        """Load the grammar of a language."""
         self.language = language
         if language.grammar:
             self._grammar = TreeSitterLanguage(getattr(import_module(language.grammar), language.grammar_function)())
@@ -125,7 +124,7 @@ class Grammar:
 
     @cached_property
     def definitions(self) -> Query:
-        """The query without the patterns for comments and strings; it takes half as long as `query`."""
+        """`query` without the patterns for comments and strings; takes half as long as `query`."""
         lines = self._text.splitlines()
         return Query(self._grammar, "\n".join(one for one in lines if not one.endswith(("@comment", "@verbatim"))))
 
@@ -187,10 +186,8 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
     """Return the number of bytes from `start` to `end` under ERROR nodes, plus the tree's number of missing tokens."""
     root = tree.root_node
-    if not root.has_error:
-        return 0
     end = root.end_byte if end is None else end
-    captures = QueryCursor(grammar.errors).captures(root)
+    captures = QueryCursor(grammar.errors).captures(root) if root.has_error else {}
     total, at = 0, start
     for first, last in sorted(node.byte_range for node in captures.get("error", [])):
         total += max(0, min(last, end) - max(first, at))
@@ -199,7 +196,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Return whether an ERROR node has over 10,000 tokens as children: queries take time quadratic in their number."""
+    """Return whether an ERROR node has over 10,000 tokens as children: a query takes time quadratic in this number."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()
@@ -235,12 +232,12 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 
 
 def check_syntax(code: str, language: str) -> tuple[float, bool]:
-    """Return (share of syntax errors in `code`, whether it has a function); the share is from 0.0 to 1.0.
+    """Return (share of syntax errors in `code`, from 0.0 to 1.0; whether `code` has a function).
 
-    The share counts the bytes of `code` under ERROR nodes of its tree-sitter tree, and one byte for a missing token. It
-    is 1.0 for blank text and text that can't be parsed. `code` is parsed alone and, for example, inside a class; the
-    better result is returned. Grammars, most of all Ruby's, may accept plain prose, but find no function in it (a name
-    and a body). PHP may lack its `<?php`.
+    The share counts the bytes of `code` under ERROR nodes of its tree-sitter tree, and one byte for each missing token.
+    It is 1.0 for blank text and for text that can't be parsed. `code` is parsed alone and, for example, inside a class;
+    the better result is returned. Grammars, most of all Ruby's, may accept plain prose without errors, but then find no
+    function (a name and a body) in the prose. PHP code may lack its `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")

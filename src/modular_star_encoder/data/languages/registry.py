@@ -1,7 +1,8 @@
 """Everything that the package knows about each programming language, read from `languages.toml`.
 
-A new language needs a table there and a query in `queries/NAME.scm`; `queries/README.md` lists the captures of a query.
-Its tree-sitter grammar must be a dependency of this package, or in tree-sitter-language-pack.
+A new language needs a table in `languages.toml` and a query in `queries/NAME.scm`; `queries/README.md` lists the
+captures of a query. The language's tree-sitter grammar must be a dependency of this package, or in
+tree-sitter-language-pack.
 """
 
 import re
@@ -104,7 +105,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """Return `languages`, one name or several, without repetitions; `default` if None. UserError if one is unknown."""
+    """Return `languages`, one name or several, without repetitions; `default` if None. UserError for unknown names."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -112,7 +113,7 @@ def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = 
 
 
 def language_of(path: PurePath) -> str | None:
-    """Return the language of a path's suffix, in any letter case, or None if it is unknown; `.h` and `.C` mean C."""
+    """Return the language of a path's suffix, in any letter case; None for an unknown suffix. `.h` and `.C` mean C."""
     return LANGUAGE_OF_SUFFIX.get(path.suffix.lower())
 
 
@@ -128,11 +129,11 @@ def language_of_text(language: str, path: str, text: str) -> str:
 
 
 def language_named(name: Any) -> str | None:
-    """Return this package's name of a language that a data set calls `name` (`"cpp"` for `"C++"`); None if unknown."""
+    """Return our name of the language that a data set calls `name`: `"cpp"` for `"C++"`, None for unknown names."""
     return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 
 def display_name(name: str) -> str:
-    """Return a language's name as prompts write it: in lower case, and `"c++"` for `"cpp"`; unknown names are kept."""
+    """Return a language's name as prompts write it: in lower case, and `"c++"` for `"cpp"`."""
     name = name.strip().lower()
     return (_LANGUAGE[name].display_name if name in _LANGUAGE else "") or name

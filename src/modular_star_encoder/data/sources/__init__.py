@@ -33,25 +33,21 @@ class SourceReader:
         repositories: names of the repositories in the order of reading; None if they are known only after reading.
     """
 
-    unicode_names = False  # whether lone surrogates such as `\udcff` in names are escaped, so that UTF-8 can hold them
+    unicode_names = False  # whether to escape lone surrogates such as `\udcff` in names, which UTF-8 cannot hold
 
     def __init__(
         self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
     ) -> None:
-        """`read(skipped)` yields the files of one iteration and counts in `skipped`, by reason, those it leaves out."""
+        """`read(skipped)` yields the files of one iteration, and counts the files left out in `skipped`, by reason."""
         self._read, self.repositories = read, repositories
         self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[SourceFile]:
-        # Each iteration has a counter of its own; an abandoned iteration cannot add to the next one's.
-        skipped: Counter[str] = Counter()
-        self.skipped = skipped
-        for file in self._read(skipped):
+        self.skipped = Counter()  # a new one, because an abandoned iteration may still add to its own
+        for file in self._read(self.skipped):
             if self.unicode_names:
-                repository, path = (
-                    name.encode(errors="backslashreplace").decode() for name in (file.repository, file.path)
-                )
-                file = replace(file, repository=repository, path=path)
+                names = {"repository": file.repository, "path": file.path}
+                file = replace(file, **{k: v.encode(errors="backslashreplace").decode() for k, v in names.items()})
             yield file
 
 
@@ -103,7 +99,7 @@ def is_closed(path: PurePath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether `text` says it is generated, in lines 1 to 5, or in lines 1 to 40 as `generated … do not edit`."""
+    """Return whether lines 1 to 5 of `text` say it is generated, or one of lines 1 to 40 `generated … do not edit`."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
@@ -111,7 +107,8 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Return whether `text` is marked as generated and not to be edited.
 
-    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or the latter as a line in lines 11 to 40.
+    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or one of lines 11 to 40 that consists of
+    `generated … do not edit`.
     """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
@@ -123,7 +120,7 @@ def is_marked_generated(text: str) -> bool:
 def is_minified(text: str) -> bool:
     """Return whether `text` has a line of over 1,000 characters, and lines of over 200 characters on average.
 
-    The average counts at most 10,000 characters of a line: one long line of data among lines of code is not enough.
+    For the average, a line has at most 10,000 characters, so that one line of data does not outweigh lines of code.
     """
     if len(text) <= _MINIFIED_AVERAGE * (text.count("\n") + 1):
         return False
@@ -146,7 +143,7 @@ def alphabetic_share(text: str) -> float:
 
 
 def holds_encoded_data(text: str) -> bool:
-    """Return whether Base64, hex or Unicode escapes fill over 1,024 characters in a row, or over half of `text`."""
+    """Return whether Base64, hexadecimal data or Unicode escapes fill 1,024 characters in a row or half of `text`."""
     for hint, pattern in _ENCODED_DATA:
         lengths = [match.end() - match.start() for match in pattern.finditer(text)] if hint in text else []
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
@@ -172,8 +169,8 @@ _NO_SOURCE = ("idna", "punycode")  # encodings of domain names
 def decode_source(content: bytes) -> tuple[str, str | None]:
     """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    The encoding is that of a byte-order mark, else that of a coding line (PEP 263) if it fits the bytes, else UTF-8. If
-    UTF-8 does not fit either, the text is read as Latin-1, which may be wrong, and the encoding is None.
+    A byte-order mark decides the encoding. Without one, the first of these that fits the bytes is used: the encoding in
+    a coding line (PEP 263), UTF-8, Latin-1. Latin-1 fits all bytes and may be wrong, so its name is returned as None.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -197,10 +194,11 @@ class FileFilters:
     max_average_line_length: float | None = None
     min_alphabetic_share: float = 0.0  # share of letters among the characters
     any_encoding: bool = False  # whether files that are not UTF-8 are read, by `decode_source`
-    generated: bool = True  # whether files written by a program are kept; the fields below: other kinds of files
-    marked_generated: bool = True  # files marked as generated and not to be edited
+    # Whether files of these kinds are kept:
+    generated: bool = True  # written by a program
+    marked_generated: bool = True  # marked as generated and not to be edited
     minified: bool = True
-    encoded_data: bool = True  # files with long Base64 or hexadecimal data
+    encoded_data: bool = True  # with long Base64 or hexadecimal data
     vendored: bool = False  # copies of other projects
     tests: bool = False
 
@@ -213,19 +211,18 @@ class FileFilters:
     def reason_by_text(self, text: str) -> str | None:
         """Return why a file with this text is left out, or None if it is not."""
         # A character has one to four bytes, so most texts need not be encoded to compare their size.
-        if len(text) > self.max_bytes or (
-            4 * len(text) > self.max_bytes and len(text.encode(errors="surrogatepass")) > self.max_bytes
-        ):
+        size = len(text) if 4 * len(text) <= self.max_bytes else len(text.encode(errors="surrogatepass"))
+        if size > self.max_bytes:
             return "too large"
         if "\0" in text:
             return "contains null bytes"
         if not text.strip():
             return "empty"
-        limits_lines = self.max_line_length is not None or self.max_average_line_length is not None
-        lengths = _line_lengths(text) if limits_lines else []
-        if self.max_line_length is not None and max(lengths) > self.max_line_length:
+        longest, average = self.max_line_length, self.max_average_line_length
+        lengths = _line_lengths(text) if (longest, average) != (None, None) else []
+        if longest is not None and max(lengths) > longest:
             return "very long lines"
-        if self.max_average_line_length is not None and sum(lengths) > self.max_average_line_length * len(lengths):
+        if average is not None and sum(lengths) > average * len(lengths):
             return "long lines on average"
         if self.min_alphabetic_share and alphabetic_share(text) < self.min_alphabetic_share:
             return "few letters"

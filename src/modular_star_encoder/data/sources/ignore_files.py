@@ -18,7 +18,7 @@ from modular_star_encoder.utils.errors import UserError
 
 _IGNORE_FILES = (".gitignore", ".moseignore")
 MOST_LINES = 10_000  # of an ignore file
-MAX_INDEX_BYTES = 256_000_000  # of a git index, and of the paths in it with those of their folders
+MAX_INDEX_BYTES = 256_000_000  # of a git index, and of the paths of its files and of their folders
 _MAX_BYTES = 250_000  # of any other file
 _LONGEST_PATH = 4096
 
@@ -26,8 +26,8 @@ _LONGEST_PATH = 4096
 class IgnoreFiles:
     """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files.
 
-    A `.moseignore` has the form of a `.gitignore`. Ignore files in the folders above apply too, up to the top of the
-    git repository. A repository inside the folder has rules of its own. A file that git tracks is ignored only if a
+    A `.moseignore` has the form of a `.gitignore`. Ignore files in the folders above `root` apply too, up to the top of
+    the git repository. A repository inside `root` has rules of its own. A file that git tracks is ignored only if a
     `.moseignore` says so. Call `ignores` for a folder before its content.
     """
 
@@ -40,7 +40,7 @@ class IgnoreFiles:
             folder = self._known[str(path)] = folder.inner(str(path))
 
     def ignores(self, path: str, *, is_folder: bool) -> bool:
-        """Return whether a path is ignored: of the patterns that match, the last in the deepest ignore file decides."""
+        """Return whether a path is ignored: of all patterns that match, the last in the deepest ignore file decides."""
         parent = os.path.dirname(path)
         if (folder := self._known.get(parent)) is None:
             folder = self._known[parent] = self._known[os.path.dirname(parent)].inner(parent)
@@ -75,7 +75,7 @@ class _Folder:
 
     rules: tuple[_Rule, ...]  # the last one that fits decides
     repository: "_Repository"
-    inherited: _Rule | None = None  # the rule that ignores this folder, if it is read only for files that git tracks
+    inherited: _Rule | None = None  # the rule that ignores this folder, of which only files that git tracks are read
 
     def inner(self, path: str) -> "_Folder":
         """Return the rules for the content of `path`, a folder directly in this one."""
@@ -93,28 +93,25 @@ class _Repository:
     """A git repository: its `info/exclude` file and the files that git tracks."""
 
     def __init__(self, top: Path) -> None:
-        self._top = top
-        self._git = git = top / ".git"
-        common = git
-        if link := os.fsdecode(_content(git)):  # a work tree or a submodule
-            self._git = git = top / link.removeprefix("gitdir:").strip()
-            common = git / os.fsdecode(_content(git / "commondir")).strip()
+        self._top, self._git, common = top, top / ".git", top / ".git"
+        if link := os.fsdecode(_content(self._git)):  # a work tree or a submodule
+            self._git = top / link.removeprefix("gitdir:").strip()
+            common = self._git / os.fsdecode(_content(self._git / "commondir")).strip()
         self.exclude = os.fspath(common / "info" / "exclude")
 
     @cached_property
-    def tracked(self) -> frozenset[bytes]:
-        """The paths of the files that git tracks, and of the folders with such files."""
+    def tracked(self) -> set[bytes]:
+        """The paths of the files that git tracks, and of the folders with such files; empty if the index is damaged."""
         found, top, left = set(), os.fsencode(self._top), MAX_INDEX_BYTES
-        try:
+        with suppress(ValueError, IndexError, struct.error):
             for name in _index_names(_content(self._git / "index", MAX_INDEX_BYTES)):
                 while name and (path := os.path.join(top, name)) not in found:
                     found.add(path)
                     name = os.path.dirname(name)
                     if (left := left - len(path)) < 0:
-                        return frozenset()
-        except (ValueError, IndexError, struct.error):  # no index, or a damaged one
-            return frozenset()
-        return frozenset(found)
+                        return set()
+            return found
+        return set()
 
 
 _ENTRY_BYTES, _FLAGS = 62, struct.Struct(">H")
@@ -146,14 +143,14 @@ def _index_names(content: bytes) -> Iterator[bytes]:
 
 def beginning(file: str | os.PathLike[str], size: int) -> bytes | None:
     """Return the first `size` bytes of a file; None if it can't be read or is a pipe or device, which may never end."""
-    with suppress(OSError, ValueError), open(file, "rb", opener=_open_without_waiting) as opened:
+
+    def open_without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with suppress(OSError, ValueError), open(file, "rb", opener=open_without_waiting) as opened:
         if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             return opened.read(size)
     return None
-
-
-def _open_without_waiting(file: str, flags: int) -> int:
-    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _content(file: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
@@ -244,7 +241,7 @@ _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<las
 
 
 def _set(glob: bytes, at: int) -> tuple[list[int], int]:
-    """Read a set such as `[a-z]` from `at`, after its `[`; return (the bytes that it matches, the index after it)."""
+    """Read a set such as `[a-z]`, with `at` after the `[`; return (bytes that the set matches, index after the set)."""
     is_negative = glob[at : at + 1] in (b"!", b"^")
     at += is_negative
     first, chosen = at, set()
