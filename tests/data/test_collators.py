@@ -1,12 +1,8 @@
 import pytest
 import torch
 
-from modular_star_encoder.data.collators import (
-    ClassificationCollator,
-    PackingCollator,
-    PaddingCollator,
-    RetrievalCollator,
-)
+from modular_star_encoder.data import collators
+from modular_star_encoder.data.collators import PackingCollator, PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining
 from tests.data.samples import WORDS, corpus_of
@@ -42,6 +38,8 @@ def test_rows_follow_one_another_within_their_bounds(tokenizer, rows):
     assert torch.equal(batch["cu_seq_lens_k"], batch["cu_seq_lens_q"])
     assert batch["max_length_q"] == batch["max_length_k"] == max(lengths)
     assert type(batch["max_length_q"]) is type(batch["max_length_k"]) is int
+    with raises("data.packing.unfinished"):
+        PackingCollator(tokenizer)([rows[0] | {name: rows[0][name][:-1] for name in ("input_ids", "labels")}])
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -61,15 +59,10 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, bac
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_unfinished_rows_are_refused(tokenizer, rows):
-    with raises("data.packing.unfinished"):
-        PackingCollator(tokenizer)([rows[0] | {name: rows[0][name][:-1] for name in ("input_ids", "labels")}])
-
-
-@pytest.mark.parametrize("kind", [PaddingCollator, PackingCollator, RetrievalCollator, ClassificationCollator])
+@pytest.mark.parametrize("kind", ["Padding", "Packing", "Retrieval", "Classification"])
 def test_rows_without_the_columns_of_a_collator_are_refused_with_the_names_of_both(tokenizer, kind):
-    wanted = "query_ids" if kind is RetrievalCollator else "input_ids"
+    collator = getattr(collators, f"{kind}Collator")(tokenizer)
     for row, shown in (({"text": "x"}, "text"), ({}, "no columns")):
-        with raises("data.collator.columns", wanted, shown):
-            kind(tokenizer)([row])
-    assert kind(tokenizer).tokenizer is tokenizer
+        with raises("data.collator.columns", "query_ids" if kind == "Retrieval" else "input_ids", shown):
+            collator([row])
+    assert collator.tokenizer is tokenizer

@@ -31,15 +31,11 @@ def snippets(row):
     return ids[1:middle], ids[middle + 1 : -1]
 
 
-def origins(tokenizer, row):
-    """The (repository, file) of both snippets, read from the words that every line of a text holds."""
-    decoded = map(tokenizer.decode, snippets(row))
-    return [(re.search(r"repo(\d)", text)[1], re.search(r"file(\d)", text)[1]) for text in decoded]
-
-
 def test_the_label_says_whether_the_repositories_are_the_same(tokenizer, rows):
+    """The words that every line of a text holds tell the (repository, file) of a snippet."""
     for row in rows[:500]:
-        first, second = origins(tokenizer, row)
+        decoded = map(tokenizer.decode, snippets(row))
+        first, second = (re.search(r"(repo\d) (file\d)", text).groups() for text in decoded)
         assert (first[0] == second[0]) == bool(row["icc_label"])
         assert first != second
     assert {int(row["icc_label"]) for row in rows[:500]} == {0, 1}
@@ -89,14 +85,11 @@ def test_masking_follows_bert(tokenizer, rows):
     assert [int((row["labels"] >= 0).sum()) for row in make(tokenizer, mlm_probability=1e-9, length=20)] == [1] * 20
 
 
-def test_texts_that_cannot_form_pairs_are_left_out_and_counted(tokenizer):
+def test_texts_that_cannot_form_pairs_are_left_out_and_bad_input_is_refused(tokenizer):
     texts = repository_texts(repositories=2) | {"single": ["long enough " * 30], "short": ["x", "y"]}
     dataset = make(tokenizer, texts)
     assert dataset.repositories == ("repo0", "repo1")
     assert dataset.dropped_texts == 3
-
-
-def test_bad_input_is_refused_in_one_sentence(tokenizer):
     with raises("data.in_context.too_few_repositories", "of 2 repositories"):
         make(tokenizer, repository_texts(repositories=1) | {"short": ["x", "y"]})
     with raises("data.in_context.arguments", "max_tokens", 35):

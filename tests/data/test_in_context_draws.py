@@ -15,20 +15,15 @@ REPOSITORIES = 40
 HALF = 10_000
 
 
-def corpus(lengths, repositories, languages, tokens=None, fingerprint=""):
+def corpus(lengths, repositories, languages, tokens=0, fingerprint=""):
     """Texts of given lengths; all tokens of a text are its one entry of `tokens`."""
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    flat = np.repeat(np.zeros(len(lengths), int) if tokens is None else tokens, lengths).astype(np.uint16)
-    names = tuple(f"repo{i}" for i in range(max(repositories) + 1))
-    return TokenCorpus(
-        TokenRows(flat, bounds),
-        np.arange(len(lengths)),
-        names,
-        np.array(repositories, np.int32),
-        tuple("abc"),
-        np.array(languages, np.int32),
-        fingerprint,
+    rows = TokenRows(
+        np.repeat(np.zeros(len(lengths), int) + tokens, lengths).astype(np.uint16),
+        np.concatenate([[0], np.cumsum(lengths)]),
     )
+    names = tuple(f"repo{i}" for i in range(max(repositories) + 1))
+    repositories, languages = np.array(repositories, np.int32), np.array(languages, np.int32)
+    return TokenCorpus(rows, np.arange(len(lengths)), names, repositories, tuple("abc"), languages, fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +79,9 @@ def accuracy_of_logistic_regression(table):
     return LogisticRegression(max_iter=1000).fit(inputs[:half], label[:half]).score(inputs[half:], label[half:])
 
 
-def test_lengths_and_languages_do_not_tell_the_label(drawn):
+def test_lengths_and_languages_do_not_tell_the_label_unless_pairs_are_drawn_carelessly(drawn):
     assert accuracy_of_logistic_regression(drawn) <= 0.52
-
-
-def test_the_same_classifier_sees_through_pairs_drawn_carelessly(drawn):
-    """A text of any length and language is the second of a pair from two repositories."""
+    # Careless: a text of any length and language is the second of a pair from two repositories.
     careless, different = drawn.copy(), np.flatnonzero(drawn[:, 6] == 0)
     second = [1, 3, 5]
     careless[np.ix_(different, second)] = drawn[np.ix_(np.random.default_rng(1).permutation(different), second)]
@@ -136,19 +128,19 @@ def test_a_language_of_one_repository_is_left_out():
     assert sampler.dropped_texts == 4
 
 
-def test_pairs_are_found_where_no_two_repositories_have_the_same_lengths():
-    sampler = PairSampler(corpus([20, 100, 30, 31], [0, 0, 1, 1], [0] * 4), room=300)
+@pytest.mark.parametrize(
+    ("lengths", "room", "expected"),
+    [
+        ([20, 100, 30, 31], 300, {(20, 30), (20, 31), (30, 20), (31, 20)}),  # no two repositories have equal lengths
+        ([20, 500] * 8, 100, {(20, 20), (20, 80), (80, 20), (50, 50)}),  # a short snippet leaves room to the other
+    ],
+)
+def test_pairs_of_any_lengths_are_found_and_fill_the_room(lengths, room, expected):
+    half = len(lengths) // 2
+    sampler = PairSampler(corpus(lengths, [0] * half + [1] * half, [0] * len(lengths)), room=room)
     pairs = [sampler.draw(np.random.default_rng((0, i))) for i in range(200)]
-    lengths = {(pair.first.length, pair.second.length) for pair in pairs}
-    assert lengths == {(20, 30), (20, 31), (30, 20), (31, 20)}
+    assert {(pair.first.length, pair.second.length) for pair in pairs} == expected
     assert len({pair.same_repository for pair in pairs}) == 2
-
-
-def test_a_short_snippet_leaves_its_room_to_the_other():
-    """And both have half of it if they can."""
-    sampler = PairSampler(corpus([20, 500] * 8, [0] * 8 + [1] * 8, [0] * 16), room=100)
-    pairs = [sampler.draw(np.random.default_rng((0, i))) for i in range(200)]
-    assert {(pair.first.length, pair.second.length) for pair in pairs} == {(20, 20), (20, 80), (80, 20), (50, 50)}
 
 
 def test_rows_of_texts_of_630_tokens_have_about_1120_and_one_in_seven_is_full():

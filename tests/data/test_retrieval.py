@@ -45,13 +45,9 @@ def test_the_prompt_names_the_language_of_the_row_is_never_cut_and_can_be_left_o
     ids = make(tokenizer, max_text_tokens=len(frame) + 3)[5]["query_ids"].tolist()
     assert ids == [*frame[:-1], *content[:3], 2]
     assert len(content) > 3
-
-
-def test_bad_input_is_refused_in_one_sentence(tokenizer):
-    with raises("data.retrieval.max_tokens", "max_text_tokens"):
-        make(tokenizer, max_text_tokens=5)
-    with raises("data.retrieval.max_tokens", "max_code_tokens"):
-        make(tokenizer, max_code_tokens=5)
+    for limit in ("max_text_tokens", "max_code_tokens"):
+        with raises("data.retrieval.max_tokens", limit):
+            make(tokenizer, **{limit: 5})
     bare = small_tokenizer()
     bare.cls_token = "<other>"
     with raises("data.tokenizer.template", "cls_token"):
@@ -61,11 +57,9 @@ def test_bad_input_is_refused_in_one_sentence(tokenizer):
 def parallel_texts(count=12):
     """Triplets whose snippets have a word to rename."""
     python = "def table{0}():\n    column = {0}\n    return column + column"
-    cpp = "int table{0}() {{ int column = {0}; return column + column; }}"
+    codes = {"python": python, "cpp": "int table{0}() {{ int column = {0}; return column + column; }}"}
     return [
-        RetrievalExample(
-            f"Load table number {i}.", (Snippet("python", python.format(i)), Snippet("cpp", cpp.format(i)))
-        )
+        RetrievalExample(f"Load table number {i}.", tuple(Snippet(name, codes[name].format(i)) for name in codes))
         for i in range(count)
     ]
 
@@ -161,32 +155,24 @@ def test_mean_tokens_count_what_the_encoder_reads(tokenizer):
 CODE = "def total(values, start):\n    # values, values\n    x = start\n    for value in values:\n        x += value"
 
 
-def rename(code=CODE, seed=0):
-    return rename_frequent_words(code, np.random.default_rng(seed))
-
-
-def test_every_occurrence_of_a_frequent_word_gets_the_same_new_name():
-    renamed = rename()
-    pattern = re.escape(CODE).replace("values", "(?P<name>[a-z]{3,8})", 1).replace("values", "(?P=name)")
-    match = re.fullmatch(pattern, renamed)
-    assert match
-    assert match["name"] not in re.findall(r"\w+", CODE)
-
-
 @pytest.mark.parametrize(
     ("code", "pattern"),
     [
+        (CODE, re.escape(CODE).replace("values", "(NEW)", 1).replace("values", r"\1")),
         ("ab ab ab; twice twice; abc abc abc; 100 100 100", r"ab ab ab; twice twice; (NEW) \1 \1; 100 100 100"),
         ("0xFFFF | 0xFFFF | 0xFFFF; 100ULL, 100ULL, 100ULL", r"0xFFFF \| 0xFFFF \| 0xFFFF; 100ULL, 100ULL, 100ULL"),
         ("name name name name_of rename names", r"(NEW) \1 \1 name_of rename names"),
     ],
 )
-def test_only_whole_words_of_three_characters_that_occur_three_times_are_replaced(code, pattern):
-    assert re.fullmatch(pattern.replace("NEW", "[a-z]{3,8}"), rename(code))
+def test_all_occurrences_of_a_word_of_three_characters_that_occurs_three_times_get_one_new_name(code, pattern):
+    renamed = rename_frequent_words(code, np.random.default_rng(0))
+    match = re.fullmatch(pattern.replace("NEW", "[a-z]{3,8}"), renamed)
+    assert match
+    assert not set(match.groups()) & set(re.findall(r"\w+", code))
 
 
 def test_two_words_never_get_one_name():
     words = [f"word{number}" for number in range(300)]
-    renamed = rename(" ".join(words * 3)).split()
+    renamed = rename_frequent_words(" ".join(words * 3), np.random.default_rng(0)).split()
     assert len(set(renamed)) == 300
     assert renamed[:300] == renamed[300:600] == renamed[600:]
