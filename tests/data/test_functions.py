@@ -8,6 +8,7 @@ import pytest
 
 from modular_star_encoder.data import functions
 from modular_star_encoder.data.functions import (
+    DocumentedFunction,
     code_key,
     codesearchnet_function,
     collect_functions,
@@ -23,11 +24,9 @@ from tests.data.polyglot import NAMES, SOURCES
 from tests.data.samples import extract_one, function, source
 from tests.errors import raises
 
-GOOD = 'def {name}(x):\n    """{doc}"""\n    y = x + {number}\n    return y\n'
-
 
 def good(name, number=1, doc="Add a number to x."):
-    return GOOD.format(name=name, number=number, doc=doc)
+    return f'def {name}(x):\n    """{doc}"""\n    y = x + {number}\n    return y\n'
 
 
 @pytest.mark.parametrize(
@@ -52,12 +51,6 @@ def test_a_docstring_never_stays_in_the_code(text):
     assert "SECRET" not in found.code
     assert "return x" in found.code
     assert isinstance(ast.parse(found.code).body[0], ast.FunctionDef | ast.AsyncFunctionDef)
-
-
-@pytest.mark.parametrize("end", ["", " ; # twice"])
-def test_all_that_follows_a_docstring_stays(end):
-    body = "    # why\n    @cache\n    def g(): pass\n    return g"
-    assert extract_one(f'def f():\n    """Doc."""{end}\n\n{body}\n').code == f"def f():\n{body}"
 
 
 def test_docstrings_of_what_is_defined_inside_leave_too():
@@ -101,10 +94,8 @@ def test_a_file_that_does_not_parse_is_counted_and_not_fatal(text):
 
 
 def test_warnings_about_somebody_elses_code_are_silent():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(action="error"):
         assert extract_one('def f():\n    "Doc \\d."\n    return 1 is 1\n').code
-    assert caught == []
 
 
 def test_functions_carry_what_their_file_says():
@@ -116,6 +107,9 @@ def test_functions_carry_what_their_file_says():
         assert one.source.encode() == SOURCES["go"].encode()[one.start_byte : one.end_byte]
 
 
+BODY = "    # why\n    @cache\n    def g(): pass\n    return g"
+
+
 @pytest.mark.parametrize(
     ("text", "code"),
     [
@@ -123,9 +117,10 @@ def test_functions_carry_what_their_file_says():
         # comments after the last statement belong to nobody
         ("def f(x):\n    'Doc.'\n    if x:\n        return 1\n        # no\n    # more\n",
          "def f(x):\n    if x:\n        return 1"),
+        *((f'def f():\n    """Doc."""{end}\n\n{BODY}\n', f"def f():\n{BODY}") for end in ("", " ; # twice")),
     ],
 )  # fmt: skip
-def test_python_2_is_read_and_trailing_comments_are_not(text, code):
+def test_python_2_and_all_that_follows_a_docstring_are_read_and_trailing_comments_are_not(text, code):
     assert extract_one(text).code == code
 
 
@@ -249,39 +244,32 @@ HUB = {
 }
 FIELDS = ["repo", "path", "func_name", "original_string", "language", "code", "docstring", "url"]
 LINES = dict(zip(FIELDS, HUB.values(), strict=True)) | {"code_tokens": ["func"]}
-PYTHON = {
-    "language": "python",
-    "func_code_string": 'def a(self):\n        """Does it."""\n        return 1',
-    "func_documentation_string": "Does it.",
-}
 
 
 def test_both_published_formats_give_the_same_function():
-    function = codesearchnet_function(HUB)
-    assert (function.repository, function.path, function.language, function.name) == ("owner/name", "a.go", "go", "A")
-    assert (function.line, function.start_byte, function.license) == (37, None, None)
-    assert (function.description, function.code, function.source) == ("Does it well.", "func A() {}", "func A() {}")
-    assert codesearchnet_function(LINES) == function
+    code = "func A() {}"
+    expected = DocumentedFunction("owner/name", "a.go", 37, "go", "A", "Does it well.", code, code)
+    assert codesearchnet_function(HUB) == codesearchnet_function(LINES) == expected
 
 
 @pytest.mark.parametrize(
     ("code", "stripped"),
     [
-        (PYTHON["func_code_string"], "def a(self):\n        return 1"),
+        ('def a(self):\n        """Does it."""\n        return 1', "def a(self):\n        return 1"),
         ('    def a(self):\n        """Does it."""\n        return 1\n', "def a(self):\n    return 1"),
         ("@b\ndef a():\n    'Does it.'\n    print 1", "@b\ndef a():\n    print 1"),
         ("def a():\n    return 1", "def a():\n    return 1"),
+        # No function: the code may still hold its docstring.
+        *(
+            (code, None)
+            for code in ('def a(:\n    """Does it."""\n    return 1', 'def a():\n    """Does it."""', "a = 1")
+        ),
     ],
 )
 def test_python_code_loses_its_docstring_and_the_source_keeps_it(code, stripped):
-    function = codesearchnet_function({**PYTHON, "func_code_string": code})
-    assert function.code == stripped
-    assert function.source == code
-
-
-@pytest.mark.parametrize("code", ['def a(:\n    """Does it."""\n    return 1', 'def a():\n    """Does it."""', "a = 1"])
-def test_python_code_that_may_keep_its_query_gives_no_function(code):
-    assert codesearchnet_function({**PYTHON, "func_code_string": code}) is None
+    row = {"language": "python", "func_code_string": code, "func_documentation_string": "Does it."}
+    function = codesearchnet_function(row)
+    assert (function and (function.code, function.source)) == (stripped and (stripped, code))
 
 
 @pytest.mark.parametrize(

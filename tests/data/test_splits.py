@@ -17,24 +17,16 @@ from modular_star_encoder.data.splits import (
 )
 from tests.errors import raises
 
-SIZES = {f"r{i}": 10 for i in range(50)} | {"huge": 300, "large": 200}
 
-
-def test_only_small_repositories_are_held_out_and_no_more_than_needed():
-    for seed in range(5):
-        drawn = draw_repositories(SIZES, seed=seed, min_test=95)
-        assert len(drawn) == 10
-        assert not {"huge", "large"} & drawn
+def test_only_small_repositories_are_held_out_and_the_seed_alone_decides():
+    sizes = {f"r{i}": 10 for i in range(50)} | {"huge": 300, "large": 200}
+    drawn = [draw_repositories(sizes, seed=seed, min_test=95) for seed in range(5)]
+    assert all(len(one) == 10 and not {"huge", "large"} & one for one in drawn)  # no more than needed
+    assert len(set(map(frozenset, drawn))) == 5
+    assert draw_repositories(dict(reversed(sizes.items())), seed=1, min_test=95) == drawn[1]
+    assert draw_repositories({f"r{i}": 1 for i in range(40)}, seed=7, min_test=5) == {"r8", "r12", "r21", "r27", "r37"}
     with raises("data.split.too_few_repositories", 1):
         draw_repositories({"a": 5}, seed=0)
-
-
-def test_the_seed_alone_decides_the_draw():
-    backwards = dict(reversed(SIZES.items()))
-    one = draw_repositories(SIZES, seed=1, min_test=100)
-    assert draw_repositories(backwards, seed=1, min_test=100) == one
-    assert draw_repositories(SIZES, seed=2, min_test=100) != one
-    assert draw_repositories({f"r{i}": 1 for i in range(40)}, seed=7, min_test=5) == {"r8", "r12", "r21", "r27", "r37"}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +82,7 @@ def contents(texts):
     }
 
 
-def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_path):
+def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_path, capsys):
     data = prepare(write_rows(tmp_path), tmp_path / "data")
     assert not {text.repository for text in data.train} & {text.repository for text in data.held_out}
     assert not contents(data.train) & contents(data.held_out)
@@ -100,12 +92,10 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
     assert len(data.train) + len(data.held_out) + shared == 80
     assert data.report["sources"]["parallel"]["skipped"] == {"unsupported language rust": 20}
     assert data.report["held_out_repositories"] == sorted({text.repository for text in data.held_out})
-
-
-@pytest.mark.parametrize(("triplets", "share", "said"), [(60, 0.1, True), (60, 0.2, False), (700, 0.1, False)])
-def test_few_held_out_rows_are_said_with_what_holds_out_more(tmp_path, capsys, triplets, share, said):
-    prepare(write_rows(tmp_path, triplets), tmp_path / "data", eval_fraction=share, progress=True)
-    assert ("eval_fraction=0.2 holds out more" in capsys.readouterr().out) is said
+    # Few held-out rows are said, with what holds out more.
+    for number, (triplets, share, said) in enumerate([(60, 0.1, True), (60, 0.2, False), (700, 0.1, False)]):
+        prepare(write_rows(tmp_path, triplets), tmp_path / f"{number}", eval_fraction=share, progress=True)
+        assert ("eval_fraction=0.2 holds out more" in capsys.readouterr().out) is said
 
 
 def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(tmp_path):
@@ -122,28 +112,20 @@ def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(t
 
 
 def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_keep_theirs(tmp_path):
-    write_rows(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "triplets.jsonl").open()]
-    rows = [row | {"worse": rows[(i + 7) % 60]["func1_CSN"]} for i, row in enumerate(rows)]
-    (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = {"source": str(tmp_path / "triplets.jsonl"), "columns": {"negative": "worse"}}
-    data = prepare({"triplets": source}, tmp_path / "data")
+    path = write_rows(tmp_path)["triplets"]
+    # The hard negative of each row is the code of another one.
+    rewrite(
+        tmp_path / "triplets.jsonl", lambda i, _: {"worse": f"def f{(i + 7) % 60}(x):\n    return x + {(i + 7) % 60}"}
+    )
+    data = prepare({"triplets": {"source": path, "columns": {"negative": "worse"}}}, tmp_path / "data")
     held_out = {code_key(text.snippets[0].code) for text in data.held_out}
     negatives = {code_key(text.negative.code) for text in data.train}
     assert negatives
+    assert held_out
     assert not negatives & held_out
-    plain = prepare({"triplets": source["source"]}, tmp_path / "plain")
-    assert {code_key(rows[i]["worse"]) for i in range(60)} & held_out
+    plain = prepare({"triplets": path}, tmp_path / "plain")
     assert len(data.train) < len(plain.train)
     assert {text.negative for text in plain.train} == {None}
-
-
-def test_data_of_which_nothing_is_left_to_train_on_is_refused_and_not_written(tmp_path):
-    settings = {"triplets": write_rows(tmp_path)["triplets"]}
-    rewrite(tmp_path / "triplets.jsonl", lambda *_: {"func2": "int same() { return 1; }"})
-    with raises("data.split.nothing_to_train"):
-        prepare(settings, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
 
 
 def test_a_second_call_reads_what_the_first_one_wrote_and_refuses_other_settings(tmp_path):
@@ -170,7 +152,10 @@ def test_samples_are_drawn_by_seed_in_the_order_of_the_sources(tmp_path):
     assert len(some[0]) == 20
     with raises("data.split.max_train_samples", 1000):
         prepare(settings, tmp_path / "many", max_train_samples=1000)
-    assert not (tmp_path / "many").exists()
+    rewrite(tmp_path / "triplets.jsonl", lambda *_: {"func2": "int same() { return 1; }"})
+    with raises("data.split.nothing_to_train"):
+        prepare({"triplets": settings["triplets"]}, tmp_path / "many")
+    assert not (tmp_path / "many").exists()  # nothing is written
 
 
 def triplet(number, description=None, code=None, other=None):
@@ -228,23 +213,17 @@ def test_both_kinds_are_equally_present_and_no_text_is_twice_in_a_batch(monkeypa
     assert any(max(texts_of_batch(texts, careless, step).values()) > 1 for step in range(40))
 
 
-def test_every_row_has_its_turn_also_those_of_large_groups():
-    texts = [triplet(i, description=f"Does {i % 8}.") for i in range(24)]
-    plan = plan_of(texts, 4, seed=0)
-    seen = {kind: set() for kind in (TEXT_TO_CODE, CODE_TO_CODE)}
-    for step in range(3 * 4):
-        for row, kind, _ in plan.batch(step):
-            seen[kind].add(row)
-    assert PairGroups(texts).counts == {TEXT_TO_CODE: 8, CODE_TO_CODE: 8}
-    assert len(seen[TEXT_TO_CODE]) == 24
-    assert len(seen[CODE_TO_CODE]) > 16
-
-
-def test_an_epoch_takes_each_group_once_and_epochs_differ():
+def test_an_epoch_takes_each_group_once_epochs_differ_and_every_row_of_a_large_group_has_its_turn():
     plan = plan_of([described(i) for i in range(12)], 4, seed=0)
     epochs = [[draw.row for step in range(3) for draw in plan.batch(3 * epoch + step)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert epochs[0] != epochs[1]
+    texts = [triplet(i, description=f"Does {i % 8}.") for i in range(24)]
+    plan = plan_of(texts, 4, seed=0)
+    seen = {(row, kind) for step in range(3 * 4) for row, kind, _ in plan.batch(step)}
+    assert PairGroups(texts).counts == {TEXT_TO_CODE: 8, CODE_TO_CODE: 8}
+    assert sum(kind == TEXT_TO_CODE for _, kind in seen) == 24
+    assert sum(kind == CODE_TO_CODE for _, kind in seen) > 16
 
 
 def with_negatives(texts, step):
@@ -292,9 +271,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     assert batches == [plan.batch(step) for step, plan in enumerate(backwards)]
     assert batches != [plan_of(texts, 8, seed=6).batch(step) for step in range(20)]
     assert len({tuple(batch) for batch in batches}) == 20
-
-
-def test_one_kind_alone_fills_the_batch_and_sources_mix():
+    # One kind alone fills the batch, and sources mix.
     exercises = plan_of([exercise(i) for i in range(6)], 5).batch(0)
     assert [draw.kind for draw in exercises] == [CODE_TO_CODE] * 5
     mixed = [described(i) for i in range(6)] + [exercise(i) for i in range(3)]
