@@ -7,13 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from modular_star_encoder.data import tokenizer_files
-from modular_star_encoder.data.prompts import (
-    LANGUAGES,
-    SPECIAL_TOKENS,
-    code_prompt,
-    sentence_transformer_prompts,
-    text_prompt,
-)
+from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, sentence_transformer_prompts, text_prompt
 from modular_star_encoder.data.tokenizer import encode_content, load_tokenizer, train_tokenizer, with_template
 from tests.errors import raises
 from tests.published.stand_in import write_tokenizer
@@ -21,15 +15,12 @@ from tests.published.stand_in import write_tokenizer
 TEXT = "def añb(x):\n\treturn x1234  # 漢字 🙂\r\n"
 
 
-def test_special_tokens_have_the_first_ids_and_padding_is_on_the_left(tokenizer):
-    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3]
+def test_special_tokens_have_the_first_ids_and_frame_texts_and_pairs_also_if_they_are_cut(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<sep>", "<cls>", "<mask>"]) == [0, 1, 2, 3]
     assert [getattr(tokenizer, f"{role}_token_id") for role in ("pad", "sep", "cls", "mask")] == [0, 1, 2, 3]
     batch = tokenizer(["a", "a b c d e f"], padding=True)
-    assert batch["input_ids"][0][0] == 0
+    assert batch["input_ids"][0][0] == 0  # on the left
     assert batch["attention_mask"][0][-1] == 1
-
-
-def test_a_text_and_a_pair_are_framed_by_the_template_also_if_they_are_cut(tokenizer):
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("load x", "save y"))
     assert a
     assert tokenizer("load x")["input_ids"] == [1, *a, 2]
@@ -59,23 +50,16 @@ def test_a_reloaded_tokenizer_gives_identical_ids(tokenizer, tmp_path):
     assert (reloaded.padding_side, reloaded.model_max_length) == ("left", 128)
 
 
-def test_content_cannot_inject_special_tokens(tokenizer):
+def test_rows_of_content_equal_the_tokenizers_ids_without_special_tokens_and_are_small(tokenizer):
     text = "x = '<sep><cls><mask><pad>'"
     assert set(tokenizer(text, add_special_tokens=False)["input_ids"]) & {0, 1, 2, 3}
     (row,) = encode_content(tokenizer, [text], progress=False)
     assert not set(row.tolist()) & {0, 1, 2, 3}
     assert tokenizer.decode(row) == text
     assert not tokenizer.backend_tokenizer.encode_special_tokens  # the tokenizer itself is as before
-
-
-def test_rows_of_content_equal_the_tokenizers_ids_and_are_small(tokenizer):
     texts = [f"{TEXT}{i}" * (i % 3) for i in range(600)]
     rows = encode_content(tokenizer, texts, progress=False)
-    assert len(rows) == 600
-    assert all(
-        row.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-        for row, text in zip(rows, texts, strict=True)
-    )
+    assert [row.tolist() for row in rows] == tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert rows[1].dtype == np.uint16
     assert len(rows[0]) == 0
     with pytest.raises(IndexError):
@@ -135,20 +119,10 @@ def test_prompts_are_worded_as_published_and_end_with_the_inner_separator():
     for language in ("  ", "python<sep>"):
         with raises("data.prompt.language"):
             code_prompt(language)
-
-
-def test_sentence_transformer_prompts_hold_queries_documents_and_every_language():
-    prompts = sentence_transformer_prompts()
-    assert prompts["query"] == text_prompt()
-    assert prompts["document"] == code_prompt()
-    assert {prompts[f"document_{language}"] for language in LANGUAGES} == set(map(code_prompt, LANGUAGES))
-    assert len(prompts) == 2 + len(LANGUAGES)
-
-
-def test_a_model_without_instructions_keeps_the_prompt_names_and_empties_the_prompts():
-    empty = sentence_transformer_prompts(instructions=False)
-    assert set(empty) == set(sentence_transformer_prompts())
-    assert set(empty.values()) == {""}
+    expected = {f"document_{language}": code_prompt(language) for language in LANGUAGES}
+    expected |= {"query": text_prompt(), "document": code_prompt()}
+    assert sentence_transformer_prompts() == expected
+    assert sentence_transformer_prompts(instructions=False) == dict.fromkeys(expected, "")
     assert text_prompt(instructions=False) == code_prompt("python", instructions=False) == ""
 
 
@@ -317,14 +291,9 @@ def test_what_published_tokenizers_have_is_allowed(tokenizer, tmp_path, changes)
 
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
 def test_files_that_cost_more_than_a_sentence_are_refused_unread(tokenizer, tmp_path, monkeypatch, changes):
-    for name, smaller in {
-        "_MAX_BYTES": 2**20,
-        "_MAX_SETTINGS_BYTES": 2**19,
-        "_MAX_TOKENS": 2**17,
-        "_MAX_SETTINGS": 2**17,
-        "_MAX_ENTRIES": 2**16,
-    }.items():
-        monkeypatch.setattr(tokenizer_files, name, smaller)
+    smaller = {"BYTES": 2**20, "SETTINGS_BYTES": 2**19, "TOKENS": 2**17, "SETTINGS": 2**17, "ENTRIES": 2**16}
+    for name, value in smaller.items():
+        monkeypatch.setattr(tokenizer_files, f"_MAX_{name}", value)
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", None)
     write_changed(tmp_path, tokenizer, changes)
     with raises("checkpoint.tokenizer", tmp_path):

@@ -36,7 +36,11 @@ def test_test_code_follows_the_conventions_of_its_language(language, tests, othe
     assert [path for path in others.split() if is_test(PurePath(path), language)] == []
 
 
-def test_vendored_folders_of_web_projects_do_not_count_in_python():
+def test_tests_and_vendored_code_are_kept_on_request_and_folders_of_web_projects_do_not_count_in_python():
+    paths = [PurePath("tests/a.py"), PurePath("_vendor/a.py")]
+    assert [FileFilters().reason_by_path(path, "python") for path in paths] == ["test code", "vendored code"]
+    everything = FileFilters(tests=True, vendored=True)
+    assert [everything.reason_by_path(path, "python") for path in paths] == [None, None]
     assert is_vendored(PurePath("a/vendor/b.go"), "go")
     assert is_vendored(PurePath("a/thirdparty/b.h"), "c")
     assert not is_vendored(PurePath("a/thirdparty/b.py"), "python")
@@ -74,14 +78,16 @@ UNMARKED = [
 ]
 
 
-def test_generated_files_that_ask_not_to_be_edited_are_fewer():
-    assert [text for text in MARKED + UNMARKED if is_marked_generated(text)] == MARKED
+MINIFIED = ["a" * 1_001, "// Licence\n" * 30 + "a" * 500_000, ("a" * 900 + "\n") * 9 + "a" * 1_100]
+OTHERS = ["a" * 1_000, CODE * 50 + "x" * 1_001, CODE * 50 + "x" * 500_000, "a" * 300 + "\n" + "b" * 700]
 
 
-def test_minified_files_have_long_lines_only():
-    minified = ["a" * 1_001, "// Licence\n" * 30 + "a" * 500_000, ("a" * 900 + "\n") * 9 + "a" * 1_100]
-    others = ["a" * 1_000, CODE * 50 + "x" * 1_001, CODE * 50 + "x" * 500_000, "a" * 300 + "\n" + "b" * 700]
-    assert [text for text in minified + others if is_minified(text)] == minified
+@pytest.mark.parametrize(
+    ("test", "texts", "others"),
+    [(is_generated, GENERATED, WRITTEN), (is_marked_generated, MARKED, UNMARKED), (is_minified, MINIFIED, OTHERS)],
+)
+def test_generated_files_say_so_fewer_ask_not_to_be_edited_and_minified_files_have_long_lines_only(test, texts, others):
+    assert [text for text in texts + others if test(text)] == texts
 
 
 @pytest.mark.parametrize(("longest", "average", "reason"), [(4, 1.4, None), (3, 9, "very"), (4, 1.3, "average")])
@@ -92,12 +98,9 @@ def test_line_lengths_leave_out_every_kind_of_line_end(longest, average, reason)
 
 def test_encoded_data_is_found_by_its_length_or_its_share():
     base64 = "QUJD" * 300
-    assert holds_encoded_data(CODE * 200 + f'x = "{base64}"\n')
-    assert holds_encoded_data(f'x = "{base64[:200]}"\n')
-    assert not holds_encoded_data(CODE * 200 + f'x = "{base64[:200]}"\n')
-    assert holds_encoded_data(CODE * 99 + "x = " + "0x1f," * 300)
-    assert holds_encoded_data(CODE * 99 + 'x = "' + "\\u00e9" * 300 + '"')
-    assert not holds_encoded_data(CODE)
+    data = [CODE * 200 + f'x = "{base64}"\n', f'x = "{base64[:200]}"\n', CODE * 99 + "x = " + "0x1f," * 300]
+    data.append(CODE * 99 + 'x = "' + "\\u00e9" * 300 + '"')
+    assert [text for text in [*data, CODE, CODE * 200 + f'x = "{base64[:200]}"\n'] if holds_encoded_data(text)] == data
 
 
 @pytest.mark.parametrize(
@@ -130,13 +133,6 @@ def test_the_declared_encoding_decides_and_one_that_nobody_knows_is_a_reason():
     assert filters.decode(b"\xe4", "UTF-8") == ("", "not in its declared encoding")
     assert filters.decode(b"a", "no-such") == ("", "unknown encoding")
     assert filters.decode(b"a", "zlib") == ("", "unknown encoding")
-
-
-def test_tests_and_vendored_code_are_kept_on_request():
-    paths = [PurePath("tests/a.py"), PurePath("_vendor/a.py")]
-    assert [FileFilters().reason_by_path(path, "python") for path in paths] == ["test code", "vendored code"]
-    everything = FileFilters(tests=True, vendored=True)
-    assert [everything.reason_by_path(path, "python") for path in paths] == [None, None]
 
 
 TEXT = "# Jürgen ist größer\nx = 1\n"
