@@ -23,15 +23,9 @@ from modular_star_encoder.utils.files import (
 from tests.errors import raises
 
 
-def test_what_was_written_is_read_back_and_nothing_else_is_left(tmp_path):
-    write_json(tmp_path / "results.json", {"mrr": 0.5, "größe": [1, 2]})
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"mrr": 0.5, "größe": [1, 2]}
-    assert os.listdir(tmp_path) == ["results.json"]
-
-
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_json(path, {"mrr": 0.5})
+def test_what_was_written_is_read_back_and_a_failed_write_leaves_it_alone(tmp_path, monkeypatch):
+    path, content = tmp_path / "results.json", {"mrr": 0.5, "größe": [1, 2]}
+    write_json(path, content)
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"mrr": float("nan")})
 
@@ -41,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"mrr": 0.6})
-    assert json.loads(path.read_text()) == {"mrr": 0.5}
+    assert json.loads(path.read_text(encoding="utf-8")) == content
     assert os.listdir(tmp_path) == ["results.json"]
 
 
@@ -56,15 +50,11 @@ def test_a_resumable_write_removes_what_a_killed_one_left(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["rows", "rows.txt", "whole"]
 
 
-def test_of_two_runs_that_write_a_folder_the_second_is_told(tmp_path):
+def test_a_folder_with_content_is_not_replaced_even_if_another_run_wrote_it_meanwhile(tmp_path):
     with raises("files.folder.not_empty", tmp_path / "out"), staged_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs.txt").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "theirs.txt"]
-
-
-def test_a_folder_with_content_is_not_replaced(tmp_path):
-    (tmp_path / "mine.txt").touch()
     with raises("files.folder.not_empty", tmp_path), staged_folder(tmp_path):
         pass
 
@@ -149,13 +139,15 @@ def squares(numbers):
     return [number * number for number in numbers]
 
 
-def mapped(numbers, processes=2, chunk_size=3):
-    options = {"processes": processes, "chunk_size": chunk_size, "crashed": lambda number: [("crashed", number)]}
+def mapped(numbers, processes=2):
+    options = {"processes": processes, "chunk_size": 3, "crashed": lambda number: [("crashed", number)]}
     return [result for results in crash_safe_map(squares, iter(numbers), **options) for result in results]
 
 
-def test_results_come_in_order_whatever_the_number_of_processes():
+def test_results_come_in_order_whatever_the_number_of_processes_and_an_error_is_that_of_the_caller():
     assert mapped(range(24)) == mapped(range(24), processes=1) == [number * number for number in range(24)]
+    with pytest.raises(ValueError, match="a thousand"):
+        mapped([1, 2, 1000])
 
 
 @pytest.mark.slow
@@ -163,11 +155,6 @@ def test_results_come_in_order_whatever_the_number_of_processes():
 def test_an_item_that_kills_its_process_costs_no_other(deadly):
     numbers = [-number - 1 if number in deadly else number for number in range(24)]
     assert mapped(numbers) == [("crashed", number) if number < 0 else number * number for number in numbers]
-
-
-def test_an_error_in_the_function_is_that_of_the_caller():
-    with pytest.raises(ValueError, match="a thousand"):
-        mapped([1, 2, 1000])
 
 
 def test_a_folder_that_another_process_writes_is_refused_and_one_s_own_lock_is_taken_again(tmp_path):

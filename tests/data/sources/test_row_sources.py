@@ -15,9 +15,8 @@ def row(number, **changes):
     return {**values, "terms": ["mit"], "unused": number, **changes}
 
 
-def write_parquet(path, rows, row_group_size=7):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
     return path
 
 
@@ -37,9 +36,7 @@ def test_the_columns_named_become_source_files(tmp_path):
     assert reader.repositories is None
     reader = row_repositories(tmp_path / "a.parquet", RowColumns(repository="repo", path="file", text="code"))
     assert [(file.language, file.license) for file in reader] == [("python", None), ("cpp", None), ("python", None)]
-
-
-def test_the_columns_of_the_stack_are_known(tmp_path):
+    # The columns of The Stack are known.
     published = {"repo_name": "a/b", "repo_path": "x.js", "repo_licenses": ["MIT"]}
     published = {f"max_stars_{name}": value for name, value in published.items()}
     published |= {"content": "x = 1", "lang": "JavaScript", "hexsha": "0"}
@@ -68,10 +65,8 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_names_again_and_again(t
 
 @pytest.mark.slow
 def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
-    rows = [row(number, code=f"{number} word " * 50_000) for number in range(100)]
-    table = pyarrow.Table.from_pylist(rows)
+    table = pyarrow.Table.from_pylist([row(number, code=f"{number} word " * 50_000) for number in range(100)])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5, use_dictionary=False)
-    del rows
     size = table.nbytes
     del table
     before, peak = pyarrow.total_allocated_bytes(), 0

@@ -63,12 +63,9 @@ def texts(reader):
 
 
 def test_the_files_of_a_repository_are_fetched_unpacked_and_decoded(reader_of, server):
-    server.answers[blob(2)] = gzip.compress("# caf\xe9".encode("latin-1"))
-    server.answers[blob(3)] = b"int not_compressed;"
-    reader = reader_of(
-        [record(1), record(2, src_encoding="ISO-8859-1")],
-        [record(3, path="/a.hpp", language="C++", detected_licenses=[], license_type="no_license")],
-    )
+    server.answers |= {blob(2): gzip.compress("# caf\xe9".encode("latin-1")), blob(3): b"int not_compressed;"}
+    other = record(3, path="/a.hpp", language="C++", detected_licenses=[], license_type="no_license")
+    reader = reader_of([record(1), record(2, src_encoding="ISO-8859-1")], [other])
     expected = [
         ("owner/r0", "src/1.py", "python", "x = 1", "MIT"),
         ("owner/r0", "src/2.py", "python", "# café", "MIT"),
@@ -105,15 +102,12 @@ def test_missing_contents_are_requested_once_and_failures_of_the_server_a_few_ti
     assert server.requested == {blob(1): 1, blob(2): 1, blob(3): 3, blob(4): 3, blob(5): 1}
 
 
-def test_damaged_and_unsuitable_contents_are_counted(reader_of, server):
+def test_damaged_unsuitable_and_large_contents_are_counted_and_not_unpacked_beyond_the_limit(reader_of, server):
     one, two, three, four = map(gzip.compress, (b"x = 1", b"\xff\xff", b"x = 3", b"x\n" * 1_000_000))
     server.answers.update({blob(1): one[:-4] + b"1234", blob(2): two, blob(3): three[:12], blob(4): four})
     reader = reader_of([record(number) for number in range(1, 6)], filters=FileFilters(max_bytes=1000))
     assert texts(reader) == ["x = 5"]
     assert reader.skipped == {"damaged content": 2, "not in its declared encoding": 1, "too large": 1}
-
-
-def test_a_content_that_unpacks_to_much_is_not_unpacked_beyond_the_limit():
     assert len(unpack(gzip.compress(b"\0" * 50_000_000), 1000)) == 1001
     assert unpack(gzip.compress(b"x" * 1000), 1000) == b"x" * 1000
 
@@ -139,18 +133,13 @@ def test_only_a_few_contents_are_fetched_ahead(reader_of, server):
     assert server.requested.total() <= 12
 
 
-def test_contents_may_come_from_a_folder(reader_of, tmp_path):
+def test_contents_may_come_from_a_folder_and_wrong_sources_are_refused_in_one_sentence(reader_of, tmp_path):
     (tmp_path / blob(1)).write_bytes(gzip.compress(b"local = 1"))
     reader = reader_of([record(1), record(2)], url=f"file://{tmp_path}/{{blob_id}}")
     assert texts(reader) == ["local = 1"]
     assert reader.skipped == {"content missing or forbidden": 1}
-
-
-def test_wrong_sources_of_contents_are_refused_in_one_sentence(tmp_path):
-    file, url = tmp_path / "a.parquet", "https://example.org/{blob_id}"
-    pyarrow.parquet.write_table(pyarrow.table({"repo_name": ["a"]}), file)
     for wrong in ("https://example.org/content", "nosuch://bucket/{blob_id}"):
         with raises("data.contents.url"):
-            the_stack_repositories(file, wrong)
+            reader_of([record(1)], url=wrong)
     with raises("http.settings"):
-        the_stack_repositories(file, url, http={"concurrency": 0})
+        reader_of([record(1)], threads=0)
