@@ -96,7 +96,9 @@ def one_text_in_lists(values):
 
 
 @pytest.mark.parametrize("store_schema", [True, False])
-def test_lists_that_repeat_a_text_are_measured_before_they_are_decoded(tmp_path, store_schema):
+def test_dictionaries_and_lists_that_repeat_a_text_are_measured_before_they_are_decoded(
+    tmp_path, monkeypatch, store_schema
+):
     texts = one_text_in_lists(500)
     table = pyarrow.table({"a": texts, "b": pyarrow.StructArray.from_arrays([texts], ["c"]), "d": [[[1]]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=store_schema)
@@ -110,6 +112,9 @@ def test_lists_that_repeat_a_text_are_measured_before_they_are_decoded(tmp_path,
     with raises("data.source.damaged", "characters"):
         rows_of(tmp_path / "a.parquet")
     assert pool.max_memory() < max(before + 1, 10**8)  # decoded, the list has 130 MB
+    pyarrow.parquet.write_table(pyarrow.table({"a": one_text_in_every_row(900)}), tmp_path / "a.parquet")
+    monkeypatch.setattr(dataset_rows, "_MAX_BATCH_BYTES", 10_000)
+    assert max(map(len, dataset_rows.parquet_batches(tmp_path / "a.parquet"))) <= 20  # rows at a time
 
 
 @pytest.mark.parametrize(
@@ -128,13 +133,6 @@ def test_a_parquet_file_that_unpacks_to_more_than_its_share_is_not_read(tmp_path
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(table) // groups)
     with raises("data.source.damaged", tmp_path / "a.parquet", fault):
         rows_of(tmp_path / "a.parquet")
-
-
-def test_rows_of_a_column_with_a_large_dictionary_are_decoded_few_at_a_time(tmp_path, monkeypatch):
-    pyarrow.parquet.write_table(pyarrow.table({"a": one_text_in_every_row(900)}), tmp_path / "a.parquet")
-    monkeypatch.setattr(dataset_rows, "_MAX_BATCH_BYTES", 10_000)
-    sizes = {len(batch) for batch in dataset_rows.parquet_batches(tmp_path / "a.parquet")}
-    assert max(sizes) <= 20
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
@@ -168,20 +166,18 @@ def test_a_hard_negative_has_its_own_language_or_that_of_a_code(tmp_path, column
         list(open_triplets(file, columns=columns, strict=True))
 
 
-def test_a_folder_gives_the_files_of_a_split(tmp_path):
+def test_a_folder_gives_the_files_of_a_split(tmp_path, monkeypatch):
     for number, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
         write(tmp_path / "data" / f"{name}.parquet", [row(number)])
     assert repositories(open_triplets(tmp_path)) == ["0", "1"]
     assert repositories(open_triplets(tmp_path, split="validation")) == ["2"]
     with raises("data.source.split", "test"):
         open_triplets(tmp_path, split="test")
-
-
-def test_a_folder_without_splits_or_a_list_of_files_is_read_whole_in_order(tmp_path, monkeypatch):
-    write(tmp_path / "b" / "c.jsonl", [row(1)])
-    write(tmp_path / "a.jsonl.gz", [row(0)])
-    assert repositories(open_triplets(tmp_path)) == ["0", "1"]
-    monkeypatch.setenv("HOME", str(tmp_path))
+    # A folder without splits, or a list of files, is read whole in order.
+    write(tmp_path / "whole" / "b" / "c.jsonl", [row(1)])
+    write(tmp_path / "whole" / "a.jsonl.gz", [row(0)])
+    assert repositories(open_triplets(tmp_path / "whole")) == ["0", "1"]
+    monkeypatch.setenv("HOME", str(tmp_path / "whole"))
     assert repositories(open_triplets(["~/b/c.jsonl", "~/a.jsonl.gz"])) == ["1", "0"]
     write(tmp_path / "parquet" / "a.parquet", [row(2)])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), tmp_path / "parquet" / "b.parquet")

@@ -48,6 +48,11 @@ def test_a_reloaded_tokenizer_gives_identical_ids(tokenizer, tmp_path):
     for texts in [(TEXT,), (TEXT, "load"), (code_prompt() + TEXT,), ("",)]:
         assert reloaded(*texts)["input_ids"] == tokenizer(*texts)["input_ids"]
     assert (reloaded.padding_side, reloaded.model_max_length) == ("left", 128)
+    # A tokenizer that names GPT-2's class still splits digits.
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    assert "Digits" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)
+    assert "Digits" not in str(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.pre_tokenizer)
 
 
 def test_rows_of_content_equal_the_tokenizers_ids_without_special_tokens_and_are_small(tokenizer):
@@ -66,7 +71,15 @@ def test_rows_of_content_equal_the_tokenizers_ids_without_special_tokens_and_are
         rows[600]
 
 
-def test_bad_arguments_are_refused_in_one_sentence():
+def test_bad_arguments_and_tokenizers_without_the_tokens_are_refused_and_ours_stays(tokenizer, tmp_path):
+    assert with_template(tokenizer) is tokenizer
+    bare = write_tokenizer(tmp_path, max_length=64)
+    bare.add_tokens(["<sep>"])
+    with raises("data.tokenizer.spelling"):
+        with_template(bare)
+    bare.cls_token = None
+    with raises("data.tokenizer.token_missing", "cls_token"):
+        with_template(bare)
     with raises("data.tokenizer.sizes", "vocab_size", 260):
         train_tokenizer(["a"], 259)
     with raises("data.tokenizer.sizes", "max_length", 4):
@@ -76,39 +89,20 @@ def test_bad_arguments_are_refused_in_one_sentence():
     assert len(train_tokenizer(["a"], 260, progress=False)) == 260
 
 
-def test_a_tokenizer_that_names_gpt2s_class_still_splits_digits(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
-    assert "Digits" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)
-    assert "Digits" not in str(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.pre_tokenizer)
-
-
 def test_a_tokenizer_without_template_gets_ours_and_keeps_every_id(tmp_path):
     published = write_tokenizer(tmp_path, max_length=64)
     ours = with_template(published)
     assert len(ours) == len(published)
     prompt = ours(code_prompt("go") + TEXT)["input_ids"]
-    sep, cls = published.sep_token, published.cls_token
-    written = f"{sep}{code_prompt('go').removesuffix('<sep>')}{sep}{TEXT}{cls}"
+    sep = published.sep_token
+    written = f"{sep}{code_prompt('go').removesuffix('<sep>')}{sep}{TEXT}{published.cls_token}"
     assert prompt == published(written)["input_ids"]
-    assert (published.sep_token, ours.sep_token) == ("<SEP>", "<sep>")
+    assert (sep, ours.sep_token) == ("<SEP>", "<sep>")
     names = ("sep_token_id", "cls_token_id", "mask_token_id", "pad_token_id", "padding_side", "model_max_length")
     assert [getattr(ours, name) for name in names] == [getattr(published, name) for name in names]
     ours.save_pretrained(tmp_path / "ours")
     for again in (load_tokenizer(tmp_path / "ours"), AutoTokenizer.from_pretrained(tmp_path / "ours")):
         assert again(code_prompt("go") + TEXT)["input_ids"] == prompt
-
-
-def test_a_tokenizer_of_ours_stays_and_one_without_the_tokens_is_refused(tokenizer, tmp_path):
-    assert with_template(tokenizer) is tokenizer
-    bare = write_tokenizer(tmp_path, max_length=64)
-    bare.add_tokens(["<sep>"])
-    with raises("data.tokenizer.spelling"):
-        with_template(bare)
-    bare.cls_token = None
-    with raises("data.tokenizer.token_missing", "cls_token"):
-        with_template(bare)
 
 
 def test_prompts_are_worded_as_published_and_end_with_the_inner_separator():
