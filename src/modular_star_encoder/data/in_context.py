@@ -235,12 +235,10 @@ class PairSampler:
         repository = _weighted(rng, self._cumulative_weights)
         start, end = self._repository_bounds[repository : repository + 2].tolist()
         first, second = rng.integers(start, end), rng.integers(start, end - 1)
-        second += second >= first
-        return _Cell(*self._language_and_length(first), *self._language_and_length(second))
-
-    def _language_and_length(self, text: int) -> tuple[int, int]:
-        group = np.searchsorted(self._group_bounds, text, side="right") - 1
-        return int(self._group_language[group]), min(int(self._lengths[text]), self.room)
+        texts = np.array([first, second + (second >= first)])
+        languages = self._group_language[np.searchsorted(self._group_bounds, texts, side="right") - 1].tolist()
+        lengths = np.minimum(self._lengths[texts], self.room).tolist()
+        return _Cell(languages[0], lengths[0], languages[1], lengths[1])
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
         """Draw two repositories with long enough texts in both languages of `cell`; None if too many draws fail."""

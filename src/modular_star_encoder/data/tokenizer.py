@@ -54,16 +54,9 @@ def train_tokenizer(
         raise UserError("data.tokenizer.no_text", "A tokenizer needs at least one text to train on; `texts` is empty.")
     tokenizer.train_from_iterator(chain([first], texts), trainer)
     tokenizer.post_processor = _template(tokenizer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        sep_token=SEP_TOKEN,
-        cls_token=CLS_TOKEN,
-        mask_token=MASK_TOKEN,
-        padding_side="left",
-        truncation_side="right",
-        model_max_length=max_length,
-    )
+    roles = {"pad_token": PAD_TOKEN, "sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
+    sides = {"padding_side": "left", "truncation_side": "right"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **roles, **sides)
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:

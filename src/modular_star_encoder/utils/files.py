@@ -195,7 +195,9 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
     def check() -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError("files.folder.not_empty", f"{target} is a file or not empty; name another folder.")
+            raise UserError(
+                "files.folder.not_empty", f"{target} already exists and is not an empty folder; name another one."
+            )
 
     check()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,6 @@ def write_parquet(path, rows):
     return path
 
 
-def read_paths(reader):
-    return [file.path for file in reader]
-
-
 def test_the_columns_named_become_source_files(tmp_path):
     rows = [row(0), row(1, file="/src/a.cc", lang="C++", terms=["mit", "bsd"]), row(2, terms=[])]
     reader = row_repositories(write_parquet(tmp_path / "a.parquet", rows), COLUMNS)
@@ -47,20 +43,13 @@ def test_the_columns_named_become_source_files(tmp_path):
 def test_what_is_left_out_is_counted_by_reason_in_every_iteration(tmp_path):
     changes = [{}, {"lang": "Rust"}, {"lang": None}, {"file": "tests/a.py"}, {"file": "vendor/a.py"}]
     changes += [{"file": ".github/a.py"}, {"code": None}, {"code": "x" * 60}, {"code": "é" * 49}]
-    file = write_parquet(tmp_path / "a.parquet", [row(number, **change) for number, change in enumerate(changes)])
-    reader = row_repositories(file, COLUMNS, filters=FileFilters(max_line_length=50, max_bytes=90))
+    write_parquet(tmp_path / "b.parquet", [row(number) for number in range(9, 40)])  # read after the other file
+    write_parquet(tmp_path / "a.parquet", [row(number, **change) for number, change in enumerate(changes)])
+    reader = row_repositories(tmp_path, COLUMNS, filters=FileFilters(max_line_length=50, max_bytes=90))
     for _ in range(2):
-        assert read_paths(reader) == ["0.py"]
+        assert [file.path for file in reader] == ["0.py", *(f"{number}.py" for number in range(9, 40))]
         once = ("test code", "vendored code", "hidden or closed folder", "empty", "very long lines", "too large")
         assert reader.skipped == dict.fromkeys(once, 1) | {"another language": 2}
-
-
-def test_a_folder_of_files_is_read_in_the_order_of_their_names_again_and_again(tmp_path):
-    for name, start, end in (("c", 50, 90), ("a", 0, 20), ("b", 20, 50)):
-        write_parquet(tmp_path / f"{name}.parquet", [row(number) for number in range(start, end)])
-    reader = row_repositories(tmp_path, COLUMNS)
-    for _ in range(2):
-        assert read_paths(reader) == [f"{number}.py" for number in range(90)]
 
 
 @pytest.mark.slow
@@ -84,6 +73,6 @@ def test_a_name_of_the_hub_is_opened_as_a_stream_with_its_options(monkeypatch, t
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or local)
     reader = row_repositories("owner/name", COLUMNS, config="Python", split="test", revision="v1", data_dir="data/go")
-    assert read_paths(reader) == ["0.py"]
+    assert [file.path for file in reader] == ["0.py"]
     expected = {"split": "test", "revision": "v1", "data_dir": "data/go", "streaming": True}
     assert calls == [(("owner/name", "Python"), expected)]

@@ -195,7 +195,7 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
             is_link = os.path.islink(location)
             language = language_of(location)
             if obey and not (language or location.suffix or name.startswith(".") or is_link):
-                language = language_of_script(beginning(location, _SHEBANG_BYTES) or b"")
+                language = language_of_script(beginning(location, 128) or b"")
             if language not in languages or (ignored and ignored.ignores(str(location), is_folder=False)):
                 continue
             if obey or not is_link:
@@ -204,9 +204,6 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
     left_out += [(Path(error.filename), "unreadable folder") for error in closed if obey]
     for location, reason in left_out:
         yield _File("", location.relative_to(root).as_posix(), location, ""), reason
-
-
-_SHEBANG_BYTES = 128
 
 
 ZIP_SUFFIXES = (".zip", ".whl", ".jar")
