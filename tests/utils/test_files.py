@@ -91,14 +91,14 @@ def test_folders_nested_too_deeply_are_one_sentence(tmp_path, monkeypatch):
 
 
 def test_links_out_of_a_folder_are_an_error_except_into_the_hub_s_cache(tmp_path):
-    (folder := tmp_path / "data").mkdir()
+    (folder := tmp_path / "snapshots" / "1").mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
     for file in (folder / "a.csv", tmp_path / "b.csv", tmp_path / "blobs" / "c"):
         file.touch()
-    for name, target in {"inside": "a.csv", "blob": "../blobs/c", "loop": "loop.csv"}.items():
+    for name, target in {"inside": "a.csv", "blob": "../../blobs/c", "loop": "loop.csv"}.items():
         (folder / f"{name}.csv").symlink_to(target)
     assert [path.stem for path in files.files_below(folder, "*.csv")] == ["a", "blob", "inside", "loop"]
-    for name, target in {"outside": "../b.csv", "device": "/dev/zero"}.items():
+    for name, target in {"outside": "../../b.csv", "device": "/dev/zero"}.items():
         (folder / f"{name}.csv").symlink_to(target)
     with raises("files.folder.links", "2 links", folder / "device.csv"):
         files.files_below(folder, "*.csv")

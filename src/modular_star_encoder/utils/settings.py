@@ -158,8 +158,8 @@ def _yaml_fault(data: bytes) -> str:
             return f"it has more than {MAX_YAML_NODES:,} values"
         if isinstance(event, yaml.AliasEvent):
             return f"it has the alias *{event.anchor}; write the value again instead"
-        if getattr(event, "tag", None):
-            return f"it has the tag {event.tag}; leave it out"
+        if tag := getattr(event, "tag", None):
+            return f"it has the tag {tag}; leave it out"
         if isinstance(event, yaml.ScalarEvent):
             if re.search(r"[\0\ud800-\udfff]", event.value):
                 return "it has a text with a null character or half a surrogate pair"
