@@ -142,10 +142,11 @@ def test_pipes_and_devices_among_the_files_of_git_are_not_read(tmp_path, name, d
     assert read(tmp_path) == ["a.py"]
 
 
-@pytest.mark.parametrize("limit", ["MOST_LINES", "_MAX_BYTES"])
+@pytest.mark.parametrize("limit", ["MOST_LINES", "MOST_WORK", "_MAX_BYTES"])
 def test_an_ignore_file_with_too_many_patterns_is_named(repository, monkeypatch, limit):
     monkeypatch.setattr(ignore_files, limit, 2)
-    with raises("data.ignore.too_large", repository / ".git/info/exclude" if limit == "_MAX_BYTES" else ".gitignore"):
+    named = {"MOST_LINES": ".gitignore", "MOST_WORK": repository, "_MAX_BYTES": repository / ".git/info/exclude"}
+    with raises("data.ignore.too_large", named[limit]):
         read(repository)
 
 

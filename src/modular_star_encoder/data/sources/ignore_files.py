@@ -11,13 +11,14 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
 
 _IGNORE_FILES = (".gitignore", ".moseignore")
-MOST_LINES = 10_000  # of an ignore file
+MOST_LINES = 10_000  # of an ignore file; a set such as `[a-z]` counts as a line
+MOST_WORK = 2_000_000  # for all patterns: for each 50, the length of its regular expression, and 100 for each set
 MAX_INDEX_BYTES = 256_000_000  # of a git index, and of the paths of its files and of their folders
 _MAX_BYTES = 250_000  # of any other file
 _LONGEST_PATH = 4096
@@ -35,15 +36,25 @@ class IgnoreFiles:
         above = [root, *root.parents]
         top = next((place for place, folder in enumerate(above) if (folder / ".git").exists()), 0)
         self._known: dict[str, _Folder] = {}
+        self._work = 0
         folder = _Folder((), _Repository(above[top]))
         for path in reversed(above[: top + 1]):
-            folder = self._known[str(path)] = folder.inner(str(path))
+            folder = self._known[str(path)] = self._enter(folder, str(path))
+
+    def _enter(self, folder: "_Folder", path: str) -> "_Folder":
+        inner = folder.inner(path)
+        added = (rule.expression.pattern for rule in inner.rules[len(folder.rules) :])
+        self._work += sum(50 + len(pattern) + 100 * pattern.count(b"[") for pattern in added)
+        if self._work > MOST_WORK:
+            message = "The ignore files have too many or too long patterns; the last one read is in"
+            raise UserError("data.ignore.too_large", f"{message} {path}.")
+        return inner
 
     def ignores(self, path: str, *, is_folder: bool) -> bool:
         """Return whether a path is ignored: of all patterns that match, the last in the deepest ignore file decides."""
         parent = os.path.dirname(path)
         if (folder := self._known.get(parent)) is None:
-            folder = self._known[parent] = self._known[os.path.dirname(parent)].inner(parent)
+            folder = self._known[parent] = self._enter(self._known[os.path.dirname(parent)], parent)
         name = os.fsencode(path)
         rule = folder.inherited or next((one for one in reversed(folder.rules) if one.fits(name, is_folder)), None)
         if rule is None or rule.is_negative:
@@ -51,7 +62,7 @@ class IgnoreFiles:
         if rule.is_ours or name not in folder.repository.tracked:
             return True
         if is_folder:  # read the folder, but in it only the files that git tracks
-            self._known[path] = _Folder(folder.rules, folder.repository, rule).inner(path)
+            self._known[path] = self._enter(_Folder(folder.rules, folder.repository, rule), path)
         return False
 
 
@@ -161,8 +172,8 @@ def _content(file: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
 def _rules(file: str, folder: str) -> list[_Rule]:
     """Return the rules of an ignore file for the paths below a folder; no rules if the file can't be read."""
     content = beginning(file, _MAX_BYTES + 1) or b""
-    if len(content) > _MAX_BYTES or content.count(b"\n") > MOST_LINES:
-        message = f"{file} has more than {MOST_LINES:,} lines or {_MAX_BYTES:,} bytes: shorten it."
+    if len(content) > _MAX_BYTES or content.count(b"\n") + content.count(b"[") > MOST_LINES:
+        message = f"{file} has more than {MOST_LINES:,} lines and sets, or {_MAX_BYTES:,} bytes: shorten it."
         raise UserError("data.ignore.too_large", message)
     rules = []
     for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
@@ -237,6 +248,15 @@ _CLASSES = {
     b"upper": b"[A-Z]",
     b"xdigit": b"[0-9A-Fa-f]",
 }
+
+
+@cache
+def _class(name: bytes) -> frozenset[int]:
+    if name not in _CLASSES:
+        raise re.error("an unknown class")
+    return frozenset(value for value in range(256) if re.match(_CLASSES[name], bytes([value])))
+
+
 _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\\]]))?", re.DOTALL)
 
 
@@ -250,9 +270,7 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
             raise re.error("a set without an end")
         at = item.end()
         if item["name"] is not None:
-            if item["name"] not in _CLASSES:
-                raise re.error("an unknown class")
-            chosen |= {value for value in range(256) if re.match(_CLASSES[item["name"]], bytes([value]))}
+            chosen |= _class(item["name"])
         else:
             low = item["first"][-1]
             chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # as in git, `[b-a]` matches `b`
