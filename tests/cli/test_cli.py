@@ -127,7 +127,7 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("search x --folder FOLDER --model CHECKPOINT --exit-layer 0", "its exits are 1, 2, 4"),
         ("search x --folder FOLDER --model CHECKPOINT --rerank-exit-layer 3", "its exits are 1, 2, 4"),
         ("search x --folder empty --model CHECKPOINT", "holds no source code"),
-        ("search x --index FOLDER", "has files of another program"),
+        ("search x --index FOLDER", "it contains other files"),
         ("search x --index FOLDER/src/nowhere", "There is no index"),
         ("profile owner/name", "owner/name"),
         ("profile CHECKPOINT --dtype int8", "must be one of float32, bfloat16, float16"),

@@ -17,7 +17,8 @@ from modular_star_encoder.data.pairs import (
     resolve_pairs,
 )
 from modular_star_encoder.data.sources import dataset_rows
-from modular_star_encoder.data.sources.dataset_rows import open_texts
+from modular_star_encoder.data.sources.dataset_rows import open_rows, open_texts
+from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
 
@@ -240,6 +241,19 @@ def test_damaged_files_are_one_sentence_with_their_name(tmp_path):
         file.write_bytes(content)
         with raises("data.source.damaged", "a.jsonl.gz"):
             list(open_triplets(file))
+
+
+def test_any_damaged_byte_of_a_parquet_file_is_one_sentence(tmp_path):
+    file, endings = tmp_path / "a.parquet", set()
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["abc", "def"] * 20}), file, compression=None)
+    whole = file.read_bytes()
+    for place in range(4, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            list(open_rows(file, columns=[]))
+        except UserError as error:
+            endings.add((error.key, "\n" in str(error)))
+    assert endings == {("data.source.damaged", False), ("data.source.unreadable", False)}
 
 
 def test_sources_without_rows_are_refused(tmp_path):

@@ -105,11 +105,15 @@ def open_rows(
         raise UserError("data.source.column", message)
     # A name may occur twice: a hard negative may share the language column of another code.
     chosen = list(dict.fromkeys(columns or known))
-    if local:
-        return _Repeatable(lambda: (row for file in files for row in parquet_rows(file, chosen, batch_size)))
-    table = rows.select_columns(chosen).with_format("arrow")
-    # `iter`, unlike `__iter__`, does not divide rows among the workers of a DataLoader.
-    return _Repeatable(lambda: (row for one in table.iter(batch_size=batch_size) for row in one.to_pylist()))
+
+    def read() -> Iterator[dict[str, Any]]:
+        if local:
+            return (row for file in files for row in parquet_rows(file, chosen, batch_size))
+        table = rows.select_columns(chosen).with_format("arrow")
+        # `iter`, unlike `__iter__`, does not divide rows among the workers of a DataLoader.
+        return (row for one in table.iter(batch_size=batch_size) for row in one.to_pylist())
+
+    return _Repeatable(partial(_undamaged, shown, read))
 
 
 def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
@@ -225,18 +229,19 @@ def parquet_rows(
         yield from batch.to_pylist()
 
 
-def _dataset_rows(name: str, read: Callable[[], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
-    """Yield the pairs that `read()` yields; turn the errors of a damaged file into UserError."""
+def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
+    """Yield the rows, or pairs (place, row), that `read()` yields; turn the errors of a damaged file into UserError."""
     place = name
     try:
-        for place, row in read():
-            yield place, row
+        for number, item in enumerate(read(), 1):
+            place = item[0] if isinstance(item, tuple) else f"row {number}"
+            yield item
     except Exception as error:
         # pyarrow is slow to import, so its errors (ValueErrors and others) are recognised by their module's name.
         arrow = type(error).__module__.startswith("pyarrow")
-        if not arrow and not isinstance(error, OSError | EOFError | zlib.error | csv.Error):
+        if not arrow and not isinstance(error, OSError | EOFError | UnicodeError | zlib.error | csv.Error):
             raise
-        message = f"The data set {name} can't be read beyond {place}: {error}"
+        message = f"The data set {name} can't be read beyond {place}: {' '.join(str(error).split())}"
         raise UserError("data.source.damaged", message) from error
 
 
@@ -261,11 +266,9 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
         if files and all(file.endswith(kinds) for file in files):
             for file in files:
                 check_source(file)
-            return _Repeatable(partial(_dataset_rows, name, partial(read, files)))
+            return _Repeatable(partial(_undamaged, name, partial(read, files)))
     rows = open_rows(files or source, columns=columns, split=split, **options)
-    return _Repeatable(
-        partial(_dataset_rows, name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)))
-    )
+    return _Repeatable(partial(_undamaged, name, lambda: ((f"{name}, row {n}", row) for n, row in enumerate(rows, 1))))
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
@@ -291,7 +294,7 @@ def column_names(source: Source, **options: Any) -> list[str]:
     """
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
-        rows: Rows = _dataset_rows(files[0], partial(_csv_names, files[0]))
+        rows: Rows = _undamaged(files[0], partial(_csv_names, files[0]))
     else:
         rows = open_dataset_rows(source, [], **options)
     read = list(islice(rows, _ROWS_WITH_NAMES))
