@@ -229,6 +229,36 @@ def test_a_segment_whose_header_is_too_large_is_damage(code, tmp_path, checkpoin
         CodeIndex.open(tmp_path / "index").store.count()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "last"),
+    [
+        ("lengths", [5_000_000_000, 0], None),
+        ("vectors_4", [5, 0], None),
+        ("scales_4", [1], None),
+        ("other", [1], None),
+        ("word_starts", None, 400_000_000),
+        ("row_starts", None, -1),
+    ],
+)
+def test_a_segment_whose_arrays_do_not_fit_together_is_damage(code, tmp_path, checkpoint, name, shape, last):
+    build(code, tmp_path / "index", checkpoint)
+    (path,) = (tmp_path / "index").glob("rows-*")
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header, data = json.loads(path.read_bytes()[8 : 8 + size]), bytearray(path.read_bytes()[8 + size :])
+    one = header.setdefault(name, {"dtype": "U32", "data_offsets": [0, 4]})
+    if shape is None:
+        width, end = int(one["dtype"][1:]) // 8, one["data_offsets"][1]
+        data[end - width : end] = last.to_bytes(width, "little", signed=True)
+    else:
+        count = int(np.prod(shape)) * int(one["dtype"][1:]) // 8
+        one |= {"shape": shape, "data_offsets": [one["data_offsets"][0], one["data_offsets"][0] + count]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with raises("search.index.unreadable", name):
+        CodeIndex.open(tmp_path / "index").store.count()
+
+
 LARGE = json.dumps(["a.py", "python", "f", 1, 1, "x" * (1 << 25), 1, ["f"]]).encode()
 
 

@@ -40,6 +40,10 @@ _OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
 _SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}")
+# Type and number of dimensions of each array of a segment; the last three kinds have an exit's number in their names.
+_KINDS = {"rows": ("u1", 1), "row_starts": ("i8", 1), "file_of_row": ("u4", 1), "lengths": ("u4", 1)}
+_KINDS |= {"words": ("u8", 1), "word_starts": ("u4", 1), "word_rows": ("u2", 1), "word_counts": ("u1", 1)}
+_KINDS |= {"vectors": ("i1", 2), "scales": ("f4", 1), "signs": ("u8", 2)}
 _LARGEST_ROW = 1 << 25  # bytes of a decompressed row; even a file of 5 MB in one piece is smaller
 
 _Arrays = dict[str, np.ndarray]
@@ -483,8 +487,28 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
     for name, one in header.items():
         first, last = one["data_offsets"]
         kind = f"{one['dtype'][0].lower()}{int(one['dtype'][1:]) // 8}"  # such as f4 for F32
+        if _KINDS.get(re.sub(r"s_\d+$", "s", name)) != (kind, len(one["shape"])):
+            raise ValueError(f"the array {name!r} of {path.name} is unknown or of another type")
         arrays[name] = content[start + first : start + last].view(kind).reshape(one["shape"])
+    _check_sizes(arrays)
     return arrays, files
+
+
+def _check_sizes(arrays: _Arrays) -> None:
+    """Raise ValueError or KeyError if a segment's arrays disagree on its number of rows, or offsets don't ascend."""
+    rows, words = len(arrays["lengths"]), len(arrays["words"])
+    shapes: dict[str, tuple[int, ...]] = {"file_of_row": (rows,), "row_starts": (rows + 1,)}
+    shapes |= {"word_starts": (words + 1,), "word_counts": arrays["word_rows"].shape}
+    for name in (one for one in arrays if one.startswith("vectors_")):
+        exit_layer, width = name.removeprefix("vectors_"), arrays[name].shape[1] or 1
+        shapes |= {name: (rows, width), f"scales_{exit_layer}": (rows,), f"signs_{exit_layer}": (-(-width // 64), rows)}
+    wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape]
+    for offsets, divided in (("row_starts", "rows"), ("word_starts", "word_rows")):
+        starts = arrays[offsets]  # read by `np.repeat`, which would fill memory
+        if not wrong and (starts[0] or starts[-1] != len(arrays[divided]) or (starts[1:] < starts[:-1]).any()):
+            wrong = [offsets]
+    if wrong or not 0 < rows <= MOST_ROWS:
+        raise ValueError(f"{wrong[0] if wrong else 'lengths'} has a wrong size or wrong offsets")
 
 
 def _word_key(word: str) -> int:
