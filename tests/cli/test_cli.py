@@ -251,6 +251,8 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
         ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
         ("search x . --toplk 3", "did you mean --top-k?"),
         ("index . --exit-layer=0 --exlt-layers=2", "did you mean --exit-layers?"),
+        ("search x --\x1b[31m", "--�[31m"),
+        ("doctor \x1b[31m", " �[31m"),
     ],
 )
 def test_wrong_usage_has_status_2_and_names_what_is_wrong(words, named, capsys):

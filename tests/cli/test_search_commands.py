@@ -229,6 +229,7 @@ def test_json_and_text_show_a_terminal_no_character_that_steers_it(code, mose):
     assert json.loads(shown[1])[0]["hits"][0]["path"].endswith(name)
     assert json.loads(shown[1])[0]["hits"][0]["text"] == "def turned():\n    return '\u2066\x9b'"
     shown += [mose("search", "turned", code)[1], *mose("index", code, "--show-skipped")[1:]]
+    shown += [mose("index", write_code(code / "d\udce9\x1b[2J"))[1], mose("search", "turned \x1b[2J", "b", code)[1]]
     shown += [mose("related", f"{code / name}:1", *options)[1] for options in ((), ("--json",))]
     for text in shown:
         assert text.translate({10: "", 13: ""}).isprintable()  # 13: of the progress bar

@@ -10,7 +10,8 @@ from mcp import Client, StdioServerParameters
 
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.search.index import CodeIndex
-from modular_star_encoder.search.mcp_server import MOST_CHARACTERS, build_server
+from modular_star_encoder.search.mcp_server import MOST_CHARACTERS, MOST_LINES, build_server, serve
+from tests.errors import raises
 from tests.search.conftest import build, write_code
 
 
@@ -116,6 +117,16 @@ def test_answers_are_cut(index, code):
     write_code(code, {"long.py": "def long():\n" + "    x = 'yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy'\n" * 1000})
     ((text, is_error),) = ask(build_server(index), ("read", {"path": "long.py"}))
     assert (is_error, len(text) < MOST_CHARACTERS + 10, text.endswith("… cut")) == (False, True, True)
+    write_code(code, {"short.py": "x\n" * 1000})
+    calls = [("read", {"path": "short.py", "last_line": last}) for last in (-1, 999)]
+    assert [len(text.splitlines()) for text, _ in ask(build_server(index), *calls)] == [0, MOST_LINES]
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_a_closed_stream_is_refused(index, monkeypatch, stream):
+    monkeypatch.setattr(sys, stream, None)
+    with raises("mcp.closed"):
+        serve(index)
 
 
 def test_code_is_related_to_its_like_and_not_to_itself(tmp_path, checkpoint):

@@ -167,3 +167,9 @@ def test_a_folder_that_another_process_writes_is_refused_and_one_s_own_lock_is_t
         other.communicate(b"\n")
     with locked(tmp_path, 0), locked(tmp_path, 0):
         pass
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".lock").symlink_to("nothing")
+    (tmp_path / "folder" / ".lock").mkdir(parents=True)
+    for name in ("linked", "folder"):
+        with raises("files.lock", tmp_path / name / ".lock"), locked(tmp_path / name, 0):
+            pass

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from modular_star_encoder import __version__
 from modular_star_encoder.cli.dataset import add_dataset_commands
@@ -22,6 +22,7 @@ from modular_star_encoder.cli.evaluate import add_evaluate_commands
 from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
+from modular_star_encoder.search.hits import printable
 from modular_star_encoder.utils.errors import is_panic, missing_extra
 
 EXPECTED_ERRORS = (ValueError, OSError, MemoryError)
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if shown is None:
             raise
         words = " ".join((str(shown) or "Not enough memory.").split()) + number_of_environment(str(shown))
-        sentence = "".join(one if one.isprintable() else "�" for one in words)  # a file's text could control a terminal
+        sentence = printable(words)
         if len(sentence) > 2000:  # it quotes a long value
             sentence = f"{sentence[:1500]} … {sentence[-400:]}"
         print(f"mose: error: {sentence}", file=sys.stderr)
@@ -149,6 +150,9 @@ def keep_few_compiled_operations() -> None:
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose error for an unknown command or option suggests the most similar known one."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
     def parse_known_args(self, *words: Any, **options: Any) -> Any:
         arguments, rest = super().parse_known_args(*words, **options)

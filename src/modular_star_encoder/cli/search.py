@@ -117,6 +117,7 @@ def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
+    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
@@ -138,9 +139,9 @@ def run_index(arguments: argparse.Namespace) -> None:
     else:
         exits = ", ".join(map(str, index.settings.exit_layers))
         print(
-            f"{index.store.location}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; embedded "
-            f"{report.embedded_files:,} files ({report.embedded_rows:,} rows), removed {report.removed_files:,}, "
-            f"in {report.seconds:.1f} s"
+            f"{printable(index.store.location)}: {report.rows:,} pieces of {report.files:,} files at exit {exits}; "
+            f"embedded {report.embedded_files:,} files ({report.embedded_rows:,} rows), removed "
+            f"{report.removed_files:,}, in {report.seconds:.1f} s"
         )
         for line in report.lines(arguments.show_skipped):
             print(line, file=sys.stdout if arguments.show_skipped else sys.stderr)
@@ -176,7 +177,7 @@ def _budget(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.search.hits import format_answer
+    from modular_star_encoder.search.hits import format_answer, printable
     from modular_star_encoder.search.index import SECONDS_TO_REFRESH, check_search, open_for_search
     from modular_star_encoder.search.ranking import Cascade
 
@@ -210,7 +211,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         return
     for answer in answers:
         if len(answers) > 1:
-            print(f"# {answer.question}")
+            print(printable(f"# {answer.question}"))
         print(format_answer(answer, lines=arguments.lines, explain=arguments.explain))
     if cascade is not None:
         deep = sum(answer.reranked for answer in answers)

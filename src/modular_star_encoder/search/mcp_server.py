@@ -77,7 +77,7 @@ def build_server(index: CodeIndex) -> MCPServer:
         index.refresh()
         lines = LINE_END.split(index.read_file(path))
         first = max(first_line, 1)
-        chosen = lines[first - 1 : min(last_line, first + MOST_LINES - 1)]
+        chosen = lines[first - 1 : min(max(last_line, 0), first + MOST_LINES - 1)]
         return _cut("\n".join(f"{number}\t{printable(line)}" for number, line in enumerate(chosen, first)))
 
     return server
@@ -102,7 +102,9 @@ class _Input(io.BufferedIOBase):
 
 
 def serve(index: CodeIndex) -> None:
-    """Serve the tools on stdin and stdout until stdin ends."""
+    """Serve the tools on stdin and stdout until stdin ends; UserError if one of them is closed."""
+    if sys.stdin is None or sys.stdout is None:
+        raise UserError("mcp.closed", "The tools need stdin and stdout, and one of them is closed.")
     own = sys.stdin
     sys.stdin = cast(Any, SimpleNamespace(buffer=_Input(own.buffer)))
     try:

@@ -49,12 +49,15 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
     """Context manager: hold the lock of `folder`, and create a missing folder. The same process may take a lock again.
 
     UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`). The
-    wait is needed because the workers of a killed process keep its lock for a moment.
+    wait is needed because the workers of a killed process keep its lock for a moment. UserError (`files.lock`) if the
+    lock is not a plain file.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, is_singleton=True)
+    if (path := folder / LOCK).is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError("files.lock", f"{path} must be a plain file, and no link or folder. Delete it.")
+    lock = FileLock(path, is_singleton=True)
     try:
         lock.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
     except Timeout as error:
