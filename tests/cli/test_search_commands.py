@@ -1,13 +1,18 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from qdrant_client import QdrantClient
 
 from modular_star_encoder.inference import PROFILE_NAME
+from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
+from tests.hub.stand_in_hub import Repository, StandInHub
 from tests.search.conftest import build, write_code
-from tests.tiny import tiny_profile
+from tests.tiny import ZERO, tiny_model, tiny_profile, tiny_tokenizer
 
 
 @pytest.fixture
@@ -102,6 +107,29 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
         assert places[0] == places[1]
         assert places[0]
     assert sorted(code.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exit_layer", [None, 0, 2])
+def test_a_checkpoint_on_the_hub_is_searched_by_its_name(code, tmp_path, exit_layer):
+    """Also a slice of it. A search imports no torch, and need not name the checkpoint of its index."""
+    folder = save_retrieval_checkpoint(tiny_model(**ZERO), tiny_tokenizer(), tmp_path / "whole")
+    if exit_layer is not None:
+        folder = slice_checkpoint(folder, exit_layer, tmp_path / "slice")
+    script = "import sys; from modular_star_encoder.cli.main import main; status = main(sys.argv[1:]); "
+    script += "sys.exit(3 if sys.argv[1] == 'search' and 'torch' in sys.modules else status)"
+    with StandInHub() as hub:
+        hub.repositories["me/tiny"] = Repository(False)
+        files = {path.name: (path.read_bytes(), False) for path in folder.iterdir() if path.is_file()}
+        commit = hub.repositories["me/tiny"].commit("main", {**files, "large.bin": (b"x", False)}, "tiny")
+        environment = os.environ | hub.environment(tmp_path / "home")
+        options = () if exit_layer is None else ("--model", "me/tiny", "--exit-layer", str(exit_layer))
+        for words in (("index", ".", "--model", "me/tiny", *options), ("search", "push an item", "--json", *options)):
+            run = subprocess.run([sys.executable, "-c", script, *words], cwd=code, env=environment, capture_output=True)
+            assert run.returncode == 0, run.stderr.decode()[-2000:]
+    assert json.loads(run.stdout)[0]["hits"][0]["exit_layer"] == (exit_layer or 0)
+    assert json.loads((code / ".mose" / "index.json").read_text())["settings"]["checksum"] == commit
+    assert not list((tmp_path / "home").rglob("large.bin"))
 
 
 @pytest.mark.parametrize("options", [("--path", "["), ("--languages", "cobol"), ("--rerank-exit-layer", "5")])

@@ -5,12 +5,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modular_star_encoder.data.prompts import CODE_INSTRUCTION, SEP_TOKEN, code_prompt, text_prompt
-from modular_star_encoder.inference import local_folder, resolve_checkpoint
+from modular_star_encoder.inference import check_checkpoint, is_repository, local_folder, resolve_checkpoint
 from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
 from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
@@ -18,6 +19,10 @@ from modular_star_encoder.utils.files import folder_checksum
 
 _KEPT_EMBEDDINGS = 20_000
 _FEW_TEXTS = 64  # numpy embeds at most this many at exits above 0: for so few, importing torch would take longer
+
+# Files of a repository that a search may read.
+_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "model*.safetensors*")
+_FILES += ("config_sentence_transformers.json", "exit_profile.json")
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → {exit_layer: embeddings (N, D) float32}
@@ -51,6 +56,8 @@ class Embedder:
     @cached_property
     def checksum(self) -> str:
         """Checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`)."""
+        if is_repository(self.checkpoint):
+            return Path(self._folder).name  # the hash of the commit
         if has_exit_zero(self._facts):
             return folder_checksum(self._folder)
         from modular_star_encoder.inference.checkpoints import checkpoint_checksum
@@ -64,7 +71,18 @@ class Embedder:
 
     @cached_property
     def _folder(self) -> str:
-        return resolve_checkpoint(self.checkpoint)
+        """The checkpoint's folder; for a repository, the folder of its newest commit in the Hub's cache."""
+        if not is_repository(self.checkpoint):
+            return resolve_checkpoint(self.checkpoint)
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(self.checkpoint, allow_patterns=list(_FILES))
+        except OSError as error:
+            reason = f"cannot be downloaded from the Hub: {' '.join(str(error).split())}"
+            raise OSError(f"{self.checkpoint} is not a local folder and {reason}") from error
+        check_checkpoint(folder)
+        return folder
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -73,7 +91,7 @@ class Embedder:
         if not has_exit_zero(facts):
             from modular_star_encoder.inference.checkpoints import load_config
 
-            facts = load_config(self.checkpoint).to_dict()
+            facts = load_config(self._folder).to_dict()
         return facts
 
     def exits(
