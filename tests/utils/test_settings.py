@@ -3,7 +3,14 @@ from typing import Literal
 
 import pytest
 
-from modular_star_encoder.utils.settings import Count, build_settings, format_reference, read_mapping, settings_class
+from modular_star_encoder.utils.settings import (
+    Count,
+    build_settings,
+    format_reference,
+    load_settings,
+    read_mapping,
+    settings_class,
+)
 from tests.errors import raises
 
 
@@ -96,6 +103,17 @@ class Outer:
 def test_a_fault_is_named_with_its_place_its_rule_and_its_value(content, key, value):
     with raises(key, value):
         build_settings(Outer, content, "recipe")
+
+
+def test_a_fault_is_blamed_on_the_command_line_unless_the_file_has_it_too(tmp_path):
+    file = tmp_path / "a.yaml"
+    for text, word, place in (
+        ("name: x", "nam=3", "command line: unknown"),
+        ("nam: x", "sizes=[1]", f"{file}: unknown"),
+    ):
+        file.write_text(text)
+        with raises("settings.unknown", place, "did you mean name?"):
+            load_settings(Outer, file, [word])
 
 
 def test_the_reference_lists_keys_with_type_default_and_meaning():

@@ -268,7 +268,13 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
         own = {"source", "columns", "min_score", "strict"}
-        there = dataset_rows.column_names(source, **{name: options[name] for name in options.keys() - own})
+        try:
+            there = dataset_rows.column_names(source, **{name: options[name] for name in options.keys() - own})
+        except UserError as error:
+            if error.key != "data.source.no_files" or not os.path.isdir(os.path.expanduser(str(source))):
+                raise
+            advice = f'If it is source code, set "data.functions={{folder: {source}}}" in place of data.pairs.'
+            raise UserError(error.key, f"{error} {advice}") from error
         if missing := [name for name in columns.values() if name is not None and name not in there]:
             message = f"{source} has no column {', '.join(map(str, missing))}; its columns are {', '.join(there)}."
             raise UserError("data.source.column", message)

@@ -29,7 +29,7 @@ from modular_star_encoder.utils.files import staged_folder, write_json
 
 MAX_TEST_SHARE = 0.2
 REPORT = "report.json"
-FEW_HELD_OUT = 50  # the interval of an MRR of 0.8 is then about 0.1 on each side
+FEW_HELD_OUT = 100  # with fewer, the interval of an MRR of 0.8 is more than about 0.07 on each side
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
 # Numbers of random streams; the two kinds of pairs have 0 and 1.
@@ -51,7 +51,7 @@ def draw_repositories(
     single project decides the results. One repository at least is left for training. Equal arguments, equal results.
     """
     if len(sizes) < 2:
-        message = f"Holding out repositories needs at least two repositories, not {len(sizes)}: add some."
+        message = f"Holding out data needs at least two repositories, or rows without one; not {len(sizes)}: add some."
         raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
@@ -314,10 +314,14 @@ class BatchPlan:
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
-            listed = " and ".join(f"{count} groups of {kind} pairs" for kind, count in groups.counts.items())
+            plurals = {kind: f"{count} group{'s' * (count != 1)}" for kind, count in groups.counts.items()}
+            listed = " and ".join(f"{count} of {kind} pairs" for kind, count in plurals.items())
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size or add"
+            if largest < 2:
+                message = f"Rows left to train on, without those held out: {len(groups.of_rows)}. At least 2 that share"
+                message += " no text are needed: add"
             message += " rows. Rows that share a text form a group, which gives a batch at most one pair."
             raise UserError("data.batch_size", f"{message} The data has {listed or 'no pairs'}{negatives}.")
         self._latest: tuple[int, list[Draw]] = (-1, [])
@@ -393,7 +397,7 @@ def evaluation_plan(
     """
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
-        message = f"{len(groups.of_rows)} rows are held out, too few for an evaluation on {processes} processes"
+        message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"
         raise UserError("training.held_out.too_few", f"{message}: add rows, or raise `eval_fraction` (at most 0.2).")
     size, there = min(batch_size, largest), min(groups.counts.values()) * len(groups.counts)
     return BatchPlan(groups, size, seed), max(1, min(pairs, there) // size)

@@ -113,9 +113,17 @@ def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides:
 
     Each override is `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and a YAML value.
     UserError if the file can't be read (`settings.file`), an override has another form (`settings.override`), or a
-    setting is wrong (see `build_settings`).
+    setting is wrong (see `build_settings`). The message names the file only if the file alone has the same fault.
     """
-    return build_settings(kind, read_mapping(path, overrides), str(path))
+    try:
+        return build_settings(kind, read_mapping(path, overrides), str(path))
+    except UserError as error:
+        try:
+            build_settings(kind, read_mapping(path), str(path))
+        except UserError as own:
+            if str(own) == str(error):
+                raise
+        raise UserError(error.key, str(error).replace(str(path), "command line", 1)) from error
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
