@@ -56,8 +56,8 @@ def test_a_contradiction_is_one_sentence(entries, key, value):
 def test_a_licence_has_a_name_and_prose_may_be_left_empty():
     with raises("settings.value", "datasets"):
         manifest([ENTRY], datasets="me/data")
-    for license in (None, "", "other"):
-        with raises("hub.manifest.license"):
+    for license in (None, "", "other", "Apache2"):
+        with raises("hub.manifest.license", "such as apache-2.0" if license == "Apache2" else ""):
             manifest([ENTRY], license=license)
     read = manifest([{**ENTRY, "training_data": None}], limits=None)
     assert (read.limits, read.repositories[0].training_data) == (None, None)

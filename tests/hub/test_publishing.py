@@ -50,7 +50,8 @@ def test_an_upload_is_one_commit_and_the_same_again_is_none(hub, api, staged):
     assert hub.repositories["me/tiny"].private
     assert hub.commits("me/tiny")[:-1] == [done.revision]
     assert f"{hub.endpoint}/me/tiny\n" in str(done)
-    assert f'AutoModel.from_pretrained("me/tiny", revision="{done.revision}"' in str(done)
+    for name in ("AutoModel.from_pretrained", "SentenceTransformer"):
+        assert f'{name}("me/tiny", revision="{done.revision}"' in str(done)
     again = push(first, api, upload=True)
     assert (again.changes, again.revision, again.uploaded) == ((), done.revision, False)
     assert "nothing differs" in str(again)

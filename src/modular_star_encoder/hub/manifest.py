@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 
 from pydantic import Field
@@ -11,6 +12,18 @@ from modular_star_encoder.utils.http import check_repository_id
 from modular_star_encoder.utils.settings import Switch, load_settings, settings_class
 
 MAIN = "main"
+_LICENSES = (
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
+    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
+    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 "
+    "etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community "
+    "h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
+    "lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl "
+    "postgresql unknown unlicense wtfpl zlib"
+)
+"""Names of licences that the Hub accepts in a card."""
 
 
 @settings_class
@@ -114,8 +127,11 @@ class Manifest:
     def _faults(self) -> Iterator[tuple[str, str]]:
         if not self.namespace:
             yield "namespace", "Set `namespace` to your name on the Hub: namespace=NAME"
-        if not self.license or (self.license == "other" and not self.license_name):
-            yield "license", "`license` must be a name that the Hub knows, or `other` with `license_name`"
+        names = _LICENSES.split()
+        if self.license not in names or (self.license == "other" and not self.license_name):
+            near = get_close_matches((self.license or "").lower(), names, 1) or ["apache-2.0"]
+            fault = f"`license` must be a name that the Hub knows, such as {near[0]}, or `other` with `license_name`"
+            yield "license", f"{fault}; not {self.license!r}"
         above: set[str] = set()
         for entry in self.repositories:
             check_repository_id(self.repository(entry))

@@ -102,9 +102,9 @@ class Publication:
         if not self.changes:
             lines.append(f"nothing differs from revision {self.revision}")
         elif self.uploaded:
-            options = f'revision="{self.revision}", trust_remote_code=True'
-            load = f'AutoModel.from_pretrained("{self.repository}", {options})'
-            lines += [f"revision {self.revision} of {self.url}", f"load it with transformers: {load}"]
+            arguments = f'"{self.repository}", revision="{self.revision}", trust_remote_code=True'
+            lines += [f"revision {self.revision} of {self.url}", "load it with transformers or sentence-transformers:"]
+            lines += [f"  {name}({arguments})" for name in ("AutoModel.from_pretrained", "SentenceTransformer")]
         else:
             lines.append("nothing was uploaded: a dry run; --upload uploads the changes")
         return "\n".join([f"{name}:", *lines])
