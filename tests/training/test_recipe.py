@@ -9,7 +9,7 @@ from modular_star_encoder.training import find_recipe, hub_config_folder, packag
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster, check_arguments
 from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
-from modular_star_encoder.training.runs import ExitProgressCallback, final_metrics, format_log
+from modular_star_encoder.training.runs import ExitProgressCallback, evaluation_notice, final_metrics, format_log
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
 
@@ -65,12 +65,19 @@ def test_a_long_run_on_a_cpu_names_the_number_of_steps_that_shortens_it(
     ("step", "changes", "again"),
     [(12, {}, False), (13, {}, True), (12, {"ema_decay": 0.9}, True), (12, {"load_best_model_at_end": True}, True)],
 )
-def test_the_last_step_is_evaluated_once_unless_the_weights_have_changed_since(step, changes, again):
+def test_the_last_step_is_evaluated_once_unless_the_weights_have_changed_since(capsys, step, changes, again):
     logged, new = {"eval_loss": 2.0, "step": 12}, {"eval_loss": 1.0}
     state = TrainerState(global_step=step, log_history=[{"eval_loss": 3.0, "step": 6}, logged, {"step": step}])
     arguments = SimpleNamespace(**{"ema_decay": 0.0, "load_best_model_at_end": False} | changes)
     trainer = SimpleNamespace(args=arguments, state=state, evaluate=lambda: new)
-    assert final_metrics(trainer) is (new if again else logged)
+    assert final_metrics(trainer, "evaluation") is (new if again else logged)
+    assert capsys.readouterr().out == ("evaluation\n" if again else "")
+
+
+@pytest.mark.parametrize(("resumed_from", "duration"), [(None, ", about 2 min"), (6, ", about 4 min"), (12, "")])
+def test_an_evaluation_is_announced_with_a_duration_measured_in_training(resumed_from, duration):
+    log = {"steps": 12, "resumed_from": resumed_from, "seconds": 720.0}
+    assert evaluation_notice(log, "200 pairs at 5 exits", 6.0) == f"evaluation: 200 pairs at 5 exits{duration}"
 
 
 @pytest.mark.parametrize(

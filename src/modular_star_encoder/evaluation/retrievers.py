@@ -117,7 +117,8 @@ class EmbeddingRetriever(Retriever):
         # A text that one exit lacks is embedded for all these exits: the pass to the deepest computes the others too.
         wanted = sorted(set().union(*absent.values()), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
         starts = range(0, len(wanted), self.chunk)
-        for start in tqdm(starts, desc=f"embedding, {self.name}", unit="shard", disable=not progress, leave=False):
+        what = f"embedding {len(wanted):,} texts, {self.name}"
+        for start in tqdm(starts, desc=what, unit="shard", disable=not progress, leave=False):
             chunk = wanted[start : start + self.chunk]
             embeddings = self.encoder.encode(chunk, tuple(absent), progress=progress)
             for exit_layer in absent:

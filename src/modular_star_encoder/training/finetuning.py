@@ -37,7 +37,7 @@ from modular_star_encoder.training.starting_points import StartingPoint, add_ada
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
-from modular_star_encoder.utils.settings import build_settings, read_mapping
+from modular_star_encoder.utils.settings import load_settings, read_mapping
 
 logger = logging.get_logger(__name__)
 
@@ -50,12 +50,11 @@ def load_finetuning(
     For `path`, `overrides` and errors see `load_recipe`.
     """
     path = find_recipe(os.fspath(path), "finetune")
-    content = read_mapping(path, overrides)
-    task = content.get("task", "retrieval")
+    task = read_mapping(path, overrides).get("task", "retrieval")
     if task == "retrieval":
-        return build_settings(FinetuningRecipe, content, str(path)), finetune
+        return load_settings(FinetuningRecipe, path, overrides), finetune
     if task == "classification":
-        return build_settings(ClassificationRecipe, content, str(path)), finetune_classifier
+        return load_settings(ClassificationRecipe, path, overrides), finetune_classifier
     raise UserError("training.task", f"The recipe's `task` must be retrieval or classification, not {task!r}.")
 
 
@@ -146,6 +145,11 @@ def finetune(
         data_collator=RetrievalCollator(tokenizer),
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
+    tasks = held_out_tasks(rows.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
+    if shown:
+        count = sum(len(task.queries) for task in tasks)
+        what = f"{count:,} pairs at {len(start.config.exit_layers)} exits{', before and after training' * before}"
+        print(runs.evaluation_notice(log, what, (len(held_out) + count * (1 + before)) / recipe.batch_size))
     log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
     log |= {"preflight": asdict(estimate), **batches[2]}
     model.config.unpad_inputs = start.config.unpad_inputs
@@ -155,7 +159,6 @@ def finetune(
             {"before training": start.load()} if before else {}
         )
         encoders = [exit_encoder(*loaded, name, longest) for name, loaded in models.items()]
-        tasks = held_out_tasks(rows.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
         results = evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], progress=progress)
         checksum, first = checkpoint_checksum(out / runs.MODEL), "before training" if before else None
         report = make_report(tasks, results, checksum=checksum, before=first)
@@ -213,6 +216,10 @@ def finetune_classifier(
         data_collator=collator,
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
+    if progress and state.is_main_process:
+        count = sum(len(one) for split, one in splits.items() if split != "train")
+        what, rows = f"{count:,} pairs at {len(start.config.exit_layers)} exits", count + len(splits["valid"])
+        print(runs.evaluation_notice(log, what, rows / recipe.batch_size))
     log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
     log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
     model.config.unpad_inputs = start.config.unpad_inputs

@@ -133,8 +133,10 @@ def pretrain(
         model, arguments, objective, train_dataset=pairs, eval_dataset=unseen, data_collator=collator
     )
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
+    what, steps = f"{eval_rows:,} rows at {len(config.exit_layers)} exits", eval_rows / estimate.rows_per_step
+    notice = runs.evaluation_notice(log, what, steps) if progress_here else ""
     log |= {
-        "evaluation": runs.final_metrics(trainer),
+        "evaluation": runs.final_metrics(trainer, notice),
         "recipe": run.settings,
         "preflight": asdict(estimate),
         "unigram_entropy": torch.special.entr(counts.double() / counts.sum()).sum().item(),

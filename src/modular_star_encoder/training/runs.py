@@ -261,12 +261,30 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     }
 
 
-def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """Return the metrics of the trained model: as logged at the last step, or from a new evaluation if need be."""
+def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
+    """Return a line that announces an evaluation, with its duration if this call has trained.
+
+    `log` is the result of `train_to_the_end`. `steps` is the number of rows to embed, in units of the rows of a step. A
+    row takes a third of the time of a row in training, which also has a backward pass.
+    """
+    trained = log["steps"] - (log["resumed_from"] or 0)
+    minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
+    return f"evaluation: {what}" + (f", about {max(1, round(minutes))} min" if trained else "")
+
+
+def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
+    """Return the metrics of the trained model: as logged at the last step, or from a new evaluation if need be.
+
+    Before a new evaluation, print `notice` if it is not empty.
+    """
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
-    return trainer.evaluate() if changed or not found else found[-1]
+    if found and not changed:
+        return found[-1]
+    if notice:
+        print(notice)
+    return trainer.evaluate()
 
 
 @contextlib.contextmanager
@@ -356,6 +374,11 @@ class ExitProgressCallback(ProgressCallback):
             message = f"mose: training will take about {duration} on this CPU. To train for only "
             message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out."
             self.training_bar.write(message, file=sys.stderr)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description(f"losses on held-out rows after step {state.global_step}", False)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a log entry as one line above the progress bar, but leave out the summary at the end of training."""
