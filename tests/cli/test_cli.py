@@ -94,6 +94,9 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("slice CHECKPOINT --exit-layer 3 out", "its exits are 1, 2, 4"),
         ("slice no_weights --exit-layer 2 out", "has no weights"),
         ("slice empty --exit-layer 2 out", "has no config.json"),
+        ("slice trained --exit-layer 2 out", "Name trained/model."),
+        ("publish trained --repository me/model", "Name trained/model."),
+        ("publish CHECKPOINT --repository me/model --license apache2", "such as apache-2.0"),
         ("slice CHECKPOINT --exit-layer 2 no_weights", "already exists"),
         ("search add --folder FOLDER --model ./no-such-folder", "There is no checkpoint folder"),
         ("search ' ' --folder FOLDER --model CHECKPOINT", "blank"),
@@ -102,6 +105,10 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("evaluate CHECKPOINT --data ./no-such-folder", "does not exist"),
         ("evaluate CHECKPOINT --data FOLDER --json results.json", "holds 0 documented functions"),
         ("finetune missing.yaml --out run", "small/finetune"),
+        ("finetune mose-cod --out run", "did you mean mose-code?"),
+        ("pretrain mose-code --out run", "a recipe of `mose finetune`"),
+        ("finetune mose-code --out run data.pairs=FOLDER", '"data.functions={folder: FOLDER}"'),
+        ("finetune mose-code --out run max_step=3", "command line: unknown setting max_step"),
         ("ablate missing.yaml --out run", "mini/ablation"),
         (f"recipes show {'x' * 5000}", "xxx"),
         ("finetune mose-code data.pairs=README.csv --out run", "similar: README.md"),
@@ -146,15 +153,16 @@ def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
     places["MANIFEST"] = hub_config_folder("small") / "publish.yaml"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("no_weights", "empty"):
-        (tmp_path / name).mkdir()
-    shutil.copy(Path(checkpoint, "config.json"), tmp_path / "no_weights")
+    for name in ("no_weights", "empty", "trained/model"):
+        (tmp_path / name).mkdir(parents=True)
+        if name != "empty":
+            shutil.copy(Path(checkpoint, "config.json"), tmp_path / name)
     (tmp_path / "README.md").touch()
     code_folder(tmp_path)
     write_dataset_recipe(tmp_path, "http://127.0.0.1:1/v1")
     before = sorted(tmp_path.rglob("*"))
     for name, place in places.items():
-        words = words.replace(name, str(place))
+        words, message = (text.replace(name, str(place)) for text in (words, message))
     status, out, err = mose(*shlex.split(words))
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]
@@ -219,6 +227,21 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(mose, mo
         assert (found, out, err.count("\n"), named in err) == (status, "", 1, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "continues"),
+    [
+        ("finetune mose-code --out run", True),
+        ("dataset dedup . --out run", True),
+        ("evaluate mose-code --data . --out run", True),
+        ("evaluate mose-code --data .", False),
+        ("recipes list", False),
+    ],
+)
+def test_after_ctrl_c_a_command_that_continues_says_so(mose, monkeypatch, words, continues):
+    monkeypatch.setattr(cli, "check_folders", Mock(side_effect=KeyboardInterrupt))
+    assert ("run the same command again" in mose(*words.split())[2]) is continues
+
+
 def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(mose, monkeypatch):
     def fail(arguments):
         raise ModuleNotFoundError(name="pyarrow")
@@ -240,6 +263,9 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
         ("evaluate mose-code --data . --exit-layers deepest", "not a list of numbers"),
         ("evaluate mose-code --data hub --benchmark cosqa,advtext", "'advtext'"),
         ("pretrain recipe.yaml --out run --seed=1", "--seed=1"),
+        ("finetune mose-code --out run pairs.csv", "write data.pairs=pairs.csv"),
+        ("finetune mose-code pairs.csv --out run", "write data.pairs=pairs.csv"),
+        ("finetune mose-code --out run --data pairs.csv", "--data (settings are KEY=VALUE, such as data.pairs="),
         ("pretrain recipe.yaml --out run seed", "seed"),
         ("dataset build recipe.yaml --out out --outt=x", "did you mean --out?"),
         ("dataset build recipe.yaml --out out a=b -x", "-x"),
@@ -247,7 +273,12 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
         ("dataset dedup . --out out --against file", "SOURCE:COLUMN"),
         ("search x --index a --folder b", "not allowed with"),
         ("related add.go", "'add.go' is not of the form FILE:LINE"),
+        (f"related add.go:{'9' * 5000}", "…' is not of the form FILE:LINE"),
         ("search x . --top-k 0", "argument --top-k: '0' must be"),
+        (f"search x . --top-k {'9' * 5000}", "…' must be"),
+        ("search x . --latency-ms nan", "argument --latency-ms: 'nan' must be"),
+        ("index . --latency-ms=-1", "argument --latency-ms: '-1' must be"),
+        ("search x . --memory-mb -5", "argument --memory-mb: '-5' must be"),
         ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
         ("search x . --toplk 3", "did you mean --top-k?"),
         ("index . --exit-layer=0 --exlt-layers=2", "did you mean --exit-layers?"),
@@ -269,11 +300,14 @@ def test_the_names_of_benchmarks_in_the_help_are_those_that_there_are():
 def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     settings = finetuning_settings(write_checkpoint(tmp_path / "checkpoint"), write_triplets(tmp_path))
     recipe = str(write_recipe(tmp_path / "recipe.yaml", settings))
-    status, out, _ = mose("finetune", recipe, "max_steps=1", "--out", tmp_path / "run", "seed=1")
+    status, out, err = mose("finetune", recipe, "max_steps=1", "--out", tmp_path / "run", "seed=1")
     assert status == 0
     run = tmp_path / "run"
     assert out.splitlines()[-1] == f"1 steps; result in {run / 'model'}, these tables in {run / 'report.md'}"
     assert (run / "report.md").read_text() in out
+    assert "\nevaluation: 16 pairs at 3 exits, before and after training, about 1 min\n" in out
+    for label in ("losses on held-out rows after step 1:", "embedding 28 texts, before training:"):
+        assert label in err
     assert "rows per step         8 (8 on each of 1 processes)" in out
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 from modular_star_encoder.inference import check_checkpoint, is_repository
 
@@ -15,9 +17,9 @@ CHECKPOINT_HELP = "a checkpoint: a folder, a Hub repository, or mose-code, the m
 def number_list(text: str) -> tuple[int, ...]:
     """Parse integers separated by commas: `"4,9"` → (4, 9)."""
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 4,9") from None
+        return tuple(at_least(0)(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a list of numbers such as 4,9") from None
 
 
 def exit_list(text: str) -> tuple[int, ...] | None:
@@ -31,14 +33,27 @@ def name_list(text: str) -> list[str]:
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers of at least `lowest`."""
+    """Return an argparse type for whole numbers of at least `lowest` and at most nine digits."""
 
     def number(text: str) -> int:
-        if text.strip().removeprefix("-").isdecimal() and int(text) >= lowest:
+        if re.fullmatch(r"\s*-?\d{1,9}\s*", text) and int(text) >= lowest:
             return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {lowest}")
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a whole number from {lowest} to 999999999")
 
     return number
+
+
+def positive(text: str) -> float:
+    """Argparse type: return a finite number above 0."""
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{shortened(text)} must be a number above 0")
+
+
+def shortened(text: str) -> str:
+    """Return a word of the command line for an error, in quotation marks and with at most 100 characters."""
+    return repr(text if len(text) <= 100 else f"{text[:99]}…")
 
 
 def existing(text: str) -> str:
@@ -54,7 +69,7 @@ def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
     def groups(text: str) -> tuple[str, ...]:
         if match := re.fullmatch(pattern, text):
             return match.groups()
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {form}")
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not of the form {form}")
 
     return groups
 
@@ -85,3 +100,4 @@ def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: st
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)
+    parser.set_defaults(example=setting, resumes=True)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import add_recipe_options, existing, of_form
+from modular_star_encoder.cli import add_recipe_options, at_least, existing, of_form
 from modular_star_encoder.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ def add_dataset_commands(commands: Any) -> None:
     form = "SOURCE:COLUMN"
     pairs = of_form(form, "(.+):(.+)")
     dedup.add_argument("--against", metavar=form, type=pairs, action="append", default=[], help=near)
-    dedup.set_defaults(run=run_dataset_dedup)
+    dedup.set_defaults(run=run_dataset_dedup, resumes=True)
 
     stats = commands.add_parser("stats", help="print a dataset's number of samples and mean lengths by language")
     stats.add_argument("source", metavar="SOURCE", help="folder, parquet or JSON Lines file, or dataset of the Hub")
@@ -57,7 +57,7 @@ def add_dataset_commands(commands: Any) -> None:
     packages = "list of packages, such as a copy of mose-code/corpus (`mose recipes copy`)"
     fetch.add_argument("corpus", metavar="FILE", type=existing, help=packages)
     fetch.add_argument("--out", metavar="FOLDER", required=True, help="folder to write, with a folder for each package")
-    fetch.set_defaults(run=run_corpus_fetch)
+    fetch.set_defaults(run=run_corpus_fetch, resumes=True)
 
     pairs = commands.add_parser("build", help="extract functions of packages, drop duplicates, and split by packages")
     pairs.add_argument("corpus", metavar="FILE", type=existing, help=packages)
@@ -65,8 +65,8 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.add_argument("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
     pairs.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old build is continued")
     processes = "number of processes that extract functions (default: 2)"
-    pairs.add_argument("--processes", metavar="N", type=int, default=2, help=processes)
-    pairs.set_defaults(run=run_corpus_build)
+    pairs.add_argument("--processes", metavar="N", type=at_least(1), default=2, help=processes)
+    pairs.set_defaults(run=run_corpus_build, resumes=True)
 
     check = commands.add_parser("check", help="list texts of a corpus that are also, or nearly, in evaluation sets")
     written = "file that `mose dataset corpus build` wrote, such as pairs.jsonl.gz"

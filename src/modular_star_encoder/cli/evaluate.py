@@ -8,7 +8,16 @@ import shlex
 import sys
 from typing import Any
 
-from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint, existing, exit_list, name_list, number_list, of_form
+from modular_star_encoder.cli import (
+    CHECKPOINT_HELP,
+    at_least,
+    checkpoint,
+    existing,
+    exit_list,
+    name_list,
+    number_list,
+    of_form,
+)
 
 # The names in `evaluation.benchmarks`, copied because importing it takes seconds; a test compares both.
 BENCHMARK_NAMES = (
@@ -49,7 +58,7 @@ def add_evaluate_commands(commands: Any) -> None:
     subset = "accept benchmark files that lack rows; the report says so"
     evaluate.add_argument("--allow-subset", action="store_true", help=subset)
     evaluate.add_argument("--cache", metavar="FOLDER", help="folder for embeddings (default: OUT/embeddings)")
-    evaluate.set_defaults(run=run_evaluate)
+    evaluate.set_defaults(run=run_evaluate, resumes=True)
 
     profile = commands.add_parser("profile", help="measure the cost of every exit on this machine")
     profile.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
@@ -58,7 +67,7 @@ def add_evaluate_commands(commands: Any) -> None:
     profile.add_argument("--batch-sizes", metavar="LIST", type=number_list, default=(1, 8), help=sizes)
     profile.add_argument("--lengths", metavar="LIST", type=number_list, default=(128, 512), help=lengths)
     rounds = "timed runs per exit, batch size and length (default: 30)"
-    profile.add_argument("--rounds", metavar="N", type=int, default=30, help=rounds)
+    profile.add_argument("--rounds", metavar="N", type=at_least(1), default=30, help=rounds)
     profile.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
     profile.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     written = "file to write (default: exit_profile.json in the checkpoint's folder)"

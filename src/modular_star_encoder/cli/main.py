@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # a closed stream is None
             stream.reconfigure(errors="replace")  # a terminal may not have all characters
     room = ""  # last part of the name of the command's module, such as "search", for `missing_extra`
+    arguments = argparse.Namespace()
     try:
         if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("mose: interrupted", file=sys.stderr)
+        resumes = getattr(arguments, "resumes", False) and arguments.out  # without --out, `evaluate` stores nothing
+        hint = "; run the same command again to continue" if resumes else ""
+        print(f"mose: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader, such as `| head`, has closed the pipe; without this, Python would report that again when it exits.
@@ -158,7 +161,9 @@ class _Parser(argparse.ArgumentParser):
         arguments, rest = super().parse_known_args(*words, **options)
         for unknown in (text for text in rest if text.startswith("-")):
             nearest = _did_you_mean(unknown.partition("=")[0], [*self._option_string_actions])
-            self.error(f"unrecognized argument: {unknown}{nearest}")
+            example = self.get_default("example")
+            hint = nearest or (f" (settings are KEY=VALUE, such as {example})" if example else "")
+            self.error(f"unrecognized argument: {unknown}{hint}")
         return arguments, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -180,11 +185,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line. `KEY=VALUE` of a recipe, and a folder to search, may also follow options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    is_search, has_settings = hasattr(arguments, "questions"), hasattr(arguments, "overrides")
-    if rest and not is_search and not (has_settings and all("=" in text for text in rest)):
+    words = getattr(arguments, "questions", getattr(arguments, "overrides", None))
+    if rest and words is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        (arguments.questions if is_search else arguments.overrides).extend(rest)
+    if words is not None:
+        words.extend(rest)
+    for text in getattr(arguments, "overrides", ()):
+        if "=" not in text:
+            key = getattr(arguments, "example", "KEY=VALUE").partition("=")[0]
+            parser.error(f"unrecognized argument: {text} (settings are KEY=VALUE: write {key}={text})")
     return arguments
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from modular_star_encoder.cli import CHECKPOINT_HELP, checkpoint
+from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
 from modular_star_encoder.inference import resolve_checkpoint
 from modular_star_encoder.utils.errors import UserError
 
@@ -15,14 +15,14 @@ def add_publish_commands(commands: Any) -> None:
     """Add `mose slice`, `mose grow`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
-    cut.add_argument("--exit-layer", metavar="K", type=int, required=True, help="number of layers to keep")
+    cut.add_argument("--exit-layer", metavar="K", type=at_least(0), required=True, help="number of layers to keep")
     cut.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     cut.set_defaults(run=run_slice)
 
     grow = commands.add_parser("grow", help="add layers to a checkpoint of exit 0; its outputs change only in training")
     grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
     exits = "exits of the new checkpoint, such as 0 1 2 4 6"
-    grow.add_argument("--exit-layers", metavar="K", type=int, nargs="+", required=True, help=exits)
+    grow.add_argument("--exit-layers", metavar="K", type=at_least(0), nargs="+", required=True, help=exits)
     grow.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     grow.set_defaults(run=run_grow)
 
@@ -51,7 +51,7 @@ def add_publish_commands(commands: Any) -> None:
         default="onnx",
         help="onnx (default); or exit 0 as a table: static, for sentence-transformers' StaticEmbedding, or model2vec",
     )
-    export.add_argument("--exit-layer", metavar="K", type=int, help="exit to export (default: the deepest)")
+    export.add_argument("--exit-layer", metavar="K", type=at_least(0), help="exit to export (default: the deepest)")
     export.add_argument("--out", metavar="FOLDER", help="new or empty folder to write (default: CHECKPOINT-K-FORMAT)")
     export.add_argument("--int8", action="store_true", help="also write 8-bit weights, and measure them on --data")
     data = "source code or benchmark files, to compare the quality of the export with the checkpoint's"

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli import at_least, checkpoint, exit_list, name_list, of_form
+from modular_star_encoder.cli import at_least, checkpoint, exit_list, name_list, of_form, positive
 from modular_star_encoder.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_search_commands(commands: Any) -> None:
         "--exit-layers", metavar="LIST", type=exit_list, default=(), help="exits to embed at: 4,9 or all"
     )
     dimension = "number of components of a vector to keep (default: all)"
-    index.add_argument("--dimension", metavar="D", type=int, help=dimension)
+    index.add_argument("--dimension", metavar="D", type=at_least(1), help=dimension)
     languages = "languages to read, separated by commas (default: all)"
     index.add_argument("--languages", metavar="LIST", type=name_list, help=languages)
     index.add_argument("--docs", action="store_true", help="also read Markdown files, split at headings")
@@ -72,7 +72,7 @@ def add_search_commands(commands: Any) -> None:
     search.set_defaults(run=run_search)
 
     related = commands.add_parser("related", help="find code that resembles the code at a line")
-    place = of_form("FILE:LINE", r"(.+):(\d+)")
+    place = of_form("FILE:LINE", r"(.+):(\d{1,9})")
     related.add_argument("place", metavar="FILE:LINE", type=place, help="a line of code, such as src/app.py:120")
     _add_index(related)
     _add_output_options(related)
@@ -87,7 +87,8 @@ def add_search_commands(commands: Any) -> None:
     demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
     host = "127.0.0.1"
     demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, only for this machine)")
-    demo.add_argument("--port", metavar="N", type=int, help="port to serve on (default: the first free from 7860 on)")
+    port = "port to serve on (default: the first free from 7860 on)"
+    demo.add_argument("--port", metavar="N", type=at_least(0), help=port)
     source = "web address of the indexed folder, for links: https://github.com/OWNER/NAME/blob/REVISION/src"
     demo.add_argument("--source", metavar="URL", help=source)
     demo.set_defaults(run=run_demo)
@@ -97,9 +98,10 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
     what = f"checkpoint to embed with: a folder or Hub repository (default: {default})"
     parser.add_argument("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
     exit_layer = "exit to embed at (default: 0 if the checkpoint has it, else the deepest)"
-    parser.add_argument("--exit-layer", metavar="K", type=int, help=exit_layer)
-    parser.add_argument("--latency-ms", metavar="MS", type=float, help="use the best exit that embeds within this time")
-    parser.add_argument("--memory-mb", metavar="MB", type=float, help="use the best exit with at most this peak memory")
+    parser.add_argument("--exit-layer", metavar="K", type=at_least(0), help=exit_layer)
+    best = "use the best exit"
+    parser.add_argument("--latency-ms", metavar="MS", type=positive, help=f"{best} that embeds within this time")
+    parser.add_argument("--memory-mb", metavar="MB", type=positive, help=f"{best} with at most this peak memory")
 
 
 def _add_index(parser: Any) -> None:

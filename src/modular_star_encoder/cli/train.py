@@ -26,7 +26,7 @@ def add_train_commands(commands: Any) -> None:
 
     ablate = commands.add_parser("ablate", help="compare exits trained together with exits trained alone")
     folder = "folder of runs and reports; an unfinished ablation is continued"
-    add_recipe_options(ablate, f"{recipe} small", "finetuning.max_steps=500", folder)
+    add_recipe_options(ablate, f"{recipe} small", "finetuning.data.functions.folder=~/code", folder)
     ablate.set_defaults(run=run_ablate)
 
     recipes = commands.add_parser("recipes", help="list, print or copy the packaged recipes")

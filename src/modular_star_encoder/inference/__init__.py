@@ -68,7 +68,9 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
     elif of_modules and (folder / "modules.json").is_file():
         fault = _unsafe_file(folder)
     elif not (folder / "config.json").is_file():
-        fault = f"{name} is not a checkpoint: it has no config.json. Name a folder with config.json and weights."
+        inner = Path(name, "model") if (folder / "model" / "config.json").is_file() else None  # of a training run
+        advice = f"Name {inner}." if inner else "Name a folder with config.json and weights."
+        fault = f"{name} is not a checkpoint: it has no config.json. {advice}"
     elif not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
     else:

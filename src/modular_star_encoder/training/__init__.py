@@ -3,6 +3,7 @@
 import re
 import textwrap
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
@@ -57,9 +58,12 @@ def find_recipe(name: str, command: str | None = None) -> Path:
             return one.path
     if command is None and (other := _root() / f"{wanted}.yaml") in _root().glob("*/*.yaml"):  # a manifest, or packages
         return other
-    names = ", ".join(one.name for one in recipes)
-    message = f"Recipe {name} not found. Give the path of a YAML file{similar_files(path)}, or one of: {names}."
-    raise UserError("settings.file", message)
+    names = [one.name for one in recipes]
+    others = [one.command for one in packaged_recipes() if wanted in (one.name, one.name.partition("/")[0])]
+    near = get_close_matches(wanted, dict.fromkeys(part for one in names for part in (one.partition("/")[0], one)), 1)
+    hint = f": it is a recipe of `mose {others[0]}`" if others else f" (did you mean {near[0]}?)" if near else ""
+    message = f"Recipe {name} not found{hint}. Give the path of a YAML file{similar_files(path)}, or one of: "
+    raise UserError("settings.file", f"{message}{', '.join(names)}.")
 
 
 def hub_config_folder(name: str) -> Path:
