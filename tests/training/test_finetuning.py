@@ -292,6 +292,15 @@ def test_what_the_model_or_the_hub_refuses_stops_before_training(recipe_file, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_was_killed_while_it_saved_its_model_leaves_nothing_when_it_is_repeated(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "run", "max_steps=1")
+    whole = sorted((tmp_path / "run" / "model").iterdir())
+    (tmp_path / "run" / "model" / "training_log.json").unlink()
+    (tmp_path / "run" / "model" / ".saving-1234").mkdir()
+    run(recipe_file, tmp_path / "run", "max_steps=1")
+    assert sorted((tmp_path / "run" / "model").iterdir()) == whole
+
+
 def test_a_run_that_lacks_newer_settings_is_continued(recipe_file, tmp_path):
     recipe = load_recipe(FinetuningRecipe, recipe_file, ["max_steps=1"])
     finetune(recipe, tmp_path / "run", progress=False, announce=lambda _: None)
