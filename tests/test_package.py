@@ -1,5 +1,6 @@
 import doctest
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_every_folder_of_the_package_is_listed_in_pyproject():
 
 
 @pytest.mark.slow
+def test_architecture_lists_the_modules_that_exist():
+    listing = (ROOT / "ARCHITECTURE.md").read_text().partition("    hub_configs/")[0]
+    folders, listed = {}, set()
+    for indent, name in re.findall(r"^( {4,})([\w/.]+?(?:/|\.py))(?= |$)", listing, re.MULTILINE):
+        parent = folders.get(len(indent) - 4, Path())
+        folders[len(indent)] = parent / name
+        listed |= {parent / name} if name.endswith(".py") else set()
+    paths = [*(ROOT / "src").rglob("*.py"), *(ROOT / "modeling").rglob("*.py")]
+    with_code = {path.relative_to(ROOT) for path in paths if path.name != "__init__.py" or "def " in path.read_text()}
+    assert with_code <= listed
+    assert all((ROOT / path).is_file() for path in listed)
+
+
 def test_wheel_and_source_distribution_hold_model_code_weights_recipes_cards_and_types(tmp_path):
     # A copy, because building leaves a `build` folder, from which a later wheel would take stale files.
     source = tmp_path / "source"
