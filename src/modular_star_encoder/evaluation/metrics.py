@@ -164,7 +164,10 @@ def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return F1 of class 1 (...) from the `counts` (..., 4) of the outcomes; 0 if all labels and decisions are 0."""
+    """Return the F1 of class 1, an array of shape (…), from `counts` (…, 4): how often each outcome occurs.
+
+    F1 is 0 if all labels and decisions are 0.
+    """
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]

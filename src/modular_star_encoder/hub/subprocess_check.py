@@ -94,7 +94,10 @@ def main(folder: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of `verify_reload` for one request; every model runs the checkpoint's own code."""
+    """Embed texts with a checkpoint in every way that users load it; return the arrays that `verify_reload` describes.
+
+    All models run the code in the checkpoint's folder, because this package is not installed in this process.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer

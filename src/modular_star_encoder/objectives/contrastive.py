@@ -185,7 +185,10 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Return similarities (len(places), R, C) of rows and columns at exits `places`, cut to `cut` and normalised."""
+    """Return cosine similarities (len(places), R, C) of R rows and C columns by their first `cut` dimensions.
+
+    `rows` (E, R, D) and `columns` (E, C, D) are embeddings of length 1; `places` are indices of the E exits.
+    """
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]

@@ -257,9 +257,10 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return the `estimate` of the deepest exit alone − the shallowest exit alone, and whether the start `passed`.
+        """Return whether depth pays with these initial weights, as `passed`, and by how much, as in `estimate`.
 
-        `passed` is None, without an estimate, if one of the two models is missing.
+        It pays if a model trained at the deepest exit alone has a score higher by `recipe.gate` points than a model
+        trained at the shallowest exit alone. If one of the two models is missing, return only `passed`, None.
         """
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:

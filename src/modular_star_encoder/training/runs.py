@@ -95,9 +95,10 @@ def _preflight(
     FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
     et al. (arXiv 2204.02311, appendix B).
 
-    `texts` has the mean number of tokens of each text in a row, for each of the equally frequent kinds of rows.
-    `tokens_in_memory` is the number of tokens on a device whose activations are kept at once. `passes` is relative to
-    one forward and one backward pass of each row. `head_flops` are FLOPs per row, `other_bytes` bytes per device.
+    `texts` has a list for each kind of row (kinds are equally frequent): the mean number of tokens of the row's first
+    text, of its second text, and so on. `tokens_in_memory` is the number of tokens on a device whose activations are
+    kept at once. `passes` is 1 if each row has one forward and one backward pass, and more if texts are embedded again.
+    H is the hidden size. `head_flops` are FLOPs per row, `other_bytes` bytes per device.
     """
     config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())

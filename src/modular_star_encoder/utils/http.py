@@ -230,8 +230,9 @@ async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
     """Raise UserError (`http.settings`) if one of these arguments of `HTTPClient` is out of its range."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
-        given = f"concurrency={concurrency} and attempts={attempts} must be at least 1"
-        raise UserError("http.settings", f"{given}, pause={pause} at least 0, and timeout={timeout} above 0.")
+        given = f"not concurrency={concurrency}, attempts={attempts}, pause={pause} and timeout={timeout}"
+        message = "`concurrency` and `attempts` must be at least 1, `pause` at least 0, and `timeout` above 0"
+        raise UserError("http.settings", f"{message}, {given}.")
 
 
 def check_url(url: str) -> str:

@@ -48,7 +48,7 @@ class Language:
     test_file: str = r"(?!)"  # pattern of test files, without suffix
 
     def dotted_name(self, name: str) -> str:
-        """Return the name of a function or scope, as written in code, with dots between its parts."""
+        """Return the name of a function or scope with dots between its parts: `A::b` becomes `A.b`."""
         if self.has_member_names:
             return _member_name(name)
         return (name.partition("<")[0] if self.has_type_arguments else name).replace(self.separator, ".")
