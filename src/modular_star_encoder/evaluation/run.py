@@ -127,7 +127,10 @@ def evaluate_tasks(
 
 
 def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> TaskResult:
-    """Evaluate one variant of a retriever on one task; first call `retriever.prepare` with the task's texts."""
+    """Evaluate one variant of a retriever, such as an exit, on one task.
+
+    The caller must have called `retriever.prepare` with the task's texts.
+    """
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))

@@ -132,7 +132,11 @@ class ContrastiveSettings:
             raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError unless `rows`, side → row count, has the sides of `pairs` and equal counts in each pair."""
+        """Raise UserError if a batch does not fit `pairs`.
+
+        `rows` maps each side of the batch, such as "query", to its number of rows. It must have the sides that `pairs`
+        names and no others, and the two sides of a pair must have the same number of rows.
+        """
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -105,11 +104,7 @@ class StartingPoint(Generic[Model]):
         function, because the model may be spread over all processes.
         """
         lora = self._recipe.lora is not None
-        target = out / (ADAPTER if lora else MODEL)
-        if trainer.is_world_process_zero():
-            for left in target.glob(".saving-*"):  # by a killed run: the lock of `out` keeps other processes away
-                shutil.rmtree(left)
-        trainer.save_model(os.fspath(target))
+        trainer.save_model(os.fspath(out / (ADAPTER if lora else MODEL)))
         if not lora or (out / MODEL).exists() or not trainer.is_world_process_zero():
             return
         from peft import PeftModel

@@ -151,6 +151,8 @@ class MultiExitTrainer(Trainer):
             for weights in folder.glob("*.safetensors"):  # peft writes files that only their owner can read
                 shutil.copymode(folder / TRAINING_ARGS_NAME, weights)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            for left in folder.glob(".saving-*"):  # by `save_pretrained` in a process that was killed
+                shutil.rmtree(left)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""Helpers for reports and model cards: numbers and tables as text, hardware (without its name), package versions."""
+"""Helpers for reports and model cards: numbers and tables as text, hardware (but no host name), package versions."""
 
 import json
 import os
