@@ -253,7 +253,8 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     `query` and `positive`, and optionally `negative` (a text, or a list whose first text is used), `score`, `language`
     and `repository`. No column is used for a role that is null. The column of a role that is not given is guessed from
     the names in the file. If no name is known, the column of query or positive is the only one whose name contains a
-    word for this role, such as "question" in `user_question`, and no word for another role. Readers leave out rows whose score is below the option `min_score` (default 0.5).
+    word for this role, such as "question" in `user_question`, and no word for another role. Readers leave out rows
+    whose score is below the option `min_score` (default 0.5).
 
     UserError if the source does not exist, a named column is missing, or the column of query or positive is not found.
     """

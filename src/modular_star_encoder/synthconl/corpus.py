@@ -1,7 +1,7 @@
 """Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
     fetch_packages   names and versions of packages → their archives, by the registries' own clients
-    build_corpus     archives → functions, one file of rows for each package → pairs, held-out pairs, and texts without a pair
+    build_corpus     archives → functions, a file of rows for each package → pairs, held-out pairs, texts without a pair
     check_corpus     the corpus → its texts that equal, or nearly equal, a text of an evaluation set
 
 An interrupted call continues if it is repeated. One process at a time works in a folder. Equal packages give an equal

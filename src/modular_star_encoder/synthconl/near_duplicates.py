@@ -392,8 +392,8 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Join the near pairs of all columns; of a pair in several columns, keep the largest similarity.
 
-    Each of `parts` has the pairs of one column, each pair packed into one uint64, and the similarity of each. Returns (distinct pairs, ascending;
-    the similarity of each).
+    Each of `parts` has the pairs of one column, each pair packed into one uint64, and the similarity of each.
+    Returns (distinct pairs, ascending; the similarity of each).
     """
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))

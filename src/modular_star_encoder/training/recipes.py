@@ -174,8 +174,8 @@ class PretrainingRecipe(TrainingRecipe):
         max_tokens: largest number of tokens of a row, special tokens included.
         mlm_probability: fraction of the text tokens to predict.
         tokenizer: folder or Hub id, by default a new tokenizer of the model's vocabulary size, trained on the corpus.
-        start_from_corpus: begin with similar vectors for tokens that are spelled alike, such as "Parse" and "parse", and
-            with output biases from how often each token occurs; helps small models.
+        start_from_corpus: begin with similar vectors for tokens that are spelled alike, such as "Parse" and "parse",
+            and with output biases from how often each token occurs; helps small models.
         packing: join all rows of a batch to one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
         eval_rows: number of held-out rows in an evaluation, at most 100,000.
