@@ -67,7 +67,10 @@ def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):
     assert status == 0
     assert "add.go:3 " in out.splitlines()[0]
     cascade = ("search", "push", "pop an item", "--rerank-exit-layer", "4", "--candidates", "3")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert "embedding up to 3 hits at exit 2" in mose("search", "push", "--rerank-exit-layer", "2", *cascade[-2:])[2]
     _, out, err = mose(*cascade)
+    assert "embedding" not in err
     assert "# push" in out
     assert "exit 4 re-ranked 2 of 2 answers" in err
     status, out, _ = mose(*cascade, "--json")

@@ -289,6 +289,9 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         ({"questions": []}, "search.questions", ""),
         ({"questions": "push"}, "search.questions", ""),
         ({"questions": [" "]}, "search.questions", ""),
+        ({"questions": [1]}, "search.questions", ""),
+        ({"questions": [b"x"]}, "search.questions", ""),
+        ({"top_k": "3"}, "search.top_k", "'3'"),
         ({"questions": ["push \udcff"]}, "search.questions", "Unicode"),
         ({"top_k": 0}, "search.top_k", "not 0"),
         ({"exit_layer": 2}, "search.index.exit_layer", "exit 1, 4, not 2"),
@@ -301,6 +304,18 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
 def test_bad_questions_are_refused(shared_index, options, key, named):
     with raises(key, named):
         shared_index.search(**{"questions": ["push"], **options})
+
+
+def test_arguments_of_a_wrong_kind_are_named(shared_index, code, tmp_path, checkpoint):
+    for name, value in (("line", "1"), ("top_k", -3)):
+        with raises(f"search.{name}", f"`{name}`", repr(value)):
+            shared_index.related("stack.py", **{"line": 2, name: value})
+    for name, value, key in (("exit_layers", [], "exit_layer"), ("processes", -1, "processes")):
+        with raises(f"search.{key}", f"`{name}`"):
+            build(code, tmp_path / "index", checkpoint, **{name: value})
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(TypeError, match="`location`"):
+        CodeIndex.open(5)
 
 
 def test_a_server_serves_the_same_answers(code, tmp_path, checkpoint, shared_index):

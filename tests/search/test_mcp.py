@@ -34,12 +34,14 @@ def index(code, tmp_path, checkpoint):
 
 def test_an_agent_searches_reads_and_finds_what_is_alike(index, code):
     write_code(code, {"new.py": "def brand_new_function():\n    return 'fresh'\n"})
-    found, alike, lines = ask(
+    found, alike, lines, missed = ask(
         build_server(index),
         ("search", {"question": "brand_new_function", "top_k": 1}),
         ("related", {"path": "stack.py", "line": 3, "top_k": 2}),
         ("read", {"path": "src/add.go", "first_line": 3, "last_line": 4}),
+        ("search", {"question": "add", "path": "nope/**"}),
     )
+    assert (missed[1], "'nope/**'" in missed[0]) == (True, True)
     assert found == ("new.py:1-2 brand_new_function\ndef brand_new_function():\n    return 'fresh'", False)
     assert "stack.py:1" not in alike[0]
     assert alike[0].count("\n\n") == 1

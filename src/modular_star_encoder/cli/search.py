@@ -147,9 +147,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         )
         for line in report.lines(arguments.show_skipped):
             print(line, file=sys.stdout if arguments.show_skipped else sys.stderr)
-    if not report.rows:
-        message = f"{index.folder} holds no source code that a search could find. Name another folder."
-        raise UserError("search.folder.empty", message)
+    index.refuse_empty()
 
 
 def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
@@ -164,7 +162,7 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
     embedder = Embedder(checkpoint)
     several = embedder.trained_exits if arguments.exit_layers is None else arguments.exit_layers
-    exits = embedder.exits(arguments.exit_layer, several, budget)
+    exits = embedder.exits(arguments.exit_layer, several or None, budget)
     return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, exit_layers=exits, **options)
 
 
@@ -206,7 +204,11 @@ def run_search(arguments: argparse.Namespace) -> None:
     )
     for line in index.report.news(arguments.show_skipped):
         print(line, file=sys.stderr)
+    if cascade and cascade.exit_layer not in index.settings.exit_layers and sys.stderr and sys.stderr.isatty():
+        print(f"mose: note: embedding up to {cascade.candidates} hits at exit {cascade.exit_layer} …", file=sys.stderr)
     answers = index.search(arguments.questions, exit_layer=exit_layer, cascade=cascade, **options)
+    if not any(answer.hits for answer in answers):
+        index.check_filter(arguments.languages, arguments.path)
     if arguments.json:
         shown = [answer.to_dict(explain=arguments.explain) for answer in answers]
         print(json.dumps(shown, indent=2))
@@ -221,24 +223,34 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:
-    """If the last question is a folder, make it `arguments.folder`; UserError if it seems to be a misspelt folder."""
+    """If the last question is a folder, make it `arguments.folder`; UserError if a folder seems to be meant, too."""
     *questions, last = arguments.questions
     if arguments.index is not None or arguments.folder is not None:
         return
-    if questions and os.path.isdir(os.path.expanduser(last)):
+    path = os.path.expanduser(last)
+    if questions and os.path.isdir(path):
         arguments.questions, arguments.folder = questions, last
         return
-    # One word after a question is a misspelt folder, or quotation marks are missing, as in `retry timeout`.
-    is_path = re.match(r"(~|\.{0,2})/\S*$", last) or (questions and (os.path.isfile(last) or len(last.split()) == 1))
     near = []
     if questions:
         from difflib import get_close_matches
 
         near = get_close_matches(last, [one.name for one in os.scandir() if one.is_dir()], 1, 0.8)
-    if is_path or near:
-        advice = f"Did you mean {near[0]!r}? " if near else ""
-        message = f'{last!r} is not a folder that follows a question. {advice}Write: mose search "QUESTION" FOLDER'
-        raise UserError("cli.search.folder", message)
+    is_path, is_word = re.match(r"(~|\.{0,2})/\S*$", last), questions and len(last.split()) == 1
+    if folders := [one for one in questions if os.path.isdir(os.path.expanduser(one))]:
+        fault = f"The folder {folders[0]!r} must come after the question"
+    elif (is_path or questions) and os.path.isfile(path):
+        fault = f"{last!r} is a file, and only a folder can be searched; --path limits a search to files"
+    elif is_path and os.path.isdir(path):
+        fault = f"There is no question before {last!r}"
+    elif near:
+        fault = f"There is no folder {last!r}, but {near[0]!r}"
+    elif is_path or is_word:
+        advice = "" if "/" in last else ". If it belongs to the question, put quotes around the question"
+        fault = f"There is no folder {last!r}{advice}"
+    else:
+        return
+    raise UserError("cli.search.folder", f'{fault}. Write: mose search "QUESTION" FOLDER')
 
 
 def run_related(arguments: argparse.Namespace) -> None:

@@ -21,8 +21,8 @@ _KEPT_EMBEDDINGS = 20_000
 _FEW_TEXTS = 64  # numpy embeds at most this many at exits above 0: for so few, importing torch would take longer
 
 # Files of a repository that a search may read.
-_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "model*.safetensors*")
-_FILES += ("config_sentence_transformers.json", "exit_profile.json")
+_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "model*.safetensors*"]
+_FILES += ["config_sentence_transformers.json", "exit_profile.json"]
 
 _Key = tuple[tuple[int, ...], int, str]  # exits, dimension, text
 _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → {exit_layer: embeddings (N, D) float32}
@@ -77,7 +77,7 @@ class Embedder:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = snapshot_download(self.checkpoint, allow_patterns=list(_FILES))
+            folder = snapshot_download(self.checkpoint, allow_patterns=_FILES)
         except OSError as error:
             reason = f"cannot be downloaded from the Hub: {' '.join(str(error).split())}"
             raise OSError(f"{self.checkpoint} is not a local folder and {reason}") from error
@@ -106,12 +106,12 @@ class Embedder:
         limits among the given exits or, if no exit is given, among all exits of the checkpoint.
 
         Raises:
-            UserError: both `exit_layer` and `exit_layers` are given, the checkpoint lacks a given exit, no exit is
-                within the budget, or the exit profile has none of these exits.
+            UserError: both `exit_layer` and `exit_layers` are given, `exit_layers` is empty, the checkpoint lacks a
+                given exit, no exit is within the budget, or the exit profile has none of these exits.
             FileNotFoundError: there is a budget, and the checkpoint has no exit profile.
         """
-        if exit_layers and exit_layer is not None:
-            raise UserError("search.exit_layer", "Give `exit_layer` or `exit_layers`, not both.")
+        if exit_layers is not None and (exit_layer is not None or not exit_layers):
+            raise UserError("search.exit_layer", "Give `exit_layer`, or at least one exit as `exit_layers`, not both.")
         named = exit_layers or (() if exit_layer is None else (exit_layer,))
         for one in named:
             self.check_exit(one)

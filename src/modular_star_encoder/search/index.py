@@ -8,12 +8,14 @@ import stat
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
+from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.inference import is_repository, shipped_models
 from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, update_store
 from modular_star_encoder.search.embedder import Embedder
@@ -112,10 +114,12 @@ class CodeIndex:
         Returns the index; its `report` counts the embedded files and rows.
 
         Raises:
-            UserError: `folder` is not a folder, or the index was built with other settings (the message names them).
+            UserError: `folder` is not a folder, the index was built with other settings (the message names them), or
+                an argument is invalid.
             OSError: the checkpoint does not exist, or the index cannot be written.
             ImportError: the extra `qdrant` is not installed.
         """
+        _check_number("processes", processes, 0)
         folder = os.path.expanduser(folder)
         if not os.path.isdir(folder):
             raise UserError("search.folder.missing", f"{folder!r} is not a folder. Name a folder with source code.")
@@ -213,6 +217,7 @@ class CodeIndex:
                 exists, or another process writes the index for more than 3 s.
             OSError: the checkpoint does not exist, or the index cannot be written.
         """
+        _check_number("processes", processes, 0)
         with self._lock, self.store.locked():
             return self._update(processes=processes, progress=progress)
 
@@ -294,8 +299,11 @@ class CodeIndex:
             exit_layer: one of the index's exits; the deepest if None.
 
         Raises:
-            UserError: the index has no code at that line, lacks the exit, or was rebuilt after it was opened.
+            UserError: the index has no code at that line, lacks the exit, or was rebuilt after it was opened; or an
+                argument is invalid.
         """
+        _check_number("line", line, 1)
+        _check_number("top_k", top_k, 1)
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
         this_file = re.compile(re.escape(readable_path(path).encode()) + rb"\Z")
         with self._lock, self.store.snapshot():
@@ -309,6 +317,32 @@ class CodeIndex:
             found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
             others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
             return self._hits(others[:top_k])
+
+    def check_filter(self, languages: Sequence[str] | None, path: str | None) -> None:
+        """Raise UserError if the index has code, but none that a search with these filters could find."""
+        where = Filter(check_languages(languages, ()), None if path is None else path_expression(path))
+        zeros, exit_layer = np.zeros(self.settings.dimension, dtype=np.float32), self.settings.exit_layers[0]
+        with self._lock, self.store.snapshot():
+            fitting, every = (self.store.nearest(zeros, exit_layer, 1, one) for one in (where, Filter()))
+            if every and not fitting:
+                named = [f"the languages {', '.join(where.languages)}"] * bool(languages)
+                named += [f"the path pattern {path!r}"] * (path is not None)
+                example = f"{every[0].path} ({every[0].snippet.language})"
+                message = f"No indexed file fits {' and '.join(named)}. The index has files such as {example}."
+                raise UserError("search.filter", message)
+
+    def refuse_empty(self) -> None:
+        """Raise UserError if the index has no code; if it reads few languages, the message names code in another."""
+        if self.store.count():
+            return
+        kind, advice = "source", "Name another folder"
+        if missing := {*SEARCH_LANGUAGES} - {*self.settings.languages}:
+            kind = " or ".join(self.settings.languages)
+            options: dict[str, Any] = {"depth": 0, "may_be_empty": True, "obey_ignore_files": True}
+            for other in folder_repositories(self.folder, languages=missing, filters=SEARCH_FILTERS, **options):
+                advice = f"It has other code, such as {other.path} ({other.language})"
+                break
+        raise UserError("search.folder.empty", f"{self.folder} holds no {kind} code. {advice}.")
 
     def read_file(self, path: str) -> str:
         """Return the present text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
@@ -395,17 +429,25 @@ def file_inside(folder: str, path: str) -> Path | None:
     return file if is_plain else None
 
 
+def _check_number(name: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, Integral) or value < lowest:
+        raise UserError(f"search.{name}", f"`{name}` must be a whole number of at least {lowest}, not {value!r}.")
+
+
 def check_search(
     questions: Sequence[str], top_k: int, method: str, languages: Sequence[str] | None, path: str | None
 ) -> Filter:
     """Return the filter of rows to search; raise UserError if an argument of `CodeIndex.search` is invalid."""
     key = fault = ""
-    if isinstance(questions, str) or not questions or not all(question.strip() for question in questions):
-        key, fault = "questions", "`questions` must be a list of at least one question, none of them blank."
+    _check_number("top_k", top_k, 1)
+    if (
+        isinstance(questions, str)
+        or not questions
+        or not all(isinstance(one, str) and one.strip() for one in questions)
+    ):
+        key, fault = "questions", "`questions` must be a list of at least one text, none of them blank."
     elif broken := [one for one in questions if one.encode(errors="replace").decode() != one]:
         key, fault = "questions", f"The question {broken[0]!a} must be Unicode text, without lone surrogates."
-    elif top_k < 1:
-        key, fault = "top_k", f"`top_k` must be at least 1, not {top_k}."
     elif method not in get_args(Method):
         key, fault = "method", f"`method` must be hybrid, vector or lexical, not {method!r}."
     if fault:
@@ -423,6 +465,8 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
         UserError: the location has none of these forms, is a file, or is a folder with files of another program.
     """
     if not isinstance(location, str | os.PathLike):
+        if not hasattr(location, "replace_files"):
+            raise TypeError(f"`location` must be a path, a URI or a store, not {location!r}.")
         return location
     location = os.fspath(location)
     if location.startswith(QDRANT):
@@ -501,8 +545,7 @@ def open_for_search(
         index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages)
     if refresh and not index.report.files:
         index.refresh(seconds)
-    if not index.store.count():
-        raise UserError("search.folder.empty", f"{index.folder} holds no source code. Name another folder.")
+    index.refuse_empty()
     return index, exit_layer
 
 

@@ -61,6 +61,8 @@ def build_server(index: CodeIndex) -> MCPServer:
         """Find code by a question in prose or a symbol's name; `path` limits the search to files such as 'src/**'."""
         index.refresh()
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
+        if not answer.hits:
+            index.check_filter(None, path)
         return shown(answer.hits)
 
     @server.tool()
