@@ -131,7 +131,7 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("search x --folder FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
         ("search 'a question' nowhere", "There is no folder 'nowhere'"),
         ("search without quotes", "put quotes around the question. Write: mose search"),
-        ("search FOLDER 'a question'", 'must come after the question. Write: mose search "QUESTION" FOLDER'),
+        ("search FOLDER 'a question'", 'must come after the question. Write: mose search "QUESTION"'),
         ("search x README.md", "is a file, and only a folder can be searched"),
         ("search x --index INDEX --path nope/**", "fits the path pattern 'nope/**'. The index has files such as"),
         ("search x --index INDEX --languages java", "fits the languages java. The index has files such as"),
