@@ -51,7 +51,7 @@ def draw_repositories(
     single project decides the results. One repository at least is left for training. Equal arguments, equal results.
     """
     if len(sizes) < 2:
-        message = f"Holding out data needs at least two rows, or repositories if rows name them; not {len(sizes)}: add some."
+        message = f"Holding out data needs two rows, or repositories if rows name them; not {len(sizes)}: add some."
         raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))

@@ -376,8 +376,10 @@ class ExitProgressCallback(ProgressCallback):
             message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out."
             self.training_bar.write(message, file=sys.stderr)
 
-    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        super().on_prediction_step(args, state, control, **kwargs)
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description(f"losses on held-out rows after step {state.global_step}", False)
 
