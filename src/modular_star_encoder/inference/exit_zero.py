@@ -175,8 +175,7 @@ class NumpyEncoder:
             name = f"model.layers.{layer}"
             states = states + self._attention(name, self._normalised(f"{name}.input_layernorm", states), rotation)
             wide = self._linear(f"{name}.mlp.c_fc", self._normalised(f"{name}.post_attention_layernorm", states))
-            wide *= 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi, dtype=np.float32) * (wide + 0.044715 * wide * wide * wide)))
-            states = states + self._linear(f"{name}.mlp.c_proj", wide)
+            states = states + self._linear(f"{name}.mlp.c_proj", _gelu(wide))
             yield states
 
     def _attention(self, layer: str, states: np.ndarray, rotation: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -188,8 +187,9 @@ class NumpyEncoder:
         # Heads that share keys and values become rows of one matrix: (groups, heads of a group × T, head size).
         query = query.reshape(tokens, groups, -1, cos.shape[-1]).transpose(1, 2, 0, 3)
         scores = query.reshape(groups, -1, cos.shape[-1]) @ key.transpose(1, 2, 0)
-        np.exp(scores - scores.max(-1, keepdims=True), out=scores)
-        mixed = (scores / scores.sum(-1, keepdims=True)) @ value.transpose(1, 0, 2)
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed = scores @ value.transpose(1, 0, 2) / scores.sum(-1, keepdims=True)
         mixed = mixed.reshape(query.shape).transpose(2, 0, 1, 3).reshape(tokens, -1)
         return self._linear(f"{layer}.self_attn.o_proj", mixed)
 
@@ -199,7 +199,9 @@ class NumpyEncoder:
         return states * self._tensor(f"{name}.weight") + self._tensor(f"{name}.bias")
 
     def _linear(self, name: str, values: np.ndarray) -> np.ndarray:
-        return values @ self._tensor(f"{name}.weight", transposed=True) + self._tensor(f"{name}.bias")
+        result: np.ndarray = values @ self._tensor(f"{name}.weight", transposed=True)
+        result += self._tensor(f"{name}.bias")
+        return result
 
     def _tensor(self, name: str, transposed: bool = False) -> np.ndarray:
         """Return a tensor as float32; a matrix for `_linear` is transposed in memory: quicker for a short text."""
@@ -210,6 +212,20 @@ class NumpyEncoder:
                 tensor = tensors.get_tensor(name)
             self._tensors[name] = np.ascontiguousarray(tensor.T if transposed else tensor, dtype=np.float32)
         return self._tensors[name]
+
+
+def _gelu(values: np.ndarray) -> np.ndarray:
+    """Replace values by their GELU, approximated with tanh; in place, because new memory takes longer than the sums."""
+    gate = values * values
+    gate *= 0.044715
+    gate += 1
+    gate *= values
+    gate *= np.sqrt(2 / np.pi, dtype=np.float32)
+    np.tanh(gate, out=gate)
+    gate += 1
+    gate *= 0.5
+    values *= gate
+    return values
 
 
 def _half_turned(values: np.ndarray) -> np.ndarray:
