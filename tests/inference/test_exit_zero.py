@@ -24,10 +24,13 @@ def test_numpy_embeds_what_the_model_embeds():
     model, tokenizer = load_checkpoint(MODEL)
     expected = encode_exits(model, tokenizer, TEXTS, exit_layers=(0, 2, 6), progress=False)
     np.testing.assert_allclose(NumpyEncoder(MODEL).encode(TEXTS), expected[0], atol=1e-5)
-    embedded = NumpyEncoder(MODEL).encode_exits(TEXTS, (0, 2, 6))
+    encoder = NumpyEncoder(MODEL)
+    embedded = encoder.encode_exits(TEXTS, (0, 2, 6))
     for exit_layer, vectors in embedded.items():
         np.testing.assert_allclose(vectors, expected[exit_layer], atol=1e-5)
         assert vectors[2].tolist() == [0.0] * 384
+    # One float64 scalar would make all states after it float64, at half the speed.
+    assert {states.dtype.name for states in encoder._states(np.arange(5), 6)} == {"float32"}
 
 
 def test_words_have_the_tokens_of_the_whole_text():

@@ -10,6 +10,7 @@ to length 1. It equals a static model whose vectors are multiplied by the weight
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -183,7 +184,7 @@ class NumpyEncoder:
         query, key, value = (
             self._linear(f"{layer}.self_attn.{one}_proj", states).reshape(tokens, -1, cos.shape[-1]) for one in "qkv"
         )
-        query, key = (one * cos + _half_turned(one) * sin for one in (query / np.sqrt(cos.shape[-1]), key))
+        query, key = (one * cos + _half_turned(one) * sin for one in (query / math.sqrt(cos.shape[-1]), key))
         # Heads that share keys and values become rows of one matrix: (groups, heads of a group × T, head size).
         query = query.reshape(tokens, groups, -1, cos.shape[-1]).transpose(1, 2, 0, 3)
         scores = query.reshape(groups, -1, cos.shape[-1]) @ key.transpose(1, 2, 0)
