@@ -264,7 +264,7 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
     """Read a set such as `[a-z]`, with `at` after the `[`; return (bytes that the set matches, index after the set)."""
     is_negative = glob[at : at + 1] in (b"!", b"^")
     at += is_negative
-    first, chosen = at, set()
+    first, chosen = at, set[int]()
     while at == first or glob[at : at + 1] != b"]":
         if (item := _SET_ITEM.match(glob, at)) is None:
             raise re.error("a set without an end")
