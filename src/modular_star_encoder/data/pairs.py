@@ -129,11 +129,14 @@ class TripletColumns:
     negative_language: str | None = None
 
     def __post_init__(self) -> None:
+        fault = message = ""
         if None in (self.description, self.code, self.language):
-            raise UserError("data.triplets.columns", "`columns` needs names for `description`, `code` and `language`.")
-        if self.negative_language is not None and self.negative is None:
+            fault, message = "columns", "`columns` needs names for `description`, `code` and `language`."
+        elif self.negative_language is not None and self.negative is None:
             message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
-            raise UserError("data.triplets.negative_language", message)
+            fault = "negative_language"
+        if fault:
+            raise UserError(f"data.triplets.{fault}", message)
 
     def names(self) -> list[str]:
         """Return the names of the columns to read."""

@@ -216,12 +216,15 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
+    fault = message = ""
     if benchmark is None and needed:
         how = f"one of {_listed(known)}" if known else "which `mose profile --quality` adds to the profile"
-        raise UserError("budget.benchmark.missing", f"`min_quality` needs a `benchmark`, {how}.")
-    if benchmark is not None and benchmark not in known:
+        fault, message = "missing", f"`min_quality` needs a `benchmark`, {how}."
+    elif benchmark is not None and benchmark not in known:
+        fault = "unknown"
         message = f"The profile lacks the benchmark {benchmark}. It has: {_listed(known) or 'none'}."
-        raise UserError("budget.benchmark.unknown", message)
+    if fault:
+        raise UserError(f"budget.benchmark.{fault}", message)
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 

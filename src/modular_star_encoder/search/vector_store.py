@@ -155,17 +155,18 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
     without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
     Raises UserError if the pattern is blank or too long, or a bracket isn't closed.
     """
-    if len(pattern) > LONGEST_PATH:
-        message = f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
-        raise UserError("search.path.long", message)
-    if not pattern.strip():
-        raise UserError("search.path.blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'.")
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
-    try:
-        return re.compile(glob_expression((whole + "**" * whole.endswith("/")).encode()) + rb"\Z", re.DOTALL)
-    except re.error as error:
-        message = f"The path pattern {pattern!r} is invalid ({error}). To match the character '[', write '[[]'."
-        raise UserError("search.path.bracket", message) from error
+    if len(pattern) > LONGEST_PATH:
+        fault = "long", f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
+    elif not pattern.strip():
+        fault = "blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'."
+    else:
+        try:
+            return re.compile(glob_expression((whole + "**" * whole.endswith("/")).encode()) + rb"\Z", re.DOTALL)
+        except re.error as error:
+            advice = "To match the character '[', write '[[]'."
+            fault = "bracket", f"The path pattern {pattern!r} is invalid ({error}). {advice}"
+    raise UserError(f"search.path.{fault[0]}", fault[1])
 
 
 @dataclass(frozen=True, slots=True)

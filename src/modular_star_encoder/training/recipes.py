@@ -92,15 +92,17 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, value in self.training.items():
+            fault = message = ""
             if name.startswith(("push_to_hub", "hub_", "trackio_")):
-                message = f"A recipe can't upload: leave out {name}, and publish the trained model with `mose publish`."
-                raise UserError("training.arguments.upload", message)
-            if name == "parallelism_config":
+                fault, message = "upload", f"A recipe can't upload: leave out {name}, and publish with `mose publish`."
+            elif name == "parallelism_config":
                 message = f"Leave out {name}: `accelerate launch` sets it, with its options --parallelism_config_…"
-                raise UserError("training.arguments.decided", message)
+                fault = "decided"
             # transformers takes a string for the name of a JSON file and reads it.
-            if name in _MAPPINGS and not isinstance(value, Mapping | None):
-                raise UserError("training.arguments.mapping", f"{name} must be a mapping of settings, not {value!r}.")
+            elif name in _MAPPINGS and not isinstance(value, Mapping | None):
+                fault, message = "mapping", f"{name} must be a mapping of settings, not {value!r}."
+            if fault:
+                raise UserError(f"training.arguments.{fault}", message)
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
