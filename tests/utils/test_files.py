@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -136,6 +137,8 @@ def squares(numbers):
             os.kill(os.getpid(), signal.SIGKILL)
         if number == 1000:
             raise ValueError("a thousand")
+        if number == 2000:
+            time.sleep(60)
     return [number * number for number in numbers]
 
 
@@ -148,6 +151,14 @@ def test_results_come_in_order_whatever_the_number_of_processes_and_an_error_is_
     assert mapped(range(24)) == mapped(range(24), processes=1) == [number * number for number in range(24)]
     with pytest.raises(ValueError, match="a thousand"):
         mapped([1, 2, 1000])
+
+
+def test_a_caller_that_stops_waits_for_no_busy_worker():
+    results = crash_safe_map(squares, iter([0, 1, 2, 2000]), processes=2, chunk_size=3, crashed=None)
+    assert next(results) == [0, 1, 4]
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.slow

@@ -56,15 +56,15 @@ def crash_safe_map(
             except BrokenProcessPool:  # raised for each chunk that was submitted to the broken executor
                 yield from _halved(function, chunk, crashed)
     finally:
-        executor.shutdown(cancel_futures=True)
+        _end(executor)
 
 
 def _halved(
     function: Callable[[list[Item]], Result], chunk: list[Item], crashed: Callable[[Item], Result]
 ) -> Iterator[Result]:
+    executor = _executor(1)
     try:
-        with _executor(1) as executor:
-            yield executor.submit(function, chunk).result()
+        yield executor.submit(function, chunk).result()
     except BrokenProcessPool:
         if len(chunk) == 1:
             yield crashed(chunk[0])
@@ -72,10 +72,20 @@ def _halved(
         middle = len(chunk) // 2
         yield from _halved(function, chunk[:middle], crashed)
         yield from _halved(function, chunk[middle:], crashed)
+    finally:
+        _end(executor)
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, initializer=_prepare_worker)
+
+
+def _end(executor: ProcessPoolExecutor) -> None:
+    """End the workers at once: after Ctrl-C, one may be busy with a file for minutes."""
+    # A later Python has `terminate_workers` (3.14).
+    for worker in list((executor._processes or {}).values()):
+        worker.terminate()
+    executor.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:
