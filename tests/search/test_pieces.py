@@ -131,6 +131,26 @@ def test_a_file_of_half_a_million_definitions_takes_seconds():
 
 
 @pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("rust", "impl Abcdefgh {\n" * 1_100 + "}\n" * 1_100),
+        ("javascript", "function f(){\n" * 12_000 + "}\n" * 12_000),
+        ("javascript", "{\n" * 20_000 + "function f(){}\n" * 9_000 + "}\n" * 20_000),
+        ("", "int abcdefgh;\n" + ("/* " * 833 + "\n") * 58),
+        ("", "int abcdefgh;\n" + ("{- " * 833 + "\n") * 58 + "*/"),
+        ("cpp", "int (f( {\n" + ("ABCDE" + " " * 2_470 + "x" + "\n" * 12) * 400),
+    ],
+    ids=["nested scopes", "nested functions", "nested blocks", "comments", "other comments", "macros"],
+)
+def test_a_file_made_to_be_slow_is_divided_within_seconds(language, text):
+    start = time.thread_time()
+    pieces = file_pieces("a", language, text)
+    assert pieces
+    assert not any(map(is_boilerplate, pieces))
+    assert time.thread_time() - start < 3
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("import os\nfrom sys import path\n", True),

@@ -30,7 +30,8 @@ _IMPORT = re.compile(
     )(?:[^\n]*[({][ \t]*\n(?:[^(){}]|[({][^(){}]*[)}])*[)}][^\n]*|[^\n]*)$""",
     re.MULTILINE | re.VERBOSE,
 )
-_BLOCK_COMMENT = re.compile(r"/\*.*?\*/|\{-.*?-\}", re.DOTALL)
+_COMMENT_START = re.compile(r"/\*|\{-")
+_COMMENT_ENDS = {"/*": "*/", "{-": "-}"}
 _LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
 
 
@@ -129,9 +130,23 @@ def is_boilerplate(snippet: Snippet) -> bool:
     """Return whether a piece defines nothing and holds only imports or a licence, which no question is about."""
     if snippet.defines or snippet.language == "markdown":
         return False
-    text = _BLOCK_COMMENT.sub(lambda comment: "" if _LICENCE.search(comment[0]) else comment[0], snippet.text)
+    text = _without_licences(snippet.text)
     lines = [line for line in _IMPORT.sub("", text).split("\n") if line.strip()]
     return not lines or (bool(_LICENCE.search(text)) and all(map(_LEADING.match, lines)))
+
+
+def _without_licences(text: str) -> str:
+    """Return `text` without the block comments that hold a licence, in linear time even if many are never closed."""
+    last_ends = {start: text.rfind(end) for start, end in _COMMENT_ENDS.items()}
+    kept, at = [], 0
+    for start in _COMMENT_START.finditer(text):
+        if at <= start.start() and start.end() <= last_ends[start[0]]:
+            end = text.index(_COMMENT_ENDS[start[0]], start.end()) + 2
+            kept.append(text[at : start.start()])
+            if not _LICENCE.search(text, start.start(), end):
+                kept.append(text[start.start() : end])
+            at = end
+    return "".join(kept) + text[at:]
 
 
 _WORD = re.compile(r"[^\W\d][\w$]*|\d+")

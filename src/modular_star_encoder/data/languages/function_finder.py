@@ -18,6 +18,7 @@ from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
 MAX_DEFINITIONS = 20_000  # a file with more is data: an index has better rows of its blocks of lines
+_MAX_DEPTH = 200  # of a definition in the syntax tree: to find a node's parent takes time proportional to its depth
 _MAX_NAME_LENGTH = 200
 
 
@@ -75,15 +76,18 @@ _KINDS = ("function", "scope", "type", "extension")
 def outline(text: str, language: str) -> list[Definition]:
     """Return the functions, classes and other definitions in `text`, outer ones before those inside them.
 
-    `text` may have syntax errors. Raises UnparsableSourceError if `text` can't be parsed, holds thousands of brackets
-    that nothing closes (the query would take minutes), or has more than `MAX_DEFINITIONS`.
+    `text` may have syntax errors. Definitions nested very deeply are left out. Raises UnparsableSourceError if `text`
+    can't be parsed, holds thousands of brackets that nothing closes (the query would take minutes), or has more than
+    `MAX_DEFINITIONS`.
     """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     tree = parsing.parse(source.bytes, grammar)
     if parsing.has_wide_error(tree):
         raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
-    matches = QueryCursor(grammar.definitions).matches(tree.root_node)
+    cursor = QueryCursor(grammar.definitions)
+    cursor.set_max_start_depth(_MAX_DEPTH)
+    matches = cursor.matches(tree.root_node)
     if len(matches) > MAX_DEFINITIONS:
         raise UnparsableSourceError(f"The text has more than {MAX_DEFINITIONS:,} definitions.")
     for _, captures in matches:

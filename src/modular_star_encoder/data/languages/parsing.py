@@ -214,7 +214,7 @@ _WORD_BEFORE = re.compile(rb"\b([^\W\d]\w*)\s+\Z")
 _WORD_AFTER = re.compile(rb"\s+([^\W\d]\w*)")
 _MAX_WORD_BYTES = 80
 # `LIBRARY_NAMESPACE_BEGIN`, `REGISTER_TYPE(name)` on lines of their own, without a semicolon.
-_MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\))?[ \t]*$", re.MULTILINE)
+_MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\)[ \t]*)?$", re.MULTILINE)
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
