@@ -140,8 +140,12 @@ def test_a_request_that_the_page_never_sends_prints_no_traceback(address, capfd)
         for wrong in (None, 1e308, "x" * 5000, [[]], {"a": 1}, ["other"], True):
             asked(address, [*good[:place], wrong, *good[place + 1 :]], f"wrong{place}")
     asked(address, [], "empty")
-    for body in ({"data": good, "fn_index": 10**30, "session_hash": "a"}, {"data": good}, []):
-        assert httpx.post(f"{address}gradio_api/queue/join", json=body).status_code in (400, 422)
+    body = {"data": good, "fn_index": 0, "session_hash": "a"}
+    odd = [body | {"session_hash": name} for name in ("\ud800", "a" * 101)] + [body | {"data": ["\ud800", *good[1:]]}]
+    for wrong in (*odd, body | {"fn_index": 10**30}, {"data": good}, []):
+        sent = {"content": json.dumps(wrong), "headers": {"content-type": "application/json"}}
+        assert httpx.post(f"{address}gradio_api/queue/join", **sent).status_code in (400, 422)
+        assert wrong not in odd or httpx.post(f"{address}gradio_api/call/answer", **sent).status_code == 400
     assert httpx.get(address, headers={"x-forwarded-host": "[::"}).status_code == 400
     with contextlib.suppress(httpx.RemoteProtocolError):  # the answer ends early
         httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "unknown"})

@@ -123,6 +123,8 @@ def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeyp
     assert drawn[-2] == ([5.0, 20.0], [means[0], means[2]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.png", "latency.png"]
     assert median_latencies(made_up_profile()) == {4: 10.0, 9: 22.5, 18: 45.0}
+    odd = [replace(row, retriever=f"$\\frac{{a$\0{row.retriever}") for row in tables[0].rows]
+    plot_quality([replace(tables[0], benchmark=rf"${'{' * 400}$", metric="$^$", rows=odd)], tmp_path / "depth.png")
     with raises("evaluation.plots.empty", "none.png"):
         plot_quality(tables, tmp_path / "none.png", {"BM25": {1: 1.0}})
 
@@ -139,7 +141,13 @@ def test_a_results_file_is_read_unless_it_is_of_other_weights_or_no_results_file
         assert read_quality(path) == {row.exit_layer: row.mean.value for row in report.tables[0].rows[:3]}
     with raises("evaluation.report.other_weights", "0123", "4567"):
         read_tables(path, "4567")
-    for text in ("{}", json.dumps(content | {"tables": []}), json.dumps(content).replace('"mean": {', '"other": {', 1)):
+    odd = json.dumps(content | {"tables": [content["tables"][0] | {"size": "\ud800"}]})
+    for text in (
+        "{}",
+        odd,
+        json.dumps(content | {"tables": []}),
+        json.dumps(content).replace('"mean": {', '"other": {', 1),
+    ):
         path.write_text(text)
         with raises("evaluation.report.unreadable", path):
             read_tables(path)

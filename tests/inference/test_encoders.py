@@ -224,6 +224,8 @@ def test_texts_go_in_batches_and_embeddings_come_back_in_order(server, monkeypat
         ((200, {"data": []}, {}), "encoder.endpoint.answer", "1 texts"),
         ((200, {"data": [{"index": 1, "embedding": [1]}]}, {}), "encoder.endpoint.answer", "1 texts"),
         ((200, {"data": [{"index": 0, "embedding": ["x"]}]}, {}), "encoder.endpoint.answer", "1 texts"),
+        ((200, {"data": [{"index": 0, "embedding": [10**400]}]}, {}), "encoder.endpoint.answer", "1 texts"),
+        ((200, {"data": [{"index": 0, "embedding": []}]}, {}), "encoder.endpoint.answer", "1 texts"),
         ((200, [], {}), "encoder.endpoint.answer", "1 texts"),
     ],
 )
@@ -233,6 +235,15 @@ def test_refusals_and_wrong_answers_are_not_retried_and_never_show_the_key(serve
         encode(server, ["a"])
     assert KEY not in str(error.value)
     assert len(server.requests) == 1
+
+
+def test_all_answers_have_embeddings_of_one_size(server):
+    server.replies = [(200, {"data": [{"index": 0, "embedding": [1, 2]}]}, {})]
+    encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0)
+    encoder.encode([("", "a")], (None,), progress=False)
+    server.replies = [(200, {"data": [{"index": 0, "embedding": [1, 2, 3]}]}, {})]
+    with raises("encoder.endpoint.answer"):
+        encoder.encode([("", "a")], (None,), progress=False)
 
 
 def test_the_key_of_openai_is_sent_to_no_other_address(server, monkeypatch):

@@ -146,6 +146,17 @@ def test_what_is_under_way_when_a_request_fails_is_still_received():
     assert len(server.bodies) == 4
 
 
+def test_few_and_short_names_of_models_are_kept():
+    def fault(number, *_):
+        return 200, {"model": f"{number}" + "m" * 10_000, "choices": [{"message": {"content": "x"}}]}, {}
+
+    with OpenAIServer(echo, fault) as server:
+        backend = OpenAIBackend("model", 5, base_url=server.base_url)
+        list(backend.complete(requests(200)))
+    assert {len(name) for name in backend.describe()["served"]} == {200}
+    assert len(backend.describe()["served"]) == 100
+
+
 @pytest.mark.parametrize("content", [b"<html>Welcome</html>", {"object": "list"}, {"choices": []}, [1]])
 def test_another_protocol_is_one_sentence(content):
     fault = first_times(9, 200, content)

@@ -42,6 +42,7 @@ def test_a_request_carries_its_body_and_token_and_returns_json():
     assert (response.status, response.json(), request.body) == (200, {"found": 1}, {"a": "ä"})
     assert request.headers["authorization"] == f"Bearer {TOKEN}"
     assert send([(200, b"[" * 10**5, {})])[0].json() is None
+    assert send([(200, b"[" + b"[]," * 2**22 + b"1]", {})])[0].json() is None
     assert send([(429, {}, {"Retry-After": "nan"}), (200, {}, {})])[0].status == 200
     response, (request,) = send([(200, b"<html>", {})], method="GET")
     assert (response.content, response.json(), request.body) == (b"<html>", None, None)

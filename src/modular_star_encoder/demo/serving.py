@@ -6,7 +6,9 @@ those in the index and in the indexed folder. The page loads nothing from other 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -131,6 +133,7 @@ def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
     from starlette.routing import Route
 
     middleware = [Middleware(_PolicyMiddleware), Middleware(RequestBodyLimitMiddleware, max_body_size=LARGEST_REQUEST)]
+    middleware.append(Middleware(_QuestionMiddleware))
     if host in _LOOPBACK_NAMES:
         # A hostile web page could make its own host name mean 127.0.0.1 and read this page (DNS rebinding).
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES))
@@ -184,6 +187,38 @@ class _PolicyMiddleware:
             print(printable(f"mose: error: {scope['path'][:200]}: {error!r:.200}"), file=sys.stderr)
             if not has_started:
                 await PlainTextResponse(BAD_REQUEST, 400)(scope, receive, send_with_policy)
+
+
+class _QuestionMiddleware:
+    """Refuses questions with lone surrogates or an odd name of the session, for which Gradio prints tracebacks."""
+
+    def __init__(self, app: _Call) -> None:
+        self._app = app
+
+    async def __call__(self, scope: _Scope, receive: _Call, send: _Call) -> None:
+        from starlette.responses import PlainTextResponse
+
+        messages: list[_Scope] = []
+
+        async def receive_again() -> _Scope:
+            return messages.pop(0) if messages else await receive()
+
+        if scope.get("method") == "POST" and ("/queue/join" in scope["path"] or "/call/" in scope["path"]):
+            messages = [await receive()]
+            while messages[-1].get("more_body"):
+                messages.append(await receive())
+            if not _is_question(b"".join(message.get("body", b"") for message in messages)):
+                return await PlainTextResponse(BAD_REQUEST, 400)(scope, receive, send)
+        await self._app(scope, receive_again, send)
+
+
+def _is_question(body: bytes) -> bool:
+    try:
+        question = json.loads(body)
+        json.dumps(question, ensure_ascii=False).encode()  # ValueError for lone surrogates
+        return re.fullmatch(r"[!-~]{1,100}", question["session_hash"]) is not None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 def repository_links(address: str) -> LinkTo:

@@ -270,6 +270,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         content = content.get("retrieval", content)
         measured = content["checkpoint_checksum"]
         tables = [_evaluated_model(table) for table in TABLES.validate_python(content["tables"])]
+        TABLES.dump_json(tables)  # raises ValueError for lone surrogates
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         message = f"{path} is not a results file of `mose evaluate`, or another version wrote it: evaluate again."
         raise UserError("evaluation.report.unreadable", message) from error
@@ -354,7 +355,7 @@ def plot_quality(
             drawn = True
             estimates = [row.mean for row in placed.values()]
             value, low, high = ([100 * getattr(one, bound) for one in estimates] for bound in ("value", "low", "high"))
-            (line,) = axes.plot(list(placed), value, marker="o", markersize=4, label=name)
+            (line,) = axes.plot(list(placed), value, marker="o", markersize=4, label=_plain(name))
             axes.fill_between(list(placed), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
             for place, row in placed.items() if latencies is not None else ():
                 axes.annotate(str(row.exit_layer), (place, 100 * row.mean.value), fontsize="small")
@@ -362,11 +363,13 @@ def plot_quality(
             axes.set(xlabel="median latency, ms", xscale="log")
         else:
             for place, row in enumerate(row for row in table.rows if row.exit_layer is None):
-                axes.axhline(100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + place}", label=row.label)
+                axes.axhline(
+                    100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + place}", label=_plain(row.label)
+                )
             ticks = sorted({row.exit_layer for row in table.rows if row.exit_layer is not None})
             axes.set(xlabel="layers executed", xticks=ticks)
-        axes.set_title(table.title, fontsize="medium")
-        axes.set_ylabel(f"{metric_label(table.metric)} × 100")
+        axes.set_title(_plain(table.title), fontsize="medium")
+        axes.set_ylabel(f"{_plain(metric_label(table.metric))} × 100")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="x-small")
@@ -375,6 +378,11 @@ def plot_quality(
         raise UserError("evaluation.plots.empty", message)
     with staged_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _plain(text: str) -> str:
+    """Return the start of `text` for matplotlib, which would read dollar signs as the bounds of a formula."""
+    return "".join(one if one.isprintable() else "�" for one in text[:200]).replace("$", r"\$")
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:

@@ -214,6 +214,7 @@ class EndpointEncoder(Encoder):
 
     def __init__(self, model: str, base_url: str, **client_options: Any) -> None:
         self.name, self.base_url = model, check_url(base_url)
+        self._dimensions = 0  # of the first answer's embeddings; all others must have as many
         self._client_options: dict[str, Any] = {"attempts": 7, "timeout": 120.0, **client_options}
         identity = json.dumps([model, self.base_url, MAX_CHARACTERS])
         self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
@@ -236,7 +237,9 @@ class EndpointEncoder(Encoder):
         answer = client.request("POST", f"{self.base_url}/embeddings", body=body).json()
         try:
             rows = {row["index"]: row["embedding"] for row in answer["data"]}
-            return np.array([rows[place] for place in range(len(inputs))], dtype=np.float32).reshape(len(inputs), -1)
-        except (KeyError, TypeError, ValueError):
-            message = f"{self.base_url} did not return one embedding for each of {len(inputs)} texts. Check the model."
+            self._dimensions = self._dimensions or len(rows[0]) or 1
+            embeddings = np.array([rows[place] for place in range(len(inputs))], dtype=np.float32)
+            return embeddings.reshape(len(inputs), self._dimensions)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            message = f"{self.base_url} did not return embeddings of one size for {len(inputs)} texts. Check the model."
             raise UserError("encoder.endpoint.answer", message) from None

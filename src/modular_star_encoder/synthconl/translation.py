@@ -161,7 +161,8 @@ class OpenAIBackend:
             asked, written = (operator.index(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
             if not 0 <= min(asked, written) <= max(asked, written) < 2**32:
                 raise ValueError("no numbers of tokens")
-            self._served.add(str(content.get("model") or self._model))
+            if len(self._served) < _MAX_SERVED:
+                self._served.add(str(content.get("model") or self._model)[:200])
         except (TypeError, LookupError, AttributeError, ValueError):
             message = f"{url_host(self._url)} does not answer as OpenAI's chat protocol says; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
@@ -188,6 +189,7 @@ Code:
 
 MAX_ERRORS_IN_A_ROW = 20
 SESSIONS = "sessions.json"
+_MAX_SERVED = 100  # names of models from a server, in one session
 _TOKENS = ("prompt_tokens", "completion_tokens")
 SCHEMA = pa.schema([(one.name, pa.int64() if one.name in _TOKENS else pa.string()) for one in fields(Completion)])
 _SECONDS_BETWEEN_NOTES = 30.0

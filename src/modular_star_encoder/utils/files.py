@@ -251,25 +251,25 @@ def _remove(path: Path) -> None:
 def check_types(record: Any) -> None:
     """Raise TypeError if a field of the dataclass instance `record`, or of one inside it, has a value of wrong type."""
     for name, kind in _hints(type(record)).items():
-        if not _fits(value := getattr(record, name), kind):
+        if not fits(value := getattr(record, name), kind):
             raise TypeError(f"{name} has a value of the wrong type or size: {str(value)[:60]}")
 
 
 _hints: Any = lru_cache(get_type_hints)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Return whether `value`, for example read from JSON, has the type `kind`, such as `Mapping[str, list[int]]`."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in kinds)
+        return any(fits(value, one) for one in kinds)
     if origin is tuple:
         is_tuple = isinstance(value, tuple) and (kinds[-1] is ... or len(kinds) == len(value))
-        return is_tuple and all(map(_fits, value, repeat(kinds[0]) if kinds[-1] is ... else kinds))
+        return is_tuple and all(map(fits, value, repeat(kinds[0]) if kinds[-1] is ... else kinds))
     if origin is not None and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())
+        return isinstance(value, Mapping) and all(fits(k, kinds[0]) and fits(v, kinds[1]) for k, v in value.items())
     if origin is not None:
-        return isinstance(value, list | tuple) and all(_fits(one, kinds[0]) for one in value)
+        return isinstance(value, list | tuple) and all(fits(one, kinds[0]) for one in value)
     if kind in (int, float):
         return type(value) in (int, kind) and abs(value) < 2**63  # not NaN
     if is_dataclass(value):

@@ -7,7 +7,6 @@ without an event loop in the caller's thread. The message of every error is one 
 import asyncio
 import contextlib
 import http.client
-import json
 import os
 import random
 import re
@@ -25,6 +24,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import parse_json
 
 try:  # huggingface_hub 2 installs httpx2, and 1 installs httpx
     import httpx2 as httpx
@@ -62,10 +62,10 @@ class Response:
     content: bytes
 
     def json(self) -> Any:
-        """Return the body's JSON value, or None if the body is not JSON or is nested too deeply."""
+        """Return the body's JSON value, or None if the body is not JSON in UTF-8, too large or nested too deeply."""
         try:
-            return json.loads(self.content)
-        except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+            return parse_json(self.content.decode("utf-8-sig"), finite=False)
+        except ValueError:
             return None
 
 

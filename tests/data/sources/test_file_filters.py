@@ -127,6 +127,8 @@ def test_the_declared_encoding_decides_and_one_that_nobody_knows_is_a_reason():
     assert filters.decode("ä = 1".encode("latin-1"), "ISO-8859-1") == ("ä = 1", None)
     assert filters.decode(b"\xef\xbb\xbfa = 1", "UTF-8") == ("a = 1", None)
     assert filters.decode(b"\xe4", "UTF-8") == ("", "not in its declared encoding")
+    for encoding in ("punycode", "idna", "undefined", "unicode_escape", "UTF-7", "utf\0"):
+        assert filters.decode(rb"+2AA- \ud800", encoding) == ("", "not in its declared encoding")
     assert filters.decode(b"a", "no-such") == ("", "unknown encoding")
     assert filters.decode(b"a", "zlib") == ("", "unknown encoding")
 

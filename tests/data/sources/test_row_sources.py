@@ -6,6 +6,7 @@ import pytest
 
 from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.dataset_files import RowColumns, row_repositories
+from tests.errors import raises
 
 COLUMNS = RowColumns(repository="repo", path="file", text="code", language="lang", license="terms")
 
@@ -50,6 +51,12 @@ def test_what_is_left_out_is_counted_by_reason_in_every_iteration(tmp_path):
         assert [file.path for file in reader] == ["0.py", *(f"{number}.py" for number in range(9, 40))]
         once = ("test code", "vendored code", "hidden or closed folder", "empty", "very long lines", "too large")
         assert reader.skipped == dict.fromkeys(once, 1) | {"another language": 2}
+
+
+@pytest.mark.parametrize("change", [{"repo": 5}, {"file": 5}, {"code": b"x"}, {"terms": [4]}, {"lang": ["Python"]}])
+def test_a_column_of_another_type_is_named(tmp_path, change):
+    with raises("data.source.column", *change):
+        list(row_repositories(write_parquet(tmp_path / "a.parquet", [row(1, **change)]), COLUMNS))
 
 
 @pytest.mark.slow

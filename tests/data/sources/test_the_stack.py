@@ -112,6 +112,21 @@ def test_damaged_unsuitable_and_large_contents_are_counted_and_not_unpacked_beyo
     assert unpack(gzip.compress(b"x" * 1000), 1000) == b"x" * 1000
 
 
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        *(([record(1, **{name: [7]})], name) for name in ("path", "blob_id", "src_encoding", "detected_licenses")),
+        ([record(1, length_bytes="20")], "length_bytes"),
+        ([{name: value for name, value in record(1).items() if name != "path"}], "path"),
+        (["a"], "files"),
+        ("a", "files"),
+    ],
+)
+def test_a_column_of_another_type_is_named(reader_of, files, named):
+    with raises("data.source.column", repr(named)):
+        texts(reader_of(files))
+
+
 @pytest.mark.slow
 def test_without_any_access_reading_stops_and_after_a_success_it_does_not(reader_of, server):
     server.answers.update({blob(number): 403 for number in range(1, 1000)})

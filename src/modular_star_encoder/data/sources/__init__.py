@@ -163,7 +163,8 @@ _MARKS = (
 _CODING_LINE = re.compile(
     rb"(?:[^\r\n]*(?:\r\n|\r|\n))?[ \t\f]*(?:#|//|/\*|--|;|%)[^\r\n]*?coding[:=][ \t]*([-\w.]+)", re.ASCII
 )
-_NO_SOURCE = ("idna", "punycode")  # encodings of domain names
+# Encodings of domain names, and those that can yield lone surrogates.
+_NO_SOURCE = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7")
 
 
 def decode_source(content: bytes) -> tuple[str, str | None]:
@@ -237,12 +238,15 @@ class FileFilters:
         """Return (text without a byte-order mark, None), or ("", reason) if a file with these bytes is left out."""
         if len(content) > self.max_bytes:
             return "", "too large"
+        fault = "not UTF-8" if encoding == "utf-8-sig" else "not in its declared encoding"
         try:
+            if codecs.lookup(encoding).name in _NO_SOURCE:
+                return "", fault
             text = decode_source(content)[0] if self.any_encoding else content.decode(encoding).removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            return "", "not UTF-8" if encoding == "utf-8-sig" else "not in its declared encoding"
         except LookupError:
             return "", "unknown encoding"
+        except ValueError:  # UnicodeError, or a null byte in the name of the encoding
+            return "", fault
         reason = self.reason_by_text(text)
         return ("", reason) if reason else (text, None)
 

@@ -26,6 +26,7 @@ from modular_star_encoder.data.languages.registry import check_languages, langua
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
 from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import fits
 from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
 
 _ROWS_PER_BATCH = 16
@@ -36,6 +37,12 @@ _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
 _NOT_AVAILABLE = (401, 403, 404, 410)
 _MAX_FAILURES_AT_FIRST = 200
+_TEXT: Any = str | None
+_TERMS: Any = str | Sequence[str] | None
+_STACK_ROW = {"repo_name": _TEXT, "files": Sequence[Mapping[str, Any]] | None}
+_STACK_FILE = dict.fromkeys(("path", "language", "blob_id"), _TEXT)
+_STACK_FILE_MORE = dict.fromkeys(("src_encoding", "license_type"), _TEXT)
+_STACK_FILE_MORE |= {"detected_licenses": _TERMS, "length_bytes": float | None}
 _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 
@@ -122,11 +129,12 @@ def row_repositories(
     """
     names = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     chosen, filters = check_languages(languages), filters or FileFilters()
-    read = [name for name in asdict(names).values() if name]
-    rows = open_rows(source, columns=read, batch_size=_ROWS_PER_BATCH, **options)
+    kinds = {name: _TERMS if field == "license" else _TEXT for field, name in asdict(names).items() if name}
+    rows = open_rows(source, columns=list(kinds), batch_size=_ROWS_PER_BATCH, **options)
 
     def files(skipped: Counter[str]) -> Iterator[SourceFile]:
         for row in rows:
+            _check(row, kinds)
             path = PurePath((row[names.path] or "").lstrip("/"))
             language = language_named(row[names.language]) if names.language else language_of(path)
             text = (row[names.text] or "").removeprefix("\ufeff")
@@ -137,6 +145,14 @@ def row_repositories(
                 yield SourceFile(row[names.repository] or "", path.as_posix(), language or "", text, terms)
 
     return SourceReader(files)
+
+
+def _check(row: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise UserError (`data.source.column`) if a column of `kinds` is missing, or has a value of another type."""
+    for name, kind in kinds.items():
+        if name not in row or not fits(row[name], kind):
+            found = f"has a value of a wrong type: {row[name]!r:.60}" if name in row else "is missing"
+            raise UserError("data.source.column", f"The column {name!r} of the data set {found}.")
 
 
 def _joined_licenses(value: str | Sequence[str] | None) -> str | None:
@@ -201,7 +217,9 @@ def _wanted_files(
     row: dict[str, Any], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
 ) -> Iterator[tuple[SourceFile, str, str]]:
     """Yield (file without its text, blob id, encoding) for each file of a row that is to be fetched."""
+    _check(row, _STACK_ROW)
     for record in row["files"] or ():
+        _check(record, _STACK_FILE | {name: kind for name, kind in _STACK_FILE_MORE.items() if name in record})
         path = PurePath((record["path"] or "").lstrip("/"))
         language = language_named(record["language"])
         faults = {
