@@ -98,6 +98,15 @@ def test_the_help_of_a_command_names_no_file_of_a_clone(monkeypatch):
         )
 
 
+def test_the_help_of_a_training_command_needs_no_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, "modular_star_encoder.training.ablation", raising=False)
+    monkeypatch.delitem(sys.modules, "modular_star_encoder.training.recipes", raising=False)
+    monkeypatch.delitem(sys.modules, "modular_star_encoder.utils.settings", raising=False)
+    (command,) = (one for one in cli.all_commands(cli.build_parser()) if one.prog == "mose finetune")
+    assert "modular-star-encoder[train]" in command.format_help()
+
+
 def run(name, monkeypatch, raised=None):
     """The exit status of the documented command, its recipe missing; or of one that raises in place of reading it."""
     path = ROOT / "examples" / f"{name}.py"

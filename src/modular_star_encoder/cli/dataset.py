@@ -65,7 +65,7 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.add_argument("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
     pairs.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old build is continued")
     processes = "number of processes that extract functions (default: 2)"
-    pairs.add_argument("--processes", metavar="N", type=at_least(1), default=2, help=processes)
+    pairs.add_argument("--processes", metavar="N", type=at_least(0), default=2, help=processes)
     pairs.set_defaults(run=run_corpus_build, resumes=True)
 
     check = commands.add_parser("check", help="list texts of a corpus that are also, or nearly, in evaluation sets")

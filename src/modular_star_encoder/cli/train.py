@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_star_encoder.cli import add_recipe_options
+from modular_star_encoder.utils.errors import UserError, missing_extra
 
 
 def add_train_commands(commands: Any) -> None:
@@ -52,8 +53,10 @@ def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
     plain = parser.format_help
 
     def format_help() -> str:
-        from modular_star_encoder.training.ablation import recipe_reference
-
+        try:
+            from modular_star_encoder.training.ablation import recipe_reference
+        except ModuleNotFoundError as error:
+            return f"{plain()}\nFor a list of all keys: {missing_extra(error, 'train') or error}\n"
         return f"{plain()}\n{recipe_reference(parser.prog.split()[-1])}"
 
     parser.format_help = format_help  # type: ignore[method-assign]
@@ -61,7 +64,6 @@ def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
 
 def run_recipes(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.training import find_recipe, packaged_recipes
-    from modular_star_encoder.utils.errors import UserError
     from modular_star_encoder.utils.files import check_writable, write_text
 
     if arguments.name is None:
@@ -141,7 +143,12 @@ def run_finetune(arguments: argparse.Namespace) -> None:
         header = [f"{split} (%), exit", *next(iter(scores.values()))]
         rows = [[str(exit_layer), *map(percent, values.values())] for exit_layer, values in scores.items()]
         print("", *markdown_table([header, *rows]), sep="\n")
-    print(f"{log['steps']} steps; result in {os.path.join(arguments.out, 'model')}{also}")
+    model = os.path.join(arguments.out, "model")
+    print(f"{log['steps']} steps; result in {model}{also}")
+    if report.is_file():
+        name = shlex.quote(model)
+        print(f"search with it: mose search QUESTION FOLDER --model {name}")
+        print(f'in Python: import modular_star_encoder, sentence_transformers as st; st.SentenceTransformer("{model}")')
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:

@@ -232,7 +232,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
             first = "; the first: " + next(iter(found[name].examples.values()))[0] if found[name].examples else ""
             place = f"data.{name} ({options.get(default)})"
-            raise UserError("data.source.empty", f"{place} has no usable row (skipped: {reasons or 'nothing'}{first}).")
+            skipped = f"no usable row (skipped: {reasons}{first})" if reasons else "no row"
+            raise UserError("data.source.empty", f"{place} has {skipped}.")
     return found
 
 

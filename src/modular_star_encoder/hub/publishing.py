@@ -105,6 +105,7 @@ class Publication:
             arguments = f'"{self.repository}", revision="{self.revision}", trust_remote_code=True'
             lines += [f"revision {self.revision} of {self.url}", "load it with transformers or sentence-transformers:"]
             lines += [f"  {name}({arguments})" for name in ("AutoModel.from_pretrained", "SentenceTransformer")]
+            lines.append("`mose` takes its name too, for example as --model of `mose search`")
         else:
             lines.append("nothing was uploaded: a dry run; --upload uploads the changes")
         return "\n".join([f"{name}:", *lines])

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,8 +55,10 @@ def crash_safe_map(
                 yield future.result()
             except BrokenProcessPool:  # raised for each chunk that was submitted to the broken executor
                 yield from _halved(function, chunk, crashed)
-    finally:
-        _end(executor)
+    except BaseException:
+        _kill(executor)
+        raise
+    executor.shutdown()
 
 
 def _halved(
@@ -68,24 +70,28 @@ def _halved(
     except BrokenProcessPool:
         if len(chunk) == 1:
             yield crashed(chunk[0])
-            return
-        middle = len(chunk) // 2
-        yield from _halved(function, chunk[:middle], crashed)
-        yield from _halved(function, chunk[middle:], crashed)
-    finally:
-        _end(executor)
+        else:
+            middle = len(chunk) // 2
+            yield from _halved(function, chunk[:middle], crashed)
+            yield from _halved(function, chunk[middle:], crashed)
+    except BaseException:
+        _kill(executor)
+        raise
+    executor.shutdown()
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, initializer=_prepare_worker)
 
 
-def _end(executor: ProcessPoolExecutor) -> None:
-    """End the workers at once: after Ctrl-C, one may be busy with a file for minutes."""
-    # A later Python has `terminate_workers` (3.14).
-    for worker in list((executor._processes or {}).values()):
-        worker.terminate()
-    executor.shutdown(cancel_futures=True)
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """End the workers at once: after Ctrl-C, one may be busy with a file for minutes. (Python 3.14: `kill_workers`.)"""
+    workers = list((executor._processes or {}).values())
+    results: Any = executor._result_queue
+    executor.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.kill()
+    results._writer.close()  # otherwise the executor's thread waits for ever for the rest of a result
 
 
 def _prepare_worker() -> None:
