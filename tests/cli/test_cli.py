@@ -311,7 +311,7 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     end, search, python = out.splitlines()[-3:]
     assert end == f"1 steps; result in {run / 'model'}, these tables in {run / 'report.md'}"
     assert search.endswith(f"--model {run / 'model'}")
-    assert f'SentenceTransformer("{run / "model"}")' in python
+    assert f"SentenceTransformer({str(run / 'model')!r})" in python
     assert (run / "report.md").read_text() in out
     assert "\nevaluation: 16 pairs at 3 exits, before and after training, about 1 min\n" in out
     for label in ("losses on held-out rows after step 1:", "embedding 28 texts, before training:"):

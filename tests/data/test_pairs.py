@@ -408,7 +408,7 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path, monkeypatch):
     ("name", "content", "key", "value"),
     [
         ("a.csv", b"", "empty", "it is empty"),
-        ("a.csv", b"query,code\n", "empty", "skipped: nothing"),
+        ("a.csv", b"query,code\n", "empty", "has no row"),
         ("a.csv", b'query,code\nx,y = 1,z\n"add,x = 1\nsub,x = 2\n', "empty", "a.csv, line 2"),
         ("a.csv", b'query,code\n"add,x = 1\nsub,x = 2\n', "empty", "quotation mark"),
         ("a.jsonl", b"", "empty", "it is empty"),

@@ -148,7 +148,7 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     if report.is_file():
         name = shlex.quote(model)
         print(f"search with it: mose search QUESTION FOLDER --model {name}")
-        print(f'in Python: import modular_star_encoder, sentence_transformers as st; st.SentenceTransformer("{model}")')
+        print(f"in Python: import modular_star_encoder, sentence_transformers as st; st.SentenceTransformer({model!r})")
 
 
 def run_ablate(arguments: argparse.Namespace) -> None:

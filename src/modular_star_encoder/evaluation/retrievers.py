@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -265,7 +266,8 @@ class EmbeddingCache:
                 try:
                     space.append(np.load(path, mmap_mode="r", allow_pickle=False))
                 except (ValueError, EOFError, IndexError):  # damaged
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.unlink()
         return self._spaces[name]
 
 

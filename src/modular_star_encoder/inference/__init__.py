@@ -114,10 +114,9 @@ def _unsafe_weights(folder: Path) -> str:
         return "its adapter_config.json would change the weights: merge the adapter first"
     if (folder / WEIGHT_FILES[0]).is_file():
         return ""
-    if pickled := next(folder.glob("pytorch_model*.bin"), None):
-        return f"its {pickled.name} is pickled: store the weights in {WEIGHT_FILES[0]}"
     if not (folder / WEIGHT_FILES[1]).exists():
-        return ""
+        pickled = next(folder.glob("pytorch_model*.bin"), None)
+        return f"its {pickled.name} is pickled: store the weights in {WEIGHT_FILES[0]}" if pickled else ""
     try:
         index = read_json(folder / WEIGHT_FILES[1], most_bytes=_MAX_INDEX)
         shards = {str(shard) for shard in index["weight_map"].values()}

@@ -3,6 +3,7 @@
 The vectors are stored in an `EmbeddingCache`, so a killed job continues with the missing texts.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,8 @@ def compute_teacher_vectors(
     or `~/.cache`. UserError (`teacher.not_finite`) if a vector has NaN or infinity.
     """
     root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
-    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser(), "float16"))
+    folder = hashlib.blake2b(repr((prompt, max_characters)).encode(), digest_size=8).hexdigest()
+    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser() / folder, "float16"))
     exit_layer = teacher.exit_layers[-1]
     vectors = TeacherVectors(retriever.cache, retriever.space(exit_layer), prompt, max_characters)
     try:

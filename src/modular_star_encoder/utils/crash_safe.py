@@ -91,7 +91,8 @@ def _kill(executor: ProcessPoolExecutor) -> None:
     executor.shutdown(wait=False, cancel_futures=True)
     for worker in workers:
         worker.kill()
-    results._writer.close()  # otherwise the executor's thread waits for ever for the rest of a result
+    if results is not None:
+        results._writer.close()  # otherwise the executor's thread waits for ever for the rest of a result
 
 
 def _prepare_worker() -> None:

@@ -105,7 +105,8 @@ def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
     Links from a snapshot in the Hub's cache to its blobs are allowed.
     """
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return target.parent != root.parent.parent / "blobs" and not target.is_relative_to(root)
+    blobs = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
+    return target.parent not in blobs and not target.is_relative_to(root)
 
 
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:

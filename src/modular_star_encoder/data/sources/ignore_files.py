@@ -18,7 +18,7 @@ from modular_star_encoder.utils.errors import UserError
 
 _IGNORE_FILES = (".gitignore", ".moseignore")
 MOST_LINES = 10_000  # of an ignore file; a set such as `[a-z]` counts as a line
-MOST_WORK = 2_000_000  # for all patterns: for each 50, the length of its regular expression, and 100 for each set
+MOST_WORK = 6_000_000  # for all patterns: for each 50, the length of its regular expression, and 100 for each set
 MAX_INDEX_BYTES = 256_000_000  # of a git index, and of the paths of its files and of their folders
 _MAX_BYTES = 250_000  # of any other file
 _LONGEST_PATH = 4096
@@ -43,7 +43,8 @@ class IgnoreFiles:
 
     def _enter(self, folder: "_Folder", path: str) -> "_Folder":
         inner = folder.inner(path)
-        added = (rule.expression.pattern for rule in inner.rules[len(folder.rules) :])
+        known = len(folder.rules) if inner.repository is folder.repository else 0
+        added = (rule.expression.pattern for rule in inner.rules[known:])
         self._work += sum(50 + len(pattern) + 100 * pattern.count(b"[") for pattern in added)
         if self._work > MOST_WORK:
             message = "The ignore files have too many or too long patterns; the last one read is in"
