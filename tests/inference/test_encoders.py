@@ -112,6 +112,14 @@ def _pickle_weights(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def test_sharded_weights_may_have_pickled_ones_beside_them(plain, tmp_path):
+    folder = shutil.copytree(plain, tmp_path / "copy")
+    BertModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="5KB")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").touch()
+    assert len(load_encoder(str(folder)).encode([("", "a")], (None,))[None]) == 1
+
+
 def _grow(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))

@@ -98,7 +98,10 @@ def test_links_out_of_a_folder_are_an_error_except_into_the_hub_s_cache(tmp_path
         file.touch()
     for name, target in {"inside": "a.csv", "blob": "../../blobs/c", "loop": "loop.csv"}.items():
         (folder / f"{name}.csv").symlink_to(target)
-    assert [path.stem for path in files.files_below(folder, "*.csv")] == ["a", "blob", "inside", "loop"]
+    (folder / "data").mkdir()
+    (folder / "data" / "deep.csv").symlink_to("../../../blobs/c")
+    assert [path.stem for path in files.files_below(folder, "*.csv")] == ["a", "blob", "deep", "inside", "loop"]
+    assert len(files.files_below(folder / "data", "*.csv")) == 1
     for name, target in {"outside": "../../b.csv", "device": "/dev/zero"}.items():
         (folder / f"{name}.csv").symlink_to(target)
     with raises("files.folder.links", "2 links", folder / "device.csv"):
