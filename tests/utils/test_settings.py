@@ -129,7 +129,7 @@ def test_the_reference_lists_keys_with_type_default_and_meaning():
     ("text", "value"),
     [
         ("a: " + "[" * 40 + "]" * 40, 32),
-        ("a: " + "[" * 100_000, 32),
+        ("a: " + "[" * 100_000, "nest"),  # libyaml has a limit of its own
         ("a: &x [1]\nb: *x", "alias *x"),
         ("a: [" + "1," * 20_000 + "]", "20,000"),
         ("a: " + "9" * 5_000, 100),
