@@ -134,7 +134,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def number_of_environment(error: str) -> str:
-    """Return a note on the environment variables whose value caused this error about a number; "" if there are none."""
+    """Return a note that names the environment variables with the value that is not a number; "" if there is none."""
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
         return ""
     wrong = [f"{name}={value}" for name, value in os.environ.items() if error.endswith(f": {value!r}")]

@@ -242,15 +242,16 @@ def _take_folder(arguments: argparse.Namespace) -> None:
     elif (is_path or questions) and os.path.isfile(path):
         fault = f"{last!r} is a file, and only a folder can be searched; --path limits a search to files"
     elif is_path and os.path.isdir(path):
-        fault = f"There is no question before {last!r}"
+        fault = f"A question is missing before the folder {last!r}"
     elif near:
-        fault = f"There is no folder {last!r}, but {near[0]!r}"
+        fault = f"There is no folder {last!r}; did you mean {near[0]!r}?"
     elif is_path or is_word:
         advice = "" if "/" in last else ". If it belongs to the question, put quotes around the question"
         fault = f"There is no folder {last!r}{advice}"
     else:
         return
-    raise UserError("cli.search.folder", f'{fault}. Write: mose search "QUESTION" FOLDER')
+    end = "" if fault.endswith("?") else "."
+    raise UserError("cli.search.folder", f'{fault}{end} Write: mose search "QUESTION" FOLDER')
 
 
 def run_related(arguments: argparse.Namespace) -> None:

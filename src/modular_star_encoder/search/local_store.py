@@ -240,7 +240,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the present manifest, which another process may have replaced; `_NO_INDEX` if there is no index."""
+        """Return the manifest that is on disk now; `_NO_INDEX` if there is no index."""
         if self.folder is None or self._is_snapshot:
             return self._manifest
         path = self.folder / MANIFEST

@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether a Rust library, such as tokenizers, panicked: such an error is no subclass of `Exception`."""
+    """Return whether `error` is a panic of a Rust library, such as tokenizers. A panic is not an `Exception`."""
     return type(error).__name__ == "PanicException"
 
 

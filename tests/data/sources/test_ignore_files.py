@@ -150,6 +150,17 @@ def test_an_ignore_file_with_too_many_patterns_is_named(repository, monkeypatch,
         read(repository)
 
 
+def test_the_patterns_of_repositories_inside_count_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(ignore_files, "MOST_WORK", 200)  # three patterns of one letter cost 153
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("a\nb\nc\n")
+    (tmp_path / "inner" / ".git").mkdir(parents=True)
+    rules = ignore_files.IgnoreFiles(tmp_path)
+    (tmp_path / "inner" / ".gitignore").write_text("d\n")
+    with raises("data.ignore.too_large", tmp_path / "inner"):
+        rules.ignores(str(tmp_path / "inner" / "x.py"), is_folder=False)
+
+
 def test_a_repository_inside_and_a_second_work_tree_have_rules_of_their_own(repository):
     inner = make(repository / "inner", ["local.py", "a.gen.py", "b.py"])
     (inner / ".git/info/exclude").write_text("b.py\n")
