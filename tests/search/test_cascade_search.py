@@ -104,7 +104,7 @@ def test_one_row_has_no_margin_and_nothing_to_rank_again(tmp_path, checkpoint):
     ("options", "named"),
     [
         ({"cascade": Cascade(3)}, "3"),
-        ({"cascade": Cascade(1)}, "Exit 1 cannot re-rank exit 1"),
+        ({"cascade": Cascade(1)}, "Exit 1 cannot re-rank hits of exit 1"),
         ({"cascade": Cascade(4), "exit_layer": 2}, "built at exit 1, not 2"),
     ],
 )

@@ -1,7 +1,7 @@
 """Update an index: divide changed files into pieces, embed and write them, and remove deleted files.
 
-Files are written in batches, one transaction each. After an interrupted update, each file is in the index as a whole or
-not at all, and the next update continues.
+Files are written in batches, one transaction each. An interrupted update leaves each file completely in the index or
+not at all, and the next update continues it.
 """
 
 import os
@@ -67,7 +67,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return lines to print on files left out, read as Latin-1 or postponed: counts, or names if `show_skipped`."""
+        """Return lines to print on files left out, read as Latin-1 or postponed; `show_skipped` lists their paths."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -81,12 +81,12 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)`; but [] if not `show_skipped` and no file was embedded or postponed."""
+        """Return `lines(show_skipped)`; without `show_skipped`, [] if the update embedded or postponed no file."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers of the report as JSON values, and `skipped`: reason → number of files left out."""
+        """Return the report's numbers as JSON values. The key `skipped` has {reason: number of files left out}."""
         values = asdict(self)
         del values["skipped_files"], values["guessed_files"]
         return {**values, "skipped": dict(self.skipped)}
@@ -99,7 +99,7 @@ def _files(count: int) -> str:
 SEARCH_FILTERS = FileFilters(
     max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
 )
-"""Which files search reads; it also leaves out files that git ignores."""
+"""The filters of the files that search reads. Search also leaves out files that git ignores."""
 
 
 def update_store(
@@ -117,9 +117,9 @@ def update_store(
 
     Args:
         store: a store created with `settings`.
-        settings: what to read and how to embed it.
+        settings: settings of the index, such as its folder, languages and exits.
         embedder: an `Embedder` of the checkpoint in `settings`.
-        processes: number of processes that parse files; with 0 or 1, a crash of the parser ends this process.
+        processes: number of processes that parse files. With 0 or 1, a crash of the parser ends the calling process.
         progress: whether to show a progress bar.
         seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
             With a limit, files that an earlier update left out are reported only if they have changed.
@@ -222,7 +222,7 @@ class _Writer:
         return self._end is not None and time.monotonic() > self._end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
-        """Yield the files of a reader that are not in the store or have another content there."""
+        """Yield the files of a reader that are not in the store, or that have another content in the store."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)

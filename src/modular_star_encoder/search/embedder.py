@@ -1,4 +1,4 @@
-"""Embed questions and snippets at the exits of a checkpoint."""
+"""Embed questions and pieces of code at the exits of a checkpoint."""
 
 import os
 from collections import OrderedDict
@@ -55,7 +55,7 @@ class Embedder:
 
     @cached_property
     def checksum(self) -> str:
-        """Checksum of the weights, configuration and tokenizer (see `checkpoint_checksum`)."""
+        """The checkpoint's checksum (see `checkpoint_checksum`); for a Hub repository, the hash of the commit."""
         if is_repository(self.checkpoint):
             return Path(self._folder).name  # the hash of the commit
         if has_exit_zero(self._facts):
@@ -100,10 +100,10 @@ class Embedder:
         exit_layers: Sequence[int] | None = None,
         budget: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Return the given exits, ascending. If none is given: exit 0 if `NumpyEncoder` supports it, else the deepest.
+        """Return the given exits, ascending; if none is given, exit 0 if numpy can compute it, else the deepest exit.
 
-        `budget` has limits for `select_exit`, such as `latency_ms`. With a budget, return one exit: the best within the
-        limits among the given exits or, if no exit is given, among all exits of the checkpoint.
+        `budget` has limits for `select_exit`, such as `latency_ms`. With a budget, return only the best exit within
+        the limits, chosen from the given exits. If no exit is given, choose from all exits of the checkpoint.
 
         Raises:
             UserError: both `exit_layer` and `exit_layers` are given, `exit_layers` is empty, the checkpoint lacks a
@@ -111,7 +111,7 @@ class Embedder:
             FileNotFoundError: there is a budget, and the checkpoint has no exit profile.
         """
         if exit_layers is not None and (exit_layer is not None or not exit_layers):
-            raise UserError("search.exit_layer", "Give `exit_layer`, or at least one exit as `exit_layers`, not both.")
+            raise UserError("search.exit_layer", "Give either `exit_layer`, or `exit_layers` with at least one exit.")
         named = exit_layers or (() if exit_layer is None else (exit_layer,))
         for one in named:
             self.check_exit(one)
@@ -147,7 +147,7 @@ class Embedder:
         return {"query": text_prompt(instructions=instructions), "document": document}
 
     def check_dimension(self, dimension: int | None) -> int:
-        """Return `dimension`, or an embedding's full size if None; UserError if the model wasn't trained for it."""
+        """Return `dimension`, or the full size if it is None. UserError if the model isn't trained for `dimension`."""
         sizes = sorted({*(self._facts.get("nested_dimensions") or ()), self._facts["projection_size"]})
         if dimension is not None and dimension not in sizes:
             named = " or ".join(map(str, sizes))
@@ -165,7 +165,7 @@ class Embedder:
     ) -> dict[int, np.ndarray]:
         """Embed N pieces of code; return {exit_layer: embeddings (N, dimension) float32 of length 1}.
 
-        Equal pieces are usually embedded once: in some large projects, a third of the pieces are copies.
+        Recent embeddings are cached, because in some large projects a third of the pieces are copies of others.
         """
         exits, instructions = tuple(exit_layers), self._facts["instruction_prompts"]
         texts = [code_prompt(one.language, instructions=instructions) + one.embedded() for one in snippets]
@@ -190,8 +190,8 @@ class Embedder:
         """Return a function from a list of N texts to {exit_layer: embeddings (N, D) float32}.
 
         `expected` is the number of texts to embed; None means many. If numpy supports the checkpoint, numpy computes
-        exit 0, and also deeper exits if the texts are few, the device is a CPU and torch has not loaded the model yet.
-        In all other cases, torch computes. Raises OSError if the weights can't be read.
+        exit 0. On a CPU, numpy also computes deeper exits for few texts, if torch has not loaded the model yet. In all
+        other cases, torch computes the embeddings. Raises OSError if the weights can't be read.
         """
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode
@@ -213,7 +213,7 @@ class Embedder:
 
 
 def _hide_loading_bars() -> None:
-    """Hide transformers' bars of loading weights, which would overwrite our bar; keep the bars of downloads."""
+    """Hide transformers' progress bars for loading weights, which would overwrite ours; show those for downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

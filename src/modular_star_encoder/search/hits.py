@@ -13,16 +13,16 @@ class Hit:
 
     Attributes:
         path: path of the file, relative if it is below the working folder, else absolute.
-        line: 1-based line at which the definition begins, or the first line of a piece inside a very long definition.
+        line: 1-based line at which the definition begins; for a part of a very long definition, the part's first line.
         name: name of the function or class; empty for other lines.
         score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`.
         exit_layer: the exit whose embeddings ranked the hit; None if it was ranked without embeddings.
         last_line: 1-based last line of the definition; 0 if unknown.
         language: lower-case name of the programming language.
         text: the code from `line` to `last_line`.
-        reasons: {ranking rule: what it added to the score}; negative if the rule lowers the score. The entry
-            `similarity and words` is at most 1.
-        best_line: 1-based line to show first: `line`, or inside a very long definition the line that matches best.
+        reasons: {name of a ranking rule: number that the rule adds to the score}; a rule that lowers the score has a
+            negative number. The number of `similarity and words` is at most 1.
+        best_line: 1-based line to show first; for a part of a very long definition, the line that matches best.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Hit:
         return printable(f"{self.path}:{self.best_line or self.line}  {self.summary()}")
 
     def summary(self) -> str:
-        """Return score, name and exit, as in `0.512  Stack.push  (exit 9)`; `(words)` if no exit ranked the hit."""
+        """Return score, name and exit: `0.512  Stack.push  (exit 9)`; `(words)` replaces `(exit 9)` without an exit."""
         ranked_by = "words" if self.exit_layer is None else f"exit {self.exit_layer}"
         return f"{self.score:.3f}  {self.name or '(lines)'}  ({ranked_by})"
 
@@ -52,7 +52,7 @@ class Answer:
     Attributes:
         question: the question's text.
         hits: best first.
-        margin: best similarity minus second-best similarity, before any re-ranking; None for fewer than two hits.
+        margin: best minus second-best similarity at the first exit; None for fewer than two hits or without a model.
         reranked: whether a deeper exit ranked the best hits again.
         method: how the hits were found: `vector`, `lexical` or `hybrid`.
     """
@@ -64,7 +64,7 @@ class Answer:
     method: str = "hybrid"
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the attributes of the answer and of its hits as JSON values; with `explain`, also the hits' `reasons`.
+        """Return the answer and its hits as a dictionary of JSON values; with `explain`, also `reasons` of the hits.
 
         `mose search --json` prints a list of these dictionaries, one for each question. Later versions may add keys.
         """
@@ -80,15 +80,15 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """Return a line for each hit (path, line number, bar, score, name), followed by the first lines of its code.
+    """Return a text with a line for each hit (path, line number, bar, score, name) and the first lines of its code.
 
-    The bar shows the score. With the method `vector`, it is full at a score of 1, otherwise at the best hit's score.
+    The bar shows the score. A full bar is the best hit's score or, with the method `vector`, a score of 1.
 
     Args:
         answer: the answer to show.
         lines: number of code lines to show for each hit.
         width: largest width of a line of code; longer lines are cut.
-        explain: also show what each ranking rule added to a hit's score.
+        explain: also show the number that each ranking rule adds to a hit's score.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []
@@ -110,6 +110,6 @@ def score_bar(share: float, width: int = 10) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace unprintable characters by `�`: untrusted code or file names could control the terminal with them."""
+    """Return `text` with `�` for each unprintable character, which could control the terminal, and spaces for tabs."""
     text = text.replace("\t", _INDENT)
     return text if text.isprintable() else "".join(one if one.isprintable() else "�" for one in text)

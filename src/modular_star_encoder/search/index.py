@@ -46,13 +46,13 @@ _MOST_PIECES = 10_000  # largest number of pieces of a file that `related` reads
 
 
 class CodeIndex:
-    """The functions, classes and other lines of a code folder with their embeddings, and the search over them.
+    """An index of the functions, classes and other lines of a code folder: it embeds, updates and searches them.
 
-    `build` makes or updates an index, `open` reads one. Threads may share an index: their calls run in turn.
+    `build` makes or updates an index, and `open` reads one. Threads may share an index; their calls run in turn.
     Only one process at a time writes an index in a folder. While another process writes, `build` and `update` wait 3 s
     and then raise UserError, `refresh` does nothing, and `open_for_search` waits up to ten minutes for a first build.
-    Searches do not wait. In a local index, a search finds each file either as before or as after an update. On a Qdrant
-    server, a search may find both old and new code of a file that is being updated.
+    Searches do not wait. During an update, a search of a local index finds either the old or the new code of each file.
+    On a Qdrant server, a search may find both.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -91,27 +91,27 @@ class CodeIndex:
         processes: int = 2,
         progress: bool = True,
     ) -> Self:
-        """Index a folder; if it has an index, update this index: embed only new and changed files.
+        """Build the index of a folder, or update an existing index by embedding only new and changed files.
 
-        After an interruption, the index holds each file as a whole or not at all, and the next call continues.
+        After an interruption, the index has each file completely or not at all, and the next call continues.
 
         Args:
             folder: a folder of source code; `data.sources.repositories.folder_repositories` describes which files are
                 read. Links are not followed.
             location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
-            checkpoint: folder or Hub repository.
+            checkpoint: folder or Hub repository; by default mose-code, the model in this package.
             exit_layer: the exit to embed at; by default exit 0 if the checkpoint has it, else the deepest.
             exit_layers: several exits to embed at in one pass, instead of `exit_layer`; `search` then uses one of them.
-            dimension: number of components of a vector to keep, one that the model was trained for; all if None.
+            dimension: size of the embeddings to keep, one of the sizes that the model supports; the largest if None.
             languages: languages to read; all but `markdown` if None.
             tests: whether to read test code.
             vendored: whether to read copied libraries and generated code.
-            rebuild: replace an existing index; data of other programs is never replaced.
+            rebuild: whether to replace an existing index. Data of other programs is never replaced.
             device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
 
-        Returns the index; its `report` counts the embedded files and rows.
+        Returns the index; `report` has the numbers of embedded files and rows.
 
         Raises:
             UserError: `folder` is not a folder, the index was built with other settings (the message names them), or
@@ -160,7 +160,7 @@ class CodeIndex:
 
         Args:
             location: a folder or a URI (see `open_store`), or a store.
-            checkpoint: where the checkpoint of the index is now, if it was moved.
+            checkpoint: folder or Hub repository of the index's checkpoint, if it has moved since the build.
             device: torch device of the model; if None, a GPU if there is one.
 
         Raises:
@@ -181,14 +181,14 @@ class CodeIndex:
 
     @property
     def folder(self) -> str:
-        """The absolute path of the folder that is indexed."""
+        """The absolute path of the indexed folder."""
         return self.settings.folder
 
     @property
     def embedder(self) -> Embedder:
         """The `Embedder` of the checkpoint that the index was built with.
 
-        The checkpoint must be on this machine: an index made by a stranger must not make a search download a model.
+        The checkpoint must be on this machine, so that an index from a stranger can't make a search download a model.
 
         Raises:
             UserError: the checkpoint has changed since the index was built, or is not on this machine.
@@ -213,8 +213,8 @@ class CodeIndex:
         """Embed new and changed files, and remove deleted files from the index.
 
         Raises:
-            UserError: the index was rebuilt since it was opened, its checkpoint has changed, the code folder no longer
-                exists, or another process writes the index for more than 3 s.
+            UserError: the index was rebuilt since it was opened, its checkpoint has changed, the code folder does
+                not exist, or another process writes the index for more than 3 s.
             OSError: the checkpoint does not exist, or the index cannot be written.
         """
         _check_number("processes", processes, 0)
@@ -222,10 +222,10 @@ class CodeIndex:
             return self._update(processes=processes, progress=progress)
 
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
-        """Update the index before a search, and stop reading files after about `seconds`; None for no limit.
+        """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
-        `postponed_files` of the report is the number of files for which there was no time. An index is not updated if
-        it is on a server or read-only, if another process writes it, or if the code folder no longer exists.
+        The report's `postponed_files` is the number of files that time did not allow to read. The index is not updated
+        if it is on a server or read-only, if another process writes it, or if the code folder does not exist.
 
         Raises:
             UserError, OSError: see `update`.
@@ -257,7 +257,7 @@ class CodeIndex:
         languages: Sequence[str] | None = None,
         path: str | None = None,
     ) -> list[Answer]:
-        """Find the code that answers questions in prose, or that resembles other code.
+        """Find the code that answers each question. A question is a text in prose, or code to find similar code.
 
         Args:
             questions: one or more questions.
@@ -265,7 +265,7 @@ class CodeIndex:
             exit_layer: one of the index's exits; by default the deepest or, with a cascade, the shallowest.
             method: `hybrid` ranks by similarity, words and the rules of `search.ranking`; `lexical` leaves out
                 similarity and needs no model; `vector` ranks by similarity alone.
-            cascade: rank the best hits of `exit_layer` again at a deeper exit.
+            cascade: settings for ranking the best hits again at a deeper exit, if not None.
             languages: search only code in these languages.
             path: search only files that match this pattern, such as `*.py` or `src/**` (see `path_expression`).
 
@@ -299,8 +299,8 @@ class CodeIndex:
             exit_layer: one of the index's exits; the deepest if None.
 
         Raises:
-            UserError: the index has no code at that line, lacks the exit, or was rebuilt after it was opened; or an
-                argument is invalid.
+            UserError: an argument is invalid, the index has no code at `line` or lacks the exit, or it was rebuilt
+                after it was opened.
         """
         _check_number("line", line, 1)
         _check_number("top_k", top_k, 1)
@@ -319,7 +319,7 @@ class CodeIndex:
             return self._hits(others[:top_k])
 
     def check_filter(self, languages: Sequence[str] | None, path: str | None) -> None:
-        """Raise UserError if the index has code, but none that a search with these filters could find."""
+        """Raise UserError if the index has code, but none in `languages` and in files that match the pattern `path`."""
         where = Filter(check_languages(languages, ()), None if path is None else path_expression(path))
         zeros, exit_layer = np.zeros(self.settings.dimension, dtype=np.float32), self.settings.exit_layers[0]
         with self._lock, self.store.snapshot():
@@ -332,7 +332,7 @@ class CodeIndex:
                 raise UserError("search.filter", message)
 
     def refuse_empty(self) -> None:
-        """Raise UserError if the index has no code; if it reads few languages, the message names code in another."""
+        """Raise UserError if the index has no code. The message names code in a language that the index leaves out."""
         if self.store.count():
             return
         kind, advice = "source", "Name another folder"
@@ -345,12 +345,12 @@ class CodeIndex:
         raise UserError("search.folder.empty", f"{self.folder} holds no {kind} code. {advice}.")
 
     def read_file(self, path: str) -> str:
-        """Return the present text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
+        """Return the current text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
 
-        All other files are refused: those outside the folder, links, and those that the index leaves out, as `.env`.
+        Links, files outside the indexed folder and files that the index leaves out, such as `.env`, are not read.
 
         Raises:
-            UserError: the file is not in the index, or it has become a link or another file that an index leaves out.
+            UserError: the file is not in the index, or has become a link or a file that the index leaves out.
             OSError: the file can't be read.
         """
         file = file_inside(self.folder, path)
@@ -376,7 +376,7 @@ class CodeIndex:
         if cascade is not None:
             self.embedder.check_exit(cascade.exit_layer)
             if cascade.exit_layer <= exit_layer:
-                message = f"Exit {cascade.exit_layer} cannot re-rank exit {exit_layer}'s hits. Choose a deeper exit."
+                message = f"Exit {cascade.exit_layer} cannot re-rank hits of exit {exit_layer}. Choose a deeper exit."
                 raise UserError("search.cascade.exit_layer", message)
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
@@ -400,26 +400,26 @@ class CodeIndex:
         ]
 
     def _check_unchanged(self) -> None:
-        """Raise UserError if the index was rebuilt with other settings, such as a checkpoint, since it was opened."""
+        """Raise UserError if the settings of the index, such as its checkpoint, have changed since it was opened."""
         stored = self.store.settings()
         if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
             message = f"The index {self.store.location} was rebuilt since it was opened. Open it again."
             raise UserError("search.index.rebuilt", message)
 
     def _checked(self, checkpoint: str | os.PathLike[str], checksum: str | None = None) -> Embedder:
-        """Return the embedder of a checkpoint; UserError if the index was built with other weights or prompts."""
+        """Return the `Embedder` of a checkpoint; UserError if the index was built with other weights or prompts."""
         embedder = Embedder(checkpoint, self._device)
         self.settings.refuse_checkpoint(embedder.checkpoint, checksum or embedder.checksum, self.store.location)
         for exit_layer in self.settings.exit_layers:  # damaged settings may name exits that do not exist
             embedder.check_exit(exit_layer)
         if dict(self.settings.prompts) != embedder.prompts():
-            message = f"The index {self.store.location} was built with other prompts. Rebuild it (--rebuild)."
+            message = f"The index {self.store.location} has other prompts than its checkpoint. Rebuild it (--rebuild)."
             raise UserError("search.index.prompts", message)
         return embedder
 
 
 def file_inside(folder: str, path: str) -> Path | None:
-    """Return the regular file at `path` in a folder; None if there is none, or if it is outside or behind a link."""
+    """Return the path of a regular file inside `folder`; None if it does not exist, or is outside or behind a link."""
     root = os.path.realpath(folder)
     try:
         file = Path(os.path.normpath(os.path.join(root, path)))
@@ -437,7 +437,7 @@ def _check_number(name: str, value: Any, lowest: int) -> None:
 def check_search(
     questions: Sequence[str], top_k: int, method: str, languages: Sequence[str] | None, path: str | None
 ) -> Filter:
-    """Return the filter of rows to search; raise UserError if an argument of `CodeIndex.search` is invalid."""
+    """Return the filter for `languages` and `path`. Raise UserError if an argument of `CodeIndex.search` is invalid."""
     key = fault = ""
     _check_number("top_k", top_k, 1)
     if (
@@ -456,13 +456,13 @@ def check_search(
 
 
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
-    """Open the store at a location: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
+    """Open the store of an index: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
 
-    A store is returned unchanged. The variable QDRANT_API_KEY has the API key of a Qdrant server.
+    If `location` is a store, it is returned. The environment variable QDRANT_API_KEY has the key of a Qdrant server.
 
     Raises:
         ImportError: the extra `qdrant` is not installed.
-        UserError: the location has none of these forms, is a file, or is a folder with files of another program.
+        UserError: the location has another form, is a file, or is a folder with files of another program.
     """
     if not isinstance(location, str | os.PathLike):
         if not hasattr(location, "replace_files"):
@@ -474,16 +474,16 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
         return QdrantStore(*connect(location), location)
     if "://" in location and location != MEMORY:
-        message = f"{location!r} cannot hold an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
+        message = f"{location!r} is no place for an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
         raise UserError("search.index.location", message)
     return LocalStore(None if location == MEMORY else location)
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in a folder, or in its nearest parent that has one; None if there is none.
+    """Return the path of the index in a folder or in its nearest parent with an index; None if no folder has an index.
 
-    Raises UserError if this index is of code outside the folder that contains the index. Otherwise, an index that came
-    with other people's code could make an update read any folder.
+    Raises UserError if the index found is of code outside the folder that contains the index. Without this check, an
+    index that came with other people's code could make an update read any folder.
     """
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
@@ -493,7 +493,7 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
             of = _indexed_folder(location) or own
             if os.path.commonpath([of, own]) != own:
                 message = f"The index {location} is of the folder {of}, which is not inside {own}"
-                raise UserError("search.index.outside", f"{message}. If you trust it, name it: --index {location}.")
+                raise UserError("search.index.outside", f"{message}. If you trust it, add --index {location}.")
             return location
     return None
 
@@ -512,23 +512,23 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
-    The index is the one at `location`; without `location`, the one in `folder`; without both, the one in the working
-    folder or its nearest parent that has an index. If there is none, the index is in the user's cache, and is built
-    first if it is missing.
+    The index is looked up at `location`, or in `folder`. Without both, it is looked up in the working folder and its
+    parents. If no index is found, the one of the folder in the user's cache is opened. If the cache has none, it is
+    built first.
 
     Args:
         folder: the folder to search; the working folder if None.
         location: a folder of an index or a URI (see `open_store`).
         checkpoint: where the index's checkpoint is now, or the checkpoint for a new index (`mose-code` if None).
         exit_layer: the exit to search at.
-        budget: instead of `exit_layer`: limits for `select_exit`, such as `latency_ms`, which chooses the exit.
+        budget: limits such as `latency_ms`; `select_exit` then chooses the exit, instead of `exit_layer`.
         cascade: the cascade of the search; its exit must be an exit of the checkpoint.
         languages: languages to read for a new index.
         refresh, seconds: whether to update an existing index, and for how long (see `CodeIndex.refresh`).
 
     Raises:
-        UserError: an exit does not exist (raised before a new index is built), the folder holds no source code, or as
-            for `CodeIndex.build` and `CodeIndex.open`.
+        UserError: an exit does not exist, the folder has no source code, or `CodeIndex.build` or `CodeIndex.open`
+            raises UserError.
         OSError: the checkpoint does not exist, or the index cannot be written.
     """
     location = location or (find_index() if folder is None else _own_index(folder))
@@ -578,10 +578,10 @@ def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequ
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
-    """Return the folder to search for code that resembles code of `file`, if no `.mose` index contains the file.
+    """Return the folder in which to search for code similar to `file`, if no folder above it has a `.mose` index.
 
-    This is the nearest folder above the file that is a git repository or has an index in the user's cache. If there is
-    none, return the working folder if the file is inside, else the file's own folder.
+    This is the nearest folder above `file` that is a git repository or has an index in the user's cache. If there is
+    none, it is the working folder if `file` is inside, else the folder of `file`.
     """
     above, here = Path(os.path.realpath(file)).parents, Path(os.path.realpath("."))
     for folder in above:
@@ -591,7 +591,7 @@ def folder_of(file: str | os.PathLike[str]) -> str:
 
 
 def _cached_location(folder: str, *options: Any) -> str:
-    """Return where the user's cache has the index of a folder with these options; `memory://` for a read-only cache."""
+    """Return the location in the user's cache for a folder's index; `memory://` if the cache is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
     key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
     try:

@@ -1,7 +1,7 @@
-"""Store an index in a folder: its rows in segments, which are written once, and a manifest that lists the segments.
+"""Store an index in a folder: segments, which are files with rows, and `index.json`, a list of the segments.
 
-Every change ends by replacing the manifest atomically; if the process is killed before, the previous index remains. A
-segment is one safetensors file that is mapped into memory: a search reads only the parts that it needs.
+A segment is a safetensors file that never changes. A search maps it into memory and reads only the parts that it needs.
+Every change ends with an atomic replacement of `index.json`. A process that is killed earlier leaves the old index.
 """
 
 import errno
@@ -52,7 +52,7 @@ _ROWS_PER_BLOCK = 1024  # number of vectors compared at once: as float32, they f
 
 
 def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that reads files of an index: raise UserError for a damaged file, not for a missing one."""
+    """Decorate a method that reads an index: a damaged file raises UserError, a missing file FileNotFoundError."""
 
     @wraps(method)
     def reported(self: Any, *arguments: Any) -> Any:
@@ -159,7 +159,7 @@ class LocalStore:
 
     @_reading
     def finish(self) -> None:
-        """Merge small segments, and segments with over a third of their rows deleted; remove the merged files."""
+        """Merge segments that are small or have over a third of their rows deleted; then remove their files."""
         manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -225,7 +225,7 @@ class LocalStore:
         return sum(int(one.alive.sum()) for one in self._alive())
 
     def _alive(self) -> Iterator["_Segment"]:
-        """Yield the segments that the manifest lists, each with its deleted files marked."""
+        """Yield the segments that `index.json` lists; in each, the rows of deleted files are marked."""
         while True:
             listed = self._read()["segments"]
             try:
@@ -240,7 +240,7 @@ class LocalStore:
             yield segment
 
     def _read(self) -> dict[str, Any]:
-        """Return the manifest that is on disk now; `_NO_INDEX` if there is no index."""
+        """Return the content of `index.json`; `_NO_INDEX` if there is no index."""
         if self.folder is None or self._is_snapshot:
             return self._manifest
         path = self.folder / MANIFEST
@@ -293,7 +293,7 @@ class LocalStore:
 
 
 class _Segment:
-    """N rows of an index, in one file whose arrays are mapped into memory; a row has a number from 0 to N - 1."""
+    """N rows of an index, numbered from 0 to N - 1. They are arrays of one file, which is mapped into memory."""
 
     def __init__(self, name: str, arrays: _Arrays, files: list[dict[str, Any]], location: str = MEMORY) -> None:
         self.name, self.files, self.dead, self.location = name, files, frozenset[str](), location
@@ -306,13 +306,13 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Mark the rows of files as deleted; `dead` has the ids of the files, which are gone or have newer rows."""
+        """Mark rows as deleted. `dead` has the ids of their files, which are deleted or have newer rows."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
 
     def chosen(self, where: Filter) -> np.ndarray:
-        """Return a mask (N,) of the rows that are not deleted and that the filter accepts."""
+        """Return a boolean mask (N,): True for each row that the filter accepts and that is not deleted."""
         if not where.languages and where.path is None:
             return self.alive
         return self.alive & self._of_files([where.fits_file(one["path"], one["language"]) for one in self.files])
@@ -321,7 +321,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return the cosine similarities (P,) of a unit vector (D,) to P rows, whose numbers are `places` (P,)."""
+        """Return cosine similarities (P,) float32 of `unit` (D,), of length 1, and the P rows with numbers `places`."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):
@@ -330,7 +330,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers (P,) of the P rows with a word, and how often each row has the word (P,), at most 255."""
+        """Return the numbers (P,) of the rows that have a word, and its counts (P,) in these rows, each at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -344,7 +344,7 @@ class _Segment:
         unpacking = zlib.decompressobj()
         content = unpacking.decompress(self["rows"][first:last].tobytes(), _LARGEST_ROW)
         if not unpacking.eof:
-            raise ValueError(f"row {place} is cut or takes more than {_LARGEST_ROW:,} bytes")
+            raise ValueError(f"row {place} is incomplete or has more than {_LARGEST_ROW:,} bytes")
         values = parse_json(content.decode(), finite=False)
         values[-1] = tuple(values[-1])  # `defines`, a list in JSON
         snippet = Snippet(*values)
@@ -365,7 +365,7 @@ _Places = list[tuple[_Segment, np.ndarray]]  # segments, each with the numbers o
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the `_BEST_BY_SIGNS` rows of `chosen` (more if tied) whose vectors share most signs with `unit` (D,)."""
+    """Return the `_BEST_BY_SIGNS` rows of `chosen` that agree with `unit` (D,) in the most signs; more if tied."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -377,14 +377,14 @@ def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Place
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
-    """Pack the signs of vectors (N, D) into (D / 64, N) uint64: a bit is 1 if its component is positive."""
+    """Return the signs of vectors (N, D) as an array (D / 64, N) of uint64; a positive component is a bit of 1."""
     packed = np.packbits(vectors > 0, axis=1)
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
     return np.ascontiguousarray(packed.view(np.uint64).T)
 
 
 def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int) -> list[Found]:
-    """Return the `limit` best rows of `scored`, (segment, row numbers, scores); equal ones by path and line."""
+    """Return the `limit` best rows, sorted by score, path and line. `scored` has (segment, row numbers, scores)."""
     found = []
     for segment, places, scores in scored:
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
@@ -423,7 +423,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return the arrays that `_Segment.postings` reads; word `key[i]` (ascending) is `count[i]` times in `row[i]`."""
+    """Return the arrays for `_Segment.postings`. `row[i]` has the word `key[i]` `count[i]` times; `key` ascends."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)
@@ -431,7 +431,7 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
 
 
 def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the id, hash, path and language of each file that `rows` come from, once per file."""
+    """Return a dictionary for each file that `rows` come from, with its id, hash, path and language."""
     keys = "id", "hash", "path", "language"
     files = dict.fromkeys((row.file_id, row.file_hash, row.snippet.path, row.snippet.language) for row in rows)
     return [dict(zip(keys, file, strict=True)) for file in files]
@@ -474,13 +474,13 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
 
 
 def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Return a segment's arrays, memory-mapped, and its files; OSError, ValueError or KeyError if it is damaged."""
+    """Map a segment into memory; return its arrays and files. OSError, ValueError or KeyError if it is damaged."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a file")
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int(content[:8].view("<u8")[0])
     if start > min(len(content), MAX_JSON_BYTES):
-        raise ValueError(f"the header of {path.name} is cut or takes more than {MAX_JSON_BYTES:,} bytes")
+        raise ValueError(f"the header of {path.name} is incomplete or has more than {MAX_JSON_BYTES:,} bytes")
     header = parse_json(content[8:start].tobytes().decode())
     files = parse_json(header.pop("__metadata__")["files"])
     arrays = {}
@@ -488,14 +488,14 @@ def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
         first, last = one["data_offsets"]
         kind = f"{one['dtype'][0].lower()}{int(one['dtype'][1:]) // 8}"  # such as f4 for F32
         if _KINDS.get(re.sub(r"s_\d+$", "s", name)) != (kind, len(one["shape"])):
-            raise ValueError(f"the array {name!r} of {path.name} is unknown or of another type")
+            raise ValueError(f"the array {name!r} of {path.name} has an unknown name or a wrong type")
         arrays[name] = content[start + first : start + last].view(kind).reshape(one["shape"])
     _check_sizes(arrays)
     return arrays, files
 
 
 def _check_sizes(arrays: _Arrays) -> None:
-    """Raise ValueError or KeyError if a segment's arrays disagree on its number of rows, or offsets don't ascend."""
+    """Raise ValueError or KeyError if an array of a segment is missing or has a wrong size or wrong offsets."""
     rows, words = len(arrays["lengths"]), len(arrays["words"])
     shapes: dict[str, tuple[int, ...]] = {"file_of_row": (rows,), "row_starts": (rows + 1,)}
     shapes |= {"word_starts": (words + 1,), "word_counts": arrays["word_rows"].shape}

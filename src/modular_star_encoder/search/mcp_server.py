@@ -1,7 +1,7 @@
 """The tools of `mose mcp`: agents search an index over the Model Context Protocol.
 
-Answers are text of at most `MOST_CHARACTERS`, with paths relative to the indexed folder. The tools show and read only
-files of the index: none that git ignores, none in hidden folders, none outside the indexed folder.
+Each answer is a text of at most `MOST_CHARACTERS` characters, with paths relative to the indexed folder. The tools read
+only files in the index. An index has no files that git ignores, in hidden folders or outside the indexed folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Path = Annotated[str, Field(max_length=LONGEST_PATH)]
 
 @contextmanager
 def _errors_as_answers() -> Iterator[None]:
-    """Context manager and decorator: replace an expected error by a ToolError; the agent gets its sentence."""
+    """Context manager and decorator: replace a UserError or OSError by a ToolError with the same message."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -43,7 +43,7 @@ def _errors_as_answers() -> Iterator[None]:
 
 
 def build_server(index: CodeIndex) -> MCPServer:
-    """Return a server with the tools `search`, `related` and `read`; each refreshes the index first."""
+    """Return an MCP server with the tools `search`, `related` and `read`. Each call updates the index first."""
     root = os.path.realpath(index.folder)
     server = MCPServer("mose", instructions="Finds code of one repository by what it does, by name, or by likeness.")
 
@@ -58,7 +58,7 @@ def build_server(index: CodeIndex) -> MCPServer:
     @server.tool()
     @_errors_as_answers()
     def search(question: _Question, top_k: int = 5, path: _Path | None = None) -> str:
-        """Find code by a question in prose or a symbol's name; `path` limits the search to files such as 'src/**'."""
+        """Find code by a question in prose or a symbol's name. `path`, such as 'src/**', selects files to search."""
         index.refresh()
         (answer,) = index.search([question], top_k=min(max(top_k, 1), MOST_HITS), path=path)
         if not answer.hits:
@@ -86,7 +86,7 @@ def build_server(index: CodeIndex) -> MCPServer:
 
 
 class _Input(io.BufferedIOBase):
-    """Lines of JSON from a binary file; � replaces lone surrogates such as `\\ud800`, which mcp can't decode."""
+    """A stream of JSON lines from a binary file, with � for each lone surrogate (`\\ud800`), which mcp can't decode."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -104,9 +104,9 @@ class _Input(io.BufferedIOBase):
 
 
 def serve(index: CodeIndex) -> None:
-    """Serve the tools on stdin and stdout until stdin ends; UserError if one of them is closed."""
+    """Serve the tools of `build_server` on stdin and stdout until stdin ends; UserError if one of them is closed."""
     if sys.stdin is None or sys.stdout is None:
-        raise UserError("mcp.closed", "The tools need stdin and stdout, and one of them is closed.")
+        raise UserError("mcp.closed", "`mose mcp` needs stdin and stdout, and one is closed. Let an agent start it.")
     own = sys.stdin
     sys.stdin = cast(Any, SimpleNamespace(buffer=_Input(own.buffer)))
     try:

@@ -1,4 +1,4 @@
-"""Divide files into pieces (functions, classes, other lines), each a row of an index, and find the words of pieces."""
+"""Divide files into pieces, the rows of an index: functions, classes or other lines. Find the words of pieces."""
 
 import re
 from bisect import bisect_left
@@ -49,7 +49,7 @@ class Snippet:
     defines: tuple[str, ...] = ()  # names that the piece defines, such as `push` for `Stack.push`
 
     def embedded(self) -> str:
-        """Return the text to embed: the file's folder and name, the piece's name four times, then the code."""
+        """Return the text to embed: the file's folder and name, the piece's name four times, and the code."""
         place = " ".join(self.path.split("/")[-2:])
         return f"{place}{f' {self.name}' * _WEIGHT_OF_NAME}\n{self.text}"[:EMBEDDED_CHARACTERS]
 
@@ -58,7 +58,7 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
     """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters.
 
     A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
-    file that can't be parsed, or whose language is unknown (""), is divided into blocks of lines.
+    file that can't be parsed, or has the unknown language "", is divided into blocks of lines.
     """
     lines = LINE_END.split(text)
     if max(map(len, lines)) > _LONGEST_LINE:
@@ -78,7 +78,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Divide lines `start` to `end`, with these `definitions`, into pieces; `outer` is their class's name."""
+        """Divide lines `start` to `end`, which contain `definitions`, into pieces; `outer` is their class or ""."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
@@ -109,7 +109,7 @@ class _Divider:
             yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.line))
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
-        """Yield the lines from `start` to `end` in pieces, except pieces with hardly any letters."""
+        """Yield the lines from `start` to `end` in pieces, without pieces of few letters and digits."""
         filled = [number for number in range(start, end) if self._lines[number].strip()]
         start, end = (filled[0], filled[-1] + 1) if filled else (end, end)
         for first in range(start, end, MOST_LINES):
@@ -127,7 +127,7 @@ class _Divider:
 
 
 def is_boilerplate(snippet: Snippet) -> bool:
-    """Return whether a piece defines nothing and holds only imports or a licence, which no question is about."""
+    """Return whether a piece defines no name and has only imports or a licence, which no question is about."""
     if snippet.defines or snippet.language == "markdown":
         return False
     text = _without_licences(snippet.text)
@@ -136,7 +136,7 @@ def is_boilerplate(snippet: Snippet) -> bool:
 
 
 def _without_licences(text: str) -> str:
-    """Return `text` without the block comments that hold a licence, in linear time even if many are never closed."""
+    """Return `text` without the block comments that contain a licence; linear time even for many unclosed comments."""
     last_ends = {start: text.rfind(end) for start, end in _COMMENT_ENDS.items()}
     kept, at = [], 0
     for start in _COMMENT_START.finditer(text):
@@ -163,7 +163,7 @@ _LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
 
 
 class Memo(dict[str, _Value], Generic[_Value]):
-    """A cache of a function's values for short texts; quicker than `lru_cache`."""
+    """A dictionary that computes a function's values of texts and caches them, faster than `lru_cache`."""
 
     def __init__(self, function: Callable[[str], _Value]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Memo(dict[str, _Value], Generic[_Value]):
 
 
 def _stems(text: str) -> list[str]:
-    """Return stems of each word's parts, and of the word if it has several: camel, cas, camelcas for `camelCase`."""
+    """Return the stems of words with several parts and of all parts: `camelCase` gives camel, cas and camelcas."""
     found = []
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]
@@ -208,28 +208,28 @@ def _stem(word: str) -> str:
 
 
 def stems(text: str) -> str:
-    """Return the stems of all words of a text: for `getHTTPResponse`, "get http respons gethttprespons"."""
+    """Return the stems of a text's words: `getHTTPResponse` gives "get http respons gethttprespons"."""
     runs = text.translate(_SEPARATORS).split() if text.isascii() else _WORD.findall(text)
     return " ".join(filter(None, map(_joined_stems.__getitem__, runs)))
 
 
 def parts(text: str) -> set[str]:
-    """Return the stems of the parts of all words of a text: for `getHTTPResponse` get, http and respons."""
+    """Return the stems of the parts of a text's words: `getHTTPResponse` gives get, http and respons."""
     return {_stem(part.lower()) for part in _PART.findall(text)}
 
 
 def question_stems(question: str) -> list[str]:
-    """Return the different stems of a question's words for BM25, without stop words if there are other words."""
+    """Return a question's stems for BM25, sorted. Stop words are left out if the question has other words."""
     words = _WORD.findall(question)
     telling = [word for word in words if not _STOP_WORD.fullmatch(word)] or words
     return sorted(set(stems(" ".join(telling)).split()))
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based number of the line of a piece to show first: the piece's `line`, with one exception.
+    """Return the 1-based number of the line of a piece to show first.
 
-    If the piece is inside a very long function that begins before the piece, return the first of those three
-    consecutive lines that have the most words of the question.
+    This is the piece's `line`, except for a later part of a very long function. For a later part, it is the first of
+    the three consecutive lines with the most words of the question.
     """
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
@@ -246,15 +246,15 @@ def telling_parts(question: str) -> set[str]:
 
 
 def definition_word(name: str) -> str:
-    """Return the extra word that `snippet_words` adds to pieces that define `name`, so that a search can find them."""
+    """Return the word for BM25 that stands for defining `name`: `Push` gives "defines:push". See `snippet_words`."""
     return "defines:" + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 
 def snippet_words(snippet: Snippet) -> str:
     """Return a piece's words for BM25, with spaces between.
 
-    They are the stems of its text, name (four times), file name (twice) and folder name, and one word for each name
-    that it defines.
+    They are the stems of the piece's text, name (four times), file name (twice) and folder name, and the
+    `definition_word` of each name that the piece defines.
     """
     words = stems(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])

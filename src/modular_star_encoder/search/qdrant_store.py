@@ -1,10 +1,10 @@
 """Store an index in a collection of a Qdrant server, for indexes that outgrow one machine.
 
-Qdrant has no transactions. New rows of a file are written before the file's old rows are deleted, and every row stores
-how many rows its file has, so the next update finds incomplete files and writes them again.
+Qdrant has no transactions. An update writes the new rows of a file before it deletes the file's old rows. Every row
+stores the number of rows of its file, so that the next update finds incomplete files and writes them again.
 
-A search by words ranks as Qdrant recommends for BM25: each row has a sparse vector of term weights, computed with a
-fixed average length. The server multiplies these weights by inverse document frequencies (Modifier.IDF).
+A search by words uses BM25 as Qdrant recommends. Each row has a sparse vector of term weights, computed with a fixed
+average length. The server multiplies these weights by inverse document frequencies (Modifier.IDF).
 """
 
 import hashlib
@@ -39,17 +39,17 @@ def connect(location: str) -> tuple[Any, str]:
     """
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
-        message = f"The location of a Qdrant index has the form qdrant:NAME@URL with an http URL, not {location!r}."
+        message = f"{location!r} is not the location of a Qdrant index. Write qdrant:NAME@URL with an http URL."
         raise UserError("search.qdrant.location", message)
     if "@" in urlsplit(url).netloc:  # messages show locations, and would show the password
-        message = "A Qdrant URL must not hold a password. Put the key into the variable QDRANT_API_KEY."
+        message = "A Qdrant URL must not have a password. Put the key into the environment variable QDRANT_API_KEY."
         raise UserError("search.qdrant.password", message)
     key = os.environ.get("QDRANT_API_KEY") or None
     return _import_client().QdrantClient(url=url, api_key=key, check_compatibility=False), name
 
 
 def _wrap_errors(method: Callable) -> Callable:
-    """Decorate a method of `QdrantStore`: replace an error of the server by an `OSError` with a message in one line."""
+    """Decorate a method of `QdrantStore`: raise OSError with a message in one line if the server reports an error."""
 
     @wraps(method)
     def wrapped(self: "QdrantStore", *arguments: Any, **options: Any) -> Any:
@@ -65,12 +65,12 @@ def _wrap_errors(method: Callable) -> Callable:
 class QdrantStore(VectorStore):
     """The rows of an index in a collection of a Qdrant server.
 
-    Writers take no lock. Sizes and times of files are not stored, because other machines may use the collection.
+    Processes may write at the same time. The store keeps no sizes and times of files: other machines may use it, too.
 
     Args:
         client: a `QdrantClient`, for a server or in memory.
         name: name of the collection.
-        location: the location that errors show; `qdrant:NAME` if it is empty.
+        location: location of the index in error messages; `qdrant:NAME` if it is empty.
     """
 
     def __init__(self, client: Any, name: str, location: str = "") -> None:
@@ -166,7 +166,7 @@ class QdrantStore(VectorStore):
         return sorted(found, key=lambda one: (-one.score, one.path, one.snippet.first_line))
 
     def _filter(self, where: Filter) -> Any:
-        """Return `where` as a Qdrant filter: None if `where` accepts all rows; a filter without conditions if none."""
+        """Return a Qdrant filter: None if `where` accepts all rows; a filter without conditions if it accepts none."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))
@@ -197,10 +197,10 @@ def _import_client() -> Any:
 
 
 def _row_id(row: Row) -> str:
-    """Return a hash of the file and the number of the row in it, as a UUID: Qdrant accepts no other text as id."""
+    """Return a row's id in Qdrant: a UUID, made from a hash of the file's id and the row's number in the file."""
     return str(UUID(hex=content_hash(f"{row.file_id}:{row.place}")))
 
 
 def _word_place(word: str) -> int:
-    """Return a word's place in the sparse vectors: a hash of 32 bits."""
+    """Return the index of a word in the sparse vectors, a hash of 32 bits."""
     return int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:4], "big")

@@ -1,8 +1,8 @@
-"""Rank rows for a question by similarity at one exit, by words, or by rules that use both; re-rank at a deeper exit.
+"""Rank the rows of an index for a question: by similarity at an exit, by words, or by rules that use both.
 
 Each ranking rule is one function of the question and its candidates; benchmarks/README.md has the effect of each rule.
-All languages and repositories have the same weights. The rules are those of semble (MinishLab, 2026), except that they
-add standardised scores instead of ranks, because ranks do not say how far candidates are apart.
+All languages and repositories have the same weights. The rules are those of semble (MinishLab, 2026), with one change:
+they add standardised scores instead of ranks, because ranks do not say how much candidates differ.
 """
 
 import re
@@ -52,7 +52,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranker:
-    """Ranks the rows of an index for questions at one exit; with a cascade, ranks the best again at a deeper exit."""
+    """Ranks the rows of an index for questions at one exit; a cascade ranks the best rows again at a deeper exit."""
 
     store: VectorStore
     settings: IndexSettings
@@ -61,7 +61,7 @@ class Ranker:
     cascade: Cascade | None = None
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return for each question {exit_layer: embedding (D,) float32} at the first exit and the cascade's exit."""
+        """Return {exit_layer: embedding (D,) float32} of each question, at `exit_layer` and at the cascade's exit."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self.embedder.questions(questions, exits, self.settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
@@ -69,7 +69,7 @@ class Ranker:
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
         """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}.
 
-        With a cascade, the rows that it ranked again come first.
+        With a cascade, the rows that the cascade ranked again come first.
         """
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
@@ -83,10 +83,10 @@ class Ranker:
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the best `limit` rows for a question by the ranking rules over similarity and words (see `place`).
+        """Return the best `limit` rows for a question by the ranking rules of `place`, which use similarity and words.
 
-        With a cascade, the best rows get their similarities at the cascade's exit. These are rescaled to the mean and
-        standard deviation of the old similarities. Then all rows are ranked again.
+        With a cascade, the best rows get similarities from the cascade's exit, rescaled to the mean and standard
+        deviation of the similarities that they replace. Then all rows are ranked again.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
@@ -120,7 +120,7 @@ class Ranker:
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
 
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
-        """Return cosine similarities (N,) of rows to a question; if the index lacks the exit, embed the rows first."""
+        """Return cosine similarities (N,) of N rows to a question; if the index lacks the exit, embed the rows."""
         if exit_layer in self.settings.exit_layers:
             documents = self.store.vectors(found, exit_layer)
         else:
@@ -130,7 +130,7 @@ class Ranker:
 
 
 def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> Ranked:
-    """Return the best `limit` rows for a question by the ranking rules over words alone, without a model."""
+    """Return the best `limit` rows for a question by the ranking rules, with words alone and without a model."""
     read = Question.of(question)
     candidates, words, definers = _candidates(store, read, where, [])
     return Ranked(_placed(read, candidates, definers, None, words, limit))
@@ -139,10 +139,10 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> Ra
 def _candidates(
     store: VectorStore, question: "Question", where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
-    """Find the rows to rank for a question: those in `nearest`, and those that its words or the names in it find.
+    """Find N rows to rank: the rows `nearest`, rows with words of the question, and rows that define names in it.
 
-    Returns N rows; their BM25 scores (N,), 0 for a row with none of the question's words; and, for each name in the
-    question, {name: indices of the rows that define this name}.
+    Returns the rows, their BM25 scores (N,), and {name in the question: indices of the rows that define the name}. The
+    score of a row without words of the question is 0.
     """
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where)
     names = [definition_word(name) for name in question.names]
@@ -158,7 +158,7 @@ def _candidates(
 
 
 def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
-    """Return the candidates that `place` ranks best, with their scores and reasons; `given` are its other arguments."""
+    """Return the candidates that `place` ranks best, with scores and reasons; `given` are arguments of `place`."""
     return [
         replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
         for one in place(question, [row.path for row in candidates], *given)
@@ -195,7 +195,7 @@ _INITIAL_FILE = re.compile(r"(^|/)(__init__\.py|package-info\.java)$")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, and the names of code in it."""
+    """A question, and the names of functions and classes in it."""
 
     text: str
     is_symbol: bool  # whether the question is only a name, such as `Router::Match` or `parse_header`
@@ -203,7 +203,7 @@ class Question:
 
     @classmethod
     def of(cls, text: str) -> "Question":
-        """Find the names of code in the text of a question."""
+        """Return the question `text` with the words in it that look like names of functions or classes."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
@@ -216,9 +216,9 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return scores (N,): `weight` × standardised similarities + (1 - `weight`) × standardised BM25 scores, `words`.
+    """Return `weight` × standardised similarities + (1 - `weight`) × standardised BM25 scores `words`, all (N,).
 
-    The median of these N sums is subtracted from each; negative results become 0. Without similarities, return `words`.
+    The median of the N sums is subtracted, and negative results become 0. Without similarities, return `words`.
     """
     if similarities is None:
         return words.astype(np.float64)
@@ -232,10 +232,10 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return the gains (N,) of N pieces for the names that they define; `paths` are the paths of their N files.
+    """Return additions (N,) to the scores of N pieces: above 0 for a piece that defines a name in the question.
 
-    The gain is above 0 if the question has one of these names (see `place` for `definers`), and higher if the file has
-    this name, too.
+    An addition is larger if the piece's file has the name, too. `paths` are the paths of the N files. `place`
+    describes `definers`.
     """
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
@@ -252,10 +252,10 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return the gains (F,) of F files: `PATH` × share of the question's words that the file's name has.
+    """Return additions (F,) to the scores of F files: `PATH` × share of the question's words in the file's name.
 
-    A word that only the name of the file's folder has counts `FOLDER` instead of 1. If the question is a symbol, all
-    gains are 0.
+    A word that is only in the name of the file's folder counts `FOLDER` instead of 1. If the question is a symbol, all
+    additions are 0.
     """
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
@@ -284,13 +284,13 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return the gains (N,) of N pieces: above 0 only for the best piece of each file, which has the largest `gained`.
+    """Return additions (N,) to the scores of N pieces: above 0 for the piece with the largest `gained` of its file.
 
-    The gain is the sum of the five best `scores` of the file's pieces, divided by the largest such sum of any file.
+    An addition is the sum of the five best `scores` in the file, divided by the largest sum of any file.
 
     Args:
         scores: (N,), the fused scores of similarity and words.
-        gained: (N,), these scores and the gains of the rules before this one.
+        gained: (N,), the scores with the additions of the rules before this one.
         file_of: (N,), the number of each piece's file.
     """
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
@@ -308,9 +308,9 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return the factors (F,) of F files: below 1 for files of re-exports or type declarations.
+    """Return factors (F,) for the scores of F files: below 1 for files of re-exports or type declarations.
 
-    Tests, examples and documentation also have a factor below 1, unless the question is about tests or examples.
+    If the question is not about tests or examples, tests, examples and documentation also have a factor below 1.
     """
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
@@ -324,13 +324,13 @@ def _kinds(path: str) -> tuple[bool, bool, bool]:
 
 
 def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return factors (N,): 1 for a file's best piece, 0.8 for its second, 0.64 for its third, and so on."""
+    """Return factors (N,) for scores of pieces: 1 for a file's best piece, 0.8 for the second, 0.64 for the third."""
     return FURTHER_PIECE ** _place_in_file(scores, file_of)
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A ranked candidate: its index among the candidates, its score, and {rule: what the rule added to the score}."""
+    """A ranked candidate: its index in the list of candidates, its score, and {rule: addition to the score}."""
 
     candidate: int
     score: float

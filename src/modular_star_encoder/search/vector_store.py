@@ -1,4 +1,4 @@
-"""The rows and settings of an index, and the protocol of its stores."""
+"""The rows and settings of a search index, and the protocol `VectorStore` of the classes that store them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(slots=True)  # not frozen: that takes three times as long to make, and a search makes hundreds
 class Found:
-    """A row that a store found. Its piece is read only when `snippet` is used: most rows are never shown."""
+    """A row that a store found. `snippet` reads the row's piece only when needed, because most rows are never shown."""
 
     row_id: Hashable  # identifies the row in its store until the store changes
     path: str
@@ -57,13 +57,13 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A condition on the files whose rows a search considers."""
+    """A condition on files. A search considers only rows of the files that meet the condition."""
 
     languages: tuple[str, ...] = ()  # names of languages; empty for all
     path: re.Pattern[bytes] | None = None  # regular expression that the bytes of a path must match, or None
 
     def fits_file(self, path: str, language: str) -> bool:
-        """Return whether the filter accepts the rows of a file."""
+        """Return whether a file with this path and language meets the condition."""
         fits_path = self.path is None or self.path.match(path.encode()) is not None
         return fits_path and (not self.languages or language in self.languages)
 
@@ -72,20 +72,20 @@ Stamps = dict[str, list[Any]]  # {file_id: [size, time of change in ns, hash of 
 
 
 class VectorStore(Protocol):
-    """The rows of one index, wherever they are stored. `replace_files` is the only way to change them."""
+    """The rows of one index, in a folder, in memory or on a server. Only `create` and `replace_files` change rows."""
 
     location: str
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context in which no other process writes the index.
+        """Return a context manager that keeps other processes from writing the index; by default, it has no effect.
 
-        If another process writes it now, wait up to `seconds` and then raise UserError.
+        If another process is writing the index, wait up to `seconds`, then raise UserError.
         """
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context in which reads see the rows as they were at its start; by default, it has no effect."""
+        """Return a context manager in which reads see the rows of its start; by default, it has no effect."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
@@ -95,13 +95,13 @@ class VectorStore(Protocol):
         """
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Replace the index, even a damaged one, by an empty index with these settings.
+        """Create an empty index with these settings in place of any index at `location`, even a damaged one.
 
-        Raises UserError if `location` has data of another program, which are never replaced.
+        Raises UserError if `location` has data of another program.
         """
 
     def files(self) -> dict[str, str | None]:
-        """Return {file_id: hash of the file's content}, with None as hash if rows are missing or of two contents."""
+        """Return {file_id: hash of the file's content}; None in place of the hash if a file is only partly written."""
 
     def stamps(self) -> Stamps:
         """Return the sizes and times of files that `keep_stamps` stored last; empty if this store keeps none."""
@@ -134,7 +134,7 @@ class VectorStore(Protocol):
 
 
 def file_id(path: str) -> str:
-    """Return a hash of a path, whose bytes need not be UTF-8, as 32 hexadecimal digits."""
+    """Return a hash of a path as 32 hexadecimal digits. The bytes of the path may be other than UTF-8."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
@@ -189,7 +189,7 @@ class IndexSettings:
         object.__setattr__(self, "languages", languages)  # because the class is frozen
 
     def to_dict(self, location: str) -> dict[str, Any]:
-        """Return the settings as JSON values. `folder` is relative to `location` if it contains the index there."""
+        """Return the settings as JSON values. If the index is inside `folder`, `folder` becomes a relative path."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         index = _real_path(location)
         if index is not None and os.path.commonpath([self.folder, index]) == self.folder:
@@ -215,7 +215,7 @@ class IndexSettings:
         return replace(settings, folder=os.path.normpath(os.path.join(_real_path(location) or "", settings.folder)))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if an update's settings, `asked`, differ from those of the index; the message has both."""
+        """Raise UserError if `asked`, the settings of an update, are not those of the index; the message lists both."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         pairs = [(label, getattr(self, name), getattr(asked, name)) for name, label in _LABELS.items()]
         if differences := [
@@ -225,7 +225,7 @@ class IndexSettings:
             raise UserError("search.index.other_settings", f"{message} Use another index, or --rebuild to replace it.")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
-        """Raise UserError if the index was built with other weights; the message names both checkpoints."""
+        """Raise UserError if `checksum` is not that of the index's checkpoint; the message names both checkpoints."""
         if checksum != self.checksum:
             raise UserError(
                 "search.index.other_model",
