@@ -43,9 +43,9 @@ def packaged_recipes() -> list[PackagedRecipe]:
 def find_recipe(name: str, command: str | None = None) -> Path:
     """Return the path of a recipe. `name` is the path of a YAML file, or a packaged recipe such as `small/finetune`.
 
-    A folder alone, such as `small`, means its first recipe. If `command` is given, only packaged recipes for this
-    `mose` command are searched; if not, also other packaged YAML files, such as `small/publish`. UserError
-    (`settings.file`) if no recipe is found; the message lists these recipes.
+    The name of a folder, such as `small`, means the first recipe in the folder. If `command` is given, only packaged
+    recipes for this `mose` command are found. If it is None, all packaged YAML files are found, such as
+    `small/publish`. UserError (`settings.file`) if nothing is found; the message lists the available recipes.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -67,7 +67,7 @@ def find_recipe(name: str, command: str | None = None) -> Path:
 
 
 def hub_config_folder(name: str) -> Path:
-    """Return the folder of a packaged model configuration, such as `"small"`; UserError (`config.unknown`) if none."""
+    """Return the folder of the packaged model configuration `name`; UserError (`config.unknown`) if it is not found."""
     names = sorted(path.parent.name for path in _root().glob("*/config.json"))
     if name not in names:
         raise UserError("config.unknown", f"Configuration {name!r} not found. Available: {', '.join(names)}.")
@@ -75,10 +75,10 @@ def hub_config_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return (folder or Hub id, whether it has weights) for `name`, the value of a recipe's `model`.
+    """Return the folder or Hub id of the model `name`, a recipe's setting `model`, and whether the model has weights.
 
     `name` is a packaged configuration such as `small`, a folder with a config.json, or a Hub id `owner/name`. A Hub
-    repository is assumed to have weights. UserError (`config.unknown`) if `name` is none of these.
+    repository is assumed to have weights. UserError (`config.unknown`) if no configuration or folder is found.
     """
     folder = Path(name).expanduser()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():

@@ -1,14 +1,14 @@
 """The ablation of the paper's Table 5 (arXiv 2503.03008): is an exit better if it is trained together with others?
 
-A *start* is a starting point of training: a checkpoint, or random weights, with settings. From each start, models of
-several *kinds* are trained: all exits together, each exit alone, and variants of training together. A *cell* is one
-training run: a start, a kind of model, a learning rate and a seed. Each result is stored in its own file, so an
-interrupted ablation trains only what is missing. Learning rates are chosen by scores on validation rows; all reported
-differences come from test rows.
+A *start* is a starting point of training: a checkpoint or random weights, and settings. From each start, models of
+several *kinds* are trained: all exits together, each exit alone, and variants (all exits together, with changed
+settings). A *cell* is one training run: a start, a kind of model, a learning rate and a seed. Each cell's result is
+stored in a file, so a restarted ablation trains only the missing models. Learning rates are chosen by scores on
+validation rows; all reported differences come from test rows.
 
-The question makes sense only if deep exits are better. So the shallowest and the deepest exit are trained alone first.
-The other models of a start are trained only if the deepest exit is better by at least `gate` points of MRR × 100, and
-the interval of this difference is above 0.
+The comparison is meaningful only if deep exits are better than shallow exits. So the shallowest and the deepest exit
+are trained alone first. The other models of a start are trained only if the deepest exit is better by at least `gate`
+points of MRR × 100, and the 95 % interval of this difference is above 0.
 """
 
 import copy
@@ -71,9 +71,9 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 
 
 def _name(name: str) -> str:
-    """Return the name of a start or variant; ValueError if no folder can have it, or it means another kind of model."""
+    """Return the name of a start or variant; ValueError if it is reserved or not made of letters, digits, `_.-`."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
-        raise ValueError(f"must be one word, not {TOGETHER}, and must not begin with exit-")
+        raise ValueError(f"must have only letters, digits and _.-, must not be {TOGETHER}, must not begin with exit-")
     return name
 
 
@@ -81,7 +81,7 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class AblationCell(NamedTuple):
-    """One training run: its start, kind of model (`together`, `exit-4` for exit 4 alone, or a variant) and recipe."""
+    """A training run from the starting point `start`; `kind` is `together`, `exit-4` (only exit 4), or a variant."""
 
     start: str
     kind: str
@@ -98,19 +98,20 @@ class AblationRecipe:
 
     Args:
         finetuning: settings that all models share; see `FinetuningRecipe`. Its seed decides which rows are held out.
-            About half of these, in whole repositories, are validation rows (for learning rates), the others test rows.
+            These are split by repository into two halves: validation rows, to choose learning rates, and test rows.
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
-            A dot separates nested settings, as in `distillation.teacher`.
+            Nested settings are written with a dot, such as `distillation.teacher`.
         learning_rates: learning rates to try for each kind of model, with the first seed; by default only the rate in
             `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
             use the rate that is chosen for training all exits together.
         seeds: one model of each kind is trained with each seed. The seed determines the weights of new heads, the
             batches, which words are renamed, and dropout.
         exit_layers: exits to train alone; all exits of the model if None.
-        gate: points of MRR × 100 by which the deepest exit must be better than the shallowest, both trained alone;
-            otherwise no other model of the start is trained.
-        variants: {name of a variant: settings that replace those of training all exits together}.
-        variants_on: names of the starts with variants, by default the one where training together lowers MRR most.
+        gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
+            this gain, no other model of the start is trained.
+        variants: {name of a variant: settings to change}; a variant trains all exits together with changed settings.
+        variants_on: names of the starts from which variants are trained, by default the start where training together
+            lowers MRR most.
     """
 
     COMMAND: ClassVar[str] = "ablate"
@@ -129,21 +130,22 @@ class AblationRecipe:
     def __post_init__(self) -> None:
         for changes in (*self.starts.values(), *self.variants.values()):
             if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
-                message = f"Remove {', '.join(sorted(fixed))} from `starts` and `variants`: these must not differ."
+                message = f"Remove {', '.join(sorted(fixed))} from `starts` and `variants`: all models share them."
                 raise UserError("ablation.variants", message)
         if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
-            raise UserError("ablation.starts", f"`variants_on` must name keys of `starts`, not {', '.join(unknown)}.")
+            message = f"`variants_on` names {', '.join(unknown)}, but `starts` has only {', '.join(self.starts)}."
+            raise UserError("ablation.starts", message)
 
     @property
     def rates(self) -> tuple[float, ...]:
         return self.learning_rates or (self.base().learning_rate,)
 
     def base(self) -> FinetuningRecipe:
-        """Return `finetuning` as a recipe, the base of all training runs; its seed decides which rows are held out."""
+        """Return `finetuning` as a recipe, without the changes of any start or variant."""
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return the settings of one training run; UserError if those of its start or its kind are wrong."""
+        """Return one training run with its recipe; UserError if a setting of the start or of the kind is wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
@@ -160,12 +162,12 @@ class AblationRecipe:
         return AblationCell(start, kind, build_settings(FinetuningRecipe, settings, f"{start}/{kind}"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as plain values; `finetuning` includes its defaults."""
+        """Return {name: value} of all settings; `finetuning` includes its defaults."""
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
 
 def recipe_reference(command: str) -> str:
-    """Return the type, default and meaning of every recipe key of `pretrain`, `finetune` or `ablate`, one per line."""
+    """Return a text with one line per recipe key of `command` (pretrain, finetune, ablate): type, default, meaning."""
     kinds: dict[str, type] = {"settings": PretrainingRecipe if command == "pretrain" else AblationRecipe}
     if command == "finetune":
         tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
@@ -187,13 +189,13 @@ def ablate(
     From each starting point in `recipe.starts`, models are trained in this order: the shallowest exit alone, the
     deepest exit alone, all exits together, each other exit alone, the recipe's variants. `out/data/` gets the rows, and
     `out/cells/` one file with the result of each training run. The reports `ablation.json`, `ablation.md` and, if
-    matplotlib is installed, `ablation.png` are written after every ten runs and at the end. A later call may add
-    starting points, seeds, learning rates and variants.
+    matplotlib is installed, `ablation.png` are written after every ten runs and at the end. A later call with the same
+    `out` may add starting points, seeds, learning rates and variants.
 
     Args:
         recipe: the settings.
         out: folder of the ablation.
-        command: the command line, for the reports.
+        command: the command line that the reports show.
         progress: whether to show progress bars.
         announce: called with a line of text before each training run.
 
@@ -240,13 +242,13 @@ class Results:
         return max(self.recipe.rates, key=mrr)
 
     def tried(self, start: str) -> list[str]:
-        """Return the kinds of models of a start for which every rate was tried, in the order of training."""
+        """Return the kinds of models of a start, without variants, that were trained with every learning rate."""
         known = dict.fromkeys(kind for of_start, kind, _, _ in self.found if of_start == start)
         runs = {kind: [(start, kind, rate, self.recipe.seeds[0]) for rate in self.recipe.rates] for kind in known}
         return [kind for kind in runs if kind not in self.recipe.variants and self.found.keys() >= {*runs[kind]}]
 
     def ranks(self, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
-        """Return {task: reciprocal ranks (seeds, queries) of an exit on test rows}; None if a seed's run is missing."""
+        """Return {task: reciprocal ranks (seeds, queries) of an exit on test rows}; None if a seed has no result."""
         own = TOGETHER if kind in self.recipe.variants else kind
         if own not in self.tried(start):
             return None
@@ -257,10 +259,10 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return whether depth pays with these initial weights, as `passed`, and by how much, as in `estimate`.
+        """Return the difference between the deepest and the shallowest exit of a start, each trained alone.
 
-        It pays if a model trained at the deepest exit alone has a score higher by `recipe.gate` points than a model
-        trained at the shallowest exit alone. If one of the two models is missing, return only `passed`, None.
+        The keys are those of `estimate`, and `passed`: whether the difference is at least `recipe.gate` points and its
+        interval is above 0. If the result of one of the two models is missing, return {"passed": None}.
         """
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:
@@ -269,15 +271,15 @@ class Results:
         return {"passed": difference["value"] >= self.recipe.gate and difference["low"] > 0, **difference}
 
     def summary(self) -> dict[str, Any]:
-        """Compare exits trained together, exits trained alone, and variants, where the results of all seeds exist.
+        """Compare exits trained together, exits trained alone, and variants; leave out models if a seed has no result.
 
         Returns:
             `exits`, `seeds`, `cells` (one dict per training run: scores by exit, seconds, gradient cosines) and
-            `starts`. `starts` has for each start: `gate` (see `gate`), `rates` {kind of model: best learning rate},
-            `exits` {exit: `together`, `alone`, `difference`}, `mean_difference` (over exits), and `variants` {name:
-            `exits` {exit: `score`, `from_together`, `from_alone`}}. Each score and difference is an `estimate`. The
-            intervals of `difference` hold simultaneously for all exits and starts, those of variants for all exits and
-            variants.
+            `starts` {start: dict}. The dict of a start has `gate` (see `gate`), `rates` {kind of model: best learning
+            rate}, `exits` {exit: {`together`, `alone`, `difference`}}, `mean_difference` (over the exits) and
+            `variants` {name: {`exits`: {exit: {`score`, `from_together`, `from_alone`}}}}. Each score or difference is
+            a dict of `estimate`. The 95 % intervals of `difference` hold jointly for all exits and starts, the
+            intervals of variants jointly for all exits and variants.
         """
         cells = []
         for (start, kind, rate, seed), content in self.found.items():
@@ -327,7 +329,7 @@ def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, fl
 
 
 def _plan(results: Results) -> Iterator[AblationCell]:
-    """Yield the training runs in order. The caller adds each result to `results`: later runs depend on it."""
+    """Yield the training runs in order. The caller adds each result to `results`, because later runs depend on it."""
     recipe, exits = results.recipe, results.exits
 
     def cells(start: str, kind: str) -> Iterator[AblationCell]:
@@ -355,7 +357,7 @@ def _plan(results: Results) -> Iterator[AblationCell]:
 
 
 class _Cells:
-    """Trains the runs whose results are missing in an ablation's folder; `results` has the results of all runs."""
+    """Runs the training of an ablation and stores each result in the folder `out`; `results` has all results."""
 
     def __init__(self, recipe: AblationRecipe, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
         base = recipe.base()
@@ -385,7 +387,7 @@ class _Cells:
 
     @staticmethod
     def _start(cell: AblationCell, folder: Path) -> tuple[StartingPoint[ModularStarEncoderForRetrieval], Any, Any]:
-        """Check a cell's recipe; return its starting point, training arguments and objective."""
+        """Check the recipe of a training run; return the run's starting point, training arguments and objective."""
         start = StartingPoint(ModularStarEncoderForRetrieval, cell.recipe)
         arguments = cell.recipe.arguments(folder, progress=False)
         objective = cell.recipe.make_objective()
@@ -393,7 +395,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Train and evaluate the model of a cell unless its result is stored; return whether it was trained."""
+        """Add the result of a training run to `results`; train a model if no result is stored. Return whether trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -403,7 +405,7 @@ class _Cells:
             content = read_json(path)
             before = content["recipe"]
             if other := sorted(name for name in made_from if before.get(name, made_from[name]) != made_from[name]):
-                message = f"{path} is the result of other values of {', '.join(other)}; choose another folder."
+                message = f"{path} has a result with other values of {', '.join(other)}; choose another folder."
                 raise UserError("training.run.other_settings", message)
         else:
             self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
@@ -414,7 +416,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Train a model; return time, last loss, gradient cosines, {"validation", "test": {task: {exit: ranks}}}."""
+        """Train and evaluate a model; return the content of its results file, with {task: {exit: reciprocal ranks}}."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)
@@ -458,7 +460,7 @@ class _Cells:
 
 
 def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]]:
-    """Split held-out rows by repository into validation and test rows, about half each."""
+    """Return {"validation": rows, "test": rows}, the held-out rows split by repository into about equal halves."""
     names = [row.repository or str(place) for place, row in enumerate(rows)]
     sizes, first, taken = Counter(names), set(), 0
     for name in hashed_order(sizes, 0):
@@ -473,7 +475,7 @@ def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]
 
 @cache
 def _resamples(size: int, seed: int) -> np.ndarray:
-    """Return the weight of each of `size` items in each bootstrap mean, float32 (RESAMPLES, size); rows sum to 1."""
+    """Return bootstrap samples of `size` items, float32 (RESAMPLES, size): the weight of each item in each sample."""
     draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
     return (draws / size).astype(np.float32)
 
@@ -481,9 +483,9 @@ def _resamples(size: int, seed: int) -> np.ndarray:
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
     """Return the mean × 100 of `values`, one array (seeds, queries) per task, with a bootstrap interval.
 
-    Keys: `value`, `low`, `high`, and `by_seed`, the mean of each seed. A resample draws seeds and, within each task,
-    queries. To compare two models, pass the differences of their values, paired by seed and query. `comparisons` is
-    the number of estimates whose intervals hold together with 95 % confidence (Bonferroni, 1 - 0.05 / comparisons).
+    Keys: `value`, `low`, `high`, and `by_seed` (list of the means of each seed). A resample draws seeds and, within
+    each task, queries. To compare two models, pass the differences of their values, paired by seed and query. The
+    intervals of `comparisons` estimates hold jointly with 95 % confidence (Bonferroni: 1 - 0.05 / comparisons each).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)
@@ -545,7 +547,7 @@ def _score(found: Mapping[str, Any] | None) -> str:
 
 
 def _signed(found: Mapping[str, Any] | None) -> list[str]:
-    """Format an estimate and its interval with + or − signs; two empty texts if it was not measured."""
+    """Return the value and the interval of an estimate as two texts with signs; two empty texts if there is none."""
     if not found or "value" not in found:
         return ["", ""]
     return [f"{found['value']:+.1f}", f"{found['low']:+.1f} to {found['high']:+.1f}"]
@@ -554,7 +556,8 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of MRR × 100 by depth, one panel per start: exits together, exits alone, and the best variant.
 
-    The best variant is the one whose smallest gain over exits alone is largest. Without scores, no file is written.
+    A variant is judged by its smallest gain over exits trained alone; the best variant has the largest of these gains.
+    If there are no scores, no file is written.
     """
     tables = []
     for name, found in results["starts"].items():

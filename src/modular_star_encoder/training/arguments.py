@@ -27,22 +27,23 @@ class MultiExitTrainingArguments(TrainingArguments):
             `"linear"`, `"geometric"`, or a list of one number per exit; see `exit_weights` of
             `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the exits' weights by their sum.
-        exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`:
-            the deepest and one other exit, which changes from step to step. `"alternate"`: in every other step only
-            the deepest, otherwise all (BERxiT, Xin et al., EACL 2021). `"deepest_first"`: only the deepest in the first
-            half of all steps, then all (the mixed regime of arXiv 2407.14320).
-        detach_shallow_exits: only the deepest exit's loss trains the trunk; the loss of each other exit trains only the
-            head of this exit. DeeBERT (arXiv 2004.12993) trains trunk and heads in two stages, here in one. The model
-            must have projection heads.
+        exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`
+            trains the deepest exit and one other exit, which changes from step to step. `"alternate"` trains only the
+            deepest exit in every second step, all exits in the others (BERxiT, Xin et al., EACL 2021).
+            `"deepest_first"` trains only the deepest exit in the first half of the steps, then all exits (the mixed
+            regime of arXiv 2407.14320).
+        detach_shallow_exits: only the deepest exit's loss trains the trunk; the loss of each shallower exit trains only
+            the head of this exit. DeeBERT (arXiv 2004.12993) first trains the trunk, then the heads; here both are
+            trained at once. The model must have projection heads.
         share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
             are trained by the sum of the exits' gradients.
-        ema_decay: decay of an exponential moving average of the weights (0: none). The saved model has the average
-            in place of the last step's weights. Not supported with FSDP.
-        log_gradient_norms: log gradients of the exits' weighted losses. `gradient_norm_exit_{layer}` is the norm of an
-            exit's gradient of the trunk's weights. `gradient_cosine_layer_{number}` is the cosine of two exits'
-            gradients of one layer's weights, averaged over all pairs of exits; below 0, the exits conflict. Layer 0
-            means all weights outside the layers. A logged step runs one more backward pass per exit. Not supported with
-            FSDP.
+        ema_decay: decay of an exponential moving average of the weights, or 0 for no average. The saved model has the
+            average in place of the last step's weights. FSDP is not supported.
+        log_gradient_norms: log norms and cosines of the gradients of the exits' weighted losses. A logged step runs one
+            more backward pass per exit. `gradient_norm_exit_{layer}` is the norm of the gradient of an exit's loss with
+            respect to the trunk. `gradient_cosine_layer_{number}` is the cosine between the gradients of two exits'
+            losses with respect to one layer, averaged over all pairs of exits; below 0, the exits conflict. Layer 0
+            means all weights of the trunk outside its layers. FSDP is not supported.
         milestones: ascending steps at which the learning rate changes to the next of `fractions`. They replace
             `lr_scheduler_type`; see `rate_fraction`.
         fractions: for each milestone, the learning rate from that step on, as a fraction of the peak.
@@ -63,10 +64,10 @@ class MultiExitTrainingArguments(TrainingArguments):
     exit_schedule: str = field(default="all", metadata={"help": "which exits a step trains"})
     detach_shallow_exits: bool = field(default=False, metadata={"help": "shallow exits do not train the trunk"})
     share_heads: bool = field(default=False, metadata={"help": "one projection head for all exits"})
-    ema_decay: float = field(default=0.0, metadata={"help": "decay of the average of the weights"})
+    ema_decay: float = field(default=0.0, metadata={"help": "decay of the moving average of the weights, or 0"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log each exit's gradient norm on the trunk"})
-    milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the rate changes"})
-    fractions: list[float] = field(default_factory=list, metadata={"help": "fractions of the peak rate"})
+    milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the learning rate changes"})
+    fractions: list[float] = field(default_factory=list, metadata={"help": "learning rates / the peak rate"})
 
     def __post_init__(self) -> None:
         try:
@@ -98,7 +99,7 @@ class MultiExitTrainingArguments(TrainingArguments):
 
         In pre-training, the paper (arXiv 2503.03008) has 4,000 warm-up steps and factors 0.36, 0.1, 0.031, 0.01 and
         0.001 at steps 120k, 185k, 220k, 230k and 240k of 245k. The paper does not say whether the factors multiply.
-        Here each is a fraction of the peak; multiplied, they would end at 1e-9 of the peak.
+        Here each factor is a fraction of the peak, because the product of all five factors is only 1e-8.
         """
         if step < self.warmup_steps:
             return step / self.warmup_steps
@@ -107,9 +108,9 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def check_arguments(arguments: MultiExitTrainingArguments) -> None:
-    """Raise the error of transformers or torch for an argument that they would check only when training begins.
+    """Raise the errors that transformers or torch would raise for wrong arguments only when training begins.
 
-    `Trainer` makes an optimizer and a learning-rate schedule for a tiny model, then this model runs a forward and a
+    `Trainer` makes an optimizer and a learning-rate schedule for a tiny model, and the model runs a forward and a
     backward pass. Arguments for DeepSpeed and FSDP are not tried, because a process can set up each of them only once.
     """
     if arguments.deepspeed_plugin is not None or arguments.fsdp:
@@ -134,10 +135,10 @@ def check_arguments(arguments: MultiExitTrainingArguments) -> None:
 
 
 def bf16_is_faster() -> bool:
-    """Return whether the GPU, or without a GPU the CPU, has instructions that multiply matrices in bfloat16.
+    """Return whether the GPU, or the CPU if there is no GPU, has instructions for matrix products in bfloat16.
 
-    Other devices emulate bfloat16, so that autocast would slow training down. For a CPU, the answer comes from
-    /proc/cpuinfo, not from a measurement, so that an interrupted run gets the same answer when it is resumed.
+    Without such instructions, bfloat16 is emulated and slows training down. For a CPU, the answer comes from
+    /proc/cpuinfo, not from a measurement, so that a resumed run gets the same answer as before its interruption.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

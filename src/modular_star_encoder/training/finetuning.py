@@ -1,4 +1,4 @@
-"""Fine-tuning from a recipe, for retrieval or clone detection: data → batches → model, restartable at every stage."""
+"""Fine-tune a model from a recipe, for retrieval or clone detection. An interrupted run can be continued."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def load_finetuning(
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
     """Read a fine-tuning recipe; return it and the function that runs it, `finetune` or `finetune_classifier`.
 
-    For `path`, `overrides` and errors see `load_recipe`.
+    The arguments are those of `load_recipe`. UserError if the file, an override or a setting is wrong.
     """
     path = find_recipe(os.fspath(path), "finetune")
     task = read_mapping(path, overrides).get("task", "retrieval")
@@ -67,7 +67,7 @@ def finetune(
     announce: Callable[[runs.Preflight], None] = print,
     before: bool = True,
 ) -> dict[str, Any]:
-    """Fine-tune a model for retrieval; continue from the files that an earlier call with this recipe left in `out`.
+    """Fine-tune a model for retrieval; if `out` has an interrupted run of this recipe, continue that run.
 
     If the recipe has `distillation`, every exit also learns the vectors of a teacher.
 
@@ -84,16 +84,16 @@ def finetune(
         data: prepared rows, in place of the recipe's `data`.
         progress: whether to show progress bars.
         announce: called with the estimated size of the run before anything is trained.
-        before: whether to also evaluate the model before training.
+        before: whether to evaluate the model also before training.
 
     Raises:
         UserError: settings contradict each other, the model or the data, or `out` has a run with another recipe.
 
     Returns:
-        The training log: what `train_to_the_end` returns, `evaluation` (final losses and accuracies on held-out pairs),
-        `retrieval` (scores on held-out rows of all exits after and before training, and of BM25; see `Report.to_dict`),
-        `recipe`, `preflight`, `data` (numbers of rows read, skipped and held out) and, if a teacher's vectors are
-        centred, `teacher_means` (see `teach`).
+        The training log. It has the entries that `train_to_the_end` returns, `evaluation` (final losses and accuracies
+        on held-out pairs), `retrieval` (scores of BM25 and of all exits before and after training, on held-out rows;
+        see `Report.to_dict`), `recipe` (settings), `preflight` (see `Preflight`), `data` (numbers of rows read, skipped
+        and held out) and, if a teacher's vectors are centred, `teacher_means` (see `teach`).
     """
     out, state = Path(out), runs.processes_of_run()
     processes, shown = state.num_processes, progress and state.is_main_process
@@ -170,7 +170,7 @@ def finetune(
 
 
 def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> ExitEncoder:
-    """Move a model to the GPU, or to the CPU if there is no GPU; return an encoder of texts at all its exits."""
+    """Move a model to the GPU, or to the CPU if there is no GPU; return an encoder for all exits of the model."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return ExitEncoder(model, tokenizer, name, max_length=max_length)
 
@@ -178,12 +178,14 @@ def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> Exit
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of code pairs; arguments, files in `out`, resumption and errors are as in `finetune`.
+    """Train a classifier of code pairs; if `out` has an interrupted run of this recipe, continue that run.
+
+    `out` gets `checkpoints/` and at the end `model/` with `training_log.json`. For arguments and errors see `finetune`.
 
     Returns:
-        The training log: what `train_to_the_end` returns, `evaluation` (final losses and accuracies on validation
-        pairs), `scores` {"valid" or "test": {exit: accuracy, precision, recall and F1}}, `recipe`, and `pairs`
-        {split: number of pairs}.
+        The training log. It has the entries that `train_to_the_end` returns, `evaluation` (final losses and accuracies
+        on validation pairs), `scores` {split, "valid" or "test": {exit: {metric: fraction}}}, with accuracy, precision,
+        recall and F1, `recipe` (settings) and `pairs` {split: number of pairs}.
     """
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     start = StartingPoint(ModularStarEncoderForSequenceClassification, recipe)
@@ -229,9 +231,7 @@ def finetune_classifier(
         saved.to("cuda" if torch.cuda.is_available() else "cpu")
         log["scores"] = {}
         for split in [name for name in splits if name != "train"]:
-            loader = DataLoader(
-                splits[split], arguments.per_device_train_batch_size, collate_fn=ClassificationCollator(tokenizer)
-            )
+            loader = DataLoader(splits[split], arguments.per_device_train_batch_size, collate_fn=collator)
             log["scores"][split] = classification_scores(saved, loader, progress=progress)
         run.end(log)
     state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""In-context pre-training from a recipe: corpus → tokenizer → token store → model, restartable at every stage."""
+"""Pre-train a model from a recipe: train a tokenizer, tokenize the corpus, train. Interrupted runs can be continued."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +40,7 @@ def pretrain(
     progress: bool = True,
     announce: Callable[[runs.Preflight], None] = print,
 ) -> dict[str, Any]:
-    """Pre-train a model; continue from the files that an earlier call with this recipe left in `out`.
+    """Pre-train a model; if `out` has an interrupted run of this recipe, continue that run.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
     with `training_log.json`. If `out` already has a training log, nothing is trained, and this log is returned.
@@ -55,9 +55,9 @@ def pretrain(
         announce: called with the estimated size of the run before anything is trained.
 
     Returns:
-        The training log: what `train_to_the_end` returns, `evaluation` (final metrics), `recipe`, `preflight`,
-        `unigram_entropy` (nats per training token), `identifier_overlap` (accuracy at in-context classification by
-        counting shared identifiers, without a model) and `held_out_repositories` (names).
+        The training log. It has the entries that `train_to_the_end` returns, `evaluation` (final metrics), `recipe`
+        (settings), `preflight` (see `Preflight`), `unigram_entropy` (of the training tokens, in nats),
+        `identifier_overlap` (see `identifier_overlap_accuracy`) and `held_out_repositories` (list of names).
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes

@@ -1,6 +1,6 @@
-"""Typed and checked settings of recipes: YAML files, such as those in hub_configs, that say how a model is trained.
+"""Settings of training recipes, with types and checks. A recipe is a YAML file, such as hub_configs/small/recipe.yaml.
 
-A recipe may also set any argument of `MultiExitTrainingArguments`, and so of `transformers.TrainingArguments`.
+A recipe may also set any argument of `MultiExitTrainingArguments`, a subclass of `transformers.TrainingArguments`.
 """
 
 import math
@@ -49,7 +49,7 @@ _Rank = Annotated[Count, Constraint(le=1024)]
 
 @with_config(extra="allow")
 class LoraArguments(TypedDict, total=False):
-    """Arguments of `peft.LoraConfig` that decide how much memory the adapters take; peft checks all others."""
+    """The ranks among the arguments of `peft.LoraConfig`, checked because adapters of high rank need much memory."""
 
     r: _Rank
     rank_pattern: Mapping[str, _Rank]
@@ -65,7 +65,8 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
         logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
             below 1 is a fraction of all steps.
-        training: {name: value} of all other arguments; an argument that uploads, or that names a file, is refused.
+        training: {name: value} of all other arguments; UserError if an argument uploads, or is a file in place of a
+            mapping.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -106,22 +107,22 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
-        """Return the training arguments that set the size of batches, for training on `processes` devices.
+        """Return {name: value} of the training arguments that set the size of batches, for `processes` devices.
 
         UserError (`training.NAME.multiple`) if the recipe's batch can't be divided equally among the devices.
         """
         return {"per_device_train_batch_size": 1}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as plain values, in one mapping as in the YAML file."""
+        """Return all settings as one dict of plain values, like the content of the recipe's YAML file."""
         settings = asdict(self)
         return {**settings.pop("training"), **settings}
 
     def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
         """Return the arguments to train on `processes` devices and to write checkpoints to `folder`.
 
-        UserError if a batch can't be divided equally among the devices (see `batches`), the recipe sets an argument
-        that follows from its other settings (`training.arguments.decided`), or transformers rejects an argument
+        UserError if a batch can't be divided equally among the devices (see `batches`), if the recipe sets an argument
+        that follows from its other settings (`training.arguments.decided`), or if transformers rejects an argument
         (`training.arguments.value`; see `check_arguments`).
         """
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
@@ -155,9 +156,9 @@ class TrainingRecipe(TrainingSettings):
     """Settings that all training recipes share.
 
     Args:
-        model: a folder of `hub_configs`, or any folder with a config.json; training continues from its weights, if any.
-        tokenizer: folder or Hub id of the tokenizer, by default that of the model.
-        attn_implementation: attention implementation to train with, by its name in transformers; no kernel of the Hub.
+        model: a folder of `hub_configs`, or any folder with a config.json; training starts from its weights, if any.
+        tokenizer: folder or Hub id of the tokenizer, by default the model's tokenizer.
+        attn_implementation: transformers' name of the attention to train with, not the name of a kernel on the Hub.
     """
 
     model: str
@@ -172,13 +173,13 @@ class PretrainingRecipe(TrainingRecipe):
     Args:
         corpus: one source of files and its options, such as `folder: PATH`; see `open_corpus`.
         tokens_per_step: number of tokens per step over all devices; every row counts as `max_tokens` tokens.
-        rows_per_device: number of rows in a forward pass on one device; gradients accumulate to `tokens_per_step`.
+        rows_per_device: number of rows in a forward pass on one device; gradients of several passes are accumulated.
         max_tokens: largest number of tokens of a row, special tokens included.
-        mlm_probability: fraction of the text tokens to predict.
+        mlm_probability: fraction of the text tokens that the model must predict (MLM).
         tokenizer: folder or Hub id, by default a new tokenizer of the model's vocabulary size, trained on the corpus.
-        start_from_corpus: begin with similar vectors for tokens that are spelled alike, such as "Parse" and "parse",
-            and with output biases from how often each token occurs; helps small models.
-        packing: join all rows of a batch to one row without padding.
+        start_from_corpus: begin with similar embeddings of tokens that are spelled alike, such as "Parse" and "parse",
+            and with output biases set from the token frequencies; this helps small models.
+        packing: join all rows of a batch into one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
         eval_rows: number of held-out rows in an evaluation, at most 100,000.
     """
@@ -208,12 +209,12 @@ class StartingRecipe(TrainingRecipe):
     Args:
         task: `retrieval` (see `FinetuningRecipe`) or `classification` (see `ClassificationRecipe`).
         model: folder or Hub id of a fine-tuned model, or of a pre-trained model, which gets new heads. For random
-            weights, name a folder of `hub_configs`, or one with a config.json but no weights, and set `tokenizer`.
-        exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other heads are removed.
+            weights, name a folder with a config.json but no weights, or a folder of `hub_configs`; set `tokenizer`.
+        exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other exits' heads are removed.
         config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
-        unpad_inputs: do not compute padding tokens in training; the saved model has the value of its starting point.
+        unpad_inputs: remove padding tokens in training; the saved model has the `unpad_inputs` of the starting model.
         lora: train LoRA adapters in place of the trunk's weights, and all weights of the heads. The value is a mapping
-            of arguments of `peft.LoraConfig`; `{}` means this package's defaults. None: train all weights.
+            of arguments of `peft.LoraConfig`; `{}` means this package's defaults. If None, all weights are trained.
     """
 
     task: Literal["retrieval", "classification"] = "retrieval"
@@ -242,10 +243,10 @@ class TeacherSettings(DistillationSettings):
         centre_by_kind: subtract the mean vector of all descriptions from the vector of each description, do the same
             for code snippets, and scale the differences to length 1.
         texts: file of unpaired texts that the exits also learn from: JSON Lines or Parquet with a column `text`. A
-            batch has one such text for every two pairs.
+            batch has one unpaired text for every two pairs.
         start_from_teacher: before training, initialise exit 0 from the teacher's vectors of single tokens; see
             `starting_points.start_from_teacher`.
-        cache: folder of the teacher's vectors, by default in the user's cache.
+        cache: folder to store the teacher's vectors in, by default in the user's cache folder.
     """
 
     teacher: str
@@ -264,12 +265,12 @@ class FinetuningRecipe(StartingRecipe):
 
     Args:
         data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
-        batch_size: number of pairs per step over all devices; the other pairs of a step are a pair's negatives.
+        batch_size: number of pairs per step over all devices; texts of other pairs in a step are a pair's negatives.
         max_train_samples: number of rows to train on, drawn at random (all if None).
         max_text_tokens, max_code_tokens: largest number of tokens of a description and of a code snippet, prompt and
             special tokens included.
-        identifier_rename_prob: fraction of the code snippets whose frequent words become random strings.
-        objective: settings of the loss, see `ContrastiveSettings`; the data decides `pairs`, so leave this setting out.
+        identifier_rename_prob: fraction of the code snippets in which random strings replace the frequent words.
+        objective: settings of the loss, see `ContrastiveSettings`; leave out `pairs`, which the data determines.
         distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.
         eval_fraction: fraction of each source's rows to hold out for evaluation, in whole repositories, at most 0.2.
         eval_pairs: number of held-out pairs in each evaluation.
@@ -297,12 +298,12 @@ class FinetuningRecipe(StartingRecipe):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
             raise UserError("training.objective.pairs", message)
         if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
-            message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave one of them out."
+            message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave out one of them."
             raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def make_objective(self) -> ContrastiveObjective:
-        """Return the objective to train with: `DistillationObjective` if there is a teacher."""
+        """Return a `DistillationObjective` if the recipe has a teacher, otherwise a `ContrastiveObjective`."""
         if self.distillation is None:
             return ContrastiveObjective(self.objective)
         return DistillationObjective(self.distillation, self.objective)
@@ -329,7 +330,7 @@ class ClassificationRecipe(StartingRecipe):
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
         batch_size: number of pairs per step over all devices, reached by accumulating gradients.
-        pairs_per_device: number of pairs in a forward pass on one device, by default its whole share of `batch_size`.
+        pairs_per_device: number of pairs in a forward pass on one device, by default `batch_size` / number of devices.
         max_tokens: largest number of tokens of a pair, special tokens included.
         max_train_samples, max_eval_samples: number of pairs to train on and to evaluate with, drawn at random from each
             split (all if None).
@@ -377,7 +378,7 @@ def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: 
     Args:
         kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
         path: a YAML file, or the name of a packaged recipe (see `find_recipe`).
-        overrides: texts `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and YAML values.
+        overrides: texts `key=value` with a YAML value; the key of a nested setting has dots (`corpus.folder=~/code`).
 
     Example:
         >>> load_recipe(PretrainingRecipe, "small", ["max_steps=500", "corpus.folder=~/code"]).max_steps

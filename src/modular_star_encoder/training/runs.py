@@ -32,21 +32,21 @@ from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS, REPORT = "model", "adapter", "checkpoints", "report.md"
 LOG = Path(MODEL, "training_log.json")
-"""Path of the training log in a run's folder. It is written last, so that a run with a log is finished."""
+"""Path of the training log in a run's folder. It is written last, so a run with a log is finished."""
 
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that may differ when a run is continued, because they do not influence what is learned."""
 
 LONG_RUN = 15 * 60
-"""A run on a CPU that takes more than this number of seconds is announced as long."""
+"""Number of seconds; a message announces the duration of a longer run on a CPU."""
 
 LONG_STEP = 20
-"""If the first step takes more than this number of seconds, it is enough to estimate the duration of a run."""
+"""Number of seconds; if the first step takes longer, it is enough to estimate the duration of a run."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """Size of a run, estimated before it starts."""
+    """Parameters, tokens, FLOPs and memory of a training run, estimated before the run starts."""
 
     parameters: int  # number of parameters, with heads and adapters
     trained_parameters: int
@@ -92,13 +92,13 @@ def _preflight(
 ) -> Preflight:
     """Estimate the size of a training run; `model` may be on the meta device.
 
-    FLOPs per token are 6 per parameter of a layer and 12 × T × H per layer for attention over T tokens, as in Chowdhery
-    et al. (arXiv 2204.02311, appendix B).
+    A token takes 6 FLOPs per parameter of the layers, and 12 × T × H FLOPs per layer for attention over T tokens, where
+    H is the hidden size (Chowdhery et al., arXiv 2204.02311, appendix B).
 
-    `texts` has a list for each kind of row (kinds are equally frequent): the mean number of tokens of the row's first
-    text, of its second text, and so on. `tokens_in_memory` is the number of tokens on a device whose activations are
-    kept at once. `passes` is 1 if each row has one forward and one backward pass, and more if texts are embedded again.
-    H is the hidden size. `head_flops` are FLOPs per row, `other_bytes` bytes per device.
+    `texts` has one list for each kind of row: the mean number of tokens of each text in the row. All kinds are equally
+    frequent. `tokens_in_memory` is the number of tokens on a device whose activations are in memory at one time.
+    `passes` is 1 if each row has one forward and one backward pass, and more if texts are embedded again. `head_flops`
+    are the heads' FLOPs per row. `other_bytes` is additional memory per device.
     """
     config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -127,7 +127,7 @@ def _preflight(
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> Preflight:
-    """Estimate the size of a pre-training run. The heads compute masked tokens only."""
+    """Estimate the size of a pre-training run, in which the heads compute predictions only for masked tokens."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     head_flops = 6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens
@@ -144,8 +144,8 @@ def finetuning_preflight(
 ) -> Preflight:
     """Estimate the size of a fine-tuning run.
 
-    `groups` is {kind of pairs in the data: number of groups}. `tokens` are the mean numbers of tokens of a description
-    and of a code snippet.
+    `groups` is {kind of pairs in the data: number of groups}; two groups have no text in common. `tokens` are the mean
+    numbers of tokens of a description and of a code snippet.
     """
     text, code = tokens
     mini_batch, sides = recipe.objective.mini_batch_tokens, len(recipe.objective.sides)
@@ -167,19 +167,19 @@ def finetuning_preflight(
 
 
 def processes_of_run() -> PartialState:
-    """Return accelerate's `PartialState` of this run's processes, which use gloo if there is no GPU."""
+    """Return accelerate's `PartialState` of the training processes; without a GPU, they communicate through gloo."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError (`training.run.not_a_run`) if `out` has files, but none named `mark`; ignore hidden files."""
+    """Raise UserError (`training.run.not_a_run`) if `out` has visible files but no file or folder named `mark`."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if out.is_file() or (names and mark not in names):
         raise UserError("training.run.not_a_run", f"{out} is not empty and has no {kind}; choose another folder.")
 
 
 def hold(out: Path) -> contextlib.ExitStack:
-    """Lock a run's folder in the main process (see `locked`); closing or deleting the returned stack unlocks it."""
+    """In the main process, lock a run's folder. Closing or deleting the returned stack unlocks the folder."""
     held = contextlib.ExitStack()
     if processes_of_run().is_main_process:
         held.enter_context(locked(out))
@@ -187,14 +187,14 @@ def hold(out: Path) -> contextlib.ExitStack:
 
 
 class Run:
-    """The folder of a run: `recipe.json` (its settings), `checkpoints/`, and `model/` with the training log.
+    """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
     `log` is the training log if the run is finished, otherwise None. A run with a model or a checkpoint can be
     continued if all settings except `MAY_CHANGE` equal those in `recipe.json`. Before the first checkpoint, only the
     settings named in `until_trained` must be equal. Nothing is written before `begin` is called.
 
-    UserError if settings differ (`training.run.other_settings`), if the folder has files, but no run of this `kind`
-    (`training.run.not_a_run`), or if another process trains there (`files.locked`).
+    UserError if settings differ (`training.run.other_settings`), if the folder has files but no `recipe.json`
+    (`training.run.not_a_run`), or if another process trains in the folder (`files.locked`).
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
@@ -220,7 +220,7 @@ class Run:
         write_json(self._written, self.settings)
 
     def end(self, log: Mapping[str, Any]) -> None:
-        """Write `log` to `LOG`, with null in place of infinities and NaN, which JSON does not have."""
+        """Write `log` to the file `LOG`, with null in place of infinities and NaN, which JSON does not have."""
         # `dumps` writes them as the words NaN, Infinity and -Infinity, for which `loads` calls `parse_constant`.
         write_json(self._out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 
@@ -263,10 +263,10 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line that announces an evaluation, with its duration if this call has trained.
+    """Return a line of text that announces an evaluation, with its expected duration if steps were trained.
 
-    `log` is the result of `train_to_the_end`. `steps` is the number of rows to embed, in units of the rows of a step. A
-    row takes a third of the time of a row in training, which also has a backward pass.
+    `log` is the result of `train_to_the_end`. `steps` is the number of rows to embed divided by the rows of a training
+    step. A row is expected to take a third of its time in training, because there is no backward pass.
     """
     trained = log["steps"] - (log["resumed_from"] or 0)
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
@@ -274,9 +274,9 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return the metrics of the trained model: as logged at the last step, or from a new evaluation if need be.
+    """Return {metric: value} of the trained model, from the log of the last step if possible.
 
-    Before a new evaluation, print `notice` if it is not empty.
+    If this step has no evaluation, or if training changed the weights after it, print `notice` and evaluate again.
     """
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
@@ -290,7 +290,7 @@ def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
 
 @contextlib.contextmanager
 def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
-    """Context manager: on the first SIGINT or SIGTERM, save a checkpoint after the step, raise KeyboardInterrupt."""
+    """Context manager: after a SIGINT or SIGTERM, finish the step, save a checkpoint and raise KeyboardInterrupt."""
     if trainer.args.world_size > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -318,7 +318,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the folder of the newest checkpoint with `trainer_state.json`, which `Trainer` writes last, or None."""
+    """Return the folder of the newest complete checkpoint (with `trainer_state.json`); None if there is none."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError):
@@ -342,8 +342,8 @@ def format_log(logs: dict[str, float]) -> str:
 class ExitProgressCallback(ProgressCallback):
     """`Trainer`'s progress bar, with the time left and readable log lines.
 
-    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr says so: after the first step if
-    this step takes longer than `LONG_STEP` seconds, otherwise after the third.
+    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr announces its duration. The message
+    comes after the first step if this step takes longer than `LONG_STEP` seconds, otherwise after the third step.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

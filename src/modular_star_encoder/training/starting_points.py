@@ -72,9 +72,9 @@ class StartingPoint(Generic[Model]):
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
         """Load the model, in float32, and its tokenizer; every call returns the same weights.
 
-        The recipe's seed determines the weights of heads that the checkpoint lacks. If the tokenizer adds no special
-        tokens, as in the published models, it gets this package's template, which adds them. UserError if no tokenizer
-        is found, or if the tokenizer has more tokens than the model's vocabulary.
+        The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer that adds no special
+        tokens, such as the published one, gets this package's template, which adds them. UserError if no tokenizer is
+        found, or if the tokenizer has more tokens than the model's vocabulary.
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:
@@ -120,16 +120,16 @@ class StartingPoint(Generic[Model]):
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"`tokenizer` has {tokens} tokens, but the model only {vocab_size}; leave `tokenizer` out."
+        message = f"`tokenizer` has {tokens} tokens, but the model's vocabulary {vocab_size}; leave out `tokenizer`."
         raise UserError("training.tokenizer.too_large", message)
 
 
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the bias (V,) of the vocabulary projection to the log frequencies of `token_counts` (V,), add-one smoothed.
+    """Set the bias (V,) of the MLM decoder to the log frequencies of the tokens, from `token_counts` (V,) plus one.
 
-    Without this, the first hundreds of steps of pre-training only learn these biases, and a small model that is then
-    fine-tuned learns more slowly than one with random weights.
+    With zero biases, the model spends the first hundreds of pre-training steps on learning them. A small model then
+    learns more slowly in fine-tuning than a model with random weights.
     """
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
@@ -137,10 +137,10 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 
 @torch.no_grad()
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
-    """Draw token vectors so that tokens with the same spelling (`token_spellings`) start out similar.
+    """Set `embedding` to random vectors that are similar for tokens with equal `spellings` (see `token_spellings`).
 
-    Each component is drawn from N(0, 0.3²). The vectors of two tokens with the same spelling have a correlation of 0.8,
-    those of other tokens are independent. The vector of the padding token is not changed.
+    Each component is drawn from N(0, 0.3²). The vectors of two tokens with the same spelling have a correlation of 0.8;
+    the vectors of other tokens are independent. The vector of the padding token is not changed.
 
     A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"), and a description may
     use one and the code another. After 100 steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36
@@ -168,11 +168,11 @@ def start_from_teacher(
 ) -> None:
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
-    A token's embedding is the teacher's vector of this token minus the mean vector of all tokens, and the head is the
-    identity. If the hidden size is below D, the size of the teacher's vectors, a token's embedding has the principal
-    components of this difference, and the head maps embeddings back to size D. A token's weight is a / (a + frequency),
-    as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero
-    vector and weight 0, and the mean vector leaves them out.
+    A token's embedding is the teacher's vector of the token minus the mean vector of all tokens, and the head is the
+    identity. If the hidden size is below D (the size of the teacher's vectors), the embeddings are the principal
+    components of these differences, and the head maps the components back to size D. A token's weight in pooling is
+    a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al., 2017).
+    Special tokens get a zero vector and weight 0, and do not count in the mean.
 
     Args:
         model: a model with an exit 0, a linear projection head, token weights, and `projection_size` D.
@@ -182,7 +182,7 @@ def start_from_teacher(
         a: relative frequency of a token that gets half the weight of the rarest tokens.
 
     Raises:
-        UserError: the model does not fit (`training.start_from_teacher`).
+        UserError: the model lacks an exit 0, a linear head, token weights or size D (`training.start_from_teacher`).
     """
     config, size = model.config, vectors.shape[1]
     needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
@@ -211,7 +211,7 @@ def start_from_teacher(
 
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """Return a copy of a model with only exit 0, to which new layers and exits are added.
+    """Return a copy, with new layers and exits, of a model that has only exit 0.
 
     Before training, every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all
     heads equal the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of
@@ -222,11 +222,11 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
         exit_layers: the exits of the new model, ascending: the first is 0, the last is the number of layers.
 
     Raises:
-        UserError: the model or the exits do not fit (`training.grow`).
+        UserError: the model or the exits do not meet these conditions (`training.grow`).
     """
     config, exits, fault = model.config, list(exit_layers), ""
     if exits != sorted({0, *exits}) or len(exits) < 2:
-        fault = f"The new exits must be 0 and at least one more, ascending, not {exits}."
+        fault = f"The new exits must begin with 0 and ascend, such as [0, 2, 4], not {exits}."
     for name, needed in (("projection_head", "linear"), ("exit_norm", "none"), ("exit_layers", [0])):
         found = getattr(config, name)
         if (list(found) if needed == [0] else found) != needed:
@@ -258,11 +258,11 @@ def grow_checkpoint(
 ) -> Path:
     """Add layers (see `grow`) to a checkpoint that has only exit 0, write the result to `out`, and return `out`.
 
-    The folder `out` must be empty or not exist; it is written atomically. `seed` determines the new layers' random
+    The folder `out` must be empty or missing; it is written atomically. `seed` determines the new layers' random
     weights.
 
     Raises:
-        UserError: the model or the exits do not fit (`training.grow`), or `out` is not empty.
+        UserError: the model or the exits do not meet the conditions of `grow` (`training.grow`), or `out` has files.
     """
     model, tokenizer = load_checkpoint(checkpoint)
     torch.manual_seed(seed)
@@ -287,5 +287,5 @@ def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str
     try:
         return get_peft_model(model, LoraConfig(**{**defaults, **settings}))
     except (TypeError, ValueError, LookupError, AttributeError, ImportError) as error:
-        message = f"`lora` must hold arguments of peft.LoraConfig: {' '.join(str(error).split())}."
+        message = f"peft.LoraConfig rejects the settings in `lora`: {' '.join(str(error).split())}."
         raise UserError("training.lora", message) from error

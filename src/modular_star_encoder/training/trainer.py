@@ -40,8 +40,8 @@ class MultiExitTrainer(Trainer):
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
-        args: `MultiExitTrainingArguments`, or plain `TrainingArguments`, which trains the exits with the default values
-            of `MultiExitTrainingArguments`. `remove_unused_columns` is set to False, because the objective defines the
+        args: `MultiExitTrainingArguments`, or plain `TrainingArguments`; the options of exits then have the defaults of
+            `MultiExitTrainingArguments`. `remove_unused_columns` is set to False, because the objective defines the
             columns of a batch.
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
@@ -53,8 +53,8 @@ class MultiExitTrainer(Trainer):
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
     Raises:
-        UserError: the model lacks one of `exit_layers`, or has no projection heads, which `detach_shallow_exits` and
-            `share_heads` need; `exit_weights` does not fit the exits; or the objective does not fit the model,
+        UserError: the model lacks one of `exit_layers`; the model lacks projection heads for `detach_shallow_exits` or
+            `share_heads`; `exit_weights` is wrong for the exits; or the objective is incompatible with the model,
             `exit_schedule` or `log_gradient_norms`.
 
     Example:
@@ -140,7 +140,7 @@ class MultiExitTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of weights with weight decay: all except biases, norms, logit scale (arXiv 2103.00020)."""
+        """Return the names of parameters with weight decay: all except biases, norms and the logit scale."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -156,7 +156,7 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also save the averaged weights, because a run needs them to continue from a checkpoint."""
+        """Save random states as `Trainer` does, and the average of the weights, which a resumed run continues."""
         super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir)
@@ -179,11 +179,11 @@ class MultiExitTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
             save_file(tensors, staging, metadata={"losses": by_exit})
-        message = f"The loss of step {step} is not finite ({by_exit}). Lower learning_rate, or check the batch: {path}."
+        message = f"The loss of step {step} is not finite ({by_exit}). Lower learning_rate or check the batch: {path}."
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return the norm of each exit's gradient on the trunk (E,), and {layer: mean cosine () of pairs of exits}."""
+        """Return E losses' gradient norms on the trunk (E,), and {layer: mean cosine () of two losses' gradients}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -261,13 +261,13 @@ class MultiExitTrainer(Trainer):
 def check_objective(
     objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return the weights (E,) of the exits' losses; UserError if objective, arguments or configuration do not fit."""
+    """Return the weights (E,) of the exits' losses; UserError if objective, arguments and `config` are incompatible."""
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "exit_schedule") != "all")
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
-            "`log_gradient_norms` does not work with `mini_batch_tokens`, which keeps no autograd graph; set only one.",
+            "`log_gradient_norms` needs the autograd graph, but `mini_batch_tokens` keeps none; set only one of them.",
         )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
@@ -291,7 +291,7 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Add the files that `SentenceTransformer` needs to load a model, if it can compute the model's embeddings."""
+    """Write the files to load a model by `SentenceTransformer`, if its modules can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):
@@ -300,7 +300,7 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
 
 
 class SharedHeads(TrainerCallback):
-    """Callback that keeps heads equal: they start as copies of the last head, and all get the sum of the gradients."""
+    """Callback that keeps heads equal: all start as copies of the last head and are trained by summed gradients."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
@@ -321,7 +321,7 @@ class SharedHeads(TrainerCallback):
 class AveragedWeights(TrainerCallback):
     """Callback that averages the trained parameters over the steps and puts the average into the model at the end.
 
-    The decay of step s is min(`decay`, (1 + s) / (10 + s)), so that the first steps count little in the end. Every
+    The decay at step s is min(`decay`, (1 + s) / (10 + s)), so the first steps count little in the final average. Every
     process keeps the whole average, so the model may be replicated (DDP), but not sharded (FSDP).
     """
 
