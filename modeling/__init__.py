@@ -1,4 +1,4 @@
-"""The configuration and the models; importing this package registers them with transformers' Auto classes."""
+"""Configuration and models of ModularStarEncoder. Importing this package registers them with the Auto classes."""
 
 from transformers import (
     AutoConfig,

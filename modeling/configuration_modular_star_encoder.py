@@ -23,7 +23,7 @@ from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers.utils.versions import require_version
 
 # Checked first, because with older versions the imports below fail with messages that do not say why.
-require_version("transformers>=5.17", "ModularStarEncoder needs this version: pip install -U transformers")
+require_version("transformers>=5.17", "To use ModularStarEncoder, run: pip install -U transformers")
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -59,13 +59,13 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 @as_validated_field
 def size(value: int | None) -> None:
-    """Validate the value of a field: raise ValueError unless it is None or at least 1."""
+    """Raise ValueError if the value of a field is less than 1; None is allowed."""
     if value is not None and value < 1:
         raise ValueError(f"Value must be at least 1, got {value}")
 
 
 def as_int(number: Any) -> Any:
-    """Convert an integer, also one of numpy, to `int`; return any other value, such as a bool, unchanged."""
+    """Return an integer of Python or numpy as `int`; return any other value, such as a bool, unchanged."""
     return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else number
 
 
@@ -79,8 +79,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         vocab_size (`int`, defaults to 49156): Number of entries of the token embedding.
         hidden_size (`int`, defaults to 1024): Width of the hidden states.
         intermediate_size (`int`, defaults to 12288): Width inside the MLP.
-        num_hidden_layers (`int`, defaults to 36): Number of layers of this model. A slice has fewer than the model
-            that it was cut from; a slice at exit 0 has none.
+        num_hidden_layers (`int`, defaults to 36): Number of layers of this model. A slice has fewer layers than
+            its parent, the model that it was cut from; a slice at exit 0 has none.
         num_attention_heads (`int`, defaults to 16): Number of query heads.
         num_key_value_heads (`int`, defaults to 4): Number of key and value heads, a divisor of `num_attention_heads`.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`): Activation of the MLP.
@@ -90,16 +90,16 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         use_bias (`bool`, defaults to `True`): Whether the linear layers of attention and MLP have biases.
         is_causal (`bool`, defaults to `False`): Whether a token attends only to itself and earlier tokens.
         attention_dropout, residual_dropout, embedding_dropout (`float`, default to 0.1): Dropout rates.
-        rope_parameters (`dict`, *optional*): Rotary embedding; the default has base 999999.4420358813.
+        rope_parameters (`dict`, *optional*): Rotary embedding, as in transformers; default base 999999.4420358813.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
         exit_layers (`Sequence[int]`, *optional*): The trained exits, ascending. Exit k is the output after k layers;
-            exit 0 is the token embeddings. The last exit must equal `num_hidden_layers`. By default exits are at 1/9,
-            1/4, 1/2, 3/4 and all of the layers, as the paper's 4, 9, 18, 27 and 36.
-        exit_layer (`int`, *optional*): Exit at which a model is cut when it is constructed from this configuration. The
-            cut model's own configuration describes the remaining layers, and has no `exit_layer`.
-        exit_norm (`str`, defaults to `"last"`): Where the final norm applies. `"last"`: to the last layer only, as in
-            the published models, whose earlier exits are raw residual states. `"all"`: to every exit. `"none"`:
-            nowhere, as in a slice that lacks the last layer of a `"last"` model.
+            exit 0 is the token embeddings. The last exit must equal `num_hidden_layers`. By default, exits are after
+            1/9, 1/4, 1/2, 3/4 and all of the layers, like the paper's exits 4, 9, 18, 27 and 36 of 36 layers.
+        exit_layer (`int`, *optional*): Deepest exit of a model that is constructed from this configuration. Deeper
+            layers are left out. The model's `config` is a copy for the remaining layers, with `exit_layer=None`.
+        exit_norm (`str`, defaults to `"last"`): Exits that apply the final layer norm to their states. `"last"`: only
+            the exit after the last layer, as in the published models. `"all"`: every exit. `"none"`: no exit, as in a
+            slice of a `"last"` model, because a slice lacks the last layer.
         exit_embedding_size (`int`, defaults to 4): Size of the learned vector of each exit. The heads that all exits
             share get this vector as an additional input.
         exit_embedding_rows (`int`, *optional*): Number of exits that have a learned vector: the first ones of
@@ -109,33 +109,33 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             activation between; or `"linear"`, one linear layer.
         projection_act (`str`, defaults to `"leaky_relu"`): Activation inside the `"mlp"` heads.
         projection_order (`str`, defaults to `"project_then_pool"`): `"project_then_pool"` projects every token and
-            pools the results; `"pool_then_project"` projects the pooled tokens. The embeddings differ with `"mlp"`
-            heads. With `"linear"` heads and mean pooling they are equal, and `"pool_then_project"` is faster.
+            pools the results; `"pool_then_project"` pools the tokens and projects the result. The embeddings differ
+            with `"mlp"` heads. With `"linear"` heads and mean pooling they are equal; `"pool_then_project"` is faster.
         pooling (`str`, defaults to `"mean"`): How the tokens of a text become one vector: `"mean"` of the real tokens;
             `"lasttoken"`, the last real token; or `"legacy"`, the token at index `attention_mask.sum() - 1` of the row,
-            as in the model that preceded the published ones. With padding on the left this is not the last real token.
-        token_weights (`bool`, defaults to `False`): Whether the mean is weighted: each entry of the vocabulary has a
-            learned weight of at least 0. Needs mean pooling.
+            as in a predecessor of the published models. With padding on the left, this token is not the last real one.
+        token_weights (`bool`, defaults to `False`): Whether mean pooling weights the tokens: each vocabulary entry has
+            a learned weight of at least 0. Needs `pooling="mean"`.
         embedding_normalization (`str`, defaults to `"l2"`): `"l2"` divides every embedding by its norm. `"clip"`
-            divides only embeddings with a norm above 1, as the model that preceded the published ones does.
+            divides only embeddings with a norm above 1, as in a predecessor of the published models.
         logit_scale_init_value (`float`, *optional*): Initial value, from 1 to 100, of a learned multiplier of
-            similarities. The retrieval model stores it with its weights, and contrastive training updates it. By
-            default the model has none, and the training objective uses a fixed multiplier.
-        pooler_position (`str`, defaults to `"last"`): Token that classifiers read: the `"last"` real one (`<cls>`) or
-            the `"first"`.
+            similarities. The multiplier is a weight of the retrieval model, which contrastive training updates. By
+            default, the model has no multiplier, and training uses the fixed one of its settings.
+        pooler_position (`str`, defaults to `"last"`): Token whose state classifiers read: the `"last"` real token
+            (`<cls>`) or the `"first"`.
         output_all_exits (`bool`, *optional*): What `forward` returns if the call names no exit: every exit if True,
             only the deepest if False. The default is True for published checkpoints and False for all others.
         classifier_dropout (`float`, defaults to 0.1): Dropout before the sequence classifier.
-        instruction_prompts (`bool`, defaults to `True`): Whether fine-tuning put the published instructions before
-            texts. The model does not read this key; evaluation and search do, to use the same prompts.
+        instruction_prompts (`bool`, defaults to `True`): Whether the prompts of fine-tuning had the published
+            instructions. Evaluation and search read this key to use the same prompts; the model does not read it.
         unpad_inputs (`bool`, defaults to `False`): Whether layers skip padding tokens. Attention then runs on groups of
             texts of similar length. Outputs keep the padded shape, with zeros at padding. Has no effect at exit 0, or
             with `output_hidden_states` or `output_attentions`. Does not work with `torch.compile(fullgraph=True)`,
             because it reads the lengths of the texts on the CPU.
-        parent_exit_layers (`Sequence[int]`, *optional*): Exits of the model that this one was cut from. An exit's index
-            in this list is its row in the exit embedding. By default `exit_layers`.
-        parent_num_hidden_layers (`int`, *optional*): Number of layers of the model that this one was cut from. An
-            exit's loss has the weight exit / this number (see `exit_weight`). By default `num_hidden_layers`.
+        parent_exit_layers (`Sequence[int]`, *optional*): Exits of the parent, the model that this model was cut from.
+            The index of an exit in this list is its row in the exit embedding. By default `exit_layers`.
+        parent_num_hidden_layers (`int`, *optional*): Number of layers of the parent. The loss of exit k has the
+            weight k / `parent_num_hidden_layers` (see `exit_weight`). By default `num_hidden_layers`.
 
     Raises:
         StrictDataclassError: a field has the wrong type, or fields contradict each other. The message says what is
@@ -247,10 +247,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Load a configuration as transformers does, and accept single values in a list, as in published files.
+        """Build a configuration from the content of a config.json; `[x]` counts as `x` where one value is expected.
 
-        Keys that choose another weights file or an attention implementation are ignored, because such weights may be
-        pickled, and such an implementation may compile code.
+        Keys that choose a weights file or an attention implementation are ignored, because the file may be pickled, and
+        the implementation may compile code.
         """
         lists = {"architectures", "exit_layers", "matryoshka_layers", "parent_exit_layers", "eos_token_id"}
 
@@ -294,8 +294,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def validate_pooling(self) -> None:
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
-                f"pooling={self.pooling!r} is not possible here: token_weights=True needs 'mean', and "
-                "unpad_inputs=True excludes 'legacy', which may read padding."
+                f"pooling={self.pooling!r} does not fit the other settings: token_weights=True needs 'mean', and "
+                "unpad_inputs=True does not work with 'legacy'."
             )
 
     def validate_logit_scale(self) -> None:
@@ -317,7 +317,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             )
 
     def check_exit(self, exit_layer: int) -> int:
-        """Return `exit_layer` as an `int`; raise ValueError if this model lacks the exit (the message lists its exits).
+        """Return `exit_layer` as an `int`; raise ValueError if it is not an exit of this model.
 
         Integers of numpy are accepted; `True`, `2.0` and `"2"` are not.
         """
@@ -346,22 +346,22 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return tuple(sorted({self.check_exit(exit_layer) for exit_layer in exit_layers}))
 
     def exit_index(self, exit_layer: int) -> int:
-        """Return this exit's row in the exit embedding: its index in `parent_exit_layers`."""
+        """Return the row of an exit in the exit embedding, which is the exit's index in `parent_exit_layers`."""
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:
-        """Return the weight of this exit's loss: `exit_layer` / number of layers of the uncut model, such as 4/36.
+        """Return the weight of an exit's loss: `exit_layer` / `parent_num_hidden_layers`, such as 4/36.
 
-        Exit 0 has the weight of exit 1, because with a weight of 0 its head would not be trained.
+        Exit 0 has the weight of exit 1, because a weight of 0 would leave its head untrained.
         """
         return max(1, self.check_exit(exit_layer)) / max(1, self.parent_num_hidden_layers)
 
     def has_norm_at(self, exit_layer: int) -> bool:
-        """Return whether the final norm applies to the states of this exit."""
+        """Return whether an exit applies the final layer norm to its states."""
         return self.exit_norm == "all" or (self.exit_norm == "last" and exit_layer == self.num_hidden_layers)
 
     def cut(self, exit_layer: int) -> "ModularStarEncoderConfig":
-        """Return a copy of this configuration that describes the first `exit_layer` layers and their exits."""
+        """Return the configuration of the model that is left if layers deeper than `exit_layer` are cut off."""
         exit_layer = self.check_exit(exit_layer)
         config = copy.deepcopy(self)
         config.exit_layer = None

@@ -13,14 +13,13 @@
 # limitations under the License.
 """ModularStarEncoder: a bidirectional StarCoder2 encoder with exits (arXiv 2503.03008).
 
-A forward pass runs the layers up to the deepest requested exit and no further, and returns the states of every
-requested exit. All exits share the heads for masked language modelling, in-context classification and sequence
-classification. These heads append a small learned vector of the exit to their features. Retrieval has one projection
-head for each exit.
+A forward pass runs the layers up to the deepest requested exit, and returns the states of every requested exit. All
+exits share the heads for masked language modelling, in-context classification and sequence classification. These heads
+read a small learned vector of the exit together with its states. Retrieval has one projection head for each exit.
 
 Shapes: B batch, T tokens, H hidden size, E requested exits, D projection size, V vocabulary.
 
-Every Hub repository contains this file and the configuration file, which need only torch and transformers.
+Hub repositories of these models contain this file and the configuration file, which need torch and transformers.
 """
 
 import copy
@@ -72,15 +71,15 @@ SHORTEST_IN_GROUP = 0.8
 
 @dataclass
 class ModularStarEncoderModelOutput(ModelOutput):
-    """Output of the trunk (`ModularStarEncoderModel`).
+    """Output of the trunk (`ModularStarEncoderModel`) for B rows of T tokens and E requested exits; H: hidden size.
 
     Args:
         last_hidden_state: (B, T, H), states of the deepest requested exit.
-        exit_hidden_states: tuple of E tensors (B, T, H), shallowest exit first.
-        residual_states: tuple of E tensors (B, T, H), the exits' states before the final norm, from which a later pass
-            can resume (see `start_layer`). Only with `output_residual_states=True`.
-        hidden_states: tuple of (B, T, H): the embeddings and the output of each executed layer; the last equals
-            `last_hidden_state`. Empty if no layer runs (exit 0 alone).
+        exit_hidden_states: tuple of E tensors (B, T, H), states of the requested exits, shallowest first.
+        residual_states: tuple of E tensors (B, T, H), states of the requested exits before the final norm. A later pass
+            can resume from them (see `start_layer`). `None` without `output_residual_states=True`.
+        hidden_states: tuple of (B, T, H): the token embeddings, then the output of each executed layer. The last tensor
+            equals `last_hidden_state`. Empty if only exit 0 is requested.
         attentions: tuple of (B, heads, T, T), the attention weights of each executed layer.
     """
 
@@ -93,16 +92,16 @@ class ModularStarEncoderModelOutput(ModelOutput):
 
 @dataclass
 class ModularStarEncoderForPreTrainingOutput(ModelOutput):
-    """Output of the pre-training model; tensors with one entry per exit (E) have the shallowest exit first.
+    """Output of the pre-training model for B rows of T tokens at E requested exits, shallowest first; V is vocab_size.
 
     Args:
-        loss: scalar, the sum over exits of `config.exit_weight` × (the exit's MLM loss + its ICC loss).
-        logits: (B, T, V), predicted tokens at the deepest requested exit. `None` if `labels` are given: logits are then
-            computed only at masked positions, and not kept.
+        loss: scalar, the sum over exits of `config.exit_weight` × (MLM loss + ICC loss); `None` without labels.
+        logits: (B, T, V), scores of every vocabulary entry at the deepest requested exit. `None` with `labels`, because
+            logits are then computed only at masked positions, for the loss.
         icc_logits: (E, B, 2), where class 1 means that both snippets come from the same repository.
         mlm_losses, mlm_accuracies: (E,), means over masked tokens; `None` without `labels`.
         icc_losses, icc_accuracies: (E,), means over the batch; `None` without `icc_labels`.
-        exit_hidden_states, hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
+        exit_hidden_states, hidden_states, attentions: outputs of the trunk (see `ModularStarEncoderModelOutput`).
     """
 
     loss: torch.Tensor | None = None
@@ -118,27 +117,27 @@ class ModularStarEncoderForPreTrainingOutput(ModelOutput):
 
     @property
     def prediction_logits(self) -> torch.Tensor | None:
-        """`logits`, under the name that the published model uses."""
+        """Return `logits`; the published model calls them `prediction_logits`."""
         return self.logits
 
     @property
     def seq_relationship_logits(self) -> torch.Tensor:
-        """The deepest exit's `icc_logits`, (B, 2), under the name that the published model uses."""
+        """Return `icc_logits` (B, 2) of the deepest exit; the published model calls them `seq_relationship_logits`."""
         return self.icc_logits[-1]
 
 
 @dataclass
 class ModularStarEncoderForRetrievalOutput(ModelOutput):
-    """Output of the retrieval model.
+    """Output of the retrieval model for B texts of T tokens at E requested exits; D is `config.projection_size`.
 
     Args:
-        last_hidden_state: (B, T, D), tokens projected by the head of the deepest requested exit. With token weights,
-            each token is multiplied by its weight and divided by the mean weight of its text, so that the plain mean
-            of the results is the weighted mean of the tokens.
-        sentence_embedding: (B, D), of the deepest requested exit, normalised (`config.embedding_normalization`).
-        exit_embeddings: (E, B, D), of every requested exit, shallowest first, normalised.
+        last_hidden_state: (B, T, D), states of the deepest requested exit after its projection head. With token
+            weights, each state is multiplied by its token's weight and divided by the mean weight of the text. The
+            plain mean of these states is the weighted mean.
+        sentence_embedding: (B, D), normalised embeddings at the deepest requested exit.
+        exit_embeddings: (E, B, D), normalised embeddings at every requested exit, shallowest first.
         logit_scale: (1,) float32, the learned multiplier of similarities; `None` if the model has none.
-        exit_hidden_states, residual_states, hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
+        exit_hidden_states, residual_states, hidden_states, attentions: see `ModularStarEncoderModelOutput`.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -152,24 +151,24 @@ class ModularStarEncoderForRetrievalOutput(ModelOutput):
 
     @property
     def projected_pooled_normalized(self) -> list[torch.Tensor] | torch.Tensor:
-        """`exit_embeddings` as the published model returns them: a tensor (B, D) or, for several exits, a list."""
+        """Return the embeddings in the form of the published model: (B, D) for one exit, else a list of (B, D)."""
         return list(self.exit_embeddings) if len(self.exit_embeddings) > 1 else self.exit_embeddings[0]
 
     @property
     def raw_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
-        """`hidden_states`, under the name that the published models use."""
+        """Return `hidden_states`; the published models call them `raw_hidden_states`."""
         return self.hidden_states
 
 
 @dataclass
 class ModularStarEncoderForSequenceClassificationOutput(ModelOutput):
-    """Output of the sequence classifier.
+    """Output of the sequence classifier for B texts at E requested exits.
 
     Args:
         loss: scalar, the sum over requested exits of `config.exit_weight` × the exit's loss; `None` without `labels`.
-        logits: (B, num_labels), of the deepest requested exit.
-        exit_logits: (E, B, num_labels), shallowest exit first.
-        hidden_states, attentions: as in `ModularStarEncoderModelOutput`.
+        logits: (B, num_labels), logits of the deepest requested exit.
+        exit_logits: (E, B, num_labels), logits of every requested exit, shallowest first.
+        hidden_states, attentions: outputs of the trunk (see `ModularStarEncoderModelOutput`).
     """
 
     loss: torch.Tensor | None = None
@@ -188,7 +187,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return queries and keys (B, heads, T, head_dim), rotated by the angles of `cos` and `sin` (B, T, head_dim)."""
+    """Return queries and keys (B, heads, T, head_dim), rotated by angles with cosine `cos` and sine `sin`."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
@@ -203,7 +202,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return outputs (B, T, heads, head_dim) and weights (B, heads, T, T) of attention, with the softmax in float32."""
+    """Return attention's outputs (B, T, heads, head_dim) and weights (B, heads, T, T); the softmax is in float32."""
     groups: Any = module.num_key_value_groups
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -216,12 +215,12 @@ def eager_attention_forward(
 
 @dataclass
 class DocumentGroup:
-    """G texts of similar length from a flat batch (all texts in one row), padded for attention to L tokens.
+    """G texts of similar length, padded to L tokens for attention. They come from a flat batch: all texts in one row.
 
     Args:
         tokens: (G, L), the index of each token in the flat batch; at padding, the index of the text's first token.
-        real: (G, L), False at padding; `None` if the group has no padding.
-        mask: attention mask in the form that the attention backend needs, from `create_bidirectional_mask`.
+        real: (G, L) bool, False at padding; `None` if the group has no padding.
+        mask: attention mask in the form of the attention backend.
     """
 
     tokens: torch.Tensor
@@ -232,20 +231,20 @@ class DocumentGroup:
         return DocumentGroup(*(None if one is None else one.to(device) for one in (self.tokens, self.real, self.mask)))
 
     def without_padding(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the real tokens (N, …) of padded states (G, L, …)."""
+        """Return the states (N, …) of the N real tokens; `states` are padded (G, L, …)."""
         return states.flatten(0, 1) if self.real is None else states[self.real]
 
 
 @dataclass
 class DocumentGroups:
-    """The texts of a flat batch (N tokens in one row), grouped by length; `order` (N,) restores the order of tokens."""
+    """The texts of a flat batch (N tokens in one row), grouped by length; `order` (N,) sorts the joined groups back."""
 
     groups: list[DocumentGroup]
     order: torch.Tensor
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
-        """Group texts by their `lengths` in tokens; the caller sets each group's mask for the attention backend."""
+        """Group texts of `lengths` tokens. The caller adds each group's mask in the form of the attention backend."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         members: list[list[int]] = []
         for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
@@ -262,11 +261,11 @@ class DocumentGroups:
         return cls(groups, order)
 
     def to(self, device: torch.device) -> "DocumentGroups":
-        """Return a copy on `device`; accelerate calls this method if the model is on several devices."""
+        """Return a copy on `device`. accelerate calls this method if the model is on several devices."""
         return DocumentGroups([group.to(device) for group in self.groups], self.order.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Attend within each text: map query, key, value (1, heads, N, head_dim) to outputs (1, N, heads, head_dim)."""
+        """Attend within each text. Query, key, value are (1, heads, N, head_dim), outputs (1, N, heads, head_dim)."""
         outputs = []
         for group in self.groups:
             parts = (states[0][:, group.tokens].transpose(0, 1) for states in query_key_value)
@@ -294,7 +293,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ModularStarEncoderRotaryEmbedding":
-        """Move or convert the module, but keep its frequencies in float32, for exact angles in a bfloat16 model."""
+        """Move or convert the module, but keep its frequencies in float32, for exact angles in bfloat16 models."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -307,7 +306,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: ModularStarEncoderConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
-        """Return rope_theta^(-2i/d) for i = 0 … d/2 - 1, where d = head_dim (arXiv 2104.09864), and a scaling of 1."""
+        """Return (frequencies (d/2,), scaling 1.0): rope_theta^(-2i/d) for i < d/2, d = head_dim (arXiv 2104.09864)."""
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
 
@@ -321,7 +320,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
 
 
 class ModularStarEncoderAttention(nn.Module):
-    """Grouped-query attention in which every token sees every other one, unless `config.is_causal`."""
+    """Grouped-query attention: a token attends to all tokens, or with `config.is_causal` to itself and earlier ones."""
 
     def __init__(self, config: ModularStarEncoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -367,7 +366,7 @@ class ModularStarEncoderAttention(nn.Module):
 
 
 class ModularStarEncoderMLP(nn.Module):
-    """StarCoder2's MLP: two linear layers with an activation between, without a gate."""
+    """StarCoder2's MLP: two linear layers with an activation between them, without a gate."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -382,7 +381,7 @@ class ModularStarEncoderMLP(nn.Module):
 
 
 class ModularStarEncoderLayer(GradientCheckpointingLayer):
-    """One StarCoder2 layer: attention, then an MLP. A layer norm precedes each (pre-norm)."""
+    """One StarCoder2 layer: a layer norm and attention, then a layer norm and an MLP, both with residual connection."""
 
     def __init__(self, config: ModularStarEncoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -409,7 +408,7 @@ class ModularStarEncoderLayer(GradientCheckpointingLayer):
 
 
 class ModularStarEncoderPreTrainedModel(PreTrainedModel):
-    """Base class of all models here: cuts a model at `config.exit_layer`, and saves checkpoints with the model code."""
+    """Base class of our models: it cuts a model at `config.exit_layer`, and saves checkpoints with the model code."""
 
     config: ModularStarEncoderConfig
     config_class = ModularStarEncoderConfig
@@ -454,15 +453,14 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint as `PreTrainedModel.from_pretrained` does; `exit_layer=k` cuts the model at this exit.
+        """Load a checkpoint as `PreTrainedModel.from_pretrained` does; `exit_layer=k` loads the layers up to exit k.
 
-        A trunk is never initialised at random: an error names its tensors that are missing from the checkpoint, unknown
-        to the model, or of another shape. Heads that the checkpoint lacks are initialised at random, with a warning.
+        Heads that are missing from the checkpoint are initialised at random, with a warning; a trunk never is.
 
         Raises:
-            ValueError: the checkpoint's trunk does not fit the model. This is not checked if `state_dict` is given, or
-                with `output_loading_info=True`, which returns the names of such tensors.
-                `ignore_mismatched_sizes=True` allows other shapes.
+            ValueError: the checkpoint lacks tensors of the trunk, or has unknown ones; the message names them. Not
+                checked with `state_dict`, or with `output_loading_info=True`, which returns the names.
+            RuntimeError: tensors have other shapes than the model's, and `ignore_mismatched_sizes` is False.
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = copy.deepcopy(kwargs["config"])
@@ -479,7 +477,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return (model, info) if want_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize as transformers does; if the model has token weights, new tokens get weight 1."""
+        """Resize the token embedding as transformers does. If the model has token weights, new tokens get weight 1."""
         embeddings: Any = super().resize_token_embeddings(*args, **kwargs)
         trunk: Any = getattr(self, "model", self)
         if trunk.token_weights is not None:
@@ -491,10 +489,10 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def slice(self, exit_layer: int) -> "ModularStarEncoderPreTrainedModel":
-        """Return the first `exit_layer` layers and their exits, as a separate model that shares this one's parameters.
+        """Return a model of the first `exit_layer` layers and their exits. It shares its parameters with this model.
 
-        Its outputs equal those of this model at the same exits bit for bit. A deep copy has parameters of its own.
-        Raises ValueError if this model lacks the exit (the message lists its exits), or has an adapter.
+        At equal exits, both models have equal outputs, bit for bit. For separate parameters, use `copy.deepcopy`.
+        Raises ValueError if this model lacks the exit (the message lists the exits), or has an adapter.
         """
         with torch.device("meta"):
             model = type(self)(self.config.cut(exit_layer))
@@ -508,9 +506,9 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: `save_pretrained` writes the code and a full `auto_map` itself.
+        """Do nothing, because `save_pretrained` writes the model code and an `auto_map` of all classes.
 
-        transformers' own method lists only the class that is saved, and finds no file for wrapped or user-defined ones.
+        transformers' method would list only the saved class, and finds no file for wrapped or user-defined classes.
         """
 
     def save_pretrained(  # type: ignore[override]
@@ -521,18 +519,18 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         save_original_format: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write weights (safetensors), configuration and both files of model code to `save_directory`.
+        """Write weights (safetensors), configuration and the two files of model code to `save_directory`.
 
-        Files are written to a temporary folder and moved into place at the end. An interrupted save leaves the previous
-        checkpoint; only a kill during the final moves can leave files of both checkpoints. `save_directory` may be the
-        folder that this model was loaded from.
+        Files are written to a temporary folder and moved into place at the end. If a save is interrupted, the previous
+        checkpoint remains; only a kill during the final moves can leave files of both checkpoints. `save_directory` may
+        be the folder that this model was loaded from.
 
         Args:
             save_directory: folder, created if missing.
             is_main_process: whether this process may write. If several processes share a model (FSDP2), all of them
                 must call this method, and the first one writes whole tensors.
             push_to_hub: also upload the model; `repo_id`, `private` and similar arguments go to `push_to_hub`.
-            save_original_format: as in transformers, but False by default.
+            save_original_format: passed to `PreTrainedModel.save_pretrained`, but False by default.
             **kwargs: passed to `PreTrainedModel.save_pretrained`.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in PUSH_ARGUMENTS if key in kwargs}
@@ -564,13 +562,13 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
         if names:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
-                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}. Its config.json must fit its "
-                "weights."
+                f"{len(names)} trunk tensors are {problem} {place} {source}: {listed}. Give a config.json that fits "
+                "the weights."
             )
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Return patterns for the names of tensors that a checkpoint of `full` has, but a model of `kept` lacks."""
+    """Return regular expressions for tensors that the model of `full` has, but the cut model, of `kept`, lacks."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)
@@ -582,7 +580,7 @@ def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) ->
 
 
 def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str, str]:
-    """Return the full `auto_map`, where `AutoModel` names the retrieval model if one is saved, otherwise the trunk."""
+    """Return config.json's `auto_map`; `AutoModel` is the retrieval model if `model_class` is one, else the trunk."""
     module = "modeling_modular_star_encoder"
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     return {
@@ -595,7 +593,7 @@ def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str,
 
 
 def _whole_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """Gather in the first process the full tensors of a model split by `fully_shard`; `None` for other models."""
+    """Return {name: whole tensor}, gathered in the first process, if `fully_shard` split the model; else `None`."""
     # With a `distributed_config`, transformers has split the tensors when it loaded them, and also gathers them.
     if getattr(model.config, "distributed_config", None) is not None or not torch.distributed.is_available():
         return None
@@ -622,7 +620,7 @@ def _move_checkpoint(source: Path, target: Path) -> None:
 
 
 class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
-    """The trunk of all models here: token embedding, layers and exits, without heads.
+    """The trunk of all our models: token embedding, layers and exits, without heads.
 
     A forward pass runs the layers up to the deepest requested exit and returns the states of every requested exit.
 
@@ -669,29 +667,29 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids.
-            attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a prepared 4D mask.
-            position_ids: (B, T), or (1, T) for all rows; by default each row counts its real tokens from 0. Without
-                `attention_mask`, positions that restart within a row mark packed texts, which do not see each other.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding on either side; or a 4D mask of the backend.
+            position_ids: (B, T), or (1, T) for all rows; by default, each row counts its real tokens from 0. Without
+                `attention_mask`, each restart of the positions in a row begins another text (packing). Tokens of
+                different texts do not attend to each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
-            exit_layer: the exit to return; by default the deepest, or all with `config.output_all_exits`. Exit 0 runs
-                no layer.
+            exit_layer: the exit to return; by default the deepest, or all with `config.output_all_exits`.
             exit_layers: several exits to return from one pass, in place of `exit_layer`.
             start_layer: number of layers already executed on `inputs_embeds`. The outputs equal those of an
                 uninterrupted pass bit for bit.
             output_residual_states: also return each exit's states before the final norm.
-            **kwargs: among them `cu_seq_lens_q`, (number of texts + 1,) int32, as flash attention's collators give it:
-                text i of a flat batch (1, N) has the tokens `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1] - 1`. Works on
-                every attention backend.
+            **kwargs: `cu_seq_lens_q`, (number of texts + 1,) int32, divides a flat batch (1, N) into texts: text i has
+                the tokens `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1] - 1`. It works with every attention backend.
+                Other keys are those of transformers, such as `output_hidden_states`.
 
         Raises:
-            ValueError: this model lacks an exit (the message lists its exits), or an exit is not above `start_layer`;
-                both or neither of `input_ids` and `inputs_embeds` are given; or `cu_seq_lens_q` for several rows.
+            ValueError: this model lacks an exit (the message lists its exits); an exit is not above `start_layer`; not
+                exactly one of `input_ids` and `inputs_embeds` is given; or `cu_seq_lens_q` is given for several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and exits deeper than it, not {exits}.")
+            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and only deeper exits, not {exits}.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         mask = restore = position_embeddings = None
@@ -738,10 +736,10 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         position_ids: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
-        """Arrange a batch for the layers: padded as it is, or flat, with all texts in one row and without padding.
+        """Arrange a batch for the layers: padded (B, T, H), or flat (1, N, H), with all texts in one row, unpadded.
 
-        Returns the states, (B, T, H) or flat (1, N, H); their positions; the backend's attention mask; and a function
-        that restores flattened states to (B, T, H). Adds arguments to `kwargs` that keep attention within a flat text.
+        Returns states, positions, the attention backend's mask, and a function that restores the batch's shape in flat
+        states, or None. For a flat batch, adds arguments to `kwargs` that limit attention to tokens of one text.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
@@ -790,7 +788,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     def _attention_mask(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
     ) -> Any:
-        """Return the attention backend's mask, which hides padding or separates packed texts (positions restart)."""
+        """Return a mask for the attention backend. It hides padding, or separates packed texts by their positions."""
         apart = None
         if attention_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
@@ -807,7 +805,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return where texts begin in the flattened batch of B · T tokens, then B · T; `None` if each row is one text."""
+    """Return the index of each text's first token in the flat batch, and B · T last; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -825,7 +823,7 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the N real tokens (1, N, H), the indices where texts begin, with N last, and a function to pad again."""
+    """Return the N real tokens (1, N, H), the index of each text's first token with N last, and a function to pad."""
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)
@@ -841,7 +839,7 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split packed texts at `bounds` into rows (texts, longest text, H), with a mask; without `bounds`, do nothing."""
+    """Return packed texts as padded rows (texts, longest, H) with a mask; without `bounds`, return the arguments."""
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)
@@ -854,7 +852,7 @@ def _rows(
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Return a vector per row, (B, H): the mean of its real tokens, or one token (see `config.pooling`)."""
+    """Return one vector (H,) per row: the mean of the row's real tokens, or one token (see `config.pooling`)."""
     batch, length = states.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, length, dtype=torch.long)
@@ -874,14 +872,14 @@ def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: st
 
 
 class ModularStarEncoderTokenWeights(nn.Embedding):
-    """Learned weight (V, 1) of each vocabulary entry in the mean over a text's tokens; initially 1, never below 0."""
+    """Learned weights (V, 1) of the vocabulary entries for the mean of a text's tokens; initially 1, at least 0."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return ClampWithInwardGradient.apply(super().forward(input_ids), 0.0, math.inf)
 
 
 class ModularStarEncoderExitEmbedding(nn.Embedding):
-    """The learned vector of each exit; zeros for an exit without a row (published files may lack the last row)."""
+    """The learned vector of each exit, or zeros for an exit without one; published files may lack the last exit's."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config.exit_embedding_rows, config.exit_embedding_size)
@@ -893,7 +891,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Features (B, H + exit_embedding_size) for classifiers: tanh(linear(`<cls>` state)), then the exit's vector."""
+    """Makes the features (B, H + exit_embedding_size) of classifiers: tanh(linear(`<cls>`)) and the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -920,7 +918,7 @@ class ModularStarEncoderMaskedLMHeads(nn.Module):
         self.decoder = nn.Linear(width, config.vocab_size)
 
     def token_features(self, states: torch.Tensor, exit_index: int) -> torch.Tensor:
-        """Return the features (…, H + exit_embedding_size) that the decoder turns into logits, from states (…, H)."""
+        """Return the input (…, H + exit_embedding_size) of the decoder for the states (…, H) of an exit."""
         vector = self.exit_embedding(exit_index).expand(*states.shape[:-1], -1)
         return self.layer_norm(self.act(self.transform(torch.cat((states.to(vector.device), vector), dim=-1))))
 
@@ -934,10 +932,10 @@ class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
         self.icc_classifier = nn.Linear(config.hidden_size + config.exit_embedding_size, 2)
 
     def masked_lm(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean cross-entropy and accuracy (E,) of N masked tokens at E exits; both are 0 if N is 0.
+        """Return mean cross-entropy (E,) and accuracy (E,) of N masked tokens at E exits; both are 0 if N is 0.
 
-        `features` are (E, N, H + exit_embedding_size), `labels` (N,). Logits exist for one chunk of tokens at a time;
-        the backward pass computes them again, so that memory does not grow with E × N × V.
+        `features` are (E, N, H + exit_embedding_size), `labels` (N,). Logits are computed for one chunk of tokens at a
+        time, and again in the backward pass, so that memory does not grow with E × N × V.
         """
         exits, tokens = features.shape[:2]
         chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // self.decoder.out_features)
@@ -959,7 +957,7 @@ class ModularStarEncoderPreTrainingHeads(ModularStarEncoderMaskedLMHeads):
 
 
 class ModularStarEncoderVocabularyModel(ModularStarEncoderPreTrainedModel):
-    """Base class of the two models that predict tokens: a trunk and heads, which a subclass names (`heads_class`)."""
+    """Base class of the two models that predict tokens: a trunk and heads of the class `heads_class`."""
 
     heads_class: type[ModularStarEncoderMaskedLMHeads]
 
@@ -1003,16 +1001,16 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
         exit_layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> tuple | ModularStarEncoderForPreTrainingOutput:
-        r"""Predict masked tokens and whether two snippets share a repository.
+        r"""Predict masked tokens, and whether the two snippets of a row come from one repository.
 
         If only one kind of labels is given, the other head gets gradients of zero, so that DDP needs no
         `find_unused_parameters`.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in `ModularStarEncoderModel`.
+            input_ids, attention_mask, position_ids, inputs_embeds: the batch, see `ModularStarEncoderModel.forward`.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
             icc_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
-            exit_layer, exit_layers: as in `ModularStarEncoderModel`; but with labels, all exits are the default.
+            exit_layer, exit_layers: the exits to compute; by default all with labels, else the model's default.
         """
         supervised = labels is not None or icc_labels is not None
         if supervised and exit_layer is None and exit_layers is None:
@@ -1059,10 +1057,10 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
 
 
 class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
-    """Model for masked language modelling at one exit, with the loss and logits that every fill-mask script expects.
+    """Model for masked language modelling at one exit, with the loss and logits that transformers' scripts expect.
 
-    It also loads pre-training checkpoints, and leaves out their heads for in-context classification. It computes logits
-    of all tokens; `ModularStarEncoderForPreTraining` trains all exits together in less memory.
+    From a pre-training checkpoint, it does not load the heads for in-context classification. It computes logits of all
+    tokens; to train all exits together in less memory, use `ModularStarEncoderForPreTraining`.
 
     Example:
         >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2])
@@ -1090,9 +1088,9 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
         r"""Predict masked tokens at one exit.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in `ModularStarEncoderModel`.
+            input_ids, attention_mask, position_ids, inputs_embeds: the batch, see `ModularStarEncoderModel.forward`.
             labels: (B, T), the original token at masked positions and -100 elsewhere. The loss is the mean
-                cross-entropy over masked tokens; with `num_items_in_batch`, the sum divided by this number.
+                cross-entropy over masked tokens; with `num_items_in_batch`, it is the sum / `num_items_in_batch`.
             exit_layer: the exit to predict at; by default the deepest.
         """
         exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
@@ -1108,7 +1106,7 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
 
 
 class ModularStarEncoderProjectionHead(nn.Module):
-    """Two linear layers with an activation between, or one linear layer alone (`config.projection_head`)."""
+    """Two linear layers with an activation between them, or one linear layer (see `config.projection_head`)."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()
@@ -1126,9 +1124,9 @@ class ModularStarEncoderProjectionHead(nn.Module):
 
 
 class ClampWithInwardGradient(torch.autograd.Function):
-    """Clamp a parameter; beyond a bound, drop only gradients that lead outwards, so that the parameter can return.
+    """Clamp a parameter to bounds. Beyond a bound, only gradients that would push the parameter further out are zero.
 
-    With `torch.clamp` all gradients beyond a bound are zero, and the parameter never returns.
+    So the parameter can return. With `torch.clamp`, all gradients beyond a bound are zero, and it never returns.
     """
 
     @staticmethod
@@ -1145,10 +1143,9 @@ class ClampWithInwardGradient(torch.autograd.Function):
 
 
 class ModularStarEncoderLogitScale(nn.Module):
-    """A learned multiplier of similarities, stored as its logarithm.
+    """A learned multiplier of similarities, stored as its logarithm; `forward` returns the multiplier, (1,) float32.
 
-    It is a module whose `forward` returns the multiplier, so that DDP, FSDP2, checkpoints and peft
-    (`modules_to_save=["logit_scale"]`) handle it like any other parameter.
+    As a module, it works with DDP, FSDP2, checkpoints and peft (`modules_to_save=["logit_scale"]`).
     """
 
     def __init__(self) -> None:
@@ -1161,7 +1158,7 @@ class ModularStarEncoderLogitScale(nn.Module):
 
 
 class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
-    """Normalised embeddings of text and code, with one projection head for each exit (arXiv 2503.03008, fine-tuning).
+    """Model for normalised embeddings of text and code: a trunk and one projection head per exit (arXiv 2503.03008).
 
     Example:
         >>> config = ModularStarEncoderConfig(
@@ -1196,7 +1193,8 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     ) -> torch.Tensor | None:
         """Return each token's weight divided by the mean weight of its text, (B, T, 1) float32; `None` without weights.
 
-        The plain mean of tokens times these numbers is their weighted mean. Padding and texts without weight get 0.
+        The plain mean of states times these numbers is their weighted mean. Padding gets 0, and so does each token of a
+        text that has only weights of 0.
         """
         if self.model.token_weights is None:
             return None
@@ -1228,22 +1226,22 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
         exit_layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> tuple | ModularStarEncoderForRetrievalOutput:
-        r"""Embed a batch at one exit or at several from one pass.
+        r"""Embed a batch at one or several exits in one pass.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in
-                `ModularStarEncoderModel`, but `inputs_embeds` does not work with `config.token_weights`.
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: see
+                `ModularStarEncoderModel.forward`; `inputs_embeds` does not work with `config.token_weights`.
 
         Raises:
-            RuntimeError: in training, `config.output_hidden_states` was set after the model was made, as
-                sentence-transformers' AdaptiveLayerLoss and Matryoshka2dLoss do. These losses would not train the heads
-                of shallower exits.
+            RuntimeError: the model is in training mode, and `config.output_hidden_states` was set after construction.
+                AdaptiveLayerLoss and Matryoshka2dLoss of sentence-transformers set it, but would not train the heads of
+                shallower exits.
         """
         if self.training and self.config.output_hidden_states and not self._returns_hidden_states:
             raise RuntimeError(
-                "config.output_hidden_states was set on a loaded model, as AdaptiveLayerLoss and Matryoshka2dLoss do. "
-                "They do not train the heads of shallower exits; modular_star_encoder.MultiExitContrastiveLoss does. "
-                "If something else needs hidden states, pass output_hidden_states=True to the call or from_pretrained."
+                "config.output_hidden_states was set on a loaded model. AdaptiveLayerLoss and Matryoshka2dLoss set it, "
+                "but do not train shallower exits' heads: use modular_star_encoder.MultiExitContrastiveLoss. To get "
+                "hidden states, pass output_hidden_states=True to the call or to from_pretrained."
             )
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
@@ -1282,7 +1280,7 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
 
 
 class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedModel):
-    """Classify a text or a pair `<sep>a<sep>b<cls>` at any exit, from the state of the final `<cls>`.
+    """Model that classifies a text, or a pair `<sep>a<sep>b<cls>`, at any exit from the state of the final `<cls>`.
 
     Example:
         >>> config = ModularStarEncoderConfig(hidden_size=32, num_hidden_layers=2, exit_layers=[1, 2], num_labels=3)
@@ -1314,13 +1312,13 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         exit_layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> tuple | ModularStarEncoderForSequenceClassificationOutput:
-        r"""Classify a batch at one exit or at several from one pass.
+        r"""Classify a batch at one or several exits in one pass.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: as in
-                `ModularStarEncoderModel`.
-            labels: (B,) class indices, (B,) float targets when `num_labels` is 1, or (B, num_labels) for several
-                labels at once (`config.problem_type` as in transformers).
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: see
+                `ModularStarEncoderModel.forward`.
+            labels: (B,) class indices; or (B,) float targets if `num_labels` is 1; or (B, num_labels) float, 0 or 1, if
+                a text can have several labels. transformers chooses the loss (`config.problem_type`).
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)

@@ -1,8 +1,8 @@
 """Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
-Their configurations do not say whether a checkpoint is fine-tuned, and may lack its number of layers; the tensor names
-show both. `read_published_layout` reads the header of the safetensors file, completes the configuration, and checks the
-name and shape of every tensor. It gives transformers a mapping from these names to ours.
+A published configuration does not say whether the checkpoint is fine-tuned, and may lack the number of layers. The
+tensor names show both. `read_published_layout` reads them from the header of the safetensors file, completes the
+configuration, checks the shapes of all tensors, and returns a mapping from the published tensor names to ours.
 
 Repositories that this package writes have our tensor names, so they do not need this file.
 """
@@ -56,12 +56,12 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def read_published_layout(
     model_class: type[ModularStarEncoderPreTrainedModel], path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
-    """Return (class to load a checkpoint with, keyword arguments for its `from_pretrained`).
+    """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
-    Without the published layout, these are `model_class` and `kwargs`, unchanged. With it, `config` is complete and
-    `key_mapping` maps the file's tensor names to ours. Two classes are replaced: the base class of our models by the
-    class whose tensors the file has, and the bare model by the retrieval model if the file has projection heads
-    (`AutoModel` chooses the bare model because it does not know the published class name).
+    For a checkpoint that is not a published one, these are `model_class` and `kwargs`. For a published one, `config` is
+    complete, and `key_mapping` maps the tensor names in the file to ours. The base class of our models is replaced by
+    the class that has the file's tensors. If the file has projection heads, the retrieval model replaces the trunk,
+    which `AutoModel` chooses because it does not know the published class name.
 
     Raises:
         ValueError: tensors do not match a published checkpoint; the message names them.
@@ -92,7 +92,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return a published checkpoint's configuration, with fields moved from `kwargs` into it; None for others."""
+    """Return the configuration of a published checkpoint, with its fields in `kwargs` moved into it; else None."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -104,7 +104,7 @@ def _published_config(
 def describe(
     shapes: Shapes, config: ModularStarEncoderConfig
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
-    """Return the model class for a published file, its complete configuration, and {pattern: our name} for its tensors.
+    """Return the model class, complete configuration and {regular expression: our tensor name} for a published file.
 
     `shapes` maps the names of the file's tensors to their shapes. `config` may lack the number of layers.
 
@@ -119,8 +119,8 @@ def describe(
     exits = [exit_layer for exit_layer in parent_exits if exit_layer <= depth]
     if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
-            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published checkpoint has as many "
-            f"layers as one of the exits {parent_exits}, and no projection head, one, or one for each of its exits."
+            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published one has a number of "
+            f"layers from {parent_exits}, and 0 or 1 projection heads, or one for each exit. Download it again."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
@@ -132,8 +132,8 @@ def describe(
         complete.exit_norm = "none"
         if any(re.match(rf"{_TRUNK}norm\.", name) for name in shapes):
             logger.warning_once(
-                f"This checkpoint of {depth} layers has a final norm, which is not applied, because the uncut model "
-                'does not apply it at this exit. If the published code applies it, load with exit_norm="all".'
+                f"The final norm of this checkpoint of {depth} layers is not applied. The uncut model applies it only "
+                f'after layer {parent_depth}. To apply it after layer {depth}, load with exit_norm="all".'
             )
     checkpoint_class: type[ModularStarEncoderPreTrainedModel] = ModularStarEncoderModel
     if heads:
@@ -145,8 +145,8 @@ def describe(
         if rows == [len(parent_exits) - 1]:
             complete.exit_embedding_rows = rows[0]
             logger.warning_once(
-                f"The exit embedding has {rows[0]} rows for {len(parent_exits)} exits, so the pre-training heads read "
-                f"zeros instead of a vector at exit {parent_depth}. The trunk is not affected."
+                f"The exit embedding has {rows[0]} rows for {len(parent_exits)} exits, so at exit {parent_depth} the "
+                f"pre-training heads get zeros instead of a learned vector. The trunk is not affected."
             )
     complete.architectures = [checkpoint_class.__name__]
     renamings = dict(_RENAMINGS)
@@ -174,7 +174,7 @@ def check_layout(
     for name, shape in shapes.items():
         ours = _rename(name, renamings)
         if ours in found:
-            problems.append(f"{name} occurs under two names")
+            problems.append(f"{name} is stored under two names")
         elif ours not in expected and not (config.exit_norm == "none" and ours.startswith("model.norm.")):
             problems.append(f"{name} is unexpected")
         elif ours in expected and shape != expected[ours]:
@@ -184,7 +184,7 @@ def check_layout(
     problems += [f"{name} (our name) is missing" for name in expected if name not in found | {"heads.decoder.bias"}]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"Not a published ModularStarEncoder checkpoint: {'; '.join(problems[:8])}{more}.")
+        raise ValueError(f"Tensors differ from a published ModularStarEncoder: {'; '.join(problems[:8])}{more}.")
 
 
 def _rename(name: str, renamings: Mapping[str, str]) -> str:
