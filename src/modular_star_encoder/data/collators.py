@@ -64,11 +64,11 @@ class PaddingCollator(_Padding):
 class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
 
-    Returns the entries `query` and `document`; also `negative` if rows have hard negatives (`negative_ids`), and `text`
-    if rows have unpaired texts (`text_ids`). Each entry is a mapping of tensors, for the B rows with such a text:
+    Returns a mapping with the keys `query` and `document`; also `negative` if rows have hard negatives
+    (`negative_ids`), and `text` if rows have unpaired texts (`text_ids`). Each value is a mapping of tensors:
 
-    - `input_ids` and `attention_mask`, int64 (B, T), where T is the number of tokens of the longest of these texts;
-    - `teacher`, float32 (B, D), if rows have a teacher's vectors of these texts (`query_teacher` and so on, (D,)).
+    - `input_ids` and `attention_mask`, int64 (B, T), for the B rows with this kind of text, the longest with T tokens;
+    - `teacher`, float32 (B, D), the teacher's vectors of these texts, if rows have them (`query_teacher`, …, (D,)).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -83,7 +83,7 @@ class RetrievalCollator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Pads B rows of `ClassificationRows`: `input_ids` and `attention_mask`, int64 (B, T), and `labels`, int64 (B,)."""
+    """Pads B rows of `ClassificationRows`. Returns `input_ids`, `attention_mask`, int64 (B, T), and `labels`, (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels"))

@@ -57,7 +57,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. Both limits include prompt and special tokens. `tokenizer` must end texts with `<cls>`."""
+        """Tokenize `texts`. The limits count prompts and special tokens too. `tokenizer` must add `<cls>` to texts."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -87,7 +87,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return {"query_ids": self.tokens(index, None), "document_ids": self.tokens(index, 0)}
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of one text of a row, int64 (T,), with its prompt; a text that is too long is cut.
+        """Return the token ids of one text of a row, with its prompt, cut to the limit for such texts: int64 (T,).
 
         `number` is None for the description, -1 for the hard negative, or the index of a snippet. If `renaming` is
         given, it draws new names for the frequent words of code (see `rename_frequent_words`).
@@ -114,7 +114,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean numbers of tokens of (a description, a snippet), both cut and with their longest prompt."""
+        """Return the mean numbers of tokens of (descriptions, snippets), with the longest prompt and truncated."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -125,7 +125,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of `steps` batches that `plan` chooses, one batch after another. Needs a sequential sampler.
+    """The rows of `steps` batches that `plan` chooses, one batch after another, to be read by a sequential sampler.
 
     Row `i` depends only on the data, the plan and `i`. A row holds `query_ids` and `document_ids`, int64 (T,). For a
     text → code pair, these are a description and its first snippet. For a code → code pair, they are two random
@@ -158,7 +158,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return, for each text of batch row `index`, the arguments of `RetrievalTexts.tokens`: {"query": …, …}."""
+        """Return {"query": (row, number), …}: where `RetrievalTexts.tokens` finds each text of batch row `index`."""
         step, place = divmod(index, self.batch_size)
         row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}

@@ -1,8 +1,8 @@
 """Extracts documented functions from a corpus: (description, code) rows, filtered by CodeSearchNet's rules.
 
 The description is the first paragraph of a function's docstring in Python, and of the comment before the function in
-other languages. The docstring is removed from the code; otherwise even BM25 would find the code by the words of the
-query.
+other languages. The docstring is removed from the code. Otherwise the code would contain the words of the query, and
+even BM25 would find it.
 
 Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
 """
@@ -90,10 +90,10 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the functions that `find_functions` finds in a source file.
+    """Return the functions that `find_functions` finds in a source file; [] if the file can't be parsed.
 
-    A `.h` file that holds C++ is parsed as C++. The numbers of files and functions with faults are added to `counts`.
-    A file that can't be parsed gives no functions, and adds 1 to `counts["files that do not parse"]`.
+    A `.h` file with C++ is parsed as C++. `find_functions` adds the numbers of files and functions with syntax errors
+    to `counts`. A file that can't be parsed adds 1 to `counts["files that do not parse"]`.
     """
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
@@ -109,11 +109,11 @@ def extract_functions(
 def collect_functions(
     files: Iterable[SourceFile], processes: int = 2, progress: bool = True
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
-    """Return the documented functions in `files` that `drop_reason` keeps, in order, and counts of files and functions.
+    """Return (documented functions in `files` that CodeSearchNet's rules keep, in order; counts by name).
 
     Of functions with equal code, only the first is returned. The counts have names such as "documented functions" or
-    "dropped: constructor". `processes` is the number of worker processes that parse; with 0 or 1, the calling process
-    parses. The result does not depend on `processes`.
+    "dropped: constructor"; see `drop_reason`. `processes` is the number of processes that parse; with 0 or 1, the
+    calling process parses. The result does not depend on `processes`.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -127,7 +127,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the documented functions that `drop_reason` keeps, even if codes are equal; update `counts`."""
+    """Yield the functions of `collect_functions` and those with code of an earlier one; add the counts to `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -161,10 +161,10 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader that gives each function in the files of the reader `files` as a file of its own.
+    """Return a reader that yields one `SourceFile` for each function in `files`, instead of one for each file.
 
-    The path of such a file is the path of the function's file with `#L{line}` at the end. Functions without
-    documentation are included. A nested function is only given as a part of the function around it.
+    The path of a function is the path of its file with `#L{line}` at the end. Functions without documentation are
+    included. A nested function is not yielded by itself, but is a part of the function around it.
     """
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -228,7 +228,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}; `installed` can only be true."
+        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}. `installed` must be true."
         raise UserError("data.corpus.source", message)
     (kind,) = named
     source, snippets = options.pop(kind), options.pop("snippets", "files")
@@ -266,10 +266,10 @@ def documentation_summary(documentation: str) -> str:
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
-    """Return the function in a row of CodeSearchNet, with columns named as on the Hub or in the authors' JSON Lines.
+    """Return the function in a row of CodeSearchNet; None if its docstring can't be removed.
 
-    Python code is returned without its docstring: with the docstring, even BM25 has an MRR of 97 %. Return None if the
-    docstring can't be removed.
+    The names of the columns may be those of the Hub or those of the authors' JSON Lines. Python code is returned
+    without its docstring, because with the docstring even BM25 has an MRR of 97 %.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
@@ -297,7 +297,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
 
 
 def without_docstring(code: str) -> str | None:
-    """Return the Python function `code`, which may be indented, without its docstring; None if it does not parse."""
+    """Return the Python function `code`, which may be indented, without its docstring; None if it can't be parsed."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:

@@ -4,8 +4,8 @@ Source: the MoSE paper (arXiv 2503.03008). Label 1 means "same repository". 15 %
 80 % of these become `<mask>`, 10 % a random token, and 10 % stay as they are.
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
-are closer. A classifier could guess the label from this. The steps below make the languages, the lengths and each
-single snippet *independent of the label*. The *room* is the number of tokens that both snippets may have together.
+are closer. A classifier could guess the label from these. The steps below make languages, lengths and each single
+snippet *independent of the label*. The *room* is the number of tokens that both snippets may have together.
 
 1. **A cell** is the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. To get one,
    draw a repository C in proportion to the square root of its number of texts (a compromise between seeing every text
@@ -13,18 +13,18 @@ single snippet *independent of the label*. The *room* is the number of tokens th
    in cells as often as they do in repositories.
 2. **Two repositories** A ≠ B are drawn, with the same weights as C. Each must have two different texts for this cell:
    one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two repositories are found,
-   texts of any length in these languages are enough. If that fails too, another cell is drawn.
-3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. a₁ and b₁ are in l₁, and their
-   lengths differ from t₁ by at most a tenth; a₂ and b₂ likewise with l₂ and t₂. If fewer than 4 texts qualify, the 4
-   nearest in length are used. All texts with at least as many tokens as the room qualify equally.
+   texts of any length in these languages are enough. If there are none either, another cell is drawn.
+3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. The lengths of
+   a₁ and b₁, in language l₁, differ from t₁ by at most a tenth, and those of a₂ and b₂, in l₂, from t₂. If fewer than 4
+   texts qualify, the 4 nearest in length are used. If t₁ is the whole room, all texts of t₁ or more tokens qualify.
 4. **Windows** are the parts of the texts that the row holds. Each begins at a random place of its text. The first has
    n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds the room, each window gets half of
-   the room, plus what the other window leaves.
+   the room, plus the part of the other half that the other window does not need.
 5. **The label** is a fair coin: the pair is (a₁, a₂) for the same repository, (a₁, b₂) for different ones.
 
 The label is drawn last, so (l₁, l₂, n₁, n₂) has the same distribution for both labels. A and B are exchangeable, even
 if the cell and the lengths are known. So a₂ and b₂ have the same distribution, and the second snippet alone does not
-reveal the label. Nor does the first snippet, which is always a₁.
+reveal the label. The first snippet, which is always a₁, does not reveal it either.
 
 The shorter of two texts decides a window's length. With texts of 630 tokens on average (log-normal, σ = 1, cut at
 2,048), rows of at most 2,048 tokens have about 1,120 tokens, and one in seven is full. The paper reports 1,300 tokens,
@@ -74,13 +74,13 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """Prepare the rows; UserError if another tokenizer made `corpus`, or too few repositories can be used."""
+        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is of another tokenizer, or too small."""
         if max_tokens < MIN_ROW_TOKENS:
             message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
             raise UserError("data.in_context.arguments", message)
         check_special_tokens(tokenizer)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass that one.")
+            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass the same one.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)
@@ -110,7 +110,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.from_numpy(ids), "labels": labels, "icc_label": torch.tensor(int(same))}
 
     def _mask_some(self, rng: np.random.Generator, ids: np.ndarray, middle: int) -> np.ndarray:
-        """Mask some of `ids` in place, never the special tokens (first, `middle` and last); return the labels."""
+        """Mask some of `ids`, int64 (T,), in place, but no special token (first, `middle`, last); return the labels."""
         drawn = rng.random(len(ids), dtype=np.float32)
         drawn[[0, middle, -1]] = 1
         chosen = np.flatnonzero(drawn < self.mlm_probability)
@@ -164,8 +164,8 @@ class _Proposals(NamedTuple):  # the repositories with texts in one language, in
 class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
-    A text is used if it has at least 16 tokens, its repository has another used text, and at least two repositories
-    have used texts in its language.
+    Texts of fewer than 16 tokens are not used, nor the only text of a repository, nor texts in a language that a single
+    repository has. These rules are repeated for the remaining texts until all of them pass.
 
     Attributes:
         repositories: the repositories with used texts, as indices of `corpus.repository_names`.
@@ -173,7 +173,7 @@ class PairSampler:
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
-        """`room` is the number of tokens that two snippets may have together."""
+        """`room` is the largest number of tokens that the two snippets of a pair may have together."""
         self.room = room
         numbers = corpus.row_numbers
         lengths = corpus.rows.bounds[numbers + 1] - corpus.rows.bounds[numbers]
@@ -213,7 +213,7 @@ class PairSampler:
             self._proposals[one] = _Proposals(groups, -self._longest[groups], cumulative)
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Return a random pair; raise RuntimeError if hardly any two repositories have texts in the same language."""
+        """Return a random pair; RuntimeError if 10,000 draws find no two repositories with the same languages."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = cell._replace(first_length=0, second_length=0)
@@ -241,7 +241,7 @@ class PairSampler:
         return _Cell(languages[0], lengths[0], languages[1], lengths[1])
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Draw two repositories with long enough texts in both languages of `cell`; None if too many draws fail."""
+        """Return two random repositories with texts of the languages and lengths of `cell`; None if 64 draws fail."""
         # Of the cell's two (language, length), draw by the one that fewer repositories have; then look up the other.
         if cell.first_language == cell.second_language:
             proposing = cell.first_language
@@ -290,7 +290,7 @@ class PairSampler:
                 return texts
 
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
-        """Return (start, end), the range of a repository's texts in `language` that are about `length` tokens long."""
+        """Return the range (start, end) of a repository's texts in `language` that have about `length` tokens."""
         group = self._group(repository, language)
         assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()
@@ -315,7 +315,7 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 
 
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the indices of the texts that `PairSampler` uses: its rules are applied until all remaining texts pass."""
+    """Return the sorted indices of the texts that `PairSampler` uses; the arguments have one value for each text."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
     languages = int(language.max(initial=0)) + 1
     while True:

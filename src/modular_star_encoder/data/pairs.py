@@ -1,4 +1,4 @@
-"""Reads pairs for fine-tuning: prose and code of one meaning (retrieval), or two labelled snippets (clone detection).
+"""Reads fine-tuning data: prose and code of the same meaning (retrieval), pairs of labelled snippets (clone detection).
 
 All sources for retrieval give rows of one type, `RetrievalExample`. There are four kinds of sources: pairs of any two
 texts, triplets (prose, a function, its translation), documented functions of repositories (prose and a function), and
@@ -76,11 +76,11 @@ _Found = RetrievalExample | str | tuple[str, Any]
 class ExampleReader:
     """Iterates over the examples in the rows of a dataset, in order.
 
-    `skipped` and `examples`, explained in `SourceExamples`, say what the last iteration left out.
+    The attributes `skipped` and `examples`, explained in `SourceExamples`, say what the last iteration left out.
     """
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make` gives the examples of a row and the reasons to skip. If `strict`, a reason raises UserError."""
+        """`make(row)` yields examples and reasons to skip the row or a part. If `strict`, a reason raises UserError."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -115,8 +115,8 @@ class TripletColumns:
     """The names of the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
     A triplet is a description, a function (`code`) and its translation to another programming language (`other_code`).
-    `negative` is the column of hard negatives, and `negative_language` the column of their languages, by default that
-    of `code`. If `other_code`, `repository` or `negative` is None, rows have no such part.
+    `negative` is the column of hard negatives, and `negative_language` the column of their languages (if None, the
+    column `language`). If `other_code`, `repository` or `negative` is None, this column is not read.
     """
 
     description: str = "func_documentation_string"
@@ -155,9 +155,9 @@ def open_triplets(
 ) -> ExampleReader:
     """Return a reader of a dataset whose rows are triplets: a description, a function, and its translation.
 
-    A row is skipped and counted if its description or a code is blank, if a language is not in `LANGUAGES` (in any
-    spelling: `C++` is `cpp`), if its repository is neither a text nor missing, or if `fault` returns a reason. With
-    `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
+    A row is skipped and counted if its description or a code is blank, a language is not in `LANGUAGES` (`C++` counts
+    as `cpp`), its repository is not a text, or `fault(row)` returns a reason. If `strict`, a row to be skipped raises
+    UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -192,7 +192,7 @@ def _triplet(
 
 
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
-    """Read the retrieval rows of every source in a recipe's `data`; return source name → rows.
+    """Read the retrieval rows of every source in a recipe's `data`; return {name of the source: rows}.
 
     Args:
         settings: One or several of the following sources. SOURCE is the argument `source` of `open_dataset_rows`, and
@@ -204,12 +204,12 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
               `columns: {negative: NAME}` each row also has a hard negative;
             - `functions`: a folder, or the settings of a corpus (see `open_corpus`), to read documented functions from;
             - `parallel`: SOURCE with one exercise per row, in the columns `slug` (name of the exercise) and `code`
-              (mapping of languages to solutions). Or a mapping with `source`, and `name` and `code`, which are other
-              names for these two columns.
+              (mapping of languages to solutions). Or a mapping with `source`, in which `name` and `code` may give
+              other names of these two columns.
 
-    A row that can't be used is skipped and counted: for example if code is empty, in an unknown language, or is in fact
-    prose (see `reads_as_prose`). With `strict: true` in the mapping of `pairs`, `triplets` or `parallel`, such a row
-    raises UserError (`data.row`).
+    A row that can't be used is skipped and counted: for example if its code is empty, in an unknown language, or prose
+    (see `reads_as_prose`). With `strict: true` in the mapping of `pairs`, `triplets` or `parallel`, a row that can't be
+    used raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
     if not settings or not settings.keys() <= _SOURCES.keys():
@@ -238,7 +238,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
 
 
 def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out settings that are None, so that `data.triplets=null` removes a recipe's source."""
+    """Return the settings that are not None, so that `data.triplets=null` removes a source from a recipe."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -250,17 +250,17 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `{"pairs": …}` for a recipe's `data`, with the source, options and all columns of its pairs.
+    """Return a recipe's `data` as `{"pairs": …}`, with the source, the options and the column of every role.
 
-    Without `pairs`, return `data` unchanged. `data.pairs` is a file, folder or Hub id, or a mapping with `source` and
-    the options of `open_dataset_rows`. `data.columns`, or `columns` in that mapping, maps roles to names of columns:
-    `query` and `positive`, and optionally `negative` (a text, or a list whose first text is used), `score`, `language`
-    and `repository`. No column is used for a role that is null. The column of a role that is not given is guessed from
-    the names in the file. If no name is known, the column of query or positive is the only one whose name contains a
-    word for this role, such as "question" in `user_question`, and no word for another role. Readers leave out rows
-    whose score is below the option `min_score` (default 0.5).
+    Without `pairs`, `data` is returned unchanged. `data.pairs` is a file, folder or Hub id, or a mapping with `source`
+    and options of `open_dataset_rows`. `data.columns`, or `columns` in the mapping, is {role: name of the column}. The
+    roles are `query`, `positive`, `negative` (a text, or a list, of which the first text is used), `score`, `language`
+    and `repository`. A role that is null has no column. For a role that is not given, the column is guessed from the
+    names in the file: usual names such as `docstring` first. For `query` and `positive`, a word in the name is enough
+    (`user_question`) if one column alone has a word for this role and no word for another role. Readers skip rows with
+    a score below the option `min_score` (default 0.5).
 
-    UserError if the source does not exist, a named column is missing, or the column of query or positive is not found.
+    Raises UserError if the source or a named column does not exist, or no column is found for `query` or `positive`.
     """
     if settings.get("pairs") is None:
         return dict(settings)
@@ -269,7 +269,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: settings[name] for name in beside}
     columns, source = dict(options.get("columns") or {}), options.get("source")
     if not isinstance(options.get("columns") or {}, Mapping) or not source:
-        raise UserError("data.pairs.columns", "data.pairs must name a source, and data.columns must be a mapping.")
+        raise UserError("data.pairs.columns", "data.pairs must name a source; data.columns must be {ROLE: NAME, …}.")
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
         own = {"source", "columns", "min_score", "strict"}
@@ -304,7 +304,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if a source in a recipe's `data` does not exist, or a column of its pairs is not found."""
+    """Raise UserError if a source in a recipe's `data` does not exist or `pairs` lacks a column (`resolve_pairs`)."""
     for name in ("pairs",) if settings.get("pairs") else ("triplets", "parallel"):
         source = settings.get(name)
         source = source.get("source") if isinstance(source, Mapping) else source
@@ -449,13 +449,13 @@ class LabelledPairs:
 
 
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
-    """Read the labelled pairs in a recipe's `data`; return split → pairs, for `train`, `valid` and, if given, `test`.
+    """Read the labelled pairs in a recipe's `data`; return {split: pairs} for `train`, `valid` and, if given, `test`.
 
     Args:
         settings: Either `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns
             `first` and `second` (two snippets) and `label` (0 or 1). Or `bigclonebench`, a folder with the files of
             CodeXGLUE (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` has a function per
-            line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two such ids and a label per line.
+            line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two `idx` and a label per line.
     """
     names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
     if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):

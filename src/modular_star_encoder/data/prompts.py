@@ -32,8 +32,8 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
     """Return the prompt to put before a code snippet: `"{instruction}<sep>"`, or `""` without `instructions`.
 
-    The instruction names the language (`"cpp"` as `"c++"`), or none if `language` is None or `""`. A model's
-    `config.instruction_prompts` says whether it was fine-tuned with instructions.
+    The instruction names the language (`"cpp"` as `"c++"`). It names no language if `language` is None or `""`. A
+    model's `config.instruction_prompts` says whether the model was fine-tuned with instructions.
     """
     if not instructions:
         return ""
@@ -51,7 +51,7 @@ def text_prompt(*, instructions: bool = True) -> str:
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """Return prompt name → prompt, for `SentenceTransformer(prompts=…)`; without `instructions` all prompts are empty.
+    """Return {name: prompt} for `SentenceTransformer(prompts=…)`; without `instructions`, all prompts are empty.
 
     `encode_query` uses `"query"`, for descriptions, and `encode_document` uses `"document"`, for code of any language.
     The published prompts for code name its language. They are `"document_python"`, `"document_c++"` and so on, one for

@@ -48,10 +48,10 @@ def draw_repositories(
 
     Repositories are drawn at random until they have a fifth of all functions, or `min_test` functions if that is less.
     Repositories with more than `max_repository_share` of all functions are drawn last, the smallest first, so that no
-    single project decides the results. One repository at least is left for training. Equal arguments, equal results.
+    single project decides the results. One repository at least is left for training. Equal arguments give equal draws.
     """
     if len(sizes) < 2:
-        message = f"Holding out data needs two rows, or repositories if rows name them; not {len(sizes)}: add some."
+        message = f"Splitting data needs two repositories, or two rows without one. Found: {len(sizes)}. Add data."
         raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
@@ -90,7 +90,7 @@ def prepare_retrieval_data(
         eval_fraction: Share of each source's rows to hold out; a larger share than 0.2 counts as 0.2.
         seed: Decides which repositories are held out, and which rows are drawn.
         max_train_samples: Number of rows to train on, drawn at random; None for all.
-        progress: Whether to show progress bars, and how many rows each source has, how many are skipped, and why.
+        progress: Whether to show progress bars and, for each source, how many rows are read and skipped, with reasons.
         store: Whether to write new rows. If False, `store_retrieval_data` can write them later.
     """
     folder = Path(folder)
@@ -100,7 +100,7 @@ def prepare_retrieval_data(
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         if report["settings"] != requested:
             other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
-            message = f"{folder} has rows made with another {other}: name another folder."
+            message = f"The rows in {folder} were made with other values of {other}: name another folder."
             raise UserError("data.split.other_settings", message)
         data = RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
     else:
@@ -134,7 +134,7 @@ def _print_counts(report: Mapping[str, Any]) -> None:
 
 
 def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
-    """Write the rows and their report to `folder`, all at once; do nothing if `folder` has a report."""
+    """Write the rows and their report to `folder`, all files at once; do nothing if `folder` has a report."""
     if not (folder / REPORT).is_file():
         with staged_folder(folder) as staging:
             for name, rows in (("train", data.train), ("held_out", data.held_out)):
@@ -216,8 +216,8 @@ class Draw(NamedTuple):
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
     """Return the group of each row, int64 (rows,): groups are numbered from 0.
 
-    Rows with the same description or the same code (by `description_key` and `code_key`) are in one group. If A has a
-    code of B, and B the description of C, then all three are in one group.
+    Rows with the same description or the same code (by `description_key` and `code_key`) are in one group. If row A
+    has a code of row B, and B has the description of row C, then all three are in one group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -234,7 +234,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return for each row the group that has the row's hard negative as a snippet: int64 (rows,), −1 for no group.
+    """Return, for each row, the group in which its hard negative is a snippet: int64 (rows,), −1 if there is none.
 
     `groups` is the result of `same_content_groups`. Return None if a row has no hard negative, or if there are no rows.
     """
@@ -259,9 +259,9 @@ class PairGroups:
     Attributes:
         of_rows: the group of each row, int64 (rows,).
         negatives: result of `groups_of_negatives`.
-        numbers: kind → the groups whose rows can give a pair of this kind, int64 (groups,).
-        rows: kind → the rows of each of these groups.
-        counts: kind → the number of these groups.
+        numbers: {kind: the groups that can give pairs of this kind, int64 (groups,)}.
+        rows: {kind: for each group in `numbers[kind]`, a list of its rows that can give pairs of this kind}.
+        counts: {kind: the number of groups in `numbers[kind]`}.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
@@ -281,7 +281,7 @@ class PairGroups:
 
     @property
     def largest_batch(self) -> int:
-        """The largest batch size, in pairs, for which every batch can be filled, whichever rows are drawn."""
+        """The largest number of pairs that every batch can have, whichever rows are drawn."""
         if len(self.numbers) < 2:
             return min(sum(self.counts.values()), self.most_groups_with_negative)
         # Each kind fills half of the batch, with pairs from different groups; the two halves have no group in common.
@@ -292,7 +292,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch for which there is always a hard negative outside of these groups."""
+        """The largest number of groups in a batch so that a hard negative from another group always exists."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -302,14 +302,14 @@ class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
     If the data gives pairs of both kinds, text → code and code → code, the kinds alternate in a batch. In each epoch,
-    the groups (see `PairGroups`) come in a new random order, and each group gives one pair, from the next of its rows.
-    Groups that do not fill a last batch are left out. A batch never has two pairs of one group, because they would be
-    false negatives: if both kinds choose the same group, a random other group gives the code → code pair. A hard
-    negative that is in a group of the batch is replaced by the hard negative of a random other row.
+    the groups (see `PairGroups`) come in a new random order, and each group gives one pair. Its rows take turns from
+    epoch to epoch. Groups at the end of an epoch that do not fill a batch are left out. Two pairs of one group would be
+    false negatives. So if both kinds choose the same group, a random other group gives the code → code pair. A hard
+    negative in a group of the batch is replaced by the hard negative of a random other row.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size` counts the pairs in a step over all processes. It must be even if `groups` has both kinds."""
+        """`batch_size`: pairs in a step of all processes together; an even number if `groups` has both kinds."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -371,7 +371,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return `places`, indices of code → code groups, with random unused groups in place of groups in `taken`."""
+        """Return `places`, indices of code → code groups, after replacing groups in `taken` by random unused ones."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):
@@ -392,8 +392,8 @@ def evaluation_plan(
 ) -> tuple[BatchPlan, int]:
     """Return (plan, number of batches) to evaluate at most `pairs` pairs, each only once.
 
-    Batches have `batch_size` pairs, or fewer if the data does not have enough groups. Each of `processes` processes
-    gets an even number of pairs. UserError (`training.held_out.too_few`) if the data is too small for that.
+    Batches have `batch_size` pairs, or fewer if there are too few groups. Each of `processes` processes gets an even
+    number of pairs. Raises UserError (`training.held_out.too_few`) if a batch can't have two pairs for each process.
     """
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):

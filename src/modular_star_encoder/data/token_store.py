@@ -1,4 +1,4 @@
-"""Stores tokenized corpora larger than memory on disk: a build can be resumed, and the result is memory-mapped.
+"""Stores tokenized corpora on disk: they may be larger than memory, and an interrupted build can be resumed.
 
 A store is a folder of flat little-endian arrays, without a header, and two text files:
 
@@ -7,7 +7,7 @@ A store is a folder of flat little-endian arrays, without a header, and two text
     repositories.bin      int32 (rows,): the repository of each row, a line of repositories.jsonl
     languages.bin         int32 (rows,): the language of each row, an entry of "languages" in state.json
     repositories.jsonl    the name of one repository per line, as a JSON string
-    state.json            how much of these files is valid, and from what they were made
+    state.json            sizes of the valid parts of these files, hashes of the tokenizer and of the source files
 
 Files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk. If a process
 ends while it writes, the next process removes the data that `state.json` does not count.
@@ -57,13 +57,13 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """Return (corpus to train on, held-out corpus): two views of this corpus that have no repository in common.
 
-        `eval_fraction` is the share of the repositories to hold out. Only `seed` and the repositories' names decide
-        which are held out. Each part gets at least two repositories, or one if there are fewer than four in total.
-        UserError (`data.split.too_few_repositories`) if there is only one.
+        `eval_fraction` is the share of the repositories to hold out; their names and `seed` alone decide which. Each
+        part gets at least two repositories, or one if the corpus has fewer than four. Raises UserError
+        (`data.split.too_few_repositories`) if the corpus has only one.
         """
         names = self.repositories
         if len(names) < 2:
-            message = f"Holding out a part of a corpus needs at least two repositories, not {len(names)}: add some."
+            message = f"Splitting a corpus needs at least two repositories. It has {len(names)}: add repositories."
             raise UserError("data.split.too_few_repositories", message)
         least = 2 if len(names) >= 4 else 1
         count = min(max(round(eval_fraction * len(names)), least), len(names) - least)
@@ -94,7 +94,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Return file name → size in bytes of the valid part of this file; a longer file ends with leftovers."""
+        """Return {file name: number of valid bytes}; further bytes are left over from a process that was killed."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -125,7 +125,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """The memory-mapped rows of a store. Pickling keeps only the folder's path, because numpy would copy all tokens."""
+    """The memory-mapped rows of a store. Only the folder's path is pickled, because numpy would copy all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _read_state(folder)
@@ -151,14 +151,14 @@ def build_token_store(
 
     To continue an interrupted call, pass the same files in the same order. Files that are already stored are compared,
     but not tokenized again. A finished store is opened without reading `files`. Only one process may work on a folder
-    at a time; this is not checked. UserError if the folder holds files of another kind, or a store that is damaged or
-    was begun with another tokenizer or other files.
+    at a time; this is not checked. Raises UserError if the folder holds unrelated files, a damaged store, or a store
+    of another tokenizer or of other source files.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        message = f"Another tokenizer made the token store {folder}: name another folder."
+        message = f"Another tokenizer made the token store {folder}: pass that tokenizer or another folder."
         raise UserError("data.token_store.other_tokenizer", message)
     if state.complete:
         return TokenStore(folder)
@@ -237,7 +237,7 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        raise UserError("data.token_store.other_content", f"{folder} holds other files: name an empty folder.")
+        raise UserError("data.token_store.other_content", f"{folder} is no token store: name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -246,7 +246,7 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    """Return the state of the store in `folder`, or None if there is no store; UserError if a file is cut short."""
+    """Return the state of the store in `folder`; None if there is no store; UserError if a file of it is damaged."""
     if not (folder / _STATE).exists():
         return None
     fault = _STATE

@@ -1,7 +1,7 @@
 """Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A tokenizer reads the characters `<sep>` in its input as the special token `<sep>`, and prompts depend on this. In the
-code and texts of users these characters must stay ordinary: encode code and texts by `encode_content`.
+A tokenizer turns the characters `<sep>` in its input into the special token `<sep>`, and prompts depend on this. In
+code and texts of users, `<sep>` must stay ordinary characters: encode these texts with `encode_content`.
 """
 
 import copy
@@ -62,7 +62,7 @@ def train_tokenizer(
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or Hub repository, exactly as its `tokenizer.json` defines it.
 
-    UserError (`checkpoint.tokenizer`) if a file of the tokenizer is missing, damaged or unsafe; see `check_tokenizer`.
+    Raises UserError (`checkpoint.tokenizer`) if one of its files is missing, damaged or unsafe (see `check_tokenizer`).
     """
     if not check_tokenizer(path):  # else transformers would look for files of other kinds
         raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json: name a checkpoint that has one.")
@@ -73,7 +73,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     except BaseException as error:  # for a damaged file, tokenizers raises no narrower class
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        message = f"The tokenizer of {path} is damaged: {' '.join(str(error).split())}"
+        message = f"The tokenizer of {path} is damaged ({' '.join(str(error).split())}): download or save it again."
         raise UserError("checkpoint.tokenizer", message) from error
     check_padding(tokenizer, path)
     return tokenizer
@@ -82,16 +82,16 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
     """Raise UserError (`checkpoint.tokenizer`) if the token for padding is not in the vocabulary of `tokenizer`."""
     if (token := getattr(tokenizer, "pad_token", None)) is not None and tokenizer.pad_token_id is None:
-        message = f"The tokenizer of {path} has no token {token!r}. Name a token of its vocabulary as pad_token."
+        message = f"The vocabulary of {path} has no token {token!r}. Name one of its tokens as pad_token."
         raise UserError("checkpoint.tokenizer", message)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a copy of a tokenizer that encodes a text as `<sep> text <cls>` and spells its special tokens like this.
+    """Return a copy of `tokenizer` that encodes a text as `<sep> text <cls>`.
 
-    The published tokenizer adds no special tokens, because its users write special tokens into their texts; and it may
-    spell special tokens differently. In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>`
-    and `<mask>`. All token ids stay the same. A tokenizer with this template and these spellings is returned unchanged.
+    In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>` and `<mask>`, and all token ids
+    stay the same. A tokenizer with this template and these spellings is returned unchanged. The published tokenizer
+    needs the copy: it adds no special tokens, because its users write them into their texts.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -123,10 +123,10 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a list with the letters and digits of every token in lower case, in the order of the token ids.
+    """Return a text for each token id, in order: the letters and digits of the token, in lower case.
 
-    "parse", " Parse" and "_PARSE" all give "parse". A special token, or a token without letters and digits
-    (punctuation, a part of a character), gets a text that no other token has.
+    "parse", " Parse" and "_PARSE" all give "parse". The text of a special token, or of a token without letters and
+    digits (punctuation, a part of a character), differs from the texts of all other tokens.
     """
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
@@ -164,11 +164,11 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts without template, truncation or special tokens, even if a text spells a special token.
+    """Encodes texts without template, truncation and special tokens: `<sep>` in a text becomes ordinary tokens.
 
     `dtype`, the type of the token ids, is uint16 for vocabularies of up to 65,536 tokens, otherwise uint32. `checksum`
-    is a hash of everything that decides the ids. The template, padding and truncation do not change the checksum, nor
-    do saving and loading.
+    is a hash of everything that decides the ids. Two tokenizers that differ only in template, padding or truncation
+    have the same checksum.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -204,10 +204,10 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
     """Raise UserError if a tokenizer has no special token for one of `roles`: by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
-        raise UserError("data.tokenizer.token_missing", f"The tokenizer must define {', '.join(missing)}.")
+        raise UserError("data.tokenizer.token_missing", f"The tokenizer has no {', '.join(missing)}: set it.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the sorted ids of all special tokens, with a role such as `sep` or only marked as special."""
+    """Return the sorted ids of all special tokens: those with a role such as `sep`, and those just marked special."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(marked.union(tokenizer.all_special_ids))

@@ -48,9 +48,9 @@ _BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no fl
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder or Hub repository has a tokenizer.json, after a check of all files of the tokenizer.
+    """Check the tokenizer's files in a folder or Hub repository; return whether there is a tokenizer.json.
 
-    UserError (`checkpoint.tokenizer`) if a file is too large, not JSON, or describes steps that could take hours, fill
+    Raises UserError (`checkpoint.tokenizer`) if a file is too large or not JSON, or if its steps could take hours, fill
     the memory or end the process. The files of published tokenizers pass.
     """
     folder, found = os.fspath(path), []
@@ -82,20 +82,20 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
 
 
 def _settings_fault(settings: dict[str, Any]) -> str:
-    """Return what is wrong with the settings of a tokenizer, or an empty text."""
+    """Return what is wrong with the settings in a file such as tokenizer_config.json; "" if nothing is wrong."""
     if odd := _FOREIGN & settings.keys():
         return f"it has the setting {min(odd)}; store the tokenizer in tokenizer.json alone"
     json.dumps(settings, ensure_ascii=False).encode()  # ValueError for half a surrogate pair, which no file can hold
     lists = {name: len(settings.get(name) or ()) for name in ("extra_special_tokens", "additional_special_tokens")}
     lists["added_tokens_decoder"] = len(settings.get("added_tokens_decoder") or ()) * _MAX_SPECIAL // _MAX_ADDED
     if max(lists.values()) > _MAX_SPECIAL or len(settings) > _MAX_ADDED:
-        return f"it has more than {_MAX_SPECIAL:,} special or {_MAX_ADDED:,} added tokens"
+        return f"it has more than {_MAX_SPECIAL:,} special tokens or more than {_MAX_ADDED:,} added tokens"
     texts = _texts({name: one for name, one in settings.items() if name != "chat_template"})
     return _size_fault(texts, _MAX_TOKEN, _MAX_SETTINGS)
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every string in a JSON value, also the keys of mappings."""
+    """Yield every string in a JSON value, including the keys of mappings."""
     if isinstance(value, str):
         yield value
     for one in chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -103,14 +103,14 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _size_fault(tokens: Iterable[str], most: int, total: int) -> str:
-    """Return a fault if a token has more than `most` characters, or all tokens more than `total`; "" if neither."""
+    """Return a message if a token has over `most` characters, or all tokens together over `total`; otherwise ""."""
     sizes = [len(token) for token in tokens]
     is_wrong = max(sizes, default=0) > most or sum(sizes) > total
-    return f"a token or setting has over {most:,} characters, or all together over {total:,}" if is_wrong else ""
+    return f"one token or setting has over {most:,} characters, or all have over {total:,}" if is_wrong else ""
 
 
 def _state_fault(state: dict[str, Any]) -> str:
-    """Return what is wrong with the content of a tokenizer.json, or an empty text."""
+    """Return what is wrong with the content of a tokenizer.json; "" if nothing is wrong."""
     model, added = state["model"], state.get("added_tokens") or []
     vocabulary, merges = model["vocab"], model.get("merges") or []
     if max(len(vocabulary), len(merges)) > _MAX_ENTRIES or len(added) > _MAX_ADDED:
@@ -159,9 +159,9 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with a step or a sequence of steps, or "". `parts` are all mappings in the step's JSON.
+    """Return what is wrong with a step of a tokenizer, such as its normalizer; "" if nothing is wrong.
 
-    The keys of a mapping decide the kind of step, because `tokenizers` also reads steps without a `type`.
+    `parts` are all mappings in the step's JSON. Their keys count, not only `type`, which `tokenizers` does not require.
     """
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
@@ -172,13 +172,13 @@ def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
             if is_long or (isinstance(value, int) and not 0 <= value < MAX_TOKEN_ID) or (key, value) == ("length", 0):
                 return f"has {key}={str(value)[:40]}, which is not allowed"
         if isinstance(pattern := part.get("Regex"), str) and (ways := _ways(pattern)) > _MAX_WAYS:
-            return f"has the pattern {pattern[:200]}, which reads a run of {_RUN:,} characters in {ways:.0e} ways"
+            return f"has the pattern {pattern[:200]}, which can match {_RUN:,} characters in {ways:.0e} ways"
         growth *= _growth(part) if is_text else 1
         for form in ("single", "pair") if "special_tokens" in part else ():
             names = [one["SpecialToken"]["id"] for one in part[form] if "SpecialToken" in one]
             tokens += sum(len(part["special_tokens"][name]["ids"]) for name in names)
             if len(part[form]) - len(names) > len(("A", "B")):
-                return "repeats a text"
+                return "inserts a text more than once"
     if growth > _MAX_GROWTH:
         return f"can make a text {growth:.0e} times longer; the limit is {_MAX_GROWTH}"
     return f"adds {tokens:,} tokens to a text; the limit is {_MAX_SPECIAL:,}" if tokens > _MAX_SPECIAL else ""
@@ -193,7 +193,7 @@ def _growth(part: dict[str, Any]) -> float:
         content = base64.b64decode(part["precompiled_charsmap"], validate=True)
         size = int.from_bytes(content[:4], "little")
         if not 0 < size <= len(content) - 4 or size % 4:
-            raise ValueError("its precompiled_charsmap is cut")
+            raise ValueError("its precompiled_charsmap is cut short")
         trie, texts = np.frombuffer(content, "<u4", size // 4, offset=4), content[4 + size :]
         _check_trie(trie.astype(np.int64), texts)
         return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")), 1)
@@ -205,11 +205,11 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _check_trie(units: np.ndarray, texts: bytes) -> None:
-    """Raise ValueError if a double-array trie with `units`, int64 (number,), has a wrong reference.
+    """Raise ValueError if a double-array trie in the format of darts-clone refers to a place that does not exist.
 
-    A unit holds the distance to its children (at most 256), and whether the first child is a place in `texts`. Children
-    must be within `units`, and a place must be the beginning of a character. The format is that of darts-clone;
-    tokenizers panics if it follows a wrong reference.
+    Each of `units`, int64 (units,), refers to up to 256 children, which must be in `units`. The first child may refer
+    to `texts`, UTF-8, and there it must refer to the beginning of a character. tokenizers panics if it follows a wrong
+    reference.
     """
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
@@ -226,8 +226,8 @@ def _ways(pattern: str) -> float:
     """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
     The ways of alternatives are added, and the ways of successive items are multiplied, so that nested repetitions
-    exceed any limit. Alternatives that begin with different escapes, such as `\\r\\n|\\n`, count as one. An expression
-    with another kind of item, such as a backward reference, gives infinity.
+    exceed any limit. Alternatives that begin with different escapes, such as `\\r\\n|\\n`, count as one. The result
+    is infinity if this function can't read the expression, for example because of a backward reference.
     """
     # For each open group, the ways of: its earlier alternatives; this alternative without its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0

@@ -68,10 +68,10 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, as one line; "" for a licence or without prose.
+    """Return the first paragraph of the comments before a function, as one line; "" if they are a licence or no prose.
 
-    Markup is removed: margins, HTML, `{@link}`, commands of Doxygen, instructions to tools, and tags that introduce
-    prose, such as `@brief`. Other tags before the prose are removed together with their text.
+    Markup is removed: comment markers, HTML, `{@link}`, Doxygen commands, instructions to tools, and tags that
+    introduce prose, such as `@brief`. Other tags before the prose are removed together with their text.
     """
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
@@ -94,7 +94,7 @@ def comment_description(comments: list[str], language: str) -> str:
 
 
 def _first_paragraph(lines: list[str], language: Language) -> list[str]:
-    """Return the lines of prose before a blank line, a rule of dashes, an HTML block, or a tag such as `@param`."""
+    """Return the lines of prose before a blank line, a line of dashes, an HTML block, or a tag such as `@param`."""
     prose: list[str] = []
     inside_tag = False
     for line in lines:
@@ -142,11 +142,11 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description in the comments directly before the offset `start` of `source.bytes`, or "".
+    """Return the description in the comments before the byte `start` of `source.bytes`, as one line; "" if none.
 
-    `comments` are the sorted (start, end) spans of all comments. The description is in a block comment or in successive
-    line comments, with no blank line before `start`. In languages with `documented_by_blocks`, it is in the last
-    `/** */` comment, which other comments may follow.
+    `comments` are the sorted (start, end) spans of all comments. The description is the block comment, or the
+    successive line comments, right before `start`, without a blank line between. In languages with
+    `documented_by_blocks` it is the last `/** */` comment, even if other comments follow.
     """
     blocks_only = language.documented_by_blocks
     run: list[str] = []
@@ -160,7 +160,7 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
 
 
 def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
-    """Yield the comments before `start`, in reverse order; stop at a blank line or at code between two comments."""
+    """Yield the comments before `start`, the last one first; stop at a blank line or at code between two comments."""
     may_follow = language.gap.encode()
     for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
         first, last = spans[index]

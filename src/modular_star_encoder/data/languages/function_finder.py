@@ -1,6 +1,6 @@
 """Find the functions of a source text in its syntax tree: their spans, names, descriptions and code.
 
-The search uses tree-sitter queries and no recursion, so only memory limits how deeply code may be nested.
+The functions are found with tree-sitter queries and without recursion, so deeply nested code overflows no stack.
 """
 
 import re
@@ -24,7 +24,7 @@ _MAX_NAME_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function found in a source text; its fields have the meaning of those in `DocumentedFunction`."""
+    """A function in a source text. Each field means the same as the field with this name in `DocumentedFunction`."""
 
     line: int
     name: str
@@ -41,10 +41,10 @@ def find_functions(
     """Return the functions of `text` that have no syntax error, in order, including methods and nested functions.
 
     Functions without a body, and Python functions whose body is only a docstring, are left out. If `documented_only`,
-    functions without a description are left out too. PHP code must have its `<?php`. The numbers of files and functions
+    functions without a description are left out too. PHP code must contain `<?php`. The numbers of files and functions
     with a syntax error, and of functions nested too deeply, are added to `counts`.
 
-    Raises UnparsableSourceError if `text` can't be parsed, or has syntax errors and no function that is free of them.
+    Raises UnparsableSourceError if `text` can't be parsed, or if it has a syntax error and no function without one.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parsing.parse(source.bytes, grammar)
@@ -52,7 +52,7 @@ def find_functions(
     found = list(finder.functions(documented_only))
     if tree.root_node.has_error:
         if not finder.sound:
-            raise UnparsableSourceError("The text has no function without a syntax error.")
+            raise UnparsableSourceError("The text has syntax errors, and no function without one.")
         finder.counts["files with a syntax error"] += 1
     if counts is not None:
         counts.update(finder.counts)
@@ -77,14 +77,14 @@ def outline(text: str, language: str) -> list[Definition]:
     """Return the functions, classes and other definitions in `text`, outer ones before those inside them.
 
     `text` may have syntax errors. Definitions nested very deeply are left out. Raises UnparsableSourceError if `text`
-    can't be parsed, holds thousands of brackets that nothing closes (the query would take minutes), or has more than
-    `MAX_DEFINITIONS`.
+    can't be parsed, has thousands of unclosed brackets (the query would take minutes), or has more than
+    `MAX_DEFINITIONS` definitions.
     """
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     tree = parsing.parse(source.bytes, grammar)
     if parsing.has_wide_error(tree):
-        raise UnparsableSourceError("The text holds thousands of brackets that nothing closes.")
+        raise UnparsableSourceError("The text has thousands of unclosed brackets.")
     cursor = QueryCursor(grammar.definitions)
     cursor.set_max_start_depth(_MAX_DEPTH)
     matches = cursor.matches(tree.root_node)
@@ -215,7 +215,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Return the end of the heredocs that begin on a Ruby method's last line; the method's node excludes them."""
+        """Return the offset after the heredocs that follow a Ruby method's last line; `end`, its own end, if none."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]
@@ -226,9 +226,9 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the dotted name of the function or scope that a query matched: `A.b` for `A::b`.
+    """Return the dotted name of the function or scope that a query matched, such as `A.b` for `A::b`.
 
-    Return None for a macro, or a statement that error recovery took for a function.
+    Return None if the match is a macro, or a statement that tree-sitter's error recovery took for a function.
     """
     if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
         return None
@@ -312,7 +312,7 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """Return the text from `start` to `end` with the cuts made; of two cuts that overlap, only the first is made."""
+    """Return the text from byte `start` to `end` after the replacements `cuts`; of overlapping cuts, only the first."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

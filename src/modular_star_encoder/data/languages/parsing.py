@@ -25,24 +25,24 @@ class UnparsableSourceError(ValueError):
 
 
 class SourceText:
-    """A source text in UTF-8: `bytes` has no byte-order mark, and `\\n` for every `\\r\\n` and `\\r`.
+    """A source text as UTF-8 in `bytes`, without byte-order mark, and with `\\n` in place of `\\r\\n` and `\\r`.
 
     Grammars read `\\r` in different ways, and code is stored with `\\n`. `original_span` gives the original offsets.
     """
 
     def __init__(self, text: str) -> None:
-        """Encode `text`; raise UnparsableSourceError if it holds half a surrogate pair."""
+        """Encode `text`; raise UnparsableSourceError if it has a lone surrogate, which UTF-8 can't hold."""
         try:
             self._original = text.encode()
         except UnicodeEncodeError:
-            raise UnparsableSourceError("The text holds half a surrogate pair.") from None
+            raise UnparsableSourceError("The text has a lone surrogate, which UTF-8 can't hold.") from None
         body = self._original.removeprefix(codecs.BOM_UTF8)
         self._skipped = len(self._original) - len(body)
         self.bytes = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     @cached_property
     def _removed(self) -> list[int]:
-        """For each `\\r\\n` of the original, the offset in `bytes` of the `\\n` that replaces it."""
+        """For each `\\r\\n` of the original text, the offset in `bytes` of the `\\n` in its place."""
         pairs = re.finditer(rb"\r\n", self._original[self._skipped :])
         return [pair.start() - number for number, pair in enumerate(pairs)]
 
@@ -63,13 +63,13 @@ class SourceText:
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """Return the span of the original UTF-8 text for a span of `bytes`: (first byte, byte after the last, text)."""
+        """Convert a span of `bytes` to (first byte, byte after the last, text) in the original text as UTF-8."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 
 
 class _Parser:
-    """A tree-sitter parser and its buffer. The process crashes if two threads use one parser or buffer at a time."""
+    """A tree-sitter parser and its buffer. Only one thread at a time may use them, or the process crashes."""
 
     def __init__(self, grammar: TreeSitterLanguage) -> None:
         self._parser = Parser(grammar)
@@ -124,7 +124,7 @@ class Grammar:
 
     @cached_property
     def definitions(self) -> Query:
-        """`query` without the patterns for comments and strings; takes half as long as `query`."""
+        """The query that captures functions and other definitions; takes half as long as `query`."""
         lines = self._text.splitlines()
         return Query(self._grammar, "\n".join(one for one in lines if not one.endswith(("@comment", "@verbatim"))))
 
@@ -148,9 +148,9 @@ def load_grammar(language: str) -> Grammar:
 def parse(source: bytes, grammar: Grammar) -> Tree:
     """Return the syntax tree of UTF-8 `source`, like `parse_once`, but with fewer errors from macros in C and C++.
 
-    In these two languages, words that look like macros and break the syntax are replaced by blanks, and the source is
-    parsed again, up to three times within half of `MAX_PARSE_SECONDS`. All offsets stay the same. The tree with the
-    fewest errors is returned.
+    In C and C++, words that look like macros and break the syntax are replaced by blanks, and the source is parsed
+    again, up to three times within half of `MAX_PARSE_SECONDS`. All offsets stay the same. The tree with the fewest
+    errors is returned.
     """
     end = time.thread_time() + MAX_PARSE_SECONDS / 2
     tree = best = parse_once(source, grammar)
@@ -168,11 +168,11 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 
 
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
-    """Return the syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have no `text`: slice `source`.
+    """Return the syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have offsets, but no `text`.
 
     Raises UnparsableSourceError if `source` has null bytes or a line longer than `MAX_LINE_BYTES`, if its tree has more
-    than `MAX_NODES`, or if parsing takes longer than `MAX_PARSE_SECONDS`: the time to recover from errors is quadratic,
-    and worse in some grammars.
+    than `MAX_NODES` nodes, or if parsing takes longer than `MAX_PARSE_SECONDS`. Without this limit, errors in a long
+    text could take hours.
     """
     if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
         raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
@@ -196,7 +196,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
 
 
 def has_wide_error(tree: Tree) -> bool:
-    """Return whether an ERROR node has over 10,000 tokens as children: a query takes time quadratic in this number."""
+    """Return whether an ERROR node has over 10,000 tokens as children, which makes queries take minutes."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
         node = nodes.pop()
@@ -218,7 +218,7 @@ _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\)[ \t]*
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
-    """Return `source` with blanks for macro-like words that are a syntax error, or are next to one and may cause it."""
+    """Return `source` with blanks in place of words that look like macros and are, or are next to, a syntax error."""
     text = bytearray(source)
     for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
         start, end = node.byte_range
@@ -236,8 +236,8 @@ def check_syntax(code: str, language: str) -> tuple[float, bool]:
 
     The share counts the bytes of `code` under ERROR nodes of its tree-sitter tree, and one byte for each missing token.
     It is 1.0 for blank text and for text that can't be parsed. `code` is parsed alone and, for example, inside a class;
-    the better result is returned. Grammars, most of all Ruby's, may accept plain prose without errors, but then find no
-    function (a name and a body) in the prose. PHP code may lack its `<?php`.
+    the better result is returned. A grammar, such as Ruby's, may parse plain prose without errors, but finds no
+    function (a name and a body) in prose. PHP code needs no `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")

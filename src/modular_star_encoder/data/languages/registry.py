@@ -1,4 +1,4 @@
-"""Everything that the package knows about each programming language, read from `languages.toml`.
+"""The settings of each programming language that this package reads, from `languages.toml`.
 
 A new language needs a table in `languages.toml` and a query in `queries/NAME.scm`; `queries/README.md` lists the
 captures of a query. The language's tree-sitter grammar must be a dependency of this package, or in
@@ -17,7 +17,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Language:
-    """What the package knows about one language."""
+    """The settings of one programming language: its table in `languages.toml`."""
 
     name: str  # as this package writes it, in lower case
     suffixes: Sequence[str]  # of its files, such as `.py`
@@ -74,7 +74,7 @@ _LANGUAGE = {one.name: one for one in _ENTRIES}
 ALL_LANGUAGES = tuple(_LANGUAGE)
 """The names of all languages, as this package writes them."""
 SEARCH_LANGUAGES = tuple(name for name in ALL_LANGUAGES if name != "markdown")
-"""The languages that search reads unless others are named: all but Markdown."""
+"""The languages that search reads by default: all except Markdown."""
 LANGUAGES = SEARCH_LANGUAGES[:8]
 """The languages of ModularStarEncoder, which training and the data sets use."""
 
@@ -105,7 +105,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """Return `languages`, one name or several, without repetitions; `default` if None. UserError for unknown names."""
+    """Return `languages`, one name or several, without repetitions; `default` if None. UserError if one is unknown."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -124,12 +124,12 @@ def language_of_script(beginning: bytes) -> str | None:
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, else `language`, the language of the suffix."""
+    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, otherwise `language` (that of the suffix)."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 
 def language_named(name: Any) -> str | None:
-    """Return our name of the language that a data set calls `name`: `"cpp"` for `"C++"`, None for unknown names."""
+    """Return this package's name for a language, given its `name` in a data set: "cpp" for "C++"; None if unknown."""
     return _LANGUAGE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
 
 

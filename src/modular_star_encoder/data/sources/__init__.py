@@ -1,4 +1,4 @@
-"""Readers of source code: `SourceFile`, `SourceReader`, the filters by path and by text, and the decoding of bytes.
+"""Common parts of all readers of source code: files, readers, filters by path and by text, decoding of bytes.
 
 The readers are in `repositories` (folders, installed packages, archives) and `dataset_files` (data sets, The Stack v2).
 """
@@ -29,7 +29,7 @@ class SourceReader:
     """Iterates over the `SourceFile`s of a corpus, in a fixed order, without holding the corpus in memory.
 
     Attributes:
-        skipped: reason → number of files that the last iteration left out for this reason.
+        skipped: {reason: number of files that the last iteration left out for this reason}.
         repositories: names of the repositories in the order of reading; None if they are known only after reading.
     """
 
@@ -38,7 +38,7 @@ class SourceReader:
     def __init__(
         self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
     ) -> None:
-        """`read(skipped)` yields the files of one iteration, and counts the files left out in `skipped`, by reason."""
+        """`read(skipped)` yields the files of one iteration; it counts the files left out in `skipped`, by reason."""
         self._read, self.repositories = read, repositories
         self.skipped: Counter[str] = Counter()
 
@@ -99,7 +99,7 @@ def is_closed(path: PurePath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether lines 1 to 5 of `text` say it is generated, or one of lines 1 to 40 `generated … do not edit`."""
+    """Return whether lines 1 to 5 say that `text` is generated, or a line up to 40 is `generated … do not edit`."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
@@ -107,7 +107,7 @@ def is_generated(text: str) -> bool:
 def is_marked_generated(text: str) -> bool:
     """Return whether `text` is marked as generated and not to be edited.
 
-    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or one of lines 11 to 40 that consists of
+    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or a line from 11 to 40 with nothing but
     `generated … do not edit`.
     """
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
@@ -120,7 +120,7 @@ def is_marked_generated(text: str) -> bool:
 def is_minified(text: str) -> bool:
     """Return whether `text` has a line of over 1,000 characters, and lines of over 200 characters on average.
 
-    For the average, a line has at most 10,000 characters, so that one line of data does not outweigh lines of code.
+    In the average, a longer line counts as 10,000 characters, so that one line of data does not outweigh lines of code.
     """
     if len(text) <= _MINIFIED_AVERAGE * (text.count("\n") + 1):
         return False
@@ -133,7 +133,7 @@ def _line_lengths(text: str) -> list[int]:
 
 
 def alphabetic_share(text: str) -> float:
-    """Return the share of letters among the characters of `text`; 0 if it is empty."""
+    """Return the share of letters among the characters of `text`, from 0.0 to 1.0; 0.0 if `text` is empty."""
     # Deleting from bytes runs in C: fifteen times as fast as testing every character.
     if text.isascii():
         letters = len(text) - len(text.encode().translate(None, string.ascii_letters.encode()))
@@ -143,7 +143,7 @@ def alphabetic_share(text: str) -> float:
 
 
 def holds_encoded_data(text: str) -> bool:
-    """Return whether Base64, hexadecimal data or Unicode escapes fill 1,024 characters in a row or half of `text`."""
+    """Return whether Base64, hexadecimal data or Unicode escapes fill half of `text` or 1,024 successive characters."""
     for hint, pattern in _ENCODED_DATA:
         lengths = [match.end() - match.start() for match in pattern.finditer(text)] if hint in text else []
         if lengths and (max(lengths) > _MAX_ENCODED_CHARACTERS or sum(lengths) > _MAX_ENCODED_SHARE * len(text)):
@@ -170,8 +170,8 @@ _NO_SOURCE = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7
 def decode_source(content: bytes) -> tuple[str, str | None]:
     """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    A byte-order mark decides the encoding. Without one, the first of these that fits the bytes is used: the encoding in
-    a coding line (PEP 263), UTF-8, Latin-1. Latin-1 fits all bytes and may be wrong, so its name is returned as None.
+    A byte-order mark decides the encoding. Without one, the first of these encodings that fits the bytes is used: that
+    of a coding line (PEP 263), UTF-8, Latin-1. Latin-1 fits all bytes and is a guess, so its name is returned as None.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -204,13 +204,13 @@ class FileFilters:
     tests: bool = False
 
     def reason_by_path(self, path: PurePath, language: str) -> str | None:
-        """Return why the file at `path`, relative to its repository, is left out, or None if it is not."""
+        """Return why the file at `path`, relative to its repository, is left out; None if it is kept."""
         if not self.vendored and is_vendored(path, language):
             return "vendored code"
         return "test code" if not self.tests and is_test(path, language) else None
 
     def reason_by_text(self, text: str) -> str | None:
-        """Return why a file with this text is left out, or None if it is not."""
+        """Return why a file with the content `text` is left out; None if it is kept."""
         # A character has one to four bytes, so most texts need not be encoded to compare their size.
         size = len(text) if 4 * len(text) <= self.max_bytes else len(text.encode(errors="surrogatepass"))
         if size > self.max_bytes:
@@ -235,7 +235,7 @@ class FileFilters:
         return "encoded data" if not self.encoded_data and holds_encoded_data(text) else None
 
     def decode(self, content: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
-        """Return (text without a byte-order mark, None), or ("", reason) if a file with these bytes is left out."""
+        """Return (text of a file without byte-order mark, None), or ("", reason) if the file is left out."""
         if len(content) > self.max_bytes:
             return "", "too large"
         fault = "not UTF-8" if encoding == "utf-8-sig" else "not in its declared encoding"

@@ -50,7 +50,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 class RowColumns:
     """The names of the columns of a data set with one file per row.
 
-    If `language` is None, the path's suffix decides the language. `license` may hold a text or a list of texts.
+    If `language` is None, the path's suffix decides the language. The column `license` holds texts or lists of texts.
     """
 
     repository: str
@@ -84,7 +84,7 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, why the file is left out or None, kind of error). A message of an error may hold the URL."""
+    """Return (content, why the file is left out or None, kind of error without its message, which may hold the URL)."""
     try:
         content = future.result()
     except HTTPRequestError as error:
@@ -176,9 +176,9 @@ def the_stack_repositories(
 
     Args:
         source, options: see `open_rows`; for example `"bigcode/the-stack-v2-train-smol-ids"`.
-        content_url: an http address or a URL of fsspec, with `{blob_id}` for the file's id. An example is
-            `s3://softwareheritage/content/{blob_id}`, which needs `s3fs` and credentials where `s3fs` looks for them.
-            It is never shown, because it may hold a signature.
+        content_url: an http address or a URL of fsspec, with `{blob_id}` in place of the file's id. For example,
+            `s3://softwareheritage/content/{blob_id}` needs the package `s3fs` and AWS credentials. The address is never
+            shown, because it may contain a signature.
         http: `concurrency`, the number of files fetched at the same time; also `attempts`, `pause` and `timeout` for an
             http address (see `HTTPClient`).
     """
@@ -216,7 +216,7 @@ def the_stack_repositories(
 def _wanted_files(
     row: dict[str, Any], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
 ) -> Iterator[tuple[SourceFile, str, str]]:
-    """Yield (file without its text, blob id, encoding) for each file of a row that is to be fetched."""
+    """Yield (file without its text, blob id, encoding) for each file of `row` to fetch; count others in `skipped`."""
     _check(row, _STACK_ROW)
     for record in row["files"] or ():
         _check(record, _STACK_FILE | {name: kind for name, kind in _STACK_FILE_MORE.items() if name in record})
@@ -240,7 +240,7 @@ def _wanted_files(
 def _fetched(
     files: Iterable[tuple[SourceFile, str, str]], url: str, http: Mapping[str, Any], max_bytes: int
 ) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
-    """Yield (file, encoding, future of the content) in order; only a few contents are fetched ahead."""
+    """Yield (file, encoding, future of its content) in order; fetch a few contents ahead of the consumer."""
     waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
     with ExitStack() as stack:  # leaving it cancels pending fetches
         if urlsplit(url).scheme in _HTTP:

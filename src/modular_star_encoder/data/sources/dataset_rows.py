@@ -1,4 +1,4 @@
-"""Read the rows of parquet, JSON Lines and CSV files, of folders of such files, and of Hub datasets, in their order."""
+"""Read rows, in order, from parquet, JSON Lines and CSV files, from folders of these, and from Hub datasets."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def open_rows(
     data_dir: str | None = None,
     batch_size: int = _ROWS_PER_BATCH,
 ) -> Iterable[dict[str, Any]]:
-    """Return an iterable of the rows of parquet files or of a Hub dataset; it can be read again and again.
+    """Return an iterable, which can be read repeatedly, of the rows of parquet files or of a Hub dataset.
 
     Args:
         source: A parquet file or URL, a list of these, a folder of such files, or the name of a dataset of the Hub.
@@ -117,7 +117,7 @@ def open_rows(
 
 
 def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
-    """Open the parquet files at `urls`, or the Hub dataset `source` if `urls` is empty."""
+    """Open the parquet files at `urls`, or the Hub dataset `source` if `urls` is empty, without downloading all."""
     import datasets
 
     if not urls:
@@ -140,14 +140,14 @@ class _Repeatable(Generic[Item]):
 
 
 class _RowsError(OSError):
-    """Raised if a file of rows exceeds a limit; the message says which."""
+    """Raised if a file of rows exceeds a limit; the message names the limit."""
 
 
 def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
     """Open a parquet file; OSError if it is a folder or a pipe, or if its metadata exceeds a limit.
 
-    A column may have as many values as a text file may have rows (see `_size_fault`). In a file with more than
-    `_MAX_ROW_GROUPS` row groups, these must have `_MIN_GROUP_ROWS` rows on average.
+    The limits are those of `_size_fault`, for the values of a column and all characters; `_MAX_COLUMNS`; and
+    `_MAX_ROW_GROUPS` row groups plus one for every `_MIN_GROUP_ROWS` rows.
     """
     from pyarrow import parquet
 
@@ -180,8 +180,8 @@ def parquet_batches(
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the rows of a parquet file, at most `most_rows` at a time, and fewer if the rows may be large.
 
-    `columns` are the names of the columns to read; None for all. OSError as in `open_parquet`, or if the content
-    unpacks to more characters than a text file of this size may have.
+    `columns` are the names of the columns to read; None for all. Raises OSError like `open_parquet`, or if the content
+    unpacks to more characters than `_size_fault` allows for the size of the file.
     """
     import pyarrow
     from pyarrow import parquet
@@ -212,7 +212,7 @@ def parquet_batches(
 
 
 def _decoded_bytes(column: pyarrow.Array) -> int:
-    """Return the size of the texts in a column, also in its lists and structures; dictionaries are not decoded."""
+    """Return how many bytes the dictionary-encoded texts in a column, also in its lists, would have when decoded."""
     from pyarrow import compute, types
 
     if types.is_dictionary(column.type):
@@ -224,13 +224,13 @@ def _decoded_bytes(column: pyarrow.Array) -> int:
 def parquet_rows(
     file: str | os.PathLike[str], columns: Sequence[str] | None = None, most_rows: int = _ROWS_PER_BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Yield a parquet file's rows; see `parquet_batches`."""
+    """Yield a parquet file's rows one by one; for arguments and errors see `parquet_batches`."""
     for batch in parquet_batches(file, columns, most_rows):
         yield from batch.to_pylist()
 
 
 def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
-    """Yield the rows, or pairs (place, row), that `read()` yields; turn the errors of a damaged file into UserError."""
+    """Yield the rows, or pairs (place, row), that `read()` yields. If a file is damaged, raise UserError."""
     place = name
     try:
         for number, item in enumerate(read(), 1):
@@ -246,13 +246,13 @@ def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
 
 
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
-    """Return an iterable of the pairs (place, row) of a dataset; it can be read again and again, in the same order.
+    """Return an iterable, which can be read repeatedly, of the pairs (place, row) of a dataset, in order.
 
     A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read.
 
     Args:
         source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
-        columns: Names of the columns to read; all if empty. In JSON Lines, a row may lack columns and have others.
+        columns: Names of the columns to read from parquet; all if empty. JSON Lines and CSV are read with all columns.
         split: The split to read. In a folder, it is the files whose names begin with `split` (`train-00000.parquet`),
             or all files if no name begins with train, validation or test. Files that `source` names are read whole.
         options: `config`, `revision` and `data_dir` of a Hub dataset; see `open_rows`.
@@ -306,7 +306,7 @@ def column_names(source: Source, **options: Any) -> list[str]:
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts in one column of a dataset; UserError if a row has no text there. See `open_dataset_rows`."""
+    """Yield the texts in one column of a dataset (see `open_dataset_rows`); UserError if a row has no text in it."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} has no text in column {column!r}.")
@@ -314,7 +314,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
 
 
 def not_unicode(text: str) -> str | None:
-    """Return why `text` can't be encoded in UTF-8 (it has lone surrogates, which JSON can hold), or None if it can."""
+    """Return why `text` can't be encoded in UTF-8 (lone surrogates, which JSON can hold); None if it can."""
     return "halves of characters (lone surrogates)" if re.search(r"[\ud800-\udfff]", text) else None
 
 
@@ -347,7 +347,7 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
 
 
 def _text_lines(file: str) -> Iterator[str]:
-    """Yield the lines of a text file, also a gzip file; OSError at a line that is too long, or too many lines."""
+    """Yield the lines of a text file, plain or gzip; OSError if a line is too long or the lines are too many."""
     characters = 0
     opener: Any = gzip.open if file.endswith(".gz") else open
     with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
@@ -363,10 +363,10 @@ def _text_lines(file: str) -> Iterator[str]:
 
 
 def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
-    """Return a fault if `file` is too small to hold so many rows and characters of real texts; "" if not.
+    """Return an error message if `file`, for its size, has too many `rows` or unpacked `characters`; otherwise "".
 
-    Any file may hold `_MAX_ROWS` and `_MAX_CHARACTERS`. Above these limits, each byte of the file may hold one row and
-    `_MAX_RATIO` characters. In a gzip file, a row needs 8 bytes.
+    Every file may have `_MAX_ROWS` rows and `_MAX_CHARACTERS` characters. Each byte of the file allows one more row (in
+    a gzip file, 8 bytes do) and `_MAX_RATIO` more characters.
     """
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return ""
@@ -379,7 +379,7 @@ def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) ->
 
 
 def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
-    """Return (names of the columns, character between fields) of a CSV file, read from the first of its `lines`."""
+    """Return (names of the columns, delimiter: `,`, `;` or tab) of a CSV file, read from the first of its `lines`."""
     header = next(lines, "")
     delimiter = max(",;\t", key=header.count)
     if header.count(delimiter) >= _MAX_COLUMNS:
@@ -393,7 +393,7 @@ def _csv_names(file: str) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Read CSV files whose first line names the columns; commas, semicolons or tabs separate the fields."""
+    """Yield (place, row) for each row of CSV files; the first line of a file names the columns."""
     csv.field_size_limit(_MAX_FIELD)
     for file in files:
         lines = _text_lines(file)

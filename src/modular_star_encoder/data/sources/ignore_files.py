@@ -1,7 +1,7 @@
-"""Tell which files of a folder git ignores, from `.gitignore`, `.git/info/exclude` and `.git/index`.
+"""Finds the files of a folder that git ignores, by reading `.gitignore`, `.git/info/exclude` and `.git/index`.
 
 git itself is not run, because the configuration of a repository may name programs that git would start. The user's
-settings, such as `core.excludesFile`, are not read.
+git settings, such as `core.excludesFile`, are not read.
 """
 
 import os
@@ -28,8 +28,8 @@ class IgnoreFiles:
     """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files.
 
     A `.moseignore` has the form of a `.gitignore`. Ignore files in the folders above `root` apply too, up to the top of
-    the git repository. A repository inside `root` has rules of its own. A file that git tracks is ignored only if a
-    `.moseignore` says so. Call `ignores` for a folder before its content.
+    the git repository. In a repository inside `root`, only the ignore files of that repository apply. A file that git
+    tracks is ignored only if a `.moseignore` says so. Call `ignores` for a folder before its content.
     """
 
     def __init__(self, root: Path) -> None:
@@ -47,7 +47,7 @@ class IgnoreFiles:
         added = (rule.expression.pattern for rule in inner.rules[known:])
         self._work += sum(50 + len(pattern) + 100 * pattern.count(b"[") for pattern in added)
         if self._work > MOST_WORK:
-            message = "The ignore files have too many or too long patterns; the last one read is in"
+            message = "The ignore files have too many or too long patterns: shorten them, such as those in"
             raise UserError("data.ignore.too_large", f"{message} {path}.")
         return inner
 
@@ -90,7 +90,7 @@ class _Folder:
     inherited: _Rule | None = None  # the rule that ignores this folder, of which only files that git tracks are read
 
     def inner(self, path: str) -> "_Folder":
-        """Return the rules for the content of `path`, a folder directly in this one."""
+        """Return the rules for the content of the folder `path`, which is directly in this folder."""
         rules, repository, inherited = self.rules, self.repository, self.inherited
         if os.path.lexists(os.path.join(path, ".git")):
             repository, inherited = _Repository(Path(path)), None
@@ -174,7 +174,7 @@ def _rules(file: str, folder: str) -> list[_Rule]:
     """Return the rules of an ignore file for the paths below a folder; no rules if the file can't be read."""
     content = beginning(file, _MAX_BYTES + 1) or b""
     if len(content) > _MAX_BYTES or content.count(b"\n") + content.count(b"[") > MOST_LINES:
-        message = f"{file} has more than {MOST_LINES:,} lines and sets, or {_MAX_BYTES:,} bytes: shorten it."
+        message = f"{file} has over {MOST_LINES:,} lines and sets, or over {_MAX_BYTES:,} bytes: shorten it."
         raise UserError("data.ignore.too_large", message)
     rules = []
     for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
@@ -209,7 +209,7 @@ _FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]
 
 
 def glob_expression(glob: bytes) -> bytes:
-    """Return a regular expression for a git pattern, read as in git's wildmatch.c; re.error if no path can match."""
+    """Return a regular expression that matches what git (wildmatch.c) matches with `glob`; re.error if nothing."""
     start = _LITERAL.findall(glob)[0]  # git compares this literal text first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
     # Index in `parts` and kind of the previous wildcard that stays in a folder, and of the previous one that does not.
@@ -262,7 +262,7 @@ _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<las
 
 
 def _set(glob: bytes, at: int) -> tuple[list[int], int]:
-    """Read a set such as `[a-z]`, with `at` after the `[`; return (bytes that the set matches, index after the set)."""
+    """Parse a set such as `[a-z]` from the index `at`, after its `[`; return (matching byte values, index after it)."""
     is_negative = glob[at : at + 1] in (b"!", b"^")
     at += is_negative
     first, chosen = at, set[int]()
@@ -279,7 +279,7 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
 
 
 def _ranges(values: list[int]) -> bytes:
-    """Return the content of a set of a regular expression, as ranges: short, also if nearly all bytes match."""
+    """Return ascending byte values as the content of a regular expression's set, written in ranges."""
     ends = [[values[0], values[0]]]
     for value in values[1:]:
         if value == ends[-1][1] + 1:

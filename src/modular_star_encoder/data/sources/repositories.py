@@ -1,8 +1,8 @@
-"""Read source files of this machine: installed Python distributions, folders of checkouts, zip and tar archives.
+"""Read source files on this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
-Files come in the order of repository and path; in an archive, in the order of its members. Archives are not trusted:
+Files are sorted by repository and path; in an archive, they have the order of its members. Archives are not trusted:
 their content is never written to disk. Links, devices and paths that lead outside of the archive are counted, but not
-read. The size and number of members are limited, and so are the unpacked bytes of an archive.
+read. The number of members, their sizes and the unpacked bytes of an archive are limited.
 """
 
 import bz2
@@ -51,7 +51,7 @@ class FileReader(SourceReader):
     Attributes:
         skipped_files: (path, reason) of each file that the last iteration left out.
         guessed_files: paths of the files that the last iteration read as Latin-1, because they are not UTF-8.
-        is_known: None, or a function of path and location. If it returns True, a file is neither read nor counted.
+        is_known: None, or a function (path, location) → bool. Files for which it is True are neither read nor counted.
     """
 
     def __init__(self, found: _Found, filters: FileFilters) -> None:
@@ -136,11 +136,11 @@ def folder_repositories(
         languages: languages to read; by default `LANGUAGES`.
         depth: number of levels from `folder` down to the repositories; by default 0 if `folder` holds one of
             `CHECKOUT_MARKERS`, else 1. At depth 0, `folder` is the repository. Otherwise a repository is named by its
-            path, such as `"a/b"` at depth 2. At this depth, a file directly in `a` belongs to the repository `"a"`, and
-            a file directly in `folder` to `"."`.
-        may_be_empty: if False, UserError if there is no file to read.
-        obey_ignore_files: leave out what git ignores, read scripts without a suffix too, and count links and folders
-            that can't be read as left out.
+            path, such as `"a/b"` at depth 2. At depth 2, a file directly in `a` belongs to the repository `"a"`, and a
+            file directly in `folder` to `"."`.
+        may_be_empty: whether to return a reader without files. If False and there is no file to read, raise UserError.
+        obey_ignore_files: leave out files that git ignores, read scripts without a suffix too, and count links and
+            unreadable folders as left out.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -172,7 +172,7 @@ def folder_repositories(
 
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[_File, str | None]]:
-    """Yield (file with its path relative to `root`, why the file is left out, or None) for every source file."""
+    """Yield (file, why it is left out or None) for every source file below `root`; paths are relative to `root`."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
     left_out: list[tuple[Path, str]] = []
@@ -232,7 +232,7 @@ FREE_BYTES, MAX_RATIO = 2**24, 50  # beyond the free bytes, each byte of the arc
 
 
 class ArchiveLimitError(Exception):
-    """Raised if an archive exceeds a limit. A reader counts its message as a reason in `skipped`."""
+    """Raised if an archive exceeds a limit. The message is the reason that a reader counts in `skipped`."""
 
 
 class Member(NamedTuple):
@@ -300,7 +300,7 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header. ArchiveLimitError before tarfile reads a huge name or huge attributes that follow the header."""
+    """A tar header that raises ArchiveLimitError before tarfile reads a huge name or huge attributes after it."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
