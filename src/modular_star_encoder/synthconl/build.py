@@ -80,7 +80,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
     if not {"source", "column"} <= set(options):
-        raise UserError("synthconl.recipe.against", f"Each of `against` needs `source` and `column`, not {options}.")
+        raise UserError("synthconl.recipe.against", f"Each set of `against` needs `source` and `column`: {options}.")
     return options
 
 
@@ -194,7 +194,7 @@ class Build:
 
 
 def functions(build: Build, out: Path) -> Report:
-    """Extract the documented functions of the recipe's corpora to row files in `out`; report their counts."""
+    """Extract the documented functions of the recipe's corpora to row files in `out`; return their counts."""
     recipe, counts = build.recipe, Counter[str]()
     rows = function_rows(
         recipe.corpus,
@@ -221,7 +221,7 @@ def translations(build: Build, out: Path) -> Report:
 
 
 def triplets(build: Build, out: Path) -> Report:
-    """Take the code out of the model's answers; write each accepted translation and its function as one row."""
+    """Take the code out of the model's answers; write accepted ones, each with its function, as rows; return counts."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe
@@ -319,7 +319,7 @@ _CONTINUED = (translations, near_duplicates)  # stages that continue after an in
 
 
 def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield (row of an extracted function, row of the model's answer)."""
+    """Yield (row of an extracted function, row of the model's answer); UserError if their ids differ."""
     for file in row_files(out / "functions"):
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
@@ -330,7 +330,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return a key to sort (name, count): files, rows, documented, dropped, kept; then larger counts first."""
+    """Return the key that sorts counts by the beginnings of their names (`starts`), and larger counts first."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -341,7 +341,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _check_inputs(build: Build) -> None:
-    """Open the inputs of all unfinished stages, so that a mistake is reported before hours of translation."""
+    """Open the inputs of all unfinished stages, so that a wrong input raises UserError before hours of translation."""
     recipe = build.recipe
     if not build.is_done("translations"):
         recipe.translation.open()
@@ -367,7 +367,7 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _read_log(build: Build) -> dict[str, Any]:
-    """Return the log of earlier calls; UserError if they had other settings, or the folder has other files."""
+    """Return the log of earlier calls; UserError if a setting has changed, or the folder has unrelated files."""
     out, key, fault = build.out, "", ""
     log = read_json(out / LOG) if (out / LOG).is_file() else {}
     ours = (LOCK, f".{LOG}.")
@@ -378,7 +378,7 @@ def _read_log(build: Build) -> dict[str, Any]:
         if other and (out / name).exists() and not key:
             made = f"{out / name} was made with other values of {', '.join(other)}"
             key = "other_settings"
-            fault = f"{made}. Choose another folder to build in, or remove this one and those of later stages"
+            fault = f"{made}. Build in another folder, or remove this one and those of later stages"
     if key:
         raise UserError(f"synthconl.build.{key}", f"{fault}.")
     return log

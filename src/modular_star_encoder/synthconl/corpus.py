@@ -1,10 +1,10 @@
 """Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
-    fetch_packages   names and versions of packages → their archives, by the registries' own clients
-    build_corpus     archives → functions, a file of rows for each package → pairs, held-out pairs, texts without a pair
-    check_corpus     the corpus → its texts that equal, or nearly equal, a text of an evaluation set
+    fetch_packages   downloads packages, given by name and version, with the clients of the registries (apt, npm, pip)
+    build_corpus     extracts pairs for training, pairs for validation, and functions without a description
+    check_corpus     finds the texts of a corpus that are equal or nearly equal to a text of an evaluation set
 
-An interrupted call continues if it is repeated. One process at a time works in a folder. Equal packages give an equal
+A repeated call continues an interrupted one. One process at a time works in a folder. Equal packages give an equal
 corpus.
 """
 
@@ -94,7 +94,7 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
     """Download the packages that `out` lacks, each to its own folder in `out`; return {outcome: packages}.
 
-    An outcome is "fetched", "fetched before", or the reason why the packages can't be downloaded.
+    An outcome is "fetched", "fetched before" (by an earlier call), or the reason why packages can't be downloaded.
     """
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
     options: Row = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _FETCH_SECONDS, "check": True}
@@ -120,9 +120,9 @@ def build_corpus(
 ) -> Row:
     """Extract a corpus of functions from downloaded packages to `out`; return statistics, also stored in `stats.json`.
 
-    `pairs.jsonl.gz` has rows of `package`, `language`, `name`, `description` and `code`. `pairs_valid.jsonl.gz` has
-    such rows of other packages, for validation. `texts.jsonl.gz` has the functions without a usable description, as
-    `package`, `language`, `kind` ("code") and `text`. A package with a file in `out/packages` is not read again.
+    `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`. `pairs_valid.jsonl.gz` has
+    the same columns for other packages, for validation. `texts.jsonl.gz` has the functions without a usable
+    description: `package`, `language`, `kind` ("code"), `text`. A package with a file in `out/packages` is not read.
 
     Args:
         packages: The packages to read, at least two; `stats.json` lists those that `source` lacks.
@@ -187,7 +187,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) per item: a file's rows are pairs, and functions without description."""
+    """Return (package number, counts, rows) for each item; rows are a file's pairs and its functions without one."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -281,11 +281,11 @@ def _key(text: str) -> bytes:
 
 
 class EvaluationTexts:
-    """Finds texts that equal, or nearly equal, a text of an evaluation set or its first `MAX_CHARACTERS` characters.
+    """Finds texts that are equal or nearly equal to a text, or to the beginning of a text, of an evaluation set.
 
-    A set is a file of JSON lines (also `.gz`), a JSON file with a list of rows, or a folder of such files; it is named
-    after the file or folder. Rows in CodeSearchNet's format give the code and the query of its benchmark. Other rows
-    give `code` (text, list or {language: text}), and `description` and `query`, whole and paragraph by paragraph.
+    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of these; its name
+    is that of the file or folder. Its texts are those in `code` (text, list or {language: text}), `description` and
+    `query` of each row, and the paragraphs of the last two. Rows may also have CodeSearchNet's format.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -298,7 +298,7 @@ class EvaluationTexts:
                 for kind, text in dict.fromkeys(_evaluation_texts(path)):
                     self._add(source.name.partition(".")[0], kind, text)
         if not self._texts:
-            raise UserError("corpus.against", "The evaluation sets need texts in `code`, `description` or `query`.")
+            raise UserError("corpus.against", "Pass an evaluation set with texts in `code`, `description` or `query`.")
 
     def _add(self, name: str, kind: str, text: str) -> None:
         self.counts[f"{name} {kind}"] += 1
@@ -311,7 +311,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return "equal SET" or "near SET" if SET has such a text of `kind` ("code", "description"); otherwise None."""
+        """Return "equal SET" or "near SET" for the set with such a text of `kind` ("code", "description"), or None."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -330,7 +330,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each code, description and query of a file, and each paragraph of the last two."""
+    """Yield ("code", text) for each code of a file, ("description", text) for each description, query and paragraph."""
     rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
     if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -348,9 +348,9 @@ def check_corpus(
 ) -> tuple[Row, list[str]]:
     """Find the texts of a corpus whose letters and digits equal, or nearly equal, those of an evaluation text.
 
-    `files` are of `build_corpus`; the folder `drop`, if given, gets copies of them without the rows that were found.
-    Return a report with the numbers of rows and of found texts in each file, for a model's card; and for each found
-    text, a line with its file, row, package and evaluation set.
+    `files` are written by `build_corpus`. The folder `drop`, if given, gets copies without the rows that are found.
+    Return (report, lines). The report, for a model's card, has the numbers of rows and of found texts in each file.
+    The lines say for each found text its file, row, package and evaluation set.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}

@@ -1,8 +1,8 @@
 """Drop near-duplicate rows of parquet files; a repeated call continues one that was interrupted.
 
-A call writes a file of fingerprints for each file of rows to the folder `WORK`, then the files of kept rows, and last
-the report. Each file appears complete, by a rename. Which rows are kept depends on the fingerprints alone, so that a
-repeated call keeps the same rows.
+A call writes to the folder `WORK` a file of fingerprints for each file of rows, then the files of kept rows to the
+output folder, and last the report. A file gets its name once it is complete. The fingerprints alone decide which rows
+are kept, so a repeated call keeps the same rows.
 """
 
 import json
@@ -48,20 +48,20 @@ def drop_near_duplicates(
 ) -> dict[str, Any]:
     """Copy parquet files without near-duplicate rows; the copies have the same names.
 
-    `dropped.jsonl` in `out` gets a line for each dropped row: `id`; `reason`; `cluster` (the smallest id in the row's
-    cluster); `nearest` (the id of the most similar row, or the number, from 0, of the near text in another set); and
-    `similarity`. The job needs a few hundred bytes of memory per row and column and, while it runs, disk space for a
-    copy of the texts.
+    `dropped.jsonl` in `out` gets a line for each dropped row with `id`, `reason`, `cluster` (the smallest id in its
+    cluster of near-duplicates), `nearest` and `similarity`. `nearest` is the id of the most similar row, or the number,
+    from 0, of the similar text in a set of `against`. The job needs a few hundred bytes of memory per row and column
+    and, while it runs, disk space for a copy of the texts.
 
     Args:
         source: The folder of parquet files.
         out: The folder to write: new, empty, or left by an interrupted call with the same arguments.
-        columns: The columns of text to compare; `settings.match` says whether one or all of them must be near.
-        id_column: A column of different texts or integers; of near-duplicates, the row with the smallest id is kept.
-            If None, the first row is kept, in the order of the file names.
+        columns: The columns of text to compare; `settings.match` says whether one or all of them must be similar.
+        id_column: A column of unique texts or integers. Of near-duplicates, the row with the smallest id is kept; if
+            `id_column` is None, the first row in the order of the file names.
         against: See `find_near_duplicates`.
         share: (i, n): only fingerprint the files i, i + n, i + 2n, … (from 0), and return {}. Fingerprinting takes most
-            of the time; n processes, also on several machines, may share it. A last call without `share` does the rest.
+            of the time, so n processes or machines may share it. Then a call without `share` does the other steps.
 
     Returns:
         The content of `report.json` in `out`: `rows`, their number; `counts`, {"kept" or the reason of dropping: number
@@ -70,7 +70,7 @@ def drop_near_duplicates(
         `giant_clusters`, `largest_bucket` and `rows_over_limit` as in `NearDuplicates`; `job`, the input and settings.
 
     Raises:
-        UserError: files, columns or ids can't be used; `out` has other files or was begun with other arguments; or
+        UserError: files, columns or ids can't be used; `out` has unrelated files or was begun with other arguments; or
             another process works in `out`.
     """
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
@@ -131,7 +131,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
             content = read_json(begun[0])
             before = content.get("job", {}) if begun[0].name == REPORT else content
             if changed := [name for name in job if before.get(name) != job[name]]:
-                changes = f"other {', '.join(changed)}. Choose another folder, or remove this one to start again"
+                changes = f"other values of {', '.join(changed)}. Use another folder, or remove this one to start again"
                 key, fault = "other_job", f"was begun with {changes}"
         except (ValueError, AttributeError) as error:
             key, fault = "damaged", f"has a damaged {begun[0].name} ({error}); remove the folder and start again"

@@ -1,7 +1,7 @@
 """Find near-duplicate texts: MinHash bands propose pairs, and the Jaccard similarity of each pair's shingles decides.
 
 Distinct rows are numbered in the order of their ids, so that no result depends on the order of the input. A pair of
-rows is one uint64, with the number of the first row in the upper and that of the second row in the lower 32 bits.
+rows is one uint64: the number of the first row in the upper 32 bits, the number of the second in the lower 32 bits.
 """
 
 import warnings
@@ -45,7 +45,7 @@ class Banding:
     rows: int
 
     def candidate_probability(self, jaccard: float | np.ndarray) -> float | np.ndarray:
-        """Return the probability that two texts of this similarity are compared: 1 − (1 − jaccard^rows)^bands.
+        """Return the probability that two texts of similarity `jaccard` are compared: 1 − (1 − jaccard^rows)^bands.
 
         Source: Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4.2.
         """
@@ -57,7 +57,7 @@ def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
     """Return the banding with the smallest error at `threshold`, for pairs with similarities spread evenly from 0 to 1.
 
     The error is (1 − `miss_weight`) × (share of pairs that are below the threshold and compared) + `miss_weight` ×
-    (share of pairs at or above it that are not compared), as in datasketch's `MinHashLSH` ("LSH Ensemble", VLDB 2016).
+    (share of pairs at or above it that are not compared). Source: datasketch's `MinHashLSH` (LSH Ensemble, VLDB 2016).
     """
     similarity = (np.arange(1000) + 0.5) / 1000
 
@@ -76,19 +76,19 @@ class DuplicateSettings:
     """Settings that define which rows are near-duplicates.
 
     Args:
-        threshold: smallest Jaccard similarity at which two texts are near-duplicates; the compared sets are the
-            shingles of the texts, which are all substrings of 5 characters.
+        threshold: smallest Jaccard similarity at which two texts are near-duplicates; the sets compared are their
+            shingles (all substrings of 5 characters).
         recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, it means 25
             bands of 10 hashes: 94 % of the pairs of similarity 0.8 are compared, and half of those of similarity 0.7.
             `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the pairs of
             similarity 0.7, and many more pairs below it.
-        match: two rows are near-duplicates if the texts in one column are (`"either"`), or in all columns (`"both"`).
-        bucket_limit: a row is compared with at most this number of the rows that have the same hashes in a band: those
-            of smallest ids. This bounds memory: at most bands × `bucket_limit` pairs of eight bytes per row,
-            and less than one pair in ordinary corpora.
+        match: two rows are near-duplicates if their texts are near in one column (`"either"`) or in all (`"both"`).
+        bucket_limit: largest number of rows, of those with the same hashes in a band, that a row is compared with;
+            rows with smaller ids come first. It bounds memory to bands × `bucket_limit` pairs per row, of 8 bytes each.
+            In ordinary corpora, a row has less than one pair.
         giant_cluster: largest number of different rows in a cluster that keeps only one row. A cluster is a group of
             rows linked by near pairs, directly or through other rows. A larger cluster may link unlike rows through
-            boilerplate, so it drops a row only if this row is near a kept row of smaller id.
+            boilerplate, so a row in it is dropped only if it is near a kept row of smaller id.
     """
 
     threshold: Annotated[Float, Constraint(gt=0, le=1)] = 0.7
@@ -104,7 +104,7 @@ class DuplicateSettings:
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return `hashes`, uint64 (shingles,), and `bounds`, int64: text i has `hashes[bounds[i]:bounds[i + 1]]`.
+    """Return hashes, uint64 (shingles,), and bounds, int64 (texts + 1,): text i has `hashes[bounds[i]:bounds[i + 1]]`.
 
     A shingle is a substring of `SHINGLE_CHARACTERS` code points. A shorter text is one shingle; a blank text has none.
     """
@@ -160,7 +160,7 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return {`text`, `digest`, `keys`} for each text, in their order; None is treated as a blank text.
+    """Return an array of structures {`text`, `digest`, `keys`}, one for each text; None is treated as a blank text.
 
     `text` is the text in UTF-8, which may contain lone surrogates. `digest` has two uint64, the same for equal texts
     and zero for blank texts. `keys` has a uint64 per band: two texts with the same key in a band are compared.
@@ -204,7 +204,7 @@ _BYTES_AT_A_TIME, _BYTES_OF_PAIR = 1 << 23, 1 << 10  # limit memory: a byte of t
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """Says which of n rows are kept, and why the others are dropped. A row is given by its position in the input."""
+    """Says which of n rows are kept, and why the others are dropped. A row's number is its position in the input."""
 
     kept: np.ndarray  # bool (n,)
     reasons: tuple[str, ...]  # the possible reasons; `reasons[reason[i]]` is the reason for row i
@@ -242,14 +242,14 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,
     progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among n rows with one or more columns of text. Blank texts alone make no rows near.
+    """Find the near-duplicates among n rows with one or more columns of text. Two blank rows are not near-duplicates.
 
     Which rows are kept depends on the texts and ids of the rows, not on their order.
 
     Args:
-        columns: For each column, the results of `fingerprint`, with `settings.banding`, for consecutive parts of it.
-        order: The positions of the rows in the order of their ids, int64 (n,); by default 0 to n − 1. Of
-            near-duplicates, the row with the smallest id is kept.
+        columns: For each column, a list with the results of `fingerprint(part, settings.banding)` for all its parts.
+        order: The positions of the rows, sorted by id, int64 (n,); by default 0 to n − 1. Of near-duplicates, the row
+            with the smallest id is kept.
         against: {name of a set: its texts}. A row is dropped if the text in any of its columns is near one of these.
             Whole texts are compared: a long text is not near a short text that it contains.
     """
@@ -312,7 +312,7 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the m distinct rows by ascending id, int64 (m,); for each of all n rows, the place of its distinct row).
+    """Return (the m distinct rows by ascending id, int64 (m,); for each of the n rows, the index of its distinct row).
 
     Of equal rows, the one with the smallest id is the distinct row. Rows with only blank texts never count as equal.
     """
@@ -328,12 +328,12 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Pair the rows of `column` with the rows of `others` that have the same key in a band, to compare these pairs.
+    """Pair the rows of `column` with the rows of `others` that have the same key in a band.
 
-    The rows of `others` with a row's key in a band are the row's bucket; if `others` is `column`, the bucket has only
-    earlier rows. Each row is paired with the first `limit` rows of its bucket.
+    The bucket of a row, in a band, is the rows of `others` with its key; if `others` is `column`, only the earlier
+    rows. Each row is paired with the first `limit` rows of its bucket.
 
-    Returns (pairs, size of the largest bucket, number of rows with larger buckets than `limit` in the worst band).
+    Returns (pairs, size of the largest bucket, largest number of rows in a band with buckets larger than `limit`).
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -392,8 +392,8 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Join the near pairs of all columns; of a pair in several columns, keep the largest similarity.
 
-    Each of `parts` has the pairs of one column, each pair packed into one uint64, and the similarity of each.
-    Returns (distinct pairs, ascending; the similarity of each).
+    `parts` has for each column (pairs, each packed into one uint64; their similarities).
+    Returns (distinct pairs, ascending; their similarities).
     """
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))
@@ -413,7 +413,7 @@ def _decide(
     """Decide which rows are kept: `near` has pairs of distinct rows, `near_others` pairs (distinct row, other text).
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
-    2. The remaining rows that are linked by near pairs or by equality, directly or through other rows, are a cluster.
+    2. The other rows form clusters: rows linked by near pairs or equality, directly or through others, share a cluster.
     3. Each cluster keeps its row of smallest id. In a cluster of more than `giant_cluster` distinct rows, taken in the
        order of their ids, a row is dropped only if it is equal or near to a row kept before it.
     """
@@ -483,8 +483,8 @@ def _most_similar(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (most similar partner of each row, −1 if none; their similarity, 0 if none), two arrays (`count`,).
 
-    Row `nodes[i]` and partner `partners[i]` have the similarity `values[i]`. Of equally similar partners, the one with
-    the smallest number counts.
+    Row `nodes[i]` and partner `partners[i]` have the similarity `values[i]`. Of equally similar partners, the smallest
+    number is returned.
     """
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies

@@ -73,7 +73,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Return the statistics of `triplets`, each a description, a function and its translation."""
+    """Return the statistics of `triplets`: rows with a description, a function and its translation."""
     rows = description_characters = 0
     samples, characters = ({"original": Counter[str](), "synthetic": Counter[str]()} for _ in range(2))
     for triplet in triplets:
@@ -108,8 +108,8 @@ def dataset_card(
 ) -> str:
     """Return the text of a dataset's card: YAML metadata and Markdown.
 
-    `settings` and `reports` map each stage to its settings (see `DatasetRecipe.stage_settings`) and its report;
-    `splits` maps each split to its numbers of `rows` and `repositories`; `licenses` each licence to its number of rows.
+    `settings` is {stage: settings} (see `DatasetRecipe.stage_settings`), `reports` is {stage: report}, and `splits` is
+    {split: {"rows": number, "repositories": number}}. `licenses` is {licence: number of rows}.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -197,7 +197,7 @@ def push_dataset(
         folder: The folder that `build_dataset` returned, or the folder `out` that was passed to it.
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
-        private: Whether the repository is private if it is created now.
+        private: Whether a repository that this call creates is private.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")

@@ -1,4 +1,4 @@
-"""Read and write rows in parquet files: numbered files of a dataset's build, and a user's files, called shards."""
+"""Read and write rows in parquet files: the numbered files of a dataset's build, and files of users, called shards."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write tables to one file, each as a row group; return the number of rows. The file appears once complete."""
+    """Write tables to one file, each as a row group; return the number of rows. `path` exists once it is complete."""
     rows = 0
     with (
         staged_file(path, resumable=True) as temporary,
@@ -80,7 +80,7 @@ def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str
 
 
 def count_rows(folder: Path) -> int:
-    """Return how many rows `write_rows` wrote to a folder, from the metadata of the files."""
+    """Return how many rows `write_rows` wrote to a folder; only metadata is read."""
     return sum(_opened(file).metadata.num_rows for file in row_files(folder))
 
 
@@ -92,7 +92,7 @@ class Shard(NamedTuple):
     rows: int
 
     def identity(self) -> dict[str, object]:
-        """Return the file's name, rows, size and time of change; a later call compares these to see a change."""
+        """Return the file's name, number of rows, size and time of change, from which a later call sees changes."""
         status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
@@ -102,7 +102,7 @@ def find_shards(folder: Path) -> tuple[Shard, ...]:
     found = [(path, path.relative_to(folder)) for path in files_below(folder, "*.parquet")]
     paths = [path for path, name in found if not any(part.startswith(".") for part in name.parts[:-1])]
     if not paths:
-        raise UserError("synthconl.shards.missing", f"{folder} contains no parquet file (*.parquet).")
+        raise UserError("synthconl.shards.missing", f"{folder} contains no *.parquet file: name another folder.")
     return tuple(Shard(path, path.relative_to(folder).as_posix(), _opened(path).metadata.num_rows) for path in paths)
 
 
@@ -158,7 +158,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
 def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
     """Copy a shard to `target` with all columns, but only the rows for which `kept`, bool (rows,), is true.
 
-    Row groups have about `_ROWS_PER_GROUP` rows or `_GROUP_BYTES` bytes, however few rows are read at a time.
+    Each row group has about `_ROWS_PER_GROUP` rows or `_GROUP_BYTES` bytes, whichever is reached first.
     """
     schema = _opened(shard.path).schema_arrow
 

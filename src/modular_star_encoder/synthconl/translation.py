@@ -1,7 +1,7 @@
-"""Translate functions with a language model: one prompt and one answer for each function, in one or more runs.
+"""Translate functions with a language model: one prompt and one answer for each function.
 
-The model runs behind any server with OpenAI's chat protocol. Each completion has the id of the row that it is for, and
-is matched to the row by this id, never by text or position.
+Any server with OpenAI's chat protocol may run the model. A repeated call continues an interrupted one. Each completion
+has the id of a row, and is matched to the row by this id, never by text or position.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ RUN_OPTIONS = frozenset({"base_url", "api_key_variable", "concurrency", "attempt
 
 
 class CompletionRequest(NamedTuple):
-    """A prompt to complete, and the id of its row, which its completion will have."""
+    """A prompt to complete, and the id of its row; the completion gets the same id."""
 
     id: str
     prompt: str  # the user's message, without a chat template
@@ -68,16 +68,16 @@ class Completion:
 class OpenAIBackend:
     """Complete prompts greedily with a server: `vllm serve`, `transformers serve`, llama.cpp, Ollama, a hosted service.
 
-    A request that fails temporarily is sent again (see `HTTPClient`). An error that would repeat for all requests, such
-    as a wrong key, stops the run. Protocol: OpenAI's API reference, `POST /chat/completions`.
+    A request that fails temporarily is sent again (see `HTTPClient`). An error that all requests would meet, such as a
+    wrong key, ends `complete`. Protocol: OpenAI's API reference, `POST /chat/completions`.
 
     Args:
         model: Name of the model on the server.
         revision: Revision of the model. It is not sent, only shown in the dataset's card.
         max_tokens: Largest number of tokens of an answer.
         base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
-        api_key_variable: Environment variable with the API key, whose name begins with `MOSE_`, so that a stranger's
-            recipe can send no other secret to its `base_url`; None if the server needs no key.
+        api_key_variable: Name of the environment variable with the API key; None if the server needs no key. It begins
+            with `MOSE_`, so that a recipe from somebody else can't send another secret to its server.
         concurrency, attempts, pause, timeout: See `HTTPClient`.
         body: Fields to add to or replace in the body of every request, such as `{"repetition_penalty": 1.0}`. A field
             with the value None is not sent.
@@ -116,11 +116,11 @@ class OpenAIBackend:
         self._served: set[str] = set()
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
-        """Yield one completion for each request as soon as it is complete, so not in the order of `requests`.
+        """Yield one completion for each request, in the order in which the answers arrive.
 
-        At most `concurrency` requests are pending at a time; a killed process loses only the answers to these.
-        UserError if no further request can be answered, as with a wrong key or a server that is down. Before the error,
-        the completions of the other pending requests are yielded.
+        At most `concurrency` requests are pending at a time; a killed process loses only the answers to these. Raises
+        UserError if no further request can be answered, for example if the key is wrong or the server is down. Before
+        the error, the completions of the other pending requests are yielded.
         """
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
@@ -164,7 +164,7 @@ class OpenAIBackend:
             if len(self._served) < _MAX_SERVED:
                 self._served.add(str(content.get("model") or self._model)[:200])
         except (TypeError, LookupError, AttributeError, ValueError):
-            message = f"{url_host(self._url)} does not answer as OpenAI's chat protocol says; check `base_url`."
+            message = f"{url_host(self._url)} answers, but not in OpenAI's chat protocol; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
         return Completion(request.id, str(text), str(reason), asked, written)
 
@@ -198,9 +198,9 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw the language to translate a row to from `targets` without `source_language`, with equal probabilities.
+    """Draw one of `targets`, but never `source_language`, as the language to translate a row to.
 
-    The draw depends only on the arguments, not on other rows. UserError if `targets` has no other language.
+    All are equally probable. The draw depends on the arguments alone. Raises UserError if there is no other language.
     """
     others = sorted(set(targets) - {source_language})
     if not others:
@@ -239,7 +239,7 @@ class TranslationSettings:
         model: name of the model on the server.
         max_tokens: largest number of tokens of an answer; longer answers are cut by the server and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
-        targets: languages to translate to; each function is translated to one of these other than its own language.
+        targets: languages to translate to; for each function, one of them is drawn, but never its own language.
         options: further arguments of `OpenAIBackend`.
         prompt_price, completion_price: prices of a million tokens of prompts and of answers, for the report.
     """
@@ -254,7 +254,7 @@ class TranslationSettings:
     completion_price: NonNegative = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that can change the translations: all but the prices and the options `RUN_OPTIONS`."""
+        """Return the settings that can change the translations: all except prices and the options in `RUN_OPTIONS`."""
         own = {name: getattr(self, name) for name in ("backend", "model", "max_tokens", "prompt")}
         options = {name: value for name, value in self.options.items() if name not in RUN_OPTIONS}
         return {**own, "targets": sorted(self.targets), "options": options}
@@ -269,21 +269,21 @@ class TranslationSettings:
             raise UserError("synthconl.backend.options", message) from error
 
     def cost(self, tokens: Mapping[str, int]) -> float:
-        """Return the price of `tokens`, {"prompt_tokens": number, "completion_tokens": number}."""
+        """Return the price of `tokens`, {"prompt_tokens": number, "completion_tokens": number}, by the prices set."""
         return (tokens["prompt_tokens"] * self.prompt_price + tokens["completion_tokens"] * self.completion_price) / 1e6
 
 
 def translate(
     functions: Path, out: Path, settings: TranslationSettings, *, seed: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Ask a model to translate every function that has no answer from an earlier call in `out`; report on all calls.
+    """Ask a model to translate the functions that have no answer in `out` yet; return a report on all calls.
 
-    `functions` is a folder of `write_rows` with the columns `id`, `language1_CSN` and `func1_CSN`. For each of its
-    files, the existing folder `out` gets a file of completions. `seed` decides the target languages. The caller checks
-    that `settings` and `seed` are those of all earlier calls.
+    `functions` is a folder that `write_rows` wrote, with the columns `id`, `language1_CSN` and `func1_CSN`. For each
+    of its files, the existing folder `out` gets a file of completions. `seed` decides the target languages. All calls
+    for one `out` must have the same `settings` and `seed`; this is not checked.
 
-    UserError if an answer of an earlier call is damaged, or if the back end can't continue or answers only errors. The
-    answers before such a failure are kept.
+    Raises UserError if an answer of an earlier call is damaged, or if the back end can't continue or answers only
+    errors. Earlier answers are kept.
     """
     backend = settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
@@ -325,9 +325,9 @@ def translate(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield lists of completions; hold errors back until an answer shows that the back end still works.
+    """Yield lists of completions; hold failed ones back until an answer shows that the back end still works.
 
-    `answered` says whether an earlier call received an answer.
+    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -409,7 +409,7 @@ class _CompletionFile:
         self._finish()
 
     def add(self, completion: Completion) -> None:
-        """Append a completion to the journal, where it survives a kill of this process."""
+        """Append a completion to the journal, a file that survives if this process is killed."""
         # JSON can escape lone surrogates but parquet can't hold them; question marks replace them.
         texts = {name: getattr(completion, name) for name in ("text", "finish_reason", "error")}
         texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
@@ -427,7 +427,7 @@ class _CompletionFile:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal; cut off an incomplete last line. UserError if an id is not in `ids`."""
+    """Return {id: completion} of a journal; cut off an incomplete last line. UserError for a line with another id."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -441,7 +441,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
-            message = f"Line {number} of {path} is damaged or has no function's id: delete the line, and build again."
+            message = f"Line {number} of {path} is damaged or has an unknown id: delete the line, and build again."
             raise UserError("synthconl.journal", message)
         answered[completion.id] = completion
     return answered
