@@ -83,7 +83,7 @@ class RetrievalCollator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Pads B rows of `ClassificationRows`. Returns `input_ids`, `attention_mask`, int64 (B, T), and `labels`, (B,)."""
+    """Pads B rows of `ClassificationRows`. Returns int64 `input_ids`, `attention_mask`, (B, T), and `labels`, (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels"))

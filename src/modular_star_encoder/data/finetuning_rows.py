@@ -87,7 +87,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return {"query_ids": self.tokens(index, None), "document_ids": self.tokens(index, 0)}
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of one text of a row, with its prompt, cut to the limit for such texts: int64 (T,).
+        """Return the token ids of one text of a row, with its prompt and cut to its limit of tokens: int64 (T,).
 
         `number` is None for the description, -1 for the hard negative, or the index of a snippet. If `renaming` is
         given, it draws new names for the frequent words of code (see `rename_frequent_words`).
@@ -114,7 +114,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean numbers of tokens of (descriptions, snippets), with the longest prompt and truncated."""
+        """Return the mean numbers of tokens of (descriptions, snippets), with the longest prompt, cut to the limit."""
         frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
         means = []
         for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -158,7 +158,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {"query": (row, number), …}: where `RetrievalTexts.tokens` finds each text of batch row `index`."""
+        """Return {"query": (row, number), …}: the arguments of `RetrievalTexts.tokens` for each text of row `index`."""
         step, place = divmod(index, self.batch_size)
         row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}

@@ -92,8 +92,8 @@ def extract_functions(
 ) -> list[DocumentedFunction]:
     """Return the functions that `find_functions` finds in a source file; [] if the file can't be parsed.
 
-    A `.h` file with C++ is parsed as C++. `find_functions` adds the numbers of files and functions with syntax errors
-    to `counts`. A file that can't be parsed adds 1 to `counts["files that do not parse"]`.
+    A `.h` file with C++ is parsed as C++. The numbers of files and functions with syntax errors, and of files that
+    can't be parsed, are added to `counts`.
     """
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
@@ -127,7 +127,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the functions of `collect_functions` and those with code of an earlier one; add the counts to `counts`."""
+    """Yield the functions that `collect_functions` returns, and repeated ones too; add the counts to `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -164,7 +164,7 @@ def outer_functions(files: SourceReader) -> SourceReader:
     """Return a reader that yields one `SourceFile` for each function in `files`, instead of one for each file.
 
     The path of a function is the path of its file with `#L{line}` at the end. Functions without documentation are
-    included. A nested function is not yielded by itself, but is a part of the function around it.
+    included. A nested function is a part of the text of the function around it, and is not yielded by itself.
     """
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:

@@ -74,7 +74,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is of another tokenizer, or too small."""
+        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or of another tokenizer."""
         if max_tokens < MIN_ROW_TOKENS:
             message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
             raise UserError("data.in_context.arguments", message)
@@ -164,8 +164,8 @@ class _Proposals(NamedTuple):  # the repositories with texts in one language, in
 class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
-    Texts of fewer than 16 tokens are not used, nor the only text of a repository, nor texts in a language that a single
-    repository has. These rules are repeated for the remaining texts until all of them pass.
+    Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
+    used. These three rules are applied again until all remaining texts pass.
 
     Attributes:
         repositories: the repositories with used texts, as indices of `corpus.repository_names`.

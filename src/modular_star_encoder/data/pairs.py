@@ -495,6 +495,6 @@ def _labelled_pairs(rows: Rows, source: Source) -> LabelledPairs:
             raise UserError("data.row", f"{message} The label must be 0 or 1.")
         table.append([*(places.setdefault(code, len(places)) for code in codes), int(label)])
     if not table:
-        raise UserError("data.source.empty", f"{source} holds no pair of snippets.")
+        raise UserError("data.source.empty", f"{source} is empty: it must hold pairs of snippets.")
     columns = np.array(table, dtype=np.int64)
     return LabelledPairs(list(places), columns[:, :2], columns[:, 2])

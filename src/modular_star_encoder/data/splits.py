@@ -48,7 +48,7 @@ def draw_repositories(
 
     Repositories are drawn at random until they have a fifth of all functions, or `min_test` functions if that is less.
     Repositories with more than `max_repository_share` of all functions are drawn last, the smallest first, so that no
-    single project decides the results. One repository at least is left for training. Equal arguments give equal draws.
+    single project decides the results. At least one repository is left for training. Equal arguments give equal sets.
     """
     if len(sizes) < 2:
         message = f"Splitting data needs two repositories, or two rows without one. Found: {len(sizes)}. Add data."
@@ -292,7 +292,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch so that a hard negative from another group always exists."""
+        """The largest number of groups in a batch for which a hard negative from another group always exists."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1

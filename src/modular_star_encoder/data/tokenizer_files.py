@@ -161,7 +161,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
     """Return what is wrong with a step of a tokenizer, such as its normalizer; "" if nothing is wrong.
 
-    `parts` are all mappings in the step's JSON. Their keys count, not only `type`, which `tokenizers` does not require.
+    `parts` are all mappings in the step's JSON. The keys of a mapping decide what it does, because `type` is optional.
     """
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:

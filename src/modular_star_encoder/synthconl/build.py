@@ -330,7 +330,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return the key that sorts counts by the beginnings of their names (`starts`), and larger counts first."""
+    """Return a sort key for (name, number): files, rows, documented, dropped, kept; of each, larger numbers first."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number

@@ -187,7 +187,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; rows are a file's pairs and its functions without one."""
+    """Return (package number, counts, rows) for each item; rows are pairs, and functions without a description."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -311,7 +311,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return "equal SET" or "near SET" for the set with such a text of `kind` ("code", "description"), or None."""
+        """Return "equal SET" or "near SET" if the evaluation set SET has a match of `kind`; None without a match."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)

@@ -120,7 +120,7 @@ def drop_near_duplicates(
 
 
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
-    """Return whether an earlier call began this job in `out`; UserError if `out` contains anything else."""
+    """Return whether an earlier call began this job in `out`; UserError if `out` can't be used for this job."""
     begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
     used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
     key, fault = "", ""

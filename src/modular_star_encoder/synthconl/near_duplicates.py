@@ -160,7 +160,7 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return an array of structures {`text`, `digest`, `keys`}, one for each text; None is treated as a blank text.
+    """Return a struct array with `text`, `digest` and `keys` for each text; None is treated as a blank text.
 
     `text` is the text in UTF-8, which may contain lone surrogates. `digest` has two uint64, the same for equal texts
     and zero for blank texts. `keys` has a uint64 per band: two texts with the same key in a band are compared.
@@ -330,8 +330,8 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Pair the rows of `column` with the rows of `others` that have the same key in a band.
 
-    The bucket of a row, in a band, is the rows of `others` with its key; if `others` is `column`, only the earlier
-    rows. Each row is paired with the first `limit` rows of its bucket.
+    In a band, the bucket of a row is the rows of `others` with the row's key; if `others` is `column`, only those
+    before the row. Each row is paired with the first `limit` rows of its bucket.
 
     Returns (pairs, size of the largest bucket, largest number of rows in a band with buckets larger than `limit`).
     """
@@ -392,7 +392,7 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Join the near pairs of all columns; of a pair in several columns, keep the largest similarity.
 
-    `parts` has for each column (pairs, each packed into one uint64; their similarities).
+    `parts` has a tuple for each column: (pairs, each packed into one uint64; their similarities).
     Returns (distinct pairs, ascending; their similarities).
     """
     pairs, values = map(np.concatenate, zip(*parts, strict=True))

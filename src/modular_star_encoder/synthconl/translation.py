@@ -269,7 +269,7 @@ class TranslationSettings:
             raise UserError("synthconl.backend.options", message) from error
 
     def cost(self, tokens: Mapping[str, int]) -> float:
-        """Return the price of `tokens`, {"prompt_tokens": number, "completion_tokens": number}, by the prices set."""
+        """Return the price of `tokens`, which is {"prompt_tokens": number, "completion_tokens": number}."""
         return (tokens["prompt_tokens"] * self.prompt_price + tokens["completion_tokens"] * self.completion_price) / 1e6
 
 
@@ -327,7 +327,7 @@ def translate(
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
     """Yield lists of completions; hold failed ones back until an answer shows that the back end still works.
 
-    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all.
+    `answered` says whether an earlier call received an answer. Raises UserError if 20 requests in a row fail, or all.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -427,7 +427,7 @@ class _CompletionFile:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal; cut off an incomplete last line. UserError for a line with another id."""
+    """Return {id: completion} of a journal; cut off an incomplete last line. UserError if a line has none of `ids`."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):

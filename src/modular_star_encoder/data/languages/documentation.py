@@ -68,7 +68,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function, as one line; "" if they are a licence or no prose.
+    """Return the first paragraph of the comments before a function; "" if they are a licence or have no prose.
 
     Markup is removed: comment markers, HTML, `{@link}`, Doxygen commands, instructions to tools, and tags that
     introduce prose, such as `@brief`. Other tags before the prose are removed together with their text.

@@ -215,7 +215,7 @@ class _Finder:
         return FoundFunction(self._source.line(start), name, description, code, text, first, last)
 
     def _end_of_heredocs(self, end: int) -> int:
-        """Return the offset after the heredocs that follow a Ruby method's last line; `end`, its own end, if none."""
+        """Return the offset after the heredocs that a Ruby method's last line begins, or `end` if it begins none."""
         line_end = self._source.bytes.find(b"\n", end)
         while line_end in self._heredocs and not self._source.bytes[end:line_end].strip():
             end = line_end = self._heredocs[line_end]
@@ -312,7 +312,7 @@ def _docstring_cut(body: Node, source: SourceText) -> Cut | None:
 
 
 def _cut_out(source: bytes, start: int, end: int, cuts: Iterable[Cut]) -> str:
-    """Return the text from byte `start` to `end` after the replacements `cuts`; of overlapping cuts, only the first."""
+    """Return the text from byte `start` to `end` after the replacements `cuts`; the first of overlapping cuts wins."""
     pieces, at = [], start
     for cut_start, cut_end, replacement in sorted(cuts, key=lambda cut: (cut[0], -cut[1])):
         if at <= cut_start < end:

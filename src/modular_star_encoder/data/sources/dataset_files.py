@@ -151,7 +151,7 @@ def _check(row: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     """Raise UserError (`data.source.column`) if a column of `kinds` is missing, or has a value of another type."""
     for name, kind in kinds.items():
         if name not in row or not fits(row[name], kind):
-            found = f"has a value of a wrong type: {row[name]!r:.60}" if name in row else "is missing"
+            found = f"has a value of a type that can't be used: {row[name]!r:.60}" if name in row else "is missing"
             raise UserError("data.source.column", f"The column {name!r} of the data set {found}.")
 
 

@@ -146,8 +146,8 @@ class _RowsError(OSError):
 def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
     """Open a parquet file; OSError if it is a folder or a pipe, or if its metadata exceeds a limit.
 
-    The limits are those of `_size_fault`, for the values of a column and all characters; `_MAX_COLUMNS`; and
-    `_MAX_ROW_GROUPS` row groups plus one for every `_MIN_GROUP_ROWS` rows.
+    A file may have `_MAX_COLUMNS` columns, and `_MAX_ROW_GROUPS` row groups plus one for every `_MIN_GROUP_ROWS` rows.
+    `_size_fault` limits the values of a column and the characters of the file.
     """
     from pyarrow import parquet
 
@@ -309,7 +309,7 @@ def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
     """Yield the texts in one column of a dataset (see `open_dataset_rows`); UserError if a row has no text in it."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            raise UserError("data.row", f"{place} has no text in column {column!r}.")
+            raise UserError("data.row", f"{place} must have a text in column {column!r}.")
         yield row[column]
 
 
@@ -341,7 +341,7 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     kinds = [kind for kind in (_PARQUET, _JSON_LINES, _CSV) if any(file.name.endswith(kind) for file in found)]
     if len(kinds) != 1:
         several = " and ".join(kind[0] for kind in kinds)
-        what = f"{several} files: name those to read" if found else f"no {', '.join(suffixes)} file"
+        what = f"{several} files: name those to read" if found else f"no {', '.join(suffixes)} file: name other data"
         raise UserError("data.source.no_files", f"{name!r} holds {what}.")
     return [str(file) for file in found]
 
@@ -365,8 +365,8 @@ def _text_lines(file: str) -> Iterator[str]:
 def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
     """Return an error message if `file`, for its size, has too many `rows` or unpacked `characters`; otherwise "".
 
-    Every file may have `_MAX_ROWS` rows and `_MAX_CHARACTERS` characters. Each byte of the file allows one more row (in
-    a gzip file, 8 bytes do) and `_MAX_RATIO` more characters.
+    Every file may have `_MAX_ROWS` rows and `_MAX_CHARACTERS` characters. Each byte of the file allows one more
+    row and `_MAX_RATIO` more characters. In a gzip file, one more row needs 8 bytes.
     """
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return ""

@@ -209,7 +209,7 @@ _FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]
 
 
 def glob_expression(glob: bytes) -> bytes:
-    """Return a regular expression that matches what git (wildmatch.c) matches with `glob`; re.error if nothing."""
+    """Return a regular expression that matches the same paths as git's pattern `glob`; re.error if none can match."""
     start = _LITERAL.findall(glob)[0]  # git compares this literal text first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
     # Index in `parts` and kind of the previous wildcard that stays in a folder, and of the previous one that does not.

@@ -51,7 +51,7 @@ class FileReader(SourceReader):
     Attributes:
         skipped_files: (path, reason) of each file that the last iteration left out.
         guessed_files: paths of the files that the last iteration read as Latin-1, because they are not UTF-8.
-        is_known: None, or a function (path, location) → bool. Files for which it is True are neither read nor counted.
+        is_known: None, or a function (path, location) → bool. If it returns True, the file is neither read nor counted.
     """
 
     def __init__(self, found: _Found, filters: FileFilters) -> None:
@@ -167,7 +167,7 @@ def folder_repositories(
         aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
         what = chosen[0].capitalize() if len(chosen) == 1 else "source"
         message = f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}."
-        raise UserError("data.source.no_files", message)
+        raise UserError("data.source.no_files", f"{message} Name another folder.")
     return reader
 
 
