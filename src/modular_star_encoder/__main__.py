@@ -1,11 +1,11 @@
-"""The command `mose`, also `python -m modular_star_encoder`: Ctrl-C in imports or at the end leaves no traceback."""
+"""The command `mose`, or `python -m modular_star_encoder`. Ctrl-C during imports or exit prints no traceback."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """Run one command and return its exit status; see `cli.main.main`."""
+    """Run one command with `cli.main.main` and return the exit status."""
     by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not if a shell lets it ignore Ctrl-C
     if by_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

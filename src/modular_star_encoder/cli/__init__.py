@@ -1,4 +1,4 @@
-"""The command line. This module has options that several commands share, and argparse types, which check values."""
+"""The command line. This module has options of several commands, and argparse types, which check and parse values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def positive(text: str) -> float:
 
 
 def shortened(text: str) -> str:
-    """Return a word of the command line for an error, in quotation marks and with at most 100 characters."""
+    """Return `text` for an error message: in quotation marks, and cut to at most 100 characters."""
     return repr(text if len(text) <= 100 else f"{text[:99]}…")
 
 
@@ -64,7 +64,7 @@ def existing(text: str) -> str:
 
 
 def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """Return an argparse type that returns the groups of the regex `pattern`; errors show `form`, such as NAME=FILE."""
+    """Return an argparse type that gives the groups of the regex `pattern`; errors show `form`, such as NAME=FILE."""
 
     def groups(text: str) -> tuple[str, ...]:
         if match := re.fullmatch(pattern, text):
@@ -96,7 +96,7 @@ def checkpoint(text: str) -> str:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `out` are help texts, `setting` is an example."""
+    """Add RECIPE, KEY=VALUE and --out to a command. `recipe` and `out` are help texts; `setting` is a KEY=VALUE."""
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

@@ -24,15 +24,15 @@ def add_dataset_commands(commands: Any) -> None:
     dedup.add_argument("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
     dedup.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare: NAME,NAME")
-    match = "call two rows near-duplicates if either of their columns is similar (default), or if both are"
+    match = "two rows are near-duplicates if one of their columns is similar (either, the default), or if both are"
     dedup.add_argument("--match", choices=("either", "both"), default="either", help=match)
-    ids = "column of ids; the row with the smallest id is kept of near-duplicates (default: the first row)"
+    ids = "column of ids; of near-duplicates, the row with the smallest id is kept (default: the first row)"
     dedup.add_argument("--id-column", metavar="NAME", help=ids)
     threshold = "lowest Jaccard similarity at which texts are similar (default: 0.7)"
     dedup.add_argument("--threshold", metavar="JACCARD", type=float, default=0.7, help=threshold)
     recall = "high: compare more pairs of rows, and miss fewer near-duplicates"
     dedup.add_argument("--recall", choices=("default", "high"), default="default", help=recall)
-    near = "also drop rows similar to a text in COLUMN of SOURCE: a parquet or JSON Lines file, or a Hub dataset"
+    near = "also drop rows similar to a text in COLUMN of SOURCE, a parquet or JSON Lines file or a Hub dataset"
     form = "SOURCE:COLUMN"
     pairs = of_form(form, "(.+):(.+)")
     dedup.add_argument("--against", metavar=form, type=pairs, action="append", default=[], help=near)
@@ -68,7 +68,7 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.add_argument("--processes", metavar="N", type=at_least(0), default=2, help=processes)
     pairs.set_defaults(run=run_corpus_build, resumes=True)
 
-    check = commands.add_parser("check", help="list texts of a corpus that are also, or nearly, in evaluation sets")
+    check = commands.add_parser("check", help="list texts of a corpus that equal or resemble texts in evaluation sets")
     written = "file that `mose dataset corpus build` wrote, such as pairs.jsonl.gz"
     check.add_argument("files", metavar="FILE", type=existing, nargs="+", help=written)
     against = "evaluation sets: JSON Lines or JSON files, or folders of such files"
@@ -150,7 +150,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Print the texts of a corpus that are in evaluation sets; UserError if there are any and --drop is not given."""
+    """Print the texts of a corpus that are in evaluation sets. UserError if there are any, and --drop is missing."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import write_json
 

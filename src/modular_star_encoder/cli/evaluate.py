@@ -44,7 +44,7 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("checkpoint", metavar="MODEL", type=_model, help=CHECKPOINT_HELP)
     names = f"benchmarks, separated by commas (default: folder): {', '.join(BENCHMARK_NAMES)}"
     evaluate.add_argument("--benchmark", metavar="NAMES", type=_benchmarks, default=["folder"], help=names)
-    data = "folder of source code or benchmark files; a Hub dataset hub:OWNER/NAME; or hub, the benchmark authors' own"
+    data = "a folder of source code or benchmark files, a Hub dataset hub:OWNER/NAME, or hub for the authors' datasets"
     evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
     exits = "exits to measure: all (the default), or a list such as 4,9"
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)
@@ -76,7 +76,7 @@ def add_evaluate_commands(commands: Any) -> None:
         "--quality",
         metavar="NAME=FILE",
         type=of_form("NAME=FILE", "([^=]+)=(.+)"),
-        help="measure nothing; add the exits' quality on benchmark NAME to the profile, from FILE of mose evaluate",
+        help="measure nothing; add scores on benchmark NAME to the profile, from FILE, a report of mose evaluate",
     )
     profile.set_defaults(run=run_profile)
 

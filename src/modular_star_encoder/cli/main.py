@@ -114,15 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_current_folder() -> None:
-    """Raise FileNotFoundError if the current folder was deleted: libraries would crash, or give an unclear error."""
+    """Raise FileNotFoundError with a clear message if the current folder was deleted."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise FileNotFoundError("The current folder no longer exists. Change to another one.") from None
+        raise FileNotFoundError("The current folder no longer exists. Change to another folder.") from None
 
 
 def check_folders(arguments: argparse.Namespace) -> None:
-    """Raise UserError (`files.not_writable`) if a folder or JSON file that the command writes can't be written."""
+    """Raise UserError (`files.not_writable`) if a command can't write the folder or JSON file in its arguments."""
     from modular_star_encoder.utils.files import check_writable
 
     if isinstance(file := getattr(arguments, "json", None), str):  # `search` and `index` have a switch of this name
@@ -134,7 +134,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def number_of_environment(error: str) -> str:
-    """Return a note that names the environment variables with the value that is not a number; "" if there is none."""
+    """If `error` says that a value is no number, return a note on environment variables with this value, else ""."""
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
         return ""
     wrong = [f"{name}={value}" for name, value in os.environ.items() if error.endswith(f": {value!r}")]
@@ -142,17 +142,17 @@ def number_of_environment(error: str) -> str:
 
 
 def keep_few_compiled_operations() -> None:
-    """Limit the caches of oneDNN's and PyTorch's compiled CPU operations to 64 each, unless the environment sets them.
+    """Limit oneDNN's and PyTorch's caches of compiled CPU operations to 64 entries, if the environment has no limits.
 
-    By default each cache has up to 1,024 operations, one per shape of a bfloat16 matrix. Batches without padding have
-    ever new shapes, so memory grows (benchmarks/NOTES.md). Call this function before the first such operation.
+    By default each cache has up to 1,024 entries, one per shape of a bfloat16 matrix. Batches without padding have many
+    shapes, so memory grows (benchmarks/NOTES.md). Call this function before torch multiplies matrices.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error for an unknown command or option suggests the most similar known one."""
+    """A parser that suggests the most similar command or option if one is unknown."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -182,7 +182,7 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line. `KEY=VALUE` of a recipe, and a folder to search, may also follow options."""
+    """Return the parsed command line. Questions, folders to search and KEY=VALUE may also follow options."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     words = getattr(arguments, "questions", getattr(arguments, "overrides", None))
@@ -198,7 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parser of each command without subcommands, in the order of the help."""
+    """Yield the parser of each command that has no subcommands, in the order of the help text."""
     groups = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not groups:
         yield parser

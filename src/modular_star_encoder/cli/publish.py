@@ -19,7 +19,7 @@ def add_publish_commands(commands: Any) -> None:
     cut.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     cut.set_defaults(run=run_slice)
 
-    grow = commands.add_parser("grow", help="add layers to a checkpoint of exit 0; its outputs change only in training")
+    grow = commands.add_parser("grow", help="add layers, to be trained, to a checkpoint that has only exit 0")
     grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
     exits = "exits of the new checkpoint, such as 0 1 2 4 6"
     grow.add_argument("--exit-layers", metavar="K", type=at_least(0), nargs="+", required=True, help=exits)

@@ -167,7 +167,7 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
 
 
 def _budget(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the options that limit the cost of an exit; UserError if the options also name an exit."""
+    """Return the given limits of an exit's cost, `latency_ms` and `memory_mb`; UserError if an exit is given, too."""
     limits = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb")}
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if budget and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
@@ -182,7 +182,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.ranking import Cascade
 
     if arguments.rerank_exit_layer is None and (arguments.candidates, arguments.margin) != (None, None):
-        raise UserError("cli.search.rerank", "--candidates and --margin need --rerank-exit-layer.")
+        raise UserError("cli.search.rerank", "--candidates and --margin need --rerank-exit-layer K.")
     cascade = None
     if arguments.rerank_exit_layer is not None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
@@ -223,7 +223,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:
-    """If the last question is a folder, make it `arguments.folder`; UserError if a folder seems to be meant, too."""
+    """Move the last question to `arguments.folder` if it is a folder; UserError if a question looks like a path."""
     *questions, last = arguments.questions
     if arguments.index is not None or arguments.folder is not None:
         return

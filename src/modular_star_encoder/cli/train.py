@@ -39,7 +39,7 @@ def add_train_commands(commands: Any) -> None:
             parser.add_argument(
                 "name",
                 metavar="NAME",
-                help="such as small/finetune, mose-code/corpus or small/publish; small is the first in small/",
+                help="such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small",
             )
         if action == "copy":
             parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
@@ -90,7 +90,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
 
 
 def _check_early(arguments: argparse.Namespace, command: str) -> None:
-    """Before torch is imported, check the recipe's name, KEY=VALUE, the model's name and the files of pairs."""
+    """Check the recipe, KEY=VALUE, the model's name and the files of pairs before torch is imported, which is slow."""
     from modular_star_encoder.data.pairs import check_sources
     from modular_star_encoder.training import find_recipe, starting_source
     from modular_star_encoder.utils.settings import read_mapping

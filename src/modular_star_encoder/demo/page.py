@@ -27,7 +27,7 @@ from modular_star_encoder.utils.errors import UserError, naming_extra
 
 TOP_K = 5
 MOST_WAITING = 100  # largest number of questions that wait for an answer; more are refused (HTTP status 503)
-BAD_REQUEST = "The page does not send such a request: reload it."
+BAD_REQUEST = "The demo page sends no request of this form. Reload the page."
 _CANDIDATES = 50
 # Errors that a user can fix: the page shows one sentence instead of a traceback.
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
@@ -35,21 +35,21 @@ _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """The exit profile of a checkpoint, or the reason why it can't be shown."""
+    """The exit profile of a checkpoint, which has the costs of each exit, or the reason why it can't be shown."""
 
     profile: ExitProfile | None  # None if the profile is missing, unreadable or of other weights
     note: str = ""  # why there is no profile, and how to measure one; or that another machine measured it
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str, name: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint; give a note instead if no profile of its weights can be loaded.
+        """Load the exit profile of a checkpoint; if it is missing, unreadable or of other weights, give a note instead.
 
         Args:
             checkpoint: folder or Hub id of the checkpoint.
-            checksum: checksum of the checkpoint's weights; a profile of weights with another checksum is not shown.
+            checksum: checksum of the checkpoint; a profile of a checkpoint with another checksum is not shown.
             name: what the note calls the checkpoint.
         """
-        advice = f"“mose profile {name}” measures the cost of each exit, and with --quality also its quality."
+        advice = f"“mose profile {name}” measures the cost of each exit; its option --quality adds scores."
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -65,13 +65,13 @@ class ExitCosts:
 
 
 def short_name(checkpoint: str) -> str:
-    """Return a Hub id unchanged, but only the last part of a folder's path: the page may be public."""
+    """Return the name to show for a checkpoint on a page that may be public: a Hub id, or the last part of a path."""
     folder = os.path.expanduser(checkpoint)
     return Path(folder).name if os.path.isabs(folder) or os.path.isdir(folder) else checkpoint
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with a bar for each cost and quality of one exit; the highest value of any exit fills a bar."""
+    """Return HTML with a bar for each cost and quality score of one exit; the largest value of any exit fills it."""
     if (profile := costs.profile) is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     if exit_layer not in profile.exits:
@@ -86,7 +86,7 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
         values = {k: one.quality.get(benchmark) for k, one in profile.exits.items()}
         rows.append(_meter(benchmark, values, exit_layer, "{:.3f}", kind="quality"))
     if not profile.benchmarks:
-        rows.append('<p class="mose-note">The quality was not measured: “mose profile --quality” measures it.</p>')
+        rows.append('<p class="mose-note">The profile has no quality scores. “mose profile --quality” adds them.</p>')
     return f'<div class="mose-meters">{"".join(rows)}</div>'
 
 
@@ -127,9 +127,9 @@ class SearchPage:
         sides: number of exits that the page shows side by side: two, or one if the index has only one exit.
 
     Args:
-        index: an index from `CodeIndex.open`; its checkpoint is loaded now.
+        index: an index from `CodeIndex.open`. The constructor loads its checkpoint.
         link_to: a function that returns the web address of a hit's file; see `LinkTo`.
-        checkpoint: folder or Hub id where the index's checkpoint is now, if it was moved.
+        checkpoint: folder or Hub id of the index's checkpoint, if it has moved since the build.
     """
 
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
@@ -161,7 +161,7 @@ class SearchPage:
         return f'<div class="mose-header"><h1>Search <em>{folder}</em></h1><p>{line}</p></div>{problem}'
 
     def costs_at(self, position: Any) -> str:
-        """Return HTML with the costs of an exit; `position` 0 of the slider is the index's shallowest exit."""
+        """Return HTML with the costs of the exit at a slider's `position`; 0 is the index's shallowest exit."""
         exit_layer = self._exit_at(position)
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
@@ -172,10 +172,10 @@ class SearchPage:
     def answer(
         self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at one exit for each slider in `positions` (see `costs_at`); return HTML with the hits of each exit.
+        """Search at the exit of each slider position (see `costs_at`); return an HTML text with hits for each one.
 
         If the question is empty or an error occurs, the first text says what to do, and all further texts are "".
-        `languages` and the pattern `path` select files (if empty, all). `rerank` is a deeper exit to re-rank at, or 0.
+        `languages` and the pattern `path` select files; empty ones select all. `rerank` is a deeper exit, or 0.
         """
         rest = [""] * (len(positions) - 1)
         if not question or not question.strip():
@@ -216,7 +216,7 @@ _LONGEST_LINE = 1000
 _SECONDS, _SECONDS_PER_CHARACTER = 0.1, 2e-5
 
 LinkTo = Callable[[str, Hit], str | None]
-"""Maps a file's path in the indexed folder and a hit in this file to the web address of the hit, or to None."""
+"""A function of a file's path in the indexed folder and a hit in the file; returns the hit's web address, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`; with `other`, another exit's reply, also show each hit's rank there.
+    """Return HTML with the hits of `reply`. If `other`, the reply of another exit, is given, add each hit's rank in it.
 
     `folder` is the indexed folder; the HTML shows paths relative to this folder.
     """
@@ -254,9 +254,9 @@ def message_html(text: str, *, error: bool = False) -> str:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as HTML, coloured by `formatter`; without colours from the point at which the time limit passes.
+    """Return code as HTML, coloured by `formatter`. After a time limit, the rest of the code gets no colours.
 
-    Without a limit, some lexers would take a time that grows with the square of a hostile text's length.
+    Without a limit, a hostile text could keep a lexer busy for a time that grows with the square of its length.
     """
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
@@ -329,7 +329,7 @@ def _badge(rank: int, hit: Hit, other: Reply) -> str:
 
 
 def build_blocks(page: SearchPage) -> Any:
-    """Return the page as `gradio.Blocks`, with its components and their calls; ImportError without Gradio."""
+    """Return the page as `gradio.Blocks`; its components call methods of `page`. ImportError if Gradio is missing."""
     gradio = import_gradio()
     with gradio.Blocks(title="mose search", analytics_enabled=False, fill_width=True) as blocks:
         gradio.HTML(page.header())

@@ -57,7 +57,7 @@ _LONGEST_LINE = 2000
 
 
 def serve(index: CodeIndex, **options: Any) -> None:
-    """Serve the demo page of an index until Ctrl-C, and print its address; `options` and errors as for `served`."""
+    """Serve the demo page of an index until Ctrl-C, and print its address; `served` describes options and errors."""
     with served(index, **options) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -76,11 +76,11 @@ def served(
 
     Args:
         index: an index from `CodeIndex.open`.
-        checkpoint: folder or Hub id where the index's checkpoint is now, if it was moved; with any other checkpoint,
-            the page shows an error.
-        host: IPv4 address or name to listen at; by default the variable GRADIO_SERVER_NAME, or else 127.0.0.1.
-        port: port to listen at; by default the variable GRADIO_SERVER_PORT, or else the first free port from 7860 on.
-        source: web address of the indexed folder in a repository, to which hits link; by default, hits link to the
+        checkpoint: folder or Hub id of the index's checkpoint, if it has moved since the build. If it is another
+            checkpoint, the page shows an error.
+        host: IPv4 address or name to listen at; None for the environment variable GRADIO_SERVER_NAME or 127.0.0.1.
+        port: port to listen at; None for the variable GRADIO_SERVER_PORT or the first free port from 7860 on.
+        source: web address of the indexed folder in a repository, for links from hits. If None, hits link to the
             files on this machine.
 
     Raises:
@@ -118,7 +118,7 @@ def served(
         )
     except OSError as error:
         blocks.close()
-        message = f"Port {port or 'from 7860 on'} on {host} is taken or not allowed: choose another with --port."
+        message = f"{f'Port {port}' if port else 'Each port tried'} on {host} is taken or not allowed. Use --port N."
         raise UserError("demo.port_taken", message) from error
     try:
         yield address
@@ -160,7 +160,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
 
 
 class _PolicyMiddleware:
-    """Adds headers to responses; if the application fails, prints one line and responds with status 400."""
+    """Adds security headers to responses. After an error of the application, prints one line and sends status 400."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app
@@ -190,7 +190,7 @@ class _PolicyMiddleware:
 
 
 class _QuestionMiddleware:
-    """Refuses questions with lone surrogates or an odd name of the session, for which Gradio prints tracebacks."""
+    """Responds with status 400 to a question with lone surrogates or an invalid session, which Gradio can't handle."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app
@@ -242,7 +242,7 @@ class LocalFiles:
         self._index = index
 
     def __call__(self, path: str, hit: Hit) -> str | None:
-        """Return the address of a hit's lines, relative to that of the demo page; None if the file no longer exists."""
+        """Return the address of a hit's lines, relative to the demo page; None if the file does not exist."""
         if file_inside(self._index.folder, path) is None:
             return None
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
