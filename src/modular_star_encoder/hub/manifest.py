@@ -1,4 +1,4 @@
-"""A manifest is a YAML file, as in hub_configs, that lists the repositories to publish and their sources."""
+"""Read manifests: YAML files that list repositories to publish and their checkpoints, as in hub_configs."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,17 +33,17 @@ class RepositorySettings:
     Args:
         name: name of the repository, without its namespace.
         checkpoint: folder to publish unchanged; use either this or `slice_of`.
-        slice_of: earlier entry whose model is cut, as NAME or NAME@BRANCH.
+        slice_of: NAME or NAME@BRANCH of an earlier entry, with the model of which this one is a slice.
         exit_layer: with `slice_of`, the exit at which the model is cut.
         only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
         branch: branch of the repository.
-        trained_from: earlier entry with the model from which this one was trained, as NAME or NAME@BRANCH.
+        trained_from: NAME or NAME@BRANCH of an earlier entry, with the model from which this one was trained.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
-            (training_log.json). A slice takes over its parent's results at the exits that it has.
+            (training_log.json). A slice has its parent's results, at the exits of the slice.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
-        training_log: file from `mose pretrain` or `mose finetune`; by default the `training_log.json` in the
-            checkpoint's folder or its parent folder, if it exists.
+        training_log: file from `mose pretrain` or `mose finetune`; by default `training_log.json` in the checkpoint's
+            folder or in the folder above, if it exists.
         recipe: YAML or JSON file of the training recipe; by default the recipe in the training log.
         training_data: description of the training data.
         sections: additional sections of the card, as `heading: local file`. A file without the ending .md is shown as
@@ -87,12 +87,12 @@ class RepositorySettings:
 
     @property
     def key(self) -> str:
-        """The key by which other entries refer to this one: NAME, or NAME@BRANCH if the branch isn't main."""
+        """The name for this entry in `slice_of` and `trained_from`: NAME, or NAME@BRANCH if the branch isn't main."""
         return self.name if self.branch == MAIN else f"{self.name}@{self.branch}"
 
     @property
     def parent(self) -> str | None:
-        """The key of the entry that this one is cut from or trained from; None if there is none."""
+        """The key of the parent model's entry, `slice_of` or `trained_from`; None if there is none."""
         return self.slice_of or self.trained_from
 
 

@@ -1,4 +1,4 @@
-"""Write the card of a model to publish: metadata for the Hub, and a table and a figure of measurements."""
+"""Write a model's card, its README.md on the Hub, with metadata, a table of measurements and a figure."""
 
 import json
 import re
@@ -34,7 +34,7 @@ class Measurements:
     tables: Sequence[Table]  # one per benchmark, with one row for each of the exits and each other retriever
 
     def cut(self, parameters: Mapping[int, int]) -> "Measurements":
-        """Return the measurements of a slice: this model's costs and scores at the exits in `parameters`."""
+        """Return the measurements of a slice: those of exits in `parameters`, {exit_layer: number of parameters}."""
         profile, tables = self.profile, []
         if profile is not None:
             kept = {k: replace(profile.exits[k], parameters=parameters[k]) for k in profile.exits if k in parameters}
@@ -67,7 +67,7 @@ class StagedRepository:
     sections: Sequence[tuple[str, str]] = ()  # (heading, Markdown) of each additional section
 
     def link(self, revision: str | None = None) -> str:
-        """Return a Markdown link to the repository, at `revision` if it is given, otherwise at the entry's branch."""
+        """Return a Markdown link to the repository, at `revision` or, if None, at the branch in its settings."""
         branch = self.settings.branch
         name = self.repository if branch == MAIN else f"{self.repository}, branch {branch}"
         place = revision or (None if branch == MAIN else branch)
@@ -75,7 +75,7 @@ class StagedRepository:
 
 
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
-    """Write the card of a staged repository. `parent_revision` is the commit of its parent model, if it is known."""
+    """Write the card of a staged repository; `parent_revision` is the commit of the parent model, None if unknown."""
     head, rows = measurement_rows(staged.measurements)
     card = render_card(
         "model.md.jinja",
@@ -102,7 +102,7 @@ def check_card(path: Path) -> None:
 
 
 def draw(measurements: Measurements, folder: Path) -> str | None:
-    """Plot scores against latency or, without a profile, against depth.
+    """Plot the scores of exits against latency or, if there is no exit profile, against depth.
 
     Returns the name of the figure's file; None if there are no scores, or only one exit.
     """
@@ -154,7 +154,7 @@ _quoted = partial(json.dumps, ensure_ascii=False)  # formats a text as a string 
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """Return the metadata of a card; the base model is the parent, unless both are branches of one repository."""
+    """Return the metadata of a card. The base model is the parent model, if that is in another repository."""
     base = staged.parent.repository if staged.parent else None
     return ModelCardData(
         model_name=staged.repository.partition("/")[2],

@@ -68,7 +68,7 @@ TOLERANCE = 1e-4  # largest allowed difference in an output of the ONNX file; se
 SCORE_TOLERANCE = 1e-3  # largest allowed difference in a mean metric: nearly equal scores may change their order
 SETTINGS: dict[str, Any] = {"per_channel": True, "reduce_range": True}
 """Options of onnxruntime's quantiser: one scale per output channel, and 7 of the 8 bits. With all 8 bits, sums of two
-products saturate on x86 processors without VNNI, so that scores measured with VNNI would not hold there."""
+products saturate on x86 processors without VNNI, and scores differ from those with VNNI."""
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
 _LARGEST_FILE = 2**31 - 2**27  # a protobuf file has at most 2 GiB; this limit on the weights leaves space for the graph
@@ -80,7 +80,7 @@ _ATTENTION = "mose_onnx"
 def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention with few graph nodes: query heads with common keys are rows of one product, so no keys are copied."""
+    """Compute attention with few graph nodes: query heads with the same keys are rows of one matrix product."""
     batch, heads, tokens, size = query.shape
     rows = (batch, heads // module.num_key_value_groups, module.num_key_value_groups * tokens)
     scores = ((query * scaling).reshape(*rows, size) @ key.transpose(2, 3)).reshape(batch, heads, tokens, tokens)
@@ -149,7 +149,7 @@ def export_onnx(
 
 
 def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = None) -> Any:
-    """Return a module that computes one exit, to be exported: in evaluation mode, with the weights of `model`."""
+    """Return a module in evaluation mode that computes one exit, with the weights of `model`."""
     cut = model.slice(model.config.num_hidden_layers if exit_layer is None else exit_layer)
     # Skipping padding needs the lengths as Python numbers, which an exported graph does not have.
     cut.config.unpad_inputs = False
@@ -180,7 +180,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide all warnings in a `with` block; those of torch's exporter and ONNX's quantiser do not concern our models."""
+    """Context manager: hide all warnings, such as irrelevant ones of torch's exporter and ONNX's quantiser."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -277,7 +277,7 @@ def export_onnx_folder(
     """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
 
     The folder is written only if the ONNX file agrees with the model in its outputs for random texts, and in its scores
-    on `tasks`. Its file `onnx/export.json` has the differences and the scores; the 8-bit file is scored, too.
+    on `tasks`. The file `onnx/export.json` has the differences and the scores, also of the 8-bit file.
 
     Args:
         checkpoint: a folder or Hub repository.
@@ -323,7 +323,7 @@ def export_onnx_folder(
 
 
 def default_folder(checkpoint: str | os.PathLike[str], exit_layer: int, ending: str = "onnx") -> Path:
-    """Return `{name}-{exit_layer}-{ending}`: next to a checkpoint's folder, or in the working folder for a Hub id."""
+    """Return the path `{name}-{exit_layer}-{ending}` next to the checkpoint or, for a Hub id, in the working folder."""
     local = local_folder(checkpoint)
     folder = Path(Path(checkpoint).name) if local is None else local.resolve()
     return folder.with_name(f"{folder.name}-{exit_layer}-{ending}")
@@ -358,7 +358,7 @@ def _write_serving_files(
 
 
 class OnnxEncoder(Encoder):
-    """Embeds texts with an ONNX file, with the prompts and tokenizer of `reference`, the original model's encoder."""
+    """Embeds texts with an ONNX file. Prompts and tokenizer are those of `reference`, the encoder of the model."""
 
     def __init__(self, path: str | os.PathLike[str], reference: ExitEncoder, name: str) -> None:
         self.name, self.exit_layers = name, reference.exit_layers
@@ -391,7 +391,7 @@ def compare_scores(
     *,
     progress: bool = True,
 ) -> Report:
-    """Evaluate a model at one exit (its encoder is `reference`) and its ONNX files {name: path} on retrieval tasks.
+    """Evaluate `reference`, the encoder of a model at one exit, and its ONNX files {name: path} on retrieval tasks.
 
     Raises UserError if a score of the file named "float32" differs from the model's by more than `SCORE_TOLERANCE`.
     """

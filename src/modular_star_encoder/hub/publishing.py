@@ -1,6 +1,6 @@
 """Publish repositories on the Hub: check them, then report the changes or upload them, one commit per repository.
 
-The checks: a repository has no secrets, and gives the embeddings of its source checkpoint without this package.
+A check fails if a repository has secrets or, loaded without this package, gives other embeddings than its source.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ TEXT_LIMIT = 64 << 20
 
 TEXTS = ("add two numbers", "def subtract(first, second):\n    return first - second", "x")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}
-"""{dtype: largest allowed difference in a component of a unit vector}; pooling outside the model rounds differently."""
+"""{dtype: largest allowed difference in a component between embeddings of a repository and of its checkpoint}."""
 
 
 class Change(NamedTuple):
@@ -123,8 +123,8 @@ def publish(
     """Stage and verify all repositories of a manifest, then upload them or report the changes.
 
     Staging writes each repository to a folder: checkpoint, SentenceTransformer files, exit profile, figure and card.
-    Verification looks for secrets, pickles and unexpected files, and compares the embeddings of each source checkpoint
-    with those of a new process that has the repository's code but not this package. If one repository fails, none is
+    Verification looks for secrets, pickles and unexpected files. It also loads each repository in a new process without
+    this package, and compares its embeddings with those of the source checkpoint. If one repository fails, none is
     uploaded. Each changed repository gets one commit, parents first. If an upload fails, each repository has either its
     old or its new revision, and the next call uploads the rest.
 
@@ -134,7 +134,7 @@ def publish(
         private: whether new repositories are private.
         staging: folder that keeps the staged repositories; it must be empty or not exist. By default, the staged
             repositories are removed.
-        api: client of the Hub; by default one with the token of `hf auth login` or `HF_TOKEN`, and `HF_ENDPOINT`.
+        api: client of the Hub; by default one for `HF_ENDPOINT`, with the token of `hf auth login` or `HF_TOKEN`.
         progress: whether to show progress.
 
     Returns:
@@ -181,7 +181,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """Return the card of the first repository in a manifest; write card and figure to the folder `out` if given."""
+    """Return the card of the first repository in a manifest; if `out` is given, also write card and figure to it."""
     with scratch_folder("card") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
@@ -210,9 +210,9 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Check that every file in a folder is safe to publish and expected; raise UserError for the first that is not.
+    """Raise UserError for the first file in a folder that is unexpected or unsafe to publish.
 
-    Weights, the files in `EXPECTED` and those in `extra` (paths in the folder) are expected.
+    Weights, files in `EXPECTED` and files in `extra`, which has paths relative to the folder, are expected.
     """
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
@@ -224,7 +224,7 @@ def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
 
 
 def _content_fault(path: Path) -> tuple[str, str]:
-    """Return (end of an error's key, sentence on the fault) if a file is unsafe to publish; otherwise ("", "")."""
+    """Return (last part of an error key, description of the fault) if a file is unsafe to publish, else ("", "")."""
     token, home = (get_token() or "").encode(), os.path.expanduser("~").rstrip("/").encode()
     with path.open("rb") as file:
         text = file.read(TEXT_LIMIT)
@@ -251,7 +251,7 @@ def _check_tokenizer(folder: Path) -> None:
     faults = [f"has no {name} token" for name in names if getattr(tokenizer, f"{name}_token") is None]
     declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     if declared not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        faults.append(f"has tokenizer_class {declared!r}, which splits numbers differently")
+        faults.append(f"has tokenizer_class {declared!r}, which splits numbers differently from TokenizersBackend")
     if faults:
         raise UserError("hub.tokenizer", f"The tokenizer of {folder} {' and '.join(faults)}.")
 
@@ -288,7 +288,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Commit the staged files to a branch, or only list the changes; OSError if the branch changes meanwhile."""
+    """If `upload`, commit the staged files to the Hub, else list the changes. OSError if others change the branch."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)
@@ -308,13 +308,13 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"After the upload, {left[0].path} in {repository} is not the staged file: publish again.")
+        raise OSError(f"After the upload, {left[0].path} in {repository} is not the local file. Publish it again.")
     url = f"{api.endpoint}/{repository}{'' if branch == MAIN else f'/tree/{branch}'}"
     return Publication(repository, branch, changes, commit.oid, uploaded=True, url=url)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
-    """Return the changes, sorted by path, after which the Hub's files, `there`, are those in a folder."""
+    """Return the changes, sorted by path, that turn the Hub's files, `there`, into the files in a folder."""
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     changes = [Change(DELETED, path, there[path].size) for path in set(there) - set(here) - set(KEPT)]
     for path, file in here.items():

@@ -42,7 +42,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write the files of each repository of a manifest to `folder/KEY`; KEY is the entry's key with `--` for `/`."""
+    """Write each repository of a manifest to the folder `folder/KEY`. KEY is its `settings.key` with `--` for `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -82,7 +82,7 @@ def _stage(
         write_sentence_transformer_files(folder, config, published, **own)
     prompts = stored_prompts(folder)
     if retrieval and not {"query", "document_python"} <= set(prompts):
-        message = f"{source} lacks the prompts `query` and `document_python`, which the examples in the card use."
+        message = f"{source} lacks a prompt. Add `query` and `document_python` to config_sentence_transformers.json."
         raise UserError("hub.staging.prompts", message)
     with torch.device("meta"):  # counts parameters without memory for weights
         parameters = {k: model_class(config.cut(k)).num_parameters() for k in config.exit_layers}

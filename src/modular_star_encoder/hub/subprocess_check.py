@@ -123,7 +123,7 @@ def embed(
 
 
 def embed_batch(model: Any, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
-    """Return the embeddings (N, D) of N texts; of a pre-trained model, the normalised means of its token states."""
+    """Return embeddings (N, D) float32 of N texts; from a pre-trained model, the normalised means of token states."""
     import torch
 
     output = model(**batch, **options)

@@ -29,7 +29,7 @@ _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → {exit
 
 
 class Embedder:
-    """Embeds questions and code with one checkpoint, whose files are read when they are first needed.
+    """Embeds questions and code with one checkpoint. Its files are read when they are first needed.
 
     It loads only the layers up to the deepest exit in use, and imports torch only if numpy can't compute embeddings.
 

@@ -40,7 +40,7 @@ class Hit:
         return printable(f"{self.path}:{self.best_line or self.line}  {self.summary()}")
 
     def summary(self) -> str:
-        """Return score, name and exit: `0.512  Stack.push  (exit 9)`; `(words)` replaces `(exit 9)` without an exit."""
+        """Return a text such as `0.512  Stack.push  (exit 9)`; it ends with `(words)` if no exit ranked the hit."""
         ranked_by = "words" if self.exit_layer is None else f"exit {self.exit_layer}"
         return f"{self.score:.3f}  {self.name or '(lines)'}  ({ranked_by})"
 

@@ -445,7 +445,7 @@ def check_search(
         or not questions
         or not all(isinstance(one, str) and one.strip() for one in questions)
     ):
-        key, fault = "questions", "`questions` must be a list of at least one text, none of them blank."
+        key, fault = "questions", "`questions` must be a list of one or more texts that are not blank."
     elif broken := [one for one in questions if one.encode(errors="replace").decode() != one]:
         key, fault = "questions", f"The question {broken[0]!a} must be Unicode text, without lone surrogates."
     elif method not in get_args(Method):

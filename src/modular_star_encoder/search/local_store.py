@@ -271,7 +271,7 @@ class LocalStore:
                 path.unlink(missing_ok=True)
 
     def _add(self, arrays: _Arrays, files: list[dict[str, Any]]) -> str:
-        """Write a new segment and return its name; the caller must add the name to the manifest."""
+        """Write a new segment and return its name, which the caller must add to `index.json`."""
         name = f"rows-{uuid4().hex}"
         if self.folder is None:
             self._segments[name] = _Segment(name, arrays, files)
@@ -423,7 +423,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return the arrays for `_Segment.postings`. `row[i]` has the word `key[i]` `count[i]` times; `key` ascends."""
+    """Return the arrays for `_Segment.postings`. Word `key[i]` is in row `row[i]` `count[i]` times; `key` ascends."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)

@@ -163,7 +163,7 @@ _LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
 
 
 class Memo(dict[str, _Value], Generic[_Value]):
-    """A dictionary that computes a function's values of texts and caches them, faster than `lru_cache`."""
+    """A dictionary that computes and caches a function's values, with texts as keys; faster than `lru_cache`."""
 
     def __init__(self, function: Callable[[str], _Value]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Memo(dict[str, _Value], Generic[_Value]):
 
 
 def _stems(text: str) -> list[str]:
-    """Return the stems of words with several parts and of all parts: `camelCase` gives camel, cas and camelcas."""
+    """Return the stems of all words and of their parts: `camelCase` gives camel, cas and camelcas."""
     found = []
     for word in _WORD.findall(text):
         parts = [part.lower() for part in _PART.findall(word)]
@@ -246,7 +246,7 @@ def telling_parts(question: str) -> set[str]:
 
 
 def definition_word(name: str) -> str:
-    """Return the word for BM25 that stands for defining `name`: `Push` gives "defines:push". See `snippet_words`."""
+    """Return the word that `snippet_words` adds for a definition of `name`: `Push` gives "defines:push"."""
     return "defines:" + re.sub(r"\s", "", name.lower().rstrip("!?"))
 
 

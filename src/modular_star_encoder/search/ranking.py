@@ -130,7 +130,7 @@ class Ranker:
 
 
 def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> Ranked:
-    """Return the best `limit` rows for a question by the ranking rules, with words alone and without a model."""
+    """Return the best `limit` rows for a question by the ranking rules, from words alone and without a model."""
     read = Question.of(question)
     candidates, words, definers = _candidates(store, read, where, [])
     return Ranked(_placed(read, candidates, definers, None, words, limit))
@@ -319,7 +319,7 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return whether a file has (1) tests, examples or docs, (2) only re-exports, (3) only type declarations."""
+    """Return three facts on a file: it has tests, examples or docs; only re-exports; only type declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 

@@ -63,7 +63,7 @@ class Filter:
     path: re.Pattern[bytes] | None = None  # regular expression that the bytes of a path must match, or None
 
     def fits_file(self, path: str, language: str) -> bool:
-        """Return whether a file with this path and language meets the condition."""
+        """Return whether the filter accepts a file with this path and language."""
         fits_path = self.path is None or self.path.match(path.encode()) is not None
         return fits_path and (not self.languages or language in self.languages)
 
@@ -134,7 +134,7 @@ class VectorStore(Protocol):
 
 
 def file_id(path: str) -> str:
-    """Return a hash of a path as 32 hexadecimal digits. The bytes of the path may be other than UTF-8."""
+    """Return a hash of a path as 32 hexadecimal digits. The path's bytes may be invalid UTF-8."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 

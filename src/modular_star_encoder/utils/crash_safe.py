@@ -1,4 +1,4 @@
-"""A map over several processes that continues when one of them dies: parsers written in C can crash on bad input."""
+"""A map over several processes that continues if one of them crashes, as parsers in C do on some inputs."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def _executor(processes: int) -> ProcessPoolExecutor:
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
-    """End the workers at once: after Ctrl-C, one may be busy with a file for minutes. (Python 3.14: `kill_workers`.)"""
+    """Kill the worker processes at once; a worker may be busy with a file for minutes. Python 3.14: `kill_workers`."""
     workers = list((executor._processes or {}).values())
     results: Any = executor._result_queue
     executor.shutdown(wait=False, cancel_futures=True)

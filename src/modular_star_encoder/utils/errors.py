@@ -44,7 +44,7 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
     """Return an ImportError that names the extra of this package to install; None if no extra has the missing module.
 
-    If both the extra `train` and the extra `dataset` have the module, `command` ("train" or "dataset") decides.
+    If the extras `train` and `dataset` both have the module, `command` ("train" or "dataset") names the one to install.
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
@@ -57,7 +57,7 @@ def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError 
 
 @contextmanager
 def naming_extra() -> Iterator[None]:
-    """Context manager for imports of optional packages; if one is missing, ImportError names the extra to install."""
+    """Context manager for imports of optional packages: if one is missing, ImportError names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

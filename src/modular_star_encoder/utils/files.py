@@ -46,7 +46,7 @@ def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> 
 
 @contextmanager
 def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
-    """Context manager: hold the lock of `folder`, and create a missing folder. The same process may take a lock again.
+    """Context manager: hold the lock of `folder`, which is created if missing. A process may hold a lock several times.
 
     UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`). The
     wait is needed because the workers of a killed process keep its lock for a moment. UserError (`files.lock`) if the
@@ -102,7 +102,7 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
     """Return whether `path` is, or passes through, a symbolic link to a place outside `folder`.
 
-    Links from a snapshot in the Hub's cache to its blobs are allowed.
+    The result is False for a link from a snapshot in the Hub's cache to the cache's files.
     """
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
@@ -122,7 +122,7 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
-    """Return the value of a text in JSON; ValueError as in `read_json`."""
+    """Return the value of a JSON text; ValueError for the faults that `read_json` lists."""
     checks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number) if finite else {}
     check_json_values(text, MAX_JSON_VALUES)
     try:
@@ -132,7 +132,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 
 def check_json_values(text: str, most: int) -> int:
-    """Return an upper bound of the number of values in the JSON `text`, not parsed; ValueError if it exceeds `most`."""
+    """Return an upper bound of the number of values in a JSON text, unparsed; ValueError if it exceeds `most`."""
     if (values := sum(map(text.count, ",[{"))) > most:
         raise ValueError(f"more than {most:,} values")
     return values
@@ -227,7 +227,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove temporary files for `target` that were left by processes that no longer run."""
+    """Remove the temporary files of `target` that killed processes left."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         if match := form.fullmatch(name):
@@ -250,7 +250,7 @@ def _remove(path: Path) -> None:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError if a field of the dataclass instance `record`, or of one inside it, has a value of wrong type."""
+    """Raise TypeError if a field of the dataclass instance `record`, or of a nested one, has a wrong type."""
     for name, kind in _hints(type(record)).items():
         if not fits(value := getattr(record, name), kind):
             raise TypeError(f"{name} has a value of the wrong type or size: {str(value)[:60]}")

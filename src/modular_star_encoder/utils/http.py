@@ -80,13 +80,13 @@ class HTTPClient:
     header it waits `pause` seconds, doubled for each further attempt (at most 60) and varied at random by up to half.
 
     Args:
-        token: sent as bearer token with every request, unless it is empty; no error shows it.
+        token: bearer token for every request; empty for none. Error messages do not show it.
         concurrency: largest number of requests at the same time; further requests wait.
         attempts: largest number of times that one request is sent.
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
         total_time: limit in seconds for one request with all its attempts and pauses.
-        max_bytes: largest size of a response's body after decompression. Only gzip or deflate, applied once, is read.
+        max_bytes: largest size in bytes of a response's body after decompression of gzip or deflate.
         follow_redirects: whether to follow redirects, also to other hosts.
     """
 
@@ -144,7 +144,7 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Start a request and return a future, whose result is a response with a status below 300.
+        """Start a request and return a future. Its result is the response, if the status is below 300.
 
         If the request fails, the future raises HTTPRequestError. Its message names only the host of `url`, because the
         rest may contain a secret. `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again:
@@ -209,7 +209,7 @@ class HTTPClient:
 
 
 async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None:
-    """Make each new connection of httpcore raise HTTPRequestError after `_MAX_INTERIM` interim answers."""
+    """Make each new connection of httpcore raise HTTPRequestError after `_MAX_INTERIM` responses of status 1xx."""
     if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
         connection = info["return_value"]
         read, count, end = connection.read, 0, b""
@@ -220,7 +220,7 @@ async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None
             begun = end + content  # a status line may come in two reads
             count, end = count + len(_INTERIM.findall(begun)), begun[-11:]
             if count > _MAX_INTERIM:
-                message = f"{host} sends more than the limit of {_MAX_INTERIM:,} interim answers."
+                message = f"{host} sends more than the limit of {_MAX_INTERIM:,} interim responses (status 1xx)."
                 raise HTTPRequestError("http.too_large", message)
             return content
 
@@ -265,13 +265,13 @@ def token_from_environment(variable: str | None, *, required: bool = True) -> st
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """Return `text` with `***` in place of `token` and of each word that contains `sk-`, the mark of OpenAI's keys."""
+    """Return `text` with `***` in place of `token` and of each word that contains `sk-`, as OpenAI's keys do."""
     text = text.replace(token, "***") if token else text
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 
 
 def check_repository_id(repository: str) -> None:
-    """Raise UserError (`hub.repository_id`) unless `repository` has the form owner/name."""
+    """Raise UserError (`hub.repository_id`) if `repository` is not a Hub id of the form owner/name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "modular-star-encoder")
 
 
 def percent(value: float) -> str:
-    """Format a fraction as percent with one decimal and without the sign: 0.1234 → `12.3`."""
+    """Format a fraction as percent with one decimal and without a percent sign: 0.1234 → `12.3`."""
     return f"{100 * value:.1f}"
 
 
@@ -78,7 +78,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def without_places(value: Any) -> Any:
-    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace what these environment variables hold."""
+    """Return a JSON value with `$MOSE_DATA` and `$HOME` in place of the paths in these environment variables."""
     text = json.dumps(value, default=str)
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):

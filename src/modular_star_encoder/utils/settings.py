@@ -1,8 +1,8 @@
 """Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
-A settings class is a dataclass. The decorator `settings_class` makes a frozen one whose types and constraints check the
-values. A settings class may define `OPEN_KEYS = (NAME, OTHER)`, with the name of its field for a mapping and another
-dataclass. The fields of OTHER are then keys too, and the mapping in the field NAME collects their values.
+A settings class is a dataclass. The decorator `settings_class` makes a frozen one, which checks values by the types and
+constraints of its fields. With `OPEN_KEYS = (NAME, OTHER)`, a settings class also accepts the fields of another
+dataclass, OTHER, as keys. The field NAME of the settings class, a mapping, collects the values of these keys.
 
 YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
 `MAX_YAML_DEPTH` and `MAX_YAML_NUMBER`.
@@ -82,7 +82,7 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings_class(kind: type[Settings]) -> type[Settings]:
-    """Class decorator: make a frozen dataclass whose keyword arguments are converted and checked by their types.
+    """Class decorator: make a frozen dataclass that converts and checks its keyword arguments by their types.
 
     UserError if a value is wrong (`settings.value`) or missing (`settings.missing`), or if an argument is not a field
     (`settings.unknown`).
@@ -113,7 +113,7 @@ def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides:
 
     Each override is `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and a YAML value.
     UserError if the file can't be read (`settings.file`), an override has another form (`settings.override`), or a
-    setting is wrong (see `build_settings`). The message names the file only if the file alone has the same fault.
+    setting is wrong (see `build_settings`). The message says whether file or command line has the fault.
     """
     try:
         return build_settings(kind, read_mapping(path, overrides), str(path))
@@ -127,14 +127,14 @@ def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides:
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping in a recipe's YAML file, changed by `overrides` as in `load_settings`, with unchecked keys."""
+    """Return the mapping in a YAML file, changed by `overrides` (see `load_settings`). The keys are not checked."""
     file = Path(path)
     if not file.is_file():
-        raise UserError("settings.file", f"Recipe {path} {'is not a file' if file.exists() else 'not found'}.")
+        raise UserError("settings.file", f"{path} {'is not a file' if file.exists() else 'does not exist'}.")
     with file.open("rb") as opened:
-        content = read_yaml(opened.read(MAX_YAML_BYTES + 1), f"Recipe {path}")
+        content = read_yaml(opened.read(MAX_YAML_BYTES + 1), str(path))
     if not isinstance(content, dict):
-        raise UserError("settings.file", f"Recipe {path} must hold a mapping of settings, such as `seed: 1`.")
+        raise UserError("settings.file", f"{path} must be a mapping of settings, such as `seed: 1`.")
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -156,7 +156,7 @@ def read_yaml(data: bytes, where: str) -> Any:
 
 
 def _yaml_fault(data: bytes) -> str:
-    """Return which limit a YAML document exceeds, or "". The values of the document are not constructed."""
+    """Return a clause on the limit that a YAML document exceeds, or ""; only the document's syntax is parsed."""
     depth = 0
     for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
