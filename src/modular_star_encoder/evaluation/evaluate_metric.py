@@ -21,7 +21,7 @@ from modular_star_encoder.utils.errors import UserError
 
 NAMES = ("mrr", "recall", "ndcg", "map_at_r", "f1")
 
-_DESCRIPTION = "Retrieval metrics, which rank irrelevant candidates first if scores are equal, and F1 of class 1."
+_DESCRIPTION = "Retrieval metrics and F1 of class 1. If scores are equal, irrelevant candidates are ranked first."
 _INPUTS = """
 Args:
     predictions: one list per query with the scores of its candidates, float32. For f1: one decision, 0 or 1, per pair.
@@ -57,7 +57,7 @@ class RetrievalMetric(evaluate.Metric):
 def _rank(scores: Sequence[Sequence[float]], relevant: Sequence[Sequence[int]]) -> Any:
     lengths = [len(one) for one in scores]
     if lengths != [len(one) for one in relevant] or not set(chain.from_iterable(relevant)) <= {0, 1}:
-        raise UserError("evaluation.references", "A query needs one reference, 0 or 1, for each of its scores.")
+        raise UserError("evaluation.references", "Give each query one reference, 0 or 1, for each score.")
     padded = np.full((len(scores), max(lengths)), -np.inf, dtype=np.float32)
     for row, one in zip(padded, scores, strict=True):
         row[: len(one)] = one

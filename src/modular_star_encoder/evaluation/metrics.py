@@ -1,8 +1,8 @@
 """Rank documents by scores; compute metrics of rankings and of yes/no decisions, with intervals and tests.
 
-Scores are compared as float32. Among documents with equal scores, the relevant ones come last, so a retriever that
+Scores are compared as float32. Among documents with equal scores, relevant documents come last, so a retriever that
 gives every document the same score gets the worst value. Metrics are computed from ranks, or from outcomes such as
-"false positive", and never from blocks of scores, so that no value depends on the block size.
+"false positive", so no value depends on the size of the blocks in which scores are computed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Ranking:
 def check_scores(scores: np.ndarray) -> None:
     """Raise UserError if a score is NaN."""
     if missing := int(np.count_nonzero(np.isnan(scores))):
-        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN: check whether training diverged.")
+        raise UserError("evaluation.scores.nan", f"{missing} scores are NaN: check the model's weights.")
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
     """In each pool of a task, rank the documents for each query, by the scores that `scores(pool)` returns.
 
-    Returns one `Ranking` of the Q queries of all pools, pool after pool, and each query's row number (Q,) in the task.
+    Returns the `Ranking` for all Q queries, ordered by pool, and the row number (Q,) of each query in the task.
     """
     rankings, start = [], 0
     for pool in task.pools:
@@ -61,7 +61,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
     """
     counts = np.bincount(judgements.query, minlength=scores.shape[0])
     if not counts.all():
-        message = f"Query {int(np.argmin(counts))}, counted from 0, has no relevant document: add one or leave it out."
+        message = f"Query {int(np.argmin(counts))} (from 0) has no relevant document: add one or leave out the query."
         raise UserError("evaluation.query.no_relevant", message)
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
@@ -101,7 +101,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return, for each j, how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) ascends."""
+    """Return counts (J,): how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) is ascending."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -114,7 +114,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Rank J relevant documents by `scores` (J,); `above` (J,): number of documents that score as high or higher."""
+    """Rank J relevant documents by `scores` (J,); `above` (J,) counts all documents with the same or a higher score."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -131,9 +131,10 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
     """Return each query's value (Q,) of `metric`: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r; else raise UserError.
 
     MRR is 1 / (rank of the first relevant document). Recall is the fraction of the relevant documents that are found.
-    NDCG (Järvelin & Kekäläinen 2002) is the sum of 1 / log2(rank + 1) over the relevant documents, divided by that of
-    the ideal ranking. Documents at ranks above K count as not found. MAP@R (Musgrave et al. 2020, as in CodeXGLUE for
-    POJ-104) is the mean over the R relevant documents of (place among them) / rank, or 0 at ranks above R.
+    NDCG (Järvelin & Kekäläinen 2002) is the sum of 1 / log2(rank + 1) over the relevant documents, divided by this sum
+    for the ideal ranking. Documents at ranks above K count as not found. MAP@R (Musgrave et al. 2020, as in CodeXGLUE
+    for POJ-104) is the mean over the R relevant documents of place / rank, or 0 at ranks above R. The place of a
+    document is its rank among the relevant documents.
     """
     name, at, cut = metric.partition("@")
     k = float(cut) if cut.isdecimal() else 0 if at else np.inf
@@ -159,12 +160,12 @@ def query_values(ranking: Ranking, metric: str) -> np.ndarray:
 
 
 def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compare N decisions with N labels, each 0 or 1; return N outcomes (N,) int64, such as `TRUE_POSITIVE`."""
+    """Return the outcomes (N,) int64, such as `TRUE_POSITIVE`, of N decisions with N labels, each 0 or 1."""
     return 2 * decisions.astype(np.int64) + labels.astype(np.int64)
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return the F1 of class 1, an array of shape (…), from `counts` (…, 4): how often each outcome occurs.
+    """Return the F1 of class 1, float64 (…), from `counts` (…, 4), the numbers of the four outcomes.
 
     F1 is 0 if all labels and decisions are 0.
     """
@@ -175,7 +176,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the threshold for which the decisions `scores >= threshold` have the best F1; of several, the highest.
+    """Return the highest threshold for which the decisions `scores >= threshold` have the best F1.
 
     `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
     """
@@ -189,7 +190,7 @@ def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _places(query: np.ndarray) -> np.ndarray:
-    """Number the entries of each run of equal values in an ascending array (N,): 1, 2, …"""
+    """Return the place (N,) of each entry of an ascending array among equal entries: [5, 5, 7] → [1, 2, 1]."""
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 
@@ -204,7 +205,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000)
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
     """Return (low, high), the 95 % percentile bootstrap interval of F1, for the outcomes (N,) of N pairs.
 
-    Drawing N pairs with replacement is drawing the numbers of the four outcomes from a multinomial distribution.
+    Instead of N pairs, a resample draws the numbers of the four outcomes, from a multinomial distribution.
     """
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
@@ -247,11 +248,11 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query (Q,) for `bootstrap_interval`; their mean is the mean of the tasks' means.
+    """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
 
-    `values` has {query: value} for each task. Tasks may share queries, such as one exercise in many pairs of languages;
-    a resample draws such a query with all its tasks. A query's value is the mean of the tasks' means, plus Q times the
-    influence of the query on that mean, so that small and large tasks have the same weight.
+    `values` has a dict {query: value} for each task. A query of several tasks, such as an exercise in many languages,
+    has one value, so a resample draws the query with all its tasks. The value is M + Q × (the query's term in
+    `shares`), where M is the mean of the tasks' means. Small and large tasks have the same weight.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
@@ -260,9 +261,9 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one term (Q,) per query; the sum of all terms is the mean over the tasks of each task's mean difference.
+    """Return one term (Q,) per query. The sum of all terms is the mean, over the tasks, of the tasks' mean differences.
 
-    `differences` has a dict {query: difference} for each task. A query of several tasks has only one term.
+    `differences` has a dict {query: difference} for each task. A query of several tasks has one term for all of them.
     """
     total: dict[str, float] = {}
     for task in differences:

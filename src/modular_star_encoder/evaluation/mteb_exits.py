@@ -1,10 +1,10 @@
 """Evaluate the exits of a checkpoint with mteb (extra `mteb`), on CoIR, MTEB(Code) or other tasks of mteb.
 
 mteb computes the metrics by its own protocol, which orders documents with equal scores arbitrarily. For mteb, exit k is
-a model with the name `{owner}/{model}-exit-{k}`, so that each exit has its own result files. The revision is a checksum
-of the weights, so that a checkpoint gets new results after further training.
+a model with the name `{owner}/{model}-exit-{k}`, so each exit has separate result files. The model's revision is a
+checksum of the weights, so a checkpoint gets new results after further training.
 
-mteb downloads its datasets unless they are in the local cache; your own tasks (`local_task`) need no network.
+mteb downloads datasets that are not in its local cache. Tasks made by `local_task` from your rows need no network.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
     "CodeTransOceanDL": ("python", "python"),
     "CosQA": (PROSE, "python"),
 }
-"""{task of mteb: (language of its queries, of its documents)}; in all other tasks, queries are prose and seek code."""
+"""{task of mteb: (language of queries, language of documents)}. In other tasks, queries are prose, documents code."""
 
 
 class MtebExitEncoder(AbsEncoder):
-    """Embeds texts at one exit of a model, in the interface that mteb expects.
+    """Embeds texts at one exit of a model; implements mteb's interface of encoders.
 
     `TASK_SIDES` says which queries and documents are code and which are prose; code and prose get their published
-    prompts. Symmetric tasks get no prompt. The first call embeds a text at all of `exit_layers` in one pass. The cache
-    of `retriever` keeps these embeddings, because mteb asks for one exit after the other.
+    prompts. Texts of symmetric tasks get no prompt. The first call embeds a text at all of `exit_layers` in one pass.
+    The cache of `retriever` keeps these embeddings, because mteb asks for one exit after the other.
 
     `prompts`, {key: prefix}, replaces published prompts. mteb looks for the keys `{task}-{side}`, `{task}`,
     `{task type}-{side}`, `{task type}` and `{side}` in this order; `{side}` is `query` or `document`.
@@ -80,7 +80,7 @@ class MtebExitEncoder(AbsEncoder):
     ) -> np.ndarray:
         """Return the embeddings (N, D) float32 of the N texts in all batches of `inputs`.
 
-        Of mteb's other `options`, only `prompt_type` and `show_progress_bar` are used.
+        Of mteb's `options`, only `prompt_type` and `show_progress_bar` are used.
         """
         prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
         texts = [(prompt, text) for batch in inputs for text in batch["text"]]
@@ -112,8 +112,8 @@ def run_mteb(
 ) -> dict[int, dict[str, float]]:
     """Evaluate exits of a checkpoint on tasks of mteb; return {exit_layer: {task: main score from 0 to 1}}.
 
-    Existing results of the same weights and data are kept, so an interrupted run continues where it stopped. UserError
-    if mteb has no such task, `model_name` has no owner, or the checkpoint lacks an exit.
+    Existing results for the same weights and data are kept, so an interrupted run continues where it stopped. UserError
+    if mteb lacks a task, `model_name` has no owner, or the checkpoint lacks an exit.
 
     Args:
         checkpoint: folder or Hub id.
@@ -122,9 +122,9 @@ def run_mteb(
         out: folder for mteb's result files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, and for a
             folder `embeddings`, a cache that you may delete.
         model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts: prefixes of texts instead of the published prompts; see `MtebExitEncoder`.
-        overwrite: whether to evaluate again where results exist.
-        encode_options: max_length, tokens_per_batch and dtype, as in `encode_exits`.
+        prompts: {key: prefix} in place of published prompts; see `MtebExitEncoder`.
+        overwrite: whether to evaluate again if results exist.
+        encode_options: the options max_length, tokens_per_batch and dtype of `encode_exits`.
     """
     chosen, out = _resolve_tasks(tasks), Path(out).expanduser()
     path = resolve_checkpoint(checkpoint)
@@ -178,7 +178,7 @@ def _model_meta(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return each task once, with the tasks of named benchmarks; UserError if a name is unknown or no task is given."""
+    """Return the tasks, and the tasks of benchmarks, each once; UserError if a name is unknown or no task is given."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
@@ -199,10 +199,10 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """Make an mteb task of text → code retrieval from your own (description, code, language) rows.
+    """Make an mteb task of text → code retrieval from (description, code, language) rows.
 
     Of several rows with the same description or the same code, only the first is kept; otherwise a right answer would
-    count as irrelevant. `name` is the name of the task and of its result files.
+    count as irrelevant. `name` is the name of the task and of the result files. UserError if fewer than 2 rows remain.
     """
     code_of: dict[str, str] = {}
     codes: set[str] = set()

@@ -27,24 +27,24 @@ class MultiExitEvaluator(BaseEvaluator):
     """Evaluates text → code retrieval at every exit: MRR, NDCG@10 and Recall@k.
 
     Pass an evaluator as `MultiExitTrainer(evaluator=…)` or `SentenceTransformerTrainer(evaluator=…)`. One pass over the
-    texts embeds them at all exits. Of documents with equal scores, relevant ones are ranked last.
+    texts embeds them at all exits. Among documents with equal scores, relevant documents are ranked last.
 
     The metrics are `mrr_exit_4` and so on for each exit, `mrr_mean` and `mrr_worst` for the mean and the minimum over
-    the exits, and likewise `ndcg_at_10_…` and `recall_at_{k}_…`. Trainers add the prefix `eval_`, so
+    the exits, and likewise `ndcg_at_10_…` and `recall_at_{k}_…`. Trainers add the prefix `eval_`.
     `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint with
-    the best mean over its exits, and `eval_mrr_worst` the checkpoint whose worst exit is best.
+    the best mean over the exits; `"eval_mrr_worst"` keeps the checkpoint with the best worst exit.
 
     With several processes, each process of `MultiExitTrainer` embeds a share of the texts (all texts if FSDP splits the
-    parameters), then every process ranks all documents. With `SentenceTransformerTrainer` (sentence-transformers 6.2 or
-    newer), only the first process evaluates.
+    parameters), and then every process ranks all documents. With `SentenceTransformerTrainer` (sentence-transformers
+    6.2 or newer), only the first process evaluates.
 
     Args:
         task: queries, documents, and which documents are relevant; `from_pairs` and `from_mappings` build it.
         tokenizer: required for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own tokenizer.
         exit_layers: exits to evaluate; all exits of the model if None.
         recall_at: values of k for Recall@k.
-        prompts: {`query`, `document` or `document_{language}`: prefix of these texts}. If None: a SentenceTransformer's
-            own; for other models the published ones, or none if `config.instruction_prompts` is false.
+        prompts: {`query`, `document` or `document_{language}`: prefix of texts}. If None, a SentenceTransformer has its
+            own prompts; other models have the published prompts (none if `config.instruction_prompts` is false).
         max_length: longer texts are cut to this number of tokens; the model's limit if None.
         tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
         name: prefix of the names of the metrics, to tell several evaluators apart.
@@ -90,8 +90,8 @@ class MultiExitEvaluator(BaseEvaluator):
 
         Args:
             rows: at least two rows.
-            candidates: number of candidate documents of each query, at least two, including the relevant one: the
-                documents of a random batch of rows (1000 in CodeSearchNet's protocol). All documents if None.
+            candidates: size of the random batches of rows, at least two (1000 in CodeSearchNet's protocol). A query's
+                candidates are the documents of its batch. If None, all documents are candidates.
             seed: random seed of the batches.
             options: arguments of the class other than `task`.
         """
@@ -110,7 +110,7 @@ class MultiExitEvaluator(BaseEvaluator):
 
         Args:
             queries, corpus: {id: text} of the queries, and of the documents, which are candidates of every query.
-            relevant: {id of a query: ids of its relevant documents}; queries without any are left out.
+            relevant: {id of a query: ids of its relevant documents}; queries without relevant documents are left out.
             language: programming language of all documents; None if unknown, or if the documents are prose.
             options: arguments of the class other than `task`.
         """
@@ -128,14 +128,14 @@ class MultiExitEvaluator(BaseEvaluator):
         """Evaluate every exit of a model; return {metric: a fraction between 0 and 1}.
 
         Args:
-            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer that wraps one and pools as its
-                configuration says. It runs in evaluation mode, then its mode is restored.
+            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer that wraps one and has the pooling of
+                the model's configuration. The model runs in evaluation mode; then its mode is restored.
             output_path: not used, because the trainers log the metrics.
             epoch, steps: shown in the model card of a SentenceTransformer.
             across_processes: whether every training process makes this call; each process then embeds a share of texts.
 
         Raises:
-            UserError: the model is of another kind or lacks an exit, there is no tokenizer, or a score is NaN.
+            UserError: the model has another class or lacks an exit, the tokenizer is missing, or a score is NaN.
         """
         network, encode, prompts = self._encoding(model)
         if across_processes:
@@ -173,7 +173,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "Give the evaluator a `tokenizer`: this model has none.")
+            raise UserError("evaluator.tokenizer.missing", "Give the evaluator a `tokenizer`: the model has none.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -195,14 +195,14 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
         and model[1].include_prompt
     )
     if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, Pooling as in its configuration, and optionally Normalize"
+        needed = "a ModularStarEncoderForRetrieval, the Pooling of its configuration, and optionally Normalize"
         message = f"The SentenceTransformer must consist of {needed}; its modules are {', '.join(names)}."
         raise UserError("evaluator.model.other", message)
     return network
 
 
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
-    """Embed a share of the texts in each training process; return {exit_layer: embeddings} of all texts."""
+    """Embed a share of the N texts in each training process; return {exit_layer: embeddings (N, D)} of all texts."""
     rank, world = rank_and_count()
     if world == 1:
         return encode(texts)

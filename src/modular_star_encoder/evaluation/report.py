@@ -108,7 +108,7 @@ class Report:
         write_json(folder / "report.json", self.to_dict())
 
     def to_markdown(self) -> str:
-        """Return the tables as Markdown that is aligned as plain text too; scores are multiplied by 100."""
+        """Return the tables as Markdown with aligned columns; scores are multiplied by 100."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
         for table in self.tables:
@@ -116,7 +116,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of report.json: everything but the values of single queries; scores are fractions."""
+        """Return the content of report.json: all results except the values of single queries; scores are fractions."""
         stored = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
         results = [{name: value for name, value in one.items() if name not in ("values", "ids")} for one in stored]
         head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
@@ -187,7 +187,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
-    """Return the mean of the main metric over the tasks, with its interval; for F1 there must be only one task."""
+    """Return the mean of the main metric over the tasks, and its 95 % interval; for F1, there must be only one task."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -207,7 +207,7 @@ def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult]) 
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """Return LaTeX code with one `table` environment per table; it needs the LaTeX package booktabs."""
+    """Return LaTeX code with one `table` environment per table; the code needs the LaTeX package booktabs."""
     parts = []
     for table in tables:
         caption = " ".join([f"{table.title}.", *_explain(table)])
@@ -262,8 +262,8 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
     """Read the tables in a results file, with the rows of the evaluated model and of retrievers without exits.
 
     Of several embedding sizes at an exit, only the largest is read. `path` is report.json, a file that
-    `mose evaluate --json` wrote, or training_log.json of `mose finetune`. UserError if it has another checksum of the
-    weights than `checkpoint` (not compared if empty).
+    `mose evaluate --json` wrote, or training_log.json of `mose finetune`. `checkpoint` is the expected checksum of the
+    weights, or empty to accept any. UserError if the file is no results file or has another checksum.
     """
     try:
         content = read_json(path)
@@ -275,7 +275,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         message = f"{path} is not a results file of `mose evaluate`, or another version wrote it: evaluate again."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
-        message = f"{path} holds results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
+        message = f"{path} has results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
         raise UserError("evaluation.report.other_weights", message)
     return tables
 
@@ -284,7 +284,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
     """Read the quality of the evaluated model from a results file: {exit_layer: mean of the main metric}.
 
     The quality is read from the table of `benchmark`, or from the first table if no table has this name. UserError if
-    the table has no exits. An exit profile can store the result. For `path` and `checkpoint` see `read_tables`.
+    the table has no exits. For `path` and `checkpoint` see `read_tables`.
     """
     tables = read_tables(path, checkpoint)
     table = next((one for one in tables if one.benchmark == benchmark), tables[0])
@@ -295,7 +295,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
 
 
 def _evaluated_model(table: Table) -> Table:
-    """Return the table without the exits of other models, and without truncated embeddings of the evaluated model."""
+    """Return the table with only the first model's exits, at their largest embedding size, and rows without exits."""
     own = next((row.retriever for row in table.rows if row.exit_layer is not None), None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     largest = {row.exit_layer: row for row in rows if row.retriever == own}
@@ -307,8 +307,8 @@ def _evaluated_model(table: Table) -> Table:
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
     """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if it also has an exit profile.
 
-    `profiles` is {retriever: path of its exit profile}; a path that does not exist is ignored. Both plots of an earlier
-    run are removed first. UserError if the profiles differ in machine, device, number of threads or batch shape.
+    `profiles` is {retriever: path of its exit profile}; a path that does not exist is ignored. Plots of an earlier run
+    are removed first. UserError if the profiles differ in machine, device, number of threads or batch shape.
     """
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
@@ -319,7 +319,7 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "Repeat `mose profile` for all, on one machine and with the same device, threads and batches."
+        message = "Repeat `mose profile` for all models, on one machine, with the same device, threads and batches."
         message = f"Exit profiles of {' and '.join(found)} are not comparable. {message}"
         raise UserError("evaluation.plots.other_machines", message)
     if found:
@@ -336,9 +336,9 @@ def plot_quality(
 ) -> None:
     """Write a PNG with one panel per table: the main metric of each exit, with its interval, by depth.
 
-    This is the paper's Figure 4, with a dashed horizontal line for each retriever without exits. With `latencies`,
-    {retriever: {exit_layer: milliseconds}} measured on one machine (see `median_latencies`), exits are plotted by
-    latency, without the dashed lines and without exits that have no latency. UserError if no exit is left to plot.
+    A dashed horizontal line shows each retriever without exits (otherwise as Figure 4 of the paper). If `latencies` is
+    given, {retriever: {exit_layer: milliseconds}} from one machine (see `median_latencies`), exits are plotted by
+    latency, and dashed lines and exits without a latency are left out. UserError if there is no exit to plot.
     """
     with naming_extra():
         from matplotlib.figure import Figure
@@ -381,12 +381,12 @@ def plot_quality(
 
 
 def _plain(text: str) -> str:
-    """Return the start of `text` for matplotlib, which would read dollar signs as the bounds of a formula."""
+    """Return the first 200 characters of `text` for matplotlib, with `$` escaped, which would begin a formula."""
     return "".join(one if one.isprintable() else "�" for one in text[:200]).replace("$", r"\$")
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """Return {retriever (with embedding size, if truncated): {exit_layer: row}}, with the exits ascending."""
+    """Return {label of a retriever and its embedding size: {exit_layer: row}}, with the exits ascending."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:

@@ -1,10 +1,10 @@
-"""Score documents for queries: the interface, cosine similarities in blocks, and a cache of embeddings.
+"""Score documents for queries: the interface of retrievers, cosine similarities in blocks, and a cache of embeddings.
 
-A retriever may have several *variants* that one pass over the texts computes: the exits of a model, and at each exit
-the sizes to which its embeddings can be truncated. `run.evaluate_tasks` asks for the variants without a stored result.
+A retriever may have several *variants*: the exits of a model, and at each exit the sizes to which embeddings can be
+truncated. One pass over the texts computes all variants for which `run.evaluate_tasks` finds no stored result.
 
 The cosine similarity of two unit vectors is the float64 sum of the products of their components, added in a fixed order
-(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but adds in an order that depends on the
+(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but the order of its sums depends on the
 block size and the library. So a score of the matrix product is kept only if its rounding error cannot change the
 float32 number; all other scores are summed in the fixed order. Equal vectors therefore always have equal scores.
 """
@@ -62,7 +62,7 @@ class Scores(Protocol):
 
 
 class RowScores:
-    """`Scores` (Q, D) of which `rows(start, end)` returns the rows `start` to `end`, (end - start, D)."""
+    """`Scores` (Q, D) computed by a function: `rows(start, end)` returns the scores [start:end], (end - start, D)."""
 
     def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> None:
         self.shape, self._rows = shape, rows
@@ -81,14 +81,14 @@ class RowScores:
 
 
 class Retriever(Protocol):
-    """The interface of a model that ranks documents for queries."""
+    """The interface of classes that score documents for queries, such as `BM25`."""
 
     name: str  # name in tables
     checksum: str  # changes whenever a score may change; part of the key of stored results
     variants: tuple[ExitVariant, ...] = (ExitVariant(),)  # the available exits and embedding sizes
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Prepare all texts for later calls of `scores`, for example embed them; by default, do nothing."""
+        """Prepare all texts for later calls of `scores`, for example by embedding them; by default, do nothing."""
         return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
@@ -97,7 +97,7 @@ class Retriever(Protocol):
 
 
 class EmbeddingRetriever(Retriever):
-    """Ranks documents by the cosine similarity of their embeddings, which `cache` keeps (in memory by default)."""
+    """Scores documents by the cosine similarity of embeddings; `cache` stores the embeddings (in memory by default)."""
 
     chunk = 4096  # texts per shard of the cache; an interruption loses at most one shard
 
@@ -135,7 +135,7 @@ class EmbeddingRetriever(Retriever):
         return CosineScores(*rows, dimensions=variant.dimensions)
 
     def space(self, exit_layer: int | None) -> str:
-        """Return the name of the cache's space with the embeddings of this model at an exit."""
+        """Return the name of the cache's space for this model and exit (see `EmbeddingCache`)."""
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 
@@ -143,7 +143,7 @@ class CosineScores:
     """`Scores` (Q, D): cosine similarities of queries (Q, F) and documents (D, F), in float64, rounded to float32.
 
     A vector of zeros has similarity 0 to all vectors. Embeddings are read in slices, so they may be larger than memory.
-    Each is truncated to its first `dimensions` components (if not None) and scaled to length 1.
+    Each embedding is truncated to its first `dimensions` components (if not None) and scaled to length 1.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the scores of all queries for some documents at a time, so that each document is read only once."""
+        """Yield blocks for all queries with some documents, then with further documents; read each document once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -172,7 +172,7 @@ class CosineScores:
         return scores
 
     def _unit(self, embeddings: np.ndarray) -> np.ndarray:
-        """Scale the rows to length 1, in float64; rows of zeros stay zero, infinite values become NaN."""
+        """Truncate rows and scale them to length 1, in float64; rows of zeros stay zero, infinite values become NaN."""
         embeddings = embeddings[:, : self.dimensions].astype(np.float64)
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
@@ -181,7 +181,7 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Return the similarities (Q, D) of unit vectors (Q, F) and (D, F), bit for bit as `CosineScores.of_pairs` does."""
+    """Return the similarities (Q, D) of unit vectors (Q, F) and (D, F), equal to those of `CosineScores.of_pairs`."""
     products = queries @ documents.T
     # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52
@@ -205,11 +205,11 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 class EmbeddingCache:
     """Stores embeddings by model, exit, prompt and text, so that each text is embedded only once.
 
-    A *space* holds the embeddings of one model at one exit. It is a folder of shards, memory-mapped `.npy` files. A row
+    A *space* has the embeddings of one model at one exit. It is a folder of shards, memory-mapped `.npy` files. A row
     of a shard has the hash of a (prompt, text) pair and its embedding. Shards are written atomically and never change,
     so several processes may read and write at once, and a killed job continues with the missing texts. A damaged shard
-    is deleted, and its texts are embedded again. Without `folder`, shards are in memory. New shards have numbers of
-    `dtype`: "float32" or, in half the space, "float16".
+    is deleted, and its texts are embedded again. If `folder` is None, shards are in memory. `dtype` is the type of the
+    numbers in new shards: "float32" or, for half the size, "float16".
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, dtype: str = "float32") -> None:
@@ -254,7 +254,7 @@ class EmbeddingCache:
         found = self._space(space)
         places = found.places(texts)
         if len(missing := np.flatnonzero(places < 0)):
-            raise KeyError(f"The cache has no embedding of the text {texts[missing[0]][1][:40]!r}.")
+            raise KeyError(f"The cache has no embedding of {texts[missing[0]][1][:40]!r}: embed it first.")
         starts = np.cumsum([0, *map(len, found.shards)])
         shard = np.searchsorted(starts, places, side="right") - 1
         return CachedRows(found.shards, np.stack([shard, places - starts[shard]], axis=1))
@@ -272,7 +272,7 @@ class EmbeddingCache:
 
 
 class _Space:
-    """Embeddings of one model at one exit, in shards; a row's number counts the rows of earlier shards too."""
+    """Embeddings of one model at one exit, in shards; rows are numbered across shards, in the order of the shards."""
 
     def __init__(self) -> None:
         self.shards: list[np.ndarray] = []
@@ -285,7 +285,7 @@ class _Space:
         self._index = None
 
     def places(self, texts: Sequence[Prompted]) -> np.ndarray:
-        """Return the number (N,) int64 of each text's row; -1 if its embedding is missing."""
+        """Return the row number (N,) int64 of each text's embedding; -1 if the embedding is missing."""
         if self._index is None:
             hashes = np.concatenate(self._hashes)
             order = np.argsort(hashes, kind="stable")
@@ -298,7 +298,7 @@ class _Space:
 
 @dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 in several arrays (`shards`); `places` (N, 2): the shard and row of each embedding."""
+    """Embeddings (N, F) float32 in several arrays `shards`; `places` (N, 2) has the shard and row of each embedding."""
 
     shards: Sequence[np.ndarray]
     places: np.ndarray
@@ -322,5 +322,5 @@ def _key(text: Prompted) -> bytes:
 
 
 def _short(keys: bytes) -> np.ndarray:
-    """Return the first 64 bits of each of N joined keys, uint64 (N,): enough to tell texts apart, and quick to sort."""
+    """Return the first 64 bits of each of N joined 32-byte keys, uint64 (N,), because they are quick to sort."""
     return np.frombuffer(keys, "<u8")[::4]

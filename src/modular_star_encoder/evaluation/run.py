@@ -1,8 +1,8 @@
-"""Evaluate retrievers on benchmarks, which are given by their names, and report the results.
+"""Evaluate retrievers on benchmarks and report the results.
 
-`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. In a folder `out`, each result is stored in a
-file whose name is a hash of everything that the result depends on (texts and protocol of the task, weights of the
-retriever). A repeated run computes only the missing results, and overwrites none.
+`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. Each result is stored in a file in the folder
+`out`. The name of the file is a hash of everything that the result depends on: texts and protocol of the task, weights
+of the retriever. A repeated run computes only the missing results.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ def run_benchmarks(
         out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`) and embeddings; if None, none of
             them is written.
         exit_layers: exits of the model to evaluate; all if None.
-        baselines: names of other retrievers for `open_retriever`. If None, the baseline is BM25 if `out` is None too;
-            otherwise there is none.
+        baselines: names of other retrievers for `open_retriever`. None means BM25 if `out` is None, otherwise no
+            baseline.
         untrained: whether to evaluate the model with random weights too.
         allow_subset: whether to accept files with fewer rows than published; a note below the tables then says so.
         cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
         command: the command line that the report shows.
+        progress: whether to show progress bars.
     """
     folder = None if out is None else Path(out).expanduser()
     chosen = choose_benchmarks(benchmarks, data)
@@ -99,7 +100,7 @@ def evaluate_tasks(
     """Evaluate each variant (exit and embedding size) of each retriever on each task.
 
     The results are ordered by retriever, then task, then variant. A retriever embeds the texts of all tasks in one
-    pass. If `out` is not None, results found in `out/cells/` are reused, and new results are stored there.
+    pass. If `out` is not None, results in the folder `out/cells/` are reused, and new results are added to it.
     """
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
@@ -149,7 +150,7 @@ def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> Tas
 def _evaluate_pairs(
     task: PairTask, retriever: Retriever, variant: ExitVariant
 ) -> tuple[dict[str, Estimate], list[int], list[str], int, float]:
-    """Classify the pairs of a task; return the fields of its `TaskResult` from `estimates` to `threshold`."""
+    """Classify the pairs of a task; return the fields of a `TaskResult` from `estimates` to `threshold`, in order."""
     scores = retriever.scores(task.documents, task.documents, variant)
     valid, test = (scores.of_pairs(*pairs.T) for pairs in (task.valid_pairs, task.pairs))
     metrics.check_scores(test)
@@ -168,7 +169,7 @@ def read_result(path: Path) -> TaskResult:
     try:
         return TypeAdapter(TaskResult).validate_python(read_json(path))
     except ValueError:
-        raise UserError("evaluation.result.damaged", f"{path} is damaged: delete it and run again.") from None
+        raise UserError("evaluation.result.damaged", f"{path} is damaged: delete it, then evaluate again.") from None
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant) -> Path | None:
@@ -183,7 +184,7 @@ def open_retriever(
 ) -> Retriever:
     """Open a retriever: "bm25", "tfidf", or a model by its folder, Hub id or `openai:MODEL` (see `load_encoder`).
 
-    `exit_layers` selects exits of a ModularStarEncoder, all if None; UserError if the retriever has no exits.
+    `exit_layers` are the exits of a ModularStarEncoder to use (all if None); UserError if the retriever has no exits.
     """
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
@@ -214,7 +215,7 @@ def _open_all(
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Return {exit: {metric: a fraction}} of a classifier: accuracy, and precision, recall and f1 of class 1.
+    """Return {exit: {metric: fraction}} of a classifier: accuracy, and precision, recall and f1 of class 1.
 
     F1 is defined as in BigCloneBench's evaluator since 2021-09-13. Precision, recall and F1 are 0 if undefined.
 

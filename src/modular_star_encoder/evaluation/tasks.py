@@ -1,4 +1,4 @@
-"""Tasks (to rank documents for queries, or to classify pairs of texts), and the results of a retriever on a task."""
+"""Tasks and results of evaluations. A task is to rank documents for queries, or to classify pairs of texts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Q queries of a task and the D documents that they all have as candidates, as row numbers (Q,) and (D,)."""
+    """Row numbers (Q,) of queries in a task, and row numbers (D,) of documents, the candidates of every such query."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -78,7 +78,7 @@ class Pool(NamedTuple):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
     def checksum(self) -> str:
-        """Return a hash of everything in the task that scores depend on."""
+        """Return the SHA-256 (hexadecimal) of all fields of the task that affect scores."""
         shown = ("benchmark", "name", "column", "notes")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shown}
         return hashlib.sha256(json.dumps(values, default=_arrays).encode()).hexdigest()
@@ -159,9 +159,9 @@ def ranking_task(
 ) -> RetrievalTask:
     """Build a task to rank all documents for each query, or only the documents in the query's batch.
 
-    By default, `ids` are the row numbers of the queries, and document i is the only one relevant to query i. `batches`
-    are row numbers (B,): the candidates of the queries in a batch are the documents with the same numbers. `options`
-    are other fields of `RetrievalTask`.
+    By default, `ids` are the row numbers of the queries, and document i is the only one relevant to query i. Each of
+    `batches` is an array (B,) of row numbers: its queries have the documents with these row numbers as candidates.
+    `options` are other fields of `RetrievalTask`.
     """
     rows = range(len(queries))
     ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
@@ -174,8 +174,8 @@ def ranking_task(
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
     """Return the row numbers 0 to `n` - 1, shuffled, in batches of `size`; an incomplete last batch is left out.
 
-    If `n` is less than `size`, one batch holds all rows. The shuffle is that of CodeSearchNet and CodeBERT
-    (`np.random.seed(seed)`), so the same rows give the same batches as there. UserError if `n` or `size` is below 2.
+    If `n` is less than `size`, one batch has all rows. The shuffle (`np.random.RandomState(seed)`) equals that of
+    CodeSearchNet and CodeBERT. UserError if `n` or `size` is below 2.
     """
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
@@ -211,11 +211,11 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task as `MultiExitEvaluator.from_mappings` says; `options` are other fields of `RetrievalTask`."""
+    """Build a task from the arguments of `MultiExitEvaluator.from_mappings`; `options`: fields of `RetrievalTask`."""
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
-        message = f"`relevant` names {len(unknown)} documents that are not in `corpus`, such as {unknown[0]!r}."
+        message = f"`relevant` names {len(unknown)} ids that are not in `corpus`, such as {unknown[0]!r}: remove them."
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
         needed = "1 or more queries with relevant documents, and 2 or more documents"
@@ -230,8 +230,8 @@ def task_from_mappings(
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
     """Build a task of text → code pairs and a task of code → code pairs; a task of fewer than two pairs is left out.
 
-    A task has at most `limit` queries, which are drawn at random. If more than 1000 are drawn, they form batches of
-    1000, and the rest is left out.
+    A task has at most `limit` queries, which are drawn at random. More than 1000 queries are divided into batches of
+    1000; an incomplete last batch is left out.
     """
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():

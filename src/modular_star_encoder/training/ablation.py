@@ -395,7 +395,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Add the result of a training run to `results`; train a model if no result is stored. Return whether trained."""
+        """Train a cell's model if no result is stored; add the result to `results`. Return whether a model trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())

@@ -63,7 +63,7 @@ ALL = "all"
 
 
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
-    """Return benchmark names without repetitions; "all" stands for the benchmarks whose folders are in `data`."""
+    """Return benchmark names without repetitions; "all" means all benchmarks that have a folder in `data`."""
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     if unknown or not names:
         fault, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")

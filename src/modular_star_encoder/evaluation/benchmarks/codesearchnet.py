@@ -1,9 +1,9 @@
 """Load CodeSearchNet (Husain et al. 2019) as tasks: with 999 distractors, or with all functions as candidates.
 
-Files of the authors, the Hub and CodeXGLUE can be read. The data has two known flaws. First, Python's `code` contains
-the docstring that is the query: BM25 reaches 97 MRR with the docstring, and 57 to 59 without it. Published values for
-Python are often measured with docstrings; this module removes them unless `leaky`. Second, documentation is not a
-search query: developers write it next to the code, and it shares words with the code.
+The files of the authors, of the Hub and of CodeXGLUE can be read. The data has two known flaws. First, Python code
+contains the docstring that is the query: BM25 has an MRR × 100 of 97 with the docstring, and 57 to 59 without it. Many
+published values for Python are measured with docstrings; this module keeps docstrings only if `leaky` is set. Second,
+documentation is not a search query: developers write documentation next to the code, and both share words.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Candidate(FileRow):
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return the `languages` with files in `folder`; FileNotFoundError if none. `{0}` in a pattern: the language."""
+    """Return the `languages` with files in `folder`; FileNotFoundError if none. `{0}` in a pattern is the language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -107,7 +107,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
     """Return {url: documented function} for the functions of one language, in the order of the files.
 
-    With `leaky`, Python code keeps its docstring, as in most published evaluations.
+    If `leaky` is set, Python code keeps its docstring, the rule of most published evaluations.
     """
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
@@ -144,7 +144,7 @@ def strip_docstring(code: str) -> str:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all its functions as candidates."""
+    """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all functions as candidates."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
@@ -168,7 +168,7 @@ def load_code_folder(folder: Path) -> list[RetrievalTask]:
     """Build a task from the documented functions in a folder of code; each query has up to 1000 random candidates."""
     functions, _ = collect_functions(folder_repositories(folder))
     if len(functions) < 2:
-        message = f"{folder} holds {len(functions)} documented functions that pass the filters; a task needs 2 or more."
+        message = f"{folder} has {len(functions)} documented functions that pass the filters; a task needs 2 or more."
         raise UserError("benchmark.folder.too_few", message)
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()

@@ -7,7 +7,7 @@
 - POJ-104: retrieve solutions of the same problem in C++.
 - BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
 - Exercism (github.com/exercism, MIT): exercises solved in many languages, as JSON lines with `slug`, `description` and
-  `code` ({language: solution}). Pools are small (71 to 146), and solutions share the names that the exercise
+  `code` ({language: solution}). A query has only 71 to 146 candidates, and solutions share the names that the exercise
   prescribes; variants with masked names remove this hint.
 """
 
@@ -89,7 +89,7 @@ class _Exercise(FileRow):
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load AdvTest: one task to find functions by their documentation. The authors' preprocess.py makes test.jsonl."""
+    """Load AdvTest: one task to find functions by documentation. The authors' preprocess.py makes the test.jsonl."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, _AdvTestRow)
     ids = check_unique(path, [row.idx for row in rows], "idx")
@@ -116,7 +116,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load two tasks: find the C# version of a Java method, and vice versa; `masked` replaces the names in code."""
+    """Load two tasks: find the C# version of a Java method, and vice versa. If `masked`, names in code are replaced."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -140,7 +140,7 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
 
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load POJ-104: one task whose queries are programs, to find the other programs that solve the same problem."""
+    """Load POJ-104: one task to find, for each program, the other programs that solve the same problem."""
     (path,) = require_files(folder, ("test.jsonl",))
     rows = read_jsonl(path, _Program)
     names, labels = list(check_unique(path, [row.index for row in rows], "index")), [int(row.label) for row in rows]
@@ -186,9 +186,9 @@ def _read_bigclonebench(
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
     """Load Exercism: for each language, a task to find the solution of an exercise by its description.
 
-    With `from_code`, there is a task for each pair of languages: find the solution in one language by the solution in
-    the other. A task has the exercises for which both texts exist; all their solutions are candidates of each query.
-    `masked` replaces the names in code (see `mask_names`).
+    If `from_code` is set, there is a task for each ordered pair of languages: find the solution in one language by the
+    solution in the other. A task has the exercises for which both texts exist; all solutions of these exercises are
+    candidates of each query. If `masked` is set, names in code are replaced (see `mask_names`).
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -208,7 +208,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
-    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}; `masked` replaces the names in code."""
+    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}. If `masked` is set, names in code are replaced."""
     rows = read_jsonl(path, _Exercise)
     check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
@@ -226,7 +226,7 @@ def mask_names(code: str, language: str) -> str:
     """Replace the identifiers in code by `name1`, `name2`, …, numbered by their first appearance.
 
     Builtins, `this` and `self` keep their names. Comments, docstrings and blank lines are removed. `language` is a name
-    that Pygments knows, such as "python", "c++" or "c#"; otherwise UserError.
+    that Pygments knows, such as "python", "c++" or "c#"; UserError if Pygments does not know it.
     """
     names: dict[str, str] = {}
 

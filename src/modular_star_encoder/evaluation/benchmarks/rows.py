@@ -1,4 +1,4 @@
-"""Read and check the files of benchmarks; errors name the file, the line, and what is wrong there."""
+"""Read and check the files of benchmarks; errors name the file, the line and the fault."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Value = TypeVar("Value")
 
 
 class FileRow(BaseModel):
-    """A row of a benchmark's file; it must have the fields that a subclass declares, and may have further fields."""
+    """A row of a benchmark's file. It must have the fields that the subclass declares, and may have more fields."""
 
     model_config = ConfigDict(strict=True)
 
 
 def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoReturn:
-    """Raise a UserError that names the file, the line or row (if not None), what was expected and what was found."""
+    """Raise a UserError that names the file, the line (if not None), what is expected and what is found."""
     _report(path, line, f"expected {expected}{f', found {found}' if found else ''}")
 
 
@@ -50,7 +50,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return files as `find_files` does; raise FileNotFoundError with the patterns if there are none."""
+    """Return the files that `find_files` finds; if none, raise FileNotFoundError with the patterns in the message."""
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} lacks the files of the benchmark: expected {' or '.join(patterns)}.")
     return found
@@ -123,9 +123,9 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if a file has `found` instead of `expected` rows; `allow_subset` permits fewer.
+    """Raise UserError if a file has `found` instead of `expected` rows; if `allow_subset` is set, fewer are accepted.
 
-    `what` names the rows, such as "pairs". Returns notes to print with the results: one if there are fewer rows.
+    `what` names the rows in messages, such as "pairs". Returns notes for the report: one note if there are fewer rows.
     """
     if found == expected:
         return ()
@@ -136,7 +136,7 @@ def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset
 
 
 def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]:
-    """Return {value: its index in `values`}; raise UserError if a value occurs twice."""
+    """Return {value: index of the value in `values`}; raise UserError if a value occurs twice."""
     places: dict[Any, int] = {}
     for number, value in enumerate(values):
         if value in places:
