@@ -1,10 +1,10 @@
-"""Measure a model and baselines on benchmarks, in the steps that `mose evaluate --out` runs: a script to copy.
+"""Evaluate a model and baselines on benchmarks, with the steps of `mose evaluate --out`. Copy and change this script.
 
     python examples/evaluate.py MODEL --data FOLDER --benchmarks codesearchnet-999 exercism-code --out runs/evaluation
     python examples/evaluate.py MODEL --data FOLDER --benchmarks all --baselines bm25 tfidf OTHER_MODEL --out FOLDER
 
-Finished results are kept: an interrupted run continues when it is started again, and another baseline computes only
-its own results.
+Finished results are stored in the output folder. A second run with the same folder computes only the missing results,
+for example after an interruption, or with another baseline.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from modular_star_encoder.evaluation.run import run_benchmarks
 
 
 def main() -> int:
-    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    """Evaluate and print the tables; return the exit code: 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub repository")
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="the benchmarks' files, or hub")
-    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME", help="(default: all in --data)")
-    parser.add_argument("--baselines", nargs="*", default=["bm25", "tfidf"], metavar="NAME", help="(default: both)")
+    parser.add_argument("model", help="folder or Hub id of the model")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="folder of the benchmarks, or hub to download")
+    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME", help="default: all in --data")
+    parser.add_argument("--baselines", nargs="*", default=["bm25", "tfidf"], metavar="NAME", help="default: bm25 tfidf")
     parser.add_argument("--exit-layers", nargs="*", type=int, metavar="K", help="exits of the model (default: all)")
-    parser.add_argument("--allow-subset", action="store_true", help="accept partial files, and say so in the tables")
+    parser.add_argument("--allow-subset", action="store_true", help="accept partial files, with a note in the tables")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the reports and plots")
     arguments = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
-"""Fine-tune a multi-exit encoder for retrieval or clone detection, as `mose finetune` does: to copy and change.
+"""Fine-tune a multi-exit encoder with the steps of `mose finetune`. Copy and change this script.
 
     python examples/finetune.py small --out runs/retrieval data.functions.folder=~/checkouts
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py RECIPE --out FOLDER
 
-What is interrupted continues when it is started again.
+An interrupted run continues when the same command is started again.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from modular_star_encoder.training.finetuning import load_finetuning
 
 
 def main() -> int:
-    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    """Fine-tune and print the metrics; return the exit code: 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file or a packaged recipe, such as small")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the run")
     arguments = parser.parse_intermixed_args()  # settings may also follow --out
     keep_few_compiled_operations()
     try:

@@ -1,12 +1,12 @@
-"""Run tasks of mteb at several exits of a checkpoint, or mteb's retrieval on functions of your own.
+"""Evaluate exits of a checkpoint on tasks of mteb, or on a retrieval task made of functions in a folder.
 
     pip install 'modular-star-encoder[mteb]'
     python examples/mteb_exits.py hub_configs/mose-code --tasks CosQA CodeSearchNetRetrieval --exit-layers 0,6
     python examples/mteb_exits.py hub_configs/mose-code --tasks "MTEB(Code, v1)"
     python examples/mteb_exits.py hub_configs/mose-code --data ~/checkouts
 
-The first two fetch mteb's data sets; the third needs no network. Results are stored in mteb's format in --out, and an
-interrupted run continues from them.
+The first two commands download mteb's datasets; the third needs no network. Results are stored in --out in mteb's
+format. An interrupted run continues when the same command is started again.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from modular_star_encoder.data.sources.repositories import folder_repositories
 
 
 def main() -> int:
-    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    """Evaluate and print the scores; return the exit code: 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or Hub repository")
+    parser.add_argument("checkpoint", help="folder or Hub id of the checkpoint")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks or benchmarks of mteb")
-    what.add_argument("--data", metavar="FOLDER", help="a folder of source code")
-    parser.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="all (the default), or a list: 4,9")
-    parser.add_argument("--out", metavar="FOLDER", default="runs/mteb", help="default: %(default)s")
+    what.add_argument("--data", metavar="FOLDER", help="folder of source code to make a task from")
+    parser.add_argument("--exit-layers", metavar="LIST", type=exit_list, help="exits, such as 4,9 (default: all)")
+    parser.add_argument("--out", metavar="FOLDER", default="runs/mteb", help="output folder (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         from modular_star_encoder.evaluation.mteb_exits import local_task, run_mteb  # needs mteb

@@ -1,9 +1,9 @@
-"""Pre-train a multi-exit encoder on repositories, in the steps that `mose pretrain` runs: a script to copy and change.
+"""Pre-train a multi-exit encoder on repositories with the steps of `mose pretrain`. Copy and change this script.
 
     python examples/pretrain.py small --out runs/small corpus.folder=~/checkouts
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py RECIPE --out FOLDER
 
-What is interrupted continues when it is started again.
+An interrupted run continues when the same command is started again.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
 
 def main() -> int:
-    """Run; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    """Pre-train and print the metrics; return the exit code: 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file or a packaged recipe, such as small")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the run")
     arguments = parser.parse_intermixed_args()  # settings may also follow --out
     keep_few_compiled_operations()
     try:

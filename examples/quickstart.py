@@ -1,10 +1,10 @@
-"""The whole way in a few minutes: fine-tune the shipped model on your code, compare it with before, slice, search.
+"""Fine-tune the model mose-code on your code, compare scores before and after, slice it and search, in a few minutes.
 
-    python examples/quickstart.py                      # on the packages installed beside this one
+    python examples/quickstart.py                      # on the packages that are installed in this environment
     python examples/quickstart.py --data ~/checkouts   # on a folder of your own repositories
 
-Everything is written to the output folder. An interrupted run continues when it is started again.
-Packages that the shipped model was trained on (hub_configs/mose-code/corpus.yaml) look better than unseen code would.
+All files are written to the output folder. An interrupted run continues when the same command is started again.
+Scores on packages that mose-code was trained on (hub_configs/mose-code/corpus.yaml) are higher than on unseen code.
 """
 
 import argparse
@@ -43,7 +43,7 @@ QUESTIONS = ("download a file from a repository", "delete a branch", "format a n
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run every stage; 0 on success, 2 after wrong input, 130 after Ctrl-C."""
+    """Run every stage; return the exit code: 0 on success, 2 after wrong input, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     keep_few_compiled_operations()
     try:
@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings that differ from the recipe, such as max_steps=20")
     add("--data", metavar="FOLDER", help="folder of repositories to use in place of the installed packages")
-    add("--out", metavar="FOLDER", default="runs/quickstart", help="where everything is written")
+    add("--out", metavar="FOLDER", default="runs/quickstart", help="output folder")
     add("--recipe", metavar="FILE", help="recipe of fine-tuning (default: hub_configs/mose-code/finetune.yaml)")
     add("--slice-exit-layer", metavar="K", type=int, help="exit to slice at (default: the middle one)")
     add("--search-folder", metavar="FOLDER", help="code to search (default: a package kept out of training)")
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """All stages in order; each is skipped when its result is there already."""
+    """Run all stages in order; fine-tuning and slicing are skipped if their results exist in the output folder."""
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     path = arguments.recipe or hub_config_folder(SHIPPED) / "finetune.yaml"
@@ -105,12 +105,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def announce(title: str) -> None:
-    """A heading between the stages."""
+    """Print the heading of a stage."""
     print(f"\n== {title}", flush=True)
 
 
 def summary(report: Report) -> str:
-    """What fine-tuning gained at each exit, and whether the deepest beats BM25."""
+    """Return a text with MRR × 100 of each exit before and after training, and of BM25 and the deepest exit."""
     mrr = {(row.retriever, row.exit_layer): 100 * row.mean.value for row in report.tables[0].rows}
     exits = [exit_layer for name, exit_layer in mrr if name == "trained"]
     lines = [f"exit {one}: {mrr['before training', one]:.1f} → {mrr['trained', one]:.1f}" for one in exits]
@@ -120,7 +120,10 @@ def summary(report: Report) -> str:
 
 
 def slice_and_reload(model: Path, exit_layer: int, out: Path) -> dict[str, Any]:
-    """Cut the checkpoint; compare both checkpoints' embeddings at this exit in a process without our package."""
+    """Slice the checkpoint at an exit; compare the slice's embeddings with those of the full model at this exit.
+
+    Both are loaded in a process without this package. Returns {name: value}; RuntimeError if the embeddings differ.
+    """
     folder = out / f"slice-{exit_layer}"
     if not folder.exists():
         slice_checkpoint(model, exit_layer, folder)
@@ -135,12 +138,12 @@ def slice_and_reload(model: Path, exit_layer: int, out: Path) -> dict[str, Any]:
     print(f"AutoModel: differs by at most {difference:.0e}")
     print(f"{sizes[folder.name] / 1e6:.1f} MB instead of {sizes[model.name] / 1e6:.1f} MB in {folder}")
     if not identical or difference > 1e-6:
-        raise RuntimeError(f"The slice {folder} does not reproduce exit {exit_layer} of {model}.")
+        raise RuntimeError(f"The slice {folder} differs from exit {exit_layer} of {model}: delete {folder}.")
     return {"exit_layer": exit_layer, "identical": identical, "auto_model_difference": difference, "bytes": sizes}
 
 
 def search(arguments: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """Answer questions over a code folder with the deepest exit."""
+    """Search a folder of code with the deepest exit; print and return the best three hits of each question."""
     folder = arguments.search_folder or arguments.data or Path(sys.modules[SEARCHED_PACKAGE].__file__).parent
     questions = arguments.question or list(QUESTIONS)
     index = CodeIndex.build(folder, LocalStore(), checkpoint=model)

@@ -1,9 +1,9 @@
-"""Compare this package's loading of a published checkpoint with the code that the checkpoint itself carries.
+"""Compare the outputs of a published checkpoint, loaded by this package, with those of the code in its repository.
 
     python examples/verify_published.py modularStarEncoder/ModularStarEncoder-finetuned
 
-Both embed the same prompts, padded in one batch and one by one. The repository's own code is downloaded and run, in a
-separate process without this package: read it first if you do not trust it. Ours runs in this one.
+Both models embed the same prompts, padded in one batch and one by one. The repository's code is downloaded and run in a
+separate process without this package. Read the code first if you do not trust it.
 
 Exit code: 0 if all outputs agree, 1 if they don't, 2 on wrong input or if the repository's code does not run here.
 """
@@ -34,8 +34,8 @@ PACKAGE = "modular_star_encoder"
 OWN_CODE = "--own-code"
 
 Answers = dict[str, np.ndarray]
-"""Outputs as float32 arrays by "padded/{name}/{prompt}" and "alone/{name}/{prompt}": (D,), or (tokens, D) where there
-is one vector per token, padding left out. "ids/{prompt}" are the token ids."""
+"""{key: array}. The keys "padded/{name}/{prompt}" and "alone/{name}/{prompt}" have outputs, float32 (D,), or
+(T, D), one vector for each of T tokens, without padding. The key "ids/{prompt}" has the token ids (T,)."""
 
 WAYS = {"padded": "all prompts in one padded batch", "alone": "each prompt alone"}
 MAX_TOKENS = 2048
@@ -62,7 +62,7 @@ ALTERNATIVES = {
     "is_causal": (False, True),
     "pooler_position": ("last", "first"),
 }
-"""Configuration options whose published values are not documented, with the values they may have."""
+"""{configuration option with an undocumented published value: the values that the option may have}."""
 
 FINETUNED_OPTIONS = (
     "pooling",
@@ -76,7 +76,7 @@ PRETRAINED_OPTIONS = ("exit_norm", "is_causal", "pooler_position")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare, and say so with the exit code that the module's docstring gives; 130 after Ctrl-C."""
+    """Compare the outputs; return 0 if all agree, 1 if not, 2 on wrong input, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     try:
         return verify(arguments)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the command line."""
     purpose, _, _, exit_codes = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(description=purpose, epilog=exit_codes)
     parser.add_argument("repository", help="a repository of the Hub (owner/name), or a folder that holds its files")
@@ -107,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance",
         metavar="X",
         type=float,
-        help="largest difference that counts as agreement; absolute up to outputs of size 1, then relative to the "
-        "largest (default: 1e-4 in float32, 3e-2 in bfloat16)",
+        help="largest difference that counts as agreement; if an output has values above 1, relative to the largest "
+        "value (default: 1e-4 in float32, 3e-2 in bfloat16)",
     )
     parser.add_argument(
         "--device", default="cpu", help="where both models run, one after the other: cpu, cuda, cuda:1 (default: cpu)"
@@ -123,14 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--remote-python",
         metavar="FILE",
         default=sys.executable,
-        help="interpreter that runs the repository's code (default: this one); the published code was written for "
-        "transformers 4.39.3, so name one that has it if this one's does not run it",
+        help="Python interpreter that runs the repository's code (default: this one); if the code fails, use an "
+        "interpreter with transformers 4.39.3, for which the published code was written",
     )
     return parser
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Run both, print the comparison; 0 if they agree, otherwise 1."""
+    """Run both models and print the comparison; return 0 if all outputs agree, otherwise 1."""
     transformers.logging.set_verbosity_error()
     folder = fetch(arguments.repository, arguments.revision)
     check_exit(arguments.exit_layer, published_exits(folder))
@@ -155,7 +155,7 @@ def verify(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{len(disagreeing)} of {len(comparisons)} outputs differ by more than {tolerance:g}.")
     if any(comparison.difference == MISSING for comparison in comparisons):
-        print("One side lacks an output, gives it another shape or is infinite: no option explains that.")
+        print("An output is missing, infinite or of another shape in one model: no option explains such a difference.")
         return 1
     transformers.utils.logging.disable_progress_bar()
     names = FINETUNED_OPTIONS if finetuned else PRETRAINED_OPTIONS
@@ -167,12 +167,12 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def fetch(repository: str, revision: str | None) -> Path:
-    """The repository's folder: itself if it is local, otherwise downloaded once and kept in the Hub's cache.
+    """Return the folder of a repository; if `repository` is no local folder, download it to the Hub's cache.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder is missing, or has no configuration, code or weights.
-        OSError: the Hub has no such repository or revision, or cannot be reached.
-        ValueError: `revision` of a local folder.
+        OSError: the Hub lacks the repository or the revision, or can't be reached.
+        ValueError: `revision` is given for a local folder, or config.json lacks a key.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -183,55 +183,47 @@ def fetch(repository: str, revision: str | None) -> Path:
     folder = Path(repository).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"--revision is for repositories on the Hub, and {repository} is a local folder.")
+            raise ValueError(f"--revision is for repositories on the Hub, but {repository} is a local folder: omit it.")
     else:
         print(f"Fetching {repository} ...", flush=True)
         patterns = ["*.json", "*.py", "*.txt", "*.safetensors"]
         try:
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
         except LocalEntryNotFoundError as error:
-            raise OSError(f"{repository} is no folder here and the Hub cannot be reached.") from error
+            raise OSError(f"{repository} is not a local folder, and the Hub can't be reached.") from error
         except (HfHubHTTPError, HFValidationError) as error:
             at = f" at revision {revision}" if revision else ""
             reason = one_line(error).partition(". ")[0]
-            raise OSError(f"{repository} is no folder here and can't be had from the Hub{at}: {reason}") from error
+            raise OSError(f"{repository} is not a local folder, and the Hub{at} does not give it: {reason}") from error
         check_checkpoint(folder)
     missing = [key for key in ("auto_map", "matryoshka_layers") if key not in read_config(folder)]
     if missing:
         raise ValueError(
-            f"{repository} is not laid out as published: its config.json has no {' and no '.join(missing)}."
+            f"{repository} is not a published repository: its config.json has no {' and no '.join(missing)}."
         )
     return folder
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as it is written.
-
-    Raises:
-        ValueError: it is not a JSON object.
-    """
+    """Return the content of config.json in `folder`; ValueError if it is not a JSON object."""
     path = Path(folder, "config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
+        raise ValueError(f"{path} must be a JSON object, not {type(config).__name__}.")
     return config
 
 
 def check_exit(exit_layer: int | None, exits: Sequence[int]) -> None:
-    """Refuse an exit that the repository does not list, before anything slow happens.
-
-    Raises:
-        ValueError: the message lists the exits.
-    """
+    """Raise ValueError if `exit_layer` is not in `exits`; None is allowed."""
     if exit_layer is not None and exit_layer not in exits:
         raise ValueError(f"{exit_layer} is not an exit of this model; its exits are {', '.join(map(str, exits))}.")
 
 
 def has_projection_heads(folder: Path) -> bool:
-    """Whether the weights are fine-tuned ones, by the names of their tensors."""
+    """Return whether the weights have projection heads, as fine-tuned models do; ValueError if a file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     names: set[str] = set()
@@ -245,21 +237,20 @@ def has_projection_heads(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The repository's tokenizer, without running code of the repository."""
+    """Return the repository's tokenizer; no code of the repository is run."""
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def published_prompts(tokenizer: Any, *, instructions: bool) -> list[str]:
-    """Prompts as the model cards write them, with the tokenizer's own special tokens spelled out.
+    """Return the six prompts in the form that the model cards give, with the tokenizer's special tokens as text.
 
-    Raises:
-        ValueError: the tokenizer names no separator or no class token.
+    If `instructions` is false, the prompts have no instruction. ValueError if a special token is missing.
     """
     from modular_star_encoder.data.prompts import CODE_INSTRUCTION, TEXT_INSTRUCTION
 
     sep, cls = tokenizer.sep_token, tokenizer.cls_token
     if sep is None or cls is None:
-        raise ValueError("The repository's tokenizer names no sep_token or no cls_token.")
+        raise ValueError("The repository's tokenizer must have a sep_token and a cls_token; one is missing.")
     if not instructions:
         return [f"{sep}{text}{cls}" for text in (*(code for _, code in CODE), *DESCRIPTIONS)]
     code = [f"{sep}{CODE_INSTRUCTION.format(language=language)}{sep}{text}{cls}" for language, text in CODE]
@@ -267,19 +258,18 @@ def published_prompts(tokenizer: Any, *, instructions: bool) -> list[str]:
 
 
 def prompt_labels() -> list[str]:
-    """Names of the prompts for the tables."""
+    """Return the names of the prompts in the tables, at most 26 characters each."""
     texts = [*(f"{language}: {one_line(code)}" for language, code in CODE), *DESCRIPTIONS]
     return [text if len(text) <= 26 else f"{text[:25]}…" for text in texts]
 
 
-# ---- Answers: what either side says about the prompts
+# ---- Answers: the outputs of a model for the prompts
 
 
 def answer(tokenizer: Any, texts: Sequence[str], run: Callable[[Any], dict[str, torch.Tensor]]) -> Answers:
-    """Run a model on all texts in one batch and on each alone.
+    """Run a model on all texts in one batch, then on each text alone; return all outputs.
 
-    Args:
-        run: from a batch of B rows to named outputs, (B, D) or (B, T, D).
+    `run` takes a batch of B rows and returns {name: output}, (B, D) or (B, T, D).
     """
     answers: Answers = {}
     rows = [(("padded", range(len(texts))), list(texts))]
@@ -299,12 +289,12 @@ def answer(tokenizer: Any, texts: Sequence[str], run: Callable[[Any], dict[str, 
 
 
 def named_outputs(output: Any, exits: Sequence[int], exit_layer: int | None) -> dict[str, torch.Tensor]:
-    """What there is to compare in a model's output.
+    """Return {name: tensor} of the parts of a model's output that are compared.
 
     Args:
-        output: has `projected_pooled_normalized`, a tensor or one per exit; or states and perhaps logits.
+        output: has `projected_pooled_normalized` (a tensor, or a list with one per exit), or states and logits.
         exits: the exits of the full model.
-        exit_layer: the one exit wanted, or None for all.
+        exit_layer: the exit to compare; all exits if None.
     """
     embeddings = getattr(output, "projected_pooled_normalized", None)
     if embeddings is None:
@@ -322,17 +312,16 @@ def named_outputs(output: Any, exits: Sequence[int], exit_layer: int | None) -> 
 
 
 def published_exits(folder: str | Path) -> list[int]:
-    """`matryoshka_layers` of the repository, which stays complete in those that were cut."""
+    """Return `matryoshka_layers` of config.json: the exits of the full model, even if the checkpoint is a slice."""
     return list(read_config(folder)["matryoshka_layers"])
 
 
 def our_answers(
     folder: Path, texts: Sequence[str], settings: Mapping[str, Any], options: Mapping[str, Any], *, finetuned: bool
 ) -> Answers:
-    """Outputs of the repository loaded with this package; `options` change the configuration.
+    """Return the outputs of the repository's model, loaded by this package with `options` set in the configuration.
 
-    Raises:
-        ValueError: an option has a value that the configuration refuses, or the model lacks the exit.
+    ValueError if the configuration rejects the value of an option, or if the model lacks the exit.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -350,7 +339,7 @@ def our_answers(
         try:
             model = auto_class.from_pretrained(folder, **arguments).to(settings["device"]).eval()
         except StrictDataclassError as error:
-            raise ValueError(f"This package refuses the configuration: {one_line(error)}") from error
+            raise ValueError(f"This package rejects the configuration: {one_line(error)}") from error
 
         def run(batch: Any, model: Any = model) -> dict[str, torch.Tensor]:
             output = model(**batch.to(model.device))
@@ -364,16 +353,16 @@ def our_answers(
 
 
 class Blocker(MetaPathFinder):
-    """Make this package unimportable, however it is installed: with it, its classes win over the repository's."""
+    """Import hook that hides this package, because its classes would replace those of the repository's code."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Refuse our package and leave every other name to the finders behind."""
+        """Raise ModuleNotFoundError for this package; return None, for the next finder, for all other modules."""
         if fullname.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"{PACKAGE} is not available in this process")
 
 
 def own_code_main(folder: str, request_file: str, result_file: str) -> None:
-    """Answer a request with the repository's own code; runs in the separate process."""
+    """In the separate process, load the model with the repository's code; write the outputs to `result_file`."""
     sys.meta_path.insert(0, Blocker())
     transformers.logging.set_verbosity_error()
     with open(request_file, encoding="utf-8") as file:
@@ -386,7 +375,7 @@ def own_code_main(folder: str, request_file: str, result_file: str) -> None:
         torch_dtype=getattr(torch, request["dtype"]),
     )
     if not type(model).__module__.startswith("transformers_modules."):
-        raise RuntimeError(f"{type(model)} does not come from the repository's own code")
+        raise RuntimeError(f"{type(model)} is not a class of the repository's code: check `auto_map` in config.json")
     model = model.to(request["device"]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     exits, exit_layer = published_exits(folder), request["exit_layer"]
@@ -404,10 +393,9 @@ def own_code_main(folder: str, request_file: str, result_file: str) -> None:
 
 
 def run_own_code(folder: Path, request: Mapping[str, Any], python: str = sys.executable) -> Answers:
-    """Answers of the repository's own code, run in a fresh process that reaches neither this package nor the Hub.
+    """Return the outputs of the repository's code, run in a new process without this package and without the Hub.
 
-    Raises:
-        RuntimeError: the process failed; the message holds the last line of what it said.
+    RuntimeError if the process fails, with the last line of its stderr in the message.
     """
     with tempfile.TemporaryDirectory() as scratch:
         question, result = Path(scratch, "request.json"), Path(scratch, "result.npz")
@@ -422,10 +410,9 @@ def run_own_code(folder: Path, request: Mapping[str, Any], python: str = sys.exe
             text=True,
         )
         if process.returncode:
-            last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise RuntimeError(
-                f"The repository's own code failed under {python} (see --remote-python for another): {last}"
-            )
+            last = (process.stderr.strip().splitlines() or ["no message on stderr"])[-1]
+            message = f"The repository's code failed under {python}; try another Python with --remote-python: {last}"
+            raise RuntimeError(message)
         with np.load(result, allow_pickle=False) as arrays:
             return dict(arrays)
 
@@ -435,12 +422,12 @@ def run_own_code(folder: Path, request: Mapping[str, Any], python: str = sys.exe
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output for one prompt, ours against theirs.
+    """The difference between the two models in one output for one prompt.
 
     Args:
-        difference: largest absolute difference, divided by the largest absolute value of theirs where that exceeds 1;
-            infinite if one side lacks the output or has another shape.
-        cosine: of both, flattened.
+        difference: largest absolute difference, divided by the largest absolute value of the repository's output if
+            this value exceeds 1; infinite if one model lacks the output or the shapes differ.
+        cosine: cosine similarity of the two flattened outputs.
     """
 
     way: str
@@ -450,20 +437,16 @@ class Comparison:
     cosine: float
 
     def within(self, tolerance: float) -> bool:
-        """Whether they agree; not-a-number never does."""
+        """Return whether the difference is at most `tolerance`; False if it is NaN."""
         return self.difference <= tolerance
 
 
 def compare(theirs: Answers, ours: Answers) -> list[Comparison]:
-    """Every output of either side, in the order of theirs.
-
-    Raises:
-        ValueError: a prompt has other token ids on the other side, so that outputs cannot be compared.
-    """
+    """Compare every output of the two models, in the order of `theirs`; ValueError if a prompt's token ids differ."""
     for key in [key for key in theirs if key.startswith("ids/")]:
         if not np.array_equal(theirs[key], ours[key]):
             prompt = int(key.partition("/")[2]) + 1
-            raise ValueError(f"Both sides read the same tokenizer files, yet prompt {prompt} has different token ids.")
+            raise ValueError(f"Both models use the same tokenizer files, but prompt {prompt} has different token ids.")
     keys = [key for key in dict.fromkeys([*theirs, *ours]) if not key.startswith("ids/")]
     comparisons = []
     for key in keys:
@@ -483,18 +466,18 @@ def _distance(first: np.ndarray | None, second: np.ndarray | None) -> tuple[floa
 
 
 def worst(comparisons: Sequence[Comparison]) -> float:
-    """The largest difference; infinite where one is not a number."""
+    """Return the largest difference; infinity if a difference is NaN."""
     return max(float("inf") if np.isnan(item.difference) else item.difference for item in comparisons)
 
 
 def self_difference(answers: Answers) -> float:
-    """The largest difference between the padded batch and each prompt alone, within one side."""
+    """Return the largest difference, within one model, between a prompt in the padded batch and the prompt alone."""
     pairs = [(key, f"alone/{key.partition('/')[2]}") for key in answers if key.startswith("padded/")]
     return float(np.max([_distance(answers[alone], answers[padded])[0] for padded, alone in pairs]))
 
 
 def format_tables(comparisons: Sequence[Comparison], labels: Sequence[str]) -> str:
-    """For each way of batching, a table of prompts × outputs: largest difference, cosine."""
+    """Return a text with a table for each way of batching: largest difference and cosine by prompt and output."""
     names = list(dict.fromkeys(comparison.name for comparison in comparisons))
     cells = {(item.way, item.name, item.prompt): f"{item.difference:.1e} {item.cosine:.6f}" for item in comparisons}
     width = max(18, *(len(name) for name in names))
@@ -513,7 +496,7 @@ def format_tables(comparisons: Sequence[Comparison], labels: Sequence[str]) -> s
 
 @dataclass(frozen=True)
 class Trial:
-    """A changed configuration, how many outputs agree with it, and the largest difference that is left."""
+    """Changed configuration options, the number of outputs that agree with them, and the largest difference."""
 
     options: dict[str, Any]
     agreeing: int
@@ -521,7 +504,7 @@ class Trial:
 
 
 def current_options(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Values that our configuration of this repository has for those of `names` that it knows."""
+    """Return {name: value} of the options `names` in this package's configuration of the repository, if they exist."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
@@ -529,11 +512,11 @@ def current_options(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 def try_alternatives(
     run: Callable[[Mapping[str, Any]], Answers], theirs: Answers, current: Mapping[str, Any], tolerance: float
 ) -> list[Trial]:
-    """Try every other value of each option; if none agrees, every pair. The best trial comes first.
+    """Try every other value of each option; if outputs still differ, try all pairs of options. Best trial first.
 
     Args:
-        run: our answers with these options changed; a `ValueError` means that they cannot be.
-        current: the options to change, with their present values.
+        run: returns this package's outputs with changed options; ValueError if the options are not possible.
+        current: {name: present value} of the options to change.
     """
     singles = list(_changes(current, 1))
     trials = _run_trials(run, theirs, singles, tolerance, "trying other options")
@@ -567,7 +550,7 @@ def _run_trials(
 
 
 def format_trials(trials: Sequence[Trial], tolerance: float, shown: int = 5) -> str:
-    """What agrees; if nothing does, what comes closest."""
+    """Return a text with the trials in which all outputs agree, or with the best `shown` trials if there is none."""
     agreeing = [trial for trial in trials if trial.difference <= tolerance]
     title = (
         "With these options all outputs agree:" if agreeing else "No option or pair of options explains it; closest:"
@@ -581,7 +564,7 @@ def format_trials(trials: Sequence[Trial], tolerance: float, shown: int = 5) -> 
 
 
 def one_line(text: object) -> str:
-    """A message or a prompt without line breaks."""
+    """Return a text with each run of white space, such as a line break, replaced by one space."""
     return " ".join(str(text).split())
 
 

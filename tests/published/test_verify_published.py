@@ -264,7 +264,7 @@ def test_a_missing_folder_and_an_unreachable_hub_are_told_apart(capsys, monkeypa
     assert "There is no checkpoint folder ./nowhere/at/all" in capsys.readouterr().err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert script.main(["nobody/nothing"]) == 2
-    assert "nobody/nothing is no folder here and the Hub cannot be reached." in capsys.readouterr().err
+    assert "nobody/nothing is not a local folder, and the Hub can't be reached." in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)
