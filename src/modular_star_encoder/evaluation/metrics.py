@@ -251,8 +251,8 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
 
     `values` has a dict {query: value} for each task. A query of several tasks, such as an exercise in many languages,
-    has one value, so a resample draws the query with all its tasks. The value is M + Q × (the query's term in
-    `shares`), where M is the mean of the tasks' means. Small and large tasks have the same weight.
+    has one value, so a resample draws the query with all its tasks. The value is M + Q × t: M is the mean of the tasks'
+    means, t is the query's term in `shares` of (value - mean of the task). All tasks have the same weight.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]

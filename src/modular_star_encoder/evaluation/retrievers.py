@@ -62,7 +62,7 @@ class Scores(Protocol):
 
 
 class RowScores:
-    """`Scores` (Q, D) computed by a function: `rows(start, end)` returns the scores [start:end], (end - start, D)."""
+    """`Scores` (Q, D) computed by a function: `rows(start, end)` returns `scores[start:end]`, (end - start, D)."""
 
     def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> None:
         self.shape, self._rows = shape, rows
@@ -153,7 +153,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks for all queries with some documents, then with further documents; read each document once."""
+        """Yield the blocks of all queries for one slice of the documents after another; read each document once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))

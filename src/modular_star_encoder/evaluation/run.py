@@ -56,7 +56,7 @@ def run_benchmarks(
     """Evaluate a model and baselines on benchmarks; return a report with one table per benchmark.
 
     Args:
-        model: a name for `open_retriever`, such as a checkpoint; the tables compare all rows with its deepest exit.
+        model: a name for `open_retriever`, such as a checkpoint; tables compare all rows with the model's deepest exit.
         benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
         data: folder of the benchmarks, or "hub" (see `load_benchmark`).
         out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`) and embeddings; if None, none of

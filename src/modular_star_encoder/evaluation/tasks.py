@@ -211,7 +211,7 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from the arguments of `MultiExitEvaluator.from_mappings`; `options`: fields of `RetrievalTask`."""
+    """Build a task from arguments of `MultiExitEvaluator.from_mappings`; `options` are fields of `RetrievalTask`."""
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):

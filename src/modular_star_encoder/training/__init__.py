@@ -75,7 +75,7 @@ def hub_config_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return the folder or Hub id of the model `name`, a recipe's setting `model`, and whether the model has weights.
+    """Return the folder or Hub id of `name`, the `model` of a recipe, and whether this model has weights.
 
     `name` is a packaged configuration such as `small`, a folder with a config.json, or a Hub id `owner/name`. A Hub
     repository is assumed to have weights. UserError (`config.unknown`) if no configuration or folder is found.

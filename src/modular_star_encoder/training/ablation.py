@@ -73,7 +73,7 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 def _name(name: str) -> str:
     """Return the name of a start or variant; ValueError if it is reserved or not made of letters, digits, `_.-`."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
-        raise ValueError(f"must have only letters, digits and _.-, must not be {TOGETHER}, must not begin with exit-")
+        raise ValueError(f"must consist of letters, digits and _.-, and must not be {TOGETHER} or begin with exit-")
     return name
 
 
@@ -97,8 +97,8 @@ class AblationRecipe:
     """Settings of an ablation: the models to train and to compare.
 
     Args:
-        finetuning: settings that all models share; see `FinetuningRecipe`. Its seed decides which rows are held out.
-            These are split by repository into two halves: validation rows, to choose learning rates, and test rows.
+        finetuning: settings that all models share; see `FinetuningRecipe`. The seed decides which rows are held out.
+            Held-out rows are split by repository into validation rows (to choose learning rates) and test rows.
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
         learning_rates: learning rates to try for each kind of model, with the first seed; by default only the rate in
@@ -130,7 +130,7 @@ class AblationRecipe:
     def __post_init__(self) -> None:
         for changes in (*self.starts.values(), *self.variants.values()):
             if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
-                message = f"Remove {', '.join(sorted(fixed))} from `starts` and `variants`: all models share them."
+                message = f"`starts` and `variants` can't change {', '.join(sorted(fixed))}: remove these settings."
                 raise UserError("ablation.variants", message)
         if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
             message = f"`variants_on` names {', '.join(unknown)}, but `starts` has only {', '.join(self.starts)}."

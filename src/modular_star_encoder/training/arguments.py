@@ -23,7 +23,7 @@ class MultiExitTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
-        exit_weights: weights of the exits' losses: `"paper"` (exit i has i / number of layers), `"uniform"`,
+        exit_weights: weights of the exits' losses: `"paper"` (i / number of layers for exit i), `"uniform"`,
             `"linear"`, `"geometric"`, or a list of one number per exit; see `exit_weights` of
             `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the exits' weights by their sum.
@@ -49,7 +49,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         fractions: for each milestone, the learning rate from that step on, as a fraction of the peak.
 
     Raises:
-        UserError: `milestones` and `fractions` do not fit each other (`training.schedule`), `exit_schedule` is unknown
+        UserError: `milestones` or `fractions` are wrong (`training.schedule`), `exit_schedule` is unknown
             (`training.exit_schedule`), or `ema_decay` is out of range or used with FSDP (`training.ema_decay`).
         ValueError: `transformers.TrainingArguments` rejects an argument.
 

@@ -130,7 +130,7 @@ def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 @dataclass(frozen=True)
 class TeacherVectors:
-    """Reads the vectors that one teacher gives texts with one prompt from a cache."""
+    """Reads vectors of texts from a cache; all vectors come from one teacher and one prompt."""
 
     cache: EmbeddingCache
     space: str  # the teacher and its exit

@@ -158,7 +158,7 @@ class TrainingRecipe(TrainingSettings):
     Args:
         model: a folder of `hub_configs`, or any folder with a config.json; training starts from its weights, if any.
         tokenizer: folder or Hub id of the tokenizer, by default the model's tokenizer.
-        attn_implementation: transformers' name of the attention to train with, not the name of a kernel on the Hub.
+        attn_implementation: name of an attention implementation in transformers; kernels on the Hub are not allowed.
     """
 
     model: str

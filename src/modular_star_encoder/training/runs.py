@@ -98,7 +98,7 @@ def _preflight(
     `texts` has one list for each kind of row: the mean number of tokens of each text in the row. All kinds are equally
     frequent. `tokens_in_memory` is the number of tokens on a device whose activations are in memory at one time.
     `passes` is 1 if each row has one forward and one backward pass, and more if texts are embedded again. `head_flops`
-    are the heads' FLOPs per row. `other_bytes` is additional memory per device.
+    are the heads' FLOPs per row. `other_bytes` is additional memory per device, in bytes.
     """
     config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -276,7 +276,7 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
     """Return {metric: value} of the trained model, from the log of the last step if possible.
 
-    If this step has no evaluation, or if training changed the weights after it, print `notice` and evaluate again.
+    If the last step has no evaluation, or if weights were changed after it, print `notice` and evaluate again.
     """
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step

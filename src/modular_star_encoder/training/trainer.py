@@ -183,7 +183,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return E losses' gradient norms on the trunk (E,), and {layer: mean cosine () of two losses' gradients}."""
+        """Return each loss's gradient norm on the trunk (E,), and {layer: mean gradient cosine () of two losses}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -291,7 +291,7 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Write the files to load a model by `SentenceTransformer`, if its modules can compute the model's embeddings."""
+    """Write the files that `SentenceTransformer` needs, if its modules can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):
@@ -300,7 +300,7 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
 
 
 class SharedHeads(TrainerCallback):
-    """Callback that keeps heads equal: all start as copies of the last head and are trained by summed gradients."""
+    """Callback that keeps heads equal: all start as copies of the last head, and get the sum of all gradients."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))

@@ -89,7 +89,7 @@ class _Exercise(FileRow):
 
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load AdvTest: one task to find functions by documentation. The authors' preprocess.py makes the test.jsonl."""
+    """Load AdvTest: one task to find functions by documentation. The authors' preprocess.py makes test.jsonl."""
     (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
     rows = read_jsonl(path, _AdvTestRow)
     ids = check_unique(path, [row.idx for row in rows], "idx")
