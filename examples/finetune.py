@@ -1,4 +1,4 @@
-"""Fine-tune a multi-exit encoder for retrieval or clone detection with the steps of `mose finetune`, to copy and change.
+"""Fine-tune a multi-exit encoder for retrieval or clone detection, with the steps of `mose finetune`, to copy.
 
     python examples/finetune.py small --out runs/retrieval data.functions.folder=~/checkouts
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py RECIPE --out FOLDER
