@@ -1,6 +1,6 @@
 """Multi-exit code encoders for Hugging Face Transformers.
 
-Importing this package does not import torch: each public name is imported when it is first used. The import registers
+Each public name is imported at its first use, so importing this package does not import torch. The import registers
 ModularStarEncoder with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining`, `AutoModelForMaskedLM` and
 `AutoModelForSequenceClassification`, so that checkpoints load with this package's classes and run no code from the Hub.
 """
@@ -91,7 +91,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """`AutoConfig`'s mapping from model types to configuration classes. Looking up ModularStarEncoder imports it."""
+    """`AutoConfig`'s dict of configuration classes by model type; a look-up of ModularStarEncoder imports its class."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:
@@ -112,7 +112,7 @@ class _RegisteredWhenUsed(dict):
 
 
 class _RegisterWithAutoConfig(MetaPathFinder):
-    """An import hook that adds ModularStarEncoder to `AutoConfig` when transformers defines it; imports no model."""
+    """An import hook: when `AutoConfig` is imported, it adds ModularStarEncoder, without importing the model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO_CONFIG:

@@ -1,4 +1,4 @@
-"""Turn texts into vectors with a checkpoint. This file finds the checkpoint that a name means, without torch.
+"""Turn texts into vectors with a checkpoint. This file finds a checkpoint by name and checks it, without torch.
 
 A name is a folder, a Hub repository (OWNER/NAME), or a model that comes with this package, such as `mose-code`.
 """
@@ -26,7 +26,7 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def shipped_model(name: str = "mose-code") -> str:
-    """Return the folder of a model that comes with this package, for libraries that do not know the model's name.
+    """Return the folder of a model that comes with this package. Other libraries can load the model from there.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
@@ -39,9 +39,9 @@ def shipped_model(name: str = "mose-code") -> str:
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
-    """Return the folder of a shipped model if `name` is its name; otherwise `name` with `~` expanded.
+    """Return the folder of the shipped model with this name, or `name` with `~` expanded if no model has it.
 
-    Thus `./mose-code` is always a folder.
+    To name a folder that is called like a shipped model, write `./mose-code`.
     """
     path = os.path.expanduser(os.fspath(name))
     return shipped_model(path) if path in shipped_models() else path
@@ -54,9 +54,9 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) -> None:
-    """Raise FileNotFoundError unless `name` is a shipped model, OWNER/NAME or a folder with config.json and weights.
+    """Raise FileNotFoundError if a checkpoint's folder is missing, incomplete or unsafe. Hub repositories always pass.
 
-    With `of_modules`, the folder may be of any SentenceTransformer, which has these files in folders of its modules.
+    `of_modules` allows the folder of any SentenceTransformer, with config.json and weights in the modules' folders.
     """
     folder = Path(resolve_checkpoint(name))
     if is_repository(name):
@@ -69,7 +69,7 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
         fault = _unsafe_file(folder)
     elif not (folder / "config.json").is_file():
         inner = Path(name, "model") if (folder / "model" / "config.json").is_file() else None  # of a training run
-        advice = f"Name {inner}." if inner else "Name a folder with config.json and weights."
+        advice = f"Name {inner}." if inner else "Name a folder that has config.json and weights."
         fault = f"{name} is not a checkpoint: it has no config.json. {advice}"
     elif not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
@@ -82,7 +82,7 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
 
 
 def _unsafe_file(folder: Path) -> str:
-    """Return which file of a checkpoint is unsafe to read: a pipe, a link out of the folder, …; "" if none is."""
+    """Return which file is unsafe to read and why, for example "its config.json is not a file"; "" if none is."""
     for file in (path for pattern in _READ for place in ("", "*/") for path in folder.glob(place + pattern)):
         if not file.is_file():  # reading a pipe would never end
             return f"its {file.name} is not a file"
@@ -94,18 +94,18 @@ def _unsafe_file(folder: Path) -> str:
             return f"its {file.name} is a link to a file outside the folder"
         is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
         if is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond
-            return f"its {file.name} has more than {_MAX_CONFIG:,} bytes"
+            return f"its {file.name} has more than {_MAX_CONFIG:,} bytes, the limit"
     return ""
 
 
 def _huge_number(folder: Path) -> str:
-    """Return the number in a configuration that costs transformers memory before it reads a weight; "" if none does."""
+    """Return which number in config.json is so large that transformers would fill the memory; "" if none is."""
     try:
         config = read_json(folder / "config.json")
         huge = [name for name, most in _MOST.items() if isinstance(config.get(name), int) and config[name] > most]
     except (OSError, ValueError, AttributeError):  # the loader reports it
         return ""
-    return f"its config.json has {huge[0]} above {_MOST[huge[0]]:,}" if huge else ""
+    return f"its config.json has {huge[0]} above {_MOST[huge[0]]:,}, the limit" if huge else ""
 
 
 def _unsafe_weights(folder: Path) -> str:
@@ -121,25 +121,25 @@ def _unsafe_weights(folder: Path) -> str:
         index = read_json(folder / WEIGHT_FILES[1], most_bytes=_MAX_INDEX)
         shards = {str(shard) for shard in index["weight_map"].values()}
     except (ValueError, TypeError, LookupError, AttributeError):
-        return f"its {WEIGHT_FILES[1]} does not name its weights"
+        return f"its {WEIGHT_FILES[1]} does not list its weight files"
     if odd := sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
-        return f"its weights {odd[0]} are not a file in the folder"
+        return f"its weights {odd[0]} are not a file in its folder"
     return ""
 
 
 def _weights_fault(file: Path) -> str:
-    """Return what makes a file of weights too large to read; "" if nothing does, or if its header is damaged."""
+    """Return why a safetensors file is too large to read; "" if it is not. safetensors reports damaged headers."""
     with file.open("rb") as opened:
         header = opened.read(min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER + 1))
     if len(header) > _MAX_HEADER:
-        return f"names tensors in more than {_MAX_HEADER:,} bytes"
+        return f"has a header of more than {_MAX_HEADER:,} bytes, the limit"
     try:
         tensors = [one for name, one in json.loads(header).items() if name != "__metadata__"]
         size = 8 + len(header) + max(one["data_offsets"][1] for one in tensors)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # safetensors reports it
         size = _MAX_WEIGHTS
     if file.stat().st_size > min(size, _MAX_WEIGHTS):
-        return f"has more bytes than its header says, or more than {_MAX_WEIGHTS:,}"
+        return f"has more bytes than its header says, or more than {_MAX_WEIGHTS:,}, the limit"
     return ""
 
 
@@ -149,7 +149,7 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Return where to write a checkpoint's exit profile: `out`, by default `exit_profile.json` in its folder."""
+    """Return the file for a checkpoint's exit profile: `out`, or exit_profile.json in the folder of the checkpoint."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)

@@ -1,6 +1,6 @@
 """Load a checkpoint or only its configuration, cut a checkpoint at an exit, and compute its checksum.
 
-A checkpoint is a local folder or a repository on the Hub. Each error of transformers and the Hub becomes one sentence.
+A checkpoint is a local folder, a repository on the Hub, or a model of this package. Errors are one sentence each.
 """
 
 from __future__ import annotations
@@ -61,15 +61,14 @@ def load_checkpoint(
     """Load a retrieval model in evaluation mode, and its tokenizer.
 
     Args:
-        path: a checkpoint folder, or a Hub repository ("owner/name"), whose code is not run.
-        exit_layer: load only the layers up to this exit.
+        path: a folder, a Hub repository ("owner/name"), or a model of this package. No code of the checkpoint is run.
+        exit_layer: load only the layers up to this exit; by default all.
         device: device of the model; by default a GPU if there is one, else the CPU.
         dtype: dtype of the model; by default the dtype of the checkpoint.
 
     Raises:
         ValueError: the checkpoint lacks the exit; the message lists its exits.
-        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, or lacks a tokenizer or a tensor
-            (where transformers alone would use random weights).
+        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, or lacks tokenizer or tensors.
         OSError: the folder or repository does not exist, or lacks configuration or weights.
     """
     config, path = load_config(path), resolve_checkpoint(path)
@@ -77,23 +76,23 @@ def load_checkpoint(
         config.check_exit(exit_layer)
     tokenizer = load_tokenizer(path)
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= config.vocab_size:
-        message = f"The tokenizer of {path} has the token id {last}, but the model has only {config.vocab_size} tokens."
+        message = f"The tokenizer of {path} has the token id {last}, but the model's ids are below {config.vocab_size}."
         raise UserError("checkpoint.tokenizer", message)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, config, path, trust_remote_code=False, **options)
     if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads, so it can't embed: fine-tune it.")
+        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
-    """Load the configuration of a checkpoint without its weights, for example to read the exits or the prompts."""
+    """Load the configuration of a checkpoint without its weights; raises the errors of `load_checkpoint`."""
     check_checkpoint(path)
     path = resolve_checkpoint(path)
     with clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
-        raise UserError("checkpoint.other_model", f"{path} is of type {config.model_type!r}, not a ModularStarEncoder.")
+        raise UserError("checkpoint.other_model", f"{path} is a {config.model_type!r} model, not a ModularStarEncoder.")
     return config
 
 
@@ -111,7 +110,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of a file in a checkpoint; None if it does not exist or, offline, is not in the Hub's cache."""
+    """Return the path of a file in a checkpoint; None if there is none. Offline, only the Hub's cache is read."""
     path = resolve_checkpoint(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -122,7 +121,7 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, **options: Any) -> Any:
-    """Load a model; raise UserError if its weight files lack a tensor, or have layers that its configuration lacks."""
+    """Load a model. Raise UserError if its weight files lack tensors, or have layers that its configuration lacks."""
     with clear_errors(path):
         with torch.device("meta"):
             parameters = modeling.ModularStarEncoderModel(config).num_parameters()
@@ -137,22 +136,22 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
 
 
 def check_size(parameters: int, folder: Path) -> None:
-    """Raise RuntimeError if a folder's weights have fewer bytes than a model has parameters.
+    """Raise RuntimeError if the weight files in a folder have fewer bytes than a model has `parameters`.
 
-    transformers would fill gigabytes with random numbers before it reports tensors of other sizes.
+    In such a case, transformers would fill gigabytes with random numbers before it reports an error.
     """
     files = list(folder.glob("*.safetensors"))
     if files and parameters > sum(file.stat().st_size for file in files):
         for file in files:  # SafetensorError if it is cut
             safe_open(file, framework="pt")
-        raise RuntimeError(f"size mismatch: {parameters} parameters")
+        raise RuntimeError(f"size mismatch: the weights have fewer bytes than the model has parameters, {parameters}")
 
 
 @contextmanager
 def clear_errors(path: str) -> Iterator[None]:
-    """Replace errors of transformers and the Hub about damaged or missing files by errors of one sentence.
+    """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    Messages that transformers logs while a model loads are shown only if it loads.
+    Messages that transformers logs in the context are shown at its end, and only if there is no error.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -174,7 +173,7 @@ def clear_errors(path: str) -> Iterator[None]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return the error to raise in place of `error`; None if `error` is clear itself, or has another cause."""
+    """Return an error of one sentence to raise in place of `error`; None if `error` itself is to be raised."""
     if isinstance(error, OSError):
         message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
         return None if os.path.isdir(path) else OSError(message)
@@ -192,13 +191,13 @@ def _one_line(error: BaseException) -> str:
 def slice_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layer: int, out: str | os.PathLike[str], *, only_exit: bool = False
 ) -> Path:
-    """Write the first `exit_layer` layers of a checkpoint as a checkpoint of its own, and return its folder.
+    """Write the first `exit_layer` layers of a checkpoint as a new checkpoint to the folder `out`, and return `out`.
 
     At its exits, the new checkpoint has the same outputs as the full model, bit for bit. Its configuration also has the
     full model's name (`parent_model`), number of layers (`parent_num_hidden_layers`) and exits (`parent_exit_layers`).
 
     Args:
-        checkpoint: a folder or Hub id.
+        checkpoint: a folder, a Hub repository, or a model of this package.
         exit_layer: an exit of the checkpoint, which is the number of layers to keep.
         out: folder to write; it must be empty or not exist. It is written atomically.
         only_exit: leave out the projection heads of the shallower exits, as in the published slices.
@@ -234,7 +233,7 @@ def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
             return prompts
     except (ValueError, TypeError, AttributeError):
         pass
-    raise UserError("checkpoint.prompts", f'{file} must be JSON, with prompts as {{"prompts": {{"NAME": "TEXT"}}}}.')
+    raise UserError("checkpoint.prompts", f'{file} must be JSON with prompts like {{"prompts": {{"NAME": "TEXT"}}}}.')
 
 
 def write_checkpoint(
@@ -245,10 +244,10 @@ def write_checkpoint(
     only_exit: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Copy a checkpoint, or only its first `exit_layer` layers, to `out`, and add this package's model code.
+    """Copy a checkpoint, or only its first `exit_layer` layers, to the folder `out`, with this package's model code.
 
-    `only_exit` leaves out the projection heads of shallower exits. `tokenizer` is a folder whose tokenizer replaces the
-    checkpoint's. Raises the errors of `slice_checkpoint`.
+    `only_exit` leaves out the projection heads of shallower exits. `tokenizer` is a folder with the tokenizer to write
+    in place of the checkpoint's. Raises the errors of `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
@@ -266,20 +265,20 @@ def write_checkpoint(
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return the model class `name` of this package; raise UserError if there is none.
+    """Return this package's model class `name`, which `checkpoint` needs; raise UserError if there is none.
 
-    For the class name in published checkpoints, return the base class, whose `from_pretrained` finds the right class.
+    For the name in published checkpoints, return the base class; its `from_pretrained` finds the right class.
     """
     if name == PUBLISHED_ARCHITECTURE:
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
-        message = f"This package lacks {name}, the class of {checkpoint}. Load it in Python, and save `model.slice(k)`."
+        message = f"The class {name} of {checkpoint} is unknown. Load the model in Python, and save `model.slice(k)`."
         raise UserError("checkpoint.other_class", message)
     return getattr(modeling, name)
 
 
 def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer: int) -> None:
-    """Change a model in place so that `exit_layer` is its only exit: remove other projection heads, but no layer."""
+    """Remove all exits except `exit_layer` from a model, with their projection heads, in place. Keep all layers."""
     heads = getattr(model, "projection_heads", {})
     for other in set(heads) - {str(exit_layer)}:
         del heads[other]
@@ -302,7 +301,7 @@ def save_retrieval_checkpoint(
 
 
 def save_tokenizer(tokenizer: Any, config: PreTrainedConfig, folder: Path) -> None:
-    """Save a copy of a tokenizer with a maximum length of at most the model's `max_position_embeddings`."""
+    """Save a tokenizer to a folder, with its maximum length limited to the model's `max_position_embeddings`."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
@@ -319,11 +318,11 @@ def write_sentence_transformer_files(
 ) -> None:
     """Write to a checkpoint's folder what SentenceTransformer reads: `modules.json`, the prompts and other settings.
 
-    The `last_hidden_state` of a retrieval model holds the projected tokens of an exit, which the standard modules
-    pool and normalise. `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit, `prompt_name=…` the prompt.
+    The standard modules pool and normalise the `last_hidden_state` of the model, the projected tokens of an exit.
+    `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit, `prompt_name=…` the prompt.
 
-    `dimension` is the size of the embeddings if it is not `config.projection_size`, and `pooling` that of a model which
-    returns only tokens. If it is None, UserError if SentenceTransformer can't pool and normalise as `config` says.
+    `dimension` is the size of the embeddings, by default `config.projection_size`. `pooling` ("mean" or "lasttoken")
+    replaces `config.pooling`. If `pooling` is None, raises the error of `check_servable`.
     """
     if pooling is None:
         check_servable(config)
@@ -353,7 +352,7 @@ def write_sentence_transformer_files(
 
 
 def is_servable(config: ModularStarEncoderConfig) -> bool:
-    """Return whether the pooling and normalisation of sentence-transformers give the embeddings of the model's head."""
+    """Return whether a SentenceTransformer computes the same embeddings as a retrieval model with this `config`."""
     with suppress(UserError):
         check_servable(config)
         return True
@@ -361,7 +360,7 @@ def is_servable(config: ModularStarEncoderConfig) -> bool:
 
 
 def check_servable(config: ModularStarEncoderConfig) -> None:
-    """Raise UserError if pooling and normalisation of sentence-transformers give other embeddings than the head."""
+    """Raise UserError if a SentenceTransformer can't compute the embeddings of a retrieval model with this `config`."""
     # Mean pooling and a linear head commute, so their order does not matter.
     commute = config.projection_head == "linear" and config.pooling == "mean"
     orders = ("project_then_pool", "pool_then_project") if commute else ("project_then_pool",)

@@ -20,6 +20,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 
 TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at least two
+MAX_PADDING = 0.2  # with a larger share of padding in a batch, it is faster on a CPU to skip the padding
 _tokenizing = threading.Lock()  # a tokenizer stores the truncation of the current call, so threads take turns
 _INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
 _PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
@@ -39,16 +40,16 @@ def encode_exits(
 ) -> dict[int, np.ndarray]:
     """Embed N texts at several exits in one pass, which runs each layer up to the deepest exit once.
 
-    Texts are sorted by length for batching; the result is in the order of `texts`. On a CPU, padding is skipped. Equal
-    texts are encoded once, so their embeddings are equal bit for bit.
+    Batches hold texts of similar length; the embeddings are in the order of `texts`. On a CPU, padding that is
+    more than a fifth of a batch is skipped. Equal texts are encoded once, so their embeddings are equal bit for bit.
 
     Args:
         model: a `ModularStarEncoderForRetrieval`, on any device. It runs in evaluation mode, then its mode is restored.
         tokenizer: the model's tokenizer.
         texts: N texts, without prompts.
         exit_layers: exits of the model; all if None.
-        prompt: put before every text, see `data.prompts`.
-        max_length: longer texts are cut to this number of tokens, special tokens included; if None, to the
+        prompt: string to put before every text; `data.prompts` makes the published prompts.
+        max_length: maximum number of tokens of a text, special tokens included; longer texts are cut. If None, the
             `max_position_embeddings` of the model.
         tokens_per_batch: maximum number of tokens in a batch, padding included; a longer text is a batch of its own.
         progress: show progress bars.
@@ -58,7 +59,7 @@ def encode_exits(
         {exit_layer: embeddings (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        UserError: `texts` is one string, or a text holds lone surrogates.
+        UserError: `texts` is a single string, or a text can't be encoded in UTF-8 (it has lone surrogates).
         ValueError: the model lacks an exit (the message lists its exits), or the tokenizer has no padding token.
 
     Example:
@@ -68,9 +69,12 @@ def encode_exits(
     """
     config, device = model.config, next(model.parameters()).device
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
+    skips_padding = device.type == "cpu" and config.pooling != "legacy"
 
     def encode_batch(batch: Mapping[str, torch.Tensor]) -> np.ndarray:
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        if skips_padding:
+            config.unpad_inputs = float(batch["attention_mask"].float().mean()) < 1 - MAX_PADDING
         return model(**inputs, exit_layers=exits).exit_embeddings.float().cpu().numpy()
 
     max_length = max_length or config.max_position_embeddings
@@ -93,7 +97,7 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray:
-    """Tokenize, sort and pad N texts like `encode_exits`, and embed each batch at E exits with `encode_batch`.
+    """Tokenize N texts, sort them into padded batches, and embed each batch at E exits with `encode_batch`.
 
     `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to embeddings (E, B, D) float32; `shape` is
     (E, D). Returns the embeddings (E, N, D) float32 in the order of `texts`.
@@ -102,7 +106,7 @@ def encode_batches(
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
-        message = f"Remove the {not_unicode(broken[0])} in {len(broken)} of the texts, such as {broken[0][:40]!a}."
+        message = f"Remove the {not_unicode(broken[0])} from {len(broken)} of the texts, such as {broken[0][:40]!a}."
         raise UserError("encode.texts.not_unicode", message)
     with _tokenizing:
         token_ids = tokenize(tokenizer, list(unique), max_length, progress, prompt)
@@ -118,11 +122,11 @@ def encode_batches(
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
 ) -> list[list[int]]:
-    """Return at most `max_length` token ids per text: of `prompt`, the text and special tokens that the tokenizer adds.
+    """Return the ids of each text, at most `max_length`: `prompt`, text, and special tokens that the tokenizer adds.
 
-    If a text contains the name of a special token, such as `<mask>`, this is read as ordinary characters, as in
-    training. There are three exceptions: `prompt`; a published prompt that begins a text, if `prompt` is empty; and all
-    texts, if the tokenizer adds no special tokens and has no `split_special_tokens`.
+    A special token that is written in a text, such as `<mask>`, is read as ordinary characters, as in training. It is
+    read as a special token in `prompt` and, if `prompt` is empty, in a published prompt that begins a text. If the
+    tokenizer adds no special tokens, its setting `split_special_tokens` decides how it is read.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -145,7 +149,7 @@ def tokenize(
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield the indices of each batch's texts. The longest texts are first, so that a lack of memory shows at once."""
+    """Yield the indices of the texts in each batch, longest texts first, so that a lack of memory shows at once."""
     rows: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:
@@ -158,11 +162,9 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Context manager: evaluation and inference mode, and, on a CPU, no padding unless pooling is "legacy"."""
+    """Context manager: evaluation and inference mode; at the end, training mode and `unpad_inputs` are restored."""
     config, was_training = model.config, model.training
     as_configured = config.unpad_inputs
-    if next(model.parameters()).device.type == "cpu" and config.pooling != "legacy":
-        config.unpad_inputs = True
     model.eval()
     try:
         with torch.inference_mode():
@@ -179,9 +181,9 @@ def compile_for_inference(
 
     The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. It shares all parameters with `model`, but each
     compiled MLP also holds its own copy of its weights. So the weights take about twice the memory, and later changes
-    of the parameters do not reach the compiled MLPs. They run in `torch.inference_mode()` without autocast, as in
-    `encode_exits` and `SentenceTransformer.encode`; otherwise the plain MLPs run. Compiling takes a second or more per
-    layer, and may need a C++ compiler.
+    of the parameters do not reach the compiled MLPs. The compiled MLPs run only in `torch.inference_mode()` without
+    autocast, as in `encode_exits` and `SentenceTransformer.encode`. Elsewhere the plain MLPs run. Compiling takes a
+    second or more per layer, and may need a C++ compiler.
 
     Example:
         >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
@@ -197,7 +199,7 @@ def compile_for_inference(
 
 
 def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Compile an MLP for two or more tokens; later changes of its weights do not reach the compiled function."""
+    """Return an MLP's compiled function for two or more tokens; later changes of the weights do not reach it."""
     import torch._dynamo.config
     import torch._inductor.config
     from torch._dynamo.exc import BackendCompilerFailed
@@ -219,7 +221,7 @@ def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[
 def _in_chunks(
     plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs `compiled` on chunks of tokens, but `plain` in autocast or with gradients."""
+    """Return a function that runs `compiled` on chunks of tokens, or `plain` under autocast or with gradients."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, -2)

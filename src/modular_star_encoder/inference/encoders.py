@@ -1,4 +1,4 @@
-"""One interface to embed texts: by a ModularStarEncoder, a SentenceTransformer or an OpenAI-compatible endpoint."""
+"""One interface to embed texts with a ModularStarEncoder, a SentenceTransformer or an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Encoder(Protocol):
     def encode(
         self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
     ) -> Mapping[int | None, np.ndarray]:
-        """Return {exit_layer: embeddings (N, D) float32} of N (prompt, text) pairs; one pass computes all exits."""
+        """Return {exit_layer: embeddings (N, D) float32} of N pairs (prompt, text), computed in one pass."""
         ...
 
 
@@ -67,7 +67,9 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
     Args:
         name: folder or Hub repository of a ModularStarEncoder or of any model that sentence-transformers can load;
             or `openai:MODEL` (API key in OPENAI_API_KEY) or `openai:MODEL@URL` (API key in MOSE_API_KEY).
-        exit_layers: exits of a ModularStarEncoder; all if None. Layers above the deepest one are not loaded.
+        exit_layers: exits of a ModularStarEncoder; all if None. Layers above the deepest exit are not loaded.
+
+    Raises the errors of `load_checkpoint`, and UserError if another model gets `exit_layers`.
     """
     source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
     folder = local_folder(name)
@@ -78,7 +80,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
             own, tokenizer = load_checkpoint(name, max(exit_layers) if exit_layers else None)
             return ExitEncoder(own, tokenizer, label, exit_layers=exit_layers)
     if exit_layers:
-        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and has no exits: omit `exit_layers`.")
+        raise UserError("encoder.no_exits", f"{name} is not a ModularStarEncoder and lacks exits: omit `exit_layers`.")
     if is_endpoint:
         model, _, url = name.removeprefix(ENDPOINT_PREFIX).partition("@")
         return EndpointEncoder(model, url or OPENAI_URL)
@@ -95,7 +97,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
 
 
 def _count_parameters(folder: Path) -> int:
-    """Return the number of parameters that the configuration of a SentenceTransformer's module names."""
+    """Return the number of parameters of a SentenceTransformer's module, by the config.json in its folder."""
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     if "model_type" not in config:
@@ -115,7 +117,7 @@ def _is_ours(source: str) -> bool:
 class ExitEncoder(Encoder):
     """Embeds texts with a `ModularStarEncoderForRetrieval`, at all exits in one pass.
 
-    `dimensions` lists the sizes to which embeddings can be cut, largest first; without such sizes, it is (None,).
+    `dimensions` are the sizes to which embeddings can be cut, largest first; (None,) if there is only one size.
     `encode_options` are passed to `encode_exits`: max_length, tokens_per_batch, dtype.
     """
 
@@ -137,7 +139,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def untrained(self, seed: int = 0) -> ExitEncoder:
-        """Return an encoder with the same architecture but random weights: a baseline that matches only equal words."""
+        """Return an encoder of this architecture with random weights, a baseline that can match only equal words."""
         parameter = next(self.model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -146,7 +148,7 @@ class ExitEncoder(Encoder):
         return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
 
     def prompt(self, text: Text) -> str:
-        """Return the published prompt for prose or code: with an instruction if fine-tuning used instructions."""
+        """Return the published prompt for prose or code, with an instruction if the model was fine-tuned with them."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)
@@ -163,7 +165,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """Embeds texts with a SentenceTransformer, which may be a plain model of transformers with mean pooling."""
+    """Embeds texts with a SentenceTransformer. A plain model of transformers becomes one with mean pooling."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name
@@ -186,7 +188,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """Return a hash of weights, tokenizer, `config` and `settings`, the same on whichever device the model is."""
+    """Return a hash of weights, tokenizer, `config` and `settings`, which is the same on every device."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
@@ -196,7 +198,7 @@ def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settin
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
-    """Return the tokenizer as JSON, without its truncation and padding settings, which every call may change."""
+    """Return a tokenizer as JSON, without settings of truncation and padding, because every call may change them."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     copy = Tokenizer.from_str(backend.to_str())
@@ -208,9 +210,9 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is read for each call of `encode`, and is never stored, shown or logged. It is in `OPENAI_API_KEY` for
-    OpenAI's own address and in `MOSE_API_KEY` for any other, because a recipe may name a stranger's server.
-    `base_url` has no `/embeddings`; `client_options` are those of `HTTPClient`.
+    Each call of `encode` reads the API key from the environment; the key is never stored, shown or logged. It is
+    `OPENAI_API_KEY` for OpenAI's address, and `MOSE_API_KEY` for all others, because a recipe may name a stranger's
+    server. `/embeddings` is appended to `base_url`; `client_options` are those of `HTTPClient`.
     """
 
     def __init__(self, model: str, base_url: str, **client_options: Any) -> None:
@@ -242,5 +244,5 @@ class EndpointEncoder(Encoder):
             embeddings = np.array([rows[place] for place in range(len(inputs))], dtype=np.float32)
             return embeddings.reshape(len(inputs), self._dimensions)
         except (KeyError, TypeError, ValueError, OverflowError):
-            message = f"{self.base_url} did not return embeddings of one size for {len(inputs)} texts. Check the model."
+            message = f"{self.base_url} did not return {len(inputs)} embeddings of one size. Check URL and model."
             raise UserError("encoder.endpoint.answer", message) from None

@@ -1,7 +1,7 @@
 """An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses one of the exits.
 
-`profile.profile_checkpoint` measures a profile; its file is `exit_profile.json` in the checkpoint. Times are in
-milliseconds; 1 MB is 10^6 bytes.
+`profile.profile_checkpoint` measures a profile, which is stored as `exit_profile.json` in the checkpoint's folder.
+Times are in milliseconds; 1 MB is 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 class Measurement:
     """The time and memory to embed a batch at one exit, for one batch shape (batch_size, length).
 
-    Peak memory is that of a process that loads the layers up to this exit and embeds such a batch. On a CPU, it is the
+    Peak memory is measured in a process that loads the layers up to the exit and embeds the batch. On a CPU, it is the
     largest resident memory, with Python and its libraries; on a GPU, the largest memory that torch allocated.
     """
 
@@ -80,7 +80,7 @@ class ExitProfile:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Return the measured batch shapes (batch_size, length). All exits have the same ones."""
+        """Return the measured batch shapes (batch_size, length), which are the same for all exits."""
         return next(iter(self.exits.values())).shapes
 
     def measurement(self, exit_layer: int, shape: tuple[int, int]) -> Measurement:
@@ -89,13 +89,13 @@ class ExitProfile:
         return measured.measurements[measured.shapes.index(shape)]
 
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
-        """Return a copy of the profile to which scores on `benchmark` are added: `values`, {exit_layer: score}.
+        """Return a copy of the profile with added scores on `benchmark`; `values` is {exit_layer: score}.
 
-        Scores of exits that the profile lacks are left out. Raises UserError if it lacks all of these exits.
+        Scores of exits that the profile lacks are left out. Raises UserError if it lacks all exits in `values`.
         """
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
-            message = f"{benchmark} has scores of exits {_listed(values)}, but the profile has exits {_listed(exits)}."
+            message = f"{benchmark} has scores of exits {_listed(values)}, but the profile has only {_listed(exits)}."
             raise UserError("profile.quality.other_exits", message)
         for k in known:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
@@ -103,7 +103,7 @@ class ExitProfile:
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """Return the sorted names of the benchmarks on which the profile has the score of an exit."""
+        """Return the sorted names of the benchmarks on which at least one exit has a score."""
         return tuple(sorted({name for profiled in self.exits.values() for name in profiled.quality}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -112,7 +112,7 @@ class ExitProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
-        """Read a file that `save` wrote. Raises FileNotFoundError if it is missing, UserError if it is damaged."""
+        """Read a file that `save` wrote. Raises FileNotFoundError if it does not exist, UserError if it is damaged."""
         path = Path(path)
         if not path.is_file():
             how = "Measure it with `mose profile`, or pass a profile from another file as `profile`."
@@ -130,7 +130,7 @@ class ExitProfile:
             check_types(profile)
             return profile
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError("profile.file.unreadable", f"{path} is not an exit profile: {error}.") from error
+            raise UserError("profile.file.unreadable", f"{path} is not a valid exit profile: {error}.") from error
 
 
 def select_exit(
@@ -149,13 +149,13 @@ def select_exit(
     the deepest exit within the limits. The logger of this module reports the exit and the reason at level INFO.
 
     Args:
-        profile: cost and quality of each exit.
+        profile: cost and quality of each exit of a checkpoint.
         latency_ms: limit on the time to embed a batch (95th percentile), in milliseconds.
         memory_mb: limit on the peak memory, in MB (10^6 bytes).
         min_quality: the lowest acceptable score on `benchmark`.
         benchmark: name of the benchmark whose scores are compared; optional if the profile has only one.
-        batch_size, length: number of texts in a batch and tokens in a text, to which time and memory refer. By default,
-            those of the first batch shape in the profile.
+        batch_size, length: number of texts in a batch and of tokens in a text. Time and memory are those measured with
+            this batch shape; by default, with the first batch shape in the profile.
 
     Raises:
         UserError: no limit is given, the profile lacks the batch shape or the benchmark, or no exit stays within all
@@ -195,7 +195,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return the values of exits as text, with all digits, so that users can copy a value as a limit."""
+    """Return the values of exits as text, with ten digits, so that users can copy a value as a limit."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())
@@ -241,11 +241,11 @@ def load_at_budget(
 ) -> ModularStarEncoderForRetrieval:
     """Load a retrieval model in evaluation mode, up to the exit that `select_exit` chooses within the given limits.
 
-    This exit is then `model.config.num_hidden_layers`. The weights are loaded in the profile's dtype, on the CPU unless
-    `model_kwargs` has a `device_map`.
+    The chosen exit is `model.config.num_hidden_layers`. The weights are loaded in the profile's dtype on the CPU, or on
+    the `device_map` in `model_kwargs`.
 
     Args:
-        checkpoint: folder or Hub id.
+        checkpoint: a folder, a Hub repository, or a model of this package.
         profile: cost and quality of each exit; by default the checkpoint's `exit_profile.json`, with a
             warning if it was measured on another kind of machine.
         model_kwargs: passed to `AutoModel.from_pretrained`.
@@ -267,7 +267,7 @@ def load_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
-    """Load the exit profile of a checkpoint, a folder or Hub id; raise FileNotFoundError if it has none.
+    """Load the exit profile of a checkpoint; raise FileNotFoundError if the checkpoint has none.
 
     Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
     """
@@ -279,6 +279,6 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
         here, decisive = machine_kind("cuda") if torch.cuda.is_available() else {}, ["gpu"]
     kinds = [(name, profile.machine.get(name), here.get(name)) for name in decisive]
     if other := [f"{name} {then!r}, but here {now!r}" for name, then, now in kinds if then != now]:
-        message = f"{file} was measured on another machine ({'; '.join(other)}): its times may differ here."
+        message = f"{file} was measured on another machine ({'; '.join(other)}). Times may differ on this one."
         warnings.warn(message, stacklevel=3)
     return profile

@@ -1,10 +1,10 @@
 """Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, and write exit 0 as a static model.
 
-Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits take as long as with torch on
-a CPU, but without importing torch and transformers: the import alone takes longer than embedding 20 texts.
+Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits are as fast as with torch on a
+CPU. They need no import of torch and transformers, which takes longer than embedding 20 texts.
 
-A static model embeds a text as the mean of one vector per token, scaled to length 1. Exit 0 is a weighted mean, scaled
-to length 1. It equals a static model whose vectors are multiplied by the weights of their tokens.
+A static model embeds a text as the mean of one vector per token, scaled to length 1. Exit 0 equals a static model with
+projected token embeddings, each multiplied by its token's weight.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _STATIC_MODULES = (
 
 @contextmanager
 def _damage_reported(folder: str | Path) -> Iterator[None]:
-    """Context manager for code that reads files of a checkpoint; UserError if one is damaged."""
+    """Context manager: raise UserError if code inside fails because a file of the checkpoint is damaged."""
     try:
         yield
     except BaseException as error:  # tokenizers raises no narrower class
@@ -64,7 +64,7 @@ def _damage_reported(folder: str | Path) -> Iterator[None]:
 
 
 class NumpyEncoder:
-    """Embeds texts at every exit of a checkpoint in a local folder.
+    """Embeds texts with numpy at any exit of a checkpoint in a local folder.
 
     Example:
         >>> encoder = NumpyEncoder("hub_configs/mose-code")
@@ -75,14 +75,14 @@ class NumpyEncoder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read a checkpoint; raise UserError or OSError if a file is missing or damaged, or if exit 0 needs torch."""
+        """Read a checkpoint; raise UserError or OSError if a file is missing or damaged, or exit 0 needs torch."""
         from tokenizers import Tokenizer
 
         self.folder, self._known = Path(folder), dict[str, bytes]()  # word → its token ids as uint32
         with _damage_reported(folder):
             self._config = read_config(folder)
             if not has_exit_zero(self._config):
-                raise ValueError("it has no exit 0, or its exit 0 needs torch.")
+                raise ValueError("it has no exit 0, or its exit 0 needs torch. Use `load_checkpoint`.")
             self._tensors: dict[str, np.ndarray] = {}
             self._tokens = self._tensor("model.embed_tokens.weight")
             self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
@@ -101,11 +101,11 @@ class NumpyEncoder:
 
     @property
     def table(self) -> np.ndarray:
-        """(V, D) float32: each token's projected embedding times the token's learned weight, not normalised."""
+        """Return (V, D) float32: each token's projected embedding times the token's learned weight, not normalised."""
         return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed N texts at exit 0: return unit vectors, float32 (N, D); zeros for a text without tokens."""
+        """Return embeddings (N, D) float32 of length 1 of N texts at exit 0; zeros for a text without tokens."""
         with _damage_reported(self.folder):
             means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
             totals = np.zeros((len(texts), 1), dtype=np.float32)
@@ -123,7 +123,7 @@ class NumpyEncoder:
             return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids of each text. If the tokenizer reads words one by one, equal words are read once."""
+        """Return the token ids of each text. If the tokenizer divides texts into words, equal words are read once."""
         if not self._has_words:
             return [np.array(one.ids, dtype=np.uint32) for one in self.tokenizer.encode_batch_fast(list(texts))]
         divided = [self._words(text) for text in texts]
@@ -139,7 +139,7 @@ class NumpyEncoder:
         return [one[: self._most_tokens] for one in ids]
 
     def _words(self, text: str) -> list[str]:
-        """Split a text into parts that can be tokenized one by one; words with non-ASCII characters stay whole."""
+        """Split a text into parts that can be tokenized separately; words with non-ASCII characters stay whole."""
         if any(token in text for token in self._special):
             return [text]
         if text.isascii():
@@ -149,8 +149,8 @@ class NumpyEncoder:
     def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
         """Return {exit_layer: embeddings (N, D) float32 of length 1} of N texts; zeros for a text without tokens.
 
-        Texts are computed one by one. Before a caller requests exits above 0, it must check with `has_layers` that
-        numpy can compute the checkpoint's layers.
+        Texts are computed one by one. For exits above 0, the caller must first check with `has_layers` that this
+        class supports the checkpoint's layers.
         """
         result = {one: np.zeros((len(texts), self._config["projection_size"]), dtype=np.float32) for one in exit_layers}
         for place, ids in enumerate(self._ids(texts)):
@@ -165,7 +165,7 @@ class NumpyEncoder:
         return result
 
     def _states(self, ids: np.ndarray, layers: int) -> Iterator[np.ndarray]:
-        """Yield the states (T, H) of a text after 0, 1, … `layers` layers."""
+        """Yield the states (T, H) of a text with T token ids after 0, 1, … `layers` layers."""
         states = self._tokens[ids]
         yield states
         size = states.shape[1] // self._config["num_attention_heads"]
@@ -205,7 +205,7 @@ class NumpyEncoder:
         return result
 
     def _tensor(self, name: str, transposed: bool = False) -> np.ndarray:
-        """Return a tensor as float32; a matrix for `_linear` is transposed in memory: quicker for a short text."""
+        """Return a tensor of the checkpoint as float32; `transposed` in memory, a matrix is faster in `_linear`."""
         if name not in self._tensors:
             from safetensors import safe_open
 
@@ -216,7 +216,7 @@ class NumpyEncoder:
 
 
 def _gelu(values: np.ndarray) -> np.ndarray:
-    """Replace values by their GELU, approximated with tanh; in place, because new memory takes longer than the sums."""
+    """Apply GELU (with tanh) in place, because new memory takes longer than the computation; return `values`."""
     gate = values * values
     gate *= 0.044715
     gate += 1
@@ -270,14 +270,14 @@ def export_static(
     *,
     format: Literal["sentence-transformers", "model2vec"] = "sentence-transformers",
 ) -> Path:
-    """Write exit 0 of a checkpoint as a table of one vector per token, which loads without `trust_remote_code`.
+    """Write exit 0 of a checkpoint as a static model, one vector per token. It loads without `trust_remote_code`.
 
     The embeddings (N, D) float32 of the written model differ by at most 1e-6 from exit 0 of `encode_exits`, and an
-    empty text gives zeros. Embeddings of model2vec differ more for texts that are longer than
-    `max_position_embeddings`, which it does not cut, and for texts with unknown tokens, which it leaves out.
+    empty text gives zeros. Embeddings of model2vec differ more in two cases: model2vec does not cut texts that are
+    longer than `max_position_embeddings`, and leaves out unknown tokens.
 
     Args:
-        checkpoint: a folder or Hub repository with exit 0, or `mose-code`, which comes with this package.
+        checkpoint: a folder or Hub repository with exit 0, or the name of a model of this package.
         folder: folder to write; it must be empty or not exist. It is written atomically.
         format: `sentence-transformers`, for `SentenceTransformer(folder)`; or `model2vec`, for
             `StaticModel.from_pretrained(folder)`, which `SentenceTransformer` can load too.
@@ -288,7 +288,7 @@ def export_static(
     Raises:
         UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, or the tokenizer adds special
             tokens, which static models leave out. Nothing is written.
-        ValueError, OSError: as for `slice_checkpoint`.
+        ValueError, OSError: the checkpoint has no exit 0, does not exist, or lacks configuration or weights.
 
     Example:
         >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP
@@ -304,7 +304,7 @@ def export_static(
     config = load_config(checkpoint)
     if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
         message = (
-            f"Exit 0 of {checkpoint} can't become a table: it needs `token_weights` and a linear head after pooling."
+            f"Exit 0 of {checkpoint} can't be a static model: it needs `token_weights` and a linear head after pooling."
         )
         raise UserError("static.exit_zero", message)
     with scratch_folder("static") as scratch:
@@ -332,7 +332,7 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return a tokenizer.json with which other libraries read a special token in a text as `tokenizer` does."""
+    """Return a tokenizer.json with which other libraries treat special tokens in a text as `tokenizer` treats them."""
     state = json.loads(tokenizer.to_str())
     if tokenizer.encode_special_tokens:  # sentence-transformers and model2vec ignore this, but read `added_tokens`
         vocabulary = state["model"]["vocab"]

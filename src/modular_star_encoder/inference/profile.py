@@ -38,10 +38,10 @@ Shape = tuple[int, int]
 
 
 def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: int) -> float:
-    """Return the floating-point operations per token to embed a text of `length` tokens at one exit.
+    """Return the number of floating-point operations per token to embed a text of `length` tokens at one exit.
 
     Only matrix products are counted. A multiplication and an addition are two operations, as in Kaplan et al. (2020,
-    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. Exit k costs k layers and one head. H is the hidden
+    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. Exit k runs k layers and one head. H is the hidden
     size, K the number of key-value heads × head size, I the MLP size, D the projection size, T = `length`:
 
         layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
@@ -49,7 +49,7 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
         head       2 · (H·D + D·D)                 per token, and with `pool_then_project` also once per text;
                                                    without D·D for a linear head
 
-    Padding tokens cost the same as other tokens unless `config.unpad_inputs`.
+    Padding tokens cost as much as other tokens if `config.unpad_inputs` is False.
     """
     config.check_exit(exit_layer)
     hidden, projection = config.hidden_size, config.projection_size
@@ -64,7 +64,7 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
 
 @dataclass(frozen=True, slots=True)
 class ProfilePlan:
-    """What `profile_checkpoint` measures: every combination of `batch_sizes` and `lengths`."""
+    """Settings of `profile_checkpoint`, which measures every combination of `batch_sizes` and `lengths`."""
 
     batch_sizes: tuple[int, ...] = (1, 8)  # numbers of texts in a batch
     lengths: tuple[int, ...] = (128, 512)  # numbers of tokens of each text
@@ -97,7 +97,7 @@ def profile_checkpoint(
     """Measure the time and memory that each exit of a retrieval checkpoint needs to embed texts.
 
     Args:
-        checkpoint: folder or Hub id.
+        checkpoint: a folder, a Hub repository, or a model of this package.
         plan: batch shapes and number of timings; by default `ProfilePlan()`.
         exit_layers: exits to measure; by default all.
         device: "cpu" or "cuda"; by default a GPU if there is one.
@@ -164,18 +164,18 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint's profile and write it to `out`, by default in the checkpoint's folder; return both.
+    """Measure a checkpoint's profile and write it to `out`, by default in its folder; return the profile and the path.
 
     `options` are those of `profile_checkpoint`. If the file already has a profile of the same weights, the quality
-    scores in it are kept. Raises UserError if the file has exits that `exit_layers` leaves out, or if `checkpoint` is a
-    Hub repository and `out` is None.
+    scores in it are kept. Raises UserError if the file has exits that `exit_layers` lacks, or if `checkpoint` is not a
+    local folder and `out` is None.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
         message = f"{path} has a profile of exits {', '.join(map(str, sorted(lost)))}, which would be overwritten."
-        raise UserError("profile.out.other_exits", f"{message} Measure them too, or write to another file (--out).")
+        raise UserError("profile.out.other_exits", f"{message} Measure all of them, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None and older.checkpoint == profile.checkpoint:
         for name in older.benchmarks:
@@ -186,14 +186,14 @@ def profile_to_file(
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Return random token ids, the same in every call, and an attention mask of ones: both int64 (B, T)."""
+    """Return `input_ids`, random but the same in every call, and `attention_mask`, all 1: both int64 (B, T)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor], exit_layer: int) -> float:
-    """Embed a batch at one exit, and return how many seconds the device needed."""
+    """Embed a batch at one exit, and return the time in seconds until the device has finished."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
     wait(model.device)
     start = time.perf_counter()
@@ -245,9 +245,9 @@ def _measure_times(
 def measure_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
 ) -> tuple[float | None, list[float | None]]:
-    """Return the memory (in MB, None if unknown) of a new process before it loads one exit, and after each batch shape.
+    """Return a new process's memory before it loads an exit, and its peak at each batch shape, in MB; None if unknown.
 
-    On a CPU, `shapes` must ascend by number of tokens: each value is the largest memory so far, loading included.
+    On a CPU, a peak includes loading and all earlier shapes, so `shapes` must be sorted by their number of tokens.
     """
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
