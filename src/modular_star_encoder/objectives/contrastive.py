@@ -1,4 +1,4 @@
-"""Contrastive fine-tuning: the symmetric CLIP loss of each exit on its own projection head."""
+"""Contrastive fine-tuning: the symmetric CLIP loss of the embeddings that each exit's projection head gives."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ def losses_from_embeddings(
     settings: ContrastiveSettings | None = None,
     logit_scale: torch.Tensor | float | None = None,
 ) -> ObjectiveOutput:
-    """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3) and the further terms that `settings` switches on.
+    """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3), and other terms with a weight above 0 in `settings`.
 
     Each anchor of this process is scored against the positives and negatives of all processes, and each positive of
     this process against the anchors of all processes. Texts of different sets in `settings.pairs` are not compared. The
-    loss is the cross-entropy, averaged over both directions and over the pairs.
+    CLIP loss is the cross-entropy, averaged over both directions and over the pairs.
 
-    `stacks` is {side: embeddings (E, B, D), L2-normalised} at the E exits `exit_layers`. A learned `logit_scale` (1,)
-    replaces that of `settings`. Results and errors are those of `ContrastiveObjective`.
+    `stacks` is {side: L2-normalised embeddings (E, B, D)} at E exits, `exit_layers`. A learned `logit_scale` (1,) is
+    used in place of `settings.logit_scale`. Returns and raises the same as `ContrastiveObjective.__call__`.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -78,7 +78,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean (E,) over its embedding sizes; `found`: size → one value per exit with this size."""
+        """Return each exit's mean over its embedding sizes, (E,). `found` is {size: one value per exit of the size}."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -97,7 +97,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return, for each exit, the index in `exit_layers` of its teacher or alignment target."""
+    """Return, for each exit, the index in `exit_layers` of the teacher or alignment target that `chosen` gives it."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -106,7 +106,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Return each exit's mean (E,) over texts of 1 - cosine(embedding, target's embedding); 0 for the target itself."""
+    """Return the mean over texts of 1 - cosine(embedding, target's embedding) for each exit, (E,); 0 for the target."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -115,7 +115,7 @@ def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
 def _pair_sums(
     pair: Sequence[str], stacks: Mapping[str, torch.Tensor], gathered: Mapping[str, torch.Tensor], scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Sum losses (mean of both directions) and hits (anchors whose positive comes first) over this process's pairs."""
+    """Return {name of a loss or hit count: its sum (E,) over this process's pairs}; losses average both directions."""
     anchor, positive, *negatives = pair
     candidates = torch.cat([gathered[side] for side in (positive, *negatives)], dim=1)
     forwards = _row_sums(stacks[anchor], candidates, scoring)
@@ -125,10 +125,10 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return {name: sum over the B `rows` (E, B, D)} of each exit's losses and hits, in one direction.
+    """Return {name of a loss or hit count: its sum (E,) over B queries}, in one direction.
 
-    The candidates are the columns (E, C, D); the positive of row b is column (rank of this process) × B + b. Scores
-    are computed chunk by chunk and again in the backward pass, so that memory grows linearly with the batch.
+    `rows` (E, B, D) embed the queries, `columns` (E, C, D) the candidates. The positive of query b is candidate
+    rank × B + b. Scores are computed in chunks, and again in the backward pass, so that memory is linear in the batch.
     """
     count = rows.shape[1]
     own = torch.arange(count, device=rows.device) + rank_and_count()[0] * count
@@ -144,7 +144,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return {name of a loss or hit count: its sum over a chunk of R queries, by exit}.
+    """Return {name of a loss or hit count: its sum (E,) over a chunk of R queries}.
 
     `rows` (E, R, D) are the queries' embeddings at E exits, `columns` (E, C, D) those of all candidates. `own` (R,) is
     the index of each query's positive in `columns`.
@@ -198,7 +198,7 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], 
 
 
 def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring) -> torch.Tensor:
-    """Return each exit's KL divergence (E,) from its teacher's distribution: the sum over rows, times temperature²."""
+    """Return each exit's KL divergence from its teacher, (E,): the sum over queries, times temperature²."""
     temperature = scoring.settings.distillation_temperature
     # The distillation term must not train the scale.
     scale = scoring.logit_scale.detach() / temperature
@@ -208,7 +208,7 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
 
 
 def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
-    """Return a mask (R, C) of the negatives whose similarity at the deepest exit is above the limit in `settings`."""
+    """Return a mask (R, C), True where a negative's similarity is above the limit of `settings` for its query."""
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor
@@ -220,9 +220,9 @@ def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: Co
 class ContrastiveObjective:
     """Objective of `MultiExitTrainer`: the CLIP loss between descriptions and code, or code and code, at each exit.
 
-    With several processes, the candidates come from all processes, and the gradients are those of the joint batch. Each
-    process must then have as many pairs in a batch as every other process, and a wrapper (DDP, FSDP2) must average the
-    gradients. Gradient accumulation adds no candidates; for large batches, set `mini_batch_tokens`.
+    With several processes, the candidates come from all processes, and the gradients are those of the joint batch. All
+    processes must then have the same number of pairs in a batch, and a wrapper (DDP, FSDP2) must average the gradients.
+    Gradient accumulation adds no candidates; for large batches, set `mini_batch_tokens`.
 
     Args:
         settings: which texts of a batch form pairs, and which terms the loss has; by default those of the paper.
@@ -240,7 +240,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether gradients are cached. If so, only `backward` gives gradients of parameters, not `autograd.grad`."""
+        """Whether gradients are cached. Then only `backward` computes gradients of parameters, not `autograd.grad`."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
@@ -255,7 +255,7 @@ class ContrastiveObjective:
             batch: {side: inputs} for each name in `settings.pairs`, by default `query` and `document`. A side is one
                 text of every pair, such as all queries. Inputs are `input_ids` and `attention_mask` (B, T), padded left
                 or right. Row b of the query matches row b of the document. A side may mix descriptions and code. If
-                `settings.pairs` has several sets of pairs, each set may have another B.
+                `settings.pairs` has several sets of pairs, each set may have a different B.
             exit_layers: the exits to train.
 
         Returns:
@@ -277,7 +277,7 @@ class ContrastiveObjective:
     def embed(
         self, model: nn.Module, sides: Mapping[str, Mapping[str, Any]], exit_layers: tuple[int, ...]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Return side → embeddings (E, B, D) with gradient, and the model's learned logit scale (1,) or None."""
+        """Return {side: embeddings (E, B, D) with gradient}, and the model's learned logit scale (1,) or None."""
 
         def embed(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = model(**inputs, exit_layers=exit_layers)

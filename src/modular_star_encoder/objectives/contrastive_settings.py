@@ -22,7 +22,7 @@ from modular_star_encoder.utils.settings import (
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must not repeat a name in an entry, nor the same anchor and positive in two entries")
+        raise ValueError("must not repeat a name in a set, nor the same anchor and positive in two sets")
     return pairs
 
 
@@ -36,20 +36,20 @@ class ContrastiveSettings:
     """Settings of `ContrastiveObjective`. The defaults give the paper's loss.
 
     Args:
-        pairs: which sides of a batch form pairs, in sets of anchor, positive, and any number of hard negatives, such as
-            `(("query", "document", "negative"),)`. Sets may share a side, here for text → code and code → code:
+        pairs: sides (lists of texts) of a batch that form pairs: sets of anchor, positive and any number of hard
+            negatives, such as `(("query", "document", "negative"),)`. Two sets may share a side, for example:
             `(("description", "code"), ("code", "translation"))`. The loss is the mean over the pairs of all sets.
-        logit_scale: factor of the similarities, the paper's "temperature 10.0" (a temperature of 0.1). A model with a
-            learned scale (`logit_scale_init_value` in its configuration) uses its own.
-        mini_batch_tokens: largest number of tokens in a mini-batch, padding included. The batch is embedded twice, one
-            mini-batch after the other, and only the activations of one are in memory (gradient caching), so memory
-            hardly grows with the batch (benchmarks/README.md). If `None`, each side is embedded once, as a whole. In
-            bfloat16 on a CPU, set the environment variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to
-            64, as `mose` does: by default torch keeps up to 2,048 compiled operations, one for each length.
+        logit_scale: multiplier of the similarities, which the paper calls "temperature 10.0". A model with a learned
+            scale (`logit_scale_init_value` in its configuration) uses the learned scale instead.
+        mini_batch_tokens: largest number of tokens in a mini-batch, padding included. Every mini-batch is embedded
+            twice, and only one at a time has activations in memory (gradient caching), so memory hardly grows with the
+            batch (benchmarks/README.md). If `None`, each side is embedded once, as a whole. In bfloat16 on a CPU, set
+            the environment variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to 64, as `mose` does: by
+            default torch keeps up to 2,048 compiled operations, one for each length.
         dimensions: embedding sizes to train (Matryoshka, arXiv 2205.13147), for all exits, `(64, 256)`, or by exit,
             `{4: (64, 256)}`. Embeddings are cut to each size and normalised again; the loss of an exit is the mean over
-            its sizes, which include the full size only if it is listed. `None`, or an exit without an entry: the full
-            size alone.
+            its sizes. The full size is trained only if it is listed. With `None`, or for an exit without an entry, only
+            the full size is trained.
         teacher: exit whose scores the other exits learn: `"deepest"`, `"next_deeper"`, `"ensemble"` (mean of the scores
             of all exits), or an exit's number. Distillation sends no gradient to the teacher. An untrained teacher
             teaches noise (benchmarks/results/mini_parallel_ablation.md), so begin with fine-tuned models.
@@ -60,11 +60,11 @@ class ContrastiveSettings:
         alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings exits into one
             space, so that queries embedded at a shallow exit can search documents embedded at a deep exit.
         alignment_target: exit to align with: `"deepest"`, `"next_deeper"`, or an exit's number. It gets no gradient.
-        false_negative_margin: mask a negative if its similarity at the deepest exit exceeds that of the positive minus
-            this margin. GISTEmbed (arXiv 2402.16829) does so with a separate guide model. An untrained deepest exit
-            masks half the negatives, so begin with fine-tuned models.
-        false_negative_factor: mask a negative if its similarity at the deepest exit exceeds this factor times that of
-            the positive.
+        false_negative_margin: mask a negative if its similarity at the deepest exit exceeds the positive's similarity
+            minus this margin. GISTEmbed (arXiv 2402.16829) compares similarities of a separate model. An untrained
+            deepest exit masks half the negatives, so begin with fine-tuned models.
+        false_negative_factor: mask a negative if its similarity at the deepest exit exceeds this factor times the
+            positive's similarity.
 
     Raises:
         UserError: a value is of another type or out of range, or margin and factor are both set (`settings.value`).
@@ -92,12 +92,12 @@ class ContrastiveSettings:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Names of a batch's sides (`query`, `document`, …), each once, in the order of `pairs`."""
+        """The names of a batch's sides (`query`, `document`, …), each once, in the order of `pairs`."""
         return tuple(dict.fromkeys(side for pair in self.pairs for side in pair))
 
     @property
     def leaves_out_false_negatives(self) -> bool:
-        """Whether negatives that are probably positives are masked, so that the loss leaves them out."""
+        """Whether the loss leaves out negatives that are probably positives (false negatives)."""
         return self.false_negative_margin is not None or self.false_negative_factor is not None
 
     def sizes(self, exit_layer: int, embedding_size: int) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Gather all processes' (E, N, D) into (processes, E, N, D); the backward pass sums gradients (reduce-scatter)."""
+    """Gather tensors (E, N, D) of all processes into (processes, E, N, D); the backward pass sums their gradients."""
 
     @staticmethod
     def forward(ctx: Any, stack: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The distillation objective: every exit learns an external teacher's vectors and, on request, similarities."""
+"""Distillation objective: every exit learns the vectors of another model, the teacher, and optionally similarities."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,16 +16,15 @@ from modular_star_encoder.utils.settings import NonNegative, Positive, settings_
 
 @settings_class
 class DistillationSettings:
-    """The weights of the three losses in `DistillationObjective`: cosine, relational and contrastive.
+    """Weights of the three losses in `DistillationObjective`: cosine, relational and contrastive.
 
     Args:
         cosine_weight: weight of 1 - cosine(embedding, teacher's vector), the mean over all texts.
         relational_weight: weight of the Kullback-Leibler divergence from the teacher's distribution over the candidates
             of a batch to each exit's distribution, the mean of both directions (query → document and back).
-        relational_temperature: divides the logits of the relational loss, which are similarities times the logit scale.
-            The loss is multiplied by the square of this temperature.
-        contrastive_weight: weight of the contrastive loss. If this and `relational_weight` are 0, a batch needs no
-            pairs.
+        relational_temperature: number that divides the logits of the relational loss. Logits are similarities times the
+            logit scale. The loss is multiplied by the square of the temperature.
+        contrastive_weight: weight of the contrastive loss. If it and `relational_weight` are 0, batches need no pairs.
 
     Raises:
         UserError: a value is of another type or out of range (`settings.value`).
@@ -47,24 +46,24 @@ class DistillationSettings:
 
 
 class DistillationObjective(ContrastiveObjective):
-    """An objective for `MultiExitTrainer` that teaches every exit the vectors of an external teacher.
+    """An objective for `MultiExitTrainer` that teaches every exit the vectors of another model, the teacher.
 
     The loss of an exit is the weighted sum of three terms: the distance to the teacher's vector of each text (LEAF,
     arXiv 2509.12539), the divergence from the teacher's similarities within the batch, and the contrastive loss. If
     `contrastive` has a `false_negative_margin` or `false_negative_factor`, the teacher decides which negatives are
     masked (as in GISTEmbed, arXiv 2402.16829). A margin of 0 masks negatives that the teacher ranks above the positive.
 
-    All exits learn the teacher's space. So a query that one exit embeds can be compared with documents that another
-    exit or the teacher embeds. If training used centred vectors, centre the teacher's vectors in the same way.
+    All exits learn the teacher's space, so queries embedded at one exit can be compared with documents embedded at
+    another exit or by the teacher. If training used centred vectors, centre the teacher's vectors before comparing.
 
-    A batch may have further texts that belong to no pair, as a side that `contrastive.pairs` does not name. Only the
-    first term applies to these texts. Several processes and gradient caching (`mini_batch_tokens`) work as in
+    A batch may also have texts without a pair, in a side that `contrastive.pairs` does not name. Only the first term
+    applies to these texts. Several processes and gradient caching (`mini_batch_tokens`) work as in
     `ContrastiveObjective`.
 
     Args:
         settings: the weights of the three terms.
-        contrastive: pairs, logit scale, mini-batches and masking; by default a logit scale of 20 and a margin of 0. The
-            weights of terms between exits (`distillation_weight`, `alignment_weight`) must be 0.
+        contrastive: pairs, logit scale, mini-batches and masking; by default, the logit scale is 20 and the
+            `false_negative_margin` is 0. Its `distillation_weight` and `alignment_weight` must be 0.
 
     Raises:
         UserError: `distillation_weight` or `alignment_weight` is not 0 (`distillation.contrastive`).
@@ -85,7 +84,7 @@ class DistillationObjective(ContrastiveObjective):
         super().__init__(contrastive or ContrastiveSettings(logit_scale=20.0, false_negative_margin=0.0))
         self.distillation = settings or DistillationSettings()
         if self.settings.distillation_weight or self.settings.alignment_weight:
-            message = "With an external teacher, the objective's distillation_weight and alignment_weight must be 0."
+            message = "With a teacher model, distillation_weight and alignment_weight of the objective must be 0."
             raise UserError("distillation.contrastive", f"{message} Set relational_weight and cosine_weight instead.")
         relational = self.distillation.relational_weight, self.distillation.relational_temperature
         self._guided = replace(
@@ -97,9 +96,9 @@ class DistillationObjective(ContrastiveObjective):
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: side → inputs, for the sides in `contrastive.pairs` (not needed if only `cosine_weight` is above 0)
-                and any further sides, such as `text`. Inputs are `input_ids` and `attention_mask` (B, T), and
-                `teacher` (B, D), vectors of the teacher with any norm and floating dtype. Sides of a pair have equal B.
+            batch: {side: inputs} for the sides in `contrastive.pairs` and other sides, such as `text`. If only
+                `cosine_weight` is above 0, any sides are enough. Inputs are `input_ids` and `attention_mask` (B, T),
+                and `teacher` (B, D), the teacher's vectors, of any norm and float dtype. Sides of a pair have equal B.
             exit_layers: the exits to train.
 
         Returns:
@@ -108,8 +107,8 @@ class DistillationObjective(ContrastiveObjective):
             share of negatives that are masked) and those of `ContrastiveObjective`.
 
         Raises:
-            UserError: a side of a pair is missing, the sides of a pair or the processes have different numbers of rows,
-                or the teacher's vectors of a side are missing or do not have the embeddings' shape.
+            UserError: a side of a pair is missing; sides of a pair or processes have different numbers of rows; or the
+                teacher's vectors of a side are missing, or do not have the shape of the embeddings.
         """
         weights, sides = self.distillation, self.settings.sides
         inputs = {side: {name: x for name, x in own.items() if name != "teacher"} for side, own in batch.items()}
@@ -137,9 +136,9 @@ class DistillationObjective(ContrastiveObjective):
 
 
 def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch.Tensor:
-    """Return one side's teacher vectors (B, D), scaled to length 1; the student's embeddings are `stack` (E, B, D)."""
+    """Return one side's teacher vectors (B, D), scaled to length 1; `stack` (E, B, D) are the exits' embeddings."""
     if vectors is None or vectors.shape != stack.shape[1:]:
         found = "no `teacher`" if vectors is None else f"`teacher` of shape {tuple(vectors.shape)}"
-        message = f"Side {side!r} has {found}; give a teacher's vector for each text, shape {tuple(stack.shape[1:])}."
+        message = f"Side {side!r} has {found}; give one teacher vector per text: shape {tuple(stack.shape[1:])}."
         raise UserError("distillation.teacher", message)
     return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

@@ -1,4 +1,4 @@
-"""What every objective returns, the weights of the exits, and the two objectives whose losses the model computes."""
+"""Output of every objective, weights of the exits, and the objectives of pre-training and classification."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ class ObjectiveOutput:
 
     Args:
         losses: (E,) float32 with gradient, one loss per exit, shallowest first.
-        metrics: name → one value per exit (E,), or one for all exits (); detached. The logs show means over batches.
-        terms: name → (E,) with gradient; the sum of all terms is `losses`. Empty if the loss has only one term.
+        metrics: {name: one value per exit (E,), or one for all exits ()}, detached. The logs show means over batches.
+        terms: {name: (E,) with gradient}; the sum of all terms is `losses`. Empty if the loss has only one term.
     """
 
     losses: torch.Tensor
@@ -29,13 +29,13 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    An objective may have a method `check(exit_layers, embedding_size, rotates=…)`, which the trainer calls when it is
-    created. The method raises UserError if the objective does not fit the model. `rotates` is true if some steps do not
-    train all exits (`exit_schedule`); the method then raises UserError if the objective needs an exit other than the
-    deepest in every step.
+    An objective may have a method `check(exit_layers, embedding_size, rotates=…)`. The trainer's constructor calls it,
+    and it raises UserError if the objective does not fit the model. `rotates` is True if some steps do not train all
+    exits (`exit_schedule`). The method then raises UserError if the objective needs an exit other than the deepest in
+    every step.
 
-    An objective may have an attribute `caches_gradients`. It is true if the gradients of parameters can be computed
-    only by `losses.backward()`, not by `torch.autograd.grad`.
+    An objective may have an attribute `caches_gradients`. It is True if only `losses.backward()` can compute the
+    gradients of parameters, and `torch.autograd.grad` cannot.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -48,18 +48,17 @@ def exit_weights(
     """Return the weight of each exit's loss.
 
     Args:
-        weighting: a list of one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, where i is the
-            number of layers executed (arXiv 2503.03008, pre-training loss: i/36); exit 0, which the paper does not
-            have, weighs 1/depth. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits, whatever their depths.
-            `"geometric"`: 1, and the trainer divides each loss by its current value, as a constant, so that large and
-            small losses count equally. The gradient is then E times that of the logarithm of the losses' geometric
-            mean (arXiv 1904.08492).
+        weighting: one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, as in the paper's loss
+            (arXiv 2503.03008, i/36), and 1/depth at exit 0. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits,
+            at any depths. `"geometric"`: 1, but the trainer divides each loss by its current value, as a constant, so
+            that large and small losses count equally. The gradient is then E times the gradient of the logarithm of
+            the losses' geometric mean (arXiv 1904.08492).
         exit_layers: the exits, shallowest first.
-        depth: number of layers of the full model (for a slice: of its parent); 0 counts as 1.
+        depth: number of layers of the model, or of the parent if the model is a slice; 0 counts as 1.
         normalize: whether to divide the weights by their sum.
 
     Returns:
-        (E,) float32. UserError if the name is unknown, or the numbers are negative, all zero, or not one per exit.
+        (E,) float32. UserError if the name is unknown, or numbers are negative, all 0, or not one per exit.
     """
     if weighting == "paper":
         weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])
@@ -83,8 +82,8 @@ class InContextObjective:
     """Masked language modelling plus in-context classification at each exit (arXiv 2503.03008, pre-training).
 
     The model is a `ModularStarEncoderForPreTraining`, possibly wrapped; a batch has `input_ids`, `attention_mask`,
-    `labels` (B, T) and `icc_labels` (B,). The model's forward computes the losses, because there DDP and FSDP2 have
-    gathered the parameters. The masked-token loss is the mean over the masked tokens of all processes.
+    `labels` (B, T) and `icc_labels` (B,). The losses are computed in the model's `forward`, which DDP and FSDP2 need.
+    The loss of masked language modelling is the mean over the masked tokens of all processes.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:

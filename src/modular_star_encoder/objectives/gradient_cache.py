@@ -2,11 +2,11 @@
 
 The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. Autograd computes
 the gradient of the loss with respect to these embeddings. The backward pass embeds each mini-batch once more, with the
-same random states and autocast, and propagates the mini-batch's part of that gradient to the parameters.
+same random states and autocast, and propagates the mini-batch's part of this gradient to the parameters.
 
-For the caller the embeddings are ordinary tensors with gradient: weights of losses, accumulation and a gradient
-scaler's factor reach the parameters by the chain rule. `torch.autograd.grad` is an error, because the gradients of
-parameters are accumulated while the loss's `backward` runs.
+The embeddings are ordinary tensors with gradient, so weights of losses, gradient accumulation and gradient scalers work
+as usual. Only `torch.autograd.grad` raises an error, because the gradients of parameters are accumulated while the
+loss's `backward` runs.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Some rows of one side of a batch, such as `query`, cut to the first `width` columns, which hold all tokens."""
+    """Rows of one side of a batch, such as `query`, cut to their first `width` columns; the others are padding."""
 
     side: str
     rows: torch.Tensor  # (R,) indices of these rows in the batch
@@ -66,7 +66,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """Halve the mini-batch with the most rows until there are `count` mini-batches (at most one for each row)."""
+    """Return `count` mini-batches: halve the one with the most rows until there are enough, at most one per row."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
@@ -86,9 +86,9 @@ def embed_sides(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Embed every side of a batch at every exit; return side → (E, B, D), and the learned logit scale (1,) or None.
 
-    `embed` returns both for the inputs of a side, or of a part of its rows; it calls `model`, which may be wrapped.
-    Under DDP, gradients are synchronised in the last mini-batch only. UserError if processes have different numbers of
-    texts, or mini-batches don't work (packed texts, static graph).
+    `embed` returns embeddings and logit scale for the inputs of some rows of a side. It calls `model`, which may be
+    wrapped. Under DDP, gradients are synchronised in the last mini-batch only. UserError if processes have different
+    numbers of texts, or if mini-batches are requested with packed texts or DDP's `static_graph`.
     """
     tokens = settings.mini_batch_tokens
     mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
@@ -142,7 +142,7 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """Raise UserError if processes have unequal numbers of texts; return the largest `mini_batches` of any process."""
+    """Raise UserError if processes have unequal numbers of texts. Return the largest `mini_batches` of any process."""
     if (processes := rank_and_count()[1]) == 1:
         return mini_batches
     numbers = torch.tensor([*map(number_of_texts, sides.values()), mini_batches], device=device)
@@ -151,6 +151,6 @@ def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, 
     everyones = gathered.tolist()
     if any(others[:-1] != everyones[0][:-1] for others in everyones):
         rows = " and ".join(sorted({"/".join(map(str, others[:-1])) for others in everyones}))
-        message = f"Processes have {rows} texts in their batches; give all equally many (dataloader_drop_last=True)."
+        message = f"Processes have {rows} texts in their batches; give all equally many: set dataloader_drop_last=True."
         raise UserError("contrastive.processes", message)
     return max(others[-1] for others in everyones)

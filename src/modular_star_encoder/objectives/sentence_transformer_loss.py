@@ -19,21 +19,21 @@ from modular_star_encoder.utils.reports import render_card
 
 
 class MultiExitContrastiveLoss(nn.Module):
-    """Train every exit of a SentenceTransformer with the symmetric CLIP loss on its own projection head.
+    """Loss that trains every exit of a SentenceTransformer, with the exit's projection head, by symmetric CLIP loss.
 
     The columns of the dataset are anchor, positive, and any number of hard negatives. One pass through the layers
-    embeds a column at all exits; the embeddings are those of `encode(…, exit_layer=k)`. With `mini_batch_tokens`, a
-    batch of any size needs only the memory of a mini-batch.
+    embeds a column at all exits, as `encode(…, exit_layer=k)` does at one exit. With `mini_batch_tokens`, a batch of
+    any size needs only the memory of a mini-batch.
 
     Args:
         model: a SentenceTransformer whose first module is a `ModularStarEncoderForRetrieval`.
         settings: see `ContrastiveSettings`; leave `pairs` at its default, because the columns define the pairs.
-        weights, normalize_weights: weights of the exits; see `exit_weights`.
+        weights, normalize_weights: weights of the exits' losses, see `exit_weights` (`weighting`, `normalize`).
         exit_layers: exits to train; all exits of the model by default.
 
     Raises:
-        UserError: the model has another class, lacks an exit, or has modules other than Pooling and Normalize; or the
-            settings do not fit the model.
+        UserError: the model has another class, or modules other than Pooling and Normalize; or the settings do not fit.
+        ValueError: the model lacks an exit; the message lists its exits.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -62,7 +62,7 @@ class MultiExitContrastiveLoss(nn.Module):
             one for one in list(self._sentence_transformer())[1:] if type(one).__name__ not in ("Pooling", "Normalize")
         ]
         if others:
-            message = f"After the model, only Pooling and Normalize are allowed, not {type(others[0]).__name__}."
+            message = f"After the encoder, only Pooling and Normalize are allowed, not {type(others[0]).__name__}."
             raise UserError("contrastive.modules", message)
         config = self._encoder().config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
@@ -80,7 +80,7 @@ class MultiExitContrastiveLoss(nn.Module):
         """
         columns = list(sentence_features)
         if len(columns) < 2:
-            raise UserError("contrastive.columns", "The dataset needs at least two columns of texts: anchor, positive.")
+            raise UserError("contrastive.columns", "The dataset needs at least two text columns: anchor and positive.")
         names = ("query", "document", *(f"negative_{number}" for number in range(1, len(columns) - 1)))
         settings = replace(self.settings, pairs=(names,))
         sides = dict(zip(names, columns, strict=True))
@@ -100,9 +100,9 @@ class MultiExitContrastiveLoss(nn.Module):
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """Context manager: add the embeddings of every exit to the features that the transformer returns.
+        """Context manager: add the embeddings of every exit to the features that the first module returns.
 
-        The embeddings must be part of the wrapped model's output, because DDP searches it for used parameters.
+        DDP searches the output of the wrapped model for used parameters, so the output must have the embeddings.
         """
         encoder, outputs = self._encoder(), []
         forward = encoder.forward
@@ -135,12 +135,12 @@ class MultiExitContrastiveLoss(nn.Module):
         if hasattr(encoder, "get_base_model"):
             encoder = encoder.get_base_model()
         if not isinstance(encoder, ModularStarEncoderForRetrieval):
-            message = f"The SentenceTransformer's model must be a ModularStarEncoderForRetrieval, not {type(encoder)}."
+            message = f"The SentenceTransformer must have a ModularStarEncoderForRetrieval, not {type(encoder)}."
             raise UserError("contrastive.model", message)
         return encoder
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return {name: value} of the settings that the model card shows: all but `pairs`."""
+        """Return {name: value} of all settings except `pairs`, for the model card."""
         own = {"exit_layers": self.exit_layers, "weights": self.weighting, "normalize_weights": self.normalize_weights}
         settings = json.loads(json.dumps(own | asdict(self.settings)))  # lists in place of tuples
         return {name: value for name, value in settings.items() if name != "pairs"}
