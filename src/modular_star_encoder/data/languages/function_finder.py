@@ -52,7 +52,7 @@ def find_functions(
     found = list(finder.functions(documented_only))
     if tree.root_node.has_error:
         if not finder.sound:
-            raise UnparsableSourceError("The text has syntax errors, and no function without one.")
+            raise UnparsableSourceError("The text has no function without a syntax error.")
         finder.counts["files with a syntax error"] += 1
     if counts is not None:
         counts.update(finder.counts)
