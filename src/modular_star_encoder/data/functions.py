@@ -228,7 +228,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}. `installed` must be true."
+        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}. `installed` can only be true."
         raise UserError("data.corpus.source", message)
     (kind,) = named
     source, snippets = options.pop(kind), options.pop("snippets", "files")

@@ -80,7 +80,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
             raise UserError("data.in_context.arguments", message)
         check_special_tokens(tokenizer)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made the corpus: pass the same one.")
+            raise UserError("data.in_context.other_tokenizer", "Another tokenizer made `corpus`: pass that tokenizer.")
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)

@@ -51,7 +51,7 @@ def draw_repositories(
     single project decides the results. At least one repository is left for training. Equal arguments give equal sets.
     """
     if len(sizes) < 2:
-        message = f"Splitting data needs two repositories, or two rows without one. Found: {len(sizes)}. Add data."
+        message = f"Splitting data needs two repositories, or two rows if they name none. Found {len(sizes)}. Add data."
         raise UserError("data.split.too_few_repositories", message)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))

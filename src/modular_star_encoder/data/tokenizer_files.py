@@ -106,7 +106,7 @@ def _size_fault(tokens: Iterable[str], most: int, total: int) -> str:
     """Return a message if a token has over `most` characters, or all tokens together over `total`; otherwise ""."""
     sizes = [len(token) for token in tokens]
     is_wrong = max(sizes, default=0) > most or sum(sizes) > total
-    return f"one token or setting has over {most:,} characters, or all have over {total:,}" if is_wrong else ""
+    return f"a token or setting has over {most:,} characters, or all together over {total:,}" if is_wrong else ""
 
 
 def _state_fault(state: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
     if not {"source", "column"} <= set(options):
-        raise UserError("synthconl.recipe.against", f"Each set of `against` needs `source` and `column`: {options}.")
+        raise UserError("synthconl.recipe.against", f"Each set in `against` needs source and column, not {options}.")
     return options
 
 
