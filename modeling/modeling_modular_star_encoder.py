@@ -455,7 +455,7 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does; `exit_layer=k` loads the layers up to exit k.
 
-        Heads that are missing from the checkpoint are initialised at random, with a warning; a trunk never is.
+        Heads that are missing from the checkpoint are initialised at random, with a warning.
 
         Raises:
             ValueError: the checkpoint lacks tensors of the trunk, or has unknown ones; the message names them. Not

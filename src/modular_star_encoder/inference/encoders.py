@@ -244,5 +244,5 @@ class EndpointEncoder(Encoder):
             embeddings = np.array([rows[place] for place in range(len(inputs))], dtype=np.float32)
             return embeddings.reshape(len(inputs), self._dimensions)
         except (KeyError, TypeError, ValueError, OverflowError):
-            message = f"{self.base_url} did not return {len(inputs)} embeddings of one size. Check URL and model."
+            message = f"{self.base_url} did not return embeddings of one size for {len(inputs)} texts. Check the model."
             raise UserError("encoder.endpoint.answer", message) from None
