@@ -3,7 +3,7 @@
     python examples/embed_with_ray.py rows embedded --column code --model mose-code --exit-layer 2 --workers 2
 
 Every worker loads the layers up to the exit once. If a worker is killed, Ray restarts it and repeats its block. In a
-test with Ray 2.60, with one of two workers killed, no row was missing, and embeddings differed by at most 6e-8.
+test on one machine with Ray 2.60, one of two workers was killed: no row was lost, embeddings were equal to 6e-8.
 """
 
 import argparse
@@ -17,7 +17,7 @@ class Embedder:
 
     def __init__(self, model: str, exit_layer: int, column: str) -> None:
         """Load the model's layers up to `exit_layer`; Ray calls this function once in every worker."""
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import SentenceTransformer  # imported here, because this runs in the workers
 
         import modular_star_encoder  # noqa: F401  registers the model
 

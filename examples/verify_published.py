@@ -194,7 +194,7 @@ def fetch(repository: str, revision: str | None) -> Path:
         except (HfHubHTTPError, HFValidationError) as error:
             at = f" at revision {revision}" if revision else ""
             reason = one_line(error).partition(". ")[0]
-            raise OSError(f"{repository} is not a local folder, and the Hub{at} does not give it: {reason}") from error
+            raise OSError(f"{repository} is not a local folder and can't be downloaded{at}: {reason}") from error
         check_checkpoint(folder)
     missing = [key for key in ("auto_map", "matryoshka_layers") if key not in read_config(folder)]
     if missing:

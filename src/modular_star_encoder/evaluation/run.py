@@ -1,8 +1,8 @@
 """Evaluate retrievers on benchmarks and report the results.
 
-`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. Each result is stored in a file in the folder
-`out`. The name of the file is a hash of everything that the result depends on: texts and protocol of the task, weights
-of the retriever. A repeated run computes only the missing results.
+`mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. If a folder `out` is given, each result is
+stored in a file in `out/cells/`. The name of the file is a hash of everything that the result depends on: texts and
+protocol of the task, weights of the retriever. A repeated run computes only the missing results.
 """
 
 from __future__ import annotations
