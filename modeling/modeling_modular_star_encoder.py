@@ -230,17 +230,23 @@ class DocumentGroup:
     def to(self, device: torch.device) -> "DocumentGroup":
         return DocumentGroup(*(None if one is None else one.to(device) for one in (self.tokens, self.real, self.mask)))
 
-    def without_padding(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states (N, …) of the N real tokens; `states` are padded (G, L, …)."""
-        return states.flatten(0, 1) if self.real is None else states[self.real]
+    def padded(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the padded states (G, heads, L, head_dim); `states` are the flat batch (N, heads, head_dim)."""
+        # `index_select` copies whole rows. Indexing with a tensor takes three times as long, its gradient four times.
+        return states.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape).transpose(1, 2)
 
 
 @dataclass
 class DocumentGroups:
-    """The texts of a flat batch (N tokens in one row), grouped by length; `order` (N,) sorts the joined groups back."""
+    """The texts of a flat batch (N tokens in one row), grouped by length.
+
+    Args:
+        groups: the groups, longest texts first.
+        places: (N,), the index of each token of the flat batch in the padded tokens of all groups, which are joined.
+    """
 
     groups: list[DocumentGroup]
-    order: torch.Tensor
+    places: torch.Tensor
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
@@ -251,26 +257,29 @@ class DocumentGroups:
             if not members or lengths[document] < SHORTEST_IN_GROUP * lengths[members[-1][0]]:
                 members.append([])
             members[-1].append(document)
-        groups = []
+        groups, padded = [], []
         for group in members:
             offsets = torch.arange(lengths[group[0]])
             real = offsets < torch.tensor([lengths[document] for document in group])[:, None]
             tokens = starts[group][:, None] + offsets * real
+            padded.append((tokens, real))
             groups.append(DocumentGroup(tokens.to(device), None if bool(real.all()) else real.to(device)))
-        order = torch.cat([group.without_padding(group.tokens) for group in groups]).argsort()
-        return cls(groups, order)
+        all_tokens, all_real = (torch.cat([part.flatten() for part in parts]) for parts in zip(*padded, strict=True))
+        places = torch.empty(int(starts[-1]), dtype=torch.long)
+        places[all_tokens[all_real]] = all_real.nonzero().squeeze(-1)
+        return cls(groups, places.to(device))
 
     def to(self, device: torch.device) -> "DocumentGroups":
         """Return a copy on `device`. accelerate calls this method if the model is on several devices."""
-        return DocumentGroups([group.to(device) for group in self.groups], self.order.to(device))
+        return DocumentGroups([group.to(device) for group in self.groups], self.places.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
         """Attend within each text. Query, key, value are (1, heads, N, head_dim), outputs (1, N, heads, head_dim)."""
-        outputs = []
-        for group in self.groups:
-            parts = (states[0][:, group.tokens].transpose(0, 1) for states in query_key_value)
-            outputs.append(group.without_padding(attention(*parts, group.mask)[0]))
-        return torch.cat(outputs)[self.order].unsqueeze(0)
+        flat = [states[0].transpose(0, 1) for states in query_key_value]
+        outputs = [
+            attention(*(group.padded(states) for states in flat), group.mask)[0].flatten(0, 1) for group in self.groups
+        ]
+        return torch.cat(outputs).index_select(0, self.places).unsqueeze(0)
 
 
 class ModularStarEncoderRotaryEmbedding(nn.Module):
@@ -833,7 +842,7 @@ def _unpad(
         padded = flat.new_zeros(shape[0] * shape[1], flat.shape[-1])
         return padded.index_copy(0, places.to(flat.device), flat[0]).view(*shape[:2], -1)
 
-    return states.flatten(0, 1)[places].unsqueeze(0), bounds, restore
+    return states.flatten(0, 1).index_select(0, places).unsqueeze(0), bounds, restore
 
 
 def _rows(
@@ -848,7 +857,8 @@ def _rows(
     lengths = bounds.diff()
     offsets = torch.arange(int(lengths.max()), device=bounds.device)
     mask = offsets < lengths[:, None]
-    return states.flatten(0, 1)[(bounds[:-1, None] + offsets * mask).to(states.device)], mask.long()
+    tokens = (bounds[:-1, None] + offsets * mask).to(states.device)
+    return states.flatten(0, 1).index_select(0, tokens.flatten()).unflatten(0, tokens.shape), mask.long()
 
 
 def _pool(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
