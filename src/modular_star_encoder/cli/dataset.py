@@ -16,13 +16,13 @@ def add_dataset_commands(commands: Any) -> None:
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="extract functions, translate them, drop near-duplicates, and split")
-    recipe, folder = "a YAML file, or synthconl, the packaged recipe", "folder to write; an old build is continued"
+    recipe, folder = "a YAML file, or synthconl, the packaged recipe", "folder to write; a stopped build is continued"
     add_recipe_options(build, recipe, "corpus.folder=~/code", folder)
     build.set_defaults(run=run_dataset_build)
 
     dedup = commands.add_parser("dedup", help="copy parquet files without near-duplicate rows")
     dedup.add_argument("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
-    dedup.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old run is continued")
+    dedup.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; a stopped run is continued")
     dedup.add_argument("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare: NAME,NAME")
     match = "two rows are near-duplicates if one of their columns is similar (either, the default), or if both are"
     dedup.add_argument("--match", choices=("either", "both"), default="either", help=match)
@@ -63,7 +63,7 @@ def add_dataset_commands(commands: Any) -> None:
     pairs.add_argument("corpus", metavar="FILE", type=existing, help=packages)
     fetched = "folder that `mose dataset corpus fetch` wrote"
     pairs.add_argument("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
-    pairs.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; an old build is continued")
+    pairs.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; a stopped build is continued")
     processes = "number of processes that extract functions (default: 2)"
     pairs.add_argument("--processes", metavar="N", type=at_least(0), default=2, help=processes)
     pairs.set_defaults(run=run_corpus_build, resumes=True)

@@ -52,7 +52,7 @@ def add_search_commands(commands: Any) -> None:
     _add_checkpoint_options(search, "the index's, or mose-code for a new index")
     only = "search only code in these languages, separated by commas"
     search.add_argument("--languages", metavar="LIST", type=name_list, help=only)
-    search.add_argument("--path", metavar="PATTERN", help="search only files such as '*.py' or 'src/**'")
+    search.add_argument("--path", metavar="PATTERN", help="search only files that match, such as '*.py' or 'src/**'")
     search.add_argument(
         "--method",
         choices=("hybrid", "vector", "lexical"),
@@ -84,7 +84,7 @@ def add_search_commands(commands: Any) -> None:
 
     demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
     _add_index(demo)
-    demo.add_argument("--model", metavar="CHECKPOINT", help="where the index's checkpoint is now, if it was moved")
+    demo.add_argument("--model", metavar="CHECKPOINT", help="checkpoint of the index, if it has moved since the build")
     host = "127.0.0.1"
     demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, only for this machine)")
     port = "port to serve on (default: the first free from 7860 on)"

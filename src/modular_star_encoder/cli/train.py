@@ -15,7 +15,7 @@ from modular_star_encoder.utils.errors import UserError, missing_extra
 
 def add_train_commands(commands: Any) -> None:
     """Add the training commands and `mose recipes` to the subparsers of `mose`."""
-    recipe, run_folder = "a YAML file or a packaged recipe, such as", "folder of the run; an old run is continued"
+    recipe, run_folder = "a YAML file or a packaged recipe, such as", "folder of the run; a stopped run is continued"
 
     pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories of code, with a recipe")
     add_recipe_options(pretrain, f"{recipe} small", "corpus.folder=~/code", run_folder)

@@ -45,7 +45,7 @@ def _errors_as_answers() -> Iterator[None]:
 def build_server(index: CodeIndex) -> MCPServer:
     """Return an MCP server with the tools `search`, `related` and `read`. Each call updates the index first."""
     root = os.path.realpath(index.folder)
-    server = MCPServer("mose", instructions="Finds code of one repository by what it does, by name, or by likeness.")
+    server = MCPServer("mose", instructions="Finds code of one repository by a description, by name, or by similarity.")
 
     def shown(hits: list[Hit]) -> str:
         parts = []
