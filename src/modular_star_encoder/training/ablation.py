@@ -217,8 +217,9 @@ def ablate(
         return content
 
     for cell in _plan(cells.results):
-        cells.trained += cells.add(cell)
-        if cells.trained % CELLS_PER_REPORT == 1:
+        trained = cells.add(cell)
+        cells.trained += trained
+        if trained and cells.trained % CELLS_PER_REPORT == 1:
             report(done=False)
     return report(done=True)
 
@@ -363,15 +364,18 @@ class _Cells:
         base = recipe.base()
         self.out, self.progress, self.announce = out, progress, announce
         self._texts: dict[str, RetrievalTexts] = {}
-        self.trained = 0
+        self.trained, exits = 0, ()
         for start in recipe.starts:
             varied = recipe.variants if start in (recipe.variants_on or recipe.starts) else ()
             for kind in (TOGETHER, *varied):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
-                    exits = tuple(self._start(cell, out)[0].config.exit_layers)
+                    own = tuple(self._start(cell, out)[0].config.exit_layers)
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
+                if own != (exits := exits or own):
+                    message = f"All models must have the same exits. {start}/{kind} has {list(own)}, not {list(exits)}."
+                    raise UserError("ablation.exits", message)
         if unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
             message = f"`exit_layers` names {unknown}, but the model's exits are {list(exits)}."
             raise UserError("ablation.exit_layers", message)
