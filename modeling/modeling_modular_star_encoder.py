@@ -577,7 +577,7 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Return regular expressions for tensors that the model of `full` has, but the cut model, of `kept`, lacks."""
+    """Return regular expressions for the names of tensors that the model of `full` has, but that of `kept` lacks."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)
@@ -814,7 +814,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the index of each text's first token in the flat batch, and B · T last; `None` if each row is one text."""
+    """Return the index of each text's first token in the flat batch, then B · T; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -832,7 +832,10 @@ def _document_bounds(
 def _unpad(
     states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the N real tokens (1, N, H), the index of each text's first token with N last, and a function to pad."""
+    """Return the N real tokens in one row (1, N, H), the texts' bounds, and a function that pads such a row again.
+
+    The bounds are the index of each text's first token, then N.
+    """
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
     lengths = attention_mask.long().sum(dim=-1)

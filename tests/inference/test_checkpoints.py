@@ -109,8 +109,8 @@ DAMAGES = [
     (write("tokenizer.json", "{}"), "tokenizer", ""),
     (write("tokenizer_config.json", '{"a": "b'), "tokenizer", ""),
     (partial(change_json, name="tokenizer.json", normalizer=PANIC), "tokenizer", "beyond its end"),
-    (write("tokenizer_config.json", '{"pad_token": ""}'), "tokenizer", "has no token ''"),
-    (write("tokenizer_config.json", '{"extra_special_tokens": {"pad_token": ""}}'), "tokenizer", "has no token ''"),
+    (write("tokenizer_config.json", '{"pad_token": ""}'), "tokenizer", "The pad_token ''"),
+    (write("tokenizer_config.json", '{"extra_special_tokens": {"pad_token": ""}}'), "tokenizer", "The pad_token ''"),
     (write("config.json", '{"a":' * 5000 + "1" + "}" * 5000), "damaged", ""),
 ]
 

@@ -155,9 +155,10 @@ def open_triplets(
 ) -> ExampleReader:
     """Return a reader of a dataset whose rows are triplets: a description, a function, and its translation.
 
-    A row is skipped and counted if its description or a code is blank, a language is not in `LANGUAGES` (`C++` counts
-    as `cpp`), its repository is not a text, or `fault(row)` returns a reason. If `strict`, a row to be skipped raises
-    UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
+    A row is skipped and counted if its description or one of its codes is blank, a language is not in `LANGUAGES`
+    (`C++` counts as `cpp`), its repository is not a text, or `fault(row)` returns a reason. If `strict`, a row to be
+    skipped raises UserError (`data.row`). `columns` names the columns to read; for `source`, `split` and `options` see
+    `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)

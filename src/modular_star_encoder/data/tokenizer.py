@@ -82,8 +82,9 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
     """Raise UserError (`checkpoint.tokenizer`) if the token for padding is not in the vocabulary of `tokenizer`."""
     if (token := getattr(tokenizer, "pad_token", None)) is not None and tokenizer.pad_token_id is None:
-        message = f"The vocabulary of {path} has no token {token!r}. Name one of its tokens as pad_token."
-        raise UserError("checkpoint.tokenizer", message)
+        message = f"The pad_token {token!r} of {path} is not in the vocabulary."
+        advice = "Set pad_token, in tokenizer_config.json, to a token of the vocabulary."
+        raise UserError("checkpoint.tokenizer", f"{message} {advice}")
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

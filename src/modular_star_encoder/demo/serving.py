@@ -190,7 +190,7 @@ class _PolicyMiddleware:
 
 
 class _QuestionMiddleware:
-    """Responds with status 400 to a question with lone surrogates or an invalid session, which Gradio can't handle."""
+    """Responds with status 400 to a question that Gradio can't handle: no JSON, lone surrogates or no valid session."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app

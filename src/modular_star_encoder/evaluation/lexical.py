@@ -114,7 +114,7 @@ def identifier_overlap_accuracy(
 def _overlaps(
     rows: Iterable[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for N rows, the overlap of a row's two texts (N,) and whether they come from one repository (N,)."""
+    """Return, for N rows, the `identifier_overlap` of the two texts (N,) and whether one repository has both (N,)."""
     overlaps, labels = [], []
     for row in rows:
         ids = row["labels"].where(row["labels"] != -100, row["input_ids"])

@@ -178,7 +178,10 @@ def _model_meta(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return the tasks, and the tasks of benchmarks, each once; UserError if a name is unknown or no task is given."""
+    """Return the named tasks, with each benchmark replaced by its tasks, each task once.
+
+    UserError if a name is unknown or no task is given.
+    """
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:

@@ -132,7 +132,7 @@ class MultiExitEvaluator(BaseEvaluator):
                 the model's configuration. The model runs in evaluation mode; then its mode is restored.
             output_path: not used, because the trainers log the metrics.
             epoch, steps: shown in the model card of a SentenceTransformer.
-            across_processes: whether every training process makes this call; each process then embeds a share of texts.
+            across_processes: whether every training process makes this call; each then embeds a share of the texts.
 
         Raises:
             UserError: the model has another class or lacks an exit, the tokenizer is missing, or a score is NaN.

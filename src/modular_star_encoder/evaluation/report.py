@@ -139,7 +139,8 @@ def make_report(
 
     Each row of a table is compared with the table's reference row: the deepest exit of the first retriever with exits,
     or, if no retriever has exits, the first row. `before` is the name of a retriever, such as a model before training.
-    If it is given, exit k of every other retriever is compared with exit k of `before` instead.
+    If `before` is given, exit k of every other retriever is compared with exit k of `before` instead. `command` and
+    `checksum` become the report's (see `Report`).
     """
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, before) for name in benchmarks]

@@ -135,7 +135,7 @@ class EmbeddingRetriever(Retriever):
         return CosineScores(*rows, dimensions=variant.dimensions)
 
     def space(self, exit_layer: int | None) -> str:
-        """Return the name of the cache's space for this model and exit (see `EmbeddingCache`)."""
+        """Return the name under which the cache stores embeddings of this model at this exit (None: the full model)."""
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 

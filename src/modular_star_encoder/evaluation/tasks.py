@@ -51,7 +51,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgements:
-    """J pairs of a query and a document that is relevant to it; all other documents are irrelevant."""
+    """J pairs of a query and a relevant document. A document is irrelevant to queries that it is not paired with."""
 
     query: np.ndarray  # (J,) int64 row numbers, ascending
     document: np.ndarray  # (J,) int64 row numbers, unique within a query
@@ -69,7 +69,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Row numbers (Q,) of queries in a task, and row numbers (D,) of documents, the candidates of every such query."""
+    """Row numbers (Q,) of queries of a task, and row numbers (D,) of documents, the candidates of these queries."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -211,7 +211,10 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from arguments of `MultiExitEvaluator.from_mappings`; `options` are fields of `RetrievalTask`."""
+    """Build a task from `queries` {id: text}, `corpus` {id: text} and `relevant` {id of a query: ids of documents}.
+
+    `MultiExitEvaluator.from_mappings` describes these arguments; `options` are other fields of `RetrievalTask`.
+    """
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):

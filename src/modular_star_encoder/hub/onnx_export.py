@@ -158,7 +158,7 @@ def served_exit(model: ModularStarEncoderForRetrieval, exit_layer: int | None = 
 
 
 def save_graph(graph: onnx_ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write an ONNX graph; weights too large for one file go to `{path}_data`, the name that servers expect."""
+    """Write an ONNX graph; if its weights exceed the limit of one file, they go to `{path}_data`, as servers expect."""
     import onnx_ir
 
     tensors = [value.const_value for value in graph.graph.initializers.values()]

@@ -181,7 +181,8 @@ def select_exit(
     wanted = " and ".join(f"{name}={limit:g}" for name, limit in limits.items())
     if not exits:
         where = f"{wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
-        raise UserError("budget.too_small", f"No exit meets {where}. Measured: {_listed_values(values)}.")
+        message = f"No exit meets {where}. Measured: {_listed_values(values)}."
+        raise UserError("budget.too_small", f"{message} Raise `latency_ms` or `memory_mb`, or lower `min_quality`.")
     is_known = set(exits) <= set(quality)
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
     why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
@@ -195,7 +196,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return the values of exits as text, with ten digits, so that users can copy a value as a limit."""
+    """Return measured values of exits as text, with ten significant digits, so that users can copy one as a limit."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())

@@ -205,7 +205,7 @@ class NumpyEncoder:
         return result
 
     def _tensor(self, name: str, transposed: bool = False) -> np.ndarray:
-        """Return a tensor of the checkpoint as float32; `transposed` in memory, a matrix is faster in `_linear`."""
+        """Return a tensor of the checkpoint as float32, `transposed` in memory for `_linear`, which is then faster."""
         if name not in self._tensors:
             from safetensors import safe_open
 
@@ -278,17 +278,19 @@ def export_static(
 
     Args:
         checkpoint: a folder or Hub repository with exit 0, or the name of a model of this package.
-        folder: folder to write; it must be empty or not exist. It is written atomically.
+        folder: folder to write; it must be empty or not exist. It is written atomically, and after an error not at all.
         format: `sentence-transformers`, for `SentenceTransformer(folder)`; or `model2vec`, for
             `StaticModel.from_pretrained(folder)`, which `SentenceTransformer` can load too.
 
     Returns:
-        The written folder: tokenizer.json, modules.json, and model.safetensors with V × D numbers in float32.
+        The written folder: tokenizer.json, modules.json, and model.safetensors with V × D float32 numbers (V tokens).
 
     Raises:
-        UserError: the format is unknown, exit 0 is not a weighted mean of token vectors, or the tokenizer adds special
-            tokens, which static models leave out. Nothing is written.
-        ValueError, OSError: the checkpoint has no exit 0, does not exist, or lacks configuration or weights.
+        UserError: the format is unknown (`static.format`).
+        UserError: exit 0 is not a weighted mean of token vectors (`static.exit_zero`).
+        UserError: the tokenizer adds special tokens, which static models leave out (`static.special_tokens`).
+        ValueError: the checkpoint has no exit 0.
+        OSError: the checkpoint does not exist, or lacks its configuration or weights.
 
     Example:
         >>> folder = export_static("mose-code", "runs/mose-code-static")  # doctest: +SKIP

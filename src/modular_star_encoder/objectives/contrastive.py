@@ -78,7 +78,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean over its embedding sizes, (E,). `found` is {size: one value per exit of the size}."""
+        """Return each exit's mean over its sizes, (E,). `found` is {size: a value per exit trained at this size}."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -97,7 +97,10 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return, for each exit, the index in `exit_layers` of the teacher or alignment target that `chosen` gives it."""
+    """Return, for each exit, the index in `exit_layers` of the exit that it learns from.
+
+    `chosen` says which exit that is: "deepest", "next_deeper" or an exit's number.
+    """
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -106,7 +109,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Return the mean over texts of 1 - cosine(embedding, target's embedding) for each exit, (E,); 0 for the target."""
+    """Return (E,): each exit's mean over texts of 1 - cosine(its embedding, its target's); 0 for the target itself."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -240,7 +243,7 @@ class ContrastiveObjective:
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether gradients are cached. Then only `backward` computes gradients of parameters, not `autograd.grad`."""
+        """Whether gradients are cached. If so, parameters get gradients only by `backward`, not by `autograd.grad`."""
         return self.settings.mini_batch_tokens is not None
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:

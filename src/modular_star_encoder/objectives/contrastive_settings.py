@@ -108,8 +108,8 @@ class ContrastiveSettings:
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model.
 
-        Exits in the settings must be among the trained `exit_layers`, and sizes at most `embedding_size`. If `rotates`,
-        each step trains the deepest exit and one other, so teacher and alignment target must be the deepest exit.
+        The exits that the settings use must be trained (`exit_layers`), and sizes must be at most `embedding_size`.
+        If `rotates`, only the deepest exit is trained in every step; so only it can be teacher or alignment target.
         """
         self.check_step(exit_layers, embedding_size)
         if isinstance(self.dimensions, Mapping):
@@ -121,7 +121,7 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if the teacher or target is not in `exit_layers`, or `dimensions` exceed the full size."""
+        """Raise UserError if teacher or alignment target is not in `exit_layers`, or `dimensions` exceed full size."""
         if self.distillation_weight and isinstance(self.teacher, int):
             _check_exits("teacher", [self.teacher], exit_layers)
         if self.alignment_weight and isinstance(self.alignment_target, int):

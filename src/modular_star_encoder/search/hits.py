@@ -52,7 +52,8 @@ class Answer:
     Attributes:
         question: the question's text.
         hits: best first.
-        margin: best minus second-best similarity at the first exit; None for fewer than two hits or without a model.
+        margin: largest minus second-largest similarity at the exit of the first ranking, before any re-ranking; None
+            without a model, or if fewer than two pieces pass the search's filters.
         reranked: whether a deeper exit ranked the best hits again.
         method: how the hits were found: `vector`, `lexical` or `hybrid`.
     """

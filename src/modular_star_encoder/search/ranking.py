@@ -46,7 +46,7 @@ class Ranked:
     """The rows found for one question, best first."""
 
     found: list[Found]
-    margin: float | None = None  # largest minus second-largest similarity at the first exit; None for fewer than 2 rows
+    margin: float | None = None  # largest minus second-largest similarity before re-ranking; None for fewer than 2 rows
     reranked: bool = False  # whether a cascade ranked the best rows again
 
 
@@ -284,7 +284,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return additions (N,) to the scores of N pieces: above 0 for the piece with the largest `gained` of its file.
+    """Return additions (N,) to the scores of N pieces: 0 except for the piece with the largest `gained` of each file.
 
     An addition is the sum of the five best `scores` in the file, divided by the largest sum of any file.
 

@@ -122,10 +122,10 @@ class VectorStore(Protocol):
         return None
 
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
-        """Return the `limit` rows nearest to `vector` by cosine similarity at an exit, best first."""
+        """Return the `limit` rows that fit `where` and are nearest to `vector` by cosine at an exit, best first."""
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
-        """Return the `limit` rows with the highest BM25 scores for `words`, best first; only scores above 0."""
+        """Return the `limit` rows that fit `where` with the highest BM25 scores for `words`, above 0, best first."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
         """Return the embeddings (N, D) float32 of N rows from `nearest` or `lexical`; zeros for rows deleted since."""

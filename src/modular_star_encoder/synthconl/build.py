@@ -330,7 +330,7 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return a sort key for (name, number): files, rows, documented, dropped, kept; of each, larger numbers first."""
+    """Return a sort key for counts (name, number): by the beginning of the name, then the larger number first."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -378,7 +378,7 @@ def _read_log(build: Build) -> dict[str, Any]:
         if other and (out / name).exists() and not key:
             made = f"{out / name} was made with other values of {', '.join(other)}"
             key = "other_settings"
-            fault = f"{made}. Build in another folder, or remove this one and those of later stages"
+            fault = f"{made}. Build in another folder, or remove {out / name} and the folders of later stages"
     if key:
         raise UserError(f"synthconl.build.{key}", f"{fault}.")
     return log

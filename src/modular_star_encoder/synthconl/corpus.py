@@ -224,7 +224,10 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' files into a corpus without equal or near-duplicate rows; write it; return its statistics."""
+    """Join the files of rows, one for each package, into a corpus without equal or near-duplicate rows.
+
+    Write the corpus to `out`; return its statistics.
+    """
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []

@@ -213,7 +213,7 @@ class NearDuplicates:
     # int64 (n,): the row most similar to row i, or the number of the near text in another set; −1 if row i is kept
     nearest: np.ndarray
     similarity: np.ndarray  # float64 (n,): the Jaccard similarity of row i and `nearest[i]`; 0 if row i is kept
-    pairs: np.ndarray  # int64 (pairs, 2): near pairs of distinct rows, none near another set; smaller id first
+    pairs: np.ndarray  # int64 (pairs, 2): near, but not equal, rows that are near no other set; smaller id first
     pair_similarities: np.ndarray  # float64 (pairs,): the Jaccard similarity of each of `pairs`
     # For each cluster of more than `giant_cluster` different rows: {`cluster`: its row of smallest id, `rows`: number
     # of its rows, `kept`: number of its rows that are kept}
@@ -390,9 +390,9 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the near pairs of all columns; of a pair in several columns, keep the largest similarity.
+    """Join the pairs of near-duplicates found in each column of text; of equal pairs, keep the largest similarity.
 
-    `parts` has a tuple for each column: (pairs, each packed into one uint64; their similarities).
+    `parts` has a tuple for each column: (pairs of row numbers, each packed into one uint64; their similarities).
     Returns (distinct pairs, ascending; their similarities).
     """
     pairs, values = map(np.concatenate, zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""Read and write rows in parquet files: the numbered files of a dataset's build, and files of users, called shards."""
+"""Read and write rows in parquet files: the numbered files of a dataset's build, and shards, the files of a user."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,13 +92,13 @@ class Shard(NamedTuple):
     rows: int
 
     def identity(self) -> dict[str, object]:
-        """Return the file's name, number of rows, size and time of change, from which a later call sees changes."""
+        """Return name, number of rows, size and time of change of the file, so that a later call sees changes."""
         status = self.path.stat()
         return {"name": self.name, "rows": self.rows, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def find_shards(folder: Path) -> tuple[Shard, ...]:
-    """Return the parquet files below a folder by name, without those in hidden folders; UserError if none."""
+    """Return the parquet files below a folder, sorted by name, without those in hidden folders; UserError if none."""
     found = [(path, path.relative_to(folder)) for path in files_below(folder, "*.parquet")]
     paths = [path for path, name in found if not any(part.startswith(".") for part in name.parts[:-1])]
     if not paths:

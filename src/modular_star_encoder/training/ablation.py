@@ -324,7 +324,7 @@ def _differences(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray])
 
 
 def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Return {exit: score × 100}, where the score is the mean over tasks of the mean over queries."""
+    """Return {exit: mean over tasks of the mean over queries × 100}; `tasks` is {task: {exit: score of each query}}."""
     exits = next(iter(tasks.values()))
     return {e: round(100 * float(np.mean([np.mean(task[e]) for task in tasks.values()])), 2) for e in exits}
 
@@ -399,7 +399,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Train a cell's model if no result is stored; add the result to `results`. Return whether a model trained."""
+        """Train a cell's model if no result is stored; add the result to `results`. Return if a model was trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -420,7 +420,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Train and evaluate a model; return the content of its results file, with {task: {exit: reciprocal ranks}}."""
+        """Train and evaluate a cell's model; return the content of the cell's file, with queries' reciprocal ranks."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)

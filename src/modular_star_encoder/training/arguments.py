@@ -108,7 +108,7 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def check_arguments(arguments: MultiExitTrainingArguments) -> None:
-    """Raise the errors that transformers or torch would raise for wrong arguments only when training begins.
+    """Raise now the errors that transformers or torch would raise for wrong arguments only once training begins.
 
     `Trainer` makes an optimizer and a learning-rate schedule for a tiny model, and the model runs a forward and a
     backward pass. Arguments for DeepSpeed and FSDP are not tried, because a process can set up each of them only once.

@@ -172,10 +172,11 @@ def processes_of_run() -> PartialState:
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError (`training.run.not_a_run`) if `out` has visible files but no file or folder named `mark`."""
+    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or has visible files but none named `mark`."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
-    if out.is_file() or (names and mark not in names):
-        raise UserError("training.run.not_a_run", f"{out} is not empty and has no {kind}; choose another folder.")
+    fault = f"is not empty and has no {kind}; choose another folder" if names and mark not in names else ""
+    if fault := "is a file; name a folder" if out.is_file() else fault:
+        raise UserError("training.run.not_a_run", f"{out} {fault}.")
 
 
 def hold(out: Path) -> contextlib.ExitStack:
@@ -190,8 +191,8 @@ class Run:
     """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
     `log` is the training log if the run is finished, otherwise None. A run with a model or a checkpoint can be
-    continued if all settings except `MAY_CHANGE` equal those in `recipe.json`. Before the first checkpoint, only the
-    settings named in `until_trained` must be equal. Nothing is written before `begin` is called.
+    continued if all settings except those in `MAY_CHANGE` equal those in `recipe.json`. Before the first checkpoint,
+    only the settings named in the argument `until_trained` must be equal. Nothing is written before `begin`.
 
     UserError if settings differ (`training.run.other_settings`), if the folder has files but no `recipe.json`
     (`training.run.not_a_run`), or if another process trains in the folder (`files.locked`).

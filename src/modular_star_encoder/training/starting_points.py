@@ -57,7 +57,8 @@ class StartingPoint(Generic[Model]):
             # `from_pretrained` validates the configuration before it sets the values in `recipe.config`.
             in_training.validate()
         except StrictDataclassError as error:
-            raise UserError("training.model.config", f"{recipe.model}: {' '.join(str(error).split())}") from error
+            message = f"The configuration of {recipe.model}, with the recipe's `config` and `unpad_inputs`, is invalid"
+            raise UserError("training.model.config", f"{message}: {' '.join(str(error).split())}") from error
         except OSError as error:
             message = f"The config.json of {recipe.model} can't be read. Set `model` to a folder or a Hub id owner/name"
             raise OSError(f"{message}. {' '.join(str(error).split())}") from error

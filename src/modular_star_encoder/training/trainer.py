@@ -156,7 +156,7 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save random states as `Trainer` does, and the average of the weights, which a resumed run continues."""
+        """Save random states as `Trainer` does, and the moving average of the weights, for a run that is resumed."""
         super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir)
@@ -183,7 +183,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return each loss's gradient norm on the trunk (E,), and {layer: mean gradient cosine () of two losses}."""
+        """Return the norm (E,) of each loss's gradient on the trunk, and {layer: mean cosine of two such gradients}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -300,7 +300,7 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
 
 
 class SharedHeads(TrainerCallback):
-    """Callback that keeps heads equal: all start as copies of the last head, and get the sum of all gradients."""
+    """Callback that keeps heads equal: all start as copies of the last head and get the sum of all heads' gradients."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
@@ -329,7 +329,7 @@ class AveragedWeights(TrainerCallback):
         self.decay = decay
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Start the average from the model's weights or, if training is resumed, from the checkpoint's average."""
+        """Start the moving average of the weights: from the model or, if training is resumed, from the checkpoint."""
         trained = [(name, one) for name, one in kwargs["model"].named_parameters() if one.requires_grad]
         self.parameters, self.average = dict(trained), {name: one.detach().clone() for name, one in trained}
         if state.global_step:

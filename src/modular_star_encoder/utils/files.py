@@ -132,7 +132,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 
 def check_json_values(text: str, most: int) -> int:
-    """Return an upper bound of the number of values in a JSON text, unparsed; ValueError if it exceeds `most`."""
+    """Return an upper bound of the number of values in a JSON text without parsing it; ValueError if above `most`."""
     if (values := sum(map(text.count, ",[{"))) > most:
         raise ValueError(f"more than {most:,} values")
     return values

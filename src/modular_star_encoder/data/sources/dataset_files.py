@@ -99,7 +99,10 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """Return the first `max_bytes` + 1 bytes of `content`, unpacked if it is gzip; zlib.error if it is damaged."""
+    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes, enough to see that it is too long.
+
+    zlib.error if the gzip data is damaged or incomplete.
+    """
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)
