@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Semaphore
 
 import numpy as np
 import pytest
@@ -58,6 +59,27 @@ def test_threads_may_share_a_model_and_its_tokenizer(model, tokenizer, tmp_path)
         for some, one, other in zip(texts, ours, theirs, strict=True):
             assert np.allclose(one, encode(model, tokenizer, some, max_length=12)[4], atol=1e-6)
             assert np.allclose(other, stock.encode(some, exit_layer=1 + len(some) % 2), atol=1e-6)
+
+
+def test_the_last_of_several_threads_restores_the_mode(model, tokenizer):
+    class Waits(Spy):
+        def forward(self, input_ids, **inputs):
+            entered.release()
+            assert may_leave[len(input_ids)].wait(60)
+            return super().forward(input_ids, **inputs)
+
+    entered, may_leave, spy = Semaphore(0), {1: Event(), 2: Event()}, Waits(model.train()).train()
+    with ThreadPoolExecutor(2) as pool:
+        calls = []
+        for texts in (["x"], ["x", "y"]):
+            calls.append(pool.submit(encode, spy, tokenizer, texts))
+            assert entered.acquire(timeout=60)
+        modes = []
+        for count, call in enumerate(calls, 1):
+            may_leave[count].set()
+            call.result()
+            modes.append(spy.training)
+    assert modes == [False, True]
 
 
 def test_batches_keep_to_the_token_budget_and_a_long_text_goes_alone(model, tokenizer):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from modular_star_encoder.utils.errors import UserError
 TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at least two
 MAX_PADDING = 0.2  # with a larger share of padding in a batch, it is faster on a CPU to skip the padding
 _tokenizing = threading.Lock()  # a tokenizer stores the truncation of the current call, so threads take turns
+_counting = threading.Lock()
+# Model → number of calls in progress, and the model's training mode and `unpad_inputs` before the first of them.
+_in_use: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
 _PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
 
@@ -162,16 +166,21 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Context manager: evaluation and inference mode; at the end, training mode and `unpad_inputs` are restored."""
-    config, was_training = model.config, model.training
-    as_configured = config.unpad_inputs
-    model.eval()
+    """Context manager: evaluation and inference mode; the last thread that leaves restores mode and `unpad_inputs`."""
+    with _counting:
+        state = _in_use.setdefault(model, [0, model.training, model.config.unpad_inputs])
+        state[0] += 1
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
-        config.unpad_inputs = as_configured
+        with _counting:
+            state[0] -= 1
+            if not state[0]:
+                del _in_use[model]
+                model.train(state[1])
+                model.config.unpad_inputs = state[2]
 
 
 def compile_for_inference(
