@@ -72,6 +72,7 @@ def test_wheel_and_source_distribution_hold_model_code_weights_recipes_cards_and
         "hub_configs/mose-code/finetune.yaml",
         "hub_configs/mose-code/corpus.yaml",
         "hub_configs/synthconl/recipe.yaml",
+        "hub_configs/mose-code/README.md",  # names the licence, which slices and fine-tuned models keep
         "hub_configs/mose-code/model.safetensors",
         "hub_configs/mose-code/tokenizer.json",
         "hub_configs/mose-code/modules.json",

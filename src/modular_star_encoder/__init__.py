@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `X as X` exports a name to type checkers, because they cann
     from modular_star_encoder.inference import shipped_model as shipped_model
     from modular_star_encoder.inference.checkpoints import slice_checkpoint as slice_checkpoint
     from modular_star_encoder.inference.encode import encode_exits as encode_exits
+    from modular_star_encoder.inference.exit_profile import ExitProfile as ExitProfile
     from modular_star_encoder.inference.exit_profile import load_at_budget as load_at_budget
     from modular_star_encoder.inference.exit_profile import select_exit as select_exit
     from modular_star_encoder.inference.exit_zero import export_static as export_static
@@ -49,7 +50,7 @@ _NAMES_OF = {
     "inference": ["shipped_model"],
     "inference.checkpoints": ["slice_checkpoint"],
     "inference.encode": ["encode_exits"],
-    "inference.exit_profile": ["load_at_budget", "select_exit"],
+    "inference.exit_profile": ["ExitProfile", "load_at_budget", "select_exit"],
     "hub.onnx_export": ["export_onnx"],
     "inference.exit_zero": ["export_static"],
     "modeling": [

@@ -108,6 +108,10 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("finetune mose-cod --out run", "did you mean mose-code?"),
         ("pretrain mose-code --out run", "a recipe of `mose finetune`"),
         ("finetune mose-code --out run data.pairs=FOLDER", 'set "data.functions={folder: '),
+        (
+            "finetune mose-code --out run data.pair=p.csv",
+            "command line: data: unknown setting pair; did you mean pairs?",
+        ),
         ("finetune mose-code --out run max_step=3", "command line: unknown setting max_step"),
         ("ablate missing.yaml --out run", "mini/ablation"),
         (f"recipes show {'x' * 5000}", "xxx"),
@@ -177,6 +181,19 @@ def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
     assert not (checkpoint / PROFILE_NAME).exists()
+
+
+def test_card_says_which_licence_it_took_or_that_there_is_none(mose, checkpoint, tmp_path):
+    (folder := tmp_path / "model").symlink_to(checkpoint)
+    _, card, errors = mose("card", folder, "--repository", "me/model")
+    assert "license:" not in card
+    assert "mose: note: the card names no licence; --upload needs --license NAME" in errors
+    _, card, errors = mose("card", folder, "--repository", "me/model", "--license", "mit")
+    assert "\nlicense: mit\n" in card
+    assert "mose: note" not in errors
+    _, card, errors = mose("card", "mose-code", "--repository", "me/model")
+    assert "\nlicense: apache-2.0\n" in card
+    assert "mose: note: license: apache-2.0, from the card of mose-code or of its parent; --license NAME" in errors
 
 
 def test_an_upload_without_a_hub_or_a_token_fails_before_anything_heavy(mose, checkpoint, monkeypatch):

@@ -429,7 +429,7 @@ def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, cont
     [
         ({"triplets": None}, "data.sources", "none"),
         ({}, "data.sources", "triplets, functions, parallel"),
-        ({"tripletz": "x"}, "data.sources", "tripletz"),
+        ({"tripletz": "x"}, "settings.unknown", "did you mean triplets?"),
         ({"triplets": {"source": None}}, "data.source.options", "data.triplets"),
         ({"triplets": {"source": "FOLDER/a.jsonl", "columns": {"text": "x"}}}, "data.source.options", "data.triplets"),
         ({"functions": "code"}, "data.source.missing", "code"),

@@ -6,6 +6,7 @@ import torch
 from modular_star_encoder import modeling
 from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
 from modular_star_encoder.hub.staging import stage_repositories
+from modular_star_encoder.inference.checkpoints import slice_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.training.recipes import hub_config_folder, load_config
 from tests.errors import raises
@@ -56,7 +57,7 @@ def test_a_contradiction_is_one_sentence(entries, key, value):
 def test_a_licence_has_a_name_and_prose_may_be_left_empty():
     with raises("settings.value", "datasets"):
         manifest([ENTRY], datasets="me/data")
-    for license in (None, "", "other", "Apache2"):
+    for license in ("", "other", "Apache2"):
         with raises("hub.manifest.license", "such as apache-2.0" if license == "Apache2" else ""):
             manifest([ENTRY], license=license)
     read = manifest([{**ENTRY, "training_data": None}], limits=None)
@@ -64,10 +65,22 @@ def test_a_licence_has_a_name_and_prose_may_be_left_empty():
 
 
 def test_a_folder_is_a_manifest_of_one_repository():
-    (entry,) = folder_manifest("runs/a", "me/b", evaluation=["report.json"]).repositories
+    manifest = folder_manifest("runs/a", "me/b", evaluation=["report.json"])
+    (entry,) = manifest.repositories
+    assert manifest.license is None
     assert (entry.key, entry.checkpoint, entry.evaluation) == ("b", "runs/a", ("report.json",))
     with raises("hub.repository_id", "'b'"):
         folder_manifest("runs/a", "b")
+
+
+def test_a_model_has_the_licence_that_is_given_or_its_parents_and_none_is_assumed(sources, tmp_path):
+    sliced = slice_checkpoint("mose-code", 0, tmp_path / "slice")
+    known = {"mose-code": "apache-2.0", sliced: "apache-2.0", sources["finetuned"]: None, sources["pretrained"]: None}
+    for folder, license in known.items():
+        assert folder_manifest(folder, "me/b").license == license
+        assert folder_manifest(folder, "me/b", license="mit").license == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: my-own\n---\n")  # the Hub does not know it
+    assert folder_manifest(tmp_path, "me/b").license is None
 
 
 # Counted, and what the paper calls them.

@@ -79,6 +79,14 @@ def test_the_metadata_validates_and_comes_back(staged):
     assert ModelCard.load(staged["tiny@exit-2"].folder / "README.md").data.base_model is None
 
 
+def test_a_card_without_a_licence_has_neither_its_line_nor_its_section(sources, staged, tmp_path):
+    plan = manifest([{"name": "tiny", "checkpoint": str(sources["finetuned"])}], license=None)
+    (one,) = stage_repositories(plan, tmp_path / "staged")
+    check_card(one.folder / "README.md")
+    assert "licen" not in card(one).lower()
+    assert "## Licence\n\napache-2.0.\n" in card(staged["tiny"])
+
+
 def test_parent_and_slices_name_each_other_with_revisions(plan, staged):
     weights = re.findall(r"\| (\d) \| \[([^]]+)\]\((\S+)\) \| `(\w{64})` \|", card(staged["tiny"]))
     slices = [*((k, f"me/tiny-{k}") for k in "124"), ("2", "me/tiny, branch exit-2")]

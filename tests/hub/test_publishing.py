@@ -197,6 +197,12 @@ def test_nothing_is_sent_if_one_repository_does_not_pass(hub, api, plan, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_licence_nothing_is_uploaded(hub, api, plan, tmp_path):
+    with raises("hub.license", "--license NAME"):
+        publish(replace(plan, license=None), upload=True, api=api, progress=False, staging=tmp_path / "staged")
+    assert (hub.requests, list(tmp_path.iterdir())) == ([], [])
+
+
 def test_without_a_hub_a_dry_run_verifies_and_an_upload_fails_at_once(plan, monkeypatch, tmp_path):
     differences = dict.fromkeys([one.key for one in plan.repositories], 1e-7)
     monkeypatch.setattr(publishing, "verify_repositories", lambda *_, **__: differences)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
-from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
-from modular_star_encoder.modeling import ModularStarEncoderModel
+from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint, stored_license
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderModel
 from tests.errors import raises
 from tests.published.stand_in import write_stand_in
 from tests.tiny import EXIT_LAYERS, REPOSITORY, cache_repository, tiny_model, tiny_tokenizer
@@ -58,6 +58,38 @@ def test_a_slice_has_its_shallower_exits_names_its_parent_and_a_slice_of_it_is_t
     assert (first["parent_num_hidden_layers"], first["parent_exit_layers"]) == (4, [1, 2, 4])
     assert (first["exit_layer"], first["parent_model"], second["parent_model"]) == (None, "model", "model")
     assert first["auto_map"] == second["auto_map"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_slice_is_stored_in_the_dtype_of_its_parents_weights_and_loaded_in_the_one_of_its_configuration(
+    copy, tmp_path, dtype
+):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    sliced = slice_checkpoint(copy, 2, tmp_path / "slice")
+    stored = load_file(sliced / "model.safetensors")
+    assert all(tensor.dtype == dtype and torch.equal(tensor, weights[name]) for name, tensor in stored.items())
+    assert AutoModel.from_pretrained(sliced).dtype == torch.float32
+    assert np.array_equal(load(sliced).encode(TEXTS), load(copy).encode(TEXTS, exit_layer=2))
+
+
+@pytest.mark.parametrize(
+    ("card", "own", "kept"),
+    [
+        ("---\ntags: [a]\nlicense: mit\n---\nlicense: no\n", "bsd", "mit"),
+        ("# A card\n---\nlicense: no\n---\n", "bsd", "bsd"),
+        ("---\ntags: [a]\n---\n", None, None),
+        ("---\nlicense: other\n---\n", "bsd", None),
+        ("---\nlicense: other\n---\n", ["mit"], None),
+    ],
+)
+def test_a_slice_of_a_slice_has_the_licence_in_the_card_or_the_configuration_of_its_parent(
+    copy, tmp_path, card, own, kept
+):
+    change_json(copy, parent_license=own)
+    (copy / "README.md").write_text(card)
+    sliced = slice_checkpoint(copy, 2, tmp_path / "slice")
+    assert stored_license(slice_checkpoint(sliced, 1, tmp_path / "twice")) == kept
 
 
 def test_only_exit_keeps_one_head_and_the_same_embedding(checkpoint, tmp_path):
@@ -265,12 +297,14 @@ def test_a_configuration_chooses_neither_other_weights_nor_an_attention(copy):
     assert not hasattr(loaded, "transformers_weights")
 
 
-def test_a_model_without_projection_heads_is_an_error(tmp_path):
+@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForPreTraining])
+def test_a_model_without_projection_heads_is_an_error(tmp_path, model_class, reported):
     torch.manual_seed(0)
-    ModularStarEncoderModel(tiny_model().config).save_pretrained(tmp_path)
+    model_class(tiny_model().config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with raises("checkpoint.not_retrieval", tmp_path):
         load_checkpoint(tmp_path)
+    assert not reported
 
 
 def test_a_repository_that_the_hub_does_not_give_is_named(monkeypatch):

@@ -164,6 +164,15 @@ def test_the_model_is_the_checkpoint_cut_at_the_exit_chosen(checkpoint):
         assert torch.equal(model(**tiny_batch()).sentence_embedding, expected)
 
 
+def test_a_profile_may_be_the_name_of_a_file(checkpoint, tmp_path):
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    file = (bare / "exit_profile.json").rename(tmp_path / "other.json")
+    for profile in (file, str(file)):
+        assert load_at_budget(bare, profile=profile, min_quality=0.3).config.num_hidden_layers == 2
+    with pytest.raises(FileNotFoundError, match="There is no exit profile none"):
+        load_at_budget(bare, profile="none", min_quality=0.3)
+
+
 def test_the_log_says_which_exit_is_chosen_and_why(checkpoint, caplog):
     with caplog.at_level("INFO"):
         load_at_budget(checkpoint, min_quality=0.3, latency_ms=1e9)

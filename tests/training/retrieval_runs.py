@@ -134,4 +134,5 @@ def end_by_signals(command, recipe, folder):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     log = json.loads((out / "model" / "training_log.json").read_text())
     assert log["resumed_from"]
+    assert f"continues after step {log['resumed_from']} of {log['steps']}\n".encode() in resumed.stdout
     assert not [path for path in out.rglob(".*") if path.is_dir()]

@@ -1,21 +1,23 @@
 import json
+import logging
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from filelock import FileLock
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
 from modular_star_encoder.evaluation.report import TABLES
-from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint, stored_license
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
-from modular_star_encoder.training import runs
+from modular_star_encoder.training import runs, starting_points
 from modular_star_encoder.training.finetuning import finetune, load_finetuning
 from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_folder, load_config, load_recipe
 from modular_star_encoder.training.starting_points import StartingPoint
@@ -91,6 +93,37 @@ def test_a_recipe_makes_a_checkpoint_for_both_libraries_and_a_log_of_every_exit(
     before, after = (AutoModel.from_pretrained(folder) for folder in (checkpoint, tmp_path / "run" / "model"))
     moved = [not torch.equal(p, dict(after.model.named_parameters())[n]) for n, p in before.named_parameters()]
     assert sum(moved) > 0.9 * len(moved)
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_new_heads_are_one_line_and_other_odd_tensors_are_reported_by_transformers(
+    recipe_file, checkpoint, tmp_path, monkeypatch, damage
+):
+    copy, lines = shutil.copytree(checkpoint, tmp_path / "copy"), []
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        weights | ({"odd": torch.ones(2)} if damage else {}), copy / "model.safetensors", metadata={"format": "pt"}
+    )
+    recipe, _ = load_finetuning(recipe_file, [f"model={copy}"])
+    show = lambda record: lines.append(record.getMessage())  # noqa: E731
+    for name in ("transformers.modeling_utils", starting_points.logger.name):
+        monkeypatch.setattr(logging.getLogger(name), "callHandlers", show)
+    for _ in range(2):  # a run loads its model again at the end
+        StartingPoint(ModularStarEncoderForRetrieval, recipe).load()
+    if damage:
+        assert all("odd" in line for line in lines)
+    else:
+        assert lines == [f"{copy} has no heads for retrieval: new heads begin with random weights."]
+    assert bool(lines)
+
+
+def test_a_fine_tuned_model_keeps_the_licence_of_its_parent(recipe_file, checkpoint, tmp_path):
+    (copy := shutil.copytree(checkpoint, tmp_path / "copy")).joinpath("README.md").write_text(
+        "---\nlicense: mit\n---\n"
+    )
+    for model, license in ((copy, "mit"), (checkpoint, None)):
+        run(recipe_file, tmp_path / str(license), "max_steps=1", f"model={model}")
+        assert stored_license(tmp_path / str(license) / "model") == license
 
 
 def test_a_model_that_sentence_transformers_cannot_express_is_trained_and_saved_for_transformers(recipe_file, tmp_path):
@@ -270,7 +303,7 @@ def test_random_weights_need_a_tokenizer(recipe_file, checkpoint, tmp_path):
         ("lora.target_modules=[nowhere]", "training.lora", "target"),
         ("lora.speed=3", "training.lora", "speed"),
         ("config.intermediate_size=65", "checkpoint.shapes", "do not fit"),
-        ("data.rows=x", "data.sources", "rows"),
+        ("data.rows=x", "settings.unknown", "command line: data: unknown setting rows; available: functions, pairs, "),
         ("batch_size=96", "data.batch_size", "from 2 to 44 pairs"),
     ],
 )

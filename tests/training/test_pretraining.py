@@ -131,7 +131,9 @@ def test_five_repositories_are_enough_whatever_share_is_held_out_and_both_parts_
         held_out = log["held_out_repositories"]
         assert len(held_out) == (2 if share < 0.5 else 3)
         part = f"{8 * len(held_out)} files held out, of {len(held_out)} repositories: {', '.join(held_out)}"
-        assert part in capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr().out.splitlines()
+        assert part in printed
+        assert any("the fewest that give pairs" in line for line in printed) == (share < 0.5)
 
 
 def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):

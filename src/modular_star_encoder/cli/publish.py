@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
@@ -64,7 +65,8 @@ def add_publish_commands(commands: Any) -> None:
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repository", metavar="OWNER/NAME", help="repository on the Hub to publish a folder to")
-    parser.add_argument("--license", metavar="NAME", help="for a folder: its licence, as the Hub names it (apache-2.0)")
+    license = "for a folder: its licence, as the Hub names it (default: that in its card, or its parent's if known)"
+    parser.add_argument("--license", metavar="NAME", help=license)
     results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
     parser.add_argument("--evaluation", metavar="FILE", action="append", default=[], help=results)
 
@@ -85,7 +87,9 @@ def run_grow(arguments: argparse.Namespace) -> None:
 def run_card(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.hub.publishing import write_folder_card
 
-    text = write_folder_card(_folder_manifest(arguments, arguments.folder), arguments.out)
+    manifest = _folder_manifest(arguments, arguments.folder)
+    _warn_without_license(manifest)
+    text = write_folder_card(manifest, arguments.out)
     print(text if arguments.out is None else os.path.join(arguments.out, "README.md"), end="\n" * bool(arguments.out))
 
 
@@ -109,6 +113,8 @@ def run_publish(arguments: argparse.Namespace) -> None:
         check_hub()
         if not get_token():
             raise UserError("cli.publish.token", LOG_IN)
+    else:
+        _warn_without_license(manifest)
     from modular_star_encoder.hub.publishing import publish
 
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
@@ -165,5 +171,15 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
         raise UserError("cli.publish.repository", f"Name the Hub repository for {folder}: --repository OWNER/NAME.")
     if os.path.isfile(folder):
         return load_manifest(folder, [f"namespace={arguments.repository.partition('/')[0]}"])
-    options = {"license": arguments.license} if arguments.license else {}
-    return folder_manifest(folder, arguments.repository, evaluation=arguments.evaluation, **options)
+    license, evaluation = arguments.license, arguments.evaluation
+    manifest = folder_manifest(folder, arguments.repository, license=license, evaluation=evaluation)
+    if manifest.license and not license:
+        found = f"license: {manifest.license}, from the card of {folder} or of its parent"
+        print(f"mose: note: {found}; --license NAME sets another", file=sys.stderr)
+    return manifest
+
+
+def _warn_without_license(manifest: Any) -> None:
+    if manifest.license is None:
+        note = "the card names no licence; --upload needs --license NAME, or `license:` in publish.yaml"
+        print(f"mose: note: {note}", file=sys.stderr)

@@ -213,9 +213,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     used raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
-    if not settings or not settings.keys() <= _SOURCES.keys():
-        given = ", ".join(map(str, settings)) or "none"
-        raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not {given}.")
+    if not settings:
+        raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not none.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
         message = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
@@ -261,11 +260,14 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     (`user_question`) if one column alone has a word for this role and no word for another role. Readers skip rows with
     a score below the option `min_score` (default 0.5).
 
-    Raises UserError if the source or a named column does not exist, or no column is found for `query` or `positive`.
+    Raises UserError if a key of `data`, the source or a named column does not exist, or no column is found for `query`
+    or `positive`.
     """
+    of_pairs = ("columns", "min_score")
+    check_names(list(map(str, settings)), [*_SOURCES, *(of_pairs if settings.get("pairs") else ())], "data")
     if settings.get("pairs") is None:
         return dict(settings)
-    pairs, beside = settings["pairs"], {"columns", "min_score"} & settings.keys()
+    pairs, beside = settings["pairs"], set(of_pairs) & settings.keys()
     options = dict(pairs) if isinstance(pairs, Mapping) else {"source": pairs}
     options |= {name: settings[name] for name in beside}
     columns, source = dict(options.get("columns") or {}), options.get("source")

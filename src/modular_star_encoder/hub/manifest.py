@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from pydantic import Field
 
+from modular_star_encoder.inference import resolve_checkpoint
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.http import check_repository_id
 from modular_star_encoder.utils.settings import Switch, load_settings, settings_class
@@ -104,6 +105,7 @@ class Manifest:
         namespace: user or organisation on the Hub to which the repositories belong.
         title: title of the cards.
         license: licence of the weights, by its name on the Hub; `other` also needs `license_name` and `license_link`.
+            Without a licence, nothing is uploaded.
         repositories: repositories in the order of publication, parents first.
         datasets: Hub ids of the training data.
         tags: additional tags.
@@ -112,8 +114,8 @@ class Manifest:
 
     namespace: str | None
     title: str
-    license: str | None
     repositories: Sequence[RepositorySettings] = Field(min_length=1)
+    license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
     datasets: Sequence[str] = ()
@@ -128,8 +130,8 @@ class Manifest:
         if not self.namespace:
             yield "namespace", "Set `namespace` to your name on the Hub: namespace=NAME"
         names = _LICENSES.split()
-        if self.license not in names or (self.license == "other" and not self.license_name):
-            near = get_close_matches((self.license or "").lower(), names, 1) or ["apache-2.0"]
+        if self.license not in (None, *names) or (self.license == "other" and not self.license_name):
+            near = get_close_matches(str(self.license).lower(), names, 1) or ["apache-2.0"]
             fault = f"`license` must be a name that the Hub knows, such as {near[0]}, or `other` with `license_name`"
             yield "license", f"{fault}; not {self.license!r}"
         above: set[str] = set()
@@ -153,10 +155,17 @@ def load_manifest(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 
 def folder_manifest(
-    folder: str | os.PathLike[str], repository: str, *, license: str = "apache-2.0", evaluation: Sequence[str] = ()
+    folder: str | os.PathLike[str], repository: str, *, license: str | None = None, evaluation: Sequence[str] = ()
 ) -> Manifest:
-    """Return a manifest that publishes one checkpoint folder as `repository` ("owner/name")."""
+    """Return a manifest that publishes one checkpoint folder as `repository` ("owner/name").
+
+    `license` is by default the licence in the checkpoint's card or that of its parent (see `stored_license`).
+    """
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")
+    if license is None and os.path.isdir(source := resolve_checkpoint(folder)):
+        from modular_star_encoder.inference.checkpoints import stored_license
+
+        license = known if (known := stored_license(source)) in _LICENSES.split() else None
     entry = RepositorySettings(name=name, checkpoint=os.fspath(folder), evaluation=tuple(evaluation))
     return Manifest(namespace=namespace, title=name, license=license, repositories=(entry,))

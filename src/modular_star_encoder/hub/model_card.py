@@ -94,7 +94,7 @@ def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: st
 
 def check_card(path: Path) -> None:
     """Raise UserError if huggingface_hub can't read the metadata of a card, or if the card shows a missing image."""
-    required = ("license", "library_name", "pipeline_tag", "tags")
+    required = ("library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
         if not (path.parent / figure).is_file():

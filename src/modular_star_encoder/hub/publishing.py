@@ -141,7 +141,8 @@ def publish(
         One `Publication` per repository, in the order of the manifest; its `str` is what `mose publish` prints.
 
     Raises:
-        UserError: a checkpoint can't be staged or fails the verification; nothing was sent.
+        UserError: no licence is given for an upload, or a checkpoint can't be staged or fails the verification;
+            nothing was sent.
         OSError: the Hub rejects the request or can't be reached.
 
     Example:
@@ -153,6 +154,9 @@ def publish(
         ...
         nothing was uploaded: a dry run; --upload uploads the changes
     """
+    if upload and manifest.license is None:
+        message = "Name the licence of the weights before the upload: --license NAME, or `license:` in publish.yaml."
+        raise UserError("hub.license", message)
     api, unreachable = api or HfApi(), ""
     try:
         check_hub(api.endpoint)

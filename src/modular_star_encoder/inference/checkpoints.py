@@ -80,8 +80,6 @@ def load_checkpoint(
         raise UserError("checkpoint.tokenizer", message)
     options = {name: value for name, value in (("exit_layer", exit_layer), ("dtype", dtype)) if value is not None}
     model = _load_whole(AutoModel, config, path, trust_remote_code=False, **options)
-    if not isinstance(model, ModularStarEncoderForRetrieval):
-        raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -132,6 +130,8 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
         if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
             message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
             raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
+        if model_class is AutoModel and not isinstance(model, ModularStarEncoderForRetrieval):
+            raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it.")
     return model
 
 
@@ -148,10 +148,11 @@ def check_size(parameters: int, folder: Path) -> None:
 
 
 @contextmanager
-def clear_errors(path: str) -> Iterator[None]:
+def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
     """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    Messages that transformers logs in the context are shown at its end, and only if there is no error.
+    Messages that transformers logs in the context are kept in the list that `with` gives. Those left in the list are
+    shown at the end of the context, and only if there is no error.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -161,7 +162,7 @@ def clear_errors(path: str) -> Iterator[None]:
 
     log.addFilter(keep)
     try:
-        yield
+        yield records
         for record in records:
             log.callHandlers(record)
     except (*_DAMAGED, RuntimeError, OSError) as error:
@@ -216,11 +217,35 @@ def slice_checkpoint(
     with staged_folder(out) as staging:
         write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
         config = ModularStarEncoderConfig.from_pretrained(staging)
+        note_license(config, checkpoint)
         if config.num_hidden_layers < config.parent_num_hidden_layers and not hasattr(config, "parent_model"):
             folder = local_folder(checkpoint)  # a slice of a slice keeps the name of the full model
             config.parent_model = os.fspath(checkpoint) if folder is None else folder.resolve().name
-            config.save_pretrained(staging)
+        config.save_pretrained(staging)
     return out
+
+
+def note_license(config: ModularStarEncoderConfig, parent: str | os.PathLike[str]) -> None:
+    """Set `config.parent_license` to the licence of the checkpoint `parent`, None if unknown (see `stored_license`)."""
+    if (name := stored_license(parent)) != getattr(config, "parent_license", None):
+        config.parent_license = name
+
+
+def stored_license(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Return the licence in a checkpoint's card or, without one, its configuration's `parent_license`; None if neither.
+
+    `other` counts as None, because it needs a text that is not in the checkpoint.
+    """
+    found: Any = None
+    with suppress(OSError, ValueError, AttributeError):
+        found = read_json(checkpoint_file(checkpoint, "config.json") or "").get("parent_license")
+    with suppress(OSError, ValueError):
+        if file := checkpoint_file(checkpoint, "README.md"):
+            with file.open(encoding="utf-8", errors="replace") as card:
+                metadata = re.match(r"---\n.*?\n---$", card.read(2**18), re.DOTALL | re.MULTILINE)
+            named = re.search(r"^license: *[\"']?([\w.+-]+)", metadata[0], re.MULTILINE) if metadata else None
+            found = named[1] if named else found
+    return found if isinstance(found, str) and found != "other" else None
 
 
 def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
@@ -247,7 +272,8 @@ def write_checkpoint(
     """Copy a checkpoint, or only its first `exit_layer` layers, to the folder `out`, with this package's model code.
 
     `only_exit` leaves out the projection heads of shallower exits. `tokenizer` is a folder with the tokenizer to write
-    in place of the checkpoint's. Raises the errors of `slice_checkpoint`.
+    in place of the checkpoint's. Weights keep their stored dtype, if all have the same. Raises the errors of
+    `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
@@ -256,12 +282,25 @@ def write_checkpoint(
     own_tokenizer = load_tokenizer(resolve_checkpoint(tokenizer or path))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
-    model.save_pretrained(out)
+    loaded = model.dtype
+    model.to(_stored_dtype(path) or loaded).save_pretrained(out)
+    model.config.dtype = loaded  # that in which the weights are loaded
+    model.config.save_pretrained(out)
     save_tokenizer(own_tokenizer, model.config, out)
     for name in SENTENCE_TRANSFORMER_FILES:
         if (source := checkpoint_file(path, name)) is not None:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
+
+
+def _stored_dtype(path: str) -> torch.dtype | None:
+    """Return the floating-point dtype of all tensors in a checkpoint's weight files; None if they have several."""
+    config, names = checkpoint_file(path, "config.json"), set()
+    for file in config.parent.glob("model*.safetensors") if config else ():
+        with safe_open(file, framework="pt") as tensors:
+            names |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    return known.get(names.pop()) if len(names) == 1 else None
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:

@@ -66,7 +66,15 @@ class ProfiledExit:
 
 @dataclass(frozen=True, slots=True)
 class ExitProfile:
-    """The cost and quality of each exit of a checkpoint, the shallowest first, and the machine that measured them."""
+    """The cost and quality of each exit of a checkpoint, the shallowest first, and the machine that measured them.
+
+    `mose profile` measures one and writes it to a file.
+
+    Example:
+        >>> profile = ExitProfile.load("exit_profile.json")  # doctest: +SKIP
+        >>> profile.measurement(2, profile.shapes[0]).latency_ms_p50  # doctest: +SKIP
+        4.1
+    """
 
     exits: Mapping[int, ProfiledExit]  # {exit_layer: its cost and quality}
     device: str  # "cpu" or "cuda"
@@ -236,7 +244,7 @@ def _listed(items: Iterable[object]) -> str:
 def load_at_budget(
     checkpoint: str | os.PathLike[str],
     *,
-    profile: ExitProfile | None = None,
+    profile: ExitProfile | str | os.PathLike[str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **budget: Any,
 ) -> ModularStarEncoderForRetrieval:
@@ -247,8 +255,8 @@ def load_at_budget(
 
     Args:
         checkpoint: a folder, a Hub repository, or a model of this package.
-        profile: cost and quality of each exit; by default the checkpoint's `exit_profile.json`, with a
-            warning if it was measured on another kind of machine.
+        profile: cost and quality of each exit, or the file that has them; by default the checkpoint's
+            `exit_profile.json`. If a file was measured on another kind of machine, there is a warning.
         model_kwargs: passed to `AutoModel.from_pretrained`.
         budget: limits and other arguments of `select_exit`: `latency_ms`, `memory_mb`, `min_quality`, …
 
@@ -261,19 +269,21 @@ def load_at_budget(
         >>> model.config.num_hidden_layers  # doctest: +SKIP
         9
     """
-    profile = profile or checkpoint_profile(checkpoint)
+    profile = profile if isinstance(profile, ExitProfile) else checkpoint_profile(checkpoint, profile)
     options = {"dtype": profile.dtype, "trust_remote_code": False, **(model_kwargs or {})}
     path = resolve_checkpoint(checkpoint)
     return AutoModel.from_pretrained(path, exit_layer=select_exit(profile, **budget), **options).eval()
 
 
-def checkpoint_profile(checkpoint: str | os.PathLike[str]) -> ExitProfile:
-    """Load the exit profile of a checkpoint; raise FileNotFoundError if the checkpoint has none.
+def checkpoint_profile(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str] | None = None) -> ExitProfile:
+    """Load a checkpoint's exit profile from `file`, by default its own; raise FileNotFoundError if there is none.
 
     Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
     """
     check_checkpoint(checkpoint)
-    file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)
+    if file is None:
+        file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)
+    file = Path(file).expanduser()
     profile = ExitProfile.load(file)
     here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":

@@ -14,7 +14,7 @@ from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.data.token_store import build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
-from modular_star_encoder.inference.checkpoints import clear_errors
+from modular_star_encoder.inference.checkpoints import clear_errors, note_license
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.training import runs, starting_source
@@ -97,6 +97,7 @@ def pretrain(
     if weights:
         with clear_errors(os.fspath(source)):
             model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
+        note_license(model.config, source)
     else:
         config.vocab_size = max(len(tokenizer), config.vocab_size if recipe.tokenizer else 0)
         model = ModularStarEncoderForPreTraining(config)
@@ -114,6 +115,8 @@ def pretrain(
             print(
                 f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories: {', '.join(names)}{more}"
             )
+        if len(held_out.repositories) > round(recipe.eval_fraction * len(store.repositories)):
+            print("two repositories are held out, the fewest that give pairs of snippets from different repositories")
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
     rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows
     pairs, unseen, fitted = (

@@ -252,6 +252,8 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
                 step = path.name.rpartition("-")[2]
                 if step.isdecimal() and int(step) > (resumed_from or 0):
                     shutil.rmtree(path)
+    if checkpoint and progress and trainer.is_world_process_zero():
+        print(f"continues after step {resumed_from} of {trainer.args.max_steps}")
     start = time.perf_counter()
     with _stopping_after_a_step(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,12 +12,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from modular_star_encoder.data.tokenizer import load_tokenizer, special_token_ids, with_template
 from modular_star_encoder.inference.checkpoints import (
     clear_errors,
     keep_only_exit,
     load_checkpoint,
+    note_license,
     save_retrieval_checkpoint,
     save_tokenizer,
 )
@@ -31,6 +34,9 @@ from modular_star_encoder.training.runs import ADAPTER, MODEL
 from modular_star_encoder.training.trainer import MultiExitTrainer, write_serving_files
 from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import staged_folder
+
+logger = logging.get_logger(__name__)
+_HEADS = re.compile(r"(heads|projection_heads|logit_scale|classifier)\.")  # tensors of all our models outside the trunk
 
 Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
@@ -85,8 +91,16 @@ class StartingPoint(Generic[Model]):
         torch.manual_seed(recipe.seed)
         if self.has_weights:
             cut = {} if exit_layer is None else {"exit_layer": exit_layer}
-            with clear_errors(os.fspath(self.source)):
-                model = self._class.from_pretrained(self.source, **{**recipe.config, **cut, "dtype": torch.float32})
+            options = {**recipe.config, **cut, "dtype": torch.float32, "output_loading_info": True}
+            with clear_errors(os.fspath(self.source)) as records:
+                model, info = self._class.from_pretrained(self.source, **options)
+                heads = {name for name in model.state_dict() if not name.startswith("model.")}
+                others = [name for name in info["unexpected_keys"] if not _HEADS.match(name)]
+                if heads <= set(info["missing_keys"]) and not others:  # the report of transformers reads like an error
+                    records.clear()
+                    message = f"{recipe.model} has no heads for {recipe.task}: new heads begin with random weights."
+                    logger.warning_once(message)
+            note_license(model.config, self.source)
             if exit_layer is not None:
                 keep_only_exit(model, exit_layer)
         else:
