@@ -12,7 +12,7 @@ from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
 from tests.hub.stand_in_hub import Repository, StandInHub
 from tests.search.conftest import build, write_code
-from tests.tiny import ZERO, tiny_model, tiny_profile, tiny_tokenizer
+from tests.tiny import REPOSITORY, ZERO, cache_repository, contents, tiny_model, tiny_profile, tiny_tokenizer
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, 
     status, _, err = mose("index", code / "src", "--out", tmp_path / "index")
     assert (status, f"the folder {code}, not {code / 'src'}" in err) == (2, True)
     status, _, err = mose("index", code, "--model", checkpoint)
-    assert (status, "was built with exit 1, 4, not 4; languages python, go, not " in err) == (2, True)
+    assert (status, "was built with exit 1, 4, not 4; without javascript, " in err) == (2, True)
     assert mose("index", code, *made[:-1], "go,python")[0] == 0
 
 
@@ -89,6 +89,17 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
     search = ("search", "push", "--index", tmp_path / "index", "--model", moved, "--json")
     status, out, _ = mose(*search, "--latency-ms", milliseconds)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
+    profile = (moved / PROFILE_NAME).rename(tmp_path / "profile.json")
+    status, out, _ = mose(*search, "--latency-ms", milliseconds, "--profile", profile)
+    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
+
+
+def test_a_missing_profile_is_reported_with_the_commands_that_make_and_use_one(code, mose):
+    for options in ((), ("--profile", "nowhere.json")):
+        status, _, err = mose("search", "push", code, "--latency-ms", "20", *options)
+        assert (status, "`mose profile mose-code --out profile.json`; add --profile profile.json" in err) == (2, True)
+    status, _, err = mose("search", "push", code, "--profile", "nowhere.json")
+    assert (status, "--profile needs --latency-ms" in err) == (2, True)
 
 
 def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkpoint, shared_index, mose):
@@ -154,6 +165,33 @@ def test_the_index_of_the_named_folder_is_searched_unless_it_is_of_another_folde
     assert mose("search", "only_here", moved)[1].startswith(str(moved / "one.py"))
 
 
+@pytest.mark.parametrize("is_on_the_hub", [False, True])
+def test_a_model_that_did_not_build_the_index_of_the_folder_has_its_own_in_the_cache(
+    indexed, mose, monkeypatch, tmp_path, is_on_the_hub
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = save_retrieval_checkpoint(tiny_model(rope_parameters={"rope_theta": 5.0}), tiny_tokenizer(), tmp_path / "m")
+    if is_on_the_hub:
+        cache_repository(model, tmp_path / "hub")
+        model = REPOSITORY
+    before = contents(indexed / ".mose")
+    monkeypatch.chdir(indexed / "src")
+    for where in ((), (indexed,)):  # the index of the folder is at exits 1 and 4
+        status, out, _ = mose("search", "push", *where, "--model", model, "--exit-layer", "2", "--json")
+        assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, 2)
+    assert contents(indexed / ".mose") == before
+    assert len(list((tmp_path / "cache").glob("*/*/*/index.json"))) == 1
+    status, _, err = mose("search", "push", "--index", indexed / ".mose", "--model", model)
+    assert (status, f"`mose index FOLDER --model {model} --rebuild`" in err) == (2, True)
+    assert mose("index", indexed, "--model", model, "--rebuild")[0] == 0
+    (manifest,) = (tmp_path / "cache").glob("*/*/*/index.json")
+    shutil.rmtree(manifest.parent)
+    status, out, _ = mose("search", "push", indexed, "--model", model, "--json")
+    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"], list(manifest.parent.parent.iterdir())) == (0, 4, [])
+
+
 def test_an_empty_folder_is_no_success(tmp_path, mose):
     (tmp_path / "empty").mkdir()
     for words in (("index",), ("index", "--json"), ("search", "push")):
@@ -202,6 +240,14 @@ def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, mo
     assert mose("search", "split a header into names", "--top-k", "1", "src")[1].startswith("src/parseHeader.js:2 ")
 
 
+def test_a_question_that_is_the_name_of_a_folder_is_asked_with_a_note(code, mose, monkeypatch):
+    monkeypatch.chdir(code)
+    status, out, err = mose("search", "src", "--json")
+    assert (status, json.loads(out)[0]["question"]) == (0, "src")
+    assert "mose: note: searching for 'src' in this folder" in err
+    assert "mose: note: searching" not in mose("search", "push", "src", "--json")[2]
+
+
 def test_what_is_left_out_is_listed_on_request(indexed, checkpoint, mose, monkeypatch):
     (indexed / "li\x1bst.py").symlink_to("stack.py")
     listed = ["huge.py: too large", "li\N{REPLACEMENT CHARACTER}st.py: symbolic link"]
@@ -223,6 +269,7 @@ def test_markdown_is_read_on_request(code, checkpoint, tmp_path, mose):
     assert "of 4 files" in mose("index", code, *made, tmp_path / "plain")[1]
     assert "of 5 files" in mose("index", code, *made, tmp_path / "docs", "--docs")[1]
     assert "of 1 files" in mose("index", code, *made, tmp_path / "only", "--languages", "markdown")[1]
+    assert "was built without markdown. " in mose("index", code, *made, tmp_path / "plain", "--docs")[2]
     hits = json.loads(mose("search", "usage", "--index", tmp_path / "docs", "--json", "--method", "lexical")[1])[0][
         "hits"
     ]

@@ -137,7 +137,7 @@ def test_each_question_gets_its_own_hits(shared_index):
     ("changes", "named"),
     [
         ({"exit_layers": None, "exit_layer": 2}, "exit 1, 4, not 2"),
-        ({"languages": ["go"]}, "languages python, javascript"),
+        ({"languages": ["go"]}, "also with python, javascript"),
         ({"tests": False}, "tests read: yes, not no"),
         ({"folder": os.curdir}, os.getcwd()),
     ],

@@ -4,15 +4,16 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from mcp import Client, StdioServerParameters
 
 from modular_star_encoder.cli.main import main
-from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.mcp_server import MOST_CHARACTERS, MOST_LINES, build_server, serve
 from tests.errors import raises
 from tests.search.conftest import build, write_code
+from tests.tiny import contents
 
 
 def ask(server, *calls):
@@ -91,11 +92,32 @@ def test_names_and_code_that_steer_a_terminal_are_shown_harmlessly(code, tmp_pat
         assert text.replace("\n", "").replace("\t", "").isprintable(), text
 
 
-def test_an_index_that_came_with_a_folder_serves_no_other_folder(code, tmp_path, checkpoint, capsys):
+def test_an_index_that_came_with_a_folder_serves_no_other_folder(code, tmp_path, checkpoint, monkeypatch):
     write_code(tmp_path / "outside", {"secret.py": "SECRET = 'secret of the machine'\n"})
     build(tmp_path / "outside", code / ".mose", checkpoint)
-    assert main(["mcp", str(code)]) == 2
-    assert str(tmp_path / "outside") in capsys.readouterr().err
+    served = []
+    monkeypatch.setattr("modular_star_encoder.search.mcp_server.serve", served.append)
+    assert main(["mcp", str(code)]) == 0
+    assert served[0].folder == str(code)
+
+
+def test_the_index_of_a_folder_is_served_and_without_one_nothing_is_written_there(
+    code, tmp_path, checkpoint, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    served = []
+    monkeypatch.setattr("modular_star_encoder.search.mcp_server.serve", served.append)
+    before = contents(code)
+    (tmp_path / "empty").mkdir()  # code may be written there later
+    for folder in (code, code, tmp_path / "empty"):
+        assert main(["mcp", str(folder)]) == 0
+    assert contents(code) == before
+    assert [one.store.count() for one in served] == [5, 5, 0]
+    assert {one.store.folder.parent for one in served} == {tmp_path / "cache" / "modular-star-encoder" / "search"}
+    build(code, None, checkpoint)
+    assert main(["mcp", str(code)]) == 0
+    assert served[-1].store.folder == code / ".mose"
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow
@@ -142,10 +164,12 @@ def test_code_is_related_to_its_like_and_not_to_itself(tmp_path, checkpoint):
 
 
 @pytest.mark.slow
-def test_the_command_serves_a_folder(code):
-    arguments = ["-m", "modular_star_encoder.cli.main", "mcp", str(code)]
+def test_the_configuration_in_the_docs_serves_a_folder(code):
+    page = Path("docs/search.md").read_text()
+    block = json.loads(page.split("```json\n")[1].split("```")[0].replace("/path/to/repository", str(code)))
+    (configured,) = block["mcpServers"].values()
+    assert configured["command"] == "mose"
+    arguments = ["-m", "modular_star_encoder.cli.main", *configured["args"]]
     server = StdioServerParameters(command=sys.executable, args=arguments)
     ((text, is_error),) = ask(server, ("search", {"question": "split a header into names and values", "top_k": 1}))
     assert (is_error, text.split(" ")[0]) == (False, "src/parseHeader.js:2-4")
-    assert CodeIndex.open(code / ".mose").store.count() == 5
-    assert json.loads((code / ".mose" / "index.json").read_text())["settings"]["exit_layers"] == [0]

@@ -102,6 +102,8 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> No
     best = "use the best exit"
     parser.add_argument("--latency-ms", metavar="MS", type=positive, help=f"{best} that embeds within this time")
     parser.add_argument("--memory-mb", metavar="MB", type=positive, help=f"{best} with at most this peak memory")
+    profile = "times and memory of the exits, from `mose profile` (default: exit_profile.json of the checkpoint)"
+    parser.add_argument("--profile", metavar="FILE", help=profile)
 
 
 def _add_index(parser: Any) -> None:
@@ -166,13 +168,17 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, exit_layers=exits, **options)
 
 
-def _budget(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the given limits of an exit's cost, `latency_ms` and `memory_mb`; UserError if an exit is given, too."""
+def _budget(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the budget for `Embedder.exits` from the options; UserError if they also name an exit."""
     limits = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb")}
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if budget and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
         message = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
         raise UserError("cli.search.budget", message)
+    if arguments.profile is not None:
+        if not budget:
+            raise UserError("cli.search.profile", "--profile needs --latency-ms MS or --memory-mb MB.")
+        budget["profile"] = arguments.profile
     return budget
 
 
@@ -204,6 +210,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     )
     for line in index.report.news(arguments.show_skipped):
         print(line, file=sys.stderr)
+    index.refuse_empty()
     if cascade and cascade.exit_layer not in index.settings.exit_layers and sys.stderr and sys.stderr.isatty():
         print(f"mose: note: embedding up to {cascade.candidates} hits at exit {cascade.exit_layer} …", file=sys.stderr)
     answers = index.search(arguments.questions, exit_layer=exit_layer, cascade=cascade, **options)
@@ -249,6 +256,9 @@ def _take_folder(arguments: argparse.Namespace) -> None:
         advice = "" if "/" in last else ". If it belongs to the question, put quotes around the question"
         fault = f"There is no folder {last!r}{advice}"
     else:
+        if os.path.isdir(path):
+            here = f"searching for {last!r} in this folder; to search in the folder {last!r}"
+            print(f"mose: note: {here}: mose search QUESTION {last!r}", file=sys.stderr)
         return
     end = "" if fault.endswith("?") else "."
     raise UserError("cli.search.folder", f'{fault}{end} Write: mose search "QUESTION" FOLDER')
@@ -274,17 +284,10 @@ def run_related(arguments: argparse.Namespace) -> None:
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.search.index import CodeIndex, open_store
+    from modular_star_encoder.search.index import open_for_search
     from modular_star_encoder.search.mcp_server import serve
-    from modular_star_encoder.search.vector_store import INDEX_FOLDER
 
-    folder = os.path.expanduser(arguments.folder)
-    store = open_store(os.path.join(folder, INDEX_FOLDER))
-    has_index = store.settings() is not None  # an existing index keeps its own settings
-    index = CodeIndex.open(store) if has_index else CodeIndex.build(folder, store, progress=False)
-    # An index that came with other people's code may name another folder, whose files would then be read.
-    index.settings.refuse_others(replace(index.settings, folder=os.path.realpath(folder)), store.location)
-    serve(index)
+    serve(open_for_search(arguments.folder, progress=False)[0])
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

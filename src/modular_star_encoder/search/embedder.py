@@ -102,13 +102,13 @@ class Embedder:
     ) -> tuple[int, ...]:
         """Return the given exits, ascending; if none is given, exit 0 if numpy can compute it, else the deepest exit.
 
-        `budget` has limits for `select_exit`, such as `latency_ms`. With a budget, return only the best exit within
-        the limits, chosen from the given exits. If no exit is given, choose from all exits of the checkpoint.
+        `budget` has limits for `select_exit`, such as `latency_ms`, and may have `profile`, the file of an exit profile
+        to use instead of the checkpoint's. With a budget, return only the best exit within the limits, chosen from the
+        given exits. If no exit is given, choose from all exits of the checkpoint.
 
         Raises:
             UserError: both `exit_layer` and `exit_layers` are given, `exit_layers` is empty, the checkpoint lacks a
-                given exit, no exit is within the budget, or the exit profile has none of these exits.
-            FileNotFoundError: there is a budget, and the checkpoint has no exit profile.
+                given exit or the exit profile, no exit is within the budget, or the profile has none of these exits.
         """
         if exit_layers is not None and (exit_layer is not None or not exit_layers):
             raise UserError("search.exit_layer", "Give either `exit_layer`, or `exit_layers` with at least one exit.")
@@ -116,9 +116,16 @@ class Embedder:
         for one in named:
             self.check_exit(one)
         if budget:
-            from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
+            from modular_star_encoder.inference.exit_profile import ExitProfile, checkpoint_profile, select_exit
 
-            profile, allowed = checkpoint_profile(self._folder), named or self.trained_exits
+            limits, allowed = dict(budget), named or self.trained_exits
+            file = limits.pop("profile", None)
+            try:
+                profile = ExitProfile.load(os.path.expanduser(file)) if file else checkpoint_profile(self._folder)
+            except FileNotFoundError as error:
+                fault = f"There is no exit profile {file}" if file else f"{self.checkpoint} has no exit profile"
+                advice = f"Measure one, `mose profile {self.checkpoint} --out profile.json`; add --profile profile.json"
+                raise UserError("search.profile.missing", f"{fault}. {advice}.") from error
             exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in allowed}
             if not exits:
                 names = ", ".join(map(str, allowed))
@@ -126,7 +133,7 @@ class Embedder:
                     f"The exit profile of {self.checkpoint} lacks exits {names}. Measure them with `mose profile`."
                 )
                 raise UserError("search.profile.exits", message)
-            return (select_exit(replace(profile, exits=exits), **budget),)
+            return (select_exit(replace(profile, exits=exits), **limits),)
         if named:
             return tuple(sorted(set(named)))
         # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.

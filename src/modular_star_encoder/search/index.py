@@ -28,6 +28,7 @@ from modular_star_encoder.search.vector_store import (
     INDEX_FOLDER,
     MEMORY,
     QDRANT,
+    REBUILD,
     Filter,
     Found,
     IndexSettings,
@@ -93,6 +94,7 @@ class CodeIndex:
     ) -> Self:
         """Build the index of a folder, or update an existing index by embedding only new and changed files.
 
+        Without `location`, it writes `.mose` in the folder, as `mose index` does; with `memory://`, it writes nothing.
         After an interruption, the index has each file completely or not at all, and the next call continues.
 
         Args:
@@ -204,7 +206,7 @@ class CodeIndex:
             config = try_to_load_from_cache(name, "config.json", revision=commit) if is_repository(name) else None
             if not isinstance(config, str):
                 message = f"The index {self.store.location} needs version {commit} of the model {name}, which is not on"
-                advice = f"this machine. If you trust this model, add --model {name}."
+                advice = f"this machine. If you trust this model, run `mose search` with --model {name}."
                 raise UserError("search.index.model", f"{message} {advice}")
             self._embedder = self._checked(os.path.dirname(config), commit)
         return self._embedder
@@ -413,7 +415,7 @@ class CodeIndex:
         for exit_layer in self.settings.exit_layers:  # damaged settings may name exits that do not exist
             embedder.check_exit(exit_layer)
         if dict(self.settings.prompts) != embedder.prompts():
-            message = f"The index {self.store.location} has other prompts than its checkpoint. Rebuild it (--rebuild)."
+            message = f"The index {self.store.location} has other prompts than its checkpoint. Rebuild it: {REBUILD}."
             raise UserError("search.index.prompts", message)
         return embedder
 
@@ -509,31 +511,39 @@ def open_for_search(
     languages: Sequence[str] | None = None,
     refresh: bool = True,
     seconds: float | None = SECONDS_TO_REFRESH,
+    progress: bool = True,
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
     The index is looked up at `location`, or in `folder`. Without both, it is looked up in the working folder and its
-    parents. If no index is found, the one of the folder in the user's cache is opened. If the cache has none, it is
-    built first.
+    parents. If no index is found, or another checkpoint than `checkpoint` built it, the one of the folder and the
+    checkpoint in the user's cache is opened. If the cache has none, it is built first.
 
     Args:
         folder: the folder to search; the working folder if None.
         location: a folder of an index or a URI (see `open_store`).
-        checkpoint: where the index's checkpoint is now, or the checkpoint for a new index (`mose-code` if None).
+        checkpoint: the checkpoint to search with; if None, that of the index, or `mose-code` for a new index.
         exit_layer: the exit to search at.
-        budget: limits such as `latency_ms`; `select_exit` then chooses the exit, instead of `exit_layer`.
+        budget: limits such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`).
         cascade: the cascade of the search; its exit must be an exit of the checkpoint.
         languages: languages to read for a new index.
         refresh, seconds: whether to update an existing index, and for how long (see `CodeIndex.refresh`).
+        progress: whether to show a progress bar while an index is built.
 
     Raises:
-        UserError: an exit does not exist, the folder has no source code, or `CodeIndex.build` or `CodeIndex.open`
-            raises UserError.
+        UserError: an exit does not exist, another checkpoint built the index at `location`, or `CodeIndex.build` or
+            `CodeIndex.open` raises UserError.
         OSError: the checkpoint does not exist, or the index cannot be written.
     """
-    location = location or (find_index() if folder is None else _own_index(folder))
-    if location is not None:
-        index = CodeIndex.open(location, checkpoint=checkpoint)
+    index = None if location is None else CodeIndex.open(location, checkpoint=checkpoint)
+    if index is None and (found := find_index() if folder is None else _own_index(folder)):
+        try:
+            index = CodeIndex.open(found, checkpoint=checkpoint)
+        except UserError as error:
+            if error.key != "search.index.other_model":
+                raise
+            folder = _indexed_folder(found)
+    if index is not None:
         if budget:
             (exit_layer,) = index.embedder.exits(None, index.settings.exit_layers, budget)
     else:
@@ -542,10 +552,9 @@ def open_for_search(
             embedder.check_exit(cascade.exit_layer)
             exit_layer = embedder.trained_exits[0] if exit_layer is None and not budget else exit_layer
         (exit_layer,) = embedder.exits(exit_layer, budget=budget)
-        index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages)
+        index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages, progress)
     if refresh and not index.report.files:
         index.refresh(seconds)
-    index.refuse_empty()
     return index, exit_layer
 
 
@@ -562,7 +571,9 @@ def _indexed_folder(location: str) -> str | None:
     return None if stored is None else os.path.realpath(IndexSettings.from_dict(stored, location).folder)
 
 
-def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None) -> CodeIndex:
+def _cached_index(
+    folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None, progress: bool
+) -> CodeIndex:
     """Open the index of `folder` in the user's cache; if it is missing, unfinished or of an older version, build it."""
     location = _cached_location(folder, checkpoint, exit_layer, languages)
     rebuild = False
@@ -574,7 +585,7 @@ def _cached_index(folder: str, checkpoint: str, exit_layer: int, languages: Sequ
         rebuild = error.key != "search.index.missing"
     with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be building it
         options: dict[str, Any] = {"exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
-        return CodeIndex.build(folder, location, checkpoint=checkpoint, **options)
+        return CodeIndex.build(folder, location, checkpoint=checkpoint, progress=progress, **options)
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:

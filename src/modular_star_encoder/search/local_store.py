@@ -23,7 +23,7 @@ from uuid import uuid4
 import numpy as np
 
 from modular_star_encoder.search.pieces import Memo, Snippet
-from modular_star_encoder.search.vector_store import INDEX_FOLDER, MEMORY, Filter, Found, Row, Stamps
+from modular_star_encoder.search.vector_store import INDEX_FOLDER, MEMORY, REBUILD, Filter, Found, Row, Stamps
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import MAX_JSON_BYTES, check_types, locked, parse_json, read_json, write_text
 
@@ -63,7 +63,7 @@ def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_OTHER_DAMAGE) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it (--rebuild)."
+            message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it: {REBUILD}."
             raise UserError("search.index.unreadable", message) from error
 
     return reported

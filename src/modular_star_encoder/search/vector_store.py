@@ -23,6 +23,7 @@ QDRANT, MEMORY = "qdrant:", "memory://"
 FORMAT = 5
 DEFAULT_CHECKPOINT = "mose-code"  # the model that is packaged with the code
 LONGEST_PATH = 4096  # largest number of characters of a path or of a path pattern, as on Linux
+REBUILD = "`mose index FOLDER --rebuild`"  # the advice of errors
 INDEX_FOLDER = ".mose"  # default folder of an index in its code folder; it is hidden, so no index reads it
 
 
@@ -203,25 +204,29 @@ class IndexSettings:
         Raises UserError if another version of this package made the index at `location`, or the settings are damaged.
         """
         if (found := values.get("format")) != FORMAT:
-            message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it (--rebuild)."
+            message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it: {REBUILD}."
             raise UserError("search.index.format", message)
         options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
         try:
             settings = cls(**options)
             check_types(settings)
         except TypeError as error:
-            message = f"The settings of the index {location} are damaged ({error}): rebuild it (--rebuild)."
+            message = f"The settings of the index {location} are damaged ({error}). Rebuild it: {REBUILD}."
             raise UserError("search.index.unreadable", message) from error
         return replace(settings, folder=os.path.normpath(os.path.join(_real_path(location) or "", settings.folder)))
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if `asked`, the settings of an update, are not those of the index; the message lists both."""
+        """Raise UserError if `asked`, the settings of an update, are not those of the index; the message says how."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         pairs = [(label, getattr(self, name), getattr(asked, name)) for name, label in _LABELS.items()]
-        if differences := [
-            f"{label} {_shown(own)}, not {_shown(other)}" for label, own, other in pairs if own != other
-        ]:
-            message = f"The index {location} was built with {'; '.join(differences)}."
+        differences = [
+            f"with {label} {_shown(own)}, not {_shown(other)}" for label, own, other in pairs if own != other
+        ]
+        for word, some, others in (("without", asked, self), ("also with", self, asked)):  # each has up to 22 languages
+            if names := [name for name in some.languages if name not in others.languages]:
+                differences.append(f"{word} {_shown(tuple(names))}")
+        if differences:
+            message = f"The index {location} was built {'; '.join(differences)}."
             raise UserError("search.index.other_settings", f"{message} Use another index, or --rebuild to replace it.")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
@@ -230,7 +235,8 @@ class IndexSettings:
             raise UserError(
                 "search.index.other_model",
                 f"The index {location} was built with another checkpoint: {self.checkpoint} (checksum "
-                f"{self.checksum}), not {checkpoint} ({checksum}). Use the first, or rebuild the index (--rebuild).",
+                f"{self.checksum}), not {checkpoint} ({checksum}). Use the first, or rebuild the index: "
+                f"`mose index FOLDER --model {checkpoint} --rebuild`.",
             )
 
     def check_exit(self, exit_layer: int | None, location: str) -> int:
@@ -249,7 +255,6 @@ _LABELS = {
     "exit_layers": "exit",
     "dimension": "dimension",
     "prompts": "prompts",
-    "languages": "languages",
     "tests": "tests read:",
     "vendored": "vendored code read:",
 }
