@@ -116,12 +116,12 @@ class Embedder:
         for one in named:
             self.check_exit(one)
         if budget:
-            from modular_star_encoder.inference.exit_profile import ExitProfile, checkpoint_profile, select_exit
+            from modular_star_encoder.inference.exit_profile import checkpoint_profile, select_exit
 
             limits, allowed = dict(budget), named or self.trained_exits
             file = limits.pop("profile", None)
             try:
-                profile = ExitProfile.load(os.path.expanduser(file)) if file else checkpoint_profile(self._folder)
+                profile = checkpoint_profile(self._folder, file)
             except FileNotFoundError as error:
                 fault = f"There is no exit profile {file}" if file else f"{self.checkpoint} has no exit profile"
                 advice = f"Measure one, `mose profile {self.checkpoint} --out profile.json`; add --profile profile.json"
