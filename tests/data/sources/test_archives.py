@@ -1,9 +1,12 @@
 import io
+import lzma
 import os
 import stat
 import struct
 import tarfile
+import time
 import zipfile
+import zlib
 
 import pytest
 
@@ -129,7 +132,7 @@ def test_reading_stops_at_the_limits_of_members_and_of_unpacked_bytes(tmp_path, 
     with monkeypatch.context() as patched:
         patched.setattr(repositories, "MAX_ARCHIVE_MEMBERS", 5)
         paths, skipped = read(tmp_path)
-    assert (len(paths), skipped) == (6, {MANY: 1})
+    assert (len(paths), skipped) == (6 if suffix == ".tgz" else 1, {MANY: 1})
     monkeypatch.setattr(repositories, "MAX_ARCHIVE_BYTES", 1_000_000)
     paths, skipped = read(tmp_path)
     assert 4 <= len(paths) <= 6
@@ -156,6 +159,102 @@ def test_a_huge_directory_or_header_is_refused_before_it_is_read(tmp_path, monke
         with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
             archive.fileobj.write(header.tobuf() + b"x" * 3_000_320 + b"\0" * 10240)
         assert read(tmp_path / "a.tar.gz") == ([], {"rest of an archive with huge headers": 1})
+
+
+def record(key, value):
+    length = len(key) + len(value) + 3
+    length += len(str(length + len(str(length))))
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+def tar_of_headers(path, *headers):
+    """Write a tar file of first.py, `headers` (type, data, name) as they are, and last.py."""
+    with tarfile.open(path, "w") as archive:
+        for kind, data, name in [(b"0", b"x", "first.py"), *headers, (b"0", b"x", "last.py")]:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, 0 if kind == b"S" else len(data)
+            block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+            if kind == b"S":  # more of the map follows
+                block[482], block[148:156] = 1, b" " * 8
+                block[148:156] = b"%06o\0 " % sum(block)
+            archive.fileobj.write(block + data + b"\0" * (-len(data) % 512))
+    return path
+
+
+SPARSE_10 = record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.minor", b"0") + record(b"GNU.sparse.realsize", b"9")
+ENDLESS = b"%d\n" % 10**9 + b"1\n" * 100
+SPARSE_01 = record(b"GNU.sparse.map", b",".join([b"1"] * 9)) + record(b"GNU.sparse.size", b"9")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x", SPARSE_10, "x"), (b"0", ENDLESS, "a.py")],
+        [(b"x", SPARSE_01, "x"), (b"0", b"x", "a.py")],
+        [(b"S", (b"%011o\0" % 1 * 42 + b"\1" + b"\0" * 7) * 9 + b"\0" * 512, "a.py")],
+    ],
+    ids=["1.0", "0.1", "old"],
+)
+def test_the_map_of_a_sparse_file_is_not_kept_and_the_next_member_is_read(tmp_path, headers, monkeypatch):
+    maps, original = [], tarfile.TarFile.next
+    monkeypatch.setattr(
+        tarfile.TarFile, "next", lambda self: (info := original(self)) and (maps.append(info.sparse) or info)
+    )
+    path = tar_of_headers(tmp_path / "a.tar", *headers)
+    assert read(path) == (["first.py", "last.py"], {"link or device": 1})
+    assert [one for one in maps if one is not None] == [[]]
+
+
+@pytest.mark.parametrize("keys", [b"1" * 100_000, b"2 " * 50_000 + b"a="], ids=["digits", "overlapping"])
+def test_attributes_in_a_tar_are_read_in_linear_time(tmp_path, keys):
+    path = tar_of_headers(tmp_path / "a.tar", (b"x", keys, "x"))
+    start = time.process_time()
+    read(path)
+    assert time.process_time() - start < 2
+
+
+def test_only_path_and_size_of_the_attributes_in_a_tar_are_kept(tmp_path, monkeypatch):
+    kept, original = [], tarfile.TarFile.next
+    monkeypatch.setattr(
+        tarfile.TarFile, "next", lambda self: (info := original(self)) and (kept.append(info.pax_headers) or info)
+    )
+    own = record(b"path", "ä.py".encode()) + record(b"size", b"3") + record(b"comment", b"x")
+    path = tar_of_headers(
+        tmp_path / "a.tar", (b"g", record(b"path", b"no.py"), "g"), (b"x", own, "x"), (b"0", b"y=1", "b")
+    )
+    assert read(path) == (["first.py", "ä.py", "last.py"], {})
+    assert not any(kept)
+    make_tar(tmp_path / "cut.tar", {"ok.py": "x"}, "w")
+    data = tar_of_headers(tmp_path / "a.tar", (b"x", own, "x")).read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: 512 * 4] + b"no header" * 100)
+    assert read(tmp_path / "a.tar") == (["first.py"], {"rest of a damaged archive": 1})
+
+
+@BOTH
+def test_a_path_of_more_than_4096_characters_ends_an_archive_and_a_repeated_path_is_left_out(tmp_path, suffix):
+    path = make(tmp_path / "a", {"a.py": "x", "./a.py": "y", "A.py": "z", "d/" * 3000 + "a.py": "x"}, suffix)
+    assert read(path) == (["a.py", "A.py"], {"repeated path": 1, "rest of an archive with huge headers": 1})
+
+
+def test_a_zip_with_too_many_members_is_refused_whatever_number_it_declares(tmp_path, monkeypatch):
+    monkeypatch.setattr(repositories, "MAX_ARCHIVE_MEMBERS", 50)
+    path = make_zip(tmp_path / "a.zip", dict.fromkeys(map(str, range(51)), "x"))
+    path.write_bytes(path.read_bytes().replace(struct.pack("<HH", 51, 51), struct.pack("<HH", 1, 1)))
+    monkeypatch.setattr(zipfile, "ZipInfo", None)  # no member is built
+    assert read(path) == ([], {MANY: 1})
+
+
+def test_an_xz_file_may_have_several_streams_but_no_huge_dictionary(tmp_path):
+    whole = make_tar(tmp_path / "a.tar", {"ok.py": "x = 1\n" * 1500, "b.py": "x"}, "w").read_bytes()
+    path = tmp_path / "a.tar.xz"
+    path.write_bytes(lzma.compress(whole[:5000]) + b"\0" * 8 + lzma.compress(whole[5000:]))
+    assert read(path) == (["ok.py", "b.py"], {})
+    data = bytearray(lzma.compress(whole))
+    end = 12 + (data[12] + 1) * 4
+    data[data.index(b"\x21\x01", 12) + 2] = 40  # 4 GiB
+    data[end - 4 : end] = struct.pack("<I", zlib.crc32(data[12 : end - 4]))
+    path.write_bytes(data)
+    assert read(path) == ([], {"rest of a damaged archive": 1})
 
 
 def test_headers_are_not_kept_in_memory(tmp_path, monkeypatch):

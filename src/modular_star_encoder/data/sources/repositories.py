@@ -9,6 +9,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import stat
 import struct
 import sysconfig
@@ -206,22 +207,46 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
         yield _File("", location.relative_to(root).as_posix(), location, ""), reason
 
 
+class _XzFile:
+    """Reads an .xz file with at most `_XZ_MEMORY` bytes for its dictionary; `lzma.open` has no such limit."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._decoder = file, lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+
+    def read(self, size: int) -> bytes:
+        content = packed = b""
+        while not content:
+            if self._decoder.eof:  # another stream may follow, after zeros
+                packed = (self._decoder.unused_data or self._file.read(size)).lstrip(b"\0")
+                if not packed:
+                    return b""
+                self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+            elif self._decoder.needs_input and not (packed := self._file.read(size)):
+                raise EOFError("the .xz file ends early")
+            content, packed = self._decoder.decompress(packed, size), b""
+        return content
+
+
 ZIP_SUFFIXES = (".zip", ".whl", ".jar")
 TAR_OPENERS: dict[str, Callable[..., Any]] = {
     ".tar": lambda file: file,
     **dict.fromkeys((".tar.gz", ".tgz"), gzip.open),
     **dict.fromkeys((".tar.bz2", ".tbz2"), bz2.open),
-    **dict.fromkeys((".tar.xz", ".txz"), lzma.open),
+    **dict.fromkeys((".tar.xz", ".txz"), _XzFile),
 }
 ARCHIVE_SUFFIXES = (*ZIP_SUFFIXES, *TAR_OPENERS)
 
-_HEADER_BYTES = 1_000_000  # long names and attributes; tarfile reads each into memory
+_XZ_MEMORY = 2**28  # `xz -9` needs 65 MiB
+_HEADER_BYTES = 1_000_000  # of attributes
+_ATTRIBUTE = re.compile(rb"(\d{1,7}) ([^=]{1,200})=")
+_MAX_PATH = 4096  # characters in the path of a member
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _HEADER_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *_LONG_NAMES)
-_DIRECTORY_BYTES_PER_MEMBER = 512
+_DIRECTORY_BYTES_PER_MEMBER, _ZIP_ENTRY = 256, b"PK\1\2"
 # RuntimeError: encrypted members, unknown compression.
 _PLAIN_ERRORS = (OSError, EOFError, RuntimeError, ValueError, LookupError, struct.error, zlib.error)
 BROKEN_ARCHIVE = (*_PLAIN_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+_HUGE_HEADERS = "rest of an archive with huge headers"
 _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
 
 
@@ -254,6 +279,8 @@ def archive_members(location: Path) -> Iterator[Member]:
     for number, member in enumerate(members(location, most_bytes)):
         if number == MAX_ARCHIVE_MEMBERS:
             raise ArchiveLimitError(_TOO_MANY)
+        if len(member.name) > _MAX_PATH:
+            raise ArchiveLimitError(_HUGE_HEADERS)
         yield member
 
 
@@ -269,9 +296,11 @@ class _LimitedFile:
 
     def read(self, size: int = -1) -> bytes:
         self.left -= max(size, 0)
-        if self.left < 0:
+        content = self._file.read(size) if self.left >= 0 else b""
+        # zipfile reads the whole directory at once; an entry takes it ten times the bytes, whatever number is declared.
+        if self.left < 0 or content.count(_ZIP_ENTRY) > MAX_ARCHIVE_MEMBERS:
             raise ArchiveLimitError(self._reason)
-        return self._file.read(size)
+        return content
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -289,7 +318,6 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
             return file.read(size)
 
     with location.open("rb") as file:
-        # zipfile reads the whole directory at once.
         raw: Any = _LimitedFile(file, MAX_ARCHIVE_MEMBERS * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY)
         with zipfile.ZipFile(raw) as archive:
             raw.left = float("inf")
@@ -300,20 +328,56 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header that raises ArchiveLimitError before tarfile reads a huge name or huge attributes after it."""
+    """A tar header. Of the data before a member, only its path and size are kept, and no map of a sparse file."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
         info = super().frombuf(buf, encoding, errors)
-        if info.size > _HEADER_BYTES and info.type in _HEADER_TYPES:
-            raise ArchiveLimitError("rest of an archive with huge headers")
+        if info.type in _HEADER_TYPES and info.size > (_MAX_PATH if info.type in _LONG_NAMES else _HEADER_BYTES):
+            raise ArchiveLimitError(_HUGE_HEADERS)
+        return info
+
+    _sparse_structs: Any
+    _block: Any
+
+    def _proc_sparse(self, archive: Any) -> Any:
+        while self._sparse_structs[1]:  # another block of the map follows
+            self._sparse_structs = [], archive.fileobj.read(tarfile.BLOCKSIZE)[504], 0
+        return super()._proc_sparse(archive)  # type: ignore[misc]
+
+    def _proc_pax(self, archive: Any) -> Any:
+        # tarfile's own takes quadratic time for some attributes, and copies global ones for every member.
+        data, start, found = archive.fileobj.read(self._block(self.size)), 0, dict[bytes, bytes]()
+        while match := _ATTRIBUTE.match(data, start):
+            end = start + int(match[1])
+            if end <= match.end():
+                raise tarfile.ReadError("an attribute has a wrong length")
+            if match[2] in (b"path", b"size"):
+                found[match[2]] = data[match.end() : end - 1][: 5 * _MAX_PATH]
+            elif match[2].startswith(b"GNU.sparse."):
+                found[b"sparse"] = b""
+            start = end
+        data = b""  # a chain of headers would keep it
+        try:
+            info: Any = self.fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        if self.type == tarfile.XGLTYPE:
+            return info
+        if b"path" in found:
+            info.name = found[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
+        if b"size" in found and info.isreg():
+            info.size = int(found[b"size"])
+            archive.offset = info.offset_data + info._block(info.size)
+        if b"sparse" in found:
+            info.sparse = []  # it has data and a map, and counts as no file
         return info
 
 
 def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
     opener = TAR_OPENERS[_archive_suffix(location)]
-    with location.open("rb") as raw, opener(raw) as unpacked:
-        file: Any = _LimitedFile(unpacked, most_bytes, _TOO_LARGE)
+    with location.open("rb") as raw:
+        file: Any = _LimitedFile(opener(raw), most_bytes, _TOO_LARGE)
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
@@ -346,13 +410,15 @@ def archive_repositories(
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         for repository, location in archives:
+            seen: set[PurePath] = set()
             try:
                 for member in archive_members(location):
                     path = PurePath(member.name)
                     text, reason = _member_text(member, path, chosen, filters)
-                    if reason:
-                        skipped[reason] += 1
+                    if reason or (text and path in seen):
+                        skipped[reason or "repeated path"] += 1
                     elif text:
+                        seen.add(path)
                         yield SourceFile(repository, path.as_posix(), language_of(path) or "", text)
             except ArchiveLimitError as error:
                 skipped[str(error)] += 1
