@@ -12,7 +12,7 @@ def main() -> int:
     from modular_star_encoder.cli import main as cli
 
     if by_default:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, cli.interrupt)
     try:
         return cli.main()
     finally:

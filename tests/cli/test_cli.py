@@ -400,6 +400,25 @@ sys.exit(main())"""
     assert (process.returncode, process.stderr) == (-number, "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_further_signals_while_a_command_cleans_up_are_ignored(number):
+    script = f"""import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from modular_star_encoder.__main__ import main
+from modular_star_encoder.cli import main as cli
+def run(arguments):
+    try:
+        os.kill(os.getpid(), {number:d})
+    finally:
+        for other in (signal.SIGINT, signal.SIGTERM) * 3:
+            os.kill(os.getpid(), other)
+        print("cleaned up")
+cli.parse = lambda argv: __import__("argparse").Namespace(run=run)
+sys.exit(main())"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "cleaned up\n", "mose: interrupted\n")
+
+
 def test_a_deleted_current_folder_is_reported(mose, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -274,8 +274,18 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Embedder, "snippets", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    divided = building._divided
+
+    def interrupted_again(*arguments):
+        try:
+            yield from divided(*arguments)
+        finally:
+            raise KeyboardInterrupt("again")
+
+    monkeypatch.setattr(building, "_divided", interrupted_again)
+    with pytest.raises(KeyboardInterrupt, match="again"):  # else Python prints it: "Exception ignored in"
         build(code, tmp_path / "index", checkpoint)
+    monkeypatch.setattr(building, "_divided", divided)
     index = CodeIndex.open(tmp_path / "index")
     assert index.search(["push"])[0].hits
     assert index.search(["option return parse"], method="hybrid")[0].hits

@@ -6,10 +6,12 @@ The commands import the package when they run, so that `mose --help` does not wa
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from io import TextIOWrapper
@@ -28,6 +30,9 @@ from modular_star_encoder.utils.errors import is_panic, missing_extra
 EXPECTED_ERRORS = (ValueError, OSError, MemoryError)
 DISTRIBUTION = "modular-star-encoder"
 CORE = (DISTRIBUTION, "torch", "transformers", "sentence-transformers", "huggingface_hub", "numpy")
+
+CLEANUP_SECONDS = 5
+_interrupted = -math.inf  # time of the last signal that `interrupt` did not ignore
 
 EXAMPLES = {
     "mose index": 'mose index ~/code/requests\nmose search "merge two headers" --index ~/code/requests/.mose',
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         if threading.current_thread() is threading.main_thread():  # SIGTERM ends a command as Ctrl-C does
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, interrupt)
         check_current_folder()
         arguments = parse(argv)
         check_folders(arguments)
@@ -111,6 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mose: error: {sentence}", file=sys.stderr)
         return 2
     return 0
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Signal handler: raise KeyboardInterrupt, except within `CLEANUP_SECONDS`, in which the command cleans up."""
+    global _interrupted
+    if time.monotonic() > _interrupted + CLEANUP_SECONDS:
+        _interrupted = time.monotonic()
+        raise KeyboardInterrupt
 
 
 def check_current_folder() -> None:

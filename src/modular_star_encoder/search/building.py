@@ -7,8 +7,8 @@ not at all, and the next update continues it.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from operator import length_hint
@@ -139,9 +139,12 @@ def update_store(
         obey_ignore_files=True,
     )
     writer = _Writer(store, settings, embedder, seconds)
-    with _bar(length_hint(reader), progress) as advance:
+    with (
+        _bar(length_hint(reader), progress) as advance,
+        closing(_divided(writer.changed(reader, advance), processes, settings)) as divided,
+    ):
         reader.is_known = lambda path, location: writer.is_known(path, location) and (advance() or True)
-        for file, pieces in chain.from_iterable(_divided(writer.changed(reader, advance), processes, settings)):
+        for file, pieces in chain.from_iterable(divided):
             writer.add(file, pieces)
             advance()
         writer.finish()
@@ -163,7 +166,7 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
         yield bar.update
 
 
-def _divided(files: Iterator[SourceFile], processes: int, settings: IndexSettings) -> Iterator[list[_Changed]]:
+def _divided(files: Iterator[SourceFile], processes: int, settings: IndexSettings) -> Generator[list[_Changed]]:
     """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
     for first in files:  # runs at most once, so that the imports below happen only if there is a file
         from threadpoolctl import threadpool_limits
