@@ -692,7 +692,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
         Raises:
             ValueError: this model lacks an exit (the message lists its exits); an exit is not above `start_layer`; not
-                exactly one of `input_ids` and `inputs_embeds` is given; or `cu_seq_lens_q` is given for several rows.
+                exactly one of `input_ids` and `inputs_embeds` is given; the batch or its mask has another shape; on a
+                CPU, a token id is out of range; or `cu_seq_lens_q` is given for several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
         if (input_ids is None) == (inputs_embeds is None):
@@ -700,7 +701,16 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
             raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and only deeper exits, not {exits}.")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            try:
+                inputs_embeds = self.embed_tokens(input_ids)
+            except IndexError:
+                raise ValueError(f"input_ids must be from 0 to {self.embed_tokens.num_embeddings - 1}.") from None
+        if inputs_embeds.dim() != 3:
+            found = tuple((inputs_embeds if input_ids is None else input_ids).shape)
+            raise ValueError(f"Give input_ids of shape (B, T) or inputs_embeds of shape (B, T, H), not {found}.")
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != inputs_embeds.shape[:2]:
+            found, shape = tuple(attention_mask.shape), tuple(inputs_embeds.shape[:2])
+            raise ValueError(f"attention_mask must have the shape of the batch, {shape}, not {found}.")
         mask = restore = position_embeddings = None
         # CODEPATH: exit 0 runs no layer, so it skips packing, masks and angles, which would take most of its time.
         if exits[-1] > 0:
@@ -717,8 +727,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
 
         residual_states, exit_states = [], []
         for executed in range(start_layer, exits[-1] + 1):
-            # A batch of empty texts without special tokens has no token.
-            if executed > start_layer and hidden_states.shape[1] > 0:
+            # An empty batch has no token, nor has one of empty texts without special tokens.
+            if executed > start_layer and hidden_states.shape[0] > 0 and hidden_states.shape[1] > 0:
                 hidden_states = self.layers[executed - 1](
                     hidden_states,
                     attention_mask=mask,

@@ -210,6 +210,13 @@ def test_only_the_layers_up_to_the_exit_are_loaded(copy):
         load_checkpoint(copy, exit_layer=3)
 
 
+@pytest.mark.parametrize("name", [None, 5, b"mose-code", ["mose-code"]])
+def test_a_checkpoint_that_is_neither_name_nor_path_is_one_sentence(name, tmp_path):
+    for use in (load_checkpoint, lambda name: slice_checkpoint(name, 1, tmp_path / "out")):
+        with raises("checkpoint.name", name, "mose-code"):
+            use(name)
+
+
 def test_a_missing_folder_a_file_in_its_place_and_missing_files_are_named(copy, tmp_path):
     for path in (tmp_path / "no", str(tmp_path / "no"), "./no-such-folder", "no-such-folder", copy / "config.json"):
         with pytest.raises(FileNotFoundError, match="There is no checkpoint folder"):

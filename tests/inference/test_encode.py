@@ -122,6 +122,29 @@ def test_texts_and_exits_that_cannot_be_encoded_are_an_error(model, tokenizer):
         encode(model, tokenizer, TEXTS, exit_layers=[3])
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("texts", (None, 5, [None], [1], [b"a"], b"a", {"a": 1}, {"a"}, ["a", ["b"]])),
+        ("exit_layers", (2,)),
+        ("max_length", (0, -1, "9", 2.5, True)),
+        ("tokens_per_batch", (0, "9", None)),
+        ("prompt", (None, 5)),
+        ("tokenizer", (None, "mose-code")),
+        ("model", (None, "mose-code")),
+    ],
+)
+def test_an_argument_of_a_wrong_type_or_below_1_is_named(model, tokenizer, name, values):
+    for value in values:
+        arguments = {"model": model, "tokenizer": tokenizer, "texts": ["a"], name: value}
+        with raises(f"encode.{name}", f"{name} must be"):
+            encode(**arguments)
+
+
+def test_texts_may_come_from_a_generator(model, tokenizer):
+    assert np.array_equal(encode(model, tokenizer, (text for text in "ab"))[4], encode(model, tokenizer, ["a", "b"])[4])
+
+
 def test_the_model_runs_in_evaluation_mode_and_is_left_as_it_was(model, tokenizer):
     spy = Spy(model).train()
     encode(spy, tokenizer, TEXTS)

@@ -140,6 +140,12 @@ STATES = {"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 32)}
         (STATES | {"input_ids": torch.ones(3, 12)}, "input_ids and inputs_embeds"),
         ({"start_layer": 2}, "start_layer=2 needs inputs_embeds"),
         (STATES | {"start_layer": 1, "exit_layers": (1, 2)}, r"start_layer=1 .*\(1, 2\)"),
+        ({"input_ids": torch.ones(12, dtype=torch.long)}, r"\(B, T\) .* not \(12,\)"),
+        (STATES | {"inputs_embeds": torch.ones(12, 32)}, r"\(B, T, H\), not \(12, 32\)"),
+        ({"attention_mask": torch.ones(3, 11)}, r"attention_mask .* \(3, 12\), not \(3, 11\)"),
+        ({"attention_mask": torch.ones(1, 12)}, r"attention_mask .* \(3, 12\), not \(1, 12\)"),
+        ({"input_ids": torch.full((3, 12), 10**6)}, "input_ids must be from 0 to"),
+        ({"input_ids": torch.full((3, 12), -1)}, "input_ids must be from 0 to"),
     ],
 )
 def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, arguments, match):
@@ -149,6 +155,11 @@ def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, ar
         model(**tiny_batch() | arguments)
     with pytest.raises(ValueError, match=r"exit_layer 3 .* 1, 2, 4\."):
         model.slice(3)
+
+
+def test_an_empty_batch_has_an_empty_result(model):
+    empty = {name: value[:0] for name, value in tiny_batch().items()}
+    assert run(model, **empty, exit_layers=(1, 4)).exit_embeddings.shape[:2] == (2, 0)
 
 
 def test_an_exit_is_an_integer_also_of_numpy(model, checkpoint, tmp_path):

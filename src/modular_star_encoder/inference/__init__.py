@@ -43,6 +43,9 @@ def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
 
     To name a folder that is called like a shipped model, write `./mose-code`.
     """
+    if not isinstance(name, str | os.PathLike):
+        known = f"a folder, a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
+        raise UserError("checkpoint.name", f"A checkpoint is {known}, not {name!r:.40}.")
     path = os.path.expanduser(os.fspath(name))
     return shipped_model(path) if path in shipped_models() else path
 

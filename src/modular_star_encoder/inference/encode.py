@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from modular_star_encoder.data.prompts import ANY_CODE_INSTRUCTION, CODE_INSTRUC
 from modular_star_encoder.data.sources.dataset_rows import not_unicode
 from modular_star_encoder.data.tokenizer import ContentEncoder
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
+from modular_star_encoder.modeling.configuration_modular_star_encoder import as_int
 from modular_star_encoder.utils.errors import UserError
 
 TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at least two
@@ -63,7 +64,8 @@ def encode_exits(
         {exit_layer: embeddings (N, D) float32, L2-normalised}, ascending by exit; D is `config.projection_size`.
 
     Raises:
-        UserError: `texts` is a single string, or a text can't be encoded in UTF-8 (it has lone surrogates).
+        UserError: an argument has a wrong type or is below 1, `texts` is a single string, or a text can't be encoded
+            in UTF-8 (it has lone surrogates).
         ValueError: the model lacks an exit (the message lists its exits), or the tokenizer has no padding token.
 
     Example:
@@ -71,6 +73,9 @@ def encode_exits(
         >>> embeddings[4].shape  # doctest: +SKIP
         (1, 1024)
     """
+    _check("model", model, isinstance(model, nn.Module), "a ModularStarEncoderForRetrieval")
+    _check("exit_layers", exit_layers, isinstance(exit_layers, Collection | None), "a list of exits or None")
+    _check("max_length", max_length, max_length is None or _is_count(max_length), "a whole number from 1 or None")
     config, device = model.config, next(model.parameters()).device
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
     skips_padding = device.type == "cpu" and config.pooling != "legacy"
@@ -81,7 +86,7 @@ def encode_exits(
             config.unpad_inputs = float(batch["attention_mask"].float().mean()) < 1 - MAX_PADDING
         return model(**inputs, exit_layers=exits).exit_embeddings.float().cpu().numpy()
 
-    max_length = max_length or config.max_position_embeddings
+    max_length = config.max_position_embeddings if max_length is None else max_length
     options: dict[str, Any] = {"prompt": prompt, "tokens_per_batch": tokens_per_batch, "progress": progress}
     autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
     with _inference(model), autocast:
@@ -108,6 +113,13 @@ def encode_batches(
     """
     if isinstance(texts, str):
         raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
+    given: Any = texts
+    texts = list(given) if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping | Set) else [given]
+    wrong = next((text for text in texts if not isinstance(text, str)), "")
+    _check("texts", wrong, isinstance(wrong, str), "a list of strings")
+    _check("tokenizer", tokenizer, callable(tokenizer), "the model's tokenizer")
+    _check("prompt", prompt, isinstance(prompt, str), "a string")
+    _check("tokens_per_batch", tokens_per_batch, _is_count(tokens_per_batch), "a whole number from 1")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
         message = f"Remove the {not_unicode(broken[0])} from {len(broken)} of the texts, such as {broken[0][:40]!a}."
@@ -121,6 +133,15 @@ def encode_batches(
             embeddings[:, rows] = encode_batch(batch)
             bar.update(len(rows))
     return embeddings[:, [unique[text] for text in texts]]
+
+
+def _is_count(value: Any) -> bool:
+    return type(number := as_int(value)) is int and number > 0
+
+
+def _check(name: str, value: Any, is_right: bool, what: str) -> None:
+    if not is_right:
+        raise UserError(f"encode.{name}", f"{name} must be {what}, not {value!r:.40}.")
 
 
 def tokenize(
