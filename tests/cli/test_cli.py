@@ -436,6 +436,13 @@ def test_a_variable_of_the_environment_that_is_no_number_is_named(mose, monkeypa
     assert "TQDM_MININTERVAL=a'b" in errors
 
 
+@pytest.mark.parametrize("address", ["http://[", "http://localhost:99999", "localhost:1", "ftp://localhost"])
+def test_an_address_of_the_hub_that_is_none_is_named(mose, monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    status, _, errors = mose("search", "x", "--model", "owner/no-such-model")
+    assert (status, f"HF_ENDPOINT={address!r} is not an address" in errors) == (2, True)
+
+
 @pytest.mark.parametrize("out", ["dangling", "loop", "file/out"])
 @pytest.mark.parametrize(
     "words",

@@ -283,6 +283,13 @@ def test_what_published_tokenizers_have_is_allowed(tokenizer, tmp_path, changes)
     assert tokenizer_files.check_tokenizer(tmp_path)
 
 
+def test_a_file_in_the_place_of_a_folder_is_not_sought_on_the_hub(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in ("/dev/null", tmp_path / "tokenizer.json"):
+        with raises("checkpoint.tokenizer", f"{path} has no tokenizer.json"):
+            load_tokenizer(path)
+
+
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
 def test_files_that_cost_more_than_a_sentence_are_refused_unread(tokenizer, tmp_path, monkeypatch, changes):
     smaller = {"BYTES": 2**20, "SETTINGS_BYTES": 2**19, "TOKENS": 2**17, "SETTINGS": 2**17, "ENTRIES": 2**16}

@@ -1,5 +1,6 @@
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -103,6 +104,20 @@ class Outer:
 def test_a_fault_is_named_with_its_place_its_rule_and_its_value(content, key, value):
     with raises(key, value):
         build_settings(Outer, content, "recipe")
+
+
+def test_only_a_missing_argument_makes_settings_incomplete():
+    @dataclass
+    class Named:
+        name: Any
+
+        def __post_init__(self):
+            os.fspath(self.name)
+
+    with raises("settings.value", "recipe: expected str"):
+        build_settings(Named, {"name": None}, "recipe")
+    with raises("settings.missing", "recipe is incomplete"):
+        build_settings(Named, {}, "recipe")
 
 
 def test_a_fault_is_blamed_on_the_command_line_unless_the_file_has_it_too(tmp_path):

@@ -54,6 +54,8 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
     the memory or end the process. The files of published tokenizers pass.
     """
     folder, found = os.fspath(path), []
+    if os.path.exists(folder) and not os.path.isdir(folder):  # the Hub's library would take it for a repository
+        return False
     faults: dict[Any, str] = {}  # {file: what is wrong with it, or ""}
     for name in _FILES:
         file: Any = os.path.join(folder, name)

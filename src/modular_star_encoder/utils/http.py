@@ -289,7 +289,14 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     proxy, only HF_HUB_OFFLINE is checked. `endpoint` is the Hub's address; the default is the value of the environment
     variable HF_ENDPOINT, or https://huggingface.co.
     """
-    url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        url = urlsplit(address)
+        is_valid = bool(url.hostname and url.port != 0 and url.scheme in ("http", "https"))
+    except ValueError:  # a port that is no number or too large, an open bracket
+        is_valid = False
+    if not is_valid:
+        raise OSError(f"HF_ENDPOINT={address!r} is not an address such as https://huggingface.co: correct or unset it.")
     reasons = [f"no answer within {seconds:g} seconds"]
 
     def ask() -> None:

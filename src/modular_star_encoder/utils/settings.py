@@ -222,7 +222,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             key, sentence = _fault(error.__cause__, where)
         elif isinstance(error, ValidationError):  # raised by a check of `_PLAIN`
             sentence = f"{where}: {name} {_sentence(error.errors()[0])}"
-        elif isinstance(error, TypeError):
+        elif isinstance(error, TypeError) and "required" in str(error):
             key, sentence = "settings.missing", f"{where} is incomplete: {error}."
         # An error of `_PLAIN` is not passed on: an outer call would take it for an error of its own `kind`.
         raise UserError(key, sentence) from (None if isinstance(error, ValidationError) else error)

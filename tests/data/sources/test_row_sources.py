@@ -72,6 +72,12 @@ def test_a_slow_consumer_does_not_fill_the_memory(tmp_path):
     assert 0 < peak < size / 2
 
 
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    with raises("data.source.unreadable", "a.jsonl", "not parquet?"):
+        row_repositories(tmp_path / "a.jsonl", COLUMNS)
+
+
 def test_a_name_of_the_hub_is_opened_as_a_stream_with_its_options(monkeypatch, tmp_path):
     import datasets
 

@@ -97,7 +97,8 @@ def open_rows(
         raise UserError("data.source.damaged", f"{file} can't be read: {error}.") from error
     except Exception as error:  # the Hub, the network and the formats raise many kinds of errors
         there = files and all(map(os.path.isfile, files))
-        advice = "is it damaged, or not parquet?" if there else _NOT_FOUND
+        is_local = there or (isinstance(source, str | os.PathLike) and os.path.exists(source))
+        advice = "is it damaged, or not parquet?" if is_local else _NOT_FOUND
         message = f"The dataset {shown!r} cannot be read ({type(error).__name__}): {advice}"
         raise UserError("data.source.unreadable", message) from error
     if missing := [name for name in columns if name not in known]:
