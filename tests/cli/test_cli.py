@@ -437,10 +437,11 @@ def test_a_variable_of_the_environment_that_is_no_number_is_named(mose, monkeypa
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://localhost:99999", "localhost:1", "ftp://localhost"])
-def test_an_address_of_the_hub_that_is_none_is_named(mose, monkeypatch, address):
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    status, _, errors = mose("search", "x", "--model", "owner/no-such-model")
-    assert (status, f"HF_ENDPOINT={address!r} is not an address" in errors) == (2, True)
+def test_an_address_of_the_hub_that_is_none_is_named(address):
+    command = [sys.executable, "-m", "modular_star_encoder", "search", "x", "--model", "owner/no-such-model"]
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (answer.returncode, f"HF_ENDPOINT={address!r} is not an address" in answer.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("out", ["dangling", "loop", "file/out"])

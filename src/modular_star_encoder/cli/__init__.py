@@ -86,8 +86,10 @@ def checkpoint(text: str) -> str:
         try:
             check_hub()
         except OSError as error:
-            from huggingface_hub import constants, try_to_load_from_cache
-
+            try:
+                from huggingface_hub import constants, try_to_load_from_cache
+            except ValueError:  # HF_ENDPOINT is wrong, as `error` says
+                raise error from None
             if not isinstance(try_to_load_from_cache(text, "config.json"), str):
                 raise OSError(f"{text} is neither a local folder nor in the Hub's cache, and {error}") from None
             constants.HF_HUB_OFFLINE = True
