@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import yaml
@@ -39,6 +40,13 @@ def test_build_prints_where_the_dataset_is_and_push_what_it_would_upload(mose, b
     assert [str(word) for words in printed for word in words] == [str(folder / "dataset")]
     status, out, _ = mose("dataset", "push", folder, "owner/name")
     assert (status, "README.md" in out, "a dry run" in out) == (0, True, True)
+
+
+def test_push_prints_no_control_characters_of_names(mose, built, tmp_path):
+    folder = shutil.copytree(built[0] / "dataset", tmp_path / "out")
+    next(folder.glob("data/*.parquet")).rename(folder / "data" / "\x1b[31m\n0  a.parquet")
+    status, out, _ = mose("dataset", "push", folder, "owner/name")
+    assert (status, "data/�[31m�0  a.parquet" in out) == (0, True)
 
 
 def test_stats_prints_the_table_and_writes_the_same_figures(mose, built, tmp_path):

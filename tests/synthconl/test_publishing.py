@@ -1,8 +1,12 @@
+import os
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
 from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.synthconl import publishing
@@ -49,6 +53,42 @@ def test_an_upload_sends_these_files_alone_to_a_private_repository(finished, hub
     assert options["folder_path"] == finished / "dataset"
     assert set(options["allow_patterns"]) == FILES
     assert str(upload).endswith("uploaded to https://hub.example/datasets/owner/name")
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("upload", [False, True])
+def test_a_link_out_of_the_folder_is_refused_before_anything_is_listed_or_sent(finished, hub, tmp_path, name, upload):
+    folder, secret = shutil.copytree(finished / "dataset", tmp_path / "out"), tmp_path / "secret"
+    shutil.move(folder / name, secret)
+    (folder / name).symlink_to(secret)
+    with raises("synthconl.push.file", folder / name):
+        push_dataset(folder, "owner/name", upload=upload)
+    shutil.rmtree(folder / "data")
+    (folder / "data").symlink_to(finished / "dataset" / "data")
+    with raises("synthconl.push.file"):
+        push_dataset(folder, "owner/name", upload=upload)
+    assert hub.method_calls == []
+
+
+@pytest.mark.parametrize(
+    ("make", "key"), [(os.mkdir, "push.file"), (os.mkfifo, "push.file"), (Path.touch, "shards.unreadable")]
+)
+def test_only_parquet_files_in_data_are_uploaded(finished, hub, tmp_path, make, key):
+    folder = shutil.copytree(finished / "dataset", tmp_path / "out")
+    make(folder / "data" / "train-9.parquet")
+    with raises(f"synthconl.{key}", "train-9.parquet"):
+        push_dataset(folder, "owner/name", upload=True)
+    assert hub.method_calls == []
+
+
+def test_a_name_with_wildcards_uploads_no_other_file(finished, hub, tmp_path):
+    folder = shutil.copytree(finished / "dataset", tmp_path / "out")
+    (folder / "data" / "train-00000-of-00001.parquet").rename(folder / "data" / "*.parquet")
+    push_dataset(folder, "owner/name", upload=True)
+    patterns = hub.upload_folder.call_args.kwargs["allow_patterns"]
+    assert list(filter_repo_objects(["data/*.parquet", "data/b/c.parquet"], allow_patterns=patterns)) == [
+        "data/*.parquet"
+    ]
 
 
 def test_the_card_has_the_metadata_of_the_hub(finished):

@@ -123,10 +123,14 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 
 
 def run_dataset_push(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.publishing import push_dataset
 
     private = not arguments.public
-    print(push_dataset(arguments.folder, arguments.repository, upload=arguments.upload, private=private))
+    pushed = push_dataset(arguments.folder, arguments.repository, upload=arguments.upload, private=private)
+    print(replace(pushed, files=tuple((printable(name), size) for name, size in pushed.files)))
 
 
 def run_corpus_fetch(arguments: argparse.Namespace) -> None:

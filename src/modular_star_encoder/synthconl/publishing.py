@@ -1,5 +1,6 @@
 """Count the rows of a built dataset, describe it in a card, and upload it."""
 
+import glob
 import json
 import os
 from collections import Counter, defaultdict
@@ -13,8 +14,10 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import RetrievalExample
+from modular_star_encoder.synthconl.row_files import open_shard
 from modular_star_encoder.synthconl.translation import LANGUAGE_NAMES
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import leads_outside
 from modular_star_encoder.utils.http import check_repository_id, wrap_hub_errors
 from modular_star_encoder.utils.reports import cell, load_card, render_card
 
@@ -198,15 +201,24 @@ def push_dataset(
         repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
         upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
         private: Whether a repository that this call creates is private.
+
+    Raises:
+        UserError: the dataset isn't finished, a file leads out of `folder` or isn't a regular file, or a file in `data`
+            isn't Parquet. Nothing has been uploaded then.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
         message = f"{folder} contains no finished dataset; build one with `mose dataset build`."
         raise UserError("synthconl.push.no_dataset", message)
+    paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
+    if wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
+        message = f"{wrong[0]} must be a regular file, and no link out of {folder}. Move it away, or copy its target."
+        raise UserError("synthconl.push.file", message)
+    for path in paths[2:]:
+        open_shard(path)
     required = ("license", "task_categories", "configs", "size_categories")
     load_card(DatasetCard, root / CARD, required, "synthconl.push.card")
-    paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
     files = tuple((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     if not upload:
         return Upload(repository, files)
@@ -217,7 +229,7 @@ def push_dataset(
             repo_id=repository,
             repo_type="dataset",
             folder_path=root,
-            allow_patterns=[name for name, _ in files],
+            allow_patterns=[glob.escape(name) for name, _ in files],
             # Without this, files of an earlier upload with another number of shards would stay in the dataset.
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",

@@ -81,7 +81,7 @@ def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str
 
 def count_rows(folder: Path) -> int:
     """Return how many rows `write_rows` wrote to a folder; only metadata is read."""
-    return sum(_opened(file).metadata.num_rows for file in row_files(folder))
+    return sum(open_shard(file).metadata.num_rows for file in row_files(folder))
 
 
 class Shard(NamedTuple):
@@ -103,13 +103,13 @@ def find_shards(folder: Path) -> tuple[Shard, ...]:
     paths = [path for path, name in found if not any(part.startswith(".") for part in name.parts[:-1])]
     if not paths:
         raise UserError("synthconl.shards.missing", f"{folder} contains no *.parquet file: name another folder.")
-    return tuple(Shard(path, path.relative_to(folder).as_posix(), _opened(path).metadata.num_rows) for path in paths)
+    return tuple(Shard(path, path.relative_to(folder).as_posix(), open_shard(path).metadata.num_rows) for path in paths)
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: str | None) -> None:
     """Raise UserError if a file lacks a column, one of `columns` isn't text, or `id_column` isn't text or integers."""
     for shard in shards:
-        schema = _opened(shard.path).schema_arrow
+        schema = open_shard(shard.path).schema_arrow
         for name in (*columns, *([] if id_column is None else [id_column])):
             key, fault = "", ""
             if name not in schema.names:
@@ -140,7 +140,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
     columns = []
     for one in shards:
         with _unreadable(one.path):
-            schema = pa.schema([_opened(one.path).schema_arrow.field(id_column)])
+            schema = pa.schema([open_shard(one.path).schema_arrow.field(id_column)])
             columns.append(pa.Table.from_batches(parquet_batches(one.path, [id_column]), schema)[id_column])
     kind = pa.large_string()
     if all(pa.types.is_integer(one.type) for one in columns):
@@ -160,7 +160,7 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
 
     Each row group has about `_ROWS_PER_GROUP` rows or `_GROUP_BYTES` bytes, whichever is reached first.
     """
-    schema = _opened(shard.path).schema_arrow
+    schema = open_shard(shard.path).schema_arrow
 
     def tables() -> Iterator[pa.Table]:
         start, size = 0, 0
@@ -180,7 +180,8 @@ def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
     write_parquet(target, tables(), schema)
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a parquet file; UserError if it can't be read or exceeds the limits of `open_parquet`."""
     with _unreadable(path):
         return open_parquet(path)
 
