@@ -7,6 +7,7 @@ from modular_star_encoder.demo.page import (
     LONGEST_QUESTION,
     TOP_K,
     ExitCosts,
+    Reply,
     SearchPage,
     circumstances,
     cost_card,
@@ -15,6 +16,7 @@ from modular_star_encoder.demo.page import (
 from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum, save_retrieval_checkpoint
 from modular_star_encoder.search.embedder import Embedder
+from modular_star_encoder.search.hits import Answer
 from modular_star_encoder.search.index import CodeIndex
 from tests.search.conftest import build, write_code
 from tests.tiny import tiny_model, tiny_profile, tiny_tokenizer
@@ -81,9 +83,22 @@ def test_what_a_user_can_mend_is_one_sentence(page, question, path, named):
     assert right == ""
 
 
-@pytest.mark.parametrize("position", [-5, 99, None, 0.4])
+@pytest.mark.parametrize("position", [-5, 99, None, 0.4, float("nan"), float("inf"), [1]])
 def test_whatever_a_client_sends_is_an_exit_of_the_index(page, position):
     assert re.search(r"<b>exit [14]</b>", page.answer("add", [], "", 0, position, 0)[0])
+    assert re.match(r"<h2>Exit [14]</h2>", page.costs_at(position))
+
+
+@pytest.mark.parametrize("rerank", [True, 1.0, float("nan"), "1", [1], None])
+def test_only_the_number_of_a_deeper_exit_re_ranks(page, monkeypatch, rerank):
+    monkeypatch.setattr(page, "exit_layers", (0, 1))
+    monkeypatch.setattr(page, "rerank_exit_layers", (1,))
+    asked = []
+    monkeypatch.setattr(page, "_ask", lambda *values: asked.append(values[2]) or Reply(Answer("add", []), 0, 1.0))
+    page.answer("add", [], "", rerank, 0)
+    page.answer("add", [], "", 1, 0)
+    assert asked == [0, 1]
+    assert type(asked[0]) is int
 
 
 def test_an_index_of_another_checkpoint_is_refused_on_the_page(index, tmp_path):

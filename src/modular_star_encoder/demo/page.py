@@ -182,7 +182,7 @@ class SearchPage:
             return [message_html(_ASK), *rest]
         try:
             where = {"languages": languages or None, "path": path if (path or "").strip() else None}
-            deeper = rerank if rerank in self.rerank_exit_layers else 0
+            deeper = rerank if type(rerank) is int and rerank in self.rerank_exit_layers else 0
             replies = [self._ask(question, self._exit_at(position), deeper, where) for position in positions]
         except _EXPECTED_ERRORS as error:
             return [message_html(_one_sentence(error), error=True), *rest]
@@ -203,7 +203,9 @@ class SearchPage:
         return Reply(answer, exit_layer, 1000 * (time.perf_counter() - start))
 
     def _exit_at(self, position: Any) -> int:
-        return self.exit_layers[min(max(int(position or 0), 0), len(self.exit_layers) - 1)]
+        if not isinstance(position, int | float) or position != position:  # None, or NaN
+            position = 0
+        return self.exit_layers[int(min(max(position, 0), len(self.exit_layers) - 1))]
 
 
 def _one_sentence(error: BaseException) -> str:
