@@ -76,7 +76,7 @@ def test_models_that_cannot_start_or_grow_are_refused(tokenizer):
     counts = np.ones(len(tokenizer))
     with raises("training.start_from_teacher", "projection_size=20"):
         start_from_teacher(tiny_model(**EXIT_0), tokenizer, np.ones((len(tokenizer), 20)), counts)
-    cases = ((EXIT_0, (1, 2), "[1, 2]"), (STUDENT, (0, 3), "exit_layers=["))
+    cases = ((EXIT_0, (1, 2), "[1, 2]"), (EXIT_0, (0, 5000), "[0, 5000]"), (STUDENT, (0, 3), "exit_layers=["))
     for changes, exits, named in (*cases, (EXIT_0 | {"exit_norm": "all"}, (0, 2), "exit_norm='all'")):
         with raises("training.grow", named) as error:
             grow(tiny_model(**changes), exits)

@@ -251,7 +251,11 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
         raise UserError("training.grow", fault)
     changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
     changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
-    config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
+    try:
+        config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
+    except StrictDataclassError as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise UserError("training.grow", f"The model can't have the exits {exits}: {cause}") from error
     grown = type(model)(config)
     grown.load_state_dict(model.state_dict(), strict=False)
     for layer in grown.model.layers:
