@@ -10,6 +10,7 @@ from modular_star_encoder.hub import publishing
 from modular_star_encoder.hub.publishing import publish, push
 from modular_star_encoder.hub.staging import stage_repositories
 from tests.errors import raises
+from tests.hub import stand_in_hub
 from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
 from tests.tiny import contents
 
@@ -164,6 +165,13 @@ def test_a_refused_token_writes_nothing_and_is_not_repeated_and_a_hub_may_be_awa
     assert hub.repositories == {}
     with pytest.raises(OSError, match="can't be reached"):
         push(staged[0], HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+
+
+@pytest.mark.parametrize("answer", [[1, 2, 3], None, "text", {}, {"id": 5, "sha": 7, "siblings": "abc"}])
+def test_an_answer_of_an_unknown_form_is_one_sentence(hub, api, staged, monkeypatch, answer):
+    monkeypatch.setattr(stand_in_hub._Handler, "_route", lambda *_: (200, answer, {}))
+    with pytest.raises(OSError, match="The Hub sent an answer of an unknown form"):
+        push(staged[0], api)
 
 
 def test_branches_start_empty_slices_name_their_parents_revision_and_the_same_again_is_nothing(

@@ -354,3 +354,5 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"
         raise OSError(message) from error
+    except (AttributeError, TypeError, LookupError, json.JSONDecodeError) as error:  # from huggingface_hub
+        raise OSError("The Hub sent an answer of an unknown form. Check the address in HF_ENDPOINT.") from error
