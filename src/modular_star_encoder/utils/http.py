@@ -7,6 +7,7 @@ without an event loop in the caller's thread. The message of every error is one 
 import asyncio
 import contextlib
 import http.client
+import json
 import os
 import random
 import re
