@@ -76,3 +76,6 @@ def test_dedup_writes_the_rows_that_are_kept(mose, built, tmp_path):
     counts = {line.split(maxsplit=1)[1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()}
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]["kept"]
     assert counts["kept"] == kept < sum(counts.values())
+    report = tmp_path / "out" / "report.json"
+    report.write_text(report.read_text().replace('"kept"', '"\\u001b[31mkept"'))
+    assert "�[31mkept" in mose("dataset", "dedup", built[0] / "triplets", *options)[1]

@@ -2,7 +2,9 @@ import json
 import os
 import random
 import runpy
+import shutil
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pytest
 
 from modular_star_encoder.data.sources import dataset_rows
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl import near_duplicate_job, row_files
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from tests.errors import raises
@@ -191,6 +193,92 @@ def test_names_of_reports_and_pipes_and_damaged_files_and_columns_of_one_name_ar
     with raises(f"synthconl.{key}", tmp_path / "in" if key == "shards.missing" else path):
         drop(tmp_path / "in", tmp_path / "out", columns=["code"], id_column=None)
     assert make in (invalid_text, damaged_row_group) or not (tmp_path / "out").exists()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_file(path):
+    shutil.copy(next(one for one in path.parent.iterdir() if one.stat().st_size != path.stat().st_size), path)
+
+
+def in_place(make):
+    def replace(path):
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+def move_out(path):
+    target = path.parents[2] / "moved"
+    path.rename(target)
+    path.symlink_to(target)
+
+
+@pytest.fixture
+def begun(source, tmp_path, monkeypatch):
+    """The folder of a job that was interrupted after its first file of rows."""
+    write_kept, out = near_duplicate_job.write_kept, tmp_path / "out"
+
+    def interrupted(shard, target, kept):
+        if (out / "part-0").exists():
+            raise KeyboardInterrupt
+        write_kept(shard, target, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(near_duplicate_job, "write_kept", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drop(source, out)
+    return out
+
+
+ARROW, PARQUET = ".near-duplicate-job/*.arrow", "part-0/0.parquet"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change"),
+    [
+        *((ARROW, one) for one in (truncate, flip, of_another_file)),
+        *((one, in_place(make)) for one in (ARROW, PARQUET) for make in (Path.touch, os.mkfifo, os.mkdir)),
+        *((one, move_out) for one in (ARROW, PARQUET)),
+        (PARQUET, one_row),
+    ],
+)
+def test_a_damaged_or_foreign_file_of_a_begun_job_is_named_and_nothing_is_written(source, begun, pattern, change):
+    path = next(begun.glob(pattern))
+    change(path)
+    before = sorted(begun.rglob("*"))
+    with raises("synthconl.near_duplicates.damaged", path, f"remove the folder {begun} and start again"):
+        drop(source, begun)
+    assert sorted(begun.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", [".near-duplicate-job", "part-1"])
+def test_a_job_writes_through_no_link_out_of_its_folder(source, begun, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    if (begun / name).exists():
+        shutil.rmtree(begun / name)
+    (begun / name).symlink_to(tmp_path / "elsewhere")
+    with raises("synthconl.near_duplicates.damaged", name, begun):
+        drop(source, begun)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_report_without_counts_is_damaged(source, finished, tmp_path):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    for change in ({}, {"counts": {"kept": "all"}}):
+        content = {name: value for name, value in finished[0].items() if name != "counts"}
+        (out / "report.json").write_text(json.dumps(content | change))
+        with raises("synthconl.near_duplicates.damaged", out, "report.json", "counts"):
+            drop(source, out)
 
 
 @pytest.mark.slow

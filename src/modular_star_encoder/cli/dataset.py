@@ -89,6 +89,7 @@ def run_dataset_build(arguments: argparse.Namespace) -> None:
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.data.sources.dataset_rows import open_texts
+    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
     from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
 
@@ -101,7 +102,7 @@ def run_dataset_dedup(arguments: argparse.Namespace) -> None:
         settings=DuplicateSettings(threshold=arguments.threshold, match=arguments.match, recall=arguments.recall),
     )
     for reason, count in report["counts"].items():
-        print(f"{count:>12,}  {reason}")
+        print(f"{count:>12,}  {printable(reason)}")
 
 
 def run_dataset_stats(arguments: argparse.Namespace) -> None:

@@ -8,15 +8,16 @@ are kept, so a repeated call keeps the same rows.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from hashlib import blake2b
+from hashlib import blake2b, file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from modular_star_encoder.synthconl.near_duplicates import (
@@ -29,7 +30,7 @@ from modular_star_encoder.synthconl.near_duplicates import (
 )
 from modular_star_encoder.synthconl.row_files import Shard, check_columns, find_shards, read_ids, read_texts, write_kept
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, locked, read_json, staged_file, write_json
+from modular_star_encoder.utils.files import LOCK, fits, leads_outside, locked, read_json, staged_file, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _LARGEST_CLUSTERS = 20
@@ -70,8 +71,8 @@ def drop_near_duplicates(
         `giant_clusters`, `largest_bucket` and `rows_over_limit` as in `NearDuplicates`; `job`, the input and settings.
 
     Raises:
-        UserError: files, columns or ids can't be used; `out` has unrelated files or was begun with other arguments; or
-            another process works in `out`.
+        UserError: files, columns or ids can't be used; `out` has unrelated or damaged files, or was begun with other
+            arguments; or another process works in `out`.
     """
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
@@ -105,8 +106,9 @@ def drop_near_duplicates(
                 result = find_near_duplicates(parts, settings, order=order, against=other_sets, progress=progress)
                 start = 0
                 for shard in tqdm(shards, desc="Writing", unit=" files", disable=not progress):
-                    if not (out / shard.name).exists():
-                        write_kept(shard, out / shard.name, result.kept[start : start + shard.rows])
+                    target, kept = out / shard.name, result.kept[start : start + shard.rows]
+                    if _found(target, out, int(kept.sum()), pq.read_metadata) is None:
+                        write_kept(shard, target, kept)
                     start += shard.rows
                 with staged_file(out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
                     output.writelines(_dropped_lines(result, ids))
@@ -123,13 +125,17 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; UserError if `out` can't be used for this job."""
     begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
     used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
-    key, fault = "", ""
-    if (used and not begun) or out == source or out in source.parents or source in out.parents:
+    work, key, fault = out / WORK, "", ""
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        key, fault = "damaged", f"has a {WORK} that is no folder; remove the folder and start again"
+    elif (used and not begun) or out == source or out in source.parents or source in out.parents:
         key, fault = "out", f"must be new or empty, and must neither be in {source} nor contain it"
     elif begun:
         try:
             content = read_json(begun[0])
             before = content.get("job", {}) if begun[0].name == REPORT else content
+            if begun[0].name == REPORT and not fits(content.get("counts"), dict[str, int]):
+                raise ValueError("`counts` must be numbers of rows")
             if changed := [name for name in job if before.get(name) != job[name]]:
                 changes = f"other values of {', '.join(changed)}. Use another folder, or remove this one to start again"
                 key, fault = "other_job", f"was begun with {changes}"
@@ -140,6 +146,26 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     return bool(begun)
 
 
+def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any | None:
+    """Return `read(path)`, an object with `num_rows`, or None if no earlier call wrote `path`.
+
+    UserError if the file is unreadable, has another number of rows, is not a regular file or is outside `out`.
+    """
+    try:
+        if leads_outside(path, out):
+            raise ValueError("it leads out of the folder")
+        if not path.exists():
+            return None
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
+        if (found := read(path)).num_rows != rows:
+            raise ValueError(f"it has {found.num_rows} rows, not {rows}")
+    except (OSError, ValueError) as error:
+        message = f"{path} is not as this job wrote it ({error}); remove the folder {out} and start again."
+        raise UserError("synthconl.near_duplicates.damaged", message) from error
+    return found
+
+
 def _digest(texts: Iterable[str | None]) -> str:
     contents = [(text or "").encode("utf-8", "surrogatepass") for text in texts]
     return blake2b(b"".join(len(one).to_bytes(8, "little") + one for one in contents), digest_size=16).hexdigest()
@@ -148,25 +174,36 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write the missing files of fingerprints, one per shard; return each column's fingerprints, memory-mapped."""
+    """Write the missing files of fingerprints, one per shard; return each column's fingerprints, memory-mapped.
+
+    A file is in Arrow's IPC format, with its SHA-256 appended.
+    """
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []
     with tqdm(desc="Fingerprinting", total=sum(one.rows for one in shards), unit=" rows", disable=not progress) as bar:
         for shard in shards:
             target = work / f"{_digest([shard.name])}.arrow"
-            if not target.exists():
-                with (
-                    staged_file(target, resumable=True) as temporary,
-                    temporary.open("wb") as file,
-                    pa.ipc.new_file(file, schema) as writer,
-                ):
-                    for texts in read_texts(shard, columns):
-                        prints = [fingerprint(column, settings.banding) for column in texts]
-                        writer.write_batch(pa.record_batch(prints, schema))
+            if (table := _found(target, work.parent, shard.rows, _read_fingerprints)) is None:
+                with staged_file(target, resumable=True) as temporary, temporary.open("wb+") as file:
+                    with pa.ipc.new_file(file, schema) as writer:
+                        for texts in read_texts(shard, columns):
+                            prints = [fingerprint(column, settings.banding) for column in texts]
+                            writer.write_batch(pa.record_batch(prints, schema))
+                    file.seek(0)
+                    file.write(file_digest(file, "sha256").digest())
+                table = _read_fingerprints(target)
             bar.update(shard.rows)
-            tables.append(pa.ipc.open_file(pa.memory_map(str(target))).read_all())
+            tables.append(table)
     return [[empty, *pa.concat_tables(tables)[name].chunks] for name in columns]
+
+
+def _read_fingerprints(path: Path) -> pa.Table:
+    """Return the fingerprints in a file, memory-mapped; ValueError if the file is damaged."""
+    content = pa.memory_map(str(path)).read_buffer()
+    if sha256(content[:-32]).digest() != content[-32:].to_pybytes():
+        raise ValueError("its checksum is wrong")
+    return pa.ipc.open_file(content[:-32]).read_all()
 
 
 def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
