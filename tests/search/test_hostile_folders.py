@@ -10,7 +10,7 @@ import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, PointStruct, VectorParams
 
-from modular_star_encoder.search import local_store
+from modular_star_encoder.search import building, index, local_store
 from modular_star_encoder.search.index import CodeIndex, open_for_search
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.vector_store import file_id
@@ -220,6 +220,31 @@ def test_an_update_follows_no_link_in_its_index_and_removes_only_its_own_files(h
     build(folder, folder / ".mose", checkpoint)
     assert victim.read_text() == (folder / ".mose" / "rows-2024.csv").read_text() == "mine"
     assert (folder / ".mose" / ".gitignore").read_text() == "*\n"
+
+
+@pytest.mark.parametrize("content", ["gone", "link", "folder"])
+@pytest.mark.parametrize("moment", ["_divided", "update_store"])
+def test_an_index_that_is_replaced_while_it_is_written_is_not_written_through(
+    code, tmp_path, checkpoint, monkeypatch, content, moment
+):
+    outside, module = tmp_path / "outside", index if moment == "update_store" else building
+    outside.mkdir()
+    (outside / ".gitignore").write_text("mine")
+    original = getattr(module, moment)
+
+    def replaced_before(*arguments, **options):
+        (code / ".mose").rename(tmp_path / "old")
+        if content == "link":
+            (code / ".mose").symlink_to(outside)
+        elif content == "folder":
+            (code / ".mose").mkdir()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, moment, replaced_before)
+    with raises("search.index.replaced", code / ".mose"):
+        build(code, code / ".mose", checkpoint)
+    assert [one.name for one in outside.iterdir()] == [".gitignore"]
+    assert content == "gone" or not (code / ".mose" / "index.json").exists()
 
 
 def test_a_segment_whose_header_is_too_large_is_damage(code, tmp_path, checkpoint, monkeypatch):

@@ -6,9 +6,11 @@ import pytest
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.data.sources import repositories
+from modular_star_encoder.search import building
 from modular_star_encoder.search.building import update_store
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.vector_store import Filter, IndexSettings, file_id, path_expression
+from tests.errors import raises
 
 CODE = "def größe(text):\n    return len(text)\n"
 READ = "read"
@@ -127,20 +129,60 @@ def test_what_is_no_ordinary_file_is_named(folder, kind):
         (lambda path: path.write_bytes(b""), "empty"),
         (lambda path: path.write_text(CODE), READ),
         (lambda path: path.unlink(), "unreadable"),
+        (lambda path: (path.unlink(), linked(path.parent, path.parent / "good.py")), "unreadable"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "unreadable"),
     ],
 )
 def test_a_file_that_changes_while_it_is_read_is_read_or_named(folder, monkeypatch, change, expected):
     (folder / "odd.py").write_text("x = 1\n" * 9)
     original = repositories.beginning
 
-    def changed_before(path, size):
+    def changed_before(path, size, **options):
         if path.name == "odd.py":
             monkeypatch.undo()
             change(path)
-        return original(path, size)
+        return original(path, size, **options)
 
     monkeypatch.setattr(repositories, "beginning", changed_before)
     assert outcome(folder, "odd.py") == expected
+
+
+def test_files_of_a_folder_that_becomes_a_link_after_the_walk_are_not_read(folder, tmp_path, monkeypatch):
+    for parent in (folder / "sub", tmp_path / "outside"):
+        parent.mkdir()
+        (parent / "odd.py").write_text(CODE)
+    original = repositories.beginning
+
+    def changed_before(path, size, **options):
+        monkeypatch.undo()
+        (folder / "sub").rename(tmp_path / "old")
+        os.symlink(tmp_path / "outside", folder / "sub")
+        return original(path, size, **options)
+
+    monkeypatch.setattr(repositories, "beginning", changed_before)
+    assert outcome(folder, "sub/odd.py") == "unreadable"
+
+
+@pytest.mark.parametrize("by_link", [True, False])
+@pytest.mark.parametrize("moment", ["beginning", "folder_repositories"])
+def test_a_folder_that_is_moved_or_becomes_a_link_while_it_is_read_is_named(
+    folder, tmp_path, monkeypatch, moment, by_link
+):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "good.py").write_text("secret = 'mine'\n")
+    module = repositories if moment == "beginning" else building
+    original = getattr(module, moment)
+
+    def changed_before(*arguments, **options):
+        monkeypatch.undo()
+        folder.rename(tmp_path / "old")
+        if by_link:
+            os.symlink(tmp_path / "outside", folder)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, moment, changed_before)
+    with raises("search.folder.replaced" if by_link or moment == "beginning" else "data.source.missing", folder):
+        indexed(folder)
 
 
 def test_definitions_after_a_very_long_line_are_found_and_the_line_is_cut(folder):

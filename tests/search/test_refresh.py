@@ -29,7 +29,9 @@ def old_code(code):
 def read(monkeypatch):
     """Names of the files that are read."""
     names, real = [], repositories.beginning
-    monkeypatch.setattr(repositories, "beginning", lambda file, size: names.append(file.name) or real(file, size))
+    monkeypatch.setattr(
+        repositories, "beginning", lambda file, size, **links: names.append(file.name) or real(file, size, **links)
+    )
     return names
 
 

@@ -30,6 +30,7 @@ from modular_star_encoder.search.vector_store import (
     file_id,
     readable_path,
 )
+from modular_star_encoder.utils.errors import UserError
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an interruption loses seconds of work
@@ -125,7 +126,7 @@ def update_store(
             With a limit, files that an earlier update left out are reported only if they have changed.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or was moved, removed or replaced by a link since `settings` were made.
     """
     start = time.perf_counter()
     reader = folder_repositories(
@@ -138,6 +139,7 @@ def update_store(
         may_be_empty=True,
         obey_ignore_files=True,
     )
+    _check_in_place(settings.folder)
     writer = _Writer(store, settings, embedder, seconds)
     with (
         _bar(length_hint(reader), progress) as advance,
@@ -147,12 +149,19 @@ def update_store(
         for file, pieces in chain.from_iterable(divided):
             writer.add(file, pieces)
             advance()
+        _check_in_place(settings.folder)  # before files that were not found are removed from the index
         writer.finish()
     report = writer.report
     report.rows, report.seconds = store.count(), time.perf_counter() - start
     report.skipped_files += reader.skipped_files
     report.guessed_files = reader.guessed_files
     return report
+
+
+def _check_in_place(folder: str) -> None:
+    if not os.path.isdir(folder) or os.path.realpath(folder) != folder:
+        message = f"The folder {folder} was moved, removed or replaced by a link. Index the folder that you mean."
+        raise UserError("search.folder.replaced", message)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class LocalStore:
     """A `VectorStore` in a folder, or in the memory of this process if the location is None."""
 
     def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
-        self.folder = None if location is None else Path(location).expanduser().absolute()
+        self.folder = None if location is None else Path(os.path.realpath(Path(location).expanduser()))
         self.location = MEMORY if location is None else os.fspath(location)
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
@@ -100,7 +100,9 @@ class LocalStore:
             try:
                 yield
             except BaseException:
-                if self._is_new and not self._read()["segments"]:  # the disk was full before the first rows
+                if (
+                    self._is_new and self._is_in_place() and not self._read()["segments"]
+                ):  # the disk was full before the first rows
                     for name in (MANIFEST, ".gitignore"):
                         (self.folder / name).unlink(missing_ok=True)
                     self._remove_other_segments(())
@@ -122,6 +124,7 @@ class LocalStore:
     def create(self, settings: Mapping[str, Any]) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_in_place()
             if self.folder.name == INDEX_FOLDER:  # an index in another folder may be meant to be committed
                 write_text(self.folder / ".gitignore", "*\n")  # a link there is replaced, not followed
         self._is_new = True
@@ -142,6 +145,7 @@ class LocalStore:
     def keep_stamps(self, stamps: Stamps) -> None:
         self._stamps = stamps
         if self.folder is not None:
+            self._check_in_place()
             write_text(self.folder / _STAMPS, json.dumps(stamps))
 
     @_reading
@@ -261,9 +265,19 @@ class LocalStore:
         if self.folder is None:
             self._manifest = manifest
             return
+        self._check_in_place(manifest)
         write_text(self.folder / MANIFEST, json.dumps(manifest))  # as ASCII: a folder's name need not be Unicode
         self._remove_other_segments(manifest["segments"])
         self._version = None
+
+    def _is_in_place(self) -> bool:
+        return self.folder is None or (self.folder.is_dir() and os.path.realpath(self.folder) == str(self.folder))
+
+    def _check_in_place(self, manifest: Mapping[str, Any] | None = None) -> None:
+        """Raise UserError if the folder, or the index read from it, is gone or replaced: a link is not written to."""
+        if not self._is_in_place() or (manifest is not None and manifest["settings"] is None):
+            message = f"The index {self.location} was removed or replaced while it was written. Run the command again."
+            raise UserError("search.index.replaced", message)
 
     def _remove_other_segments(self, names: Collection[str]) -> None:
         for path in self.folder.glob("rows-*") if self.folder is not None else ():
@@ -278,6 +292,7 @@ class LocalStore:
         else:
             from safetensors.numpy import save_file
 
+            self._check_in_place()
             path = self.folder / f"{name}.safetensors"
             save_file(arrays, path.with_suffix(".tmp"), metadata={"files": json.dumps(files)})
             # safetensors writes files that only their owner can read; they get the permissions of the folder.

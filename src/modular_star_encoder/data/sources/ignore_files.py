@@ -153,14 +153,19 @@ def _index_names(content: bytes) -> Iterator[bytes]:
         at = end + 1 if version == 4 else at + (end - at + 8) // 8 * 8
 
 
-def beginning(file: str | os.PathLike[str], size: int) -> bytes | None:
-    """Return the first `size` bytes of a file; None if it can't be read or is a pipe or device, which may never end."""
+def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) -> bytes | None:
+    """Return the first `size` bytes of a file; None if it can't be read or is a pipe or device, which may never end.
+
+    Without `links`, also None if the file or a folder in its absolute path is a symbolic link.
+    """
 
     def open_without_waiting(name: str, flags: int) -> int:
+        flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     with suppress(OSError, ValueError), open(file, "rb", opener=open_without_waiting) as opened:
-        if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        is_in_place = links or os.path.realpath(file) == os.fspath(file)
+        if is_in_place and stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             return opened.read(size)
     return None
 

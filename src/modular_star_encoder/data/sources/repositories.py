@@ -55,8 +55,8 @@ class FileReader(SourceReader):
         is_known: None, or a function (path, location) → bool. If it returns True, the file is neither read nor counted.
     """
 
-    def __init__(self, found: _Found, filters: FileFilters) -> None:
-        self._filters, found = filters, list(found)
+    def __init__(self, found: _Found, filters: FileFilters, *, links: bool = False) -> None:
+        self._filters, self._links, found = filters, links, list(found)
         self._files = sorted(file for file, reason in found if not reason)
         self._left_out = [(file.path, reason) for file, reason in found if reason]
         self.skipped_files, self.guessed_files = list(self._left_out), list[str]()
@@ -69,7 +69,7 @@ class FileReader(SourceReader):
         for repository, path, location, language in self._files:
             if self.is_known is not None and self.is_known(path, location):
                 continue
-            content = beginning(location, self._filters.max_bytes + 1)
+            content = beginning(location, self._filters.max_bytes + 1, links=self._links)
             text, reason = ("", "unreadable") if content is None else self._filters.decode(content)
             if reason:
                 skipped[reason] += 1
@@ -116,7 +116,8 @@ def installed_repositories(
     if STANDARD_LIBRARY not in seen:
         library = _source_files(Path(sysconfig.get_path("stdlib")), chosen)
         found += [file._replace(repository=STANDARD_LIBRARY) for file, reason in library if not reason]
-    return FileReader(((file, filters.reason_by_path(PurePath(file.path), file.language)) for file in found), filters)
+    reasons = ((file, filters.reason_by_path(PurePath(file.path), file.language)) for file in found)
+    return FileReader(reasons, filters, links=True)  # package managers may install links
 
 
 def folder_repositories(
@@ -196,7 +197,7 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
             is_link = os.path.islink(location)
             language = language_of(location)
             if obey and not (language or location.suffix or name.startswith(".") or is_link):
-                language = language_of_script(beginning(location, 128) or b"")
+                language = language_of_script(beginning(location, 128, links=False) or b"")
             if language not in languages or (ignored and ignored.ignores(str(location), is_folder=False)):
                 continue
             if obey or not is_link:
