@@ -245,6 +245,12 @@ def test_refusals_and_wrong_answers_are_not_retried_and_never_show_the_key(serve
     assert len(server.requests) == 1
 
 
+def test_numbers_too_large_for_float32_are_infinite_without_a_warning(server, recwarn):
+    server.replies = [(200, {"data": [{"index": 0, "embedding": [1e39, 1]}]}, {})]
+    assert encode(server, ["a"]).tolist() == [[float("inf"), 1]]
+    assert not recwarn.list
+
+
 def test_all_answers_have_embeddings_of_one_size(server):
     server.replies = [(200, {"data": [{"index": 0, "embedding": [1, 2]}]}, {})]
     encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0)

@@ -241,7 +241,8 @@ class EndpointEncoder(Encoder):
         try:
             rows = {row["index"]: row["embedding"] for row in answer["data"]}
             self._dimensions = self._dimensions or len(rows[0]) or 1
-            embeddings = np.array([rows[place] for place in range(len(inputs))], dtype=np.float32)
+            with np.errstate(over="ignore"):  # callers refuse infinite values
+                embeddings = np.array([rows[place] for place in range(len(inputs))], dtype=np.float32)
             return embeddings.reshape(len(inputs), self._dimensions)
         except (KeyError, TypeError, ValueError, OverflowError):
             message = f"{self.base_url} did not return embeddings of one size for {len(inputs)} texts. Check the model."
