@@ -77,6 +77,8 @@ def test_requests_are_taken_as_they_are_needed():
         ({"concurrency": 0}, {}, "synthconl.backend.options", ["concurrency", "0"]),
         ({"batch": 3}, {}, "synthconl.backend.options", ["batch"]),
         ({"body": {"stream": True}}, {}, "synthconl.backend.body", ["stream"]),
+        ({"body": {"top_p": float("nan")}}, {}, "synthconl.backend.body", ["`body`", "JSON"]),
+        ({"base_url": "http://☃.com"}, {}, "http.url", ["☃"]),
         ({"api_key_variable": "MOSE_NO"}, {}, "http.token.missing", ["MOSE_NO"]),
         ({"api_key_variable": "HOME"}, {}, "http.token.variable", ["HOME", "MOSE_API_KEY"]),
         ({}, {"backend": "gpt"}, "settings.value", ["'gpt'"]),

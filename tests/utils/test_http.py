@@ -1,8 +1,12 @@
 import asyncio
 import contextlib
+import gc
 import gzip
 import socket
+import subprocess
+import sys
 import time
+import warnings
 from email.utils import formatdate
 
 import pytest
@@ -12,6 +16,7 @@ from modular_star_encoder.utils.http import (
     HTTPRequestError,
     check_hub,
     check_url,
+    httpx,
     token_from_environment,
     wrap_hub_errors,
 )
@@ -22,6 +27,22 @@ from tests.utils.http_server import LocalServer
 TOKEN = "sk-a-very-secret-key"
 BUSY = 503, {"error": {"message": "Slow down."}}, {}
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@contextlib.contextmanager
+def raw_server(write):
+    """The address of a server that answers by `write(send)`, where `send` takes bytes, until the client leaves."""
+
+    class Handler(LoopbackHandler):
+        wbufsize = 0  # a buffer would join the parts
+
+        def do_GET(self):
+            with contextlib.suppress(OSError):
+                write(self.wfile.write)
+            self.close_connection = True
+
+    with LoopbackServer(Handler, None) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def send(answers, *, method="POST", body=None, retry_if=None, **options):
@@ -134,19 +155,133 @@ def test_a_server_that_says_continue_for_ever_is_left(monkeypatch, parts):
         "modular_star_encoder.utils.http._MAX_INTERIM", limit := 30 * len(b"".join(parts)) // len(INTERIM)
     )
 
-    class Handler(LoopbackHandler):
-        wbufsize = 0  # a buffer would join the parts
-
-        def do_GET(self):
-            with contextlib.suppress(OSError):
-                for part in parts * 60:
-                    self.wfile.write(part)
-                    time.sleep(0.02)  # so that one read finds one part
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    def write(send):
+        for part in parts * 60:
+            send(part)
+            time.sleep(0.02)  # so that one read finds one part
+        send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     client, fault = HTTPClient(total_time=30, attempts=1), raises("http.too_large", f"{limit:,} interim")
-    with LoopbackServer(Handler, None) as server, client, fault:
-        client.request("GET", f"http://127.0.0.1:{server.server_port}")
+    with raw_server(write) as url, client, fault:
+        client.request("GET", url)
+
+
+def endless(head):
+    """Writes a response that never ends: a head and chunks of a body."""
+
+    def write(send):
+        send(head + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            send(b"1000\r\n" + b"x" * 0x1000 + b"\r\n")
+
+    return write
+
+
+def test_the_body_of_a_redirect_or_an_error_is_read_only_a_little():
+    with (
+        LocalServer(lambda _: (200, {"there": 1}, {})) as there,
+        raw_server(endless(f"HTTP/1.1 302 Found\r\nLocation: {there.url}".encode())) as redirecting,
+        raw_server(endless(b"HTTP/1.1 401 Unauthorized")) as refusing,
+        HTTPClient(total_time=5, follow_redirects=True) as client,
+    ):
+        assert client.request("GET", redirecting).json() == {"there": 1}
+        with raises("http.status", "status 401"):
+            client.request("GET", refusing)
+    token = "secret" * 40
+    with raises("http.status") as caught:
+        send([(400, b"no " + token.encode() * 300, {})], token=token)
+    assert "secret" not in caught.value.text
+
+
+def test_redirects_are_few_and_only_to_web_addresses_and_another_host_gets_no_token():
+    with LocalServer(lambda request: (200, {"sent": request.headers.get("authorization")}, {})) as there:
+        answers = [(302, b"", {"Location": "/here"}), (302, b"", {"Location": there.url})]
+        response, requests = send(answers, method="GET", token=TOKEN, follow_redirects=True)
+    assert response.json() == {"sent": None}
+    assert [request.headers["authorization"] for request in requests] == [f"Bearer {TOKEN}"] * 2
+    for location, count in (("/again", 11), ("file:///etc/passwd", 1), ("ftp://127.0.0.1/", 1)):
+        with raises("http.redirect", "10 times") as caught:
+            send([(302, b"", {"Location": location})], method="GET", follow_redirects=True)
+        assert len(caught.value.requests) == count
+    for location in ("http://[::bad/", "http://127.0.0.1:999999/", "http://\u2603/".encode().decode("latin-1")):
+        with pytest.raises(HTTPRequestError):
+            send([(302, b"", {"Location": location})], method="GET", follow_redirects=True)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"])
+def test_by_default_a_request_has_a_limit_of_time_that_fits_its_attempts(monkeypatch, head):
+    monkeypatch.setattr("modular_star_encoder.utils.http._LONGEST_PAUSE", 0.2)
+
+    def write(send):
+        send(head)
+        while True:
+            send(b"x")
+            time.sleep(0.05)
+
+    client, fault = HTTPClient(attempts=2, timeout=0.3), raises("http.too_slow", "1 seconds")
+    with raw_server(write) as url, client, fault:
+        client.request("GET", url)
+
+
+@pytest.mark.parametrize("length", ["99", "-5", "9" * 5000])
+def test_a_body_of_another_length_than_announced_is_a_failure(length):
+    def write(send):
+        send(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{{}}".encode())
+
+    with raw_server(write) as url, HTTPClient(pause=0.001, attempts=2, timeout=1) as client, raises("http.no_answer"):
+        client.request("GET", url)
+
+
+def test_cookies_are_not_kept():
+    with LocalServer(lambda _: (200, {}, {"Set-Cookie": "name=value"})) as server, HTTPClient() as client:
+        for _ in range(2):
+            client.request("GET", server.url)
+    assert not any("cookie" in request.headers for request in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HTTPS_PROXY", "::::"), ("HTTP_PROXY", "htp:/x"), ("ALL_PROXY", "http://u:secret@[x"), ("NO_PROXY", "[::")],
+)
+def test_a_proxy_that_can_not_be_used_is_named_by_its_variable(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    if variable == "NO_PROXY":  # newer clients ignore a malformed host
+        monkeypatch.setattr("modular_star_encoder.utils.http.httpx.AsyncClient", lambda **_: httpx.URL("http://[::"))
+    with raises("http.proxy", variable) as caught:
+        HTTPClient()
+    assert "secret" not in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setenv(variable, "127.0.0.1:3128")
+    HTTPClient().close()
+
+
+def test_a_client_that_was_not_closed_does_not_delay_the_end_of_the_process():
+    lines = (
+        "from modular_star_encoder.utils.http import HTTPClient",
+        "def pages():",
+        "    with HTTPClient():",
+        "        yield",
+        "cycle = [pages()]",
+        "next(cycle[0])",
+        "cycle.append(cycle)",
+        "del cycle",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], timeout=30, capture_output=True, check=True)
+    assert done.stderr == b""
+
+
+def test_closing_while_connections_are_made_leaves_nothing_behind():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(20):
+            client = HTTPClient()
+            futures = [client.submit("GET", "http://localhost:9/") for _ in range(16)]
+            time.sleep(0.001 * number)
+            client.close()
+            assert all(future.done() for future in futures)
+        del client, futures
+        gc.collect()
+    assert not [str(one.message) for one in caught if "never awaited" in str(one.message)]
 
 
 def test_closing_cancels_what_is_under_way_also_inside_a_running_event_loop():
@@ -167,9 +302,14 @@ def test_closing_cancels_what_is_under_way_also_inside_a_running_event_loop():
 
 def test_addresses_settings_and_tokens_are_checked(monkeypatch):
     assert check_url("https://api.example/v1/") == "https://api.example/v1"
-    for wrong in ("file:///etc/passwd", "api.example/v1", "https://"):
+    for wrong in ("file:///etc/passwd", "api.example/v1", "https://", "http://h:0", "http://a b/", "http://☃.com"):
         with raises("http.url", wrong):
             check_url(wrong)
+    hosts = ("a\x01b", "h/\x01", "a\n", "\ud800", "h/\ud800", "１２７.0.0.1", "h:１", "[::", "h/" + "x" * 70_000)
+    for wrong in hosts:
+        with raises("http.url") as caught:
+            check_url(f"http://{wrong}")
+        assert len(str(caught.value)) < 400
     with raises("http.settings", -1):
         HTTPClient(pause=-1)
     monkeypatch.setenv("A_KEY", f"{TOKEN}\r\n")  # files of keys end in a newline

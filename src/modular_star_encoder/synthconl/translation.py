@@ -104,12 +104,16 @@ class OpenAIBackend:
         elif api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
             fault = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}: set MOSE_API_KEY to the"
             key, fault = "http.token.variable", f"{fault} server's key and name that variable"
+        try:
+            json.dumps(body, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            key, fault = "synthconl.backend.body", f"`body` can't be sent as JSON ({str(error).rstrip('.')}); change it"
         if key:
             raise UserError(key, f"{fault}.")
         self._url = check_url(base_url) + "/chat/completions"
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
-        http |= {"token": token_from_environment(api_key_variable), "total_time": attempts * (timeout + 60)}
-        self._open_client = partial(HTTPClient, **http, max_bytes=2**24)
+        http |= {"token": token_from_environment(api_key_variable), "max_bytes": 2**24}
+        self._open_client = partial(HTTPClient, **http)
         self._model, self._revision, self._concurrency = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}

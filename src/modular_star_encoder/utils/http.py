@@ -7,6 +7,7 @@ without an event loop in the caller's thread. The message of every error is one 
 import asyncio
 import contextlib
 import http.client
+import http.cookiejar
 import json
 import os
 import random
@@ -16,12 +17,12 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from modular_star_encoder.utils.errors import UserError
@@ -38,15 +39,21 @@ _DECODED = frozenset({"", "identity", "gzip", "deflate"})
 _LONGEST_PAUSE = 60.0
 _MAX_INTERIM = 100_000  # answers such as `100 Continue` over one connection, which httpcore reads without a limit
 _INTERIM = re.compile(rb"HTTP/\d\.\d 1\d\d")
+_MAX_UNWANTED = 2**16  # bytes that are read of the body of an error or redirect
+_MAX_REDIRECTS = 10
+_SECONDS_TO_CLOSE = 1.0
+_WEB = ("http", "https")
+T = TypeVar("T")
 LOG_IN = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
 
 
 class HTTPRequestError(UserError):
     """Raised when a request has failed and is not sent again.
 
-    Its `key` is `http.status` (the server refuses the request), `http.no_answer`, `http.too_slow`, `http.too_large` or
-    `http.encoding`. Attributes describe the last response: `status` (None if there was no response), `reason`, such as
-    "status 401, Incorrect API key provided", and `text`, the start of the body with `***` in place of the token.
+    Its `key` is `http.status` (the server refuses the request), `http.no_answer`, `http.too_slow`, `http.too_large`,
+    `http.redirect` or `http.encoding`. Attributes describe the last response: `status` (None if there was no response),
+    `reason`, such as "status 401, Incorrect API key provided", and `text`, the start of the body with `***` in place of
+    the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -73,12 +80,20 @@ class Response:
 _Check = Callable[[Response], bool]
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that looks up addresses in daemon threads, so that a slow look-up does not delay the exit."""
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+        return asyncio.wrap_future(in_daemon_thread(func, *args), loop=self)
+
+
 class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
     After a temporary failure (status 408, 409, 425, 429 or 5xx, a time-out, a broken connection) a request is sent
     again. The client first waits as long as the response's header `Retry-After` says, at most 60 seconds. Without this
     header it waits `pause` seconds, doubled for each further attempt (at most 60) and varied at random by up to half.
+    Cookies are not kept.
 
     Args:
         token: bearer token for every request; empty for none. Error messages do not show it.
@@ -86,9 +101,10 @@ class HTTPClient:
         attempts: largest number of times that one request is sent.
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
-        total_time: limit in seconds for one request with all its attempts and pauses.
+        total_time: limit in seconds for one request with all its attempts and pauses; by default, `timeout` + 60 for
+            each attempt.
         max_bytes: largest size in bytes of a response's body after decompression of gzip or deflate.
-        follow_redirects: whether to follow redirects, also to other hosts.
+        follow_redirects: whether to follow up to 10 redirects, also to other hosts, which do not get the token.
     """
 
     def __init__(
@@ -99,21 +115,23 @@ class HTTPClient:
         attempts: int = 6,
         pause: float = 1.0,
         timeout: float = 60.0,
-        total_time: float = 3600.0,
+        total_time: float | None = None,
         max_bytes: int = 2**26,
         follow_redirects: bool = False,
     ) -> None:
         check_http_settings(concurrency=concurrency, attempts=attempts, pause=pause, timeout=timeout)
         self._token, self._attempts, self._pause = token, attempts, pause
-        self._total_time, self._max_bytes = total_time, max_bytes
+        self._total_time = attempts * (timeout + _LONGEST_PAUSE) if total_time is None else total_time
+        self._max_bytes, self._follow_redirects = max_bytes, follow_redirects
         self._slots = asyncio.Semaphore(concurrency)
-        self._client = httpx.AsyncClient(
-            headers={"Accept-Encoding": _ENCODINGS} | ({"Authorization": f"Bearer {token}"} if token else {}),
-            timeout=timeout,
-            follow_redirects=follow_redirects,
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        )
-        self._loop = asyncio.new_event_loop()
+        with _clear_proxy_errors():
+            self._client = httpx.AsyncClient(
+                headers={"Accept-Encoding": _ENCODINGS} | ({"Authorization": f"Bearer {token}"} if token else {}),
+                timeout=timeout,
+                cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
+                limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            )
+        self._loop = _Loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -125,20 +143,23 @@ class HTTPClient:
 
     def close(self) -> None:
         """Cancel pending requests and close the connections. No request can be sent afterwards."""
-        if self._loop.is_closed():
+        if self._loop.is_closed() or sys.is_finalizing():  # when Python ends, daemon threads no longer run
             return
 
         async def abandon() -> None:
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
-                task.cancel()
+                if getattr(task.get_coro(), "cr_code", None) is HTTPClient._send.__code__:  # each cancels its own tasks
+                    task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             await self._client.aclose()
 
-        asyncio.run_coroutine_threadsafe(abandon(), self._loop).result()
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(abandon(), self._loop).result(_SECONDS_TO_CLOSE)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join(_SECONDS_TO_CLOSE)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def request(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> Response:
         """Send a request, wait and return its response; arguments and errors are those of `submit`."""
@@ -179,19 +200,39 @@ class HTTPClient:
         raise HTTPRequestError(f"http.{key}", f"{url_host(url)} {fault}: {failed['reason']}.", **failed)
 
     async def _receive(self, method: str, url: str, body: Any) -> Response:
-        content = bytearray()
+        content: dict[str, Any] = {}
+        if body is not None:
+            # JSON has an escape for half a surrogate pair, which UTF-8 can't encode.
+            text = json.dumps(body, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
+            content = {"content": text, "headers": {"Content-Type": "application/json"}}
         trace = {"trace": partial(_limit_interim, url_host(url))}
-        async with self._client.stream(method, url, json=body, extensions=trace) as stream:
-            if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
-                # httpx decodes a whole chunk at once. With two encodings, or a rare one, it may grow to gigabytes.
-                message = f"{url_host(url)} sends content encoded as {encoding[:40]!r}; only {_ENCODINGS} can be read."
-                raise HTTPRequestError("http.encoding", message, status=stream.status_code)
-            async for part in stream.aiter_bytes():
-                content += part
-                if len(content) > self._max_bytes:
-                    message = f"{url_host(url)} sends more than the limit of {self._max_bytes:,} bytes."
-                    raise HTTPRequestError("http.too_large", message, status=stream.status_code)
-            return Response(stream.status_code, dict(stream.headers), bytes(content))
+        request = self._client.build_request(method, url, extensions=trace, **content)
+        for _ in range(_MAX_REDIRECTS + 1):
+            async with contextlib.aclosing(await self._client.send(request, stream=True)) as stream:
+                received = await self._content(stream, url_host(url))
+            if not (self._follow_redirects and stream.next_request):
+                return Response(stream.status_code, dict(stream.headers), received)
+            request = stream.next_request
+            if not is_web_address(str(request.url)):
+                break
+        message = f"{url_host(url)} redirects more than {_MAX_REDIRECTS} times, or to no http or https address."
+        raise HTTPRequestError("http.redirect", message, status=stream.status_code)
+
+    async def _content(self, stream: httpx.Response, host: str) -> bytes:
+        """Return the body of a response; of an error or redirect, at most `_MAX_UNWANTED` bytes."""
+        content = bytearray()
+        if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
+            # httpx decodes a whole chunk at once. With two encodings, or a rare one, it may grow to gigabytes.
+            message = f"{host} sends content encoded as {encoding[:40]!r}; only {_ENCODINGS} can be read."
+            raise HTTPRequestError("http.encoding", message, status=stream.status_code)
+        async for part in stream.aiter_bytes():
+            content += part
+            if stream.status_code >= 300 and len(content) > _MAX_UNWANTED:
+                return bytes(content[:_MAX_UNWANTED].rpartition(b" ")[0])  # not half a secret
+            if len(content) > self._max_bytes:
+                message = f"{host} sends more than the limit of {self._max_bytes:,} bytes."
+                raise HTTPRequestError("http.too_large", message, status=stream.status_code)
+        return bytes(content)
 
     def _failure(self, response: Response) -> dict[str, Any]:
         text = hide_secrets(response.content.decode(errors="replace"), self._token)
@@ -228,6 +269,44 @@ async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None
         connection.read = limited
 
 
+def in_daemon_thread(
+    function: Callable[..., T], *arguments: Any, slots: contextlib.AbstractContextManager[Any] | None = None
+) -> "Future[T]":
+    """Call `function` in a new thread, as soon as `slots` can be entered; return the future of its result.
+
+    Unlike the threads of an executor, this one does not delay the end of the process.
+    """
+    future: Future[T] = Future()
+
+    def call() -> None:
+        with slots or contextlib.nullcontext():
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def _clear_proxy_errors() -> Iterator[None]:
+    """Context manager to construct a client of httpx: UserError (`http.proxy`) if a proxy variable can't be used."""
+    name, needed = "NO_PROXY", "host names such as localhost,.example.org"
+    for scheme, proxy in urllib.request.getproxies().items():
+        url = proxy if ":/" in proxy else f"http://{proxy}"
+        if scheme in (*_WEB, "all") and not is_web_address(url, (*_WEB, "socks5", "socks5h")):
+            name, needed = f"{scheme.upper()}_PROXY", "an address such as http://127.0.0.1:3128"
+    try:
+        if name != "NO_PROXY":
+            raise httpx.InvalidURL(name)
+        yield
+    except httpx.InvalidURL:  # its message may show a password
+        message = f"The environment variable {name} (or {name.lower()}) must be {needed}; correct it or unset it."
+        raise UserError("http.proxy", message) from None
+
+
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
     """Raise UserError (`http.settings`) if one of these arguments of `HTTPClient` is out of its range."""
     if concurrency < 1 or attempts < 1 or pause < 0 or timeout <= 0:
@@ -236,13 +315,20 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
         raise UserError("http.settings", f"{message}, {given}.")
 
 
+def is_web_address(url: str, schemes: Sequence[str] = _WEB) -> bool:
+    """Return whether `url` is an address, with one of `schemes`, to which a request can be sent."""
+    with contextlib.suppress(ValueError, httpx.InvalidURL):  # raised, for example, for a port that is not a number
+        parts, host = urlsplit(url), httpx.URL(url).host
+        return parts.scheme in schemes and bool(host) and parts.port != 0 and url.isprintable() and " " not in url
+    return False
+
+
 def check_url(url: str) -> str:
     """Return `url` without slashes at its end; UserError (`http.url`) if it is not an http or https address."""
-    with contextlib.suppress(ValueError):  # raised, for example, for a port that is not a number
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return url.rstrip("/")
-    raise UserError("http.url", f"{url!r} is not an http or https address such as https://api.openai.com/v1.")
+    if is_web_address(url):
+        return url.rstrip("/")
+    message = f"{url!r:.200} is not an http or https address such as https://api.openai.com/v1."
+    raise UserError("http.url", message)
 
 
 def url_host(url: str) -> str:

@@ -1,4 +1,8 @@
 import gzip
+import os
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 
@@ -6,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from modular_star_encoder.data.sources import FileFilters
+from modular_star_encoder.data.sources import FileFilters, dataset_files
 from modular_star_encoder.data.sources.dataset_files import the_stack_repositories, unpack
 from tests.errors import raises
 from tests.utils.http_server import LocalServer
@@ -153,8 +157,71 @@ def test_contents_may_come_from_a_folder_and_wrong_sources_are_refused_in_one_se
     reader = reader_of([record(1), record(2)], url=f"file://{tmp_path}/{{blob_id}}")
     assert texts(reader) == ["local = 1"]
     assert reader.skipped == {"content missing or forbidden": 1}
-    for wrong in ("https://example.org/content", "nosuch://bucket/{blob_id}"):
-        with raises("data.contents.url"):
-            reader_of([record(1)], url=wrong)
+    wrong = ["https://example.org/content", "nosuch://bucket/{blob_id}", f"simplecache::file://{tmp_path}/{{blob_id}}"]
+    wrong += ["http://☃/{blob_id}?secret", "http://h:99999/{blob_id}?secret", "http://[::/{blob_id}?secret"]
+    for url in wrong:
+        with raises("data.contents.url") as caught:
+            reader_of([record(1)], url=url)
+        assert "secret" not in str(caught.value)
     with raises("http.settings"):
         reader_of([record(1)], threads=0)
+
+
+def test_pipes_are_not_contents_and_of_a_huge_file_only_the_beginning_is_read(reader_of, tmp_path):
+    os.mkfifo(tmp_path / blob(1))
+    (tmp_path / blob(2)).mkdir()
+    with open(tmp_path / blob(3), "wb") as file:
+        file.truncate(2**42)
+    (tmp_path / blob(4)).write_bytes(b"x = 4")
+    for scheme in ("file://", "local://", ""):
+        reader = reader_of([record(number) for number in range(1, 5)], url=f"{scheme}{tmp_path}/{{blob_id}}")
+        assert texts(reader) == ["x = 4"]
+        assert reader.skipped == {"content missing or forbidden": 2, "too large": 1}
+
+
+def test_connections_are_closed_when_reading_fails(reader_of, server, monkeypatch):
+    monkeypatch.setattr(dataset_files, "_MAX_FAILURES_AT_FIRST", 3)
+    closed = []
+    monkeypatch.setattr(dataset_files.HTTPClient, "__exit__", lambda client, *_: closed.append(client.close()))
+    server.answers.update({blob(number): 403 for number in range(10)})
+    with raises("data.contents.no_access") as caught:
+        texts(reader_of([record(number) for number in range(10)]))
+    assert closed == [None]
+    del caught  # until here it held the frames of the generators
+
+
+INTERRUPTED = """
+import os, signal, socket, sys, threading, time
+from fsspec.implementations.memory import MemoryFileSystem
+from modular_star_encoder.data.sources import dataset_files
+
+def wait(*_, **__):
+    time.sleep(60)
+
+def interrupt():
+    print(time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def received(future):
+    threading.Timer(0.3, interrupt).start()
+    return future.result()
+
+rows, url = sys.argv[1:]
+dataset_files._received = received
+socket.getaddrinfo = MemoryFileSystem.cat_file = wait
+list(dataset_files.the_stack_repositories(rows, url, progress=False))
+"""
+
+
+@pytest.mark.parametrize("url", [None, "http://slow.example/{blob_id}", "memory://{blob_id}"])
+def test_ctrl_c_ends_a_process_that_waits_for_a_server_a_look_up_or_a_file_system(reader_of, server, tmp_path, url):
+    reader_of([record(number) for number in range(100)])  # writes the rows
+    released = threading.Event()
+    server.answer = lambda _: (released.wait(60), (404, b"", {}))[1]
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "ids.parquet"), url or f"{server.url}/{{blob_id}}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+        assert time.time() - float(done.stdout) < 3
+    finally:
+        released.set()
+    assert done.stderr.endswith("KeyboardInterrupt\n")

@@ -10,28 +10,38 @@ Inria. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import PurePath
+from threading import Semaphore
 from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import check_languages, language_named, language_of
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, is_closed
 from modular_star_encoder.data.sources.dataset_rows import Source, open_rows
+from modular_star_encoder.data.sources.ignore_files import beginning
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import fits
-from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_http_settings
+from modular_star_encoder.utils.http import (
+    HTTPClient,
+    HTTPRequestError,
+    check_http_settings,
+    in_daemon_thread,
+    is_web_address,
+)
 
 _ROWS_PER_BATCH = 16
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
-_HTTP = ("http", "https")  # fetched with `HTTPClient`; fsspec would need aiohttp
+_HTTP = ("http:", "https:")  # fetched with `HTTPClient`; fsspec would need aiohttp
+_LOCAL = ("/", "file:", "local:")
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
@@ -72,13 +82,18 @@ THE_STACK_COLUMNS = RowColumns(
 
 def _check_contents(url: str, http: Mapping[str, Any]) -> None:
     check_http_settings(**http)
-    protocol = urlsplit(url).scheme or "file"
     fault = "" if "{blob_id}" in url else "it must contain {blob_id}"
-    try:
-        if protocol not in _HTTP:
+    if url.lower().startswith(_HTTP):
+        if not is_web_address(url.replace("{blob_id}", "0" * 40)):
+            fault = fault or "it is not a valid http or https address"
+    elif url.rpartition("::")[2].startswith(_LOCAL) and "::" in url:
+        fault = "it must name a folder of this machine without `::`"
+    else:
+        protocol = urlsplit(url).scheme or "file"
+        try:
             fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError) as error:
-        fault = f"{protocol!r}: {str(error).rstrip('.')}"
+        except (ImportError, ValueError) as error:
+            fault = f"{protocol!r}: {str(error).rstrip('.')}"
     if fault:
         raise UserError("data.contents.url", f"`content_url` can't be used: {fault}.")
 
@@ -193,8 +208,10 @@ def the_stack_repositories(
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         fetched = 0
         wanted = (one for row in rows for one in _wanted_files(row, chosen, filters, skipped))
-        fetching = _fetched(wanted, content_url, http, filters.max_bytes + _GZIP_OVERHEAD)
-        with tqdm(desc="Fetching contents", unit=" files", disable=not progress) as bar:
+        with (
+            closing(_fetched(wanted, content_url, http, filters.max_bytes + _GZIP_OVERHEAD)) as fetching,
+            tqdm(desc="Fetching contents", unit=" files", disable=not progress) as bar,
+        ):
             for file, encoding, future in fetching:
                 content, reason, last = _received(future)
                 fetched += not reason
@@ -242,19 +259,28 @@ def _wanted_files(
 
 def _fetched(
     files: Iterable[tuple[SourceFile, str, str]], url: str, http: Mapping[str, Any], max_bytes: int
-) -> Iterator[tuple[SourceFile, str, Future[Any]]]:
+) -> Generator[tuple[SourceFile, str, Future[Any]]]:
     """Yield (file, encoding, future of its content) in order; fetch a few contents ahead of the consumer."""
     waiting: deque[tuple[SourceFile, str, Future[Any]]] = deque()
     with ExitStack() as stack:  # leaving it cancels pending fetches
-        if urlsplit(url).scheme in _HTTP:
+        if url.lower().startswith(_HTTP):
             client = stack.enter_context(HTTPClient(max_bytes=max_bytes, follow_redirects=True, **http))
-            submit = partial(client.submit, "GET")
+            submit: Callable[[str], Future[Any]] = partial(client.submit, "GET")
         else:
-            executor = ThreadPoolExecutor(http["concurrency"])
-            stack.callback(executor.shutdown, cancel_futures=True)
-            submit = partial(executor.submit, fsspec.url_to_fs(url)[0].cat_file)
+            system, slots = fsspec.url_to_fs(url)[0], Semaphore(http["concurrency"])
+            submit = partial(in_daemon_thread, _read_content, system, max_bytes + 1, slots=slots)
+            stack.callback(lambda: [future.cancel() for *_, future in waiting])
         for file, blob_id, encoding in files:
             waiting.append((file, encoding, submit(url.replace("{blob_id}", blob_id))))
             if len(waiting) > _AHEAD_PER_THREAD * http["concurrency"]:
                 yield waiting.popleft()
         yield from waiting
+
+
+def _read_content(system: fsspec.AbstractFileSystem, max_bytes: int, url: str) -> bytes:
+    """Return at most `max_bytes` bytes of a file; FileNotFoundError for a pipe or device, which may never end."""
+    if not isinstance(system, LocalFileSystem):
+        return system.cat_file(url, start=0, end=max_bytes)
+    if (content := beginning(system._strip_protocol(url), max_bytes)) is None:
+        raise FileNotFoundError
+    return content
