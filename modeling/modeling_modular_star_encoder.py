@@ -704,6 +704,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             try:
                 inputs_embeds = self.embed_tokens(input_ids)
             except IndexError:
+                if int(input_ids.min()) >= 0 and int(input_ids.max()) < self.embed_tokens.num_embeddings:
+                    raise
                 raise ValueError(f"input_ids must be from 0 to {self.embed_tokens.num_embeddings - 1}.") from None
         if inputs_embeds.dim() != 3:
             found = tuple((inputs_embeds if input_ids is None else input_ids).shape)
@@ -796,7 +798,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         else:
             documents = DocumentGroups.of_similar_length(lengths.tolist(), bounds.device)
             for group in documents.groups:
-                group.mask = self._attention_mask(states[0][group.tokens], group.real)
+                # Masks need only the shape, dtype and device of the states.
+                group.mask = self._attention_mask(states[0, :1].expand(*group.tokens.shape, -1), group.real)
         kwargs |= {"document_groups": documents, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
         kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
         if position_ids is None:  # count from 0 in each text

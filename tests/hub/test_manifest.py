@@ -79,8 +79,9 @@ def test_a_model_has_the_licence_that_is_given_or_its_parents_and_none_is_assume
     for folder, license in known.items():
         assert folder_manifest(folder, "me/b").license == license
         assert folder_manifest(folder, "me/b", license="mit").license == "mit"
-    (tmp_path / "README.md").write_text("---\nlicense: my-own\n---\n")  # the Hub does not know it
-    assert folder_manifest(tmp_path, "me/b").license is None
+    for own in ("my-own", "[mit, x]", "null", "\n- mit", '"'):  # the Hub does not know it, or it is not one licence
+        (sliced / "README.md").write_text(f"---\nlicense: {own}\n---\n")
+        assert folder_manifest(sliced, "me/b").license is None
 
 
 # Counted, and what the paper calls them.

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from modular_star_encoder.hub import publishing
 from modular_star_encoder.hub.publishing import publish, push
 from modular_star_encoder.hub.staging import stage_repositories
+from modular_star_encoder.utils.http import wrap_hub_errors
 from tests.errors import raises
 from tests.hub import stand_in_hub
 from tests.hub.stand_in_hub import DROP, DROP_REPLY, TOKEN
@@ -172,6 +173,8 @@ def test_an_answer_of_an_unknown_form_is_one_sentence(hub, api, staged, monkeypa
     monkeypatch.setattr(stand_in_hub._Handler, "_route", lambda *_: (200, answer, {}))
     with pytest.raises(OSError, match="The Hub sent an answer of an unknown form"):
         push(staged[0], api)
+    with pytest.raises(KeyError), wrap_hub_errors("me/b"):  # a fault of ours is not the Hub's
+        {}["a"]
 
 
 def test_branches_start_empty_slices_name_their_parents_revision_and_the_same_again_is_nothing(

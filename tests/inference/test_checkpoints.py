@@ -60,16 +60,24 @@ def test_a_slice_has_its_shallower_exits_names_its_parent_and_a_slice_of_it_is_t
     assert first["auto_map"] == second["auto_map"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "loaded"),
+    [
+        *((dtype, torch.float32) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
+        (torch.float32, torch.bfloat16),
+    ],
+)
 def test_a_slice_is_stored_in_the_dtype_of_its_parents_weights_and_loaded_in_the_one_of_its_configuration(
-    copy, tmp_path, dtype
+    copy, tmp_path, dtype, loaded
 ):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": str(loaded).removeprefix("torch.")}))
     weights = {name: tensor.to(dtype) for name, tensor in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     sliced = slice_checkpoint(copy, 2, tmp_path / "slice")
     stored = load_file(sliced / "model.safetensors")
     assert all(tensor.dtype == dtype and torch.equal(tensor, weights[name]) for name, tensor in stored.items())
-    assert AutoModel.from_pretrained(sliced).dtype == torch.float32
+    assert AutoModel.from_pretrained(sliced).dtype == loaded
     assert np.array_equal(load(sliced).encode(TEXTS), load(copy).encode(TEXTS, exit_layer=2))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -239,12 +240,13 @@ def stored_license(checkpoint: str | os.PathLike[str]) -> str | None:
     found: Any = None
     with suppress(OSError, ValueError, AttributeError):
         found = read_json(checkpoint_file(checkpoint, "config.json") or "").get("parent_license")
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, yaml.YAMLError):
         if file := checkpoint_file(checkpoint, "README.md"):
-            with file.open(encoding="utf-8", errors="replace") as card:
+            with file.open(encoding="utf-8-sig", errors="replace") as card:
                 metadata = re.match(r"---\n.*?\n---$", card.read(2**18), re.DOTALL | re.MULTILINE)
-            named = re.search(r"^license: *[\"']?([\w.+-]+)", metadata[0], re.MULTILINE) if metadata else None
-            found = named[1] if named else found
+            if named := re.search(r"^license:(.*)$", metadata[0], re.MULTILINE) if metadata else None:
+                found = None
+                found = yaml.safe_load(named[1])  # several licences count as None
     return found if isinstance(found, str) and found != "other" else None
 
 
@@ -278,13 +280,14 @@ def write_checkpoint(
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
         config.check_exit(exit_layer)
-    model = _load_whole(class_named(config.architectures[0], path), config, path, exit_layer=exit_layer)
+    stored = _stored_dtype(path)
+    options = {"exit_layer": exit_layer} | ({"dtype": stored} if stored else {})
+    model = _load_whole(class_named(config.architectures[0], path), config, path, **options)
     own_tokenizer = load_tokenizer(resolve_checkpoint(tokenizer or path))
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
-    loaded = model.dtype
-    model.to(_stored_dtype(path) or loaded).save_pretrained(out)
-    model.config.dtype = loaded  # that in which the weights are loaded
+    model.save_pretrained(out)
+    model.config.dtype = config.dtype  # that in which the weights are loaded
     model.config.save_pretrained(out)
     save_tokenizer(own_tokenizer, model.config, out)
     for name in SENTENCE_TRANSFORMER_FILES:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
+from modular_star_encoder.data.sources.ignore_files import beginning
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.inference import is_repository, shipped_models
 from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, update_store
@@ -352,8 +352,8 @@ class CodeIndex:
         Links, files outside the indexed folder and files that the index leaves out, such as `.env`, are not read.
 
         Raises:
-            UserError: the file is not in the index, or has become a link or a file that the index leaves out.
-            OSError: the file can't be read.
+            UserError: the file is not in the index, can't be read, or has become a link or a file that the index leaves
+                out.
         """
         file = file_inside(self.folder, path)
         with self._lock:
@@ -361,13 +361,11 @@ class CodeIndex:
         if file is None or file_id(path) not in held:
             message = f"{path!r} is not a file of the index. Name a file by its path in the indexed folder."
             raise UserError("search.file.missing", message)
-        # O_NOFOLLOW, O_NONBLOCK: a link or a pipe may have replaced the file after the check.
-        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
-            is_regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
-            content = opened.read(SEARCH_FILTERS.max_bytes + 1) if is_regular else b""
-        text, reason = SEARCH_FILTERS.decode(content)
-        if reason or not is_regular:
-            message = f"{path!r} can't be shown: {reason or 'not a regular file'}."
+        # A link or a pipe may have replaced the file after the check.
+        content = beginning(file, SEARCH_FILTERS.max_bytes + 1, links=False)
+        text, reason = SEARCH_FILTERS.decode(content or b"")
+        if content is None or reason:
+            message = f"{path!r} can't be shown: {reason or 'not a regular file that can be read'}."
             raise UserError("search.file.left_out", message)
         return text
 

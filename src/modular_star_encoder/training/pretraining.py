@@ -115,7 +115,7 @@ def pretrain(
             print(
                 f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories: {', '.join(names)}{more}"
             )
-        if len(held_out.repositories) > round(recipe.eval_fraction * len(store.repositories)):
+        if len(held_out.repositories) == 2 > round(recipe.eval_fraction * len(store.repositories)):
             print("two repositories are held out, the fewest that give pairs of snippets from different repositories")
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
     rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows

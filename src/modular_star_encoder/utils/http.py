@@ -16,6 +16,7 @@ import ssl
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -377,14 +378,9 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     variable HF_ENDPOINT, or https://huggingface.co.
     """
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    try:
-        url = urlsplit(address)
-        is_valid = bool(url.hostname and url.port != 0 and url.scheme in ("http", "https"))
-    except ValueError:  # a port that is no number or too large, an open bracket
-        is_valid = False
-    if not is_valid:
+    if not is_web_address(address):
         raise OSError(f"HF_ENDPOINT={address!r} is not an address such as https://huggingface.co: correct or unset it.")
-    reasons = [f"no answer within {seconds:g} seconds"]
+    url, reasons = urlsplit(address), [f"no answer within {seconds:g} seconds"]
 
     def ask() -> None:
         kind = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
@@ -402,7 +398,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
 
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         reasons = ["HF_HUB_OFFLINE is set"]
-    elif url.scheme in urllib.request.getproxies():
+    elif {url.scheme, "all"} & urllib.request.getproxies().keys():
         return
     else:
         thread = threading.Thread(target=ask, daemon=True)  # `timeout` does not limit the look-up of the host's address
@@ -441,5 +437,8 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"
         raise OSError(message) from error
-    except (AttributeError, TypeError, LookupError, json.JSONDecodeError) as error:  # from huggingface_hub
+    except (AttributeError, TypeError, LookupError, json.JSONDecodeError) as error:
+        names = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if not any(name.startswith("huggingface_hub") for name in names):  # a fault of ours
+            raise
         raise OSError("The Hub sent an answer of an unknown form. Check the address in HF_ENDPOINT.") from error

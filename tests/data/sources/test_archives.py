@@ -247,7 +247,7 @@ def test_a_zip_with_too_many_members_is_refused_whatever_number_it_declares(tmp_
 def test_an_xz_file_may_have_several_streams_but_no_huge_dictionary(tmp_path):
     whole = make_tar(tmp_path / "a.tar", {"ok.py": "x = 1\n" * 1500, "b.py": "x"}, "w").read_bytes()
     path = tmp_path / "a.tar.xz"
-    path.write_bytes(lzma.compress(whole[:5000]) + b"\0" * 8 + lzma.compress(whole[5000:]))
+    path.write_bytes(lzma.compress(whole[:5000]) + b"\0" * 40_000 + lzma.compress(whole[5000:]))
     assert read(path) == (["ok.py", "b.py"], {})
     data = bytearray(lzma.compress(whole))
     end = 12 + (data[12] + 1) * 4

@@ -41,7 +41,6 @@ from modular_star_encoder.utils.http import (
 _ROWS_PER_BATCH = 16
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
 _HTTP = ("http:", "https:")  # fetched with `HTTPClient`; fsspec would need aiohttp
-_LOCAL = ("/", "file:", "local:")
 _GZIP_MAGIC = b"\x1f\x8b"
 _AHEAD_PER_THREAD = 4
 _GZIP_OVERHEAD = 65_536
@@ -86,7 +85,7 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
     if url.lower().startswith(_HTTP):
         if not is_web_address(url.replace("{blob_id}", "0" * 40)):
             fault = fault or "it is not a valid http or https address"
-    elif url.rpartition("::")[2].startswith(_LOCAL) and "::" in url:
+    elif "::" in url and urlsplit(url.rpartition("::")[2]).scheme in ("", "file", "local"):
         fault = "it must name a folder of this machine without `::`"
     else:
         protocol = urlsplit(url).scheme or "file"

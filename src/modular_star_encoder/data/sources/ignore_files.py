@@ -164,8 +164,10 @@ def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) ->
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     with suppress(OSError, ValueError), open(file, "rb", opener=open_without_waiting) as opened:
-        is_in_place = links or os.path.realpath(file) == os.fspath(file)
-        if is_in_place and stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        status = os.fstat(opened.fileno())
+        # A folder may be swapped for a link and back, so the opened file must also be the one at the path.
+        is_in_place = os.path.realpath(file) == os.fspath(file) and os.path.samestat(status, os.lstat(file))
+        if (links or is_in_place) and stat.S_ISREG(status.st_mode):
             return opened.read(size)
     return None
 

@@ -218,9 +218,11 @@ class _XzFile:
         content = packed = b""
         while not content:
             if self._decoder.eof:  # another stream may follow, after zeros
-                packed = (self._decoder.unused_data or self._file.read(size)).lstrip(b"\0")
-                if not packed:
-                    return b""
+                packed = self._decoder.unused_data.lstrip(b"\0")
+                while not packed:
+                    if not (more := self._file.read(size)):
+                        return b""
+                    packed = more.lstrip(b"\0")
                 self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
             elif self._decoder.needs_input and not (packed := self._file.read(size)):
                 raise EOFError("the .xz file ends early")
@@ -239,7 +241,7 @@ ARCHIVE_SUFFIXES = (*ZIP_SUFFIXES, *TAR_OPENERS)
 
 _XZ_MEMORY = 2**28  # `xz -9` needs 65 MiB
 _HEADER_BYTES = 1_000_000  # of attributes
-_ATTRIBUTE = re.compile(rb"(\d{1,7}) ([^=]{1,200})=")
+_ATTRIBUTE = re.compile(rb"(\d{1,7}) ([^=]{1,1000})=")
 _MAX_PATH = 4096  # characters in the path of a member
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _HEADER_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *_LONG_NAMES)
@@ -358,6 +360,8 @@ class _TarInfo(tarfile.TarInfo):
             elif match[2].startswith(b"GNU.sparse."):
                 found[b"sparse"] = b""
             start = end
+        if data[start:].strip(b"\0"):
+            raise tarfile.ReadError("an attribute can't be read")
         data = b""  # a chain of headers would keep it
         try:
             info: Any = self.fromtarfile(archive)
