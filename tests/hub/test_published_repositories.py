@@ -126,7 +126,7 @@ def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sou
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     report = str(sources["finetuned"].parent / "report.json")
-    folder = [str(sources["finetuned"]), "--repository", "me/new", "--evaluation", report]
+    folder = [str(sources["finetuned"]), "--repository", "me/new", "--evaluation", report, "--license", "mit"]
     assert cli.main(["publish", *folder]) == 0
     assert capsys.readouterr().out.endswith("a dry run; --upload uploads the changes\n")
     assert "me/new" not in hub.repositories

@@ -86,7 +86,7 @@ class LocalStore:
             if MANIFEST not in names and not all(map(_OWN_FILE.fullmatch, names)):
                 fault = "it contains other files. Name a new folder, an empty folder or an index"
                 advice = f'. To search code in {location}, do not use --index: mose search "QUESTION" {location}'
-        elif self.folder is not None and os.path.lexists(self.folder):
+        elif location is not None and os.path.lexists(Path(location).expanduser()):  # a file, or a link to nothing
             fault = "it is not a folder. Name a folder"
         if fault:
             raise UserError("search.index.foreign", f"{location} is not an index: {fault}{advice}.")

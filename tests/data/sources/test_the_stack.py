@@ -207,6 +207,7 @@ def received(future):
     return future.result()
 
 rows, url = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may ignore it
 dataset_files._received = received
 socket.getaddrinfo = MemoryFileSystem.cat_file = wait
 list(dataset_files.the_stack_repositories(rows, url, progress=False))
