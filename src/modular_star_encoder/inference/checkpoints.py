@@ -280,7 +280,8 @@ def write_checkpoint(
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
         config.check_exit(exit_layer)
-    stored = _stored_dtype(path)
+    with clear_errors(path):
+        stored = _stored_dtype(path)
     options = {"exit_layer": exit_layer} | ({"dtype": stored} if stored else {})
     model = _load_whole(class_named(config.architectures[0], path), config, path, **options)
     own_tokenizer = load_tokenizer(resolve_checkpoint(tokenizer or path))
