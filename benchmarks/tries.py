@@ -6,7 +6,7 @@
 
 Each run trains the token table alone, with smaller batches than the recipe's, so that it takes a minute. Scores are
 MRR × 100 on CodeSearchNet's test tasks in `$MOSE_DATA` (999 distractors, mean of the languages). A repeated command
-trains only the models that are missing.
+trains only the models that are missing, so use another folder for other settings.
 """
 
 import argparse
@@ -134,7 +134,10 @@ class Runs:
         """Return {name: {"rows", "seconds", "scores": one for each seed}}."""
         figures = {}
         for name in TRIES:
-            cells = [json.loads(path.read_text()) for path in sorted((self.out / name).glob("*/scores.json"))]
+            cells = [
+                json.loads(path.read_text())
+                for path in sorted((self.out / name).glob("*/scores.json"), key=lambda path: int(path.parent.name))
+            ]
             if cells:
                 seconds = float(np.median([cell["seconds"] for cell in cells]))
                 scores = [cell["score"] for cell in cells]

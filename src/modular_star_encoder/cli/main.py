@@ -147,7 +147,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def number_of_environment(error: str) -> str:
-    """If `error` says that a value is no number, return a note on environment variables with this value, else ""."""
+    """Return a note that names the environment variables whose value `error` can't read as a number; "" if none."""
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
         return ""
     wrong = [f"{name}={value}" for name, value in os.environ.items() if error.endswith(f": {value!r}")]

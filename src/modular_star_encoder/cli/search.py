@@ -251,7 +251,7 @@ def _take_folder(arguments: argparse.Namespace) -> None:
     elif is_path and os.path.isdir(path):
         fault = f"A question is missing before the folder {last!r}"
     elif near:
-        fault = f"There is no folder {last!r}; did you mean {near[0]!r}?"
+        fault = f"There is no folder {last!r}. Did you mean {near[0]!r}?"
     elif is_path or is_word:
         advice = "" if "/" in last else ". If it belongs to the question, put quotes around the question"
         fault = f"There is no folder {last!r}{advice}"

@@ -364,7 +364,7 @@ class BatchPlan:
         return draws if negatives is None else self._with_negatives(draws, step, negatives)
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
-        """Return the indices of the groups for pairs of `kind` (such as text → code), shuffled anew for each epoch."""
+        """Return the indices of the groups with pairs of `kind` (such as text → code), in a new order each epoch."""
         if self._orders.get(kind, (-1,))[0] != epoch:
             generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
             self._orders[kind] = epoch, generator.permutation(self._groups.counts[kind])

@@ -237,7 +237,7 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        raise UserError("data.token_store.other_content", f"{folder} is no token store: name an empty folder.")
+        raise UserError("data.token_store.other_content", f"{folder} is not a token store. Name an empty folder.")
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -246,7 +246,7 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    """Return the state of the store in `folder`; None if there is no store; UserError if a file of it is damaged."""
+    """Return the state of the token store in `folder`; None without a store. UserError if a file is damaged."""
     if not (folder / _STATE).exists():
         return None
     fault = _STATE

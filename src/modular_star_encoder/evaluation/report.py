@@ -264,7 +264,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 
     Of several embedding sizes at an exit, only the largest is read. `path` is report.json, a file that
     `mose evaluate --json` wrote, or training_log.json of `mose finetune`. `checkpoint` is the expected checksum of the
-    weights, or empty to accept any. UserError if the file is no results file or has another checksum.
+    weights, or empty to accept any. UserError if the file is not a results file, or has another checksum.
     """
     try:
         content = read_json(path)

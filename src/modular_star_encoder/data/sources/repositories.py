@@ -140,7 +140,7 @@ def folder_repositories(
             `CHECKOUT_MARKERS`, else 1. At depth 0, `folder` is the repository. Otherwise a repository is named by its
             path, such as `"a/b"` at depth 2. At depth 2, a file directly in `a` belongs to the repository `"a"`, and a
             file directly in `folder` to `"."`.
-        may_be_empty: whether to return a reader without files. If False and there is no file to read, raise UserError.
+        may_be_empty: if there is no file to read, True returns an empty reader, and False raises UserError.
         obey_ignore_files: leave out files that git ignores, read scripts without a suffix too, and count links and
             unreadable folders as left out.
     """
