@@ -1,5 +1,9 @@
+import os
+from unittest import mock
+
 import pytest
 import torch
+from huggingface_hub import constants
 
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -31,4 +35,11 @@ def own_cache(tmp_path_factory):
     """Indexes of searched folders go to a cache of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """A command that works offline because it reaches no Hub leaves the next test on-line."""
+    with mock.patch.dict(os.environ), mock.patch.object(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE):
         yield

@@ -29,6 +29,7 @@ def hub(plan, sources):
     """A Hub that holds what one call published, and what a Trainer pushed."""
     with StandInHub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
         hub.publications = publish(plan, upload=True, api=HfApi(endpoint=hub.endpoint, token=TOKEN), progress=False)
         folder = sources["finetuned"].parent / "trainer"
         run_script(hub, folder, "push_by_trainer", sources["finetuned"], folder, "me/by-trainer")
