@@ -6,7 +6,7 @@ The texts are the candidates of CodeSearchNet's test tasks (`--rows` from each p
 limit of all-MiniLM-L6-v2. Every contender embeds all of them in each round, tokenizing included:
 
     torch float32, bfloat16    `SentenceTransformer.encode` of the other encoders; `encode_exits` of ours, in bfloat16
-                               after `compile_for_inference`
+                               after `compile_for_inference`; bfloat16 only where the processor has it
     ONNX int8                  onnxruntime with weights of 8 bits, the same batches for every encoder
     numpy                      what `mose search` uses at exit 0, without torch
     model2vec                  its library with exit 0 of mose-code as `mose export --format model2vec` writes it
@@ -64,12 +64,13 @@ def main() -> None:
 def contenders(encoders: Sequence[str], folder: Path) -> dict[str, Callable[[], Encode]]:
     """{name: function that loads a contender}; exported files are kept in `folder`."""
     found: dict[str, Callable[[], Encode]] = {}
+    dtypes = ("float32", "bfloat16")
     for name in encoders:
         label = Path(name).name
-        found |= {f"{label}, torch {dtype}": partial(stock, name, dtype) for dtype in ("float32", "bfloat16")}
+        found |= {f"{label}, torch {dtype}": partial(stock, name, dtype) for dtype in dtypes}
         found[f"{label}, ONNX int8"] = partial(stock_onnx, name, folder / f"{label}.onnx")
     for k in (6, 2, 1):
-        found |= {f"exit {k}, torch {dtype}": partial(ours, k, dtype) for dtype in ("float32", "bfloat16")}
+        found |= {f"exit {k}, torch {dtype}": partial(ours, k, dtype) for dtype in dtypes}
         found[f"exit {k}, ONNX int8"] = partial(ours_onnx, k, folder / f"exit-{k}.onnx")
     return found | {"exit 0, numpy": exit_zero, "exit 0, model2vec": partial(model2vec, folder / "model2vec")}
 
@@ -173,6 +174,7 @@ def model2vec(folder: Path) -> Encode:
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Time all contenders in turns, then their processes; print and write."""
     from modular_star_encoder.evaluation.benchmarks import load_benchmark
+    from modular_star_encoder.training.arguments import bf16_is_faster
 
     tasks: list[Any] = load_benchmark("codesearchnet-999", os.environ["MOSE_DATA"], allow_subset=True)
     pools = [
@@ -185,7 +187,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     ]
     languages = [task.name for task in tasks for _ in task.pools]
     texts = [text for _, documents in pools for text in documents]
-    opened = {name: load() for name, load in contenders(arguments.encoders, folder).items()}
+    loaders = contenders(arguments.encoders, folder).items()
+    opened = {name: load() for name, load in loaders if bf16_is_faster() or "bfloat16" not in name}
     vectors: dict[str, np.ndarray] = {}
 
     def embed(name: str) -> None:
