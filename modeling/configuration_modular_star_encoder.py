@@ -264,11 +264,14 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             read_only = key == "sub_configs" or (isinstance(own, property) and own.fset is None)
             if read_only or callable(getattr(cls, key, None)):
                 raise ValueError(f"{key} is the name of a method, not of a setting: remove it from config.json.")
-        if "exit_layer" in kwargs:
-            kwargs["exit_layer"] = as_int(kwargs["exit_layer"])
         ignored = {"transformers_weights", "attn_implementation", "_attn_implementation"}
         known = {key: unwrap(key, value) for key, value in config_dict.items() if key not in ignored}
-        return super().from_dict(known, **kwargs)
+        exit_layer = kwargs.pop("exit_layer", known.get("exit_layer"))
+        found = super().from_dict(known, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        # Checked here, because the error of a field that transformers sets has several lines.
+        config.exit_layer = None if exit_layer is None else config.check_exit(exit_layer)
+        return found
 
     @property
     def head_dim(self) -> int:

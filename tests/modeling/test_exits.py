@@ -4,7 +4,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel
@@ -179,8 +178,8 @@ def test_an_exit_is_an_integer_also_of_numpy(model, checkpoint, tmp_path):
         cut = load(checkpoint, exit_layer=np.int64(2))
         assert type(cut.config.num_hidden_layers) is int
         cut.save_pretrained(tmp_path / "cut")
-        for value in wrong:
-            with pytest.raises((ValueError, StrictDataclassError), match="exit_layer"):
+        for value in [*wrong, 3]:
+            with pytest.raises(ValueError, match=r"^exit_layer .* is not an exit of this model; .* 1, 2, 4\.$"):
                 load(checkpoint, exit_layer=value)
 
 
