@@ -31,16 +31,6 @@ def snippets(row):
     return ids[1:middle], ids[middle + 1 : -1]
 
 
-def test_the_label_says_whether_the_repositories_are_the_same(tokenizer, rows):
-    """The words that every line of a text holds tell the (repository, file) of a snippet."""
-    for row in rows[:500]:
-        decoded = map(tokenizer.decode, snippets(row))
-        first, second = (re.search(r"(repo\d) (file\d)", text).groups() for text in decoded)
-        assert (first[0] == second[0]) == bool(row["icc_label"])
-        assert first != second
-    assert {int(row["icc_label"]) for row in rows[:500]} == {0, 1}
-
-
 def test_a_row_depends_on_the_seed_and_its_index_only(tokenizer):
     one, same, other = make(tokenizer), make(tokenizer, length=7), make(tokenizer, seed=1)
     one[3]
