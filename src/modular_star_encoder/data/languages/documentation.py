@@ -1,8 +1,6 @@
 """Turns comments and docstrings into the description of a function, one paragraph of prose.
 
-In CodeSearchNet, the description is the documentation up to the first blank line or, without one, up to the first `@`
-(Husain et al. 2019, arXiv 1909.09436, section 2). Here the description ends at the first blank line or at the first
-line that begins with `@` or another notation for parameters and results, whichever comes first.
+The description ends at the first blank line or the first tag, such as `@param`, as in CodeSearchNet (arXiv 1909.09436).
 """
 
 import ast
@@ -68,11 +66,7 @@ def docstring_description(docstring: str) -> str:
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of the comments before a function; "" if they are a licence or have no prose.
-
-    Markup is removed: comment markers, HTML, `{@link}`, Doxygen commands, instructions to tools, and tags that
-    introduce prose, such as `@brief`. Other tags before the prose are removed together with their text.
-    """
+    """Return the first paragraph of a function's comments, without markup; "" if there is none, and for a licence."""
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
         return ""
@@ -142,11 +136,10 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description in the comments before the byte `start` of `source.bytes`, as one line; "" if none.
+    """Return the description in the comments right before the byte `start`, as one line; "" if there is none.
 
-    `comments` are the sorted (start, end) spans of all comments. The description is the block comment, or the
-    successive line comments, right before `start`, without a blank line between. In languages with
-    `documented_by_blocks` it is the last `/** */` comment, even if other comments follow.
+    `comments` are the sorted spans of all comments. With `documented_by_blocks`, the last `/** */` comment counts, even
+    if others follow it.
     """
     blocks_only = language.documented_by_blocks
     run: list[str] = []
@@ -181,9 +174,5 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def reads_as_prose(text: str) -> bool:
-    """Return whether `text` is prose: three words or more, and no sign of code outside of backticks and `@` lines.
-
-    Measured on twelve languages, the result is False for all of 13,835 functions and True for 97.5 % of 12,574
-    descriptions.
-    """
+    """Return whether `text` is prose: three words or more, and no sign of code outside of backticks and `@` lines."""
     return len(_WORD.findall(text)) >= 3 and _CODE.search(_TAGS.sub("", text)) is None

@@ -1,7 +1,4 @@
-"""Find the functions of a source text in its syntax tree: their spans, names, descriptions and code.
-
-The functions are found with tree-sitter queries and without recursion, so deeply nested code overflows no stack.
-"""
+"""Find the functions of a source text in its syntax tree: their spans, names, descriptions and code."""
 
 import re
 from collections import Counter
@@ -38,12 +35,9 @@ class FoundFunction:
 def find_functions(
     text: str, language: str, *, documented_only: bool = False, counts: Counter[str] | None = None
 ) -> list[FoundFunction]:
-    """Return the functions of `text` that have no syntax error, in order, including methods and nested functions.
+    """Return the functions of `text` that have a body and no syntax error, in order, with methods and nested functions.
 
-    Functions without a body, and Python functions whose body is only a docstring, are left out. If `documented_only`,
-    functions without a description are left out too. PHP code must contain `<?php`. The numbers of files and functions
-    with a syntax error, and of functions nested too deeply, are added to `counts`.
-
+    If `documented_only`, only those with a description. `counts` gets the numbers of files and functions left out.
     Raises UnparsableSourceError if `text` can't be parsed, or if it has a syntax error and no function without one.
     """
     grammar, source = load_grammar(language), SourceText(text)
@@ -74,12 +68,7 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """Return the functions, classes and other definitions in `text`, outer ones before those inside them.
-
-    `text` may have syntax errors. Definitions nested very deeply are left out. Raises UnparsableSourceError if `text`
-    can't be parsed, has thousands of unclosed brackets (the query would take minutes), or has more than
-    `MAX_DEFINITIONS` definitions.
-    """
+    """Return the functions, classes and other definitions in `text`, outer ones first; raise UnparsableSourceError."""
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     tree = parsing.parse(source.bytes, grammar)
@@ -226,10 +215,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the dotted name of the function or scope that a query matched, such as `A.b` for `A::b`.
-
-    Return None if the match is a macro, or a statement that tree-sitter's error recovery took for a function.
-    """
+    """Return the dotted name of the definition that a query matched; None if it is a macro or no definition."""
     if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
         return None
     if "declarator" in captures:

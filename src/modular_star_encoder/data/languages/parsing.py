@@ -25,10 +25,7 @@ class UnparsableSourceError(ValueError):
 
 
 class SourceText:
-    """A source text as UTF-8 in `bytes`, without byte-order mark, and with `\\n` in place of `\\r\\n` and `\\r`.
-
-    Grammars read `\\r` in different ways, and code is stored with `\\n`. `original_span` gives the original offsets.
-    """
+    """A source text as UTF-8 in `bytes`, without byte-order mark, and with `\\n` in place of `\\r\\n` and `\\r`."""
 
     def __init__(self, text: str) -> None:
         """Encode `text`; raise UnparsableSourceError if it has a lone surrogate, which UTF-8 can't hold."""
@@ -146,11 +143,10 @@ def load_grammar(language: str) -> Grammar:
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """Return the syntax tree of UTF-8 `source`, like `parse_once`, but with fewer errors from macros in C and C++.
+    """Return the syntax tree of UTF-8 `source`, with fewer errors from macros in C and C++ than that of `parse_once`.
 
-    In C and C++, words that look like macros and break the syntax are replaced by blanks, and the source is parsed
-    again, up to three times within half of `MAX_PARSE_SECONDS`. All offsets stay the same. The tree with the fewest
-    errors is returned.
+    In these languages, words that look like macros and break the syntax are replaced by blanks. All offsets stay the
+    same.
     """
     end = time.thread_time() + MAX_PARSE_SECONDS / 2
     tree = best = parse_once(source, grammar)
@@ -168,12 +164,7 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 
 
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
-    """Return the syntax tree of UTF-8 `source`; invalid code becomes ERROR nodes. Nodes have offsets, but no `text`.
-
-    Raises UnparsableSourceError if `source` has null bytes or a line longer than `MAX_LINE_BYTES`, if its tree has more
-    than `MAX_NODES` nodes, or if parsing takes longer than `MAX_PARSE_SECONDS`. Without this limit, errors in a long
-    text could take hours.
-    """
+    """Return the syntax tree of UTF-8 `source`. Nodes have offsets, but no `text`; invalid code is in ERROR nodes."""
     if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
         raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
     tree = grammar.parse(source)
@@ -234,10 +225,8 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 def check_syntax(code: str, language: str) -> tuple[float, bool]:
     """Return (share of syntax errors in `code`, from 0.0 to 1.0; whether `code` has a function).
 
-    The share counts the bytes of `code` under ERROR nodes of its tree-sitter tree, and one byte for each missing token.
-    It is 1.0 for blank text and for text that can't be parsed. `code` is parsed alone and, for example, inside a class;
-    the better result is returned. A grammar, such as Ruby's, may parse plain prose without errors, but finds no
-    function (a name and a body) in prose. PHP code needs no `<?php`.
+    `code` is parsed alone and, for example, inside a class; the better result is returned. The share is 1.0 for text
+    that can't be parsed. Plain prose may have no errors, but it has no function. PHP code needs no `<?php`.
     """
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")

@@ -1,9 +1,4 @@
-"""The settings of each programming language that this package reads, from `languages.toml`.
-
-A new language needs a table in `languages.toml` and a query in `queries/NAME.scm`; `queries/README.md` lists the
-captures of a query. The language's tree-sitter grammar must be a dependency of this package, or in
-tree-sitter-language-pack.
-"""
+"""The settings of each programming language, from `languages.toml`; `queries/README.md` explains the queries."""
 
 import re
 import tomllib
