@@ -1,32 +1,23 @@
 """A local server of OpenAI's chat protocol, whose answers come from a function."""
 
-from collections.abc import Callable
-from typing import Any
-
-from modular_star_encoder.synthconl.translation import TOO_LONG, Completion
-from tests.utils.http_server import LocalServer, Request
-
-Reply = tuple[int, Any, dict[str, str]]
-Fault = Callable[[int, Any, dict[str, str]], Reply | None]
+from modular_star_encoder.synthconl.translation import TOO_LONG
+from tests.utils.http_server import LocalServer
 
 
 class OpenAIServer(LocalServer):
-    """Completes each prompt by `answer`.
+    """Completes each prompt by `answer`; `fault(number, body, headers)` of a request may give another reply."""
 
-    `fault` sees the number of a request, its body and its headers, and may give another reply.
-    """
-
-    def __init__(self, answer: Callable[[str], Completion], fault: Fault | None = None) -> None:
+    def __init__(self, answer, fault=None):
         super().__init__(answer)
         self.fault = fault
-        self.prompts: list[str] = []  # of the requests that were answered with a completion
+        self.prompts = []  # of the requests that were answered with a completion
         self.base_url = f"{self.url}/v1"
 
     @property
-    def bodies(self) -> list[Any]:
+    def bodies(self):
         return [request.body for request in self.requests]
 
-    def respond(self, request: Request) -> Reply:
+    def respond(self, request):
         if self.fault and (reply := self.fault(request.number, request.body, request.headers)) is not None:
             return reply
         assert request.path == "/v1/chat/completions"

@@ -18,6 +18,7 @@ from modular_star_encoder.synthconl.translation import (
 )
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
+from tests.synthconl.samples import echo
 
 KEY = "sk-a-very-secret-key"
 
@@ -26,10 +27,6 @@ def requests(count):
     """Prompts of many lengths, every third one the same as an earlier one."""
     numbers = [i - i % 3 // 2 for i in range(count)]
     return [CompletionRequest(f"row {i}", "add " * (7 * n % 23) + str(n)) for i, n in enumerate(numbers)]
-
-
-def echo(prompt):
-    return Completion("", f"<{prompt}>", "stop", len(prompt), 4)
 
 
 def complete(server, count=1, **options):

@@ -110,11 +110,10 @@ def test_the_card_says_how_the_dataset_was_made(finished):
         "Functions of six repositories.",
         '| body | {"seed": 7} |',
         "| revision | a1b2c3 |",
-        "Translate the function below from {source_language} to {target_language}.",
         "Of 35 answers,",
+        "| reason |",
         "| tokens written | 175 |",
-        "func1_CSN and func2, either of which",
-        "a true Jaccard similarity of at least 0.7",
+        "at least 0.7",
         "| rensa | ",
     ):
         assert text in card
@@ -134,19 +133,16 @@ def test_the_card_says_how_the_dataset_was_made(finished):
         ({"targets": ["cpp", "go"]}, "drawn uniformly from Go, C++, without its own."),
     ],
 )
-def test_the_card_says_greedily_and_all_languages_only_where_that_is_so(finished, card_arguments, changes, sentence):
-    settings = {**card_arguments["settings"], "translations": card_arguments["settings"]["translations"] | changes}
-    assert sentence in dataset_card(**card_arguments | {"settings": settings})
-
-
-def test_a_card_without_rejected_answers_has_no_empty_table(finished, card_arguments):
-    reports = card_arguments["reports"]
-    without = {**reports, "triplets": reports["triplets"] | {"rejected": {}}}
-    rejected, none = dataset_card(**card_arguments), dataset_card(**card_arguments | {"reports": without})
-    assert "rejected for these reasons:\n\n| reason |" in rejected
-    assert "taken out of its block.\n" in none
-    assert "| reason |" not in none
-    assert "\n\n\n" not in none
+def test_the_card_says_greedily_and_all_languages_only_where_that_is_so_and_has_no_empty_table(
+    finished, card_arguments, changes, sentence
+):
+    settings, reports = card_arguments["settings"], card_arguments["reports"]
+    settings = settings | {"translations": settings["translations"] | changes}
+    reports = reports | {"triplets": reports["triplets"] | {"rejected": {}}}
+    card = dataset_card(**card_arguments | {"settings": settings, "reports": reports})
+    assert sentence in card
+    assert "| reason |" not in card
+    assert "\n\n\n" not in card
 
 
 def test_samples_and_average_lengths_are_those_of_each_language_and_side():
