@@ -64,8 +64,7 @@ class PaddingCollator(_Padding):
 class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
 
-    Returns a mapping with the keys `query` and `document`; also `negative` if rows have hard negatives
-    (`negative_ids`), and `text` if rows have unpaired texts (`text_ids`). Each value is a mapping of tensors:
+    Returns {`query`, `document`, and `negative` or `text` if rows have them: a mapping of tensors}:
 
     - `input_ids` and `attention_mask`, int64 (B, T), for the B rows with this kind of text, the longest with T tokens;
     - `teacher`, float32 (B, D), the teacher's vectors of these texts, if rows have them (`query_teacher`, …, (D,)).
@@ -100,8 +99,7 @@ class PackingCollator:
     - `max_length_q` and `max_length_k`, the number of tokens of the longest row, as an int;
     - `icc_labels`, int64 (P,).
 
-    The batch cannot be divided along its first dimension: train without accelerate's `split_batches` and
-    `dispatch_batches`, and on one device per process.
+    The batch can't be divided: train without accelerate's `split_batches` and `dispatch_batches`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

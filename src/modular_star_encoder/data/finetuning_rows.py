@@ -21,11 +21,7 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Return `code` with a random new name for each word of 3 or more characters that occurs 3 or more times.
-
-    Keywords are renamed too. A new name has 3 to 8 lower-case letters, replaces all occurrences of the word and differs
-    from all other words of the result.
-    """
+    """Return `code` with a random new name for each word of 3 or more characters that occurs 3 or more times."""
     counts = Counter(_WORD.findall(code))
     names = {word: word for word in counts}
     for word, count in counts.items():
@@ -40,11 +36,10 @@ _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Retrieval rows as token ids, each text with its prompt.
+    """Retrieval rows as token ids, each text with its prompt: `<sep>{instruction}<sep>{text}<cls>`, cut in `{text}`.
 
-    A text becomes `<sep>{instruction}<sep>{text}<cls>`, or without prompts `<sep>{text}<cls>`. If there are too many
-    tokens, only `{text}` is cut. The characters of a special token in `{text}` stay ordinary characters. Item `i` holds
-    `query_ids` (description of row `i`) and `document_ids` (first snippet of row `i`), int64 (T,) for T tokens.
+    Without prompts, a text becomes `<sep>{text}<cls>`. Item `i` holds `query_ids` (description of row `i`) and
+    `document_ids` (first snippet of row `i`), int64 (T,) for T tokens.
     """
 
     def __init__(
@@ -89,8 +84,8 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
         """Return the token ids of one text of a row, with its prompt and cut to its limit of tokens: int64 (T,).
 
-        `number` is None for the description, -1 for the hard negative, or the index of a snippet. If `renaming` is
-        given, it draws new names for the frequent words of code (see `rename_frequent_words`).
+        `number` is None for the description, -1 for the hard negative, or the index of a snippet. `renaming` draws new
+        names for the frequent words of code (see `rename_frequent_words`).
         """
         if number is None:
             return _framed(self._descriptions[row], self._text_frame, self._limits[0])
@@ -127,9 +122,8 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of `steps` batches that `plan` chooses, one batch after another, to be read by a sequential sampler.
 
-    Row `i` depends only on the data, the plan and `i`. A row holds `query_ids` and `document_ids`, int64 (T,). For a
-    text → code pair, these are a description and its first snippet. For a code → code pair, they are two random
-    snippets of one row of `texts`. If every row of `texts` has a hard negative, a row also holds `negative_ids`.
+    A row holds `query_ids` and `document_ids`, int64 (T,), of a description and its first snippet or, for code → code,
+    of two random snippets of one row. It holds `negative_ids` if every row of `texts` has a hard negative.
     """
 
     def __init__(
@@ -189,8 +183,7 @@ def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
     """Pairs for clone detection as token ids, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
 
-    Row `i` holds `input_ids`, int64 (T,) with T ≤ `max_tokens`, and `labels`, an int64 scalar. If the two snippets are
-    too long together, each gets half of the available tokens, plus those that the other snippet does not need.
+    Row `i` holds `input_ids`, int64 (T,) with T ≤ `max_tokens`, and `labels`, an int64 scalar. Both snippets are cut.
     """
 
     def __init__(

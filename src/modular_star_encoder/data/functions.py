@@ -1,10 +1,7 @@
 """Extracts documented functions from a corpus: (description, code) rows, filtered by CodeSearchNet's rules.
 
-The description is the first paragraph of a function's docstring in Python, and of the comment before the function in
-other languages. The docstring is removed from the code. Otherwise the code would contain the words of the query, and
-even BM25 would find it.
-
-Source of the rules: Husain et al., "CodeSearchNet Challenge", 2019 (arXiv 1909.09436), section 2.
+The docstring is removed from the code: otherwise even BM25 would find the code by the words of its description. The
+rules are in section 2 of arXiv 1909.09436.
 """
 
 import hashlib
@@ -90,11 +87,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the functions that `find_functions` finds in a source file; [] if the file can't be parsed.
-
-    A `.h` file with C++ is parsed as C++. The numbers of files and functions with syntax errors, and of files that
-    can't be parsed, are added to `counts`.
-    """
+    """Return the functions of a source file (see `find_functions`), or [] if it can't be parsed; count in `counts`."""
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
     try:
@@ -111,9 +104,7 @@ def collect_functions(
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
     """Return (documented functions in `files` that CodeSearchNet's rules keep, in order; counts by name).
 
-    Of functions with equal code, only the first is returned. The counts have names such as "documented functions" or
-    "dropped: constructor"; see `drop_reason`. `processes` is the number of processes that parse; with 0 or 1, the
-    calling process parses. The result does not depend on `processes`.
+    Of functions with equal code, only the first is returned. With 0 or 1 `processes`, the calling process parses.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -161,10 +152,9 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader that yields one `SourceFile` for each function in `files`, instead of one for each file.
+    """Return a reader that yields one `SourceFile` for each outer function in `files`, documented or not.
 
-    The path of a function is the path of its file with `#L{line}` at the end. Functions without documentation are
-    included. A nested function is a part of the text of the function around it, and is not yielded by itself.
+    The path of a function is the path of its file with `#L{line}` at the end.
     """
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
@@ -212,18 +202,14 @@ _OPENERS = {
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """Return a reader of the source code that a recipe's `corpus` names. The reader applies StarCoder2's filters.
 
-    Args:
-        settings: exactly one of the sources below, the options of that source, and optionally `languages` (a list) and
-            `snippets`. With `snippets: files`, the default, files are read whole. With `snippets: functions`, each
-            function is read as a file (see `outer_functions`).
+    `settings` has one of the keys below, the options of that source, and optionally `languages` (a list) and
+    `snippets`: `files` (the default), or `functions` to read each function as a file (see `outer_functions`).
 
-            - `folder: PATH`; option `depth` (number of levels from PATH down to the repositories);
-            - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);
-            - `archives: PATH`: an archive, or a folder of archives; each archive is a repository;
-            - `rows: PATH or Hub id`: a dataset with one file per row; options are the arguments of `row_repositories`,
-              such as `columns` (a mapping from fields of `RowColumns` to the dataset's column names);
-            - `the_stack: PATH or Hub id`: The Stack v2; options are `content_url` (the address from which file contents
-              are fetched, with your own access) and the other arguments of `the_stack_repositories`.
+    - `folder: PATH`; option `depth` (number of levels from PATH down to the repositories);
+    - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);
+    - `archives: PATH`: an archive, or a folder of archives; each archive is a repository;
+    - `rows: PATH or Hub id`: a dataset with one file per row; options are the arguments of `row_repositories`;
+    - `the_stack: PATH or Hub id`: The Stack v2; options are the arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
@@ -266,10 +252,9 @@ def documentation_summary(documentation: str) -> str:
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
-    """Return the function in a row of CodeSearchNet; None if its docstring can't be removed.
+    """Return the function in a row of CodeSearchNet, from the Hub or in the authors' JSON Lines, without its docstring.
 
-    The names of the columns may be those of the Hub or those of the authors' JSON Lines. Python code is returned
-    without its docstring, because with the docstring even BM25 has an MRR of 97 %.
+    Return None if the docstring can't be removed.
     """
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():

@@ -52,16 +52,11 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     """A map-style dataset of `length` rows: two snippets, partly masked, and whether both are from one repository.
 
-    The docstring of this module says how snippets are drawn. Row `i` depends only on the arguments and `i`, so every
-    worker, process and resumed run makes the same row. A row holds
+    Row `i` depends only on the arguments and `i`, so every worker, process and resumed run makes the same row. It holds
 
     - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
     - `labels`, int64 (T,): the original ids at the masked positions (at least one), −100 elsewhere;
     - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0; both are equally probable.
-
-    Attributes:
-        repositories: names of the repositories from which snippets are drawn.
-        dropped_texts: number of texts in the corpus from which no snippet is drawn (see `PairSampler`).
     """
 
     def __init__(
@@ -165,11 +160,7 @@ class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
     Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
-    used. These three rules are applied again until all remaining texts pass.
-
-    Attributes:
-        repositories: the repositories with used texts, as indices of `corpus.repository_names`.
-        dropped_texts: the number of texts that are not used.
+    used. `repositories` has indices of `corpus.repository_names`; `dropped_texts` is the number of unused texts.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:

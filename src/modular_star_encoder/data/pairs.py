@@ -1,9 +1,4 @@
-"""Reads fine-tuning data: prose and code of the same meaning (retrieval), pairs of labelled snippets (clone detection).
-
-All sources for retrieval give rows of one type, `RetrievalExample`. There are four kinds of sources: pairs of any two
-texts, triplets (prose, a function, its translation), documented functions of repositories (prose and a function), and
-parallel solutions of exercises (code alone).
-"""
+"""Reads fine-tuning data: prose and code of one meaning (retrieval), pairs of labelled snippets (clone detection)."""
 
 import json
 import os
@@ -114,9 +109,8 @@ class ExampleReader:
 class TripletColumns:
     """The names of the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
 
-    A triplet is a description, a function (`code`) and its translation to another programming language (`other_code`).
-    `negative` is the column of hard negatives, and `negative_language` the column of their languages (if None, the
-    column `language`). If `other_code`, `repository` or `negative` is None, this column is not read.
+    A triplet is a description, a function (`code`) and its translation (`other_code`). `negative` is the column of hard
+    negatives; without `negative_language`, they have the language of `code`. A column that is None is not read.
     """
 
     description: str = "func_documentation_string"
@@ -153,12 +147,9 @@ def open_triplets(
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
 ) -> ExampleReader:
-    """Return a reader of a dataset whose rows are triplets: a description, a function, and its translation.
+    """Return a reader of a dataset of triplets. Unusable rows, and those with a reason from `fault`, are skipped.
 
-    A row is skipped and counted if its description or one of its codes is blank, a language is not in `LANGUAGES`
-    (`C++` counts as `cpp`), its repository is not a text, or `fault(row)` returns a reason. If `strict`, a row to be
-    skipped raises UserError (`data.row`). `columns` names the columns to read; for `source`, `split` and `options` see
-    `open_dataset_rows`.
+    If `strict`, they raise UserError (`data.row`) instead. For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -195,22 +186,17 @@ def _triplet(
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
     """Read the retrieval rows of every source in a recipe's `data`; return {name of the source: rows}.
 
-    Args:
-        settings: One or several of the following sources. SOURCE is the argument `source` of `open_dataset_rows`, and
-            the mappings may also have the other arguments of `open_dataset_rows`. A source that is None is not used.
+    Each of these keys is a SOURCE of `open_dataset_rows`, or a mapping with `source` and other arguments; None is not
+    used.
 
-            - `pairs`: SOURCE, or a mapping with `source` and `columns`; see `resolve_pairs`. `pairs` replaces all other
-              sources;
-            - `triplets`: SOURCE, or a mapping with `source` and other arguments of `open_triplets`. With
-              `columns: {negative: NAME}` each row also has a hard negative;
-            - `functions`: a folder, or the settings of a corpus (see `open_corpus`), to read documented functions from;
-            - `parallel`: SOURCE with one exercise per row, in the columns `slug` (name of the exercise) and `code`
-              (mapping of languages to solutions). Or a mapping with `source`, in which `name` and `code` may give
-              other names of these two columns.
+    - `pairs`: see `resolve_pairs`. `pairs` replaces all other sources;
+    - `triplets`: see `open_triplets`. With `columns: {negative: NAME}` each row also has a hard negative;
+    - `functions`: a folder, or the settings of a corpus (see `open_corpus`), to read documented functions from;
+    - `parallel`: one exercise per row, in the columns `slug` (its name) and `code` (mapping of languages to solutions);
+      `name` and `code` may give other names of these two columns.
 
-    A row that can't be used is skipped and counted: for example if its code is empty, in an unknown language, or prose
-    (see `reads_as_prose`). With `strict: true` in the mapping of `pairs`, `triplets` or `parallel`, a row that can't be
-    used raises UserError (`data.row`).
+    A row that can't be used is skipped and counted: for example if its code is empty, in an unknown language, or prose.
+    With `strict: true`, it raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
     if not settings:
@@ -252,16 +238,11 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's `data` as `{"pairs": …}`, with the source, the options and the column of every role.
 
-    Without `pairs`, `data` is returned unchanged. `data.pairs` is a file, folder or Hub id, or a mapping with `source`
-    and options of `open_dataset_rows`. `data.columns`, or `columns` in the mapping, is {role: name of the column}. The
-    roles are `query`, `positive`, `negative` (a text, or a list, of which the first text is used), `score`, `language`
-    and `repository`. A role that is null has no column. For a role that is not given, the column is guessed from the
-    names in the file: usual names such as `docstring` first. For `query` and `positive`, a word in the name is enough
-    (`user_question`) if one column alone has a word for this role and no word for another role. Readers skip rows with
-    a score below the option `min_score` (default 0.5).
-
-    Raises UserError if a key of `data`, the source or a named column does not exist, or no column is found for `query`
-    or `positive`.
+    Without `pairs`, `data` is returned unchanged. `data.pairs` is a SOURCE, or a mapping with `source` and options of
+    `open_dataset_rows`. `data.columns`, or `columns` in the mapping, is {role: name of the column}; a role that is null
+    has no column. Other roles get a column with a usual name, such as `docstring`. For `query` and `positive`, a word
+    in the name is enough (`user_question`) if it fits one column and one role alone. UserError if a key, the source or
+    a column does not exist, or no column is found for these two. Readers skip rows with a score below `min_score`.
     """
     of_pairs = ("columns", "min_score")
     check_names(list(map(str, settings)), [*_SOURCES, *(of_pairs if settings.get("pairs") else ())], "data")
@@ -454,11 +435,9 @@ class LabelledPairs:
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
     """Read the labelled pairs in a recipe's `data`; return {split: pairs} for `train`, `valid` and, if given, `test`.
 
-    Args:
-        settings: Either `train`, `valid` and optionally `test`, each a JSON Lines or parquet file with the columns
-            `first` and `second` (two snippets) and `label` (0 or 1). Or `bigclonebench`, a folder with the files of
-            CodeXGLUE (github.com/microsoft/CodeXGLUE, Clone-detection-BigCloneBench): `data.jsonl` has a function per
-            line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two `idx` and a label per line.
+    `settings` names a file per split, with the columns `first`, `second` and `label` (0 or 1). Or it has
+    `bigclonebench`, a folder with the files of CodeXGLUE: `data.jsonl` has a function per line (`func`, `idx`), and
+    `train.txt`, `valid.txt` and `test.txt` have two `idx` and a label per line.
     """
     names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
     if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):

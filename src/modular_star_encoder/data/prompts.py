@@ -1,11 +1,7 @@
 """Defines the published prompts, and the special tokens that the encoder expects around a text.
 
 A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
-the `<cls>`. A prompt is a prefix of the text and consists of the instruction and the inner `<sep>`. Training,
-evaluation, model cards and search all use these prompts.
-
-Source: the model cards of modularStarEncoder/ModularStarEncoder-finetuned (instructions and order) and
-bigcode-project/bigcode-encoder (spelling of the special tokens).
+the `<cls>`; a prompt is the instruction and the inner `<sep>`. The texts are those of the published model cards.
 """
 
 from modular_star_encoder.data.languages import registry
@@ -32,8 +28,7 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
     """Return the prompt to put before a code snippet: `"{instruction}<sep>"`, or `""` without `instructions`.
 
-    The instruction names the language (`"cpp"` as `"c++"`). It names no language if `language` is None or `""`. A
-    model's `config.instruction_prompts` says whether the model was fine-tuned with instructions.
+    The instruction names the language (`"cpp"` as `"c++"`), if there is one.
     """
     if not instructions:
         return ""
@@ -53,9 +48,7 @@ def text_prompt(*, instructions: bool = True) -> str:
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
     """Return {name: prompt} for `SentenceTransformer(prompts=…)`; without `instructions`, all prompts are empty.
 
-    `encode_query` uses `"query"`, for descriptions, and `encode_document` uses `"document"`, for code of any language.
-    The published prompts for code name its language. They are `"document_python"`, `"document_c++"` and so on, one for
-    each of `LANGUAGES`: use them with `encode(..., prompt_name="document_python")`.
+    The names are `"query"`, `"document"` for code of any language, and `"document_python"` and so on for `LANGUAGES`.
     """
     by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
     document = code_prompt(instructions=instructions)

@@ -1,9 +1,7 @@
 """Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-Training and evaluation rows have no repository, code or description in common. In contrastive learning, each row of a
-batch takes the other rows as negatives, so all rows of a batch must differ in meaning. Rows with the same description
-or code, directly or through other rows, form a *group*. A batch has at most one row of each group, and no hard negative
-from these groups.
+In contrastive learning, each row of a batch takes the others as negatives. So rows with the same description or code,
+directly or through other rows, form a *group*, and a batch has at most one row of each group.
 """
 
 import hashlib
@@ -46,9 +44,8 @@ def draw_repositories(
 ) -> set[str]:
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
-    Repositories are drawn at random until they have a fifth of all functions, or `min_test` functions if that is less.
-    Repositories with more than `max_repository_share` of all functions are drawn last, the smallest first, so that no
-    single project decides the results. At least one repository is left for training. Equal arguments give equal sets.
+    They are drawn at random until they have a fifth of all functions, or `min_test` if that is less. Repositories with
+    more than `max_repository_share` are drawn last, the smallest first. At least one repository is left for training.
     """
     if len(sizes) < 2:
         message = f"Splitting data needs two repositories, or two rows if they name none. Found {len(sizes)}. Add data."
@@ -80,18 +77,10 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Return the training and held-out rows of a recipe. If `folder` has no rows, they are made and stored there.
+    """Return the training and held-out rows of a recipe; if `folder` has none, make them and, if `store`, store them.
 
-    Whole repositories are held out. Rows without a repository are held out one by one.
-
-    Args:
-        settings: A recipe's `data`, which names the sources; see `read_retrieval_examples`.
-        folder: Where `train.parquet`, `held_out.parquet` and `report.json` are written, all at once.
-        eval_fraction: Share of each source's rows to hold out; a larger share than 0.2 counts as 0.2.
-        seed: Decides which repositories are held out, and which rows are drawn.
-        max_train_samples: Number of rows to train on, drawn at random; None for all.
-        progress: Whether to show progress bars and, for each source, how many rows are read and skipped, with reasons.
-        store: Whether to write new rows. If False, `store_retrieval_data` can write them later.
+    Whole repositories are held out, `eval_fraction` (at most 0.2) of each source's rows. Rows without a repository are
+    held out one by one. `seed` decides which. `settings` is a recipe's `data`, which names the sources.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -214,11 +203,7 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """Return the group of each row, int64 (rows,): groups are numbered from 0.
-
-    Rows with the same description or the same code (by `description_key` and `code_key`) are in one group. If row A
-    has a code of row B, and B has the description of row C, then all three are in one group.
-    """
+    """Return the group of each row, int64 (rows,): rows that share a description or a code, also through other rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -234,10 +219,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return, for each row, the group in which its hard negative is a snippet: int64 (rows,), −1 if there is none.
-
-    `groups` is the result of `same_content_groups`. Return None if a row has no hard negative, or if there are no rows.
-    """
+    """Return the group of each row's hard negative, int64 (rows,), −1 for none; None if a row has no hard negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -301,11 +283,10 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    If the data gives pairs of both kinds, text → code and code → code, the kinds alternate in a batch. In each epoch,
-    the groups (see `PairGroups`) come in a new random order, and each group gives one pair. Its rows take turns from
-    epoch to epoch. Groups at the end of an epoch that do not fill a batch are left out. Two pairs of one group would be
-    false negatives. So if both kinds choose the same group, a random other group gives the code → code pair. A hard
-    negative in a group of the batch is replaced by the hard negative of a random other row.
+    In each epoch, the groups (see `PairGroups`) come in a new random order, and each gives one pair; its rows take
+    turns. If there are both kinds of pairs, they alternate. Two pairs of one group would be false negatives. So if both
+    kinds choose the same group, a random other group gives the code → code pair, and a hard negative in a group of the
+    batch is replaced by that of a random other row.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
@@ -390,10 +371,9 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each only once.
+    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each once, an even number in each process.
 
-    Batches have `batch_size` pairs, or fewer if there are too few groups. Each of `processes` processes gets an even
-    number of pairs. Raises UserError (`training.held_out.too_few`) if a batch can't have two pairs for each process.
+    Raises UserError (`training.held_out.too_few`) if a batch can't have two pairs for each process.
     """
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):

@@ -2,15 +2,13 @@
 
 A store is a folder of flat little-endian arrays, without a header, and two text files:
 
-    tokens.bin            uint16 or uint32 (tokens,): the rows one after the other
-    bounds.bin            int64 (rows + 1,): row i is tokens bounds[i]:bounds[i + 1]
-    repositories.bin      int32 (rows,): the repository of each row, a line of repositories.jsonl
-    languages.bin         int32 (rows,): the language of each row, an entry of "languages" in state.json
-    repositories.jsonl    the name of one repository per line, as a JSON string
-    state.json            sizes of the valid parts of these files, hashes of the tokenizer and of the source files
+tokens.bin uint16 or uint32 (tokens,): the rows one after the other bounds.bin int64 (rows + 1,): row i is tokens
+bounds[i]:bounds[i + 1] repositories.bin int32 (rows,): the repository of each row, a line of repositories.jsonl
+languages.bin int32 (rows,): the language of each row, an entry of "languages" in state.json repositories.jsonl the name
+of one repository per line, as a JSON string state.json sizes of the valid parts of these files, hashes of the tokenizer
+and of the source files
 
-Files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk. If a process
-ends while it writes, the next process removes the data that `state.json` does not count.
+Files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk.
 """
 
 import hashlib
@@ -57,9 +55,7 @@ class TokenCorpus:
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
         """Return (corpus to train on, held-out corpus): two views of this corpus that have no repository in common.
 
-        `eval_fraction` is the share of the repositories to hold out; their names and `seed` alone decide which. Each
-        part gets at least two repositories, or one if the corpus has fewer than four. Raises UserError
-        (`data.split.too_few_repositories`) if the corpus has only one.
+        `eval_fraction` is the share of the repositories to hold out; their names and `seed` alone decide which.
         """
         names = self.repositories
         if len(names) < 2:
@@ -149,10 +145,9 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenize `files` into a store in `folder`, one row per file, and return the store.
 
-    To continue an interrupted call, pass the same files in the same order. Files that are already stored are compared,
-    but not tokenized again. A finished store is opened without reading `files`. Only one process may work on a folder
-    at a time; this is not checked. Raises UserError if the folder holds unrelated files, a damaged store, or a store
-    of another tokenizer or of other source files.
+    To continue an interrupted call, pass the same files in the same order. A finished store is opened without reading
+    `files`. Only one process may work on a folder at a time; this is not checked. Raises UserError if the folder holds
+    unrelated files, a damaged store, or a store of another tokenizer or of other source files.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A tokenizer turns the characters `<sep>` in its input into the special token `<sep>`, and prompts depend on this. In
-code and texts of users, `<sep>` must stay ordinary characters: encode these texts with `encode_content`.
+A tokenizer makes a special token of the characters `<sep>`. Encode code and texts of users with `encode_content`.
 """
 
 import copy
@@ -29,12 +28,10 @@ _TOKENS_PER_COUNT = 2**22
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, max_length: int = 2048, progress: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`.
+    """Train a byte-level BPE tokenizer on `texts`. It pads on the left and truncates to `max_length` tokens.
 
-    The tokenizer encodes one text as `<sep> text <cls>`, and a pair of texts as `<sep> a <sep> b <cls>`. It truncates
-    to `max_length` tokens, but never removes these special tokens, and pads on the left. `<pad>`, `<sep>`, `<cls>` and
-    `<mask>` have the ids 0, 1, 2 and 3 and are part of `vocab_size`. A small corpus may give fewer than `vocab_size`
-    tokens: build the model for `len(tokenizer)` tokens.
+    It encodes one text as `<sep> text <cls>`, and two as `<sep> a <sep> b <cls>`. A small corpus may give fewer than
+    `vocab_size` tokens: build the model for `len(tokenizer)` tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
         message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens) and max_length at least 4."
@@ -88,11 +85,9 @@ def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a copy of `tokenizer` that encodes a text as `<sep> text <cls>`.
+    """Return a copy of `tokenizer` that encodes a text as `<sep> text <cls>`, with these spellings and the same ids.
 
-    In the copy, the tokens for separator, class and mask are spelled `<sep>`, `<cls>` and `<mask>`, and all token ids
-    stay the same. A tokenizer with this template and these spellings is returned unchanged. The published tokenizer
-    needs the copy: it adds no special tokens, because its users write them into their texts.
+    The published tokenizer needs the copy: it adds no special tokens, because its users write them into their texts.
     """
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
@@ -124,11 +119,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a text for each token id, in order: the letters and digits of the token, in lower case.
-
-    "parse", " Parse" and "_PARSE" all give "parse". The text of a special token, or of a token without letters and
-    digits (punctuation, a part of a character), differs from the texts of all other tokens.
-    """
+    """Return a text for each token id: its letters and digits in lower case, else a text that no other token has."""
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
@@ -137,10 +128,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 class TokenRows:
-    """Rows of token ids, of different lengths, stored one after another in one flat array.
-
-    Row `i` is a view of the flat array, from `bounds[i]` to `bounds[i + 1]`; `bounds` is int64 (number of rows + 1,).
-    """
+    """Rows of token ids in one flat array. Row `i` is its part from `bounds[i]` to `bounds[i + 1]`, both int64."""
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
         self._flat, self.bounds = flat, bounds
@@ -167,9 +155,7 @@ class TokenRows:
 class ContentEncoder:
     """Encodes texts without template, truncation and special tokens: `<sep>` in a text becomes ordinary tokens.
 
-    `dtype`, the type of the token ids, is uint16 for vocabularies of up to 65,536 tokens, otherwise uint32. `checksum`
-    is a hash of everything that decides the ids. Two tokenizers that differ only in template, padding or truncation
-    have the same checksum.
+    `dtype` is the type of the ids. `checksum` is a hash of everything that decides them: not of template and padding.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

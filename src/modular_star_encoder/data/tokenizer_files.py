@@ -1,7 +1,7 @@
 """Checks the files of a tokenizer before `tokenizers` and transformers read them.
 
-A tokenizer.json is like a program: its steps replace, split and add text. The check limits how long the steps can run
-and how much text they can make. For local folders, the check imports neither torch nor transformers.
+A tokenizer.json is like a program: its steps replace, split and add text. The check limits time and memory of the
+steps. For local folders, it imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ _BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no fl
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
     """Check the tokenizer's files in a folder or Hub repository; return whether there is a tokenizer.json.
 
-    Raises UserError (`checkpoint.tokenizer`) if a file is too large or not JSON, or if its steps could take hours, fill
-    the memory or end the process. The files of published tokenizers pass.
+    Raises UserError (`checkpoint.tokenizer`) if a file is too large, damaged or dangerous.
     """
     folder, found = os.fspath(path), []
     if os.path.exists(folder) and not os.path.isdir(folder):  # the Hub's library would take it for a repository
@@ -161,10 +160,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with a step of a tokenizer, such as its normalizer; "" if nothing is wrong.
-
-    `parts` are all mappings in the step's JSON. The keys of a mapping decide what it does, because `type` is optional.
-    """
+    """Return what is wrong with a step of a tokenizer, given as all mappings in its JSON; "" if nothing is wrong."""
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"
@@ -207,12 +203,7 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _check_trie(units: np.ndarray, texts: bytes) -> None:
-    """Raise ValueError if a double-array trie in the format of darts-clone refers to a place that does not exist.
-
-    Each of `units`, int64 (units,), refers to up to 256 children, which must be in `units`. The first child may refer
-    to `texts`, UTF-8, and there it must refer to the beginning of a character. tokenizers panics if it follows a wrong
-    reference.
-    """
+    """Raise ValueError if a trie of darts-clone, int64 (units,), refers to no place: tokenizers would panic there."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))
@@ -227,9 +218,8 @@ def _check_trie(units: np.ndarray, texts: bytes) -> None:
 def _ways(pattern: str) -> float:
     """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
-    The ways of alternatives are added, and the ways of successive items are multiplied, so that nested repetitions
-    exceed any limit. Alternatives that begin with different escapes, such as `\\r\\n|\\n`, count as one. The result
-    is infinity if this function can't read the expression, for example because of a backward reference.
+    The ways of alternatives are added, and those of successive items multiplied. Alternatives that begin with different
+    escapes, such as `\\r\\n|\\n`, count as one. The result is infinity if this function can't read the expression.
     """
     # For each open group, the ways of: its earlier alternatives; this alternative without its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0

@@ -42,13 +42,7 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str, name: str) -> ExitCosts:
-        """Load the exit profile of a checkpoint; if it is missing, unreadable or of other weights, give a note instead.
-
-        Args:
-            checkpoint: folder or Hub id of the checkpoint.
-            checksum: checksum of the checkpoint; a profile of a checkpoint with another checksum is not shown.
-            name: what the note calls the checkpoint.
-        """
+        """Load the exit profile of a checkpoint; if it is missing, unreadable or of other weights, give a note."""
         advice = f"“mose profile {name}” measures the cost of each exit; its option --quality adds scores."
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -120,16 +114,7 @@ _ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --re
 class SearchPage:
     """The functions that the components of the demo page call; they return HTML and do not need Gradio.
 
-    Attributes:
-        exit_layers: exits of the index, ascending.
-        rerank_exit_layers: exits of the checkpoint that are deeper than the index's shallowest exit.
-        problem: why the checkpoint can't be used, as one sentence; empty if it can be used.
-        sides: number of exits that the page shows side by side: two, or one if the index has only one exit.
-
-    Args:
-        index: an index from `CodeIndex.open`. The constructor loads its checkpoint.
-        link_to: a function that returns the web address of a hit's file; see `LinkTo`.
-        checkpoint: folder or Hub id of the index's checkpoint, if it has moved since the build.
+    `link_to` returns the web address of a hit's file. `problem` says why the checkpoint can't be used, or is "".
     """
 
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
@@ -174,8 +159,7 @@ class SearchPage:
     ) -> list[str]:
         """Search at the exit of each slider position (see `costs_at`); return an HTML text with hits for each one.
 
-        If the question is empty or an error occurs, the first text says what to do, and all further texts are "".
-        `languages` and the pattern `path` select files; empty ones select all. `rerank` is a deeper exit, or 0.
+        If the question is empty or an error occurs, the first text says what to do. `rerank` is a deeper exit, or 0.
         """
         rest = [""] * (len(positions) - 1)
         if not question or not question.strip():
@@ -231,10 +215,7 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`. If `other`, the reply of another exit, is given, add each hit's rank in it.
-
-    `folder` is the indexed folder; the HTML shows paths relative to this folder.
-    """
+    """Return HTML with the hits of `reply`, in paths relative to `folder`, each with its rank in the reply `other`."""
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"
@@ -256,10 +237,7 @@ def message_html(text: str, *, error: bool = False) -> str:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as HTML, coloured by `formatter`. After a time limit, the rest of the code gets no colours.
-
-    Without a limit, a hostile text could keep a lexer busy for a time that grows with the square of its length.
-    """
+    """Return code as HTML, coloured by `formatter`. After a time limit, for hostile texts, the rest gets no colours."""
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
     options = {"startinline": True} if language == "php" else {}

@@ -1,7 +1,6 @@
-"""Serve the demo page, by default only to this machine, and the source files that its search results link to.
+"""Serve the demo page, by default only to this machine, and the indexed files that its search results link to.
 
-Browsers open no `file://` link on a page that came over HTTP. So the page's server also shows source files, but only
-those in the index and in the indexed folder. The page loads nothing from other servers.
+Browsers open no `file://` link on a page that came over HTTP. The page loads nothing from other servers.
 """
 
 from __future__ import annotations
@@ -74,18 +73,8 @@ def served(
 ) -> Iterator[str]:
     """Serve the demo page of an index in the background while a `with` block runs; yield the page's address.
 
-    Args:
-        index: an index from `CodeIndex.open`.
-        checkpoint: folder or Hub id of the index's checkpoint, if it has moved since the build. If it is another
-            checkpoint, the page shows an error.
-        host: IPv4 address or name to listen at; None for the environment variable GRADIO_SERVER_NAME or 127.0.0.1.
-        port: port to listen at; None for the variable GRADIO_SERVER_PORT or the first free port from 7860 on.
-        source: web address of the indexed folder in a repository, for links from hits. If None, hits link to the
-            files on this machine.
-
-    Raises:
-        ImportError: Gradio is not installed.
-        UserError: `host` is not this machine, `port` is taken or invalid, or `source` is not a web address.
+    UserError if `host` is not this machine, or `port` or `source`, the folder's web address for links, is invalid.
+    Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT count.
     """
     if port is not None and not 1 <= port <= 65535:
         raise UserError("demo.port", f"--port must be from 1 to 65535, not {port}.")
@@ -250,10 +239,7 @@ class LocalFiles:
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
         """Return an HTML page of an indexed file in which the lines `first` to `last` (1-based) are marked.
 
-        If the file has more than `MOST_LINES` or `MOST_CHARACTERS`, the page has only the part around line `first`.
-
-        Raises:
-            UserError, OSError: the file is not in the index, or can't be read (see `CodeIndex.read_file`).
+        Of a long file, it has only the part around line `first`. For the errors see `CodeIndex.read_file`.
         """
         lines = LINE_END.split(self._index.read_file(path))
         start = end = characters = 0  # the page shows lines[start:end]

@@ -1,7 +1,6 @@
 """Update an index: divide changed files into pieces, embed and write them, and remove deleted files.
 
-Files are written in batches, one transaction each. An interrupted update leaves each file completely in the index or
-not at all, and the next update continues it.
+Files are written in batches, one transaction each. An interrupted update leaves each file whole or out of the index.
 """
 
 import os
@@ -112,21 +111,10 @@ def update_store(
     progress: bool = True,
     seconds: float | None = None,
 ) -> UpdateReport:
-    """Bring a store up to date with the folder of source code in its settings.
+    """Bring a store up to date with the folder in `settings`, which it was made with; UserError if the folder is gone.
 
-    A file is not read again if its size and time of change are the same as when it was last read.
-
-    Args:
-        store: a store created with `settings`.
-        settings: settings of the index, such as its folder, languages and exits.
-        embedder: an `Embedder` of the checkpoint in `settings`.
-        processes: number of processes that parse files. With 0 or 1, a crash of the parser ends the calling process.
-        progress: whether to show a progress bar.
-        seconds: time limit; None for no limit. Files not read in time keep their old rows and count as postponed.
-            With a limit, files that an earlier update left out are reported only if they have changed.
-
-    Raises:
-        UserError: the folder does not exist, or was moved, removed or replaced by a link since `settings` were made.
+    A file is not read again if its size and time of change are as before. After `seconds`, other files keep their old
+    rows and count as postponed. With 0 or 1 `processes`, a crash of the parser ends the calling process.
     """
     start = time.perf_counter()
     reader = folder_repositories(

@@ -32,17 +32,7 @@ class Embedder:
     """Embeds questions and code with one checkpoint. Its files are read when they are first needed.
 
     It loads only the layers up to the deepest exit in use, and imports torch only if numpy can't compute embeddings.
-
-    Attributes:
-        checkpoint: absolute path of a folder, or the name of a Hub repository or of a model inside this package.
-
-    Args:
-        checkpoint: a folder, the name of a model inside this package, or a repository of the Hub.
-        device: torch device of the model; None for a GPU if there is one.
-
-    Raises:
-        ValueError, OSError: (from any method) the checkpoint does not exist, is damaged, or is not a
-            ModularStarEncoderForRetrieval.
+    Any method raises ValueError or OSError if the checkpoint does not exist, is damaged, or is no model for retrieval.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
@@ -102,13 +92,8 @@ class Embedder:
     ) -> tuple[int, ...]:
         """Return the given exits, ascending; if none is given, exit 0 if numpy can compute it, else the deepest exit.
 
-        `budget` has limits for `select_exit`, such as `latency_ms`, and may have `profile`, the file of an exit profile
-        to use instead of the checkpoint's. With a budget, return only the best exit within the limits, chosen from the
-        given exits. If no exit is given, choose from all exits of the checkpoint.
-
-        Raises:
-            UserError: both `exit_layer` and `exit_layers` are given, `exit_layers` is empty, the checkpoint lacks a
-                given exit or the exit profile, no exit is within the budget, or the profile has none of these exits.
+        `budget` has limits for `select_exit`, such as `latency_ms`, and may name an exit profile as `profile`. With it,
+        return only the best exit within the limits, of the given exits or of all.
         """
         if exit_layers is not None and (exit_layer is not None or not exit_layers):
             raise UserError("search.exit_layer", "Give either `exit_layer`, or `exit_layers` with at least one exit.")
@@ -143,8 +128,7 @@ class Embedder:
         """Return `exit_layer`; raise UserError if the checkpoint lacks this exit (the message lists its exits)."""
         if exit_layer not in self.trained_exits:
             exits = ", ".join(map(str, self.trained_exits))
-            message = f"exit_layer {exit_layer} is not an exit of {self.checkpoint}; its exits are {exits}."
-            raise UserError("search.exit_layer", message)
+            raise UserError("search.exit_layer", f"{self.checkpoint} has no exit {exit_layer}; its exits are {exits}.")
         return exit_layer
 
     def prompts(self) -> dict[str, str]:
@@ -170,10 +154,7 @@ class Embedder:
     def snippets(
         self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int
     ) -> dict[int, np.ndarray]:
-        """Embed N pieces of code; return {exit_layer: embeddings (N, dimension) float32 of length 1}.
-
-        Recent embeddings are cached, because in some large projects a third of the pieces are copies of others.
-        """
+        """Embed N pieces of code; return {exit_layer: embeddings (N, dimension) float32}. Recent ones are cached."""
         exits, instructions = tuple(exit_layers), self._facts["instruction_prompts"]
         texts = [code_prompt(one.language, instructions=instructions) + one.embedded() for one in snippets]
         keys = [(exits, dimension, text) for text in texts]
@@ -194,11 +175,10 @@ class Embedder:
         self._known.clear()
 
     def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
-        """Return a function from a list of N texts to {exit_layer: embeddings (N, D) float32}.
+        """Return a function from N texts to {exit_layer: embeddings (N, D) float32}; `expected` is the number of texts.
 
-        `expected` is the number of texts to embed; None means many. If numpy supports the checkpoint, numpy computes
-        exit 0. On a CPU, numpy also computes deeper exits for few texts, if torch has not loaded the model yet. In all
-        other cases, torch computes the embeddings. Raises OSError if the weights can't be read.
+        numpy computes exit 0 if it can. On a CPU, it also computes deeper exits for few texts, if torch has no model
+        yet.
         """
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode

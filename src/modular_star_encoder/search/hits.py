@@ -65,10 +65,7 @@ class Answer:
     method: str = "hybrid"
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the answer and its hits as a dictionary of JSON values; with `explain`, also `reasons` of the hits.
-
-        `mose search --json` prints a list of these dictionaries, one for each question. Later versions may add keys.
-        """
+        """Return what `mose search --json` prints; with `explain`, also `reasons`. Later versions may add keys."""
         values = asdict(self)
         if not explain:
             for hit in values["hits"]:
@@ -81,15 +78,10 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """Return a text with a line for each hit (path, line number, bar, score, name) and the first lines of its code.
+    """Return a text with a line for each hit (path, line number, bar, score, name) and the first `lines` of its code.
 
-    The bar shows the score. A full bar is the best hit's score or, with the method `vector`, a score of 1.
-
-    Args:
-        answer: the answer to show.
-        lines: number of code lines to show for each hit.
-        width: largest width of a line of code; longer lines are cut.
-        explain: also show the number that each ranking rule adds to a hit's score.
+    A full bar is the best hit's score or, with the method `vector`, a score of 1. Lines are cut to `width`. With
+    `explain`, each hit also has the number that each ranking rule adds to its score.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []

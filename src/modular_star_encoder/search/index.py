@@ -459,10 +459,6 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
     """Open the store of an index: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
 
     If `location` is a store, it is returned. The environment variable QDRANT_API_KEY has the key of a Qdrant server.
-
-    Raises:
-        ImportError: the extra `qdrant` is not installed.
-        UserError: the location has another form, is a file, or is a folder with files of another program.
     """
     if not isinstance(location, str | os.PathLike):
         if not hasattr(location, "replace_files"):
@@ -480,10 +476,9 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in a folder or in its nearest parent with an index; None if no folder has an index.
+    """Return the path of the index in a folder or in its nearest parent with an index; None if there is none.
 
-    Raises UserError if the index found is of code outside the folder that contains the index. Without this check, an
-    index that came with other people's code could make an update read any folder.
+    UserError if the index is of code outside of that folder: a stranger's index could make an update read any folder.
     """
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
@@ -513,25 +508,10 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
-    The index is looked up at `location`, or in `folder`. Without both, it is looked up in the working folder and its
-    parents. If no index is found, or another checkpoint than `checkpoint` built it, the one of the folder and the
-    checkpoint in the user's cache is opened. If the cache has none, it is built first.
-
-    Args:
-        folder: the folder to search; the working folder if None.
-        location: a folder of an index or a URI (see `open_store`).
-        checkpoint: the checkpoint to search with; if None, that of the index, or `mose-code` for a new index.
-        exit_layer: the exit to search at.
-        budget: limits such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`).
-        cascade: the cascade of the search; its exit must be an exit of the checkpoint.
-        languages: languages to read for a new index.
-        refresh, seconds: whether to update an existing index, and for how long (see `CodeIndex.refresh`).
-        progress: whether to show a progress bar while an index is built.
-
-    Raises:
-        UserError: an exit does not exist, another checkpoint built the index at `location`, or `CodeIndex.build` or
-            `CodeIndex.open` raises UserError.
-        OSError: the checkpoint does not exist, or the index cannot be written.
+    The index is looked up at `location`, or in `folder`, or in the working folder and its parents. If there is none, or
+    another checkpoint than `checkpoint` built it, the one in the user's cache is opened or built, with `languages`.
+    `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` see
+    `CodeIndex.refresh`.
     """
     index = None if location is None else CodeIndex.open(location, checkpoint=checkpoint)
     if index is None and (found := find_index() if folder is None else _own_index(folder)):
@@ -587,10 +567,9 @@ def _cached_index(
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
-    """Return the folder in which to search for code similar to `file`, if no folder above it has a `.mose` index.
+    """Return the folder in which to search for code similar to `file`: the nearest above with git or a cached index.
 
-    This is the nearest folder above `file` that is a git repository or has an index in the user's cache. If there is
-    none, it is the working folder if `file` is inside, else the folder of `file`.
+    If there is none, it is the working folder if `file` is inside, else the folder of `file`.
     """
     above, here = Path(os.path.realpath(file)).parents, Path(os.path.realpath("."))
     for folder in above:

@@ -1,8 +1,4 @@
-"""The tools of `mose mcp`: agents search an index over the Model Context Protocol.
-
-Each answer is a text of at most `MOST_CHARACTERS` characters, with paths relative to the indexed folder. The tools read
-only files in the index. An index has no files that git ignores, in hidden folders or outside the indexed folder.
-"""
+"""The tools of `mose mcp`: agents search an index over the Model Context Protocol, and read only its files."""
 
 from __future__ import annotations
 

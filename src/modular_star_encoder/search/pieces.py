@@ -57,8 +57,7 @@ class Snippet:
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
     """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters.
 
-    A class of at most `SMALL_CLASS` lines is one piece; a longer class is divided into its members and other lines. A
-    file that can't be parsed, or has the unknown language "", is divided into blocks of lines.
+    A long class is divided into its members. A file that can't be parsed is divided into blocks of lines.
     """
     lines = LINE_END.split(text)
     if max(map(len, lines)) > _LONGEST_LINE:
@@ -226,11 +225,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based number of the line of a piece to show first.
-
-    This is the piece's `line`, except for a later part of a very long function. For a later part, it is the first of
-    the three consecutive lines with the most words of the question.
-    """
+    """Return the 1-based number of a piece's line to show first: `line`, or the best in a part of a long function."""
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))
@@ -251,11 +246,7 @@ def definition_word(name: str) -> str:
 
 
 def snippet_words(snippet: Snippet) -> str:
-    """Return a piece's words for BM25, with spaces between.
-
-    They are the stems of the piece's text, name (four times), file name (twice) and folder name, and the
-    `definition_word` of each name that the piece defines.
-    """
+    """Return a piece's words for BM25: the stems of its text, names and place, and the `definition_word`s."""
     words = stems(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])
 

@@ -1,10 +1,7 @@
 """Store an index in a collection of a Qdrant server, for indexes that outgrow one machine.
 
-Qdrant has no transactions. An update writes the new rows of a file before it deletes the file's old rows. Every row
-stores the number of rows of its file, so that the next update finds incomplete files and writes them again.
-
-A search by words uses BM25 as Qdrant recommends. Each row has a sparse vector of term weights, computed with a fixed
-average length. The server multiplies these weights by inverse document frequencies (Modifier.IDF).
+Qdrant has no transactions: an update writes the new rows of a file before it deletes the old ones, and every row has
+the number of rows of its file. A search by words uses sparse vectors with BM25 weights, for a fixed average length.
 """
 
 import hashlib
@@ -31,12 +28,7 @@ _MOST_PATHS = 1_000_000
 
 
 def connect(location: str) -> tuple[Any, str]:
-    """Return a client and the collection's name for a location `qdrant:NAME@URL`.
-
-    Raises:
-        ImportError: the extra `qdrant` is not installed.
-        UserError: the location has another form, or its URL has a password.
-    """
+    """Return a client and the collection's name for a location `qdrant:NAME@URL`; UserError for another form."""
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
         message = f"{location!r} is not the location of a Qdrant index. Write qdrant:NAME@URL with an http URL."
@@ -63,15 +55,7 @@ def _wrap_errors(method: Callable) -> Callable:
 
 
 class QdrantStore(VectorStore):
-    """The rows of an index in a collection of a Qdrant server.
-
-    Processes may write at the same time. The store keeps no sizes and times of files: other machines may use it, too.
-
-    Args:
-        client: a `QdrantClient`, for a server or in memory.
-        name: name of the collection.
-        location: location of the index in error messages; `qdrant:NAME` if it is empty.
-    """
+    """The rows of an index in a collection of a Qdrant server. Processes may write at the same time."""
 
     def __init__(self, client: Any, name: str, location: str = "") -> None:
         self.location = location or f"{QDRANT}{name}"

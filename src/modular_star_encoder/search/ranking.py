@@ -1,8 +1,7 @@
 """Rank the rows of an index for a question: by similarity at an exit, by words, or by rules that use both.
 
 Each ranking rule is one function of the question and its candidates; benchmarks/README.md has the effect of each rule.
-All languages and repositories have the same weights. The rules are those of semble (MinishLab, 2026), with one change:
-they add standardised scores instead of ranks, because ranks do not say how much candidates differ.
+The rules are those of semble (MinishLab, 2026), but they add standardised scores instead of ranks.
 """
 
 import re
@@ -67,10 +66,7 @@ class Ranker:
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}.
-
-        With a cascade, the rows that the cascade ranked again come first.
-        """
+        """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -85,8 +81,7 @@ class Ranker:
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
         """Return the best `limit` rows for a question by the ranking rules of `place`, which use similarity and words.
 
-        With a cascade, the best rows get similarities from the cascade's exit, rescaled to the mean and standard
-        deviation of the similarities that they replace. Then all rows are ranked again.
+        The cascade's similarities of the best rows are rescaled to the mean and deviation of those that they replace.
         """
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
@@ -139,11 +134,7 @@ def by_words(store: VectorStore, question: str, limit: int, where: Filter) -> Ra
 def _candidates(
     store: VectorStore, question: "Question", where: Filter, nearest: Sequence[Found]
 ) -> tuple[list[Found], np.ndarray, dict[str, list[int]]]:
-    """Find N rows to rank: the rows `nearest`, rows with words of the question, and rows that define names in it.
-
-    Returns the rows, their BM25 scores (N,), and {name in the question: indices of the rows that define the name}. The
-    score of a row without words of the question is 0.
-    """
+    """Return N rows to rank, their BM25 scores (N,), and {name in the question: indices of the rows that define it}."""
     lexical = store.lexical(question_stems(question.text), _BY_WORDS, where)
     names = [definition_word(name) for name in question.names]
     defining = store.lexical(names, _BY_DEFINITION, where)
@@ -216,9 +207,9 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return `weight` × standardised similarities + (1 - `weight`) × standardised BM25 scores `words`, all (N,).
+    """Return `weight` × standardised similarities + (1 - `weight`) × standardised BM25 scores `words`, less the median.
 
-    The median of the N sums is subtracted, and negative results become 0. Without similarities, return `words`.
+    Negative results become 0. Without similarities, return `words`.
     """
     if similarities is None:
         return words.astype(np.float64)
@@ -232,11 +223,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to the scores of N pieces: above 0 for a piece that defines a name in the question.
-
-    An addition is larger if the piece's file has the name, too. `paths` are the paths of the N files. `place`
-    describes `definers`.
-    """
+    """Return additions (N,) to scores: above 0 for a piece that defines a name in the question, more in its own file"""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -252,10 +239,10 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return additions (F,) to the scores of F files: `PATH` × share of the question's words in the file's name.
+    """Return additions (F,) to the scores of files: `PATH` × share of the question's words in the file's name.
 
-    A word that is only in the name of the file's folder counts `FOLDER` instead of 1. If the question is a symbol, all
-    additions are 0.
+    A word that is only in the name of the file's folder counts `FOLDER` instead of 1. For a symbol, all additions are
+    0.
     """
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
@@ -284,15 +271,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return additions (N,) to the scores of N pieces: 0 except for the piece with the largest `gained` of each file.
-
-    An addition is the sum of the five best `scores` in the file, divided by the largest sum of any file.
-
-    Args:
-        scores: (N,), the fused scores of similarity and words.
-        gained: (N,), the scores with the additions of the rules before this one.
-        file_of: (N,), the number of each piece's file.
-    """
+    """Return additions (N,) to scores: only to the best piece of each file, and more if the file has good pieces."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
@@ -308,10 +287,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,) for the scores of F files: below 1 for files of re-exports or type declarations.
-
-    If the question is not about tests or examples, tests, examples and documentation also have a factor below 1.
-    """
+    """Return factors (F,) for scores: below 1 for re-exports, type declarations and, if not asked for, tests, docs."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -347,13 +323,8 @@ def place(
 ) -> list[Placed]:
     """Rank N pieces of code, the candidates, for a question by all rules; return the best `limit`, best first.
 
-    Args:
-        question: the question.
-        candidates: for each candidate, the path of its file.
-        definers: {name in the question: indices, from 0 to N - 1, of the candidates that define this name}.
-        similarities: (N,), cosine similarity of each candidate to the question; None to rank without a model.
-        words: (N,), BM25 score of each candidate; 0 if the candidate has none of the question's words.
-        limit: largest number of candidates to return.
+    `candidates` are the paths of their files. `definers` is {name in the question: indices of candidates that define
+    it}. `similarities` (N,) are None without a model. `words` (N,) are BM25 scores.
     """
     if not candidates:
         return []

@@ -79,10 +79,7 @@ class VectorStore(Protocol):
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context manager that keeps other processes from writing the index; by default, it has no effect.
-
-        If another process is writing the index, wait up to `seconds`, then raise UserError.
-        """
+        """Return a context manager that keeps other processes from writing the index; UserError after `seconds`."""
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
@@ -90,16 +87,10 @@ class VectorStore(Protocol):
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
-        """Return the settings that `create` stored; None if there is no index yet.
-
-        Raises UserError if the index can't be read, or `location` has data of another program.
-        """
+        """Return the settings that `create` stored; None if there is no index yet; UserError if it can't be read."""
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Create an empty index with these settings in place of any index at `location`, even a damaged one.
-
-        Raises UserError if `location` has data of another program.
-        """
+        """Create an empty index in place of any index at `location`; UserError if there is data of another program."""
 
     def files(self) -> dict[str, str | None]:
         """Return {file_id: hash of the file's content}; None in place of the hash if a file is only partly written."""
@@ -113,10 +104,7 @@ class VectorStore(Protocol):
         return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
-        """Delete all rows of the files with the ids `known`, and add `rows`: all rows of each new or changed file.
-
-        If a file of `rows` already has rows in the store, its id must be in `known`.
-        """
+        """Delete all rows of the files with the ids `known`, and add `rows`: all rows of each new or changed file."""
 
     def finish(self) -> None:
         """Optimise the store for searching, and free the space of replaced rows."""
@@ -152,9 +140,8 @@ def readable_path(path: str) -> str:
 def path_expression(pattern: str) -> re.Pattern[bytes]:
     """Return a regular expression for the bytes of paths that match a path pattern, written as in `.gitignore`.
 
-    `*` and `?` match within a name, `**` across folders; `[abc]`, `[a-z]` and `[!abc]` match one character. A pattern
-    without a slash matches file names in any folder; a pattern that ends in a slash matches all files below a folder.
-    Raises UserError if the pattern is blank or too long, or a bracket isn't closed.
+    A pattern without a slash matches file names in any folder; one that ends in a slash matches all files below a
+    folder.
     """
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
     if len(pattern) > LONGEST_PATH:
@@ -199,10 +186,7 @@ class IndexSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
-        """Restore settings from the result of `to_dict`.
-
-        Raises UserError if another version of this package made the index at `location`, or the settings are damaged.
-        """
+        """Restore settings from the result of `to_dict`; UserError if they are damaged or of another version."""
         if (found := values.get("format")) != FORMAT:
             message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it: {REBUILD}."
             raise UserError("search.index.format", message)

@@ -1,7 +1,4 @@
-"""Common parts of all readers of source code: files, readers, filters by path and by text, decoding of bytes.
-
-The readers are in `repositories` (folders, installed packages, archives) and `dataset_files` (data sets, The Stack v2).
-"""
+"""Common parts of all readers of source code: files, readers, filters by path and by text, decoding of bytes."""
 
 import codecs
 import re
@@ -105,11 +102,7 @@ def is_generated(text: str) -> bool:
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether `text` is marked as generated and not to be edited.
-
-    The mark is `@generated` or `generated … do not edit` in lines 1 to 10, or a line from 11 to 40 with nothing but
-    `generated … do not edit`.
-    """
+    """Return whether lines 1 to 10 say that `text` is generated and not to be edited, or a whole line up to 40 does."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -118,10 +111,7 @@ def is_marked_generated(text: str) -> bool:
 
 
 def is_minified(text: str) -> bool:
-    """Return whether `text` has a line of over 1,000 characters, and lines of over 200 characters on average.
-
-    In the average, a longer line counts as 10,000 characters, so that one line of data does not outweigh lines of code.
-    """
+    """Return whether `text` has a line of over 1,000 characters, and lines of over 200 characters on average."""
     if len(text) <= _MINIFIED_AVERAGE * (text.count("\n") + 1):
         return False
     lengths = [min(length, _LONGEST_COUNTED) for length in _line_lengths(text)]
@@ -170,8 +160,8 @@ _NO_SOURCE = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7
 def decode_source(content: bytes) -> tuple[str, str | None]:
     """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    A byte-order mark decides the encoding. Without one, the first of these encodings that fits the bytes is used: that
-    of a coding line (PEP 263), UTF-8, Latin-1. Latin-1 fits all bytes and is a guess, so its name is returned as None.
+    The encoding is that of a byte-order mark, of a coding line (PEP 263), or UTF-8. If none fits, it is None, and the
+    text is read as Latin-1, which fits all bytes.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):

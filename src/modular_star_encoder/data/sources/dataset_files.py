@@ -1,10 +1,7 @@
 """Read source files from data sets with one file per row, or from The Stack v2, which lists files stored elsewhere.
 
-`bigcode/the-stack-v2-train-smol-ids` and `-full-ids` have one row per repository, with `repo_name` and `files`, a list
-of records with `blob_id`, `path`, `language`, `src_encoding`, `length_bytes`, `is_vendor`, `is_generated`,
-`detected_licenses` and `license_type`. Contents are gzip-compressed in the bucket of Software Heritage, at
-`s3://softwareheritage/content/{blob_id}`; for bulk access, each user needs an agreement with Software Heritage and
-Inria. Source: the dataset cards, and Lozhkov et al., 2024 (arXiv 2402.19173).
+The Stack v2 has one row per repository. The contents of its files are gzip-compressed in the bucket of Software
+Heritage; for bulk access, each user needs an agreement with Software Heritage and Inria (arXiv 2402.19173).
 """
 
 import re
@@ -57,10 +54,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowColumns:
-    """The names of the columns of a data set with one file per row.
-
-    If `language` is None, the path's suffix decides the language. The column `license` holds texts or lists of texts.
-    """
+    """The names of the columns of a data set with one file per row. Without `language`, the path's suffix decides."""
 
     repository: str
     path: str
@@ -113,10 +107,7 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """Unpack `content` if it is gzip; return at most `max_bytes` + 1 bytes, enough to see that it is too long.
-
-    zlib.error if the gzip data is damaged or incomplete.
-    """
+    """Return the first `max_bytes` + 1 bytes of `content`, unpacked if it is gzip; zlib.error if it is damaged gzip."""
     if not content.startswith(_GZIP_MAGIC):
         return content[: max_bytes + 1]
     unpacker = zlib.decompressobj(wbits=31)
@@ -140,10 +131,7 @@ def row_repositories(
     filters: FileFilters | None = None,
     **options: Any,
 ) -> SourceReader:
-    """Return a reader of the source files in a data set with one file per row.
-
-    `columns` names the columns; the default fits The Stack. For `source` and `options` see `open_rows`.
-    """
+    """Return a reader of a data set with one file per row; for `source` and `options` see `open_rows`."""
     names = columns if isinstance(columns, RowColumns) else RowColumns(**columns)
     chosen, filters = check_languages(languages), filters or FileFilters()
     kinds = {name: _TERMS if field == "license" else _TEXT for field, name in asdict(names).items() if name}
@@ -193,11 +181,9 @@ def the_stack_repositories(
 
     Args:
         source, options: see `open_rows`; for example `"bigcode/the-stack-v2-train-smol-ids"`.
-        content_url: an http address or a URL of fsspec, with `{blob_id}` in place of the file's id. For example,
-            `s3://softwareheritage/content/{blob_id}` needs the package `s3fs` and AWS credentials. The address is never
-            shown, because it may contain a signature.
-        http: `concurrency`, the number of files fetched at the same time; also `attempts`, `pause` and `timeout` for an
-            http address (see `HTTPClient`).
+        content_url: an http address or a URL of fsspec, with `{blob_id}` in place of the file's id, such as
+            `s3://softwareheritage/content/{blob_id}`. It is never shown, because it may contain a signature.
+        http: `concurrency`, the number of files fetched at the same time, and other settings of `HTTPClient`.
     """
     http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
     _check_contents(content_url, http)

@@ -72,12 +72,8 @@ def open_rows(
 ) -> Iterable[dict[str, Any]]:
     """Return an iterable, which can be read repeatedly, of the rows of parquet files or of a Hub dataset.
 
-    Args:
-        source: A parquet file or URL, a list of these, a folder of such files, or the name of a dataset of the Hub.
-        columns: Names of the columns to read; all if empty.
-        config, split, revision, data_dir: As in `datasets.load_dataset`, for the Hub only; `data_dir` is a folder of
-            the dataset, such as the folder of one language.
-        batch_size: Number of rows to decode at a time.
+    Only `columns` are read, or all if it is empty. `config`, `split`, `revision` and `data_dir` are those of
+    `datasets.load_dataset`, for the Hub only. `batch_size` is the number of rows to decode at a time.
     """
     shown, files = _shown(source), _files(source, _PARQUET)
     if isinstance(source, str | os.PathLike):
@@ -145,11 +141,7 @@ class _RowsError(OSError):
 
 
 def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
-    """Open a parquet file; OSError if it is a folder or a pipe, or if its metadata exceeds a limit.
-
-    A file may have `_MAX_COLUMNS` columns, and `_MAX_ROW_GROUPS` row groups plus one for every `_MIN_GROUP_ROWS` rows.
-    `_size_fault` limits the values of a column and the characters of the file.
-    """
+    """Open a parquet file; OSError if it is not a regular file, or has too many columns, row groups or values."""
     from pyarrow import parquet
 
     if os.path.exists(file) and not os.path.isfile(file):
@@ -181,8 +173,7 @@ def parquet_batches(
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the rows of a parquet file, at most `most_rows` at a time, and fewer if the rows may be large.
 
-    `columns` are the names of the columns to read; None for all. Raises OSError like `open_parquet`, or if the content
-    unpacks to more characters than `_size_fault` allows for the size of the file.
+    Without `columns`, all columns are read. OSError if the content is too large for the file's size (`_size_fault`).
     """
     import pyarrow
     from pyarrow import parquet
@@ -249,14 +240,11 @@ def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
     """Return an iterable, which can be read repeatedly, of the pairs (place, row) of a dataset, in order.
 
-    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read.
+    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read. JSON Lines and CSV are
+    read with all columns. `options` are `config`, `revision` and `data_dir` of a Hub dataset (see `open_rows`).
 
-    Args:
-        source: A parquet, JSON Lines or CSV file, a list of them, a folder of them, or the name of a Hub dataset.
-        columns: Names of the columns to read from parquet; all if empty. JSON Lines and CSV are read with all columns.
-        split: The split to read. In a folder, it is the files whose names begin with `split` (`train-00000.parquet`),
-            or all files if no name begins with train, validation or test. Files that `source` names are read whole.
-        options: `config`, `revision` and `data_dir` of a Hub dataset; see `open_rows`.
+    In a folder, the files are read whose names begin with `split` (`train-00000.parquet`), or all files if no name
+    begins with train, validation or test. Files that `source` names are read whole.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
@@ -273,11 +261,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise UserError if `source` is not a URL, a folder, a file of rows (see `SUFFIXES`) or a Hub id `owner/name`.
-
-    The Hub is not contacted. A name with one of `SUFFIXES` is always a path, and so is `owner/name` if a local folder
-    is called `owner`.
-    """
+    """Raise UserError if `source` is no URL, folder, file of rows or Hub id `owner/name`. The Hub is not contacted."""
     name, path = os.fspath(source), Path(source).expanduser()
     is_file = name.endswith(SUFFIXES)
     if "://" in name or path.is_dir() or (path.is_file() and is_file):
@@ -289,10 +273,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return the names of a dataset's columns; for JSON Lines, those in the first 100 rows.
-
-    For the arguments see `open_dataset_rows`. UserError (`data.source.empty`) if no column has a name.
-    """
+    """Return the names of a dataset's columns; for JSON Lines, those in the first 100 rows. UserError for no name."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
         rows: Rows = _undamaged(files[0], partial(_csv_names, files[0]))
@@ -366,8 +347,7 @@ def _text_lines(file: str) -> Iterator[str]:
 def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
     """Return an error message if `file`, for its size, has too many `rows` or unpacked `characters`; otherwise "".
 
-    Every file may have `_MAX_ROWS` rows and `_MAX_CHARACTERS` characters. Each byte of the file allows one more
-    row and `_MAX_RATIO` more characters. In a gzip file, one more row needs 8 bytes.
+    Each byte of the file allows one more row and `_MAX_RATIO` more characters. In a gzip file, a row needs 8 bytes.
     """
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return ""

@@ -1,8 +1,4 @@
-"""Finds the files of a folder that git ignores, by reading `.gitignore`, `.git/info/exclude` and `.git/index`.
-
-git itself is not run, because the configuration of a repository may name programs that git would start. The user's
-git settings, such as `core.excludesFile`, are not read.
-"""
+"""Finds the files of a folder that git ignores, without git: a repository may name programs that git would start."""
 
 import os
 import re
@@ -25,11 +21,10 @@ _LONGEST_PATH = 4096
 
 
 class IgnoreFiles:
-    """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files.
+    """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files of the same form.
 
-    A `.moseignore` has the form of a `.gitignore`. Ignore files in the folders above `root` apply too, up to the top of
-    the git repository. In a repository inside `root`, only the ignore files of that repository apply. A file that git
-    tracks is ignored only if a `.moseignore` says so. Call `ignores` for a folder before its content.
+    Ignore files above `root` apply too, up to the top of the repository. A file that git tracks is ignored only if a
+    `.moseignore` says so. Call `ignores` for a folder before its content.
     """
 
     def __init__(self, root: Path) -> None:

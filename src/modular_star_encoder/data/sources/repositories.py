@@ -1,8 +1,7 @@
 """Read source files on this machine: installed Python distributions, folders of checkouts, zip and tar archives.
 
-Files are sorted by repository and path; in an archive, they have the order of its members. Archives are not trusted:
-their content is never written to disk. Links, devices and paths that lead outside of the archive are counted, but not
-read. The number of members, their sizes and the unpacked bytes of an archive are limited.
+Archives are not trusted: nothing is written to disk, links and paths that lead outside are not read, and sizes are
+limited.
 """
 
 import bz2
@@ -89,10 +88,9 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the source files of this Python environment's installed distributions.
+    """Return a reader of the source files of the distributions in this Python environment, without this package.
 
-    Each distribution is a repository, named by its normalised name (PEP 503). The standard library is the repository
-    `python-standard-library`. Distributions in `exclude`, and this package, are left out.
+    Each distribution is a repository, named by its normalised name. The standard library is `python-standard-library`.
     """
     # Imported here, because a search reads only folders and does not need these modules.
     from importlib import metadata
@@ -131,15 +129,12 @@ def folder_repositories(
 ) -> FileReader:
     """Return a reader of the source files under `folder`.
 
-    Symbolic links are not followed. Hidden folders, virtual environments and `CLOSED_FOLDERS` are not entered.
-    Folders nested more than `MAX_FOLDER_DEPTH` deep are left out.
+    Links are not followed. Hidden folders, virtual environments and `CLOSED_FOLDERS` are not entered.
 
     Args:
-        languages: languages to read; by default `LANGUAGES`.
         depth: number of levels from `folder` down to the repositories; by default 0 if `folder` holds one of
-            `CHECKOUT_MARKERS`, else 1. At depth 0, `folder` is the repository. Otherwise a repository is named by its
-            path, such as `"a/b"` at depth 2. At depth 2, a file directly in `a` belongs to the repository `"a"`, and a
-            file directly in `folder` to `"."`.
+            `CHECKOUT_MARKERS`, else 1. A repository is named by its path, such as `"a/b"` at depth 2. A file above that
+            depth belongs to the repository `"a"` or `"."`.
         may_be_empty: if there is no file to read, True returns an empty reader, and False raises UserError.
         obey_ignore_files: leave out files that git ignores, read scripts without a suffix too, and count links and
             unreadable folders as left out.
@@ -273,10 +268,7 @@ class Member(NamedTuple):
 
 
 def archive_members(location: Path) -> Iterator[Member]:
-    """Yield the members of an archive in their order. Read a member before you request the next one.
-
-    Raises ArchiveLimitError if the archive exceeds a limit, and an error in `BROKEN_ARCHIVE` if it is damaged.
-    """
+    """Yield the members of an archive in order. Read each before the next. ArchiveLimitError if a limit is exceeded."""
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     most_bytes = min(MAX_ARCHIVE_BYTES, FREE_BYTES + MAX_RATIO * location.stat().st_size)
     for number, member in enumerate(members(location, most_bytes)):
@@ -394,10 +386,9 @@ def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
 def archive_repositories(
     source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
-    """Return a reader of one archive, or of all archives (files with one of `ARCHIVE_SUFFIXES`) under a folder.
+    """Return a reader of one archive, or of all archives under a folder; UserError if there is none.
 
-    Each archive is a repository, named by its path in the folder without the suffix. Symbolic links are not followed.
-    UserError if there is no archive.
+    Each archive is a repository, named by its path in the folder without the suffix.
     """
     root = Path(source).expanduser()
     if root.is_dir():
