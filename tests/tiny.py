@@ -110,6 +110,13 @@ def cache_repository(checkpoint, cache):
     return shutil.copytree(checkpoint, repository / "snapshots" / commit)
 
 
+def write_files(folder, files):
+    """Write texts or bytes by their paths below a folder."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def contents(folder):
     """The bytes of every file below a folder, by its path there."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -23,6 +23,7 @@ from modular_star_encoder.data.sources import SourceFile
 from tests.data.polyglot import NAMES, SOURCES
 from tests.data.samples import extract_one, function, source
 from tests.errors import raises
+from tests.tiny import write_files
 
 
 def good(name, number=1, doc="Add a number to x."):
@@ -218,10 +219,7 @@ ADD = "func Add(a int, b int) int {\n\treturn a + b\n}"
 
 def test_each_outermost_function_is_a_text_of_a_corpus_of_functions(tmp_path):
     files = {"a/one.py": f"import os\n\n# Licence: any.\n\n\n{OUTER}\n\n\nx = 1\n", "b/broken.py": "def (:\n" * 20}
-    for name, content in (files | {"b/two.go": f"package one\n\n// Add adds.\n{ADD}\n"}).items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
+    write_files(tmp_path, files | {"b/two.go": f"package one\n\n// Add adds.\n{ADD}\n"})
     corpus = open_corpus({"folder": str(tmp_path), "snippets": "functions"})
     found = {(file.repository, file.path, file.language): file.text for file in corpus}
     assert found == {("a", "one.py#L6", "python"): OUTER, ("b", "two.go#L4", "go"): ADD}

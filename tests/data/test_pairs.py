@@ -21,6 +21,7 @@ from modular_star_encoder.data.sources.dataset_rows import open_rows, open_texts
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
+from tests.tiny import write_files
 
 PYTHON, GO = "def add(a, b):\n    return a + b", "func add(a, b int) int {\n\treturn a + b\n}"
 SURROGATES = "halves of characters (lone surrogates)"
@@ -282,10 +283,9 @@ def test_rows_that_cannot_be_trained_on_are_skipped_or_refused(tmp_path):
 
 
 def test_documented_functions_of_repositories_have_one_snippet(tmp_path):
-    file = tmp_path / "code" / "repository" / "a.py"
-    file.parent.mkdir(parents=True)
-    file.write_text('def add(a, b):\n    """Add two given numbers."""\n    total = a + b\n    return total\n')
-    (text,) = read({"functions": {"folder": str(tmp_path / "code")}})["functions"].texts
+    code = 'def add(a, b):\n    """Add two given numbers."""\n    total = a + b\n    return total\n'
+    write_files(tmp_path, {"repository/a.py": code})
+    (text,) = read({"functions": {"folder": str(tmp_path)}})["functions"].texts
     assert (text.description, text.repository) == ("Add two given numbers.", "repository")
     assert [snippet.language for snippet in text.snippets] == ["python"]
 

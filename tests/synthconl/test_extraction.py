@@ -6,6 +6,7 @@ import pytest
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl.extraction import FUNCTION_SCHEMA, function_rows
 from tests.errors import raises
+from tests.tiny import write_files
 
 PYTHON = 'def {0}(value):\n    """Returns the {0} of a value."""\n    result = value.{0}\n    return result\n'
 GO = "package main\n\n// {0} returns the name of a value.\nfunc {0}(value Value) string {{\n\treturn value.{0}\n}}\n"
@@ -21,9 +22,7 @@ def folder(tmp_path):
         "two/a.h": CPP.format("size"),
         "two/tests/test_a.py": PYTHON.format("left_out"),
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files(tmp_path, files)
     return tmp_path
 
 
@@ -109,9 +108,7 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
     }
 
 
-def test_a_corpus_that_cannot_be_opened_is_one_sentence(tmp_path):
-    with raises("data.corpus.source"):
-        rows_of({"depth": 1})
+def test_a_row_that_is_not_json_is_one_sentence(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"language": "python"')
     with raises("synthconl.codesearchnet", "line 1", "(not JSON)"):
         rows_of({"codesearchnet": str(tmp_path / "rows.jsonl")})

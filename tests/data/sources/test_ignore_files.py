@@ -11,6 +11,7 @@ from modular_star_encoder.data.sources import ignore_files
 from modular_star_encoder.data.sources.ignore_files import glob_expression
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from tests.errors import raises
+from tests.tiny import write_files
 
 IGNORES = {
     ".gitignore": "build/\n*.gen.py\n!keep.gen.py\n/top.py\nlogs/**/x.py\n# comment\n\\#odd.py\nspace\\ d.py\n",
@@ -28,21 +29,17 @@ def git(folder, *words):
 
 
 def make(folder, files):
-    """Write a repository: `files` is path → content, or the paths of Python files."""
+    """Write a repository of these Python files."""
     folder.mkdir()
     git(folder, "init", "-q")
-    for path in files:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(files[path] if isinstance(files, dict) else b"x = 1\n")
+    write_files(folder, dict.fromkeys(files, "x = 1\n"))
     return folder
 
 
 @pytest.fixture
 def repository(tmp_path):
-    folder = make(tmp_path / "repository", FILES)
-    for path, text in IGNORES.items():
-        (folder / path).write_text(text)
-    return folder
+    write_files(make(tmp_path / "repository", FILES), IGNORES)
+    return tmp_path / "repository"
 
 
 def read(folder):
@@ -169,8 +166,7 @@ def test_a_repository_inside_and_a_second_work_tree_have_rules_of_their_own(repo
     git(repository, "commit", "-qm", "a")
     second = repository.parent / "second"
     git(repository, "worktree", "add", "-q", second)
-    for name in ("excluded.py", "new.py"):
-        (second / name).write_text("x = 1\n")
+    write_files(second, {"excluded.py": "x = 1\n", "new.py": "x = 1\n"})
     assert read(second) == listed(second)
     assert "excluded.py" not in read(second)
 
@@ -197,10 +193,7 @@ def test_random_patterns_are_read_as_git_reads_them(tmp_path, seed):
 
 
 def test_our_own_ignore_file_counts_too_git_is_not_needed_and_training_reads_what_is_ignored(tmp_path):
-    for name in ("a.py", "b.py", "sub/c.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n")
-    (tmp_path / ".moseignore").write_text("b.py\nsub/\n")
+    write_files(tmp_path, dict.fromkeys(("a.py", "b.py", "sub/c.py"), "x = 1\n") | {".moseignore": "b.py\nsub/\n"})
     assert read(tmp_path) == ["a.py"]
     assert len(list(folder_repositories(tmp_path, depth=0, languages=["python"]))) == 3
 

@@ -8,13 +8,7 @@ from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.data.sources import FileFilters
 from modular_star_encoder.data.sources.repositories import STANDARD_LIBRARY, folder_repositories, installed_repositories
 from tests.errors import raises
-
-
-def write(root, files):
-    for path, content in files.items():
-        target = root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content if isinstance(content, bytes) else content.encode())
+from tests.tiny import write_files
 
 
 def names(reader):
@@ -23,10 +17,10 @@ def names(reader):
 
 def install(root, name, files):
     """Lay out an installed distribution: its files, and a RECORD that lists them."""
-    write(root, files)
     info = f"{name.replace('-', '_')}-1.0.dist-info"
-    record = "".join(f"{path},,\n" for path in [*files, "../../bin/tool.py"])
-    write(root, {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", f"{info}/RECORD": record})
+    about = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"}
+    about |= {f"{info}/RECORD": "".join(f"{path},,\n" for path in [*files, "../../bin/tool.py"])}
+    write_files(root, files | about)
 
 
 @pytest.fixture
@@ -36,7 +30,7 @@ def site_packages(tmp_path, monkeypatch):
     install(site, "Zeta.Tools", {"zeta/core.py": "x = 1\n", "zeta/_vendor/six.py": "y = 1\n", "zeta/data.txt": "no"})
     install(site, "alpha", {"alpha.py": "a = 1\n", "alpha_tests/t.py": "b = 1\n", "pkg/test_it.py": "c = 1\n"})
     install(site, "modular-star-encoder", {"own.py": "o = 1\n"})
-    write(stdlib, {"json.py": "j = 1\n", "test/big.py": "t = 1\n", "site-packages/other.py": "s = 1\n"})
+    write_files(stdlib, {"json.py": "j = 1\n", "test/big.py": "t = 1\n", "site-packages/other.py": "s = 1\n"})
     monkeypatch.setattr(metadata, "distributions", lambda: metadata.Distribution.discover(path=[str(site)]))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(stdlib))
     return site
@@ -58,17 +52,17 @@ def test_every_installed_distribution_and_the_standard_library_are_repositories(
 @pytest.mark.parametrize("parent", ["code", "tests/.hidden/site-packages"])
 def test_each_sub_folder_with_python_is_a_repository_wherever_it_is(tmp_path, parent):
     tmp_path /= parent
-    write(tmp_path, {"b/x.py": "1", "a/z.py": "1", "a/deep/y.py": "1", "docs/readme.md": "no", "loose.py": "1"})
+    write_files(tmp_path, {"b/x.py": "1", "a/z.py": "1", "a/deep/y.py": "1", "docs/readme.md": "no", "loose.py": "1"})
     expected = [(".", "loose.py"), ("a", "deep/y.py"), ("a", "z.py"), ("b", "x.py")]
     assert names(folder_repositories(tmp_path)) == expected
 
 
 def test_hidden_folders_environments_and_links_are_not_entered(tmp_path):
     outside = tmp_path / "outside"
-    write(outside, {"secret.py": "1"})
+    write_files(outside, {"secret.py": "1"})
     root = tmp_path / "root"
-    write(root, {"a/ok.py": "1", "a/.tox/x.py": "1", "a/env/pyvenv.cfg": "", "a/env/lib/x.py": "1"})
-    write(root, {"a/node_modules/x.py": "1", "a/tests/x.py": "1", "tests/x.py": "1"})
+    write_files(root, {"a/ok.py": "1", "a/.tox/x.py": "1", "a/env/pyvenv.cfg": "", "a/env/lib/x.py": "1"})
+    write_files(root, {"a/node_modules/x.py": "1", "a/tests/x.py": "1", "tests/x.py": "1"})
     (root / "link").symlink_to(outside)
     (root / "a" / "loop").symlink_to(root)
     (root / "a" / "linked.py").symlink_to(outside / "secret.py")
@@ -80,7 +74,7 @@ def test_hidden_folders_environments_and_links_are_not_entered(tmp_path):
 def test_unsuitable_files_are_counted_by_reason_in_every_iteration(tmp_path):
     files = {"ok": b"\xef\xbb\xbfx = 1\r\n", "latin": b"# \xe9", "big": "x = 1\n" * 100, "minified": "x" * 60}
     files |= {"blank": " \n", "null": "x = '\0'", "gone": "x"}
-    write(tmp_path, {f"a/{name}.py": content for name, content in files.items()})
+    write_files(tmp_path, {f"a/{name}.py": content for name, content in files.items()})
     reader = folder_repositories(tmp_path, filters=FileFilters(max_bytes=300, max_line_length=50))
     (tmp_path / "a" / "gone.py").unlink()
     reasons = ("not UTF-8", "too large", "very long lines", "empty", "contains null bytes", "unreadable")
@@ -94,8 +88,8 @@ def test_suffixes_count_in_any_letter_case_and_scripts_by_their_first_line_only_
     expected = ["DEFS.H", "LIST.CPP", "MAIN.C", "UTIL.PY", "a.py"]
     scripts = {"run": "/usr/bin/env python3", "bats": "/bin/bash -e", "env": "/usr/bin/env -S node --x"}
     scripts |= {".rc": "/bin/sh", "perl": "/usr/bin/perl"}  # these two are not read
-    write(tmp_path, dict.fromkeys(expected, "1") | {name: f"#!{line}\n" for name, line in scripts.items()})
-    write(tmp_path, {"LICENSE": "words"})
+    write_files(tmp_path, dict.fromkeys(expected, "1") | {name: f"#!{line}\n" for name, line in scripts.items()})
+    write_files(tmp_path, {"LICENSE": "words"})
     assert [file.path for file in folder_repositories(tmp_path, depth=0)] == expected
     reader = folder_repositories(tmp_path, depth=0, languages=SEARCH_LANGUAGES, obey_ignore_files=True)
     found = {file.path: file.language for file in reader if file.path not in expected}
@@ -103,7 +97,7 @@ def test_suffixes_count_in_any_letter_case_and_scripts_by_their_first_line_only_
 
 
 def test_files_that_are_left_out_are_listed_once_for_every_iteration_also_after_an_abandoned_one(tmp_path):
-    write(tmp_path, {"a.py": "1", "b.py": b"\xe9", "c.py": "1", "test_a.py": "1"})
+    write_files(tmp_path, {"a.py": "1", "b.py": b"\xe9", "c.py": "1", "test_a.py": "1"})
     reader = folder_repositories(tmp_path, depth=0)
     abandoned = iter(reader)
     next(abandoned)
@@ -119,7 +113,7 @@ def test_files_that_are_left_out_are_listed_once_for_every_iteration_also_after_
 
 
 def test_only_the_chosen_languages_are_read_and_folders_without_them_are_refused(tmp_path):
-    write(tmp_path, {"docs/readme.md": "x", "r/a.py": "x", "r/a.go": "x", "r/a_test.go": "x", "r/test_a.rb": "x"})
+    write_files(tmp_path, {"docs/readme.md": "x", "r/a.py": "x", "r/a.go": "x", "r/a_test.go": "x", "r/test_a.rb": "x"})
     for chosen in (["go"], "go"):
         reader = folder_repositories(tmp_path, languages=chosen)
         assert names(reader) == [("r", "a.go")]
@@ -135,7 +129,8 @@ def test_only_the_chosen_languages_are_read_and_folders_without_them_are_refused
 
 
 def test_repositories_may_be_deeper(tmp_path):
-    write(tmp_path, {"go.mod": "x", "a/b/c/x.go": "1", "a/b/y.go": "1", "a/d/x.go": "1", "a/z.go": "1", "w.go": "1"})
+    paths = ["a/b/c/x.go", "a/b/y.go", "a/d/x.go", "a/z.go", "w.go"]
+    write_files(tmp_path, dict.fromkeys(["go.mod", *paths], "1"))
     expected = [(".", "w.go"), ("a", "z.go"), ("a/b", "c/x.go"), ("a/b", "y.go"), ("a/d", "x.go")]
     assert names(folder_repositories(tmp_path, depth=2)) == expected
     assert folder_repositories(tmp_path, depth=0).repositories == (tmp_path.name,)
