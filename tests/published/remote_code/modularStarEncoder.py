@@ -3,39 +3,17 @@
 Shapes: B batch, T tokens, H hidden size, C conditional size, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any, Optional
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Starcoder2Config, Starcoder2Model
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
 
 from .config import ModularStarEncoderConfig
 
 # What differs between the repositories, each of which carries a code file of its own: `write_stand_in` fills it in.
 VARIANT = {}
-
-
-@dataclass
-class ModularStarEncoderOutput(ModelOutput):
-    """Fine-tuned: one (B, H) tensor per exit, or one tensor where the repository has a single exit."""
-
-    projected_pooled_normalized: Any = None
-    raw_hidden_states: Optional[tuple] = None  # noqa: UP045 - as in code of its time
-    attentions: Optional[tuple] = None  # noqa: UP045
-
-
-@dataclass
-class ModularStarEncoderForPreTrainingOutput(ModelOutput):
-    """Pre-trained: states (B, T, H), token logits (B, T, V), relationship logits (B, 2)."""
-
-    last_hidden_state: Optional[torch.Tensor] = None  # noqa: UP045
-    hidden_states: Optional[tuple] = None  # noqa: UP045
-    prediction_logits: Optional[torch.Tensor] = None  # noqa: UP045
-    seq_relationship_logits: Optional[torch.Tensor] = None  # noqa: UP045
-    attentions: Optional[tuple] = None  # noqa: UP045
 
 
 def scalar(value):
@@ -147,6 +125,7 @@ class ModularStarEncoder(PreTrainedModel):
         return self.embeddings(encoded.hidden_states, input_ids, attention_mask)
 
     def embeddings(self, hidden_states, input_ids, attention_mask):
+        """One (B, H) tensor per exit, or one tensor where the repository has a single exit."""
         owner = self.starEncoder2.module if VARIANT["module_prefix"] else self.starEncoder2
         # From each row's first separator to its end.
         mask = ((input_ids == VARIANT["sep_token_id"]).cumsum(dim=1) > 0).long() * attention_mask
@@ -158,21 +137,16 @@ class ModularStarEncoder(PreTrainedModel):
             project_first = VARIANT["projection_order"] == "project_then_pool"
             embedding = pool(head(states), mask) if project_first else head(pool(states, mask))
             pooled.append(normalize(embedding))
-        return ModularStarEncoderOutput(
-            projected_pooled_normalized=pooled[0] if VARIANT["kind"] == "cut" else pooled,
-            raw_hidden_states=hidden_states,
-        )
+        return SimpleNamespace(projected_pooled_normalized=pooled[0] if VARIANT["kind"] == "cut" else pooled)
 
     def pretraining_output(self, encoded, attention_mask):
+        """States (B, T, H), token logits (B, T, V), relationship logits (B, 2)."""
         heads = self.get_submodule(VARIANT["heads"])
         states = encoded.last_hidden_state
         pooler = heads.pooler if VARIANT["pooler_in_heads"] else self.pooler
         predictions, relationship = heads(states, pooler(states, attention_mask))
-        return ModularStarEncoderForPreTrainingOutput(
-            last_hidden_state=states,
-            hidden_states=encoded.hidden_states,
-            prediction_logits=predictions,
-            seq_relationship_logits=relationship,
+        return SimpleNamespace(
+            last_hidden_state=states, prediction_logits=predictions, seq_relationship_logits=relationship
         )
 
 
