@@ -164,13 +164,15 @@ def test_the_model_is_the_checkpoint_cut_at_the_exit_chosen(checkpoint):
         assert torch.equal(model(**tiny_batch()).sentence_embedding, expected)
 
 
-def test_a_profile_may_be_the_name_of_a_file(checkpoint, tmp_path):
+def test_a_profile_may_be_the_name_of_a_file_and_must_be_there(checkpoint, tmp_path):
     bare = shutil.copytree(checkpoint, tmp_path / "bare")
     file = (bare / "exit_profile.json").rename(tmp_path / "other.json")
     for profile in (file, str(file)):
         assert load_at_budget(bare, profile=profile, min_quality=0.3).config.num_hidden_layers == 2
     with pytest.raises(FileNotFoundError, match="There is no exit profile none"):
         load_at_budget(bare, profile="none", min_quality=0.3)
+    with pytest.raises(FileNotFoundError, match="There is no exit profile"):
+        load_at_budget(bare, latency_ms=20)
 
 
 def test_the_log_says_which_exit_is_chosen_and_why(checkpoint, caplog):
@@ -194,14 +196,6 @@ def test_a_profile_of_another_machine_is_used_with_a_warning(checkpoint, monkeyp
     monkeypatch.setattr("modular_star_encoder.utils.reports.processor_model", lambda: "another processor")
     with pytest.warns(UserWarning, match=r"measured on another machine \(processor .*here 'another processor'\)"):
         load_at_budget(checkpoint, min_quality=0.3)
-
-
-def test_a_budget_too_small_or_a_missing_profile_is_an_error(checkpoint, tmp_path):
-    with raises("budget.too_small", "exit 2: min_quality 0.5"):
-        load_at_budget(checkpoint, min_quality=0.6)
-    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=lambda *_: ["exit_profile.json"])
-    with pytest.raises(FileNotFoundError, match="There is no exit profile"):
-        load_at_budget(bare, latency_ms=20)
 
 
 def test_a_repository_of_the_hub_brings_its_profile(checkpoint, tmp_path, monkeypatch):
