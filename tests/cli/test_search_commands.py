@@ -92,6 +92,8 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
     profile = (moved / PROFILE_NAME).rename(tmp_path / "profile.json")
     status, out, _ = mose(*search, "--latency-ms", milliseconds, "--profile", profile)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, exit_layer)
+    status, _, err = mose(*search, "--latency-ms", "0.01", "--profile", profile)
+    assert (status, "No exit meets --latency-ms 0.01 for" in err, "latency_ms" in err) == (2, True, False)
 
 
 def test_a_missing_profile_is_reported_with_the_commands_that_make_and_use_one(code, mose):

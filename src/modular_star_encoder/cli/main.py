@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if shown is None:
             raise
         words = " ".join((str(shown) or "Not enough memory.").split()) + number_of_environment(str(shown))
-        sentence = printable(words)
+        sentence = printable(with_options(words, arguments))
         if len(sentence) > 2000:  # it quotes a long value
             sentence = f"{sentence[:1500]} … {sentence[-400:]}"
         print(f"mose: error: {sentence}", file=sys.stderr)
@@ -144,6 +145,14 @@ def check_folders(arguments: argparse.Namespace) -> None:
         # `profile` writes a file, and an index may be on a server.
         if folder and getattr(arguments.run, "__name__", "") != "run_profile" and not folder.startswith("qdrant:"):
             check_writable(os.path.expanduser(folder), is_folder=True)
+
+
+def with_options(sentence: str, arguments: argparse.Namespace) -> str:
+    """Return `sentence` with given options, such as --latency-ms, in place of the Python arguments of that name."""
+    names = ("exit_layer", "exit_layers", "latency_ms", "memory_mb")
+    given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
+    name = rf"(?<![\w./-])`?({given})\b`?(=(?=\d))?"
+    return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence) if given else sentence
 
 
 def number_of_environment(error: str) -> str:

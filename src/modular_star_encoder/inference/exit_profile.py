@@ -189,8 +189,8 @@ def select_exit(
     wanted = " and ".join(f"{name}={limit:g}" for name, limit in limits.items())
     if not exits:
         where = f"{wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
-        message = f"No exit meets {where}. Measured: {_listed_values(values)}."
-        raise UserError("budget.too_small", f"{message} Raise `latency_ms` or `memory_mb`, or lower `min_quality`.")
+        message = f"No exit meets {where}. Give a limit that an exit meets. Measured: {_listed_values(values)}."
+        raise UserError("budget.too_small", message)
     is_known = set(exits) <= set(quality)
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
     why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
