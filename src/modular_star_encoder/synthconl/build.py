@@ -17,8 +17,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator, with_config
 from pydantic import Field as Constraint
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
@@ -78,10 +79,12 @@ class NearDuplicateSettings(DuplicateSettings):
     columns: Annotated[Sequence[Literal["func1_CSN", "func2"]], Constraint(min_length=1)] = ("func1_CSN", "func2")
 
 
-def _check_benchmark(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not {"source", "column"} <= set(options):
-        raise UserError("synthconl.recipe.against", f"Each set in `against` needs source and column, not {options}.")
-    return options
+@with_config(extra="allow")
+class TextColumn(TypedDict):
+    """A column of texts in a dataset; further keys are arguments of `open_dataset_rows`."""
+
+    source: Any
+    column: str
 
 
 Corpora = Annotated[
@@ -118,7 +121,7 @@ class DatasetRecipe:
     max_characters: Count = 8000
     max_syntax_error_share: Probability = MAX_SYNTAX_ERROR_SHARE
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
-    against: Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_check_benchmark)]] = field(default_factory=dict)
+    against: Mapping[str, TextColumn] = field(default_factory=dict)
     validation_rows: Count = 2000
     max_repository_share: Annotated[Float, Constraint(gt=0, le=1)] = 0.05
     card: CardSettings = CardSettings()
@@ -150,18 +153,10 @@ class DatasetRecipe:
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or continue an interrupted build with the same recipe; return the dataset's folder.
 
-    If the process is killed, the same call continues the build. It repeats no finished stage, loses or duplicates no
-    row, and requests only missing translations again. One process at a time can build in a folder.
-
-    Args:
-        recipe: What to build.
-        out: The folder to work in: new, empty, or left by an earlier call with the same settings. It gets a folder for
-            each of `STAGES`; the last, `out/dataset`, has parquet files in `data`, `statistics.json` and a card.
-        progress: Whether to show progress bars.
-
-    Raises:
-        UserError: `out`, a corpus, a benchmark or the rows of a stage can't be used; or the model that translates
-            fails (its earlier answers are kept).
+    A repeated call repeats no finished stage, loses or duplicates no row, and requests only missing translations. One
+    process at a time can build in a folder. `out` is new, empty, or left by an earlier call with the same settings. It
+    gets a folder for each of `STAGES`; the last, `out/dataset`, has parquet files in `data`, `statistics.json` and a
+    card.
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _read_log(build)

@@ -1,11 +1,8 @@
 """Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
-    fetch_packages   downloads packages, given by name and version, with the clients of the registries (apt, npm, pip)
-    build_corpus     extracts pairs for training, pairs for validation, and functions without a description
-    check_corpus     finds the texts of a corpus that are equal or nearly equal to a text of an evaluation set
-
-A repeated call continues an interrupted one. One process at a time works in a folder. Equal packages give an equal
-corpus.
+`fetch_packages` downloads packages with the clients of the registries (apt, npm, pip). `build_corpus` extracts pairs.
+`check_corpus` finds texts that are near a text of an evaluation set. A repeated call continues an interrupted one. One
+process at a time works in a folder. Equal packages give an equal corpus.
 """
 
 import gzip
@@ -76,10 +73,7 @@ class Package(NamedTuple):
 
 
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
-    """Read packages from a YAML file, {registry: lines}; each line holds the name, version and licence of a package.
-
-    UserError if a registry is unknown (`settings.unknown`), or a line is not a package (`corpus.package`).
-    """
+    """Read packages from a YAML file, {registry: lines}; each line is NAME VERSION LICENCE of a package."""
     content = read_mapping(path)
     check_names(list(content), _CLIENTS, str(path))
     packages = []
@@ -118,16 +112,12 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
 def build_corpus(
     packages: Sequence[Package], source: str | os.PathLike[str], out: str | os.PathLike[str], processes: int = 2
 ) -> Row:
-    """Extract a corpus of functions from downloaded packages to `out`; return statistics, also stored in `stats.json`.
+    """Extract a corpus from the packages that `fetch_packages` downloaded to `source`; return `stats.json`.
 
     `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`. `pairs_valid.jsonl.gz` has
     the same columns for other packages, for validation. `texts.jsonl.gz` has the functions without a usable
-    description: `package`, `language`, `kind` ("code"), `text`. A package with a file in `out/packages` is not read.
-
-    Args:
-        packages: The packages to read, at least two; `stats.json` lists those that `source` lacks.
-        source: The folder that `fetch_packages` filled.
-        processes: Number of parsing processes; with 0 or 1, a file that crashes the parser ends the build.
+    description: `package`, `language`, `kind` ("code"), `text`. A package with a file in `out/packages` is not read
+    again. With 0 or 1 `processes`, a file that crashes the parser ends the build.
     """
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
@@ -224,10 +214,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the files of rows, one for each package, into a corpus without equal or near-duplicate rows.
-
-    Write the corpus to `out`; return its statistics.
-    """
+    """Join the packages' rows into a corpus in `out`, without equal or near-duplicate rows; return its statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []
@@ -286,9 +273,9 @@ def _key(text: str) -> bytes:
 class EvaluationTexts:
     """Finds texts that are equal or nearly equal to a text, or to the beginning of a text, of an evaluation set.
 
-    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of these; its name
-    is that of the file or folder. Its texts are those in `code` (text, list or {language: text}), `description` and
-    `query` of each row, and the paragraphs of the last two. Rows may also have CodeSearchNet's format.
+    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of these. Its
+    texts are those in `code` (text, list or {language: text}), `description` and `query` of each row, and the
+    paragraphs of the last two. Rows may also have CodeSearchNet's format.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -349,11 +336,10 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of a corpus whose letters and digits equal, or nearly equal, those of an evaluation text.
+    """Find the texts of `build_corpus`'s files whose letters and digits equal, or nearly equal, an evaluation text.
 
-    `files` are written by `build_corpus`. The folder `drop`, if given, gets copies without the rows that are found.
-    Return (report, lines). The report, for a model's card, has the numbers of rows and of found texts in each file.
-    The lines say for each found text its file, row, package and evaluation set.
+    Return (report, lines): the numbers of rows and of found texts in each file; the file, row, package and evaluation
+    set of each found text. The folder `drop`, if given, gets copies without the rows that are found.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}

@@ -42,8 +42,8 @@ Row = dict[str, str | None]
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
     """Open one corpus: return a reader of source files or, for CodeSearchNet, its rows as (place, row).
 
-    `corpus` has either the settings of `open_corpus`, or the key `codesearchnet` with a file, folder or Hub dataset of
-    CodeSearchNet's rows. In the second case, further keys are arguments of `open_dataset_rows`.
+    `corpus` has the settings of `open_corpus`, or the key `codesearchnet` with a source for `open_dataset_rows`, and
+    further arguments of that function.
     """
     if "codesearchnet" in corpus:
         options = dict(corpus)
@@ -63,9 +63,7 @@ def function_rows(
 ) -> Iterator[Row]:
     """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
 
-    A function is dropped if its language is not in `languages`, if its code has more than `max_characters` characters,
-    or if it differs from an earlier function in white space only. The numbers of rows or files read, of functions kept,
-    and of functions dropped for each reason are added to `counts`.
+    `counts` gets the numbers of rows or files read, of functions kept, and of functions dropped for each reason.
     """
     seen: set[bytes] = set()
     for corpus in corpora:
@@ -186,16 +184,9 @@ def clean_translation(
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
     The code is the answer's code block; of several blocks, the longest in the target language. If there is no block, or
-    the whole answer parses as a function, the code is the answer without the sentences before and after the code.
-    Reasoning (`<think>…</think>`) and the indentation shared by all lines are removed.
-
-    The code is accepted if it contains a function and parses as the target language. Code with syntax errors is also
-    accepted if they cover at most `max_error_share` of its bytes and the code does not parse as the source language.
-    A `max_error_share` of 1 skips these checks.
-
-    The code must not parse as the source language, because grammars are tolerant. In a test with 200 functions of each
-    language, up to 72 % of one language had few enough errors in another (JavaScript as C++). With this rule, at most
-    23 % were accepted (Java as C++). Every function was accepted as its own language.
+    the whole answer parses as a function, the code is the answer without the sentences before and after the code. It is
+    accepted if it contains a function and parses as the target language. At most `max_error_share` of its bytes may
+    have syntax errors, if it does not parse as the source language. With a share of 1, syntax is not checked.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
@@ -209,8 +200,7 @@ def clean_translation(
     named = [(tags[tag], code) for tag, code in blocks]
     best = max(named, key=lambda one: (one[0] == target_language, one[0] == "", len(one[1])), default=None)
     language, code = best or ("", plain)
-    code = (_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip()
-    code = dedent(code)
+    code = dedent((_PHP_TAGS.sub("", code) if target_language == "php" else code).strip("\n").rstrip())
     if not code:
         reason = "empty"
     elif best is None and _REFUSAL.match(text):
@@ -227,9 +217,9 @@ def clean_translation(
 def code_blocks(text: str) -> list[tuple[str, str]]:
     """Return (tag in lower case, code) for each fenced code block in a Markdown text.
 
-    A fence that is indented further than the block's opening fence belongs to the code, for example to a docstring. A
-    block without a closing fence ends at the next opening fence that is not indented further, or at the end of the
-    text. If its code contains an odd number of fences, the last of them ends the code.
+    A fence that is indented further than the block's opening fence belongs to the code. A block without a closing fence
+    ends at the next opening fence that is not indented further, or at the end of the text. If its code contains an odd
+    number of fences, the last of them ends the code.
     """
     blocks: list[tuple[str, str]] = []
     opening, start, lines = None, 0, text.split("\n")
@@ -257,6 +247,7 @@ def _fault(code: str, source: str, target: str, max_error_share: float) -> str:
     if max_error_share >= 1:
         return ""
     share, has_function = check_syntax(code, target)
+    # Grammars are tolerant: JavaScript often parses as C++ with few errors. The second check finds untranslated code.
     if share == 0 or (share <= max_error_share and check_syntax(code, source)[0] > 0):
         return "" if has_function else "no function"
     others = (language for language in LANGUAGES if language != target)

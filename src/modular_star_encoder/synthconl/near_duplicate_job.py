@@ -47,32 +47,17 @@ def drop_near_duplicates(
     share: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Copy parquet files without near-duplicate rows; the copies have the same names.
+    """Copy parquet files without near-duplicate rows; the copies have the same names. A repeated call continues.
 
     `dropped.jsonl` in `out` gets a line for each dropped row with `id`, `reason`, `cluster` (the smallest id in its
     cluster of near-duplicates), `nearest` and `similarity`. `nearest` is the id of the most similar row, or the number,
-    from 0, of the similar text in a set of `against`. The job needs a few hundred bytes of memory per row and column
-    and, while it runs, disk space for a copy of the texts.
+    from 0, of the similar text in a set of `against` (see `find_near_duplicates`). The job needs a few hundred bytes of
+    memory per row and column and, while it runs, disk space for a copy of the texts.
 
-    Args:
-        source: The folder of parquet files.
-        out: The folder to write: new, empty, or left by an interrupted call with the same arguments.
-        columns: The columns of text to compare; `settings.match` says whether one or all of them must be similar.
-        id_column: A column of unique texts or integers. Of near-duplicates, the row with the smallest id is kept; if
-            `id_column` is None, the first row in the order of the file names.
-        against: See `find_near_duplicates`.
-        share: (i, n): only fingerprint the files i, i + n, i + 2n, … (from 0), and return {}. Fingerprinting takes most
-            of the time, so n processes or machines may share it. Then a call without `share` does the other steps.
-
-    Returns:
-        The content of `report.json` in `out`: `rows`, their number; `counts`, {"kept" or the reason of dropping: number
-        of rows}; `clusters`, the number of clusters of two or more rows; `largest_clusters`, the sizes of the twenty
-        largest; `pairs_compared` and `near_pairs`, the numbers of pairs of rows that were compared and that are near;
-        `giant_clusters`, `largest_bucket` and `rows_over_limit` as in `NearDuplicates`; `job`, the input and settings.
-
-    Raises:
-        UserError: files, columns or ids can't be used; `out` has unrelated or damaged files, or was begun with other
-            arguments; or another process works in `out`.
+    Of near-duplicates, the row with the smallest id in `id_column` (unique texts or integers) is kept; without
+    `id_column`, the first row. With `share=(i, n)`, the call only fingerprints the files i, i + n, i + 2n, …, which
+    takes most of the time, and returns {}; so n processes or machines may share it. Otherwise the content of
+    `report.json` is returned.
     """
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
@@ -133,36 +118,36 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     elif begun:
         try:
             content = read_json(begun[0])
-            before = content.get("job", {}) if begun[0].name == REPORT else content
-            if begun[0].name == REPORT and not fits(content.get("counts"), dict[str, int]):
-                raise ValueError("`counts` must be numbers of rows")
+            is_report = begun[0].name == REPORT
+            before = content.get("job", {}) if is_report else content
             if changed := [name for name in job if before.get(name) != job[name]]:
                 changes = f"other values of {', '.join(changed)}. Use another folder, or remove this one to start again"
                 key, fault = "other_job", f"was begun with {changes}"
+            cause = "`counts` must be numbers of rows"
+            is_damaged = is_report and not fits(content.get("counts"), dict[str, int])
         except (ValueError, AttributeError) as error:
-            key, fault = "damaged", f"has a damaged {begun[0].name} ({error}); remove the folder and start again"
+            is_damaged, cause = True, str(error)
+        if is_damaged:
+            key, fault = "damaged", f"has a damaged {begun[0].name} ({cause}); remove the folder and start again"
     if key:
         raise UserError(f"synthconl.near_duplicates.{key}", f"The folder to write, {out}, {fault}.")
     return bool(begun)
 
 
-def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any | None:
-    """Return `read(path)`, an object with `num_rows`, or None if no earlier call wrote `path`.
-
-    UserError if the file is unreadable, has another number of rows, is not a regular file or is outside `out`.
-    """
+def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
+    """Return `read(path)`, an object with `num_rows`, or None without this file; UserError if it is not ours."""
+    found: Any = None
+    fault = ""
     try:
-        if leads_outside(path, out):
-            raise ValueError("it leads out of the folder")
-        if not path.exists():
-            return None
-        if not path.is_file():
-            raise ValueError("it is not a regular file")
-        if (found := read(path)).num_rows != rows:
-            raise ValueError(f"it has {found.num_rows} rows, not {rows}")
+        if leads_outside(path, out) or (path.exists() and not path.is_file()):
+            fault = "it leads out of the folder or is not a regular file"
+        elif path.exists() and (found := read(path)).num_rows != rows:
+            fault = f"it has {found.num_rows} rows, not {rows}"
     except (OSError, ValueError) as error:
-        message = f"{path} is not as this job wrote it ({error}); remove the folder {out} and start again."
-        raise UserError("synthconl.near_duplicates.damaged", message) from error
+        fault = str(error)
+    if fault:
+        message = f"{path} is not as this job wrote it ({fault}); remove the folder {out} and start again."
+        raise UserError("synthconl.near_duplicates.damaged", message)
     return found
 
 

@@ -22,16 +22,15 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.utils.settings import Count, Float, settings_class
 
-SHINGLE_CHARACTERS = 5
+SHINGLE_CHARACTERS = 5  # a shorter text is one shingle, a blank text has none
 PERMUTATIONS = 256
 _MISS_WEIGHTS = {"default": 0.5, "high": 0.95}
 # Small enough that a batch's arrays stay in the processor's cache.
 _TEXTS_PER_BATCH, _CHARACTERS_PER_BATCH = 128, 1 << 18
 _SEED = 1
 # Odd numbers without structure: initial values of SHA-512, made odd.
-_MULTIPLIERS = tuple(
-    np.uint64(value)
-    for value in (0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1, 0x510E527FADE682D1)
+_MULTIPLIERS = np.array(
+    [0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1, 0x510E527FADE682D1], np.uint64
 )
 _MIX, _HALF, _MIXING_SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(32), np.uint64(29)
 _FILLER = "\U0010ffff"  # pads short texts; Unicode never assigns this code point
@@ -45,20 +44,13 @@ class Banding:
     rows: int
 
     def candidate_probability(self, jaccard: float | np.ndarray) -> float | np.ndarray:
-        """Return the probability that two texts of similarity `jaccard` are compared: 1 − (1 − jaccard^rows)^bands.
-
-        Source: Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4.2.
-        """
+        """Return the probability that texts of similarity `jaccard` are compared (Leskovec et al., MMDS, 3.4.2)."""
         return 1 - (1 - jaccard**self.rows) ** self.bands
 
 
 @cache
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
-    """Return the banding with the smallest error at `threshold`, for pairs with similarities spread evenly from 0 to 1.
-
-    The error is (1 − `miss_weight`) × (share of pairs that are below the threshold and compared) + `miss_weight` ×
-    (share of pairs at or above it that are not compared). Source: datasketch's `MinHashLSH` (LSH Ensemble, VLDB 2016).
-    """
+    """Return the banding that misses few pairs and compares few in vain, as datasketch's `MinHashLSH` weighs both."""
     similarity = (np.arange(1000) + 0.5) / 1000
 
     def error(banding: Banding) -> float:
@@ -80,12 +72,10 @@ class DuplicateSettings:
             shingles (all substrings of 5 characters).
         recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, it means 25
             bands of 10 hashes: 94 % of the pairs of similarity 0.8 are compared, and half of those of similarity 0.7.
-            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the pairs of
-            similarity 0.7, and many more pairs below it.
+            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the latter.
         match: two rows are near-duplicates if their texts are near in one column (`"either"`) or in all (`"both"`).
         bucket_limit: largest number of rows, of those with the same hashes in a band, that a row is compared with;
             rows with smaller ids come first. It bounds memory to bands × `bucket_limit` pairs per row, of 8 bytes each.
-            In ordinary corpora, a row has less than one pair.
         giant_cluster: largest number of different rows in a cluster that keeps only one row. A cluster is a group of
             rows linked by near pairs, directly or through other rows. A larger cluster may link unlike rows through
             boilerplate, so a row in it is dropped only if it is near a kept row of smaller id.
@@ -99,15 +89,12 @@ class DuplicateSettings:
 
     @property
     def banding(self) -> Banding:
-        """The banding for `threshold` and `recall`; see `optimal_banding`."""
+        """The banding for `threshold` and `recall`."""
         return optimal_banding(self.threshold, _MISS_WEIGHTS[self.recall])
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return hashes, uint64 (shingles,), and bounds, int64 (texts + 1,): text i has `hashes[bounds[i]:bounds[i + 1]]`.
-
-    A shingle is a substring of `SHINGLE_CHARACTERS` code points. A shorter text is one shingle; a blank text has none.
-    """
+    """Return hashes, uint64 (shingles,), and bounds, (texts + 1,): text i has `hashes[bounds[i]:bounds[i + 1]]`."""
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
     lengths = np.array([len(text) for text in padded], np.int64)
@@ -160,11 +147,7 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return a struct array with `text`, `digest` and `keys` for each text; None is treated as a blank text.
-
-    `text` is the text in UTF-8, which may contain lone surrogates. `digest` has two uint64, the same for equal texts
-    and zero for blank texts. `keys` has a uint64 per band: two texts with the same key in a band are compared.
-    """
+    """Return a struct array: `text` in UTF-8, `digest` (two uint64, 0 for blank texts), `keys` (a uint64 per band)."""
     contents: list[bytes] = []
     digests = bytearray()
     keys = [np.empty((0, banding.bands), np.uint64)]
@@ -244,14 +227,9 @@ def find_near_duplicates(
 ) -> NearDuplicates:
     """Find the near-duplicates among n rows with one or more columns of text. Two blank rows are not near-duplicates.
 
-    Which rows are kept depends on the texts and ids of the rows, not on their order.
-
-    Args:
-        columns: For each column, a list with the results of `fingerprint(part, settings.banding)` for all its parts.
-        order: The positions of the rows, sorted by id, int64 (n,); by default 0 to n − 1. Of near-duplicates, the row
-            with the smallest id is kept.
-        against: {name of a set: its texts}. A row is dropped if the text in any of its columns is near one of these.
-            Whole texts are compared: a long text is not near a short text that it contains.
+    `columns` has the results of `fingerprint` for all parts of each column. `order`, int64 (n,), has the positions of
+    the rows, sorted by id. `against` is {name of a set: its texts}: a row is dropped if the text in any of its columns
+    is near one of these. Whole texts are compared: a long text is not near a short text that it contains.
     """
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
@@ -312,10 +290,7 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the m distinct rows by ascending id, int64 (m,); for each of the n rows, the index of its distinct row).
-
-    Of equal rows, the one with the smallest id is the distinct row. Rows with only blank texts never count as equal.
-    """
+    """Return (the distinct rows by ascending id, each row's index among them); blank rows are all distinct."""
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
     by_id[blank, 0] = blank + 1  # so that no two blank rows are equal
@@ -328,12 +303,10 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Pair the rows of `column` with the rows of `others` that have the same key in a band.
+    """Return (pairs of rows with the same key in a band, largest bucket, most rows in a band with too large buckets).
 
     In a band, the bucket of a row is the rows of `others` with the row's key; if `others` is `column`, only those
     before the row. Each row is paired with the first `limit` rows of its bucket.
-
-    Returns (pairs, size of the largest bucket, largest number of rows in a band with buckets larger than `limit`).
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -390,11 +363,7 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the pairs of near-duplicates found in each column of text; of equal pairs, keep the largest similarity.
-
-    `parts` has a tuple for each column: (pairs of row numbers, each packed into one uint64; their similarities).
-    Returns (distinct pairs, ascending; their similarities).
-    """
+    """Join the (pairs, similarities) that were found in each column; of equal pairs, keep the largest similarity."""
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))
     pairs, first = np.unique(pairs[sorting], return_index=True)
@@ -481,11 +450,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (most similar partner of each row, −1 if none; their similarity, 0 if none), two arrays (`count`,).
-
-    Row `nodes[i]` and partner `partners[i]` have the similarity `values[i]`. Of equally similar partners, the smallest
-    number is returned.
-    """
+    """Return each row's most similar partner, the smallest if equal (−1 if none), and their similarity (0 if none)."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

@@ -111,8 +111,8 @@ def dataset_card(
 ) -> str:
     """Return the text of a dataset's card: YAML metadata and Markdown.
 
-    `settings` is {stage: settings} (see `DatasetRecipe.stage_settings`), `reports` is {stage: report}, and `splits` is
-    {split: {"rows": number, "repositories": number}}. `licenses` is {licence: number of rows}.
+    `settings` is {stage: settings}, `reports` {stage: report}, `splits` {split: {"rows": number, "repositories":
+    number}}, and `licenses` {licence: number of rows}.
     """
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
@@ -194,27 +194,22 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a built dataset with its card to the Hub, or only list the files.
+    """Upload a built dataset with its card to the Hub, or only list the files if `upload` is false.
 
-    Args:
-        folder: The folder that `build_dataset` returned, or the folder `out` that was passed to it.
-        repository: Id of a dataset repository, `owner/name`; it is created if it doesn't exist.
-        upload: Whether to upload, with the token of `hf auth login` or `HF_TOKEN`; if False, nothing is sent.
-        private: Whether a repository that this call creates is private.
-
-    Raises:
-        UserError: the dataset isn't finished, a file leads out of `folder` or isn't a regular file, or a file in `data`
-            isn't Parquet. Nothing has been uploaded then.
+    `folder` is what `build_dataset` returned, or its `out`. If the Hub has no dataset `repository` (owner/name), it is
+    created. Before anything is sent, UserError if the dataset isn't finished or a file is not as the build wrote it.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
-    if not any(root.glob("data/*.parquet")) or not (root / CARD).is_file() or not (root / STATISTICS).is_file():
-        message = f"{folder} contains no finished dataset; build one with `mose dataset build`."
-        raise UserError("synthconl.push.no_dataset", message)
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
-    if wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
-        message = f"{wrong[0]} must be a regular file, and no link out of {folder}. Move it away, or copy its target."
-        raise UserError("synthconl.push.file", message)
+    key = fault = ""
+    if len(paths) == 2 or not all(map(Path.is_file, paths[:2])):
+        key, fault = "no_dataset", f"{folder} contains no finished dataset; build one with `mose dataset build`"
+    elif wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
+        fault = f"{wrong[0]} must be a regular file, and no link out of {folder}. Move it away, or copy its target"
+        key = "file"
+    if key:
+        raise UserError(f"synthconl.push.{key}", f"{fault}.")
     for path in paths[2:]:
         open_shard(path)
     required = ("license", "task_categories", "configs", "size_categories")

@@ -17,7 +17,7 @@ from modular_star_encoder.utils.files import files_below, staged_file
 
 ROWS_PER_FILE = 1000
 ROWS_PER_PUBLISHED_FILE = 100_000
-_ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26
+_ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26  # the size of a row group, whichever is reached first
 
 Item = TypeVar("Item")
 
@@ -29,7 +29,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write tables to one file, each as a row group; return the number of rows. `path` exists once it is complete."""
+    """Write tables to one file, each as a row group; return the number of rows. `path` appears when complete."""
     rows = 0
     with (
         staged_file(path, resumable=True) as temporary,
@@ -129,11 +129,7 @@ def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str |
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return the ids of the rows of all files, in order, and the positions of the rows sorted by id, int64 (rows,).
-
-    If `id_column` is None, the ids are "FILE:NUMBER", with NUMBER counted from 0 in each file, and the rows keep their
-    order. UserError if an id is missing or repeated.
-    """
+    """Return the ids of all rows, "FILE:NUMBER" without `id_column`, and the rows' positions sorted by id, (rows,)."""
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string()), np.arange(sum(one.rows for one in shards))
@@ -156,10 +152,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
 
 
 def write_kept(shard: Shard, target: Path, kept: np.ndarray) -> None:
-    """Copy a shard to `target` with all columns, but only the rows for which `kept`, bool (rows,), is true.
-
-    Each row group has about `_ROWS_PER_GROUP` rows or `_GROUP_BYTES` bytes, whichever is reached first.
-    """
+    """Copy a shard to `target` with all columns, but only the rows for which `kept`, bool (rows,), is true."""
     schema = open_shard(shard.path).schema_arrow
 
     def tables() -> Iterator[pa.Table]:

@@ -6,10 +6,10 @@ has the id of a row, and is matched to the row by this id, never by text or posi
 
 import hashlib
 import json
-import operator
 import os
 import re
 import time
+from array import array
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -122,9 +122,8 @@ class OpenAIBackend:
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """Yield one completion for each request, in the order in which the answers arrive.
 
-        At most `concurrency` requests are pending at a time; a killed process loses only the answers to these. Raises
-        UserError if no further request can be answered, for example if the key is wrong or the server is down. Before
-        the error, the completions of the other pending requests are yielded.
+        At most `concurrency` requests are pending; a killed process loses only the answers to these. Before a UserError
+        (wrong key, no server), the completions of the other pending requests are yielded.
         """
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
@@ -162,12 +161,10 @@ class OpenAIBackend:
             message, usage = choice["message"], content.get("usage") or {}
             text, refusal = message.get("content") or "", message.get("refusal")
             reason = "content_filter" if refusal and not text else choice.get("finish_reason") or "stop"
-            asked, written = (operator.index(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-            if not 0 <= min(asked, written) <= max(asked, written) < 2**32:
-                raise ValueError("no numbers of tokens")
+            asked, written = array("I", [usage.get(name) or 0 for name in _TOKENS])  # checks that they fit into 32 bits
             if len(self._served) < _MAX_SERVED:
                 self._served.add(str(content.get("model") or self._model)[:200])
-        except (TypeError, LookupError, AttributeError, ValueError):
+        except (TypeError, LookupError, AttributeError, ValueError, OverflowError):
             message = f"{url_host(self._url)} answers, but not in OpenAI's chat protocol; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
         return Completion(request.id, str(text), str(reason), asked, written)
@@ -202,10 +199,7 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw one of `targets`, but never `source_language`, as the language to translate a row to.
-
-    All are equally probable. The draw depends on the arguments alone. Raises UserError if there is no other language.
-    """
+    """Draw one of `targets`, but never `source_language`, from `seed` and `row_id`; UserError if there is no other."""
     others = sorted(set(targets) - {source_language})
     if not others:
         message = f"`targets` must name a language other than {source_language}; found only {', '.join(targets)}."
@@ -229,7 +223,7 @@ def check_prompt(prompt: str) -> str:
 def translation_request(
     row_id: str, code: str, source_language: str, target: str, prompt: str = PROMPT
 ) -> CompletionRequest:
-    """Return the request to translate the code of row `row_id` to the language `target`, with the template `prompt`."""
+    """Return the request to translate the code of row `row_id` to the language `target`."""
     names = {"source_language": LANGUAGE_NAMES[source_language], "target_language": LANGUAGE_NAMES[target]}
     return CompletionRequest(row_id, prompt.format(**names, code=code))
 
@@ -282,12 +276,9 @@ def translate(
 ) -> dict[str, Any]:
     """Ask a model to translate the functions that have no answer in `out` yet; return a report on all calls.
 
-    `functions` is a folder that `write_rows` wrote, with the columns `id`, `language1_CSN` and `func1_CSN`. For each
-    of its files, the existing folder `out` gets a file of completions. `seed` decides the target languages. All calls
-    for one `out` must have the same `settings` and `seed`; this is not checked.
-
-    Raises UserError if an answer of an earlier call is damaged, or if the back end can't continue or answers only
-    errors. Earlier answers are kept.
+    `functions` is a folder that `write_rows` wrote, with the columns `id`, `language1_CSN` and `func1_CSN`. For each of
+    its files, the existing folder `out` gets a file of completions. All calls for one `out` must have the same
+    `settings` and `seed`; this is not checked. After a UserError, earlier answers are kept.
     """
     backend = settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
@@ -331,7 +322,7 @@ def translate(
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
     """Yield lists of completions; hold failed ones back until an answer shows that the back end still works.
 
-    `answered` says whether an earlier call received an answer. Raises UserError if 20 requests in a row fail, or all.
+    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all.
     """
     doubtful: list[Completion] = []
     for completion in completions:
