@@ -151,8 +151,10 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
     """Return `sentence` with given options, such as --latency-ms, in place of the Python arguments of that name."""
     names = ("exit_layer", "exit_layers", "latency_ms", "memory_mb")
     given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
+    if not given:
+        return sentence
     name = rf"(?<![\w./-])`?({given})\b`?(=(?=\d))?"
-    return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence) if given else sentence
+    return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence)
 
 
 def number_of_environment(error: str) -> str:
