@@ -79,11 +79,7 @@ def codesearchnet_row(**changes):
 
 
 def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path):
-    go = {
-        "language": "go",
-        "func_code_string": "func A() int {\n\treturn 1\n}",
-        "func_code_url": "https://example.org/b",
-    }
+    go = {"language": "go", "func_code_string": "func A() int {\n\treturn 1\n}", "func_code_url": "https://b.org"}
     lines = [
         codesearchnet_row(),
         codesearchnet_row(**go),
@@ -95,7 +91,7 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, counts = rows_of({"codesearchnet": str(tmp_path / "rows.jsonl")})
-    assert [row["func_code_url"] for row in rows] == ["https://example.org/a.py#L3-L9", "https://example.org/b"]
+    assert [row["func_code_url"] for row in rows] == ["https://example.org/a.py#L3-L9", "https://b.org"]
     assert rows[0]["func1_CSN"] == "def size(value):\n    result = value.size\n    return result"
     assert rows[0]["func_documentation_string"] == "Returns the size of a value."
     assert len({row["id"] for row in rows}) == 2
