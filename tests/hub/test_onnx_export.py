@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -277,7 +278,9 @@ def test_the_command_prints_the_comparison_and_the_folder(folders, checkpoint, e
 
     monkeypatch.setattr(onnx_export, "export_onnx_folder", export_none)
     assert cli.main(["export", str(checkpoint), "--int8", "--data", str(code)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert re.search(r"exit 2 as ONNX: float32 \d+ MB, int8 \d+ MB; load it with Sent.*model-2-onnx\", backend", err)
     assert [line[:9] for line in lines if line.startswith("| ")][1:] == ["| model, ", "| float32", "| int8, e"]
     assert lines[-1] == str(folders[2]) == str(checkpoint.parent / "model-2-onnx")  # the default
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
 from modular_star_encoder.inference import resolve_checkpoint
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import read_json
 
 
 def add_publish_commands(commands: Any) -> None:
@@ -127,7 +129,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
         message = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
         raise UserError("cli.export.data", message)
-    from modular_star_encoder.hub.onnx_export import export_onnx_folder
+    from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, export_onnx_folder
 
     tasks = _ranking_tasks(arguments) if arguments.data else []
     written = export_onnx_folder(
@@ -136,6 +138,14 @@ def run_export(arguments: argparse.Namespace) -> None:
     if written.report:
         print(written.report.to_markdown())
     print(written.folder)
+    facts = read_json(written.folder / EXPORT_REPORT)
+    load = f'SentenceTransformer("{written.folder}", backend="onnx") where optimum-onnx is installed, see docs/faq.md'
+    _note_export(facts["exit_layer"], "ONNX", facts["bytes"], load)
+
+
+def _note_export(exit_layer: int, format: str, sizes: Mapping[str, int], load: str) -> None:
+    shown = ", ".join(f"{dtype} {size / 1e6:,.0f} MB" for dtype, size in sizes.items())
+    print(f"mose: note: exit {exit_layer} as {format}: {shown}; load it with {load}", file=sys.stderr)
 
 
 def _ranking_tasks(arguments: argparse.Namespace) -> list[Any]:
@@ -161,7 +171,11 @@ def run_static_export(arguments: argparse.Namespace) -> None:
         raise UserError("cli.export.static", message)
     out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
     kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"
-    print(export_static(arguments.checkpoint, out, format=kind))
+    folder = export_static(arguments.checkpoint, out, format=kind)
+    print(folder)
+    loader = "model2vec.StaticModel.from_pretrained" if kind == "model2vec" else "SentenceTransformer"
+    sizes = {"float32": (folder / "model.safetensors").stat().st_size}
+    _note_export(0, f"{arguments.format} table", sizes, f'{loader}("{folder}")')
 
 
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
