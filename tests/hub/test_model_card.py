@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 
 from modular_star_encoder.hub.model_card import check_card, write_card
 from modular_star_encoder.hub.staging import stage_repositories, without_paths
-from modular_star_encoder.inference.checkpoints import slice_checkpoint
+from modular_star_encoder.inference.checkpoints import note_parent, slice_checkpoint
 from modular_star_encoder.inference.exit_profile import ExitProfile
+from modular_star_encoder.modeling import ModularStarEncoderConfig
 from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned
 from tests.tiny import tiny_model
@@ -117,6 +118,24 @@ def test_a_folder_that_mose_slice_wrote_names_its_parent_and_exit_in_its_card(so
     (one,) = stage_repositories(manifest([{"name": "tiny-2", "checkpoint": str(sliced)}]), tmp_path / "staged")
     assert "Cut from model at exit 2 of 1, 2, 4: " in card(one)
     assert "Cut from" not in card(staged["tiny"])
+
+
+def test_a_model_made_from_one_on_the_hub_names_that_as_its_base_model(sources, staged, tmp_path):
+    config = ModularStarEncoderConfig.from_pretrained(copy := shutil.copytree(sources["finetuned"], tmp_path / "copy"))
+    note_parent(config, "some/model")
+    for origin, shown in (("some/model", "some/model"), ("me/tiny-2", None)):  # None: a model is not its own base
+        config.parent_repository = origin
+        config.save_pretrained(copy)
+        sliced = slice_checkpoint(copy, 2, tmp_path / f"slice-{shown}")
+        plan = manifest([{"name": "tiny-2", "checkpoint": str(sliced)}])
+        (one,) = stage_repositories(plan, tmp_path / f"staged-{shown}")
+        assert ModelCard.load(one.folder / "README.md").data.base_model == shown
+        assert (f"Made from [{shown}](https://huggingface.co/{shown})." in card(one)) == bool(shown)
+    config.parent_repository = "../odd"
+    config.save_pretrained(copy)
+    plan = manifest([{"name": "tiny", "checkpoint": str(slice_checkpoint(copy, 2, tmp_path / "slice"))}])
+    with raises("hub.repository_id", "'../odd'"):
+        stage_repositories(plan, tmp_path / "odd")
 
 
 def test_snippets_hold_the_prompts_of_the_checkpoint(sources, tmp_path):

@@ -16,6 +16,7 @@ from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_text
+from modular_star_encoder.utils.http import check_repository_id
 from modular_star_encoder.utils.reports import load_card, metric_label, percent, render_card
 
 CARD = "README.md"
@@ -77,11 +78,13 @@ class StagedRepository:
 def write_card(staged: StagedRepository, manifest: Manifest, parent_revision: str | None = None) -> None:
     """Write the card of a staged repository; `parent_revision` is the commit of the parent model, None if unknown."""
     head, rows = measurement_rows(staged.measurements)
+    metadata = _metadata(staged, manifest)
     card = render_card(
         "model.md.jinja",
         content=staged,
         manifest=manifest,
-        metadata=_metadata(staged, manifest).to_yaml(line_break="\n"),
+        metadata=metadata.to_yaml(line_break="\n"),
+        base=metadata.base_model,
         parent_link=staged.parent.link(parent_revision) if staged.parent else None,
         parent_revision=parent_revision,
         query=_quoted(staged.prompts.get("query", "") + "sum of two numbers"),
@@ -154,8 +157,10 @@ _quoted = partial(json.dumps, ensure_ascii=False)  # formats a text as a string 
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """Return the metadata of a card. The base model is the parent model, if that is in another repository."""
-    base = staged.parent.repository if staged.parent else None
+    """Return the metadata of a card. The base model is the parent model, if that is in another Hub repository."""
+    base = staged.parent.repository if staged.parent else getattr(staged.config, "parent_repository", None)
+    if base is not None:
+        check_repository_id(base)
     return ModelCardData(
         model_name=staged.repository.partition("/")[2],
         language=["code", "en"],

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedToke
 import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
+from modular_star_encoder.inference import check_checkpoint, is_repository, local_folder, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
@@ -218,7 +218,7 @@ def slice_checkpoint(
     with staged_folder(out) as staging:
         write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
         config = ModularStarEncoderConfig.from_pretrained(staging)
-        note_license(config, checkpoint)
+        note_parent(config, checkpoint)
         if config.num_hidden_layers < config.parent_num_hidden_layers and not hasattr(config, "parent_model"):
             folder = local_folder(checkpoint)  # a slice of a slice keeps the name of the full model
             config.parent_model = os.fspath(checkpoint) if folder is None else folder.resolve().name
@@ -226,10 +226,15 @@ def slice_checkpoint(
     return out
 
 
-def note_license(config: ModularStarEncoderConfig, parent: str | os.PathLike[str]) -> None:
-    """Set `config.parent_license` to the licence of the checkpoint `parent`, None if unknown (see `stored_license`)."""
+def note_parent(config: ModularStarEncoderConfig, parent: str | os.PathLike[str]) -> None:
+    """Set `config.parent_license` and, if the checkpoint `parent` is a Hub repository, `config.parent_repository`.
+
+    The licence is None if unknown (see `stored_license`). `config` comes from `parent`, so a folder passes its own on.
+    """
     if (name := stored_license(parent)) != getattr(config, "parent_license", None):
         config.parent_license = name
+    if is_repository(parent):
+        config.parent_repository = parent
 
 
 def stored_license(checkpoint: str | os.PathLike[str]) -> str | None:

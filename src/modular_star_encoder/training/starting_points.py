@@ -19,7 +19,7 @@ from modular_star_encoder.inference.checkpoints import (
     clear_errors,
     keep_only_exit,
     load_checkpoint,
-    note_license,
+    note_parent,
     save_retrieval_checkpoint,
     save_tokenizer,
 )
@@ -100,7 +100,7 @@ class StartingPoint(Generic[Model]):
                     records.clear()
                     message = f"{recipe.model} has no heads for {recipe.task}: new heads begin with random weights."
                     logger.warning_once(message)
-            note_license(model.config, self.source)
+            note_parent(model.config, self.source)
             if exit_layer is not None:
                 keep_only_exit(model, exit_layer)
         else:
