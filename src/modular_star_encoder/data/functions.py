@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -199,6 +200,16 @@ _OPENERS = {
 }
 
 
+@contextmanager
+def checking_options(key: str, name: str) -> Iterator[None]:
+    """Context manager for a call with the options of a recipe's source `name`: wrong ones raise UserError(`key`)."""
+    try:
+        yield
+    except TypeError as error:
+        fault = str(error).rpartition("() ")[2]  # without the name of our function
+        raise UserError(key, f"The options of {name} are invalid: {fault}.") from error
+
+
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """Return a reader of the source code that a recipe's `corpus` names. The reader applies StarCoder2's filters.
 
@@ -222,12 +233,9 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
         raise UserError("data.corpus.snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
     module, opener = _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
-    try:
-        places = () if kind == "installed" else (source,)
+    places = () if kind == "installed" else (source,)
+    with checking_options("data.corpus.options", f"corpus.{kind}"):
         files: SourceReader = getattr(readers, opener)(*places, **options, filters=STARCODER2_FILTERS)
-    except TypeError as error:
-        fault = str(error).rpartition("() ")[2]  # without the name of our function
-        raise UserError("data.corpus.options", f"The options of corpus.{kind} are invalid: {fault}.") from error
     files.unicode_names = True
     return outer_functions(files) if snippets == "functions" else files
 

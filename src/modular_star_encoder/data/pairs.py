@@ -209,11 +209,8 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     for name in (name for name in _SOURCES if name in settings):
         default = "folder" if name == "functions" else "source"
         options = settings[name] if isinstance(settings[name], Mapping) else {default: settings[name]}
-        try:
+        with functions.checking_options("data.source.options", f"data.{name}"):
             found[name] = _SOURCES[name](progress, **_without_none(options))
-        except TypeError as error:
-            fault = str(error).rpartition("() ")[2]  # without the name of our function
-            raise UserError("data.source.options", f"The options of data.{name} are invalid: {fault}.") from error
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
             first = "; the first: " + next(iter(found[name].examples.values()))[0] if found[name].examples else ""

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +39,13 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
+def check_enough(names: Collection[str]) -> None:
+    """Raise UserError if there are fewer than two names of repositories to split."""
+    if len(names) < 2:
+        message = f"Splitting data needs two repositories, or two rows if they name none. Found {len(names)}. Add data."
+        raise UserError("data.split.too_few_repositories", message)
+
+
 def draw_repositories(
     sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> set[str]:
@@ -47,9 +54,7 @@ def draw_repositories(
     They are drawn at random until they have a fifth of all functions, or `min_test` if that is less. Repositories with
     more than `max_repository_share` are drawn last, the smallest first. At least one repository is left for training.
     """
-    if len(sizes) < 2:
-        message = f"Splitting data needs two repositories, or two rows if they name none. Found {len(sizes)}. Add data."
-        raise UserError("data.split.too_few_repositories", message)
+    check_enough(sizes)
     total = sum(sizes.values())
     target = min(min_test, max(1, round(MAX_TEST_SHARE * total)))
     allowed = {name for name in sizes if sizes[name] <= max_repository_share * total}

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.sources import SourceFile
-from modular_star_encoder.data.splits import hashed_order
+from modular_star_encoder.data.splits import check_enough, hashed_order
 from modular_star_encoder.data.tokenizer import TEXTS_PER_BATCH, ContentEncoder, TokenRows
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import write_json
@@ -58,9 +58,7 @@ class TokenCorpus:
         `eval_fraction` is the share of the repositories to hold out; their names and `seed` alone decide which.
         """
         names = self.repositories
-        if len(names) < 2:
-            message = f"Splitting a corpus needs at least two repositories. It has {len(names)}: add repositories."
-            raise UserError("data.split.too_few_repositories", message)
+        check_enough(names)
         least = 2 if len(names) >= 4 else 1
         count = min(max(round(eval_fraction * len(names)), least), len(names) - least)
         drawn = set(hashed_order(names, seed)[:count])

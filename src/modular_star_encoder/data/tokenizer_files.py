@@ -190,10 +190,9 @@ def _growth(part: dict[str, Any]) -> float:
     if part.get("type") == "Precompiled" or "precompiled_charsmap" in part:
         content = base64.b64decode(part["precompiled_charsmap"], validate=True)
         size = int.from_bytes(content[:4], "little")
-        if not 0 < size <= len(content) - 4 or size % 4:
-            raise ValueError("its precompiled_charsmap is cut short")
-        trie, texts = np.frombuffer(content, "<u4", size // 4, offset=4), content[4 + size :]
-        _check_trie(trie.astype(np.int64), texts)
+        trie, texts = content[4 : 4 + size], content[4 + size :]
+        if size % 4 or len(trie) < size or not _is_sound(np.frombuffer(trie, "<u4").astype(np.int64), texts):
+            raise ValueError("its precompiled_charsmap is cut short or refers to places beyond its end")
         return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")), 1)
     if "pattern" in part and "content" in part:
         pattern, new = part["pattern"], len(part["content"])
@@ -202,17 +201,16 @@ def _growth(part: dict[str, Any]) -> float:
     return 1 + len(part.get("prepend") or "")
 
 
-def _check_trie(units: np.ndarray, texts: bytes) -> None:
-    """Raise ValueError if a trie of darts-clone, int64 (units,), refers to no place: tokenizers would panic there."""
+def _is_sound(units: np.ndarray, texts: bytes) -> bool:
+    """Return whether all references of a trie of darts-clone, int64 (units,), exist: else tokenizers would panic."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))
-    if (children | 255).max(initial=255) < len(units):
-        places = units[children[units[nodes] & 256 > 0]] & 2**31 - 1
-        begins = np.frombuffer(texts + b"\0", np.uint8) & 0xC0 != 0x80
-        if places.max(initial=0) < len(begins) and begins[places].all():
-            return
-    raise ValueError("its precompiled_charsmap refers to places beyond its end")
+    if (children | 255).max(initial=255) >= len(units):
+        return False
+    places = units[children[units[nodes] & 256 > 0]] & 2**31 - 1
+    begins = np.frombuffer(texts + b"\0", np.uint8) & 0xC0 != 0x80
+    return bool(places.max(initial=0) < len(begins) and begins[places].all())
 
 
 def _ways(pattern: str) -> float:

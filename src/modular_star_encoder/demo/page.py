@@ -175,11 +175,11 @@ class SearchPage:
         return [results_html(*pair, folder, self.link_to) for pair in zip(replies, others, strict=True)]
 
     def _ask(self, question: str, exit_layer: int, rerank: int, where: dict[str, Any]) -> Reply:
+        fault = self.problem
         if len(question) > LONGEST_QUESTION:
-            message = f"The question has {len(question):,} characters; shorten it to at most {LONGEST_QUESTION:,}."
-            raise UserError("demo.question", message)
-        if self.problem:
-            raise UserError("demo.checkpoint", self.problem)
+            fault = f"The question has {len(question):,} characters; shorten it to at most {LONGEST_QUESTION:,}."
+        if fault:
+            raise UserError("demo.question", fault)
         cascade = Cascade(rerank, _CANDIDATES) if rerank > exit_layer else None
         self.index.embedder.forget()  # so that the time of a repeated question includes re-embedding
         start = time.perf_counter()

@@ -358,16 +358,15 @@ class CodeIndex:
         file = file_inside(self.folder, path)
         with self._lock:
             held = self.store.files()
-        if file is None or file_id(path) not in held:
-            message = f"{path!r} is not a file of the index. Name a file by its path in the indexed folder."
-            raise UserError("search.file.missing", message)
-        # A link or a pipe may have replaced the file after the check.
-        content = beginning(file, SEARCH_FILTERS.max_bytes + 1, links=False)
-        text, reason = SEARCH_FILTERS.decode(content or b"")
-        if content is None or reason:
-            message = f"{path!r} can't be shown: {reason or 'not a regular file that can be read'}."
-            raise UserError("search.file.left_out", message)
-        return text
+        key, fault = "missing", "is not a file of the index. Name a file by its path in the indexed folder"
+        if file is not None and file_id(path) in held:
+            # A link or a pipe may have replaced the file after the check.
+            content = beginning(file, SEARCH_FILTERS.max_bytes + 1, links=False)
+            text, reason = SEARCH_FILTERS.decode(content or b"")
+            if content is not None and not reason:
+                return text
+            key, fault = "left_out", f"can't be shown: {reason or 'not a regular file that can be read'}"
+        raise UserError(f"search.file.{key}", f"{path!r} {fault}.")
 
     def _ranker(self, exit_layer: int | None, cascade: Cascade | None) -> Ranker:
         if cascade is not None and exit_layer is None:

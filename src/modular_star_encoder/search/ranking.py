@@ -34,10 +34,9 @@ class Cascade:
     margin: float | None = None  # rank again only if the two best similarities differ by less than this; None: always
 
     def __post_init__(self) -> None:
-        if self.candidates < 2:
-            raise UserError("search.cascade.candidates", f"`candidates` must be at least 2, not {self.candidates}.")
-        if self.margin is not None and np.isnan(self.margin):
-            raise UserError("search.cascade.margin", "`margin` must be a number or None, not nan.")
+        if self.candidates < 2 or np.isnan(self.margin or 0):
+            fault = "`candidates` must be at least 2, and `margin` a number or None"
+            raise UserError("search.cascade", f"{fault}; not {self.candidates} and {self.margin}.")
 
 
 @dataclass(frozen=True, slots=True)

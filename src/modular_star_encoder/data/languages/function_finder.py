@@ -72,13 +72,12 @@ def outline(text: str, language: str) -> list[Definition]:
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     tree = parsing.parse(source.bytes, grammar)
-    if parsing.has_wide_error(tree):
-        raise UnparsableSourceError("The text has thousands of unclosed brackets.")
     cursor = QueryCursor(grammar.definitions)
     cursor.set_max_start_depth(_MAX_DEPTH)
-    matches = cursor.matches(tree.root_node)
-    if len(matches) > MAX_DEFINITIONS:
-        raise UnparsableSourceError(f"The text has more than {MAX_DEFINITIONS:,} definitions.")
+    is_wide = parsing.has_wide_error(tree)
+    if is_wide or len(matches := cursor.matches(tree.root_node)) > MAX_DEFINITIONS:
+        fault = "thousands of unclosed brackets" if is_wide else f"more than {MAX_DEFINITIONS:,} definitions"
+        raise UnparsableSourceError(f"The text has {fault}.")
     for _, captures in matches:
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
@@ -146,9 +145,8 @@ class _Finder:
                         functions[key] = _Definition(node, name, True, body)
                 elif name != "exports":  # `module.exports = {…}` gives no name to what is inside
                     scopes.append(_Definition(captures["scope"][0], name, False, body))
-        self._definitions = sorted(
-            [*scopes, *functions.values()], key=lambda one: (one.node.start_byte, -one.node.end_byte)
-        )
+        found = [*scopes, *functions.values()]
+        self._definitions = sorted(found, key=lambda one: (one.node.start_byte, -one.node.end_byte))
         self._comments.sort()
         self._heredocs = {node.start_byte: node.end_byte for node in strings if node.type == "heredoc_body"}
         # The starts of the lines whose white space is part of a string.
@@ -228,8 +226,8 @@ def _name(captures: dict[str, list[Node]], source: bytes, language: Language) ->
     return name if name and len(name) <= _MAX_NAME_LENGTH else None
 
 
-def _text(node: Node, source: bytes) -> str:
-    return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split())
+def _text(node: Node | None, source: bytes) -> str:
+    return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split()) if node else ""
 
 
 def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
@@ -249,7 +247,7 @@ def _declared_name(declarator: Node, source: bytes, language: Language) -> str |
             # Inside parentheses or behind `&`, the declarator has no field name.
             inner = (one for one in node.named_children if one.type.endswith("declarator") or one.type in _C_NAMES)
             node = node.child_by_field_name("declarator") or next(inner, None)
-    name = _text(node, source) if node is not None else ""
+    name = _text(node, source)
     return name if is_function and name not in language.keywords else None
 
 
@@ -257,13 +255,12 @@ def _qualified_name(node: Node | None, source: bytes) -> str:
     """Return a C++ name with dots: `"Stack.push"` for `Stack<T>::push`."""
     parts = []
     while node is not None and node.type == "qualified_identifier":
-        scope = node.child_by_field_name("scope")
-        if scope is not None:
+        if scope := node.child_by_field_name("scope"):
             parts.append(_text(scope, source).partition("<")[0])
         node = node.child_by_field_name("name")
     if node is not None and node.type == "template_function":
         node = node.child_by_field_name("name")
-    return ".".join([*parts, _text(node, source).partition("(")[0].rstrip() if node is not None else ""])
+    return ".".join([*parts, _text(node, source).partition("(")[0].rstrip()])
 
 
 Cut = tuple[int, int, bytes]  # first byte, byte after the last, replacement

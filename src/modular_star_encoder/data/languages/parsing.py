@@ -165,13 +165,12 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
 
 def parse_once(source: bytes, grammar: Grammar) -> Tree:
     """Return the syntax tree of UTF-8 `source`. Nodes have offsets, but no `text`; invalid code is in ERROR nodes."""
-    if b"\0" in source or max(map(len, source.split(b"\n"))) > MAX_LINE_BYTES:
-        raise UnparsableSourceError(f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes.")
-    tree = grammar.parse(source)
-    if tree is None or tree.root_node.descendant_count > MAX_NODES:
-        message = f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s, or the tree has more than {MAX_NODES:,} nodes."
-        raise UnparsableSourceError(message)
-    return tree
+    fault = f"The text holds null bytes, or a line longer than {MAX_LINE_BYTES:,} bytes."
+    if b"\0" not in source and max(map(len, source.split(b"\n"))) <= MAX_LINE_BYTES:
+        if (tree := grammar.parse(source)) is not None and tree.root_node.descendant_count <= MAX_NODES:
+            return tree
+        fault = f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s, or the tree has more than {MAX_NODES:,} nodes."
+    raise UnparsableSourceError(fault)
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:

@@ -29,7 +29,7 @@ _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"),
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
 _MAX_LINE, _MAX_LINE_VALUES = 2**24, 2**20  # characters of a line; values of a line of JSON
-_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**18, 2**25, 100  # see `_size_fault`
+_MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**18, 2**25, 100  # see `_check_size`
 _MAX_COLUMNS, _MAX_ROW_GROUPS, _MIN_GROUP_ROWS = 1000, 1000, 100  # see `open_parquet`
 _MAX_BATCH_BYTES = 2**28  # of rows that are decoded at a time; a row may be larger
 _ROWS_WITH_NAMES = 100  # rows of JSON Lines that are read for the names of the columns
@@ -155,12 +155,11 @@ def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
         fault = f"it has {data.num_row_groups:,} row groups, too many for {data.num_rows:,} rows"
     elif repeated := [name for name in names if names.count(name) > 1]:
         fault = f"it has two columns named {repeated[0]!r}"
-    else:
-        chunks = [[group.column(one).num_values for one in range(data.num_columns)] for group in _groups(data)]
-        values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
-        fault = _size_fault(file, values, sum(group.total_byte_size for group in _groups(data)))
     if fault:
         raise _RowsError(fault)
+    chunks = [[group.column(one).num_values for one in range(data.num_columns)] for group in _groups(data)]
+    values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
+    _check_size(file, values, sum(group.total_byte_size for group in _groups(data)))
     return opened
 
 
@@ -173,7 +172,7 @@ def parquet_batches(
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the rows of a parquet file, at most `most_rows` at a time, and fewer if the rows may be large.
 
-    Without `columns`, all columns are read. OSError if the content is too large for the file's size (`_size_fault`).
+    Without `columns`, all columns are read. OSError if the content is too large for the file's size (`_check_size`).
     """
     import pyarrow
     from pyarrow import parquet
@@ -191,15 +190,13 @@ def parquet_batches(
         table = indices.read_row_group(number, names) if indices and names else pyarrow.table({})
         in_lists = sum(_decoded_bytes(part) for column in table.columns for part in column.chunks)
         largest, size = max(largest, in_lists + sum(one.total_uncompressed_size for one in read)), size + in_lists
-        if fault := _size_fault(file, 0, size):
-            raise _RowsError(fault)
+        _check_size(file, 0, size)
     rows = min(most_rows, max(1, _MAX_BATCH_BYTES // largest))
     size = 0
     for batch in opened.iter_batches(rows, columns=None if columns is None else list(columns)):
         for column in batch.columns:
             size += (column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column).nbytes
-        if fault := _size_fault(file, 0, size):
-            raise _RowsError(fault)
+        _check_size(file, 0, size)
         yield batch
 
 
@@ -336,27 +333,26 @@ def _text_lines(file: str) -> Iterator[str]:
         for number in count(1):
             line = text.readline(_MAX_LINE)
             characters += len(line)
-            long = f"a line has {_MAX_LINE:,} characters or more" if len(line) == _MAX_LINE else ""
-            if fault := long or _size_fault(file, number, characters):
-                raise OSError(fault)
+            if len(line) == _MAX_LINE:
+                raise _RowsError(f"a line has {_MAX_LINE:,} characters or more")
+            _check_size(file, number, characters)
             if not line:
                 return
             yield line
 
 
-def _size_fault(file: str | os.PathLike[str], rows: int, characters: int = 0) -> str:
-    """Return an error message if `file`, for its size, has too many `rows` or unpacked `characters`; otherwise "".
+def _check_size(file: str | os.PathLike[str], rows: int, characters: int) -> None:
+    """Raise OSError if `file`, for its size, has too many `rows` or unpacked `characters`.
 
     Each byte of the file allows one more row and `_MAX_RATIO` more characters. In a gzip file, a row needs 8 bytes.
     """
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
-        return ""
+        return
     size = os.path.getsize(file)
     most_rows = _MAX_ROWS + (size // 8 if os.fspath(file).endswith(".gz") else size)
-    if rows <= most_rows and characters <= _MAX_CHARACTERS + _MAX_RATIO * size:
-        return ""
-    what = f"{rows:,} rows or values" if rows > most_rows else f"{characters:,} characters"
-    return f"{what} are too many for a file of {size:,} bytes"
+    if rows > most_rows or characters > _MAX_CHARACTERS + _MAX_RATIO * size:
+        what = f"{rows:,} rows or values" if rows > most_rows else f"{characters:,} characters"
+        raise _RowsError(f"{what} are too many for a file of {size:,} bytes")
 
 
 def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
@@ -112,6 +112,8 @@ class _Repository:
         found, top, left = set(), os.fsencode(self._top), MAX_INDEX_BYTES
         with suppress(ValueError, IndexError, struct.error):
             for name in _index_names(_content(self._git / "index", MAX_INDEX_BYTES)):
+                if len(name) > _LONGEST_PATH:  # version 4 can double its length with every entry
+                    return set()
                 while name and (path := os.path.join(top, name)) not in found:
                     found.add(path)
                     name = os.path.dirname(name)
@@ -142,8 +144,6 @@ def _index_names(content: bytes) -> Iterator[bytes]:
             kept = len(name) - cut
         end = content.index(b"\0", start)
         name = name[:kept] + content[start:end]
-        if len(name) > _LONGEST_PATH:  # version 4 can double its length with every entry
-            raise ValueError("a path that no system opens")
         yield name
         at = end + 1 if version == 4 else at + (end - at + 8) // 8 * 8
 
@@ -253,13 +253,6 @@ _CLASSES = {
 }
 
 
-@cache
-def _class(name: bytes) -> frozenset[int]:
-    if name not in _CLASSES:
-        raise re.error("an unknown class")
-    return frozenset(value for value in range(256) if re.match(_CLASSES[name], bytes([value])))
-
-
 _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\\]]))?", re.DOTALL)
 
 
@@ -269,11 +262,12 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
     at += is_negative
     first, chosen = at, set[int]()
     while at == first or glob[at : at + 1] != b"]":
-        if (item := _SET_ITEM.match(glob, at)) is None:
-            raise re.error("a set without an end")
+        item = _SET_ITEM.match(glob, at)
+        if item is None or item["name"] not in (None, *_CLASSES):
+            raise re.error("an unknown class" if item else "a set without an end")
         at = item.end()
-        if item["name"] is not None:
-            chosen |= _class(item["name"])
+        if item["name"]:
+            chosen |= {value for value in range(256) if re.match(_CLASSES[item["name"]], bytes([value]))}
         else:
             low = item["first"][-1]
             chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # as in git, `[b-a]` matches `b`

@@ -41,8 +41,7 @@ class _File(NamedTuple):
     language: str
 
 
-_Found = Iterable[tuple[_File, str | None]]
-"""Pairs (file, why the file is left out before reading, or None)."""
+_Found = Iterable[tuple[_File, str | None]]  # pairs (file, why it is left out before reading, or None)
 
 
 class FileReader(SourceReader):
@@ -246,9 +245,6 @@ _PLAIN_ERRORS = (OSError, EOFError, RuntimeError, ValueError, LookupError, struc
 BROKEN_ARCHIVE = (*_PLAIN_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 _HUGE_HEADERS = "rest of an archive with huge headers"
 _TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
-
-
-# How much of one archive is read.
 MAX_ARCHIVE_MEMBERS = 200_000
 MAX_ARCHIVE_BYTES = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 FREE_BYTES, MAX_RATIO = 2**24, 50  # beyond the free bytes, each byte of the archive may unpack to 50: code to 3 to 20
@@ -272,10 +268,8 @@ def archive_members(location: Path) -> Iterator[Member]:
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     most_bytes = min(MAX_ARCHIVE_BYTES, FREE_BYTES + MAX_RATIO * location.stat().st_size)
     for number, member in enumerate(members(location, most_bytes)):
-        if number == MAX_ARCHIVE_MEMBERS:
-            raise ArchiveLimitError(_TOO_MANY)
-        if len(member.name) > _MAX_PATH:
-            raise ArchiveLimitError(_HUGE_HEADERS)
+        if number == MAX_ARCHIVE_MEMBERS or len(member.name) > _MAX_PATH:
+            raise ArchiveLimitError(_TOO_MANY if number == MAX_ARCHIVE_MEMBERS else _HUGE_HEADERS)
         yield member
 
 
@@ -343,10 +337,7 @@ class _TarInfo(tarfile.TarInfo):
     def _proc_pax(self, archive: Any) -> Any:
         # tarfile's own takes quadratic time for some attributes, and copies global ones for every member.
         data, start, found = archive.fileobj.read(self._block(self.size)), 0, dict[bytes, bytes]()
-        while match := _ATTRIBUTE.match(data, start):
-            end = start + int(match[1])
-            if end <= match.end():
-                raise tarfile.ReadError("an attribute has a wrong length")
+        while (match := _ATTRIBUTE.match(data, start)) and (end := start + int(match[1])) > match.end():
             if match[2] in (b"path", b"size"):
                 found[match[2]] = data[match.end() : end - 1][: 5 * _MAX_PATH]
             elif match[2].startswith(b"GNU.sparse."):
@@ -439,10 +430,8 @@ def _member_text(
     language = language_of(path)
     if language not in languages or is_closed(path):
         return "", None
-    if reason := filters.reason_by_path(path, language):
+    if reason := filters.reason_by_path(path, language) or ("too large" if member.size > filters.max_bytes else None):
         return "", reason
-    if member.size > filters.max_bytes:
-        return "", "too large"
     try:
         # Read one byte more than allowed, because the size that an archive declares may be wrong.
         content = member.read(filters.max_bytes + 1)
