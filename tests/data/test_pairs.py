@@ -29,11 +29,7 @@ SURROGATES = "halves of characters (lone surrogates)"
 
 def row(number=0, without=None, **changes):
     """A row as SynthCoNL publishes it."""
-    values = {
-        "repository_name": f"owner/name{number}",
-        "func_path_in_repository": "a.py",
-        "func_code_url": "https://a.b",
-    }
+    values = {"repository_name": f"owner/name{number}", "func_path_in_repository": "a.py", "func_code_url": "url"}
     values |= {"func_documentation_string": f"Adds the two numbers of {number}."}
     values |= {"language1_CSN": "python", "func1_CSN": PYTHON, "language2": "Go", "func2": GO}
     return {name: value for name, value in (values | changes).items() if name != without}
