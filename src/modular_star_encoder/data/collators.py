@@ -50,10 +50,7 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads B rows of `InContextPairs` to the T tokens of the longest row, on the tokenizer's `padding_side`.
-
-    Returns int64 tensors: `input_ids`, `attention_mask` and `labels` (−100 on padding), (B, T); and `icc_labels`, (B,).
-    """
+    """Pads rows of `InContextPairs`: `input_ids`, `attention_mask`, `labels`, int64 (B, T), and `icc_labels`, (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels", "icc_label"))

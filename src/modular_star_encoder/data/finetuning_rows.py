@@ -181,10 +181,7 @@ def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) 
 
 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
-    """Pairs for clone detection as token ids, `<sep> first <sep> second <cls>`, as in the paper (arXiv 2503.03008, v2).
-
-    Row `i` holds `input_ids`, int64 (T,) with T ≤ `max_tokens`, and `labels`, an int64 scalar. Both snippets are cut.
-    """
+    """Pairs for clone detection: `<sep> first <sep> second <cls>` in `input_ids`, int64 (T,), and `labels`, int64."""
 
     def __init__(
         self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True

@@ -153,10 +153,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader that yields one `SourceFile` for each outer function in `files`, documented or not.
-
-    The path of a function is the path of its file with `#L{line}` at the end.
-    """
+    """Return a reader with one `SourceFile`, named `PATH#L{line}`, for each outer function in `files`."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
@@ -260,10 +257,7 @@ def documentation_summary(documentation: str) -> str:
 
 
 def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
-    """Return the function in a row of CodeSearchNet, from the Hub or in the authors' JSON Lines, without its docstring.
-
-    Return None if the docstring can't be removed.
-    """
+    """Return the function in a row of CodeSearchNet, without its docstring; None if the docstring can't be removed."""
     texts: dict[str, str] = {}
     for what, names in _CODESEARCHNET_COLUMNS.items():
         found = [row[name] for name in names if isinstance(row.get(name), str)]

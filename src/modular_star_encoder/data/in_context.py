@@ -1,7 +1,6 @@
 """Draws rows for pre-training by in-context classification: two snippets, and whether they are from one repository.
 
-Source: the MoSE paper (arXiv 2503.03008). Label 1 means "same repository". 15 % of the tokens are masked: as in BERT,
-80 % of these become `<mask>`, 10 % a random token, and 10 % stay as they are.
+Source: the MoSE paper (arXiv 2503.03008).
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
 are closer. A classifier could guess the label from these. The steps below make languages, lengths and each single
@@ -25,10 +24,6 @@ snippet *independent of the label*. The *room* is the number of tokens that both
 The label is drawn last, so (l₁, l₂, n₁, n₂) has the same distribution for both labels. A and B are exchangeable, even
 if the cell and the lengths are known. So a₂ and b₂ have the same distribution, and the second snippet alone does not
 reveal the label. The first snippet, which is always a₁, does not reveal it either.
-
-The shorter of two texts decides a window's length. With texts of 630 tokens on average (log-normal, σ = 1, cut at
-2,048), rows of at most 2,048 tokens have about 1,120 tokens, and one in seven is full. The paper reports 1,300 tokens,
-and one in five full.
 """
 
 from typing import NamedTuple
@@ -46,7 +41,7 @@ from modular_star_encoder.utils.errors import UserError
 MIN_SNIPPET_TOKENS = 16
 MIN_ROW_TOKENS = 3 + 2 * MIN_SNIPPET_TOKENS
 
-_MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1
+_MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1  # of the masked tokens, as in BERT; the others stay as they are
 
 
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):

@@ -21,9 +21,7 @@ from modular_star_encoder.data.sources.dataset_rows import BadLine, Rows, Source
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import check_names
 
-MAX_CHARACTERS = 100_000
-"""The largest number of characters that a text of `data.pairs` may have."""
-
+MAX_CHARACTERS = 100_000  # of a text of `data.pairs`
 _EXAMPLE_LENGTH, _EXAMPLES = 200, 3
 
 # Role of a column of pairs → names that such a column may have, in any letter case; the first that exists is used.
@@ -64,15 +62,12 @@ class SourceExamples(NamedTuple):
     examples: dict[str, list[str]]  # reason → the first three of these: `FILE, line N: beginning of the text`
 
 
+# An example, the reason why a whole row is left out, or (reason, the part of a row that is left out).
 _Found = RetrievalExample | str | tuple[str, Any]
-"""An example, the reason why a whole row is left out, or (reason, the part of a row that is left out)."""
 
 
 class ExampleReader:
-    """Iterates over the examples in the rows of a dataset, in order.
-
-    The attributes `skipped` and `examples`, explained in `SourceExamples`, say what the last iteration left out.
-    """
+    """Iterates over the examples in the rows of a dataset, in order. For the attributes see `SourceExamples`."""
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
         """`make(row)` yields examples and reasons to skip the row or a part. If `strict`, a reason raises UserError."""
@@ -107,10 +102,9 @@ class ExampleReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """The names of the columns of a dataset of triplets; the defaults fit the published SynthCoNL dataset.
+    """The names of the columns of a dataset of triplets: a description, a function, and its translation.
 
-    A triplet is a description, a function (`code`) and its translation (`other_code`). `negative` is the column of hard
-    negatives; without `negative_language`, they have the language of `code`. A column that is None is not read.
+    `negative` is the column of hard negatives. A column that is None is not read. The defaults fit SynthCoNL.
     """
 
     description: str = "func_documentation_string"

@@ -13,23 +13,17 @@ SEP_TOKEN = "<sep>"  # noqa: S105
 CLS_TOKEN = "<cls>"  # noqa: S105
 MASK_TOKEN = "<mask>"  # noqa: S105
 
-SPECIAL_TOKENS = (PAD_TOKEN, SEP_TOKEN, CLS_TOKEN, MASK_TOKEN)
-"""The special tokens in the order of their ids, 0 to 3, in a tokenizer that `train_tokenizer` makes."""
+SPECIAL_TOKENS = (PAD_TOKEN, SEP_TOKEN, CLS_TOKEN, MASK_TOKEN)  # in the order of their ids, 0 to 3, in our tokenizers
 
 CODE_INSTRUCTION = "Represent this {language} code snippet for retrieval:"
-ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"
-"""Instruction for code in an unknown language. It is not published: all published instructions name the language."""
+ANY_CODE_INSTRUCTION = "Represent this code snippet for retrieval:"  # not published: those name the language
 TEXT_INSTRUCTION = "Represent this code description for retrieving supporting snippets of code:"
 
-LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))
-"""The programming languages that the published model was fine-tuned on, as a prompt writes them."""
+LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))  # as a prompt writes them
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prompt to put before a code snippet: `"{instruction}<sep>"`, or `""` without `instructions`.
-
-    The instruction names the language (`"cpp"` as `"c++"`), if there is one.
-    """
+    """Return the prompt to put before a code snippet: `"{instruction}<sep>"`, or `""` without `instructions`."""
     if not instructions:
         return ""
     if not language:

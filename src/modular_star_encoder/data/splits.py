@@ -51,8 +51,7 @@ def draw_repositories(
 ) -> set[str]:
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
-    They are drawn at random until they have a fifth of all functions, or `min_test` if that is less. Repositories with
-    more than `max_repository_share` are drawn last, the smallest first. At least one repository is left for training.
+    They have a fifth of all functions, or `min_test` if that is less. Large repositories are drawn last.
     """
     check_enough(sizes)
     total = sum(sizes.values())
@@ -376,10 +375,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each once, an even number in each process.
-
-    Raises UserError (`training.held_out.too_few`) if a batch can't have two pairs for each process.
-    """
+    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each once; UserError if there are too few."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
         message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"

@@ -53,10 +53,7 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Return (corpus to train on, held-out corpus): two views of this corpus that have no repository in common.
-
-        `eval_fraction` is the share of the repositories to hold out; their names and `seed` alone decide which.
-        """
+        """Return (corpus to train on, corpus with `eval_fraction` of the repositories, by their names and `seed`)."""
         names = self.repositories
         check_enough(names)
         least = 2 if len(names) >= 4 else 1

@@ -57,10 +57,7 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or Hub repository, exactly as its `tokenizer.json` defines it.
-
-    Raises UserError (`checkpoint.tokenizer`) if one of its files is missing, damaged or unsafe (see `check_tokenizer`).
-    """
+    """Load the tokenizer of a folder or Hub repository from its `tokenizer.json`; UserError if its files are unsafe."""
     if not check_tokenizer(path):  # else transformers would look for files of other kinds
         raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json: name a checkpoint that has one.")
     try:
@@ -85,10 +82,7 @@ def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a copy of `tokenizer` that encodes a text as `<sep> text <cls>`, with these spellings and the same ids.
-
-    The published tokenizer needs the copy: it adds no special tokens, because its users write them into their texts.
-    """
+    """Return a copy that encodes a text as `<sep> text <cls>`; the published tokenizer adds no special tokens."""
     check_special_tokens(tokenizer, "sep", "cls")
     ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
     theirs = {role: getattr(tokenizer, role) for role in ours if getattr(tokenizer, role) is not None}
@@ -155,7 +149,7 @@ class TokenRows:
 class ContentEncoder:
     """Encodes texts without template, truncation and special tokens: `<sep>` in a text becomes ordinary tokens.
 
-    `dtype` is the type of the ids. `checksum` is a hash of everything that decides them: not of template and padding.
+    `checksum` is a hash of everything that decides the ids, so not of template and padding.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,8 +1,4 @@
-"""Checks the files of a tokenizer before `tokenizers` and transformers read them.
-
-A tokenizer.json is like a program: its steps replace, split and add text. The check limits time and memory of the
-steps. For local folders, it imports neither torch nor transformers.
-"""
+"""Checks the files of a tokenizer, whose steps are like a program, before `tokenizers` and transformers read them."""
 
 from __future__ import annotations
 
@@ -48,10 +44,7 @@ _BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no fl
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Check the tokenizer's files in a folder or Hub repository; return whether there is a tokenizer.json.
-
-    Raises UserError (`checkpoint.tokenizer`) if a file is too large, damaged or dangerous.
-    """
+    """Return whether a folder or repository has a tokenizer.json; UserError if a file is too large or dangerous."""
     folder, found = os.fspath(path), []
     if os.path.exists(folder) and not os.path.isdir(folder):  # the Hub's library would take it for a repository
         return False

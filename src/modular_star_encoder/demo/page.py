@@ -112,10 +112,7 @@ _ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --re
 
 
 class SearchPage:
-    """The functions that the components of the demo page call; they return HTML and do not need Gradio.
-
-    `link_to` returns the web address of a hit's file. `problem` says why the checkpoint can't be used, or is "".
-    """
+    """The functions that the components of the demo page call; they return HTML and do not need Gradio."""
 
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
         self.index, self.link_to = index, link_to

@@ -73,8 +73,8 @@ def served(
 ) -> Iterator[str]:
     """Serve the demo page of an index in the background while a `with` block runs; yield the page's address.
 
-    UserError if `host` is not this machine, or `port` or `source`, the folder's web address for links, is invalid.
-    Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT count.
+    Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT count. `source` is
+    the folder's web address for links. UserError if one of these is invalid.
     """
     if port is not None and not 1 <= port <= 65535:
         raise UserError("demo.port", f"--port must be from 1 to 65535, not {port}.")
@@ -237,10 +237,7 @@ class LocalFiles:
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page of an indexed file in which the lines `first` to `last` (1-based) are marked.
-
-        Of a long file, it has only the part around line `first`. For the errors see `CodeIndex.read_file`.
-        """
+        """Return an HTML page of an indexed file, or its part around `first`; lines `first` to `last` are marked."""
         lines = LINE_END.split(self._index.read_file(path))
         start = end = characters = 0  # the page shows lines[start:end]
         for end, line in enumerate(lines):

@@ -1,7 +1,4 @@
-"""Update an index: divide changed files into pieces, embed and write them, and remove deleted files.
-
-Files are written in batches, one transaction each. An interrupted update leaves each file whole or out of the index.
-"""
+"""Update an index: files that changed are divided into pieces, embedded and written, each in one transaction."""
 
 import os
 import time

@@ -9,32 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A piece of code that answers a question: a function, a class or other lines.
+    """A piece of code that answers a question: a function, a class or other lines."""
 
-    Attributes:
-        path: path of the file, relative if it is below the working folder, else absolute.
-        line: 1-based line at which the definition begins; for a part of a very long definition, the part's first line.
-        name: name of the function or class; empty for other lines.
-        score: with the method `vector`, the cosine similarity; otherwise the sum of `reasons`.
-        exit_layer: the exit whose embeddings ranked the hit; None if it was ranked without embeddings.
-        last_line: 1-based last line of the definition; 0 if unknown.
-        language: lower-case name of the programming language.
-        text: the code from `line` to `last_line`.
-        reasons: {name of a ranking rule: number that the rule adds to the score}; a rule that lowers the score has a
-            negative number. The number of `similarity and words` is at most 1.
-        best_line: 1-based line to show first; for a part of a very long definition, the line that matches best.
-    """
-
-    path: str
-    line: int
-    name: str
-    score: float
-    exit_layer: int | None
-    last_line: int = 0
-    language: str = ""
-    text: str = ""
-    reasons: Mapping[str, float] = field(default_factory=dict)
-    best_line: int = 0
+    path: str  # relative if the file is below the working folder, else absolute
+    line: int  # 1-based line at which the definition begins; of a part of a very long one, the first line
+    name: str  # of the function or class; empty for other lines
+    score: float  # with the method `vector`, the cosine similarity; otherwise the sum of `reasons`
+    exit_layer: int | None  # the exit whose embeddings ranked the hit; None if it was ranked without embeddings
+    last_line: int = 0  # 1-based last line of the definition; 0 if unknown
+    language: str = ""  # lower-case name of the programming language
+    text: str = ""  # the code from `line` to `last_line`
+    reasons: Mapping[str, float] = field(default_factory=dict)  # {name of a ranking rule: what it adds to the score}
+    best_line: int = 0  # 1-based line to show first; for a part of a very long definition, the best matching line
 
     def __str__(self) -> str:
         return printable(f"{self.path}:{self.best_line or self.line}  {self.summary()}")
@@ -47,22 +33,13 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The hits of a search for one question.
-
-    Attributes:
-        question: the question's text.
-        hits: best first.
-        margin: largest minus second-largest similarity at the exit of the first ranking, before any re-ranking; None
-            without a model, or if fewer than two pieces pass the search's filters.
-        reranked: whether a deeper exit ranked the best hits again.
-        method: how the hits were found: `vector`, `lexical` or `hybrid`.
-    """
+    """The hits of a search for one question."""
 
     question: str
-    hits: list[Hit]
-    margin: float | None = None
-    reranked: bool = False
-    method: str = "hybrid"
+    hits: list[Hit]  # best first
+    margin: float | None = None  # largest minus second-largest similarity before re-ranking; None without a second
+    reranked: bool = False  # whether a deeper exit ranked the best hits again
+    method: str = "hybrid"  # how the hits were found: `vector`, `lexical` or `hybrid`
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
         """Return what `mose search --json` prints; with `explain`, also `reasons`. Later versions may add keys."""

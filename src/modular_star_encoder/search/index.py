@@ -113,13 +113,9 @@ class CodeIndex:
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
 
-        Returns the index; `report` has the numbers of embedded files and rows.
-
-        Raises:
-            UserError: `folder` is not a folder, the index was built with other settings (the message names them), or
-                an argument is invalid.
-            OSError: the checkpoint does not exist, or the index cannot be written.
-            ImportError: the extra `qdrant` is not installed.
+        Returns the index; `report` has the numbers of embedded files and rows. Raises UserError if an argument is
+        invalid, or the index was built with other settings (the message names them); OSError if the checkpoint does
+        not exist, or the index cannot be written.
         """
         _check_number("processes", processes, 0)
         folder = os.path.expanduser(folder)
@@ -158,17 +154,11 @@ class CodeIndex:
         checkpoint: str | os.PathLike[str] | None = None,
         device: str | None = None,
     ) -> Self:
-        """Open an index to search it.
+        """Open an index, a folder or a URI (see `open_store`) or a store, to search it.
 
-        Args:
-            location: a folder or a URI (see `open_store`), or a store.
-            checkpoint: folder or Hub repository of the index's checkpoint, if it has moved since the build.
-            device: torch device of the model; if None, a GPU if there is one.
-
-        Raises:
-            UserError: there is no index at `location`, or another checkpoint built it.
-            OSError: the checkpoint does not exist.
-            ImportError: the extra `qdrant` is not installed.
+        If its checkpoint has moved since the build, `checkpoint` is its new folder or Hub repository. `device` is the
+        torch device of the model; if None, a GPU if there is one. Raises UserError if there is no index at `location`,
+        or another checkpoint built it; OSError if the checkpoint does not exist.
         """
         store = open_store(location)
         stored = store.settings()
@@ -188,13 +178,9 @@ class CodeIndex:
 
     @property
     def embedder(self) -> Embedder:
-        """The `Embedder` of the checkpoint that the index was built with.
+        """The `Embedder` of the checkpoint that the index was built with; UserError if this checkpoint has changed.
 
-        The checkpoint must be on this machine, so that an index from a stranger can't make a search download a model.
-
-        Raises:
-            UserError: the checkpoint has changed since the index was built, or is not on this machine.
-            OSError: the checkpoint does not exist.
+        It must be on this machine, so that an index from a stranger can't make a search download a model.
         """
         if self._embedder is None:
             name, commit = self.settings.checkpoint, self.settings.checksum
@@ -214,10 +200,8 @@ class CodeIndex:
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
         """Embed new and changed files, and remove deleted files from the index.
 
-        Raises:
-            UserError: the index was rebuilt since it was opened, its checkpoint has changed, the code folder does
-                not exist, or another process writes the index for more than 3 s.
-            OSError: the checkpoint does not exist, or the index cannot be written.
+        Raises UserError if the index was rebuilt since it was opened, its checkpoint has changed, the code folder does
+        not exist, or another process writes the index for more than 3 s; OSError if the index cannot be written.
         """
         _check_number("processes", processes, 0)
         with self._lock, self.store.locked():
@@ -227,10 +211,8 @@ class CodeIndex:
         """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
         The report's `postponed_files` is the number of files that time did not allow to read. The index is not updated
-        if it is on a server or read-only, if another process writes it, or if the code folder does not exist.
-
-        Raises:
-            UserError, OSError: see `update`.
+        if it is on a server or read-only, if another process writes it, or if the code folder does not exist. For
+        errors see `update`.
         """
         folder = self.store.folder
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
@@ -292,17 +274,15 @@ class CodeIndex:
             ]
 
     def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
-        """Find the code that resembles the code at a line.
+        """Find the `top_k` pieces of code that resemble the code at a line, without this code itself.
 
         Args:
             path: path of an indexed file, relative to the indexed folder, with forward slashes.
             line: 1-based line number.
-            top_k: number of hits. The code at `line` is not one of them.
+            top_k: number of hits.
             exit_layer: one of the index's exits; the deepest if None.
 
-        Raises:
-            UserError: an argument is invalid, the index has no code at `line` or lacks the exit, or it was rebuilt
-                after it was opened.
+        Raises UserError if an argument is invalid, or the index has no code at `line` or lacks the exit.
         """
         _check_number("line", line, 1)
         _check_number("top_k", top_k, 1)
@@ -349,11 +329,8 @@ class CodeIndex:
     def read_file(self, path: str) -> str:
         """Return the current text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
 
-        Links, files outside the indexed folder and files that the index leaves out, such as `.env`, are not read.
-
-        Raises:
-            UserError: the file is not in the index, can't be read, or has become a link or a file that the index leaves
-                out.
+        Raises UserError if the file is not in the index, or is now a link, unreadable or to be left out, such as
+        `.env`.
         """
         file = file_inside(self.folder, path)
         with self._lock:
@@ -475,10 +452,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in a folder or in its nearest parent with an index; None if there is none.
-
-    UserError if the index is of code outside of that folder: a stranger's index could make an update read any folder.
-    """
+    """Return the path of the index in a folder or its nearest parent; UserError if it is of code outside of it."""
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)

@@ -55,10 +55,7 @@ class Snippet:
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters.
-
-    A long class is divided into its members. A file that can't be parsed is divided into blocks of lines.
-    """
+    """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters."""
     lines = LINE_END.split(text)
     if max(map(len, lines)) > _LONGEST_LINE:
         text = "\n".join(line if len(line) <= _LONGEST_LINE else "" for line in lines)

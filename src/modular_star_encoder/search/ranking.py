@@ -78,10 +78,7 @@ class Ranker:
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the best `limit` rows for a question by the ranking rules of `place`, which use similarity and words.
-
-        The cascade's similarities of the best rows are rescaled to the mean and deviation of those that they replace.
-        """
+        """Return the best `limit` rows for a question by the ranking rules of `place`, from similarity and words."""
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
         candidates, words, definers = _candidates(self.store, read, where, nearest)
@@ -238,11 +235,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return additions (F,) to the scores of files: `PATH` × share of the question's words in the file's name.
-
-    A word that is only in the name of the file's folder counts `FOLDER` instead of 1. For a symbol, all additions are
-    0.
-    """
+    """Return additions (F,) to scores: `PATH` × share of the question's words in a file's name, or in its folder's."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))

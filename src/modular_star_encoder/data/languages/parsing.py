@@ -143,11 +143,7 @@ def load_grammar(language: str) -> Grammar:
 
 
 def parse(source: bytes, grammar: Grammar) -> Tree:
-    """Return the syntax tree of UTF-8 `source`, with fewer errors from macros in C and C++ than that of `parse_once`.
-
-    In these languages, words that look like macros and break the syntax are replaced by blanks. All offsets stay the
-    same.
-    """
+    """Return the syntax tree of `source`; in C and C++, with fewer errors from macros than the tree of `parse_once`."""
     end = time.thread_time() + MAX_PARSE_SECONDS / 2
     tree = best = parse_once(source, grammar)
     fewest = error_bytes(tree, grammar) if grammar.language.has_macros else 0
@@ -222,11 +218,7 @@ def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
 
 
 def check_syntax(code: str, language: str) -> tuple[float, bool]:
-    """Return (share of syntax errors in `code`, from 0.0 to 1.0; whether `code` has a function).
-
-    `code` is parsed alone and, for example, inside a class; the better result is returned. The share is 1.0 for text
-    that can't be parsed. Plain prose may have no errors, but it has no function. PHP code needs no `<?php`.
-    """
+    """Return (share of syntax errors in `code`, 1.0 if it can't be parsed; whether `code` has a function)."""
     grammar = load_grammar(language)
     body = textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").encode(errors="replace")
     best = (1.0, False)

@@ -67,11 +67,8 @@ _TABLES = tomllib.loads((Path(__file__).parent / "languages.toml").read_text(enc
 _ENTRIES = tuple(Language(name=name, **table) for name, table in _TABLES.items())
 _LANGUAGE = {one.name: one for one in _ENTRIES}
 ALL_LANGUAGES = tuple(_LANGUAGE)
-"""The names of all languages, as this package writes them."""
-SEARCH_LANGUAGES = tuple(name for name in ALL_LANGUAGES if name != "markdown")
-"""The languages that search reads by default: all except Markdown."""
-LANGUAGES = SEARCH_LANGUAGES[:8]
-"""The languages of ModularStarEncoder, which training and the data sets use."""
+SEARCH_LANGUAGES = tuple(name for name in ALL_LANGUAGES if name != "markdown")  # by default
+LANGUAGES = SEARCH_LANGUAGES[:8]  # of ModularStarEncoder, for training and the data sets
 
 LANGUAGE_OF_SUFFIX = {suffix: one.name for one in _ENTRIES for suffix in one.suffixes}
 _LANGUAGE_OF_INTERPRETER = {name: one.name for one in _ENTRIES for name in one.interpreters}

@@ -63,14 +63,13 @@ class RowColumns:
     license: str | None = None
 
 
-THE_STACK_COLUMNS = RowColumns(
+THE_STACK_COLUMNS = RowColumns(  # of version 1; `bigcode/starcoderdata` lacks the last two columns
     repository="max_stars_repo_name",
     path="max_stars_repo_path",
     text="content",
     language="lang",
     license="max_stars_repo_licenses",
 )
-"""`bigcode/the-stack` and `bigcode/the-stack-dedup` (version 1); `bigcode/starcoderdata` lacks the last two columns."""
 
 
 def _check_contents(url: str, http: Mapping[str, Any]) -> None:

@@ -40,8 +40,8 @@ _NOT_FOUND = "no file or Hub dataset has this name, or the dataset is gated (acc
 
 Item = TypeVar("Item")
 
+# A file, a list of files, a folder, or the name of a dataset of the Hub.
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A file, a list of files, a folder, or the name of a dataset of the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,7 @@ class BadLine:
 
 
 Row = dict[str, Any] | BadLine
-Rows = Iterable[tuple[str, Row]]
-"""Pairs (place, row) with a place such as `data.jsonl, line 3`."""
+Rows = Iterable[tuple[str, Row]]  # pairs (place, row) with a place such as `data.jsonl, line 3`
 
 
 def open_rows(
@@ -170,10 +169,7 @@ def _groups(data: parquet.FileMetaData) -> list[parquet.RowGroupMetaData]:
 def parquet_batches(
     file: str | os.PathLike[str], columns: Sequence[str] | None = None, most_rows: int = _ROWS_PER_TABLE
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the rows of a parquet file, at most `most_rows` at a time, and fewer if the rows may be large.
-
-    Without `columns`, all columns are read. OSError if the content is too large for the file's size (`_check_size`).
-    """
+    """Yield the rows of a parquet file, at most `most_rows` at a time; OSError if they unpack to too many bytes."""
     import pyarrow
     from pyarrow import parquet
 
@@ -342,10 +338,7 @@ def _text_lines(file: str) -> Iterator[str]:
 
 
 def _check_size(file: str | os.PathLike[str], rows: int, characters: int) -> None:
-    """Raise OSError if `file`, for its size, has too many `rows` or unpacked `characters`.
-
-    Each byte of the file allows one more row and `_MAX_RATIO` more characters. In a gzip file, a row needs 8 bytes.
-    """
+    """Raise OSError if `file`, for its size, has too many `rows` or unpacked `characters`."""
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return
     size = os.path.getsize(file)

@@ -149,10 +149,7 @@ def _index_names(content: bytes) -> Iterator[bytes]:
 
 
 def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) -> bytes | None:
-    """Return the first `size` bytes of a file; None if it can't be read or is a pipe or device, which may never end.
-
-    Without `links`, also None if the file or a folder in its absolute path is a symbolic link.
-    """
+    """Return the first `size` bytes of a regular file; None if it can't be read or, without `links`, is behind one."""
 
     def open_without_waiting(name: str, flags: int) -> int:
         flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)

@@ -1,8 +1,4 @@
-"""Read source files on this machine: installed Python distributions, folders of checkouts, zip and tar archives.
-
-Archives are not trusted: nothing is written to disk, links and paths that lead outside are not read, and sizes are
-limited.
-"""
+"""Read source files on this machine: installed Python distributions, folders, and archives, which are not trusted."""
 
 import bz2
 import gzip
@@ -87,10 +83,7 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the source files of the distributions in this Python environment, without this package.
-
-    Each distribution is a repository, named by its normalised name. The standard library is `python-standard-library`.
-    """
+    """Return a reader of the standard library and the distributions in this environment, without this package."""
     # Imported here, because a search reads only folders and does not need these modules.
     from importlib import metadata
 
@@ -377,10 +370,7 @@ def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
 def archive_repositories(
     source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
-    """Return a reader of one archive, or of all archives under a folder; UserError if there is none.
-
-    Each archive is a repository, named by its path in the folder without the suffix.
-    """
+    """Return a reader of one archive, or of all archives under a folder; each is a repository. UserError if none."""
     root = Path(source).expanduser()
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in files_below(root, links=False)}
