@@ -120,9 +120,9 @@ def test_sharded_weights_may_have_pickled_ones_beside_them(plain, tmp_path):
     assert len(load_encoder(str(folder)).encode([("", "a")], (None,))[None]) == 1
 
 
-def _grow(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+def _change(folder, name="config.json", **changes):
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | changes))
 
 
 def _dense(folder):
@@ -136,9 +136,9 @@ def _dense(folder):
     [
         (_pickle_weights, "pytorch_model.bin is pickled"),
         (lambda folder: os.mkfifo(folder / "sentence_bert_config2.json"), "is not a file"),
-        (partial(_grow, num_labels=30_000_000), "num_labels above"),
-        (partial(_grow, num_hidden_layers=10**6), "num_hidden_layers above"),
-        (partial(_grow, vocab_size=10**6, hidden_size=2304), "do not fit its configuration"),
+        (partial(_change, num_labels=30_000_000), "num_labels above"),
+        (partial(_change, num_hidden_layers=10**6), "num_hidden_layers above"),
+        (partial(_change, vocab_size=10**6, hidden_size=2304), "do not fit its configuration"),
         (_dense, "do not fit its configuration"),
     ],
 )
@@ -153,8 +153,7 @@ def test_files_of_other_models_are_bounded_and_nothing_is_unpickled(plain, tmp_p
 
 def test_a_padding_token_that_is_in_no_vocabulary_is_one_sentence(plain, tmp_path):
     copy = shutil.copytree(plain, tmp_path / "copy")
-    for settings in copy.rglob("tokenizer_config.json"):
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": ""}))
+    _change(copy, name="tokenizer_config.json", pad_token="")
     with raises("checkpoint.tokenizer", copy, "The pad_token ''"):
         load_encoder(str(copy))
 

@@ -129,9 +129,8 @@ def test_distillation_equals_its_formula_and_leaves_the_teacher_alone(teacher, t
 @pytest.mark.parametrize(("target", "places"), [("deepest", (2, 2, 2)), ("next_deeper", (1, 2, 2)), (1, (0, 0, 0))])
 def test_alignment_is_one_minus_the_cosine_to_the_target_which_it_leaves_alone(target, places):
     sides = pair()
-    output = losses_from_embeddings(
-        sides, EXIT_LAYERS, ContrastiveSettings(alignment_weight=2.0, alignment_target=target)
-    )
+    settings = ContrastiveSettings(alignment_weight=2.0, alignment_target=target)
+    output = losses_from_embeddings(sides, EXIT_LAYERS, settings)
     joint = torch.cat(list(sides.values()), dim=1).detach().numpy()
     expected = [np.mean(1 - (joint[place] * joint[other]).sum(axis=1)) for place, other in enumerate(places)]
     assert output.metrics["alignment_loss"].tolist() == pytest.approx(expected, abs=1e-6)
@@ -155,9 +154,8 @@ def test_negatives_that_the_deepest_exit_finds_as_similar_as_the_pair_are_left_o
     back = {(i, j) for i in rows for j in rows if i != j and guide[j, i] > limit(guide[i, i])}
     assert 0 < len(left_out) < 12
     output = losses_from_embeddings(sides, EXIT_LAYERS, ContrastiveSettings(**option))
-    for exit_loss, queries, documents in zip(
-        output.losses.tolist(), sides["query"].tolist(), sides["document"].tolist(), strict=True
-    ):
+    lists = (stack.tolist() for stack in (output.losses, sides["query"], sides["document"]))
+    for exit_loss, queries, documents in zip(*lists, strict=True):
         by_query = literal_cross_entropy(queries, documents, 10.0, left_out)
         by_document = literal_cross_entropy(documents, queries, 10.0, back)
         assert exit_loss == pytest.approx((by_query + by_document) / 2, rel=1e-5)
