@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint, stored_license
+from modular_star_encoder.inference.encoders import load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderModel
 from tests.errors import raises
 from tests.published.stand_in import write_stand_in
@@ -195,6 +196,17 @@ def test_a_slice_of_a_repository_is_a_sentence_transformer_too(copy, tmp_path, m
     files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (from_folder, from_hub)]
     assert files[0] == files[1]
     assert load(from_hub).prompts["query"] == "find: "
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
+def test_a_repository_with_an_adapter_is_one_sentence(copy, tmp_path, monkeypatch, content):
+    write("adapter_config.json", content)(copy)
+    cache_repository(copy, tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for use in (load_checkpoint, load_encoder):
+        with raises("checkpoint.adapter", REPOSITORY, "adapter_config.json"):
+            use(REPOSITORY)
 
 
 def test_a_published_checkpoint_is_sliced_into_our_layout(tmp_path):

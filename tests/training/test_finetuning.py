@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -24,7 +25,7 @@ from modular_star_encoder.training.starting_points import StartingPoint
 from tests.errors import raises
 from tests.processes import run_processes
 from tests.published.stand_in import write_stand_in
-from tests.tiny import EXIT_LAYERS, tiny_batch, tiny_config
+from tests.tiny import EXIT_LAYERS, REPOSITORY, cache_repository, tiny_batch, tiny_config
 from tests.training.retrieval_runs import finetuning_settings, interrupt, write_checkpoint, write_recipe, write_triplets
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,18 @@ def test_new_heads_are_one_line_and_other_odd_tensors_are_reported_by_transforme
     else:
         assert lines == [f"{copy} has no heads for retrieval: new heads begin with random weights."]
     assert bool(lines)
+
+
+def test_training_starts_from_no_checkpoint_with_an_adapter(recipe_file, checkpoint, tmp_path, monkeypatch):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "adapter_config.json").write_text("[1]")
+    with pytest.raises(FileNotFoundError, match="merge the adapter first"):
+        run(recipe_file, tmp_path / "run", f"model={copy}")
+    cache_repository(copy, tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with raises("checkpoint.adapter", REPOSITORY):
+        run(recipe_file, tmp_path / "run", f"model={REPOSITORY}", f"tokenizer={checkpoint}")
 
 
 def test_a_fine_tuned_model_keeps_the_licence_of_its_parent(recipe_file, checkpoint, tmp_path):

@@ -16,6 +16,7 @@ PROFILE_NAME = "exit_profile.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _READ = ("*.json", "*.jinja", "*.txt", "*.safetensors")  # files of a checkpoint, and of folders in it
 _MOST = {"num_labels": 10**5} | dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 1000)
+ADAPTER = "its adapter_config.json would change the weights: merge the adapter first"
 _MAX_CONFIG, _MAX_INDEX, _MAX_HEADER, _MAX_WEIGHTS = 2**17, 2**22, 2**20, 2**34  # bytes
 
 
@@ -114,7 +115,7 @@ def _huge_number(folder: Path) -> str:
 def _unsafe_weights(folder: Path) -> str:
     """Return what is wrong with the weights of a checkpoint or of one of its modules; "" if nothing is."""
     if (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
-        return "its adapter_config.json would change the weights: merge the adapter first"
+        return ADAPTER
     if (folder / WEIGHT_FILES[0]).is_file():
         return ""
     if not (folder / WEIGHT_FILES[1]).exists():

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedToke
 import modular_star_encoder.modeling as modeling
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.data.tokenizer import load_tokenizer
-from modular_star_encoder.inference import check_checkpoint, is_repository, local_folder, resolve_checkpoint
+from modular_star_encoder.inference import ADAPTER, check_checkpoint, is_repository, local_folder, resolve_checkpoint
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
@@ -88,6 +88,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
     """Load the configuration of a checkpoint without its weights; raises the errors of `load_checkpoint`."""
     check_checkpoint(path)
     path = resolve_checkpoint(path)
+    refuse_adapter(path)
     with clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, ModularStarEncoderConfig):
@@ -117,6 +118,12 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
     with clear_errors(path), suppress(missing):
         return Path(hf_hub_download(path, name))
     return None
+
+
+def refuse_adapter(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if a Hub repository has an adapter, as `check_checkpoint` does for a folder."""
+    if is_repository(path) and checkpoint_file(path, "adapter_config.json"):
+        raise UserError("checkpoint.adapter", f"{path} is not a checkpoint: {ADAPTER}.")
 
 
 def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, **options: Any) -> Any:

@@ -19,7 +19,7 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.tokenizer import check_padding
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.inference import check_checkpoint, local_folder, resolve_checkpoint
-from modular_star_encoder.inference.checkpoints import check_size, clear_errors, load_checkpoint
+from modular_star_encoder.inference.checkpoints import check_size, clear_errors, load_checkpoint, refuse_adapter
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
@@ -86,6 +86,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
         return EndpointEncoder(model, url or OPENAI_URL)
     from sentence_transformers import SentenceTransformer
 
+    refuse_adapter(source)
     with clear_errors(source):
         for one in (Path(source), *Path(source).glob("*/")):  # modules may have folders of their own
             check_tokenizer(one)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
+from modular_star_encoder.inference import check_checkpoint
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import similar_files
 
@@ -90,7 +91,10 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
             advice = f"No folder {name} with a config.json exists. Run `mose pretrain` first, or set the recipe's "
             advice += "`model` to a Hub id owner/name or to mose-code, the trained model of this package."
             raise UserError(error.key, f"{error} {advice}") from error
-    return folder, any(folder.glob("model*.safetensors"))
+    has_weights = any(folder.glob("model*.safetensors"))
+    if has_weights:
+        check_checkpoint(folder)
+    return folder, has_weights
 
 
 def _root() -> Path:

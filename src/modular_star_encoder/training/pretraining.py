@@ -14,7 +14,7 @@ from modular_star_encoder.data.in_context import InContextPairs
 from modular_star_encoder.data.token_store import build_token_store
 from modular_star_encoder.data.tokenizer import check_special_tokens, load_tokenizer, token_spellings, train_tokenizer
 from modular_star_encoder.evaluation.lexical import identifier_overlap_accuracy
-from modular_star_encoder.inference.checkpoints import clear_errors, note_parent
+from modular_star_encoder.inference.checkpoints import clear_errors, note_parent, refuse_adapter
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.training import runs, starting_source
@@ -95,6 +95,7 @@ def pretrain(
                 print(f"skipped {count} files: {reason}")
     torch.manual_seed(recipe.seed)
     if weights:
+        refuse_adapter(source)
         with clear_errors(os.fspath(source)):
             model = ModularStarEncoderForPreTraining.from_pretrained(source, dtype=torch.float32)
         note_parent(model.config, source)

@@ -20,6 +20,7 @@ from modular_star_encoder.inference.checkpoints import (
     keep_only_exit,
     load_checkpoint,
     note_parent,
+    refuse_adapter,
     save_retrieval_checkpoint,
     save_tokenizer,
 )
@@ -92,6 +93,7 @@ class StartingPoint(Generic[Model]):
         if self.has_weights:
             cut = {} if exit_layer is None else {"exit_layer": exit_layer}
             options = {**recipe.config, **cut, "dtype": torch.float32, "output_loading_info": True}
+            refuse_adapter(self.source)
             with clear_errors(os.fspath(self.source)) as records:
                 model, info = self._class.from_pretrained(self.source, **options)
                 heads = {name for name in model.state_dict() if not name.startswith("model.")}
