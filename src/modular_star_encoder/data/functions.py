@@ -221,14 +221,17 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
+    snippets = options.pop("snippets", "files")
+    key = fault = ""
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}. `installed` can only be true."
-        raise UserError("data.corpus.source", message)
+        fault = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}. `installed` can only be true."
+        key = "source"
+    elif snippets not in SNIPPETS:
+        key, fault = "snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}."
+    if fault:
+        raise UserError(f"data.corpus.{key}", fault)
     (kind,) = named
-    source, snippets = options.pop(kind), options.pop("snippets", "files")
-    if snippets not in SNIPPETS:
-        raise UserError("data.corpus.snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}.")
-    module, opener = _OPENERS[kind]
+    source, (module, opener) = options.pop(kind), _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
     places = () if kind == "installed" else (source,)
     with checking_options("data.corpus.options", f"corpus.{kind}"):

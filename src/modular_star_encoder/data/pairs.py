@@ -193,12 +193,12 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     With `strict: true`, it raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
-    if not settings:
-        raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not none.")
+    fault = "" if settings else f"`data` must name one or several of {', '.join(_SOURCES)}; not none."
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        message = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
-        raise UserError("data.sources.negatives", message)
+        fault = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
+    if fault:
+        raise UserError("data.sources.negatives" if settings else "data.sources", fault)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
         default = "folder" if name == "functions" else "source"

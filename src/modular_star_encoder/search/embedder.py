@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -105,20 +106,14 @@ class Embedder:
 
             limits, allowed = dict(budget), named or self.trained_exits
             file = limits.pop("profile", None)
-            try:
+            fault = f"There is no exit profile {file}" if file else f"{self.checkpoint} has no exit profile"
+            with suppress(FileNotFoundError):
                 profile = checkpoint_profile(self._folder, file)
-            except FileNotFoundError as error:
-                fault = f"There is no exit profile {file}" if file else f"{self.checkpoint} has no exit profile"
-                advice = f"Measure one, `mose profile {self.checkpoint} --out profile.json`; add --profile profile.json"
-                raise UserError("search.profile.missing", f"{fault}. {advice}.") from error
-            exits = {exit_layer: one for exit_layer, one in profile.exits.items() if exit_layer in allowed}
-            if not exits:
-                names = ", ".join(map(str, allowed))
-                message = (
-                    f"The exit profile of {self.checkpoint} lacks exits {names}. Measure them with `mose profile`."
-                )
-                raise UserError("search.profile.exits", message)
-            return (select_exit(replace(profile, exits=exits), **limits),)
+                if exits := {one: profile.exits[one] for one in profile.exits if one in allowed}:
+                    return (select_exit(replace(profile, exits=exits), **limits),)
+                fault += f" with exits {', '.join(map(str, allowed))}"
+            advice = f"Measure one, `mose profile {self.checkpoint} --out profile.json`; add --profile profile.json"
+            raise UserError("search.profile", f"{fault}. {advice}.")
         if named:
             return tuple(sorted(set(named)))
         # With the ranking rules, exit 0 finds nearly as much as the deepest exit, at a fraction of its cost.

@@ -187,17 +187,17 @@ class IndexSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
         """Restore settings from the result of `to_dict`; UserError if they are damaged or of another version."""
-        if (found := values.get("format")) != FORMAT:
-            message = f"The index {location} has format {found}, not {FORMAT}. Rebuild it: {REBUILD}."
-            raise UserError("search.index.format", message)
+        key, fault = "format", f"The index {location} has format {values.get('format')}, not {FORMAT}"
         options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-        try:
-            settings = cls(**options)
-            check_types(settings)
-        except TypeError as error:
-            message = f"The settings of the index {location} are damaged ({error}). Rebuild it: {REBUILD}."
-            raise UserError("search.index.unreadable", message) from error
-        return replace(settings, folder=os.path.normpath(os.path.join(_real_path(location) or "", settings.folder)))
+        if values.get("format") == FORMAT:
+            try:
+                settings = cls(**options)
+                check_types(settings)
+                folder = os.path.normpath(os.path.join(_real_path(location) or "", settings.folder))
+                return replace(settings, folder=folder)
+            except TypeError as error:
+                key, fault = "unreadable", f"The settings of the index {location} are damaged ({error})"
+        raise UserError(f"search.index.{key}", f"{fault}. Rebuild it: {REBUILD}.")
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
         """Raise UserError if `asked`, the settings of an update, are not those of the index; the message says how."""
