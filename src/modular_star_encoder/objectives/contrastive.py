@@ -26,12 +26,8 @@ def losses_from_embeddings(
 ) -> ObjectiveOutput:
     """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3), and other terms with a weight above 0 in `settings`.
 
-    Each anchor of this process is scored against the positives and negatives of all processes, and each positive of
-    this process against the anchors of all processes. Texts of different sets in `settings.pairs` are not compared. The
-    CLIP loss is the cross-entropy, averaged over both directions and over the pairs.
-
-    `stacks` is {side: L2-normalised embeddings (E, B, D)} at E exits, `exit_layers`. A learned `logit_scale` (1,) is
-    used in place of `settings.logit_scale`. Returns and raises the same as `ContrastiveObjective.__call__`.
+    `stacks` is {side: L2-normalised embeddings (E, B, D)}. Anchors of this process are scored against the positives and
+    negatives of all processes, positives against all anchors, but only within a set of `settings.pairs`.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -97,10 +93,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return, for each exit, the index in `exit_layers` of the exit that it learns from.
-
-    `chosen` says which exit that is: "deepest", "next_deeper" or an exit's number.
-    """
+    """Return, for each exit, the index of the exit it learns from: "deepest", "next_deeper" or the exit `chosen`."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -128,10 +121,9 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return {name of a loss or hit count: its sum (E,) over B queries}, in one direction.
+    """Return {name of a loss or hit count: its sum (E,) over B queries (E, B, D)}, against candidates (E, C, D).
 
-    `rows` (E, B, D) embed the queries, `columns` (E, C, D) the candidates. The positive of query b is candidate
-    rank × B + b. Scores are computed in chunks, and again in the backward pass, so that memory is linear in the batch.
+    The positive of query b is candidate rank × B + b. Chunks of scores are computed again in the backward pass.
     """
     count = rows.shape[1]
     own = torch.arange(count, device=rows.device) + rank_and_count()[0] * count
@@ -147,11 +139,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return {name of a loss or hit count: its sum (E,) over a chunk of R queries}.
-
-    `rows` (E, R, D) are the queries' embeddings at E exits, `columns` (E, C, D) those of all candidates. `own` (R,) is
-    the index of each query's positive in `columns`.
-    """
+    """Return sums like `_row_sums`, over a chunk of queries; `own` (R,) are their positives' indices in `columns`."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -188,10 +176,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Return cosine similarities (len(places), R, C) of R rows and C columns by their first `cut` dimensions.
-
-    `rows` (E, R, D) and `columns` (E, C, D) are embeddings of length 1; `places` are indices of the E exits.
-    """
+    """Return cosine similarities (len(places), R, C) of rows and columns by their first `cut` dimensions."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]

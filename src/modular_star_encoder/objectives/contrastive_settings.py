@@ -106,53 +106,48 @@ class ContrastiveSettings:
         return (embedding_size,) if listed is None else tuple(sorted(listed))
 
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
-        """Raise UserError if the settings do not fit a model.
+        """Raise UserError if the settings do not fit a model's trained exits and its embedding size.
 
-        The exits that the settings use must be trained (`exit_layers`), and sizes must be at most `embedding_size`.
         If `rotates`, only the deepest exit is trained in every step; so only it can be teacher or alignment target.
         """
-        self.check_step(exit_layers, embedding_size)
-        if isinstance(self.dimensions, Mapping):
-            _check_exits("dimensions", self.dimensions, exit_layers)
-        chosen = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
-        for name, weight in chosen.items() if rotates and len(exit_layers) > 1 else ():
-            if weight and getattr(self, name) not in ("deepest", exit_layers[-1]):
-                message = f"{name}={getattr(self, name)!r} does not work with exit_schedule: set {name} to deepest."
+        self.check_step(exit_layers, embedding_size, self.dimensions if isinstance(self.dimensions, Mapping) else ())
+        for name, chosen in self._guides() if rotates and len(exit_layers) > 1 else ():
+            if chosen not in ("deepest", exit_layers[-1]):
+                message = f"{name}={chosen!r} does not work with exit_schedule: set {name} to deepest."
                 raise UserError("contrastive.rotation", message)
 
-    def check_step(self, exit_layers: Sequence[int], embedding_size: int) -> None:
-        """Raise UserError if teacher or alignment target is not in `exit_layers`, or `dimensions` exceed full size."""
-        if self.distillation_weight and isinstance(self.teacher, int):
-            _check_exits("teacher", [self.teacher], exit_layers)
-        if self.alignment_weight and isinstance(self.alignment_target, int):
-            _check_exits("alignment_target", [self.alignment_target], exit_layers)
+    def _guides(self) -> list[tuple[str, str | int]]:
+        """Return (name, value) of the settings in use that name an exit from which others learn."""
+        weights = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
+        return [(name, getattr(self, name)) for name, weight in weights.items() if weight]
+
+    def check_step(self, exit_layers: Sequence[int], embedding_size: int, named: Iterable[int] = ()) -> None:
+        """Raise UserError if a step does not train an exit in use (or `named`), or if a size is too large."""
+        used = [*self._guides(), *(("dimensions", exit_layer) for exit_layer in named)]
+        unknown = [f"`{name}` names exit {k}" for name, k in used if isinstance(k, int) and k not in exit_layers]
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
-        if largest > embedding_size:
-            message = f"`dimensions` must be at most the embedding size {embedding_size}, not {largest}."
-            raise UserError("contrastive.dimensions", message)
+        key = fault = ""
+        if unknown:
+            key, fault = "exit", f"{unknown[0]}, but the trained exits are {', '.join(map(str, exit_layers))}"
+        elif largest > embedding_size:
+            key = "dimensions"
+            fault = f"`dimensions` must be at most the embedding size {embedding_size}, not {largest}"
+        if key:
+            raise UserError(f"contrastive.{key}", f"{fault}.")
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
-        """Raise UserError if a batch does not fit `pairs`.
-
-        `rows` maps each side of the batch, such as "query", to its number of rows. It must have the sides that `pairs`
-        names and no others, and the two sides of a pair must have the same number of rows.
-        """
+        """Raise UserError if the sides of a batch and their numbers of `rows`, {side: number}, do not fit `pairs`."""
+        key = fault = ""
+        for pair in self.pairs:
+            numbers = [rows.get(side, 0) for side in pair]
+            if len(set(numbers)) > 1 or not numbers[0]:
+                key = "rows"
+                fault = f"The sides {', '.join(pair)} have {numbers} rows; give all the same number, at least 1"
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
-            message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."
-            raise UserError("contrastive.sides", message)
-        for pair in self.pairs:
-            numbers = [rows[side] for side in pair]
-            if len(set(numbers)) > 1 or not numbers[0]:
-                message = f"The sides {', '.join(pair)} have {numbers} rows; give all the same number, at least 1."
-                raise UserError("contrastive.rows", message)
-
-
-def _check_exits(name: str, named: Iterable[int], exit_layers: Sequence[int]) -> None:
-    for exit_layer in named:
-        if exit_layer not in exit_layers:
-            exits = ", ".join(map(str, exit_layers))
-            raise UserError("contrastive.exit", f"`{name}` names exit {exit_layer}, but the trained exits are {exits}.")
+            key, fault = "sides", f"The batch has the sides {found}, but the objective's `pairs` use {used}"
+        if key:
+            raise UserError(f"contrastive.{key}", f"{fault}.")
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -165,9 +160,9 @@ def rank_and_count() -> tuple[int, int]:
 def gather_stacks(stacks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gather each side's embeddings from all processes, with gradient: (E, B, D) becomes (E, processes × B, D).
 
-    The rows of the process with rank r begin at r × B. One collective operation gathers all sides and exits. The
-    backward pass sums the gradients that all processes have for a row. If each process computes the loss of its own
-    rows, and a wrapper such as DDP averages gradients, the result is exactly the gradient of the joint batch's loss.
+    The rows of the process with rank r begin at r × B. The backward pass sums the gradients that all processes have for
+    a row. If each process computes the loss of its own rows, and a wrapper such as DDP averages gradients, the result
+    is exactly the gradient of the joint batch's loss.
     """
     if rank_and_count()[1] == 1:
         return dict(stacks)

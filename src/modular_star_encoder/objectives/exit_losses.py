@@ -13,29 +13,19 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass
 class ObjectiveOutput:
-    """Losses and metrics of one batch.
+    """Losses and metrics of one batch."""
 
-    Args:
-        losses: (E,) float32 with gradient, one loss per exit, shallowest first.
-        metrics: {name: one value per exit (E,), or one for all exits ()}, detached. The logs show means over batches.
-        terms: {name: (E,) with gradient}; the sum of all terms is `losses`. Empty if the loss has only one term.
-    """
-
-    losses: torch.Tensor
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: torch.Tensor  # (E,) float32 with gradient, one loss per exit, shallowest first
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: (E,) or ()}, detached
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: (E,) with gradient}, with the sum `losses`
 
 
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    An objective may have a method `check(exit_layers, embedding_size, rotates=…)`. The trainer's constructor calls it,
-    and it raises UserError if the objective does not fit the model. `rotates` is True if some steps do not train all
-    exits (`exit_schedule`). The method then raises UserError if the objective needs an exit other than the deepest in
-    every step.
-
-    An objective may have an attribute `caches_gradients`. It is True if only `losses.backward()` can compute the
-    gradients of parameters, and `torch.autograd.grad` cannot.
+    Its method `check(exit_layers, embedding_size, rotates=…)`, if any, raises UserError if it does not fit the model,
+    or needs a shallow exit in every step while `rotates` is true. Its attribute `caches_gradients` is true if only
+    `losses.backward()`, not `torch.autograd.grad`, can compute the gradients of parameters.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -45,20 +35,12 @@ class Objective(Protocol):
 def exit_weights(
     weighting: str | Sequence[float], exit_layers: Sequence[int], depth: int, *, normalize: bool = False
 ) -> torch.Tensor:
-    """Return the weight of each exit's loss.
+    """Return the weight of each exit's loss, (E,) float32; `depth` is the number of layers of the whole model.
 
-    Args:
-        weighting: one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, as in the paper's loss
-            (arXiv 2503.03008, i/36), and 1/depth at exit 0. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits,
-            at any depths. `"geometric"`: 1, but the trainer divides each loss by its current value, as a constant, so
-            that large and small losses count equally. The gradient is then E times the gradient of the logarithm of
-            the losses' geometric mean (arXiv 1904.08492).
-        exit_layers: the exits, shallowest first.
-        depth: number of layers of the model, or of the parent if the model is a slice; 0 counts as 1.
-        normalize: whether to divide the weights by their sum.
-
-    Returns:
-        (E,) float32. UserError if the name is unknown, or numbers are negative, all 0, or not one per exit.
+    `weighting` is one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, as in the paper's loss
+    (arXiv 2503.03008, i/36), and 1/depth at exit 0. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits.
+    `"geometric"`: 1, but the trainer divides each loss by its current value, as a constant, so that large and small
+    losses count equally (arXiv 1904.08492). `normalize` divides the weights by their sum.
     """
     if weighting == "paper":
         weights = torch.tensor([max(1, exit_layer) / max(1, depth) for exit_layer in exit_layers])
@@ -83,7 +65,6 @@ class InContextObjective:
 
     The model is a `ModularStarEncoderForPreTraining`, possibly wrapped; a batch has `input_ids`, `attention_mask`,
     `labels` (B, T) and `icc_labels` (B,). The losses are computed in the model's `forward`, which DDP and FSDP2 need.
-    The loss of masked language modelling is the mean over the masked tokens of all processes.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -103,10 +84,7 @@ class InContextObjective:
 
 
 class ClassificationObjective:
-    """Cross-entropy loss of each exit of a `ModularStarEncoderForSequenceClassification`, possibly wrapped.
-
-    A batch has `input_ids`, `attention_mask` (B, T) and `labels` (B,), class indices.
-    """
+    """Cross-entropy of each exit of a `ModularStarEncoderForSequenceClassification`; `labels` (B,) are classes."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -2,11 +2,8 @@
 
 The forward pass embeds every mini-batch at all exits without a graph and remembers the random states. Autograd computes
 the gradient of the loss with respect to these embeddings. The backward pass embeds each mini-batch once more, with the
-same random states and autocast, and propagates the mini-batch's part of this gradient to the parameters.
-
-The embeddings are ordinary tensors with gradient, so weights of losses, gradient accumulation and gradient scalers work
-as usual. Only `torch.autograd.grad` raises an error, because the gradients of parameters are accumulated while the
-loss's `backward` runs.
+same random states and autocast, and propagates the mini-batch's part of this gradient to the parameters. So weights of
+losses and gradient accumulation work as usual, but `torch.autograd.grad` of parameters raises an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,16 +39,12 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included.
+    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included, or of one longer text.
 
-    A text with more tokens forms a mini-batch of its own. Texts of a side are sorted by length, longest first, so that
-    little padding is left and the mini-batch that needs most memory comes first. Padding on the left counts as text.
+    The longest texts come first: little padding, and most memory at first. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
-        if "cu_seq_lens_q" in inputs:
-            message = f"Side {side!r} is packed into one row, but `mini_batch_tokens` needs one row per text."
-            raise UserError("contrastive.mini_batches.packed", message)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         lengths = mask.shape[1] - mask.flip(1).long().argmax(dim=1)
         order = lengths.argsort(descending=True, stable=True)
@@ -86,11 +79,15 @@ def embed_sides(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Embed every side of a batch at every exit; return side → (E, B, D), and the learned logit scale (1,) or None.
 
-    `embed` returns embeddings and logit scale for the inputs of some rows of a side. It calls `model`, which may be
-    wrapped. Under DDP, gradients are synchronised in the last mini-batch only. UserError if processes have different
-    numbers of texts, or if mini-batches are requested with packed texts or DDP's `static_graph`.
+    `embed` does so for some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
     """
-    tokens = settings.mini_batch_tokens
+    tokens, key, fault = settings.mini_batch_tokens, "", ""
+    if packed := [side for side, inputs in sides.items() if "cu_seq_lens_q" in inputs]:
+        key, fault = "packed", f"needs one row per text, but side {packed[0]!r} is packed into one row"
+    elif getattr(getattr(model, "_orig_mod", model), "static_graph", False):
+        key, fault = "static_graph", "does not work with DDP's static_graph; set static_graph=False"
+    if key and tokens is not None:
+        raise UserError(f"contrastive.mini_batches.{key}", f"`mini_batch_tokens` {fault}.")
     mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
     device = next(iter(sides.values()))["input_ids"].device
     count = _check_processes(sides, len(mini_batches or ()), device)
@@ -98,9 +95,6 @@ def embed_sides(
         whole = {side: embed(dict(inputs)) for side, inputs in sides.items()}
         return {side: stack for side, (stack, _) in whole.items()}, next(iter(whole.values()))[1]
     model = getattr(model, "_orig_mod", model)
-    if getattr(model, "static_graph", False):
-        message = "`mini_batch_tokens` does not work with DDP's static_graph; set static_graph=False."
-        raise UserError("contrastive.mini_batches.static_graph", message)
     # FSDP's collectives need the same number of forward passes in each process.
     mini_batches = split_further(mini_batches, count)
     left = len(mini_batches)
@@ -142,7 +136,7 @@ def number_of_texts(inputs: Mapping[str, Any]) -> int:
 
 
 def _check_processes(sides: Mapping[str, Mapping[str, Any]], mini_batches: int, device: torch.device) -> int:
-    """Raise UserError if processes have unequal numbers of texts. Return the largest `mini_batches` of any process."""
+    """Return the largest `mini_batches` of any process; UserError if processes have unequal numbers of texts."""
     if (processes := rank_and_count()[1]) == 1:
         return mini_batches
     numbers = torch.tensor([*map(number_of_texts, sides.values()), mini_batches], device=device)

@@ -55,15 +55,15 @@ class MultiExitContrastiveLoss(nn.Module):
         self.model = model
         self.settings = settings or ContrastiveSettings()
         self.weighting, self.normalize_weights = weights, normalize_weights
+        names = [type(module).__name__ for module in self._sentence_transformer()]
+        key = fault = ""
         if self.settings.pairs != ContrastiveSettings().pairs:
-            message = "Leave `pairs` at its default: the dataset's columns are anchor, positive and negatives."
-            raise UserError("contrastive.pairs", message)
-        others = [
-            one for one in list(self._sentence_transformer())[1:] if type(one).__name__ not in ("Pooling", "Normalize")
-        ]
-        if others:
-            message = f"After the encoder, only Pooling and Normalize are allowed, not {type(others[0]).__name__}."
-            raise UserError("contrastive.modules", message)
+            fault = "Leave `pairs` at its default: the dataset's columns are anchor, positive and negatives"
+            key = "pairs"
+        elif others := [name for name in names[1:] if name not in ("Pooling", "Normalize")]:
+            key, fault = "modules", f"After the encoder, only Pooling and Normalize are allowed, not {others[0]}"
+        if key:
+            raise UserError(f"contrastive.{key}", f"{fault}.")
         config = self._encoder().config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)
@@ -100,10 +100,7 @@ class MultiExitContrastiveLoss(nn.Module):
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """Context manager: add the embeddings of every exit to the features that the first module returns.
-
-        DDP searches the output of the wrapped model for used parameters, so the output must have the embeddings.
-        """
+        """Context manager: the first module's features have the embeddings of all exits, where DDP finds them."""
         encoder, outputs = self._encoder(), []
         forward = encoder.forward
 
