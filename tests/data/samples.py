@@ -49,9 +49,5 @@ def corpus_of(texts, tokenizer):
     repositories, languages = (
         np.unique([getattr(file, name) for file in texts], return_inverse=True) for name in ("repository", "language")
     )
-    numbered = [
-        part
-        for names, numbers in (repositories, languages)
-        for part in (tuple(names.tolist()), numbers.astype(np.int32))
-    ]
-    return TokenCorpus(rows, np.arange(len(texts)), *numbered, ContentEncoder(tokenizer).checksum)
+    repositories, languages = ((tuple(n.tolist()), i.astype(np.int32)) for n, i in (repositories, languages))
+    return TokenCorpus(rows, np.arange(len(texts)), *repositories, *languages, ContentEncoder(tokenizer).checksum)

@@ -17,10 +17,8 @@ HALF = 10_000
 
 def corpus(lengths, repositories, languages, tokens=0, fingerprint=""):
     """Texts of given lengths; all tokens of a text are its one entry of `tokens`."""
-    rows = TokenRows(
-        np.repeat(np.zeros(len(lengths), int) + tokens, lengths).astype(np.uint16),
-        np.concatenate([[0], np.cumsum(lengths)]),
-    )
+    tokens = np.repeat(np.zeros(len(lengths), int) + tokens, lengths).astype(np.uint16)
+    rows = TokenRows(tokens, np.concatenate([[0], np.cumsum(lengths)]))
     names = tuple(f"repo{i}" for i in range(max(repositories) + 1))
     repositories, languages = np.array(repositories, np.int32), np.array(languages, np.int32)
     return TokenCorpus(rows, np.arange(len(lengths)), names, repositories, tuple("abc"), languages, fingerprint)

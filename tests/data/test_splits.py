@@ -114,9 +114,8 @@ def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(t
 def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_keep_theirs(tmp_path):
     path = write_rows(tmp_path)["triplets"]
     # The hard negative of each row is the code of another one.
-    rewrite(
-        tmp_path / "triplets.jsonl", lambda i, _: {"worse": f"def f{(i + 7) % 60}(x):\n    return x + {(i + 7) % 60}"}
-    )
+    worse = "def f{0}(x):\n    return x + {0}".format
+    rewrite(tmp_path / "triplets.jsonl", lambda i, _: {"worse": worse((i + 7) % 60)})
     data = prepare({"triplets": {"source": path, "columns": {"negative": "worse"}}}, tmp_path / "data")
     held_out = {code_key(text.snippets[0].code) for text in data.held_out}
     negatives = {code_key(text.negative.code) for text in data.train}

@@ -21,19 +21,14 @@ from modular_star_encoder.inference.profile import ProfilePlan, profile_to_file
 from tests.errors import raises
 from tests.tiny import REPOSITORY, cache_repository, save_tiny_checkpoint, tiny_batch, tiny_model
 
-SHAPES = ((1, 128), (8, 128))
-
-
-def measurement(exit_layer, batch_size, length, memory):
-    latency = 5.0 * exit_layer * batch_size
-    return Measurement(batch_size, length, 2e6, latency / 2, latency, 1.0, 128.0, memory, 30)
-
 
 def made_up_profile(quality=None, memory=True):
     """Exits 4, 9 and 18: 20, 45 and 90 ms at the 95th percentile for one text, 400, 900 and 1800 MB."""
     exits = {}
     for k in (4, 9, 18):
-        measurements = tuple(measurement(k, *shape, 100.0 * k if memory else None) for shape in SHAPES)
+        times = [(size, 2.5 * k * size, 5.0 * k * size) for size in (1, 8)]
+        rest = (1.0, 128.0, 100.0 * k if memory else None, 30)
+        measurements = tuple(Measurement(size, 128, 2e6, half, most, *rest) for size, half, most in times)
         exits[k] = ProfiledExit(k * 1000, k * 0.004, measurements)
     machine = {"processor": "made up", "cores": 2, "threads": 2, "memory_gb": 8.0}
     profile = ExitProfile(exits, "cpu", "float32", "sdpa", "0123", 300.0, machine, {"torch": "2.13.0"}, "2026-11-21")

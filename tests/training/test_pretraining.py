@@ -136,16 +136,12 @@ def test_five_repositories_are_enough_whatever_share_is_held_out_and_both_parts_
         assert any("the fewest that give pairs" in line for line in printed) == (share < 0.5)
 
 
-def test_training_continues_from_weights_with_their_tokenizer(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "first", "max_steps=2")
-    model = tmp_path / "first" / "model"
-    run(recipe_file, tmp_path / "second", "max_steps=2", f"model={model}")
-    assert (tmp_path / "second/model/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
-    assert not (tmp_path / "second" / "tokenizer").exists()
-
-
-def test_a_named_tokenizer_may_have_fewer_tokens_than_the_model(recipe_file, tmp_path):
+def test_weights_keep_their_tokenizer_and_a_named_one_may_have_fewer_tokens_than_the_model(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "first", "max_steps=1")
+    model = tmp_path / "first" / "model"
+    run(recipe_file, tmp_path / "again", "max_steps=1", f"model={model}")
+    assert (tmp_path / "again/model/tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
+    assert not (tmp_path / "again" / "tokenizer").exists()
     tiny_config(vocab_size=500).save_pretrained(tmp_path / "larger")
     override = f"model={tmp_path / 'larger'}", f"tokenizer={tmp_path / 'first' / 'tokenizer'}"
     log, _ = run(recipe_file, tmp_path / "second", "max_steps=1", *override)

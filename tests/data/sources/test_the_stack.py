@@ -50,10 +50,7 @@ def reader_of(tmp_path, server):
     """Makes a reader of repositories, given as lists of their records."""
 
     def make(*repositories, url=None, threads=4, attempts=3, **options):
-        rows = [
-            {"repo_name": f"owner/r{number}", "num_files": len(files), "files": files}
-            for number, files in enumerate(repositories)
-        ]
+        rows = [{"repo_name": f"owner/r{number}", "files": files} for number, files in enumerate(repositories)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "ids.parquet", row_group_size=3)
         url = url or f"{server.url}/content/{{blob_id}}?signature=secret"
         http = {"concurrency": threads, "attempts": attempts, "pause": 0.001}
