@@ -61,10 +61,8 @@ class PaddingCollator(_Padding):
 class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
 
-    Returns {`query`, `document`, and `negative` or `text` if rows have them: a mapping of tensors}:
-
-    - `input_ids` and `attention_mask`, int64 (B, T), for the B rows with this kind of text, the longest with T tokens;
-    - `teacher`, float32 (B, D), the teacher's vectors of these texts, if rows have them (`query_teacher`, …, (D,)).
+    For `query`, `document`, `negative` and `text` (unpaired texts), as far as rows have them, it returns a mapping of
+    `input_ids` and `attention_mask`, int64 (B, T), and of `teacher`, the teacher's vectors (B, D), if rows have them.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -89,14 +87,10 @@ class ClassificationCollator(_Padding):
 class PackingCollator:
     """Packs rows of `InContextPairs` one after another, without padding; the losses are the same as with padding.
 
-    Returns, for P rows of N tokens in total, inputs of `ModularStarEncoderForPreTraining` for any attention backend:
-
-    - `input_ids`, `position_ids` (from 0 in every row) and `labels`, int64 (1, N);
-    - `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor under two names: the bounds of the rows, int32 (P + 1,);
-    - `max_length_q` and `max_length_k`, the number of tokens of the longest row, as an int;
-    - `icc_labels`, int64 (P,).
-
-    The batch can't be divided: train without accelerate's `split_batches` and `dispatch_batches`.
+    Returns inputs of `ModularStarEncoderForPreTraining` for P rows of N tokens in total: `input_ids`, `position_ids`
+    (from 0 in every row) and `labels`, int64 (1, N); `icc_labels`, int64 (P,); `cu_seq_lens_q` and `cu_seq_lens_k`, the
+    bounds of the rows, int32 (P + 1,); `max_length_q` and `max_length_k`, the longest row, as an int. The batch can't
+    be divided: train without accelerate's `split_batches` and `dispatch_batches`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,7 +1,6 @@
-"""Extracts documented functions from a corpus: (description, code) rows, filtered by CodeSearchNet's rules.
+"""Extracts documented functions from a corpus: (description, code) rows, filtered by the rules of CodeSearchNet.
 
-The docstring is removed from the code: otherwise even BM25 would find the code by the words of its description. The
-rules are in section 2 of arXiv 1909.09436.
+Docstrings are removed from code: otherwise even BM25 would find it (section 2 of arXiv 1909.09436).
 """
 
 import hashlib

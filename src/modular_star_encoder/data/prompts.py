@@ -40,10 +40,7 @@ def text_prompt(*, instructions: bool = True) -> str:
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """Return {name: prompt} for `SentenceTransformer(prompts=…)`; without `instructions`, all prompts are empty.
-
-    The names are `"query"`, `"document"` for code of any language, and `"document_python"` and so on for `LANGUAGES`.
-    """
+    """Return prompts by name for `SentenceTransformer(prompts=…)`: query, document, document_python and so on."""
     by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
     document = code_prompt(instructions=instructions)
     return {"query": text_prompt(instructions=instructions), "document": document, **by_language}

@@ -242,12 +242,9 @@ def _digest(key: str) -> bytes:
 class PairGroups:
     """The groups of `same_content_groups`, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
 
-    Attributes:
-        of_rows: the group of each row, int64 (rows,).
-        negatives: result of `groups_of_negatives`.
-        numbers: {kind: the groups that can give pairs of this kind, int64 (groups,)}.
-        rows: {kind: for each group in `numbers[kind]`, a list of its rows that can give pairs of this kind}.
-        counts: {kind: the number of groups in `numbers[kind]`}.
+    `of_rows` is the group of each row, int64 (rows,); `negatives` is the result of `groups_of_negatives`. For each
+    kind, `numbers` has its groups, int64 (groups,), `rows` a list of rows for each group, and `counts` the number of
+    groups.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:

@@ -1,4 +1,4 @@
-"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
+"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the tokens of `prompts.py`.
 
 A tokenizer makes a special token of the characters `<sep>`. Encode code and texts of users with `encode_content`.
 """
@@ -147,10 +147,7 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts without template, truncation and special tokens: `<sep>` in a text becomes ordinary tokens.
-
-    `checksum` is a hash of everything that decides the ids, so not of template and padding.
-    """
+    """Encodes texts without template, truncation and special tokens; `checksum` is a hash of what decides the ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)

@@ -1,7 +1,4 @@
-"""Serve the demo page, by default only to this machine, and the indexed files that its search results link to.
-
-Browsers open no `file://` link on a page that came over HTTP. The page loads nothing from other servers.
-"""
+"""Serve the demo page, by default only to this machine, and the indexed files that its search results link to."""
 
 from __future__ import annotations
 
@@ -14,8 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from html import escape
-from importlib.resources import files
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -266,4 +262,4 @@ def _page_address(path: str, first: int, last: int = 0) -> str:
 
 
 def _css(name: str) -> str:
-    return files("modular_star_encoder.demo").joinpath(name).read_text(encoding="utf-8")
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -57,8 +57,7 @@ _INDENT = "    "
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
     """Return a text with a line for each hit (path, line number, bar, score, name) and the first `lines` of its code.
 
-    A full bar is the best hit's score or, with the method `vector`, a score of 1. Lines are cut to `width`. With
-    `explain`, each hit also has the number that each ranking rule adds to its score.
+    A full bar is the best hit's score, or 1 with the method `vector`. `explain` shows what each rule adds.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []

@@ -416,11 +416,7 @@ def check_search(
     """Return the filter for `languages` and `path`. Raise UserError if an argument of `CodeIndex.search` is invalid."""
     key = fault = ""
     _check_number("top_k", top_k, 1)
-    if (
-        isinstance(questions, str)
-        or not questions
-        or not all(isinstance(one, str) and one.strip() for one in questions)
-    ):
+    if isinstance(questions, str) or not all(isinstance(one, str) and one.strip() for one in questions or [""]):
         key, fault = "questions", "`questions` must be a list of one or more texts that are not blank."
     elif broken := [one for one in questions if one.encode(errors="replace").decode() != one]:
         key, fault = "questions", f"The question {broken[0]!a} must be Unicode text, without lone surrogates."

@@ -100,9 +100,8 @@ class LocalStore:
             try:
                 yield
             except BaseException:
-                if (
-                    self._is_new and self._is_in_place() and not self._read()["segments"]
-                ):  # the disk was full before the first rows
+                # The disk may have been full before the first rows.
+                if self._is_new and self._is_in_place() and not self._read()["segments"]:
                     for name in (MANIFEST, ".gitignore"):
                         (self.folder / name).unlink(missing_ok=True)
                     self._remove_other_segments(())

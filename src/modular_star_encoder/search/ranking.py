@@ -203,10 +203,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return `weight` × standardised similarities + (1 - `weight`) × standardised BM25 scores `words`, less the median.
-
-    Negative results become 0. Without similarities, return `words`.
-    """
+    """Return standardised similarities and BM25 scores, weighted and added, less the median, at least 0; (N,)."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)

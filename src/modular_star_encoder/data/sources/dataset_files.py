@@ -1,7 +1,6 @@
-"""Read source files from data sets with one file per row, or from The Stack v2, which lists files stored elsewhere.
+"""Read source files from data sets with one file per row, or from The Stack v2 (arXiv 2402.19173).
 
-The Stack v2 has one row per repository. The contents of its files are gzip-compressed in the bucket of Software
-Heritage; for bulk access, each user needs an agreement with Software Heritage and Inria (arXiv 2402.19173).
+The Stack v2 lists files that are stored, as gzip, in the bucket of Software Heritage, which grants bulk access.
 """
 
 import re

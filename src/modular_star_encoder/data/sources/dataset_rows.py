@@ -233,11 +233,9 @@ def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
     """Return an iterable, which can be read repeatedly, of the pairs (place, row) of a dataset, in order.
 
-    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read. JSON Lines and CSV are
-    read with all columns. `options` are `config`, `revision` and `data_dir` of a Hub dataset (see `open_rows`).
-
-    In a folder, the files are read whose names begin with `split` (`train-00000.parquet`), or all files if no name
-    begins with train, validation or test. Files that `source` names are read whole.
+    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read. JSON Lines and CSV have
+    all columns. In a folder, only files whose names begin with `split` are read, if one begins with train, validation
+    or test. For `options` see `open_rows`.
     """
     name = _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
