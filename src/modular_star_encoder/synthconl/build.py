@@ -1,6 +1,6 @@
 """Build a dataset from a recipe, stage by stage; a repeated call continues one that was interrupted.
 
-Each stage writes a folder with the name of the stage. The stage is finished if this folder has a `report.json`.
+Each stage writes a folder with its name, and is finished if this folder has a `report.json`.
 """
 
 import json
@@ -106,7 +106,7 @@ class DatasetRecipe:
         max_syntax_error_share: largest share of a translation's bytes that may fail to parse; 1 accepts any syntax.
         near_duplicates: see `NearDuplicateSettings`.
         against: {name of a benchmark: {`source`: file, folder or Hub id, `column`: name}}; rows that are near a text
-            in this column are dropped. Further keys are arguments of `open_dataset_rows`.
+            in this column are dropped.
         validation_rows: number of rows to hold out for validation, in whole repositories; at most a fifth of all rows.
         max_repository_share: a repository with a larger share of all rows is held out only if all smaller repositories
             together have too few rows.
@@ -153,10 +153,8 @@ class DatasetRecipe:
 def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Build a dataset, or continue an interrupted build with the same recipe; return the dataset's folder.
 
-    A repeated call repeats no finished stage, loses or duplicates no row, and requests only missing translations. One
-    process at a time can build in a folder. `out` is new, empty, or left by an earlier call with the same settings. It
-    gets a folder for each of `STAGES`; the last, `out/dataset`, has parquet files in `data`, `statistics.json` and a
-    card.
+    A repeated call repeats no finished stage, loses or duplicates no row, and requests only missing translations. `out`
+    gets a folder for each of `STAGES`; the last, `dataset`, has parquet files in `data`, `statistics.json` and a card.
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _read_log(build)

@@ -1,8 +1,7 @@
 """Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
-`fetch_packages` downloads packages with the clients of the registries (apt, npm, pip). `build_corpus` extracts pairs.
-`check_corpus` finds texts that are near a text of an evaluation set. A repeated call continues an interrupted one. One
-process at a time works in a folder. Equal packages give an equal corpus.
+A repeated call continues an interrupted one. One process at a time works in a folder. Equal packages give an equal
+corpus.
 """
 
 import gzip
@@ -86,10 +85,7 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
 
 
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
-    """Download the packages that `out` lacks, each to its own folder in `out`; return {outcome: packages}.
-
-    An outcome is "fetched", "fetched before" (by an earlier call), or the reason why packages can't be downloaded.
-    """
+    """Download packages to folders in `out`; return {"fetched", "fetched before" or a fault: packages}."""
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
     options: Row = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _FETCH_SECONDS, "check": True}
     with locked(Path(out)):
@@ -114,10 +110,9 @@ def build_corpus(
 ) -> Row:
     """Extract a corpus from the packages that `fetch_packages` downloaded to `source`; return `stats.json`.
 
-    `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`. `pairs_valid.jsonl.gz` has
-    the same columns for other packages, for validation. `texts.jsonl.gz` has the functions without a usable
-    description: `package`, `language`, `kind` ("code"), `text`. A package with a file in `out/packages` is not read
-    again. With 0 or 1 `processes`, a file that crashes the parser ends the build.
+    `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`, `pairs_valid.jsonl.gz` those
+    of other packages, for validation, and `texts.jsonl.gz` the functions without a usable description: `package`,
+    `language`, `kind` ("code"), `text`. A package with a file in `out/packages` is not read again.
     """
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
@@ -336,11 +331,7 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of `build_corpus`'s files whose letters and digits equal, or nearly equal, an evaluation text.
-
-    Return (report, lines): the numbers of rows and of found texts in each file; the file, row, package and evaluation
-    set of each found text. The folder `drop`, if given, gets copies without the rows that are found.
-    """
+    """Find the texts of a corpus that are near evaluation texts; return (a report with numbers by file, lines)."""
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []
@@ -363,7 +354,7 @@ def check_corpus(
 
     for path in map(Path, files):
         counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
-        if drop:
+        if drop:  # the folder for copies without the rows that are found
             _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others(path, counts, digest))
         else:
             deque(others(path, counts, digest), maxlen=0)

@@ -40,11 +40,7 @@ Row = dict[str, str | None]
 
 
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
-    """Open one corpus: return a reader of source files or, for CodeSearchNet, its rows as (place, row).
-
-    `corpus` has the settings of `open_corpus`, or the key `codesearchnet` with a source for `open_dataset_rows`, and
-    further arguments of that function.
-    """
+    """Open a corpus by the settings of `open_corpus`, or for `codesearchnet` the rows of `open_dataset_rows`."""
     if "codesearchnet" in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop("codesearchnet"), _CODESEARCHNET_COLUMNS, **options)
@@ -61,10 +57,7 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield the documented functions of corpora (see `open_source`) as rows with the columns of `FUNCTION_SCHEMA`.
-
-    `counts` gets the numbers of rows or files read, of functions kept, and of functions dropped for each reason.
-    """
+    """Yield documented functions of corpora as rows with the columns of `FUNCTION_SCHEMA`; count rows and reasons."""
     seen: set[bytes] = set()
     for corpus in corpora:
         source = open_source(corpus, languages)
@@ -179,14 +172,13 @@ def clean_translation(
     source: str,
     source_language: str,
     target_language: str,
-    max_error_share: float = MAX_SYNTAX_ERROR_SHARE,
+    max_error_share: float = MAX_SYNTAX_ERROR_SHARE,  # of the code's bytes; 1: syntax is not checked
 ) -> Translation:
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
     The code is the answer's code block; of several blocks, the longest in the target language. If there is no block, or
     the whole answer parses as a function, the code is the answer without the sentences before and after the code. It is
-    accepted if it contains a function and parses as the target language. At most `max_error_share` of its bytes may
-    have syntax errors, if it does not parse as the source language. With a share of 1, syntax is not checked.
+    accepted if it contains a function and parses as the target language.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
@@ -217,9 +209,8 @@ def clean_translation(
 def code_blocks(text: str) -> list[tuple[str, str]]:
     """Return (tag in lower case, code) for each fenced code block in a Markdown text.
 
-    A fence that is indented further than the block's opening fence belongs to the code. A block without a closing fence
-    ends at the next opening fence that is not indented further, or at the end of the text. If its code contains an odd
-    number of fences, the last of them ends the code.
+    A fence that is indented further than the opening fence belongs to the code. A block without a closing fence ends at
+    the next opening fence or the end of the text; if it has an odd number of fences, at the last of them.
     """
     blocks: list[tuple[str, str]] = []
     opening, start, lines = None, 0, text.split("\n")

@@ -1,8 +1,7 @@
 """Drop near-duplicate rows of parquet files; a repeated call continues one that was interrupted.
 
-A call writes to the folder `WORK` a file of fingerprints for each file of rows, then the files of kept rows to the
-output folder, and last the report. A file gets its name once it is complete. The fingerprints alone decide which rows
-are kept, so a repeated call keeps the same rows.
+A call writes a file of fingerprints for each file of rows to `WORK`, then files of kept rows, and last the report. A
+file gets its name once it is complete. The fingerprints alone decide, so a repeated call keeps the same rows.
 """
 
 import json
@@ -41,23 +40,17 @@ def drop_near_duplicates(
     out: str | os.PathLike[str],
     *,
     columns: Sequence[str],
-    id_column: str | None = None,
-    against: Mapping[str, Iterable[str | None]] | None = None,
+    id_column: str | None = None,  # of near-duplicates, the row with the smallest id, or else the first, is kept
+    against: Mapping[str, Iterable[str | None]] | None = None,  # see `find_near_duplicates`
     settings: DuplicateSettings | None = None,
-    share: tuple[int, int] | None = None,
+    share: tuple[int, int] | None = None,  # (i, n): only fingerprint the files i, i + n, i + 2n, …, and return {}
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Copy parquet files without near-duplicate rows; the copies have the same names. A repeated call continues.
+    """Copy parquet files without near-duplicate rows; return the content of `report.json`. A repeated call continues.
 
     `dropped.jsonl` in `out` gets a line for each dropped row with `id`, `reason`, `cluster` (the smallest id in its
-    cluster of near-duplicates), `nearest` and `similarity`. `nearest` is the id of the most similar row, or the number,
-    from 0, of the similar text in a set of `against` (see `find_near_duplicates`). The job needs a few hundred bytes of
-    memory per row and column and, while it runs, disk space for a copy of the texts.
-
-    Of near-duplicates, the row with the smallest id in `id_column` (unique texts or integers) is kept; without
-    `id_column`, the first row. With `share=(i, n)`, the call only fingerprints the files i, i + n, i + 2n, …, which
-    takes most of the time, and returns {}; so n processes or machines may share it. Otherwise the content of
-    `report.json` is returned.
+    cluster), `nearest` (the most similar row's id, or the number of the similar text in a set of `against`) and
+    `similarity`. The job needs a few hundred bytes of memory per row and column.
     """
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
@@ -159,10 +152,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write the missing files of fingerprints, one per shard; return each column's fingerprints, memory-mapped.
-
-    A file is in Arrow's IPC format, with its SHA-256 appended.
-    """
+    """Write the missing files of fingerprints, in Arrow's IPC format with a SHA-256 at the end; return all, mapped."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

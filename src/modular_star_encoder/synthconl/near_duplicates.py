@@ -218,19 +218,14 @@ class NearDuplicates:
 
 
 def find_near_duplicates(
-    columns: Sequence[Sequence[pa.StructArray]],
+    columns: Sequence[Sequence[pa.StructArray]],  # for each column, the `fingerprint` of all its parts
     settings: DuplicateSettings,
     *,
-    order: np.ndarray | None = None,
-    against: Mapping[str, Sequence[str | None]] | None = None,
+    order: np.ndarray | None = None,  # positions of the rows, sorted by id, int64 (n,); the smallest id is kept
+    against: Mapping[str, Sequence[str | None]] | None = None,  # {name of a set: texts}; rows near one are dropped
     progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among n rows with one or more columns of text. Two blank rows are not near-duplicates.
-
-    `columns` has the results of `fingerprint` for all parts of each column. `order`, int64 (n,), has the positions of
-    the rows, sorted by id. `against` is {name of a set: its texts}: a row is dropped if the text in any of its columns
-    is near one of these. Whole texts are compared: a long text is not near a short text that it contains.
-    """
+    """Find the near-duplicates among n rows of whole texts, in one or more columns. Two blank rows are not near."""
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
     order = np.arange(len(digests[0])) if order is None else order
@@ -305,8 +300,8 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return (pairs of rows with the same key in a band, largest bucket, most rows in a band with too large buckets).
 
-    In a band, the bucket of a row is the rows of `others` with the row's key; if `others` is `column`, only those
-    before the row. Each row is paired with the first `limit` rows of its bucket.
+    In a band, a row's bucket is the rows of `others` with its key; in its own column, those before it. The row is
+    paired with the first `limit` of them.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0

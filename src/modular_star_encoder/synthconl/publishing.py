@@ -102,18 +102,14 @@ def size_category(rows: int) -> str:
 
 def dataset_card(
     *,
-    settings: Mapping[str, Mapping[str, Any]],
-    reports: Mapping[str, Mapping[str, Any]],
-    splits: Mapping[str, Mapping[str, int]],
+    settings: Mapping[str, Mapping[str, Any]],  # {stage: settings}
+    reports: Mapping[str, Mapping[str, Any]],  # {stage: report}
+    splits: Mapping[str, Mapping[str, int]],  # {split: {"rows": number, "repositories": number}}
     statistics: DatasetStatistics,
-    licenses: Mapping[str, int],
+    licenses: Mapping[str, int],  # {licence: number of rows}
     versions: Mapping[str, str],
 ) -> str:
-    """Return the text of a dataset's card: YAML metadata and Markdown.
-
-    `settings` is {stage: settings}, `reports` {stage: report}, `splits` {split: {"rows": number, "repositories":
-    number}}, and `licenses` {licence: number of rows}.
-    """
+    """Return the text of a dataset's card: YAML metadata and Markdown."""
     rows = sum(split["rows"] for split in splits.values())
     card, translations = settings["dataset"]["card"], settings["translations"]
     of_license = ("license_name", "license_link") if card["license"] == "other" else ()
@@ -194,11 +190,7 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a built dataset with its card to the Hub, or only list the files if `upload` is false.
-
-    `folder` is what `build_dataset` returned, or its `out`. If the Hub has no dataset `repository` (owner/name), it is
-    created. Before anything is sent, UserError if the dataset isn't finished or a file is not as the build wrote it.
-    """
+    """Upload a built dataset with its card to the Hub, or only list its files; if one is wrong, nothing is sent."""
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]

@@ -1,7 +1,6 @@
-"""Translate functions with a language model: one prompt and one answer for each function.
+"""Translate functions with a language model behind a server with OpenAI's chat protocol.
 
-Any server with OpenAI's chat protocol may run the model. A repeated call continues an interrupted one. Each completion
-has the id of a row, and is matched to the row by this id, never by text or position.
+A repeated call continues an interrupted one. A completion is matched to its row by id, never by text or position.
 """
 
 import hashlib
@@ -70,17 +69,6 @@ class OpenAIBackend:
 
     A request that fails temporarily is sent again (see `HTTPClient`). An error that all requests would meet, such as a
     wrong key, ends `complete`. Protocol: OpenAI's API reference, `POST /chat/completions`.
-
-    Args:
-        model: Name of the model on the server.
-        revision: Revision of the model. It is not sent, only shown in the dataset's card.
-        max_tokens: Largest number of tokens of an answer.
-        base_url: Address of the API, such as `http://127.0.0.1:8000/v1`.
-        api_key_variable: Name of the environment variable with the API key; None if the server needs no key. It begins
-            with `MOSE_`, so that a recipe from somebody else can't send another secret to its server.
-        concurrency, attempts, pause, timeout: See `HTTPClient`.
-        body: Fields to add to or replace in the body of every request, such as `{"repetition_penalty": 1.0}`. A field
-            with the value None is not sent.
     """
 
     @validate_call
@@ -90,13 +78,14 @@ class OpenAIBackend:
         max_tokens: int,
         *,
         base_url: str,
-        revision: str | None = None,
+        revision: str | None = None,  # not sent, only shown in the dataset's card
+        # Begins with MOSE_, so that a recipe from somebody else can't send another secret to its server.
         api_key_variable: str | None = None,
         concurrency: Annotated[Count, Constraint(le=1000)] = 16,
         attempts: Annotated[Count, Constraint(le=100)] = 6,
         pause: NonNegative = 1.0,
         timeout: Positive = 300.0,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,  # fields to add to or replace in each request; None: not sent
     ) -> None:
         key, fault = "", ""
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
@@ -122,8 +111,7 @@ class OpenAIBackend:
     def complete(self, requests: Iterable[CompletionRequest]) -> Generator[Completion]:
         """Yield one completion for each request, in the order in which the answers arrive.
 
-        At most `concurrency` requests are pending; a killed process loses only the answers to these. Before a UserError
-        (wrong key, no server), the completions of the other pending requests are yielded.
+        A killed process loses at most `concurrency` answers. Before a UserError, all other pending answers are yielded.
         """
         failure: UserError | None = None
         asked: dict[Future[Response], CompletionRequest] = {}
@@ -276,9 +264,8 @@ def translate(
 ) -> dict[str, Any]:
     """Ask a model to translate the functions that have no answer in `out` yet; return a report on all calls.
 
-    `functions` is a folder that `write_rows` wrote, with the columns `id`, `language1_CSN` and `func1_CSN`. For each of
-    its files, the existing folder `out` gets a file of completions. All calls for one `out` must have the same
-    `settings` and `seed`; this is not checked. After a UserError, earlier answers are kept.
+    `functions` is a folder that `write_rows` wrote. For each of its files, the existing folder `out` gets a file of
+    completions. All calls for one `out` must have the same `settings` and `seed`; this is not checked.
     """
     backend = settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
