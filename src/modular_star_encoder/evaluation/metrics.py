@@ -1,8 +1,7 @@
 """Rank documents by scores; compute metrics of rankings and of yes/no decisions, with intervals and tests.
 
 Scores are compared as float32. Among documents with equal scores, relevant documents come last, so a retriever that
-gives every document the same score gets the worst value. Metrics are computed from ranks, or from outcomes such as
-"false positive", so no value depends on the size of the blocks in which scores are computed.
+gives every document the same score gets the worst value. No value depends on the size of blocks of scores.
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """In each pool of a task, rank the documents for each query, by the scores that `scores(pool)` returns.
-
-    Returns the `Ranking` for all Q queries, ordered by pool, and the row number (Q,) of each query in the task.
-    """
+    """Rank each pool's documents by `scores(pool)`; return the ranks, and the task's row number (Q,) of each query."""
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)
@@ -55,9 +51,8 @@ def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ra
 def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = False) -> Ranking:
     """Return the ranks of each query's relevant documents among all documents, by the scores (Q, D).
 
-    A document's rank is its place (1, 2, …) among the relevant documents, plus the number of irrelevant documents with
-    the same or a higher score. With `exclude_self`, document i is not ranked for query i. Only one block of scores is
-    in memory at a time. UserError if a query has no relevant document, or a score is NaN.
+    A rank is the place (1, 2, …) among the relevant documents, plus the number of irrelevant documents with the same or
+    a higher score. With `exclude_self`, document i is not ranked for query i.
     """
     counts = np.bincount(judgements.query, minlength=scores.shape[0])
     if not counts.all():
@@ -165,10 +160,7 @@ def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return the F1 of class 1, float64 (…), from `counts` (…, 4), the numbers of the four outcomes.
-
-    F1 is 0 if all labels and decisions are 0.
-    """
+    """Return the F1 of class 1, float64 (…), from the numbers of the four outcomes (…, 4); 0 if it is undefined."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -176,10 +168,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the highest threshold for which the decisions `scores >= threshold` have the best F1.
-
-    `scores` (N,) are compared as float32; `labels` (N,) are 0 or 1, and at least one is 1.
-    """
+    """Return the highest threshold for which the decisions `scores >= threshold`, float32, have the best F1."""
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
     order = np.argsort(-scores, kind="stable")
@@ -203,10 +192,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000)
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """Return (low, high), the 95 % percentile bootstrap interval of F1, for the outcomes (N,) of N pairs.
-
-    Instead of N pairs, a resample draws the numbers of the four outcomes, from a multinomial distribution.
-    """
+    """Return (low, high), the 95 % bootstrap interval of F1 for outcomes (N,), by draws of their four numbers."""
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
     return _percentiles(f1(draws))
@@ -215,9 +201,7 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 
 def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
     """Return the two-sided p-value of a paired permutation test whether `differences` (Q,) have mean 0.
 
-    A difference is one retriever's value for a query minus another retriever's. If both retrievers are equally good,
-    either sign of a difference is equally likely, so a resample draws the signs. The observed signs count as one more
-    resample, so the p-value is never 0 (Phipson & Smyth 2010).
+    A resample draws the signs. The observed signs count as one more, so p is never 0 (Phipson & Smyth 2010).
     """
     moved = differences[differences != 0]
     if not len(moved):
@@ -232,11 +216,10 @@ def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10
 
 
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
-    """Return the two-sided p-value of a paired permutation test of whether two retrievers have equal F1.
+    """Return the two-sided p-value of a paired permutation test of whether two retrievers' outcomes (N,) have equal F1.
 
-    `first` and `second` (N,) are the outcomes of the first and of the second retriever for the same N pairs. A resample
-    swaps the two outcomes of randomly chosen pairs. Entry (i, j) of a 4 × 4 table is the number of pairs with outcomes
-    i and j; a swap moves a pair to entry (j, i). A resample is therefore one binomial draw per entry.
+    A resample swaps the two outcomes of randomly chosen pairs. Entry (i, j) of a 4 × 4 table is the number of pairs
+    with outcomes i and j; a swap moves a pair to entry (j, i). A resample is therefore one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -250,9 +233,8 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
 
-    `values` has a dict {query: value} for each task. A query of several tasks, such as an exercise in many languages,
-    has one value, so a resample draws the query with all its tasks. The value is M + Q × t: M is the mean of the tasks'
-    means, t is the query's term in `shares` of (value - mean of the task). All tasks have the same weight.
+    `values` has a dict {query: value} for each task. A query of several tasks has one value: M + Q × t, where M is the
+    mean of the tasks' means, and t the query's term in `shares` of (value - mean of the task).
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
@@ -261,10 +243,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one term (Q,) per query. The sum of all terms is the mean, over the tasks, of the tasks' mean differences.
-
-    `differences` has a dict {query: difference} for each task. A query of several tasks has one term for all of them.
-    """
+    """Return one term per query of dicts {query: difference}, one per task; their sum is the tasks' mean difference."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():
@@ -273,7 +252,7 @@ def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def _chunks(resamples: int, size: int) -> Iterator[tuple[int, int]]:
-    """Split `resamples` rows of `size` draws into chunks that fit into memory; yield the shape (rows, size) of each."""
+    """Yield the shapes of chunks, which fit into memory, of `resamples` rows with `size` draws."""
     rows = max(1, _DRAWS_PER_CHUNK // size)
     for start in range(0, resamples, rows):
         yield min(rows, resamples - start), size

@@ -1,10 +1,7 @@
 """Evaluate the exits of a checkpoint with mteb (extra `mteb`), on CoIR, MTEB(Code) or other tasks of mteb.
 
-mteb computes the metrics by its own protocol, which orders documents with equal scores arbitrarily. For mteb, exit k is
-a model with the name `{owner}/{model}-exit-{k}`, so each exit has separate result files. The model's revision is a
-checksum of the weights, so a checkpoint gets new results after further training.
-
-mteb downloads datasets that are not in its local cache. Tasks made by `local_task` from your rows need no network.
+For mteb, exit k is a model named `{owner}/{model}-exit-{k}`, with a checksum of the weights as revision, so each exit
+has result files of its own. mteb orders documents with equal scores arbitrarily, and downloads missing datasets.
 """
 
 from __future__ import annotations
@@ -54,12 +51,8 @@ TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
 class MtebExitEncoder(AbsEncoder):
     """Embeds texts at one exit of a model; implements mteb's interface of encoders.
 
-    `TASK_SIDES` says which queries and documents are code and which are prose; code and prose get their published
-    prompts. Texts of symmetric tasks get no prompt. The first call embeds a text at all of `exit_layers` in one pass.
-    The cache of `retriever` keeps these embeddings, because mteb asks for one exit after the other.
-
-    `prompts`, {key: prefix}, replaces published prompts. mteb looks for the keys `{task}-{side}`, `{task}`,
-    `{task type}-{side}`, `{task type}` and `{side}` in this order; `{side}` is `query` or `document`.
+    Code and prose (see `TASK_SIDES`) get their published prompts, texts of symmetric tasks none. The first call embeds
+    a text at all of `exit_layers` in one pass, for `retriever`'s cache, because mteb asks for one exit after the other.
     """
 
     mteb_model_meta: ModelMeta
@@ -70,7 +63,7 @@ class MtebExitEncoder(AbsEncoder):
         exit_layer: int,
         exit_layers: Sequence[int],
         meta: ModelMeta,
-        prompts: Mapping[str, str] | None = None,
+        prompts: Mapping[str, str] | None = None,  # {mteb's key, such as `{task}-query`: prefix}, if not as published
     ) -> None:
         self.retriever, self.exit_layer, self.exit_layers = retriever, exit_layer, exit_layers
         self.mteb_model_meta, self.prompts = meta, dict(prompts or {})
@@ -78,10 +71,7 @@ class MtebExitEncoder(AbsEncoder):
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of the N texts in all batches of `inputs`.
-
-        Of mteb's `options`, only `prompt_type` and `show_progress_bar` are used.
-        """
+        """Return the embeddings (N, D) float32 of the N texts in all batches of `inputs`."""
         prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
         texts = [(prompt, text) for batch in inputs for text in batch["text"]]
         self.retriever.embed(texts, self.exit_layers, progress=options.get("show_progress_bar", True))
@@ -100,31 +90,20 @@ class MtebExitEncoder(AbsEncoder):
 
 def run_mteb(
     checkpoint: str | os.PathLike[str],
-    tasks: str | AbsTask | Iterable[str | AbsTask],
-    exit_layers: Sequence[int] | None = None,
+    tasks: str | AbsTask | Iterable[str | AbsTask],  # tasks or their names, or names of benchmarks, such as "CoIR"
+    exit_layers: Sequence[int] | None = None,  # None: all exits of the checkpoint
     out: str | os.PathLike[str] = "runs/mteb",
     *,
-    model_name: str | None = None,
-    prompts: Mapping[str, str] | None = None,
-    overwrite: bool = False,
+    model_name: str | None = None,  # `owner/model` in the results; by default the Hub id, or `local/{folder}`
+    prompts: Mapping[str, str] | None = None,  # in place of published prompts; see `MtebExitEncoder`
+    overwrite: bool = False,  # whether to evaluate again if results exist
     progress: bool = True,
     **encode_options: Any,
 ) -> dict[int, dict[str, float]]:
     """Evaluate exits of a checkpoint on tasks of mteb; return {exit_layer: {task: main score from 0 to 1}}.
 
-    Existing results for the same weights and data are kept, so an interrupted run continues where it stopped. UserError
-    if mteb lacks a task, `model_name` has no owner, or the checkpoint lacks an exit.
-
-    Args:
-        checkpoint: folder or Hub id.
-        tasks: names of tasks (`"CosQA"`) or benchmarks (`"CoIR"`, `"MTEB(Code, v1)"`), or task objects.
-        exit_layers: exits to evaluate; all exits of the checkpoint if None.
-        out: folder for mteb's result files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, and for a
-            folder `embeddings`, a cache that you may delete.
-        model_name: `owner/model` in the results; by default the Hub id, or `local/{folder}`.
-        prompts: {key: prefix} in place of published prompts; see `MtebExitEncoder`.
-        overwrite: whether to evaluate again if results exist.
-        encode_options: the options max_length, tokens_per_batch and dtype of `encode_exits`.
+    `out` gets mteb's files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, which a repeated call keeps,
+    and a cache `embeddings`. `encode_options` are those of `encode_exits`: max_length, tokens_per_batch and dtype.
     """
     chosen, out = _resolve_tasks(tasks), Path(out).expanduser()
     path = resolve_checkpoint(checkpoint)
@@ -178,10 +157,7 @@ def _model_meta(
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return the named tasks, with each benchmark replaced by its tasks, each task once.
-
-    UserError if a name is unknown or no task is given.
-    """
+    """Return the named tasks, with each benchmark replaced by its tasks, each task once."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
@@ -202,11 +178,7 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """Make an mteb task of text → code retrieval from (description, code, language) rows.
-
-    Of several rows with the same description or the same code, only the first is kept; otherwise a right answer would
-    count as irrelevant. `name` is the name of the task and of the result files. UserError if fewer than 2 rows remain.
-    """
+    """Make an mteb task of text → code from (description, code, language) rows; of equal texts, the first is kept."""
     code_of: dict[str, str] = {}
     codes: set[str] = set()
     for description, code, _ in rows:

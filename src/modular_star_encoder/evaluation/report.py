@@ -133,15 +133,9 @@ def make_report(
     results: Sequence[TaskResult],
     command: str = "",
     checksum: str | None = None,
-    before: str | None = None,
+    before: str | None = None,  # name of a model: exits are compared with its exits, not with the first's deepest exit
 ) -> Report:
-    """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`.
-
-    Each row of a table is compared with the table's reference row: the deepest exit of the first retriever with exits,
-    or, if no retriever has exits, the first row. `before` is the name of a retriever, such as a model before training.
-    If `before` is given, exit k of every other retriever is compared with exit k of `before` instead. `command` and
-    `checksum` become the report's (see `Report`).
-    """
+    """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
     tables = [_table(name, [task for task in tasks if task.benchmark == name], results, before) for name in benchmarks]
     return Report(tables, results, command, checksum)
@@ -262,9 +256,8 @@ def _explain(table: Table) -> list[str]:
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
     """Read the tables in a results file, with the rows of the evaluated model and of retrievers without exits.
 
-    Of several embedding sizes at an exit, only the largest is read. `path` is report.json, a file that
-    `mose evaluate --json` wrote, or training_log.json of `mose finetune`. `checkpoint` is the expected checksum of the
-    weights, or empty to accept any. UserError if the file is not a results file, or has another checksum.
+    `path` is a report.json, training_log.json or file of `mose evaluate --json`, `checkpoint` the expected checksum. Of
+    several embedding sizes at an exit, only the largest is read.
     """
     try:
         content = read_json(path)
@@ -282,11 +275,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 
 
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
-    """Read the quality of the evaluated model from a results file: {exit_layer: mean of the main metric}.
-
-    The quality is read from the table of `benchmark`, or from the first table if no table has this name. UserError if
-    the table has no exits. For `path` and `checkpoint` see `read_tables`.
-    """
+    """Read {exit_layer: mean of the main metric} from the table of `benchmark`, or the first (see `read_tables`)."""
     tables = read_tables(path, checkpoint)
     table = next((one for one in tables if one.benchmark == benchmark), tables[0])
     quality = {row.exit_layer: row.mean.value for row in table.rows if row.exit_layer is not None}
@@ -306,11 +295,7 @@ def _evaluated_model(table: Table) -> Table:
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
-    """Write quality_by_depth.png if a retriever has exits, and quality_by_latency.png if it also has an exit profile.
-
-    `profiles` is {retriever: path of its exit profile}; a path that does not exist is ignored. Plots of an earlier run
-    are removed first. UserError if the profiles differ in machine, device, number of threads or batch shape.
-    """
+    """Write quality_by_depth.png of retrievers with exits, and quality_by_latency.png of those with exit profiles."""
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
         path.unlink(missing_ok=True)
@@ -337,9 +322,8 @@ def plot_quality(
 ) -> None:
     """Write a PNG with one panel per table: the main metric of each exit, with its interval, by depth.
 
-    A dashed horizontal line shows each retriever without exits (otherwise as Figure 4 of the paper). If `latencies` is
-    given, {retriever: {exit_layer: milliseconds}} from one machine (see `median_latencies`), exits are plotted by
-    latency, and dashed lines and exits without a latency are left out. UserError if there is no exit to plot.
+    A dashed line shows each retriever without exits. If `latencies` is given, {retriever: {exit_layer: milliseconds}},
+    exits are plotted by latency, and dashed lines and exits without a latency are left out.
     """
     with naming_extra():
         from matplotlib.figure import Figure

@@ -1,12 +1,10 @@
 """Score documents for queries: the interface of retrievers, cosine similarities in blocks, and a cache of embeddings.
 
-A retriever may have several *variants*: the exits of a model, and at each exit the sizes to which embeddings can be
-truncated. One pass over the texts computes all variants for which `run.evaluate_tasks` finds no stored result.
-
-The cosine similarity of two unit vectors is the float64 sum of the products of their components, added in a fixed order
-(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but the order of its sums depends on the
-block size and the library. So a score of the matrix product is kept only if its rounding error cannot change the
-float32 number; all other scores are summed in the fixed order. Equal vectors therefore always have equal scores.
+A retriever's *variants* are the exits of a model and, at each exit, the sizes to which embeddings can be truncated. The
+cosine similarity of two unit vectors is the float64 sum of the products of their components, added in a fixed order
+(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but the order of its sums varies. So its
+score is kept only if its rounding error cannot change the float32 number; other scores are summed in the fixed order.
+Equal vectors therefore always have equal scores.
 """
 
 from __future__ import annotations
@@ -123,7 +121,7 @@ class EmbeddingRetriever(Retriever):
             chunk = wanted[start : start + self.chunk]
             embeddings = self.encoder.encode(chunk, tuple(absent), progress=progress)
             for exit_layer in absent:
-                self.cache.add(self.space(exit_layer), chunk, embeddings[exit_layer])
+                self.cache.add(self.space(exit_layer), chunk, embeddings[exit_layer], self.name)
 
     def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
         """Return the cached embeddings (N, F) of N (prompt, text) pairs at one exit; first call `embed` with them."""
@@ -135,16 +133,12 @@ class EmbeddingRetriever(Retriever):
         return CosineScores(*rows, dimensions=variant.dimensions)
 
     def space(self, exit_layer: int | None) -> str:
-        """Return the name under which the cache stores embeddings of this model at this exit (None: the full model)."""
+        """Return the cache's name for embeddings of this model at this exit (None: the full model)."""
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 
 class CosineScores:
-    """`Scores` (Q, D): cosine similarities of queries (Q, F) and documents (D, F), in float64, rounded to float32.
-
-    A vector of zeros has similarity 0 to all vectors. Embeddings are read in slices, so they may be larger than memory.
-    Each embedding is truncated to its first `dimensions` components (if not None) and scaled to length 1.
-    """
+    """`Scores` (Q, D): cosine similarities of embeddings (Q, F) and (D, F), which may be larger than memory."""
 
     def __init__(
         self, queries: np.ndarray | CachedRows, documents: np.ndarray | CachedRows, dimensions: int | None = None
@@ -205,11 +199,9 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 class EmbeddingCache:
     """Stores embeddings by model, exit, prompt and text, so that each text is embedded only once.
 
-    A *space* has the embeddings of one model at one exit. It is a folder of shards, memory-mapped `.npy` files. A row
-    of a shard has the hash of a (prompt, text) pair and its embedding. Shards are written atomically and never change,
-    so several processes may read and write at once, and a killed job continues with the missing texts. A damaged shard
-    is deleted, and its texts are embedded again. If `folder` is None, shards are in memory. `dtype` is the type of the
-    numbers in new shards: "float32" or, for half the size, "float16".
+    A *space* (one model at one exit) is a folder of shards, memory-mapped `.npy` files with rows (hash of prompt and
+    text, embedding); without a folder, shards are in memory. Shards are written atomically and never change, so several
+    processes may read and write at once. A damaged shard is deleted, and its texts are embedded again.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, dtype: str = "float32") -> None:
@@ -221,21 +213,25 @@ class EmbeddingCache:
         return vars(self) if self.folder is None else vars(self) | {"_spaces": {}}
 
     def missing(self, space: str, texts: Sequence[Prompted]) -> list[Prompted]:
-        """Return the (prompt, text) pairs without an embedding in `space` (one model and exit), in the given order."""
+        """Return the (prompt, text) pairs without an embedding in `space`, in the given order."""
         places = self._space(space).places(texts)
         return [text for text, place in zip(texts, places, strict=True) if place < 0]
 
-    def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray) -> None:
-        """Store the embeddings (N, F) of N (prompt, text) pairs in `space` (one model and exit)."""
+    def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray, model: str = "The model") -> None:
+        """Store the embeddings (N, F) of N (prompt, text) pairs in `space`; errors name the `model`."""
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite
             embeddings = np.ascontiguousarray(embeddings, dtype=self._dtype)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]
+        key = fault = ""
         if embeddings.shape != (len(texts), size):
-            message = f"{len(texts)} texts need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}."
-            raise UserError("evaluation.embeddings.shape", message)
-        if not np.isfinite(embeddings).all():
-            raise UserError("evaluation.embeddings.not_finite", "An embedding is NaN or infinite: check the model.")
+            key, needed = "shape", f"need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}"
+            fault = f"{len(texts)} texts {needed}"
+        elif not np.isfinite(embeddings).all():
+            key = "not_finite"
+            fault = f"{model} computed a vector with NaN or infinity: check its weights or use float32"
+        if key:
+            raise UserError(f"evaluation.embeddings.{key}", f"{fault}.")
         shard = np.empty(len(texts), dtype=[("key", "V32"), ("embedding", self._dtype, (size,))])
         shard["key"], shard["embedding"] = [np.void(_key(text)) for text in texts], embeddings
         if self.folder is not None:
@@ -247,10 +243,7 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the embeddings (N, F) of N (prompt, text) pairs in `space`; a row is read when it is indexed.
-
-        KeyError if a text has no embedding in `space`.
-        """
+        """Return the embeddings (N, F) of N pairs in `space`, read when indexed; KeyError if one is missing."""
         found = self._space(space)
         places = found.places(texts)
         if len(missing := np.flatnonzero(places < 0)):

@@ -1,8 +1,7 @@
 """Evaluate retrievers on benchmarks and report the results.
 
 `mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. If a folder `out` is given, each result is
-stored in a file in `out/cells/`. The name of the file is a hash of everything that the result depends on: texts and
-protocol of the task, weights of the retriever. A repeated run computes only the missing results.
+stored in `out/cells/`, under a hash of all that it depends on, so a repeated run computes only the missing results.
 """
 
 from __future__ import annotations
@@ -40,36 +39,20 @@ LEXICAL: dict[str, Callable[[], Retriever]] = {"bm25": BM25, "tfidf": TfIdf}
 
 
 def run_benchmarks(
-    model: str,
-    benchmarks: Sequence[str],
-    data: str | Path,
-    out: str | Path | None = None,
+    model: str,  # a name for `open_retriever`
+    benchmarks: Sequence[str],  # names in `BENCHMARKS`, or "all"
+    data: str | Path,  # their folder, or "hub" (see `load_benchmark`)
+    out: str | Path | None = None,  # folder for reports, plots, stored results and embeddings
     *,
-    exit_layers: Sequence[int] | None = None,
-    baselines: Sequence[str] | None = None,
-    untrained: bool = False,
-    allow_subset: bool = False,
-    cache: str | Path | None = None,
-    command: str = "",
+    exit_layers: Sequence[int] | None = None,  # of the model; None: all
+    baselines: Sequence[str] | None = None,  # names for `open_retriever`; None: BM25 if `out` is None
+    untrained: bool = False,  # whether to evaluate the model with random weights too
+    allow_subset: bool = False,  # whether to accept files with fewer rows than published, with a note
+    cache: str | Path | None = None,  # folder for embeddings, which several runs may share
+    command: str = "",  # shown in the report
     progress: bool = True,
 ) -> Report:
-    """Evaluate a model and baselines on benchmarks; return a report with one table per benchmark.
-
-    Args:
-        model: a name for `open_retriever`, such as a checkpoint; tables compare all rows with the model's deepest exit.
-        benchmarks: names in `evaluation.benchmarks.BENCHMARKS`, or "all".
-        data: folder of the benchmarks, or "hub" (see `load_benchmark`).
-        out: folder for report.md, .csv, .tex, .json, plots, stored results (`cells/`) and embeddings; if None, none of
-            them is written.
-        exit_layers: exits of the model to evaluate; all if None.
-        baselines: names of other retrievers for `open_retriever`. None means BM25 if `out` is None, otherwise no
-            baseline.
-        untrained: whether to evaluate the model with random weights too.
-        allow_subset: whether to accept files with fewer rows than published; a note below the tables then says so.
-        cache: folder for embeddings, which several runs may share; `out/embeddings` if None.
-        command: the command line that the report shows.
-        progress: whether to show progress bars.
-    """
+    """Evaluate a model and baselines on benchmarks; return a report with one table per benchmark."""
     folder = None if out is None else Path(out).expanduser()
     chosen = choose_benchmarks(benchmarks, data)
     tasks = [task for name in chosen for task in load_benchmark(name, data, allow_subset=allow_subset)]
@@ -97,11 +80,7 @@ def run_benchmarks(
 def evaluate_tasks(
     tasks: Sequence[Task], retrievers: Sequence[Retriever], *, out: str | Path | None = None, progress: bool = True
 ) -> list[TaskResult]:
-    """Evaluate each variant (exit and embedding size) of each retriever on each task.
-
-    The results are ordered by retriever, then task, then variant. A retriever embeds the texts of all tasks in one
-    pass. If `out` is not None, results in the folder `out/cells/` are reused, and new results are added to it.
-    """
+    """Evaluate each variant of each retriever on each task, in this order; results in `out/cells/` are reused."""
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
         runs = [
@@ -128,10 +107,7 @@ def evaluate_tasks(
 
 
 def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> TaskResult:
-    """Evaluate one variant of a retriever, such as an exit, on one task.
-
-    The caller must have called `retriever.prepare` with the task's texts.
-    """
+    """Evaluate one variant of a retriever, such as an exit, on a task; first call `prepare` with the task's texts."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))
@@ -182,10 +158,7 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """Open a retriever: "bm25", "tfidf", or a model by its folder, Hub id or `openai:MODEL` (see `load_encoder`).
-
-    `exit_layers` are the exits of a ModularStarEncoder to use (all if None); UserError if the retriever has no exits.
-    """
+    """Open "bm25", "tfidf", or a model (see `load_encoder`); `exit_layers` are its exits to use, all if None."""
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
     if exit_layers:
@@ -215,14 +188,7 @@ def _open_all(
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Return {exit: {metric: fraction}} of a classifier: accuracy, and precision, recall and f1 of class 1.
-
-    F1 is defined as in BigCloneBench's evaluator since 2021-09-13. Precision, recall and F1 are 0 if undefined.
-
-    Args:
-        model: a classifier with two classes, in evaluation mode.
-        batches: tensors `input_ids`, `attention_mask` and `labels`, such as `ClassificationCollator` returns.
-    """
+    """Return {exit: {metric: fraction}}: accuracy, and precision, recall and f1 of class 1 (0 if undefined)."""
     exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
     decisions, labels = [], []
     for batch in tqdm(batches, desc="classifying", unit="batch", disable=not progress, leave=False):
@@ -231,7 +197,7 @@ def classification_scores(
         labels.append(batch["labels"].numpy())
     found, truth = np.concatenate(decisions, axis=1), np.concatenate(labels)
     scores = {}
-    for k, of_exit in zip(exits, found, strict=True):
+    for k, of_exit in zip(exits, found, strict=True):  # as in BigCloneBench's evaluator since 2021-09-13
         precision, recall, f1, _ = precision_recall_fscore_support(truth, of_exit, average="binary", zero_division=0)
         values = {"accuracy": np.mean(of_exit == truth), "precision": precision, "recall": recall, "f1": f1}
         scores[k] = {name: float(value) for name, value in values.items()}

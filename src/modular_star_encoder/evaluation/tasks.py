@@ -154,15 +154,10 @@ def ranking_task(
     ids: Sequence[str] | None = None,
     judgements: Judgements | None = None,
     *,
-    batches: Iterable[np.ndarray] | None = None,
+    batches: Iterable[np.ndarray] | None = None,  # each has the row numbers (B,) of queries and of their candidates
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank all documents for each query, or only the documents in the query's batch.
-
-    By default, `ids` are the row numbers of the queries, and document i is the only one relevant to query i. Each of
-    `batches` is an array (B,) of row numbers: its queries have the documents with these row numbers as candidates.
-    `options` are other fields of `RetrievalTask`.
-    """
+    """Build a task to rank all documents, or those in the query's batch; by default, text i is relevant to query i."""
     rows = range(len(queries))
     ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
@@ -172,15 +167,11 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Return the row numbers 0 to `n` - 1, shuffled, in batches of `size`; an incomplete last batch is left out.
-
-    If `n` is less than `size`, one batch has all rows. The shuffle (`np.random.RandomState(seed)`) equals that of
-    CodeSearchNet and CodeBERT. UserError if `n` or `size` is below 2.
-    """
+    """Return the shuffled row numbers below `n` in batches of `size`; an incomplete batch only if there is no other."""
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
         raise UserError("evaluation.candidates.too_few", message)
-    order = np.random.RandomState(seed).permutation(n)
+    order = np.random.RandomState(seed).permutation(n)  # as in CodeSearchNet and CodeBERT
     return [order[start : start + size] for start in range(0, max(n - size, 0) + 1, size)]
 
 
@@ -193,11 +184,7 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to find code by its description, from rows of (description, code, language).
-
-    `size` is the number of candidates of each query, the documents of its batch (see `candidate_batches`); all if None.
-    `options` are passed to `ranking_task`.
-    """
+    """Build a task from (description, code, language) rows, with `size` candidates per query; all documents if None."""
     pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
     queries, documents = map(list, zip(*pairs, strict=True))
@@ -211,19 +198,18 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from `queries` {id: text}, `corpus` {id: text} and `relevant` {id of a query: ids of documents}.
-
-    `MultiExitEvaluator.from_mappings` describes these arguments; `options` are other fields of `RetrievalTask`.
-    """
+    """Build a task from the arguments of `MultiExitEvaluator.from_mappings` and other fields of `RetrievalTask`."""
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
+    key = fault = ""
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
-        message = f"`relevant` names {len(unknown)} ids that are not in `corpus`, such as {unknown[0]!r}: remove them."
-        raise UserError("evaluation.task.unknown_document", message)
-    if not answered or len(places) < 2:
+        names = f"{len(unknown)} ids that are not in `corpus`, such as {unknown[0]!r}"
+        key, fault = "task.unknown_document", f"`relevant` names {names}: remove them"
+    elif not answered or len(places) < 2:
         needed = "1 or more queries with relevant documents, and 2 or more documents"
-        message = f"A task needs {needed}, not {len(answered)} and {len(places)}."
-        raise UserError("evaluation.candidates.too_few", message)
+        key, fault = "candidates.too_few", f"A task needs {needed}, not {len(answered)} and {len(places)}"
+    if key:
+        raise UserError(f"evaluation.{key}", f"{fault}.")
     judged = [sorted(places[document] for document in relevant[name]) for name in answered]
     judgements = Judgements.of(judged)
     asked, documents = [Text(queries[name]) for name in answered], [Text(text, language) for text in corpus.values()]
@@ -231,11 +217,7 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Build a task of text → code pairs and a task of code → code pairs; a task of fewer than two pairs is left out.
-
-    A task has at most `limit` queries, which are drawn at random. More than 1000 queries are divided into batches of
-    1000; an incomplete last batch is left out.
-    """
+    """Build tasks of text → code and of code → code pairs, with up to `limit` queries; one pair alone makes no task."""
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))

@@ -65,27 +65,26 @@ ALL = "all"
 def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     """Return benchmark names without repetitions; "all" means all benchmarks that have a folder in `data`."""
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
-    if unknown or not names:
-        fault, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
-        raise UserError(f"benchmark.{fault}", f"{what}. Available: {', '.join([*BENCHMARKS, ALL])}.")
-    if ALL not in names:
-        return list(dict.fromkeys(names))
     possible = [one for one in _BENCHMARKS if one.in_all]
     found = [one.name for one in possible if not _is_on_hub(data) and Path(data, one.folder).expanduser().is_dir()]
-    if not found:
+    key = fault = ""
+    if unknown or not names:
+        key, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
+        fault = f"{what}. Available: {', '.join([*BENCHMARKS, ALL])}"
+    elif ALL in names and not found:
         folders = ", ".join(sorted({one.folder for one in possible}))
-        message = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} has none."
-        raise UserError("benchmark.all.none", message)
+        key = "all.none"
+        fault = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} has none"
+    if key:
+        raise UserError(f"benchmark.{key}", f"{fault}.")
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
 
 def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -> list[Task]:
     """Load the tasks of the benchmark `name`.
 
-    Args:
-        data: the folder of the benchmark, or the folder that contains it; "hub" to download the benchmark from its
-            authors' Hub repository; or "hub:OWNER/NAME" for another repository with the same files.
-        allow_subset: whether to accept files with fewer rows than published; the tasks then have a note that says so.
+    `data` is its folder, or the folder that contains it; "hub" for its authors' Hub repository; or "hub:OWNER/NAME" for
+    a copy. With `allow_subset`, files may have fewer rows than published; the tasks then have a note that says so.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):

@@ -41,7 +41,6 @@ from modular_star_encoder.evaluation.tasks import (
     ranking_task,
 )
 from modular_star_encoder.inference.encoders import Text
-from modular_star_encoder.utils.errors import UserError
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
@@ -76,13 +75,7 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 
 
 def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load a CodeSearchNet task for each language with a test file; each query has 1000 random candidates.
-
-    Args:
-        folder: contains `{language}_test.jsonl.gz`, or a folder per language from the Hub or the authors' archives.
-        leaky: whether to load only Python, with the docstrings in the code, to compare with published values.
-        allow_subset: whether to accept files with fewer rows than the official split.
-    """
+    """Load a task for each language with a test file; if `leaky`, only Python, with docstrings in the code."""
     name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = find_files(folder, language_patterns("test", language))
@@ -105,10 +98,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """Return {url: documented function} for the functions of one language, in the order of the files.
-
-    If `leaky` is set, Python code keeps its docstring, the rule of most published evaluations.
-    """
+    """Return {url: documented function} of one language, in the order of the files; docstrings stay if `leaky`."""
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
         for number, row in enumerate(read_table(path, _Function), start=1):
@@ -168,8 +158,7 @@ def load_code_folder(folder: Path) -> list[RetrievalTask]:
     """Build a task from the documented functions in a folder of code; each query has up to 1000 random candidates."""
     functions, _ = collect_functions(folder_repositories(folder))
     if len(functions) < 2:
-        message = f"{folder} has {len(functions)} documented functions that pass the filters; a task needs 2 or more."
-        raise UserError("benchmark.folder.too_few", message)
+        refuse(folder, None, "2 or more documented functions that pass the filters", str(len(functions)))
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()
     return [pairs_task("folder", "all", rows, notes=notes)]

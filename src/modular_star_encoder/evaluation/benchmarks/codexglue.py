@@ -1,14 +1,9 @@
 """Load CodeXGLUE's retrieval and clone benchmarks (github.com/microsoft/CodeXGLUE), CoSQA and Exercism.
 
-- AdvTest: retrieve Python functions with normalised names; builtins, attributes and strings keep their words. A
-  function may occur twice.
-- CoSQA: retrieve Python functions for web queries.
-- Translation: retrieve the C# version of a Java method, and vice versa.
-- POJ-104: retrieve solutions of the same problem in C++.
-- BigCloneBench: classify pairs of Java functions as clones; F1 at a threshold chosen on the validation pairs.
-- Exercism (github.com/exercism, MIT): exercises solved in many languages, as JSON lines with `slug`, `description` and
-  `code` ({language: solution}). A query has only 71 to 146 candidates, and solutions share the names that the exercise
-  prescribes; variants with masked names remove this hint.
+AdvTest's functions have normalised names; builtins, attributes and strings keep their words. A function may occur
+twice. Exercism (github.com/exercism, MIT) has exercises solved in many languages, as JSON lines with `slug`,
+`description` and `code` ({language: solution}). A query has only 71 to 146 candidates, and solutions share the names
+that the exercise prescribes; variants with masked names remove this hint.
 """
 
 from __future__ import annotations
@@ -186,9 +181,7 @@ def _read_bigclonebench(
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
     """Load Exercism: for each language, a task to find the solution of an exercise by its description.
 
-    If `from_code` is set, there is a task for each ordered pair of languages: find the solution in one language by the
-    solution in the other. A task has the exercises for which both texts exist; all solutions of these exercises are
-    candidates of each query. If `masked` is set, names in code are replaced (see `mask_names`).
+    With `from_code`, find it by the solution in another language. A task has the exercises that have both texts.
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -208,7 +201,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
-    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}. If `masked` is set, names in code are replaced."""
+    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}, with names in code replaced if `masked` is set."""
     rows = read_jsonl(path, _Exercise)
     check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
@@ -223,11 +216,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 
 @lru_cache(maxsize=1 << 14)
 def mask_names(code: str, language: str) -> str:
-    """Replace the identifiers in code by `name1`, `name2`, …, numbered by their first appearance.
-
-    Builtins, `this` and `self` keep their names. Comments, docstrings and blank lines are removed. `language` is a name
-    that Pygments knows, such as "python", "c++" or "c#"; UserError if Pygments does not know it.
-    """
+    """Replace names in code by `name1`, `name2`, … as they appear; remove comments, docstrings and blank lines."""
     names: dict[str, str] = {}
 
     def placeholder(match: re.Match[str]) -> str:

@@ -123,10 +123,7 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Raise UserError if a file has `found` instead of `expected` rows; if `allow_subset` is set, fewer are accepted.
-
-    `what` names the rows in messages, such as "pairs". Returns notes for the report: one note if there are fewer rows.
-    """
+    """Return notes on a file with `found` of `expected` rows; fewer need `allow_subset`, more are a UserError."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
