@@ -25,7 +25,7 @@ TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at leas
 MAX_PADDING = 0.2  # with a larger share of padding in a batch, it is faster on a CPU to skip the padding
 _tokenizing = threading.Lock()  # a tokenizer stores the truncation of the current call, so threads take turns
 _counting = threading.Lock()
-# Model → number of calls in progress, and the model's training mode and `unpad_inputs` before the first of them.
+# Model → number of calls in progress, and the model's training mode before the first of them.
 _in_use: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _INSTRUCTIONS = (TEXT_INSTRUCTION, ANY_CODE_INSTRUCTION, CODE_INSTRUCTION.format(language="LANGUAGE"))
 _PUBLISHED_PROMPT = re.compile(f"(?:{'|'.join(_INSTRUCTIONS)}){SEP_TOKEN}".replace("LANGUAGE", r"[^<\n]+"))
@@ -81,9 +81,9 @@ def encode_exits(
     skips_padding = device.type == "cpu" and config.pooling != "legacy"
 
     def encode_batch(batch: Mapping[str, torch.Tensor]) -> np.ndarray:
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        inputs: dict[str, Any] = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         if skips_padding:
-            config.unpad_inputs = float(batch["attention_mask"].float().mean()) < 1 - MAX_PADDING
+            inputs["unpad_inputs"] = float(batch["attention_mask"].float().mean()) < 1 - MAX_PADDING
         return model(**inputs, exit_layers=exits).exit_embeddings.float().cpu().numpy()
 
     max_length = config.max_position_embeddings if max_length is None else max_length
@@ -187,9 +187,9 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Context manager: evaluation and inference mode; the last thread that leaves restores mode and `unpad_inputs`."""
+    """Context manager: evaluation and inference mode; the last thread that leaves restores the mode."""
     with _counting:
-        state = _in_use.setdefault(model, [0, model.training, model.config.unpad_inputs])
+        state = _in_use.setdefault(model, [0, model.training])
         state[0] += 1
         model.eval()
     try:
@@ -201,7 +201,6 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
             if not state[0]:
                 del _in_use[model]
                 model.train(state[1])
-                model.config.unpad_inputs = state[2]
 
 
 def compile_for_inference(
