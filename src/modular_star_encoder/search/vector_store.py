@@ -138,7 +138,7 @@ def readable_path(path: str) -> str:
 
 
 def path_expression(pattern: str) -> re.Pattern[bytes]:
-    """Return a regular expression for the bytes of paths that fit a pattern as in `.gitignore`; UserError if invalid."""
+    """Return a regular expression for paths as bytes that fit a pattern as in `.gitignore`; UserError if invalid."""
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
     if len(pattern) > LONGEST_PATH:
         fault = "long", f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
