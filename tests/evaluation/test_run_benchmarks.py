@@ -51,11 +51,7 @@ def test_one_command_runs_all_benchmarks_of_a_folder_through_a_model_and_baselin
 
 
 def test_without_out_the_same_report_goes_to_the_terminal_and_to_a_json_file(
-    mose,
-    checkpoint,
-    data,
-    tmp_path,
-    monkeypatch,
+    mose, checkpoint, data, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MOSE_DATA", str(data))
     monkeypatch.setattr("sys.argv", ["mose", "evaluate", "--data", str(data)])

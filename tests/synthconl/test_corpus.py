@@ -38,11 +38,8 @@ def write_packages(folder):
     deb, bad, js, _, py, more = (folder / "raw" / one.place for one in read_packages(folder / "corpus.yaml"))
     for one in (deb, bad, js, py, more):
         one.mkdir(parents=True)
-    members = {
-        "debian-binary": b"2.0\n",
-        "control.tar.xz": b"odd",
-        "data.tar.xz": tar_of("./usr/a.go", GO + BARE_GO, "w:xz"),
-    }
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd"}
+    members["data.tar.xz"] = tar_of("./usr/a.go", GO + BARE_GO, "w:xz")
     with (deb / "go.deb").open("wb") as file:
         file.write(b"!<arch>\n")
         for name, data in members.items():
