@@ -170,7 +170,7 @@ def test_another_teacher_prompt_or_length_has_vectors_of_its_own(tmp_path):
 
 
 def test_a_vector_that_is_not_finite_is_refused_and_not_stored(tmp_path):
-    with raises("teacher.not_finite", "stand-in"):
+    with raises("evaluation.embeddings.not_finite", "stand-in"):
         compute(Teacher(value=np.nan), TEXTS, tmp_path)
     assert not list(tmp_path.rglob("*.npy"))
 

@@ -26,7 +26,7 @@ class PackagedRecipe:
 
     @property
     def summary(self) -> str:
-        """Return the first sentence of the comment at the top of the recipe's file, cut to 90 characters."""
+        """The first sentence of the comment at the top of the recipe's file, cut to 90 characters."""
         comment = re.match(r"(?:#.*\n)*", self.path.read_text(encoding="utf-8"))
         text = " ".join(line.lstrip("# ") for line in (comment[0] if comment else "").splitlines())
         return textwrap.shorten(re.split(r"[.:] |:$| mose ", text)[0], 90, placeholder=" …")
@@ -42,12 +42,7 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Return the path of a recipe. `name` is the path of a YAML file, or a packaged recipe such as `small/finetune`.
-
-    The name of a folder, such as `small`, means the first recipe in the folder. If `command` is given, only packaged
-    recipes for this `mose` command are found. If it is None, all packaged YAML files are found, such as
-    `small/publish`. UserError (`settings.file`) if nothing is found; the message lists the available recipes.
-    """
+    """Return the path of a recipe: a YAML file, a packaged recipe such as `small/finetune`, or a folder's first one."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -68,29 +63,22 @@ def find_recipe(name: str, command: str | None = None) -> Path:
 
 
 def hub_config_folder(name: str) -> Path:
-    """Return the folder of the packaged model configuration `name`; UserError (`config.unknown`) if it is not found."""
-    names = sorted(path.parent.name for path in _root().glob("*/config.json"))
-    if name not in names:
-        raise UserError("config.unknown", f"Configuration {name!r} not found. Available: {', '.join(names)}.")
+    """Return the folder of the packaged model configuration `name`, such as `small`."""
     return _root() / name
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return the folder or Hub id of `name`, the `model` of a recipe, and whether this model has weights.
-
-    `name` is a packaged configuration such as `small`, a folder with a config.json, or a Hub id `owner/name`. A Hub
-    repository is assumed to have weights. UserError (`config.unknown`) if no configuration or folder is found.
-    """
+    """Return the folder or Hub id that `name`, a recipe's `model`, means, and whether this model has weights."""
     folder = Path(name).expanduser()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
-        return name, True
-    try:
+        return name, True  # it is assumed to have weights
+    names = sorted(path.parent.name for path in _root().glob("*/config.json"))
+    if name in names:
         folder = hub_config_folder(name)
-    except UserError as error:
-        if not (folder / "config.json").is_file():
-            advice = f"No folder {name} with a config.json exists. Run `mose pretrain` first, or set the recipe's "
-            advice += "`model` to a Hub id owner/name or to mose-code, the trained model of this package."
-            raise UserError(error.key, f"{error} {advice}") from error
+    elif not (folder / "config.json").is_file():
+        message = f"Configuration {name!r} not found. Available: {', '.join(names)}. No folder {name} with a "
+        message += "config.json exists. Run `mose pretrain` first, or set the recipe's `model` to a Hub id owner/name "
+        raise UserError("config.unknown", f"{message}or to mose-code, the trained model of this package.")
     has_weights = any(folder.glob("model*.safetensors"))
     if has_weights:
         check_checkpoint(folder)

@@ -1,14 +1,10 @@
 """The ablation of the paper's Table 5 (arXiv 2503.03008): is an exit better if it is trained together with others?
 
-A *start* is a starting point of training: a checkpoint or random weights, and settings. From each start, models of
-several *kinds* are trained: all exits together, each exit alone, and variants (all exits together, with changed
-settings). A *cell* is one training run: a start, a kind of model, a learning rate and a seed. Each cell's result is
-stored in a file, so a restarted ablation trains only the missing models. Learning rates are chosen by scores on
-validation rows; all reported differences come from test rows.
-
-The comparison is meaningful only if deep exits are better than shallow exits. So the shallowest and the deepest exit
-are trained alone first. The other models of a start are trained only if the deepest exit is better by at least `gate`
-points of MRR × 100, and the 95 % interval of this difference is above 0.
+From each *start* (weights and settings), models of several *kinds* are trained: all exits together, each exit alone,
+and variants (all exits together, with changed settings). A *cell* is one training run: a start, a kind, a learning rate
+and a seed; its result is stored in a file. Learning rates are chosen by scores on validation rows; all reported
+differences come from test rows. The comparison needs deep exits that are better than shallow ones, so the other models
+of a start are trained only if its deepest exit, trained alone, passes the recipe's `gate`.
 """
 
 import copy
@@ -102,10 +98,8 @@ class AblationRecipe:
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
         learning_rates: learning rates to try for each kind of model, with the first seed; by default only the rate in
-            `finetuning`. The rate with the best validation MRR, averaged over exits, is used with all seeds. Variants
-            use the rate that is chosen for training all exits together.
-        seeds: one model of each kind is trained with each seed. The seed determines the weights of new heads, the
-            batches, which words are renamed, and dropout.
+            `finetuning`. The rate with the best validation MRR is used with all seeds; variants use that of `together`.
+        seeds: one model of each kind is trained with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
             this gain, no other model of the start is trained.
@@ -128,13 +122,15 @@ class AblationRecipe:
     variants_on: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for changes in (*self.starts.values(), *self.variants.values()):
-            if fixed := [key for key in changes if key.partition(".")[0] in _FIXED]:
-                message = f"`starts` and `variants` can't change {', '.join(sorted(fixed))}: remove these settings."
-                raise UserError("ablation.variants", message)
-        if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
-            message = f"`variants_on` names {', '.join(unknown)}, but `starts` has only {', '.join(self.starts)}."
-            raise UserError("ablation.starts", message)
+        changed = {key for changes in (*self.starts.values(), *self.variants.values()) for key in changes}
+        key = fault = ""
+        if fixed := sorted(name for name in changed if name.partition(".")[0] in _FIXED):
+            key, fault = "variants", f"`starts` and `variants` can't change {', '.join(fixed)}: remove these settings"
+        elif unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
+            key, starts = "starts", ", ".join(self.starts)
+            fault = f"`variants_on` names {', '.join(unknown)}, but `starts` has only {starts}"
+        if key:
+            raise UserError(f"ablation.{key}", f"{fault}.")
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -182,28 +178,12 @@ def ablate(
     *,
     command: str = "",
     progress: bool = True,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str], None] = print,  # called before each training run
 ) -> dict[str, Any]:
     """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
-    From each starting point in `recipe.starts`, models are trained in this order: the shallowest exit alone, the
-    deepest exit alone, all exits together, each other exit alone, the recipe's variants. `out/data/` gets the rows, and
-    `out/cells/` one file with the result of each training run. The reports `ablation.json`, `ablation.md` and, if
-    matplotlib is installed, `ablation.png` are written after every ten runs and at the end. A later call with the same
-    `out` may add starting points, seeds, learning rates and variants.
-
-    Args:
-        recipe: the settings.
-        out: folder of the ablation.
-        command: the command line that the reports show.
-        progress: whether to show progress bars.
-        announce: called with a line of text before each training run.
-
-    Returns:
-        The content of `ablation.json`; see `Results.summary`.
-
-    Raises:
-        UserError: settings contradict each other or the model, or `out` has results of other settings.
+    `out/data/` gets the rows, and `out/cells/` a file for each training run. `ablation.json` (the result, see
+    `Results.summary`), `ablation.md` and `ablation.png` are written after every ten runs and at the end.
     """
     cells = _Cells(recipe, Path(out), progress, announce)
 
@@ -260,11 +240,7 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return the difference between the deepest and the shallowest exit of a start, each trained alone.
-
-        The keys are those of `estimate`, and `passed`: whether the difference is at least `recipe.gate` points and its
-        interval is above 0. If the result of one of the two models is missing, return {"passed": None}.
-        """
+        """Return `estimate` of deepest exit alone − shallowest exit alone, and `passed` (None if one is missing)."""
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:
             return {"passed": None}
@@ -274,13 +250,10 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """Compare exits trained together, exits trained alone, and variants; leave out models if a seed has no result.
 
-        Returns:
-            `exits`, `seeds`, `cells` (one dict per training run: scores by exit, seconds, gradient cosines) and
-            `starts` {start: dict}. The dict of a start has `gate` (see `gate`), `rates` {kind of model: best learning
-            rate}, `exits` {exit: {`together`, `alone`, `difference`}}, `mean_difference` (over the exits) and
-            `variants` {name: {`exits`: {exit: {`score`, `from_together`, `from_alone`}}}}. Each score or difference is
-            a dict of `estimate`. The 95 % intervals of `difference` hold jointly for all exits and starts, the
-            intervals of variants jointly for all exits and variants.
+        A start has `gate`, `rates` {kind of model: best learning rate}, `exits` {exit: {`together`, `alone`,
+        `difference`}}, `mean_difference` and `variants` {name: {`exits`: {exit: {`score`, `from_together`,
+        `from_alone`}}}}, with results of `estimate`. Intervals hold jointly for all exits and starts, or for all exits
+        and variants.
         """
         cells = []
         for (start, kind, rate, seed), content in self.found.items():
@@ -330,7 +303,7 @@ def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, fl
 
 
 def _plan(results: Results) -> Iterator[AblationCell]:
-    """Yield the training runs in order. The caller adds each result to `results`, because later runs depend on it."""
+    """Yield the training runs in order; the caller adds each result to `results`, because later runs depend on it."""
     recipe, exits = results.recipe, results.exits
 
     def cells(start: str, kind: str) -> Iterator[AblationCell]:
@@ -364,21 +337,23 @@ class _Cells:
         base = recipe.base()
         self.out, self.progress, self.announce = out, progress, announce
         self._texts: dict[str, RetrievalTexts] = {}
-        self.trained, exits = 0, ()
+        self.trained = 0
+        models: dict[str, list[int]] = {}  # {name of a model: its exits}
         for start in recipe.starts:
             varied = recipe.variants if start in (recipe.variants_on or recipe.starts) else ()
             for kind in (TOGETHER, *varied):
                 cell = recipe.cell(start, kind, recipe.rates[0], recipe.seeds[0])
                 try:
-                    own = tuple(self._start(cell, out)[0].config.exit_layers)
+                    models[f"{start}/{kind}"] = list(self._start(cell, out)[0].config.exit_layers)
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
-                if own != (exits := exits or own):
-                    message = f"All models must have the same exits. {start}/{kind} has {list(own)}, not {list(exits)}."
-                    raise UserError("ablation.exits", message)
-        if unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
-            message = f"`exit_layers` names {unknown}, but the model's exits are {list(exits)}."
-            raise UserError("ablation.exit_layers", message)
+        exits, key, fault = next(iter(models.values())), "", ""
+        if other := next((name for name, own in models.items() if own != exits), ""):
+            key, fault = "exits", f"All models must have the same exits. {other} has {models[other]}, not {exits}"
+        elif unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
+            key, fault = "exit_layers", f"`exit_layers` names {unknown}, but the model's exits are {exits}"
+        if key:
+            raise UserError(f"ablation.{key}", f"{fault}.")
         self.results = Results(recipe, exits)
         if not (out / "cells").is_dir():  # `cells` may have been copied from another machine, without `data`
             runs.check_folder(out, "data", "ablation")
@@ -407,10 +382,7 @@ class _Cells:
         known = path.is_file()
         if known:
             content = read_json(path)
-            before = content["recipe"]
-            if other := sorted(name for name in made_from if before.get(name, made_from[name]) != made_from[name]):
-                message = f"{path} has a result with other values of {', '.join(other)}; choose another folder."
-                raise UserError("training.run.other_settings", message)
+            runs.check_same(path, {**made_from, **content["recipe"]}, made_from, made_from)
         else:
             self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
             content = {"recipe": made_from, **self._train(cell)}
@@ -485,11 +457,10 @@ def _resamples(size: int, seed: int) -> np.ndarray:
 
 
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
-    """Return the mean × 100 of `values`, one array (seeds, queries) per task, with a bootstrap interval.
+    """Return the mean × 100 of arrays (seeds, queries), one per task: `value`, its interval, and `by_seed`.
 
-    Keys: `value`, `low`, `high`, and `by_seed` (list of the means of each seed). A resample draws seeds and, within
-    each task, queries. To compare two models, pass the differences of their values, paired by seed and query. The
-    intervals of `comparisons` estimates hold jointly with 95 % confidence (Bonferroni: 1 - 0.05 / comparisons each).
+    A bootstrap resample draws seeds and, within each task, queries. To compare two models, pass the differences of
+    their values. The intervals of `comparisons` estimates hold jointly with 95 % confidence (Bonferroni).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)
@@ -558,11 +529,7 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of MRR × 100 by depth, one panel per start: exits together, exits alone, and the best variant.
-
-    A variant is judged by its smallest gain over exits trained alone; the best variant has the largest of these gains.
-    If there are no scores, no file is written.
-    """
+    """Write a PNG of MRR × 100 by depth, a panel per start: exits together, alone, and the variant that gains most."""
     tables = []
     for name, found in results["starts"].items():
         lines = {

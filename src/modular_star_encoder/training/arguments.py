@@ -108,12 +108,8 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def check_arguments(arguments: MultiExitTrainingArguments) -> None:
-    """Raise now the errors that transformers or torch would raise for wrong arguments only once training begins.
-
-    `Trainer` makes an optimizer and a learning-rate schedule for a tiny model, and the model runs a forward and a
-    backward pass. Arguments for DeepSpeed and FSDP are not tried, because a process can set up each of them only once.
-    """
-    if arguments.deepspeed_plugin is not None or arguments.fsdp:
+    """Raise now, with a tiny model, the errors that transformers or torch would raise only once training begins."""
+    if arguments.deepspeed_plugin is not None or arguments.fsdp:  # a process can set up each of them only once
         return
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "projection_size"), 8)
     counts = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
@@ -135,11 +131,7 @@ def check_arguments(arguments: MultiExitTrainingArguments) -> None:
 
 
 def bf16_is_faster() -> bool:
-    """Return whether the GPU, or the CPU if there is no GPU, has instructions for matrix products in bfloat16.
-
-    Without such instructions, bfloat16 is emulated and slows training down. For a CPU, the answer comes from
-    /proc/cpuinfo, not from a measurement, so that a resumed run gets the same answer as before its interruption.
-    """
+    """Return whether the GPU, or else the CPU by /proc/cpuinfo, multiplies bfloat16 matrices without emulation."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

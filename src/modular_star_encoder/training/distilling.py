@@ -33,8 +33,7 @@ _UNPAIRED = 12  # number of the random stream that draws unpaired texts; `Retrie
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """Rows of `RetrievalBatches`, with the teacher's vector of each text added, such as `query_teacher`, float32 (D,).
 
-    A snippet with renamed words has the vector of the original snippet. If `unpaired` is given, every second row also
-    has an unpaired text, drawn by seed and row number: its tokens `text_ids` and its teacher's vector `text_teacher`.
+    Every second row also has one of the `unpaired` texts, by seed and number: `text_ids` and `text_teacher`.
     """
 
     def __init__(
@@ -76,18 +75,12 @@ def teach(
     tokenizer: PreTrainedTokenizerFast,
     train: RetrievalBatches,
     held_out: RetrievalBatches,
-    max_tokens: int,
+    max_tokens: int,  # of an unpaired text
     progress: bool = True,
 ) -> tuple[TaughtBatches, TaughtBatches, dict[str, Any]]:
-    """Add the teacher's vectors to the training batches (`train`) and the evaluation batches (`held_out`).
+    """Return training and evaluation batches with the teacher's vectors, and a dict for the training log.
 
-    If `settings.start_from_teacher` is set, also initialise the model's exit 0 from the teacher. The unpaired texts
-    (`settings.texts`) are cut to `max_tokens` tokens.
-
-    Returns:
-        The training batches with the teacher's vectors, the evaluation batches with them, and a dict for the training
-        log. If `settings.centre_by_kind` is set, the dict has `teacher_means`: the mean vectors of the training texts,
-        {"query": list of D numbers, "document": list of D numbers}. Otherwise, it is empty.
+    The dict may have `teacher_means`: {"query" or "document": mean vector of the training texts, list of D numbers}.
     """
     options: dict[str, Any] = {"max_characters": settings.max_characters, "progress": progress}
     unpaired = list(open_texts(settings.texts, "text")) if settings.texts else []
@@ -157,49 +150,34 @@ class TeacherVectors:
 def compute_teacher_vectors(
     teacher: Encoder,
     texts: Iterable[str],
-    cache: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,  # folder, by default in the user's cache folder
     *,
     prompt: str = "",
-    max_characters: int | None = None,
+    max_characters: int | None = None,  # of a text, without the prompt
     progress: bool = True,
 ) -> TeacherVectors:
-    """Return the vectors of texts at a teacher's deepest exit; embed the texts that the cache lacks.
-
-    The teacher embeds `prompt` followed by the first `max_characters` characters of a text (all characters if None).
-    `cache` is the folder of an `EmbeddingCache`, by default `modular-star-encoder/teacher-vectors` in `XDG_CACHE_HOME`
-    or `~/.cache`. UserError (`teacher.not_finite`) if a vector has NaN or infinity.
-    """
+    """Return the vectors of texts at a teacher's deepest exit; embed the texts that the cache lacks."""
     root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
     folder = hashlib.blake2b(repr((prompt, max_characters)).encode(), digest_size=8).hexdigest()
     retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser() / folder, "float16"))
     exit_layer = teacher.exit_layers[-1]
     vectors = TeacherVectors(retriever.cache, retriever.space(exit_layer), prompt, max_characters)
-    try:
-        retriever.embed(vectors.prompted(texts), [exit_layer], progress=progress)
-    except UserError as error:
-        if error.key != "evaluation.embeddings.not_finite":
-            raise
-        message = f"{teacher.name} computed a vector with NaN or infinity: check its weights or use float32."
-        raise UserError("teacher.not_finite", message) from error
+    retriever.embed(vectors.prompted(texts), [exit_layer], progress=progress)
     return vectors
 
 
 class TeacherTargets:
     """The vectors that a student learns: a teacher's vectors of descriptions (`query`) and code snippets (`document`).
 
-    `means` is {kind of text, `query` or `document`: mean vector (D,)}. If given, the mean vector of a text's kind is
-    subtracted from the text's vector, and the difference is scaled to length 1. This improves the ranking: with
-    bge-small on held-out pairs, MRR × 100 is 75.8 without the subtraction and 81.5 with it.
+    If `means` has the mean vector (D,) of a text's kind, it is subtracted, and the difference is scaled to length 1.
+    With bge-small on held-out pairs, MRR × 100 is 75.8 without the subtraction and 81.5 with it.
     """
 
     def __init__(self, vectors: Mapping[str, TeacherVectors], means: Mapping[str, np.ndarray] | None = None) -> None:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return the vector to learn for a text of the kind `query` or `document`, float32 (D,), scaled to length 1.
-
-        If `kind` is None, the text's vector as a document is used, and the mean nearest to this vector is subtracted.
-        """
+        """Return the vector to learn for a text, float32 (D,); without `kind`, its vector minus the nearest mean."""
         vector = self._vectors[kind or "document"].rows([text])[0]
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

@@ -45,10 +45,7 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a fine-tuning recipe; return it and the function that runs it, `finetune` or `finetune_classifier`.
-
-    The arguments are those of `load_recipe`. UserError if the file, an override or a setting is wrong.
-    """
+    """Read a fine-tuning recipe (see `load_recipe`); return it and the function that runs it."""
     path = find_recipe(os.fspath(path), "finetune")
     task = read_mapping(path, overrides).get("task", "retrieval")
     if task == "retrieval":
@@ -62,38 +59,15 @@ def finetune(
     recipe: FinetuningRecipe,
     out: str | os.PathLike[str],
     *,
-    data: RetrievalData | None = None,
+    data: RetrievalData | None = None,  # prepared rows, in place of the recipe's `data`
     progress: bool = True,
-    announce: Callable[[runs.Preflight], None] = print,
-    before: bool = True,
+    announce: Callable[[runs.Preflight], None] = print,  # called with the size of the run before it begins
+    before: bool = True,  # whether to evaluate the model also before training
 ) -> dict[str, Any]:
     """Fine-tune a model for retrieval; if `out` has an interrupted run of this recipe, continue that run.
 
-    If the recipe has `distillation`, every exit also learns the vectors of a teacher.
-
-    `out` gets `data/` (the rows, see `prepare_retrieval_data`), `checkpoints/`, and at the end `report.md` (scores of
-    all exits) and `model/` with `training_log.json`. `AutoModel` can load `model/`. `SentenceTransformer` can load it
-    too, if its modules support the model's pooling. With `lora`, `model/` has the merged weights, and `adapter/` has
-    the adapters. If `out` already has a training log, nothing is trained, and this log is returned.
-
-    With several processes (`accelerate launch`, `torchrun`), every process calls this function.
-
-    Args:
-        recipe: the settings.
-        out: folder of this run.
-        data: prepared rows, in place of the recipe's `data`.
-        progress: whether to show progress bars.
-        announce: called with the estimated size of the run before anything is trained.
-        before: whether to evaluate the model also before training.
-
-    Raises:
-        UserError: settings contradict each other, the model or the data, or `out` has a run with another recipe.
-
-    Returns:
-        The training log. It has the entries that `train_to_the_end` returns, `evaluation` (final losses and accuracies
-        on held-out pairs), `retrieval` (scores of BM25 and of all exits before and after training, on held-out rows;
-        see `Report.to_dict`), `recipe` (settings), `preflight` (see `Preflight`), `data` (numbers of rows read, skipped
-        and held out) and, if a teacher's vectors are centred, `teacher_means` (see `teach`).
+    `out` gets `data/`, `checkpoints/`, and at the end `report.md` (scores of all exits), `model/` with the training
+    log, which is returned, and with `lora` `adapter/`. With several processes, each calls this function.
     """
     out, state = Path(out), runs.processes_of_run()
     processes, shown = state.num_processes, progress and state.is_main_process
@@ -152,7 +126,6 @@ def finetune(
         print(runs.evaluation_notice(log, what, (len(held_out) + count * (1 + before)) / recipe.batch_size))
     log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
     log |= {"preflight": asdict(estimate), **batches[2]}
-    model.config.unpad_inputs = start.config.unpad_inputs
     start.save(trainer, out)
     if state.is_main_process:
         models: dict[str, tuple[Any, Any]] = {"trained": load_checkpoint(out / runs.MODEL)} | (
@@ -178,15 +151,7 @@ def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> Exit
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of code pairs; if `out` has an interrupted run of this recipe, continue that run.
-
-    `out` gets `checkpoints/` and at the end `model/` with `training_log.json`. For arguments and errors see `finetune`.
-
-    Returns:
-        The training log. It has the entries that `train_to_the_end` returns, `evaluation` (final losses and accuracies
-        on validation pairs), `scores` {split, "valid" or "test": {exit: {metric: fraction}}}, with accuracy, precision,
-        recall and F1, `recipe` (settings) and `pairs` {split: number of pairs}.
-    """
+    """Train a classifier of code pairs, as `finetune` does a model for retrieval; return the training log."""
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     start = StartingPoint(ModularStarEncoderForSequenceClassification, recipe)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, state.num_processes, progress=progress)
@@ -224,7 +189,6 @@ def finetune_classifier(
         print(runs.evaluation_notice(log, what, rows / recipe.batch_size))
     log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
     log["pairs"] = {split: len(pairs) for split, pairs in splits.items()}
-    model.config.unpad_inputs = start.config.unpad_inputs
     start.save(trainer, out)
     if state.is_main_process:
         saved = ModularStarEncoderForSequenceClassification.from_pretrained(out / runs.MODEL).eval()

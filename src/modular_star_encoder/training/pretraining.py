@@ -19,11 +19,7 @@ from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarE
 from modular_star_encoder.objectives.exit_losses import InContextObjective
 from modular_star_encoder.training import runs, starting_source
 from modular_star_encoder.training.recipes import PretrainingRecipe, check_length
-from modular_star_encoder.training.starting_points import (
-    check_vocabulary,
-    start_from_spellings,
-    start_from_unigrams,
-)
+from modular_star_encoder.training.starting_points import check_vocabulary, start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder
@@ -38,26 +34,12 @@ def pretrain(
     out: str | os.PathLike[str],
     *,
     progress: bool = True,
-    announce: Callable[[runs.Preflight], None] = print,
+    announce: Callable[[runs.Preflight], None] = print,  # called with the size of the run before it begins
 ) -> dict[str, Any]:
     """Pre-train a model; if `out` has an interrupted run of this recipe, continue that run.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
-    with `training_log.json`. If `out` already has a training log, nothing is trained, and this log is returned.
-
-    With several processes (`accelerate launch`, `torchrun`), every process calls this function. UserError if settings
-    contradict each other, the model or the number of processes, or if `out` has a run with another recipe.
-
-    Args:
-        recipe: the settings.
-        out: folder of this run.
-        progress: whether to show progress bars.
-        announce: called with the estimated size of the run before anything is trained.
-
-    Returns:
-        The training log. It has the entries that `train_to_the_end` returns, `evaluation` (final metrics), `recipe`
-        (settings), `preflight` (see `Preflight`), `unigram_entropy` (of the training tokens, in nats),
-        `identifier_overlap` (see `identifier_overlap_accuracy`) and `held_out_repositories` (list of names).
+    with `training_log.json`, which is returned. With several processes, every process calls this function.
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes
@@ -80,8 +62,7 @@ def pretrain(
     if run.log is not None:
         return run.log
     own = recipe.tokenizer or (source if weights else None)
-    given = load_tokenizer(own) if own else None
-    if given is not None:
+    if (given := load_tokenizer(own) if own else None) is not None:
         check_special_tokens(given)
     with state.main_process_first():
         if state.is_main_process:
@@ -154,7 +135,6 @@ def pretrain(
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
-    """Return the configuration of a recipe's `model`; UserError (`config.unknown`) if no such model is found."""
     return ModularStarEncoderConfig.from_pretrained(starting_source(recipe.model)[0], dtype=torch.float32)
 
 

@@ -107,10 +107,7 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
-        """Return {name: value} of the training arguments that set the size of batches, for `processes` devices.
-
-        UserError (`training.NAME.multiple`) if the recipe's batch can't be divided equally among the devices.
-        """
+        """Return the training arguments for the batch size on `processes` devices; UserError if it can't be divided."""
         return {"per_device_train_batch_size": 1}
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,12 +116,7 @@ class TrainingSettings:
         return {**settings.pop("training"), **settings}
 
     def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
-        """Return the arguments to train on `processes` devices and to write checkpoints to `folder`.
-
-        UserError if a batch can't be divided equally among the devices (see `batches`), if the recipe sets an argument
-        that follows from its other settings (`training.arguments.decided`), or if transformers rejects an argument
-        (`training.arguments.value`; see `check_arguments`).
-        """
+        """Return the arguments to train on `processes` devices, with checkpoints in `folder`; UserError if wrong."""
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
         decided["per_device_eval_batch_size"] = decided["per_device_train_batch_size"]
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
@@ -294,12 +286,15 @@ class FinetuningRecipe(StartingRecipe):
         object.__setattr__(self, "data", resolve_pairs(self.data))
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
+        key = message = ""
         if self.objective.pairs not in (default, pairs):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
-            raise UserError("training.objective.pairs", message)
-        if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
+            key = "objective.pairs"
+        elif self.lora is not None and self.distillation and self.distillation.start_from_teacher:
             message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave out one of them."
-            raise UserError("training.lora", message)
+            key = "lora"
+        if key:
+            raise UserError(f"training.{key}", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def make_objective(self) -> ContrastiveObjective:
@@ -373,15 +368,5 @@ AnyRecipe = TypeVar("AnyRecipe")
 
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe; UserError if the file, an override or a setting is wrong (see `load_settings`).
-
-    Args:
-        kind: `PretrainingRecipe`, `FinetuningRecipe`, `ClassificationRecipe` or `AblationRecipe`.
-        path: a YAML file, or the name of a packaged recipe (see `find_recipe`).
-        overrides: texts `key=value` with a YAML value; the key of a nested setting has dots (`corpus.folder=~/code`).
-
-    Example:
-        >>> load_recipe(PretrainingRecipe, "small", ["max_steps=500", "corpus.folder=~/code"]).max_steps
-        500
-    """
+    """Read the recipe `path`, changed by `overrides` such as `seed=1`; see `find_recipe` and `load_settings`."""
     return load_settings(kind, find_recipe(os.fspath(path), getattr(kind, "COMMAND", "finetune")), overrides)

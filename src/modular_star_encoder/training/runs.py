@@ -37,11 +37,8 @@ LOG = Path(MODEL, "training_log.json")
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that may differ when a run is continued, because they do not influence what is learned."""
 
-LONG_RUN = 15 * 60
-"""Number of seconds; a message announces the duration of a longer run on a CPU."""
-
-LONG_STEP = 20
-"""Number of seconds; if the first step takes longer, it is enough to estimate the duration of a run."""
+LONG_RUN = 15 * 60  # seconds; a message announces the duration of a longer run on a CPU
+LONG_STEP = 20  # seconds; if the first step takes longer, it is enough to estimate the duration, else it takes three
 
 
 @dataclass(frozen=True)
@@ -82,28 +79,20 @@ def _preflight(
     recipe: TrainingSettings,
     processes: int,
     rows_per_step: int,
-    texts: Sequence[Sequence[float]],
-    tokens_in_memory: int,
+    texts: Sequence[Sequence[float]],  # mean lengths of the texts of a row, for each of the equally frequent kinds
+    tokens_in_memory: int,  # on a device, with their activations at one time
     *,
-    passes: float = 1.0,
-    head_flops: float = 0.0,
-    other_bytes: int = 0,
+    passes: float = 1.0,  # above 1 if texts are embedded again
+    head_flops: float = 0.0,  # per row
+    other_bytes: int = 0,  # per device
     groups: Mapping[str, int] | None = None,
 ) -> Preflight:
-    """Estimate the size of a training run; `model` may be on the meta device.
-
-    A token takes 6 FLOPs per parameter of the layers, and 12 × T × H FLOPs per layer for attention over T tokens, where
-    H is the hidden size (Chowdhery et al., arXiv 2204.02311, appendix B).
-
-    `texts` has one list for each kind of row: the mean number of tokens of each text in the row. All kinds are equally
-    frequent. `tokens_in_memory` is the number of tokens on a device whose activations are in memory at one time.
-    `passes` is 1 if each row has one forward and one backward pass, and more if texts are embedded again. `head_flops`
-    are the heads' FLOPs per row. `other_bytes` is additional memory per device, in bytes.
-    """
+    """Estimate the size of a training run; `model` may be on the meta device."""
     config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # FLOPs by Chowdhery et al., arXiv 2204.02311, appendix B: 6 per parameter and token, and for attention 12 × T × H.
     attention = 12.0 * config.num_hidden_layers * config.hidden_size
     lengths = [length for row in texts for length in row]
     # How many 2-byte numbers the blocks keep of each token for the backward pass: 16 × H (block input, normalised
@@ -139,14 +128,10 @@ def finetuning_preflight(
     model: ModularStarEncoderForRetrieval,
     recipe: FinetuningRecipe,
     processes: int,
-    groups: Mapping[str, int],
-    tokens: tuple[float, float],
+    groups: Mapping[str, int],  # {kind of pairs: number of groups without a common text}
+    tokens: tuple[float, float],  # mean lengths of a description and of a code snippet
 ) -> Preflight:
-    """Estimate the size of a fine-tuning run.
-
-    `groups` is {kind of pairs in the data: number of groups}; two groups have no text in common. `tokens` are the mean
-    numbers of tokens of a description and of a code snippet.
-    """
+    """Estimate the size of a fine-tuning run."""
     text, code = tokens
     mini_batch, sides = recipe.objective.mini_batch_tokens, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
@@ -179,6 +164,13 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
         raise UserError("training.run.not_a_run", f"{out} {fault}.")
 
 
+def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise UserError (`training.run.other_settings`) if a setting in `names` was another for the run in `place`."""
+    if other := sorted(name for name in names if before.get(name) != now.get(name)):
+        message = f"{place} has a run with other values of {', '.join(other)}; choose another folder."
+        raise UserError("training.run.other_settings", message)
+
+
 def hold(out: Path) -> contextlib.ExitStack:
     """In the main process, lock a run's folder. Closing or deleting the returned stack unlocks the folder."""
     held = contextlib.ExitStack()
@@ -190,12 +182,8 @@ def hold(out: Path) -> contextlib.ExitStack:
 class Run:
     """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
-    `log` is the training log if the run is finished, otherwise None. A run with a model or a checkpoint can be
-    continued if all settings except those in `MAY_CHANGE` equal those in `recipe.json`. Before the first checkpoint,
-    only the settings named in the argument `until_trained` must be equal. Nothing is written before `begin`.
-
-    UserError if settings differ (`training.run.other_settings`), if the folder has files but no `recipe.json`
-    (`training.run.not_a_run`), or if another process trains in the folder (`files.locked`).
+    `log` is the log of a finished run, else None. A run with a model or checkpoint is continued with the same settings
+    (except `MAY_CHANGE`); before the first checkpoint, only those in `until_trained` must be the same.
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
@@ -208,9 +196,7 @@ class Run:
             trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
             begun = any(path != self._written and not path.name.startswith(".") for path in out.iterdir())
             names = {*self.settings, *before} if trained else set(until_trained) if begun else set()
-            if other := sorted(name for name in names - MAY_CHANGE if before.get(name) != self.settings.get(name)):
-                message = f"{out} has a run with other values of {', '.join(other)}; choose another folder."
-                raise UserError("training.run.other_settings", message)
+            check_same(out, before, self.settings, names - MAY_CHANGE)
         log = out / LOG
         self.log: dict[str, Any] | None = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else None
         self._held = hold(out) if self._written.is_file() and self.log is None else None
@@ -231,14 +217,10 @@ def _plain(recipe: TrainingSettings) -> dict[str, Any]:
 
 
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
-    """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one.
+    """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one; return a log.
 
     In a run of one process, Ctrl-C or SIGTERM ends the training after the current step: a checkpoint is written, then
-    KeyboardInterrupt is raised. A second signal ends the training at once, without a checkpoint.
-
-    Returns:
-        `log_history` (one dict per log line), `steps` (the last step), `seconds` (duration of this call) and
-        `resumed_from` (step of the checkpoint, or None).
+    KeyboardInterrupt is raised. A second signal ends the training at once.
     """
     if progress:
         trainer.remove_callback(ProgressCallback)
@@ -260,27 +242,21 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     return {
         "log_history": trainer.state.log_history,
         "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - start, 1),  # of this call
         "resumed_from": resumed_from,
     }
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line of text that announces an evaluation, with its expected duration if steps were trained.
-
-    `log` is the result of `train_to_the_end`. `steps` is the number of rows to embed divided by the rows of a training
-    step. A row is expected to take a third of its time in training, because there is no backward pass.
-    """
+    """Return a line that announces an evaluation, with its duration in `steps` of training if steps were trained."""
     trained = log["steps"] - (log["resumed_from"] or 0)
+    # Without a backward pass, a row takes about a third of its time in training.
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
     return f"evaluation: {what}" + (f", about {max(1, round(minutes))} min" if trained else "")
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return {metric: value} of the trained model, from the log of the last step if possible.
-
-    If the last step has no evaluation, or if weights were changed after it, print `notice` and evaluate again.
-    """
+    """Return {metric: value} of the trained model: from the log, or print `notice` and evaluate again."""
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
@@ -343,11 +319,7 @@ def format_log(logs: dict[str, float]) -> str:
 
 
 class ExitProgressCallback(ProgressCallback):
-    """`Trainer`'s progress bar, with the time left and readable log lines.
-
-    If a run on a CPU will take longer than `LONG_RUN` seconds, a message on stderr announces its duration. The message
-    comes after the first step if this step takes longer than `LONG_STEP` seconds, otherwise after the third step.
-    """
+    """`Trainer`'s progress bar, with the time left, readable log lines, and on a CPU the duration of a long run."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

@@ -43,15 +43,9 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 
 
 class StartingPoint(Generic[Model]):
-    """The model and the tokenizer that a fine-tuning recipe starts from.
+    """The model and the tokenizer that a fine-tuning recipe starts from; only `load` reads weights and tokenizer.
 
     `config` is the model's configuration with the changes in the recipe's `config`, cut at the recipe's `exit_layer`.
-    Weights and tokenizer are only read by `load`.
-
-    Raises:
-        UserError: the settings contradict each other or the model.
-        ValueError: the model has no exit at the recipe's `exit_layer`.
-        OSError: the config.json of `recipe.model` can't be read.
     """
 
     def __init__(self, model_class: type[Model], recipe: StartingRecipe) -> None:
@@ -78,11 +72,9 @@ class StartingPoint(Generic[Model]):
             model_class(copy.deepcopy(config)).set_attn_implementation(recipe.attn_implementation)
 
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
-        """Load the model, in float32, and its tokenizer; every call returns the same weights.
+        """Load the model, in float32, and its tokenizer; every call returns the same weights, by the recipe's seed.
 
-        The recipe's seed determines the weights of heads that the checkpoint lacks. A tokenizer that adds no special
-        tokens, such as the published one, gets this package's template, which adds them. UserError if no tokenizer is
-        found, or if the tokenizer has more tokens than the model's vocabulary.
+        A tokenizer that adds no special tokens, such as the published one, gets this package's template for them.
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:
@@ -115,12 +107,10 @@ class StartingPoint(Generic[Model]):
         return model, tokenizer
 
     def save(self, trainer: MultiExitTrainer, out: Path) -> None:
-        """Write the trained model and its tokenizer to `out/model/`.
-
-        LoRA adapters are merged into this model, and also written to `out/adapter/`. Every process must call this
-        function, because the model may be spread over all processes.
-        """
+        """Write the trained model, with LoRA adapters merged, and its tokenizer; every process must call this."""
         lora = self._recipe.lora is not None
+        network: Any = trainer.model
+        network.config.unpad_inputs = self.config.unpad_inputs
         trainer.save_model(os.fspath(out / (ADAPTER if lora else MODEL)))
         if not lora or (out / MODEL).exists() or not trainer.is_world_process_zero():
             return
@@ -143,11 +133,7 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the bias (V,) of the MLM decoder to the log frequencies of the tokens, from `token_counts` (V,) plus one.
-
-    With zero biases, the model spends the first hundreds of pre-training steps on learning them. A small model then
-    learns more slowly in fine-tuning than a model with random weights.
-    """
+    """Set the bias (V,) of the MLM decoder to the log frequencies of the tokens, by `token_counts` (V,) plus one."""
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
 
@@ -156,12 +142,9 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
     """Set `embedding` to random vectors that are similar for tokens with equal `spellings` (see `token_spellings`).
 
-    Each component is drawn from N(0, 0.3²). The vectors of two tokens with the same spelling have a correlation of 0.8;
-    the vectors of other tokens are independent. The vector of the padding token is not changed.
-
-    A byte-level tokenizer has several tokens for one word ("parse", " parse", "Parse", " PARSE"), and a description may
-    use one and the code another. After 100 steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36
-    with these vectors, 0.33 with a standard deviation of 0.1 instead of 0.3, and 0.23 with independent vectors.
+    The vectors of two tokens with the same spelling, such as "parse" and " Parse", have a correlation of 0.8. After 100
+    steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36 with these vectors, 0.33 with a standard
+    deviation of 0.1 instead of 0.3, and 0.23 with independent vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
@@ -178,28 +161,17 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
 def start_from_teacher(
     model: ModularStarEncoderForRetrieval,
     tokenizer: PreTrainedTokenizerFast,
-    vectors: np.ndarray,
-    token_counts: np.ndarray,
+    vectors: np.ndarray,  # (V, D), of `token_texts`
+    token_counts: np.ndarray,  # (V,), in the training texts
     *,
     a: float = 1e-3,
 ) -> None:
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
-    A token's embedding is the teacher's vector of the token minus the mean vector of all tokens, and the head is the
-    identity. If the hidden size is below D (the size of the teacher's vectors), the embeddings are the principal
-    components of these differences, and the head maps the components back to size D. A token's weight in pooling is
-    a / (a + frequency), as in "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al., 2017).
-    Special tokens get a zero vector and weight 0, and do not count in the mean.
-
-    Args:
-        model: a model with an exit 0, a linear projection head, token weights, and `projection_size` D.
-        tokenizer: the model's tokenizer, of V tokens.
-        vectors: (V, D), the teacher's vectors of the text of each token (see `token_texts`).
-        token_counts: (V,), number of occurrences of each token in the training texts.
-        a: relative frequency of a token that gets half the weight of the rarest tokens.
-
-    Raises:
-        UserError: the model lacks an exit 0, a linear head, token weights or size D (`training.start_from_teacher`).
+    A token's embedding is the teacher's vector of the token minus the mean vector, and the head is the identity. If the
+    hidden size is below D (the size of the teacher's vectors), the embeddings are the principal components, and the
+    head maps them back to size D. A token's weight in pooling is a / (a + frequency), as in "A Simple but Tough-to-Beat
+    Baseline for Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero vector and weight 0.
     """
     config, size = model.config, vectors.shape[1]
     needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
@@ -228,18 +200,11 @@ def start_from_teacher(
 
 @torch.no_grad()
 def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> ModularStarEncoderForRetrieval:
-    """Return a copy, with new layers and exits, of a model that has only exit 0.
+    """Return a copy, with new layers and exits, of a model that has only exit 0 and no exit norm.
 
     Before training, every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all
     heads equal the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of
-    the new layers would outweigh the token embeddings after the first training steps.
-
-    Args:
-        model: has exit 0 alone, and no exit norm.
-        exit_layers: the exits of the new model, ascending: the first is 0, the last is the number of layers.
-
-    Raises:
-        UserError: the model or the exits do not meet these conditions (`training.grow`).
+    the new layers would outweigh them after the first training steps.
     """
     config, exits, fault = model.config, list(exit_layers), ""
     if exits != sorted({0, *exits}) or len(exits) < 2:
@@ -249,15 +214,15 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
         if (list(found) if needed == [0] else found) != needed:
             fault = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
             fault += " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
+    changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
+    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), max(exits, default=0))
+    try:
+        if not fault:
+            config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
+    except StrictDataclassError as error:
+        fault = f"The model can't have the exits {exits}: {' '.join(str(error.__cause__ or error).split())}"
     if fault:
         raise UserError("training.grow", fault)
-    changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
-    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
-    try:
-        config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
-    except StrictDataclassError as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError("training.grow", f"The model can't have the exits {exits}: {cause}") from error
     grown = type(model)(config)
     grown.load_state_dict(model.state_dict(), strict=False)
     for layer in grown.model.layers:
@@ -277,25 +242,14 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
 def grow_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
 ) -> Path:
-    """Add layers (see `grow`) to a checkpoint that has only exit 0, write the result to `out`, and return `out`.
-
-    The folder `out` must be empty or missing; it is written atomically. `seed` determines the new layers' random
-    weights.
-
-    Raises:
-        UserError: the model or the exits do not meet the conditions of `grow` (`training.grow`), or `out` has files.
-    """
+    """Add layers (see `grow`), random by `seed`, to a checkpoint of exit 0; write it to the new folder `out`."""
     model, tokenizer = load_checkpoint(checkpoint)
     torch.manual_seed(seed)
     return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)
 
 
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any] | None) -> nn.Module:
-    """Freeze the trunk of a model, add LoRA adapters to its linear layers, and return the `PeftModel`.
-
-    The heads are trained, and saved with the adapters. `settings` are arguments of `peft.LoraConfig`; UserError
-    (`training.lora`) if peft rejects one. If `settings` is None, the model is returned unchanged.
-    """
+    """Freeze a model's trunk, add LoRA adapters, and return the `PeftModel`; without `settings`, return the model."""
     if settings is None:
         return model
     with naming_extra():

@@ -321,8 +321,7 @@ class SharedHeads(TrainerCallback):
 class AveragedWeights(TrainerCallback):
     """Callback that averages the trained parameters over the steps and puts the average into the model at the end.
 
-    The decay at step s is min(`decay`, (1 + s) / (10 + s)), so the first steps count little in the final average. Every
-    process keeps the whole average, so the model may be replicated (DDP), but not sharded (FSDP).
+    The decay at step s is min(`decay`, (1 + s) / (10 + s)). The model may be replicated (DDP), not sharded (FSDP).
     """
 
     def __init__(self, decay: float) -> None:
