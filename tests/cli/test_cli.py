@@ -36,19 +36,24 @@ for option in ("--help", "--version"):
     assert f"mose {metadata.version('modular-star-encoder')}\n" in output
 
 
-def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_extra(mose, monkeypatch):
+def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_extra(mose, monkeypatch, tmp_path):
     def distribution(name):
         if name == "gradio":
             raise metadata.PackageNotFoundError(name)
         return metadata.distribution(name)
 
     monkeypatch.setattr(cli, "distribution", distribution)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    index = cli._indexes_folder() / "abc"
+    index.mkdir(parents=True)
+    (index / "index.json").write_text('{"settings": {"folder": "/code"}}')
     status, out, _ = mose("doctor")
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert status == 0
     assert "core" in lines["cpu"]
     assert lines["torch"].split()[1] == metadata.version("torch")
     assert "hub_configs/mose-code" in lines["mose-code"]
+    assert lines["abc"].split() == ["abc", "/code", "(0", "MB)"]
     assert all("gradio" in lines[extra] for extra in ("demo", "all"))
     assert "[demo]" in lines["demo"]
     assert "gradio" not in lines["search"]

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from io import TextIOWrapper
 from pathlib import Path
@@ -259,6 +260,7 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         "Versions": {name: version or "not installed" for name, version in versions.items()},
         "Devices": devices() if versions["torch"] else {"torch": "not installed"},
         "Folders": folders(),
+        "Indexes of mose search": indexes() or {"none": "the cache is empty"},
         "Extras": {
             extra: f"lacks {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'" if missing else "ready"
             for extra, missing in missing_packages().items()
@@ -291,13 +293,29 @@ def folders() -> dict[str, str]:
 
     from modular_star_encoder.inference import shipped_model
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / DISTRIBUTION
     return {
         "mose-code": shipped_model(),
-        "indexes of mose search": folder_size(cache),
+        "indexes of mose search": folder_size(_indexes_folder()),
+        "vectors of teachers": folder_size(_indexes_folder().with_name("teacher-vectors")),
         "models of the Hub": folder_size(Path(constants.HF_HUB_CACHE)),
         "connection to the Hub": "off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "on",
     }
+
+
+def indexes() -> dict[str, str]:
+    """Return {name of an index in the user's cache: the folder that it is of, and its size}."""
+    from modular_star_encoder.utils.files import read_json
+
+    found = {}
+    for file in sorted(_indexes_folder().glob("*/index.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            size = folder_size(file.parent).rpartition(" (")[2]
+            found[file.parent.name] = printable(f"{read_json(file)['settings']['folder']} ({size}")
+    return found
+
+
+def _indexes_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / DISTRIBUTION / "search"
 
 
 def folder_size(folder: Path) -> str:
