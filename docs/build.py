@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {ROOT / "README.md": "index.md", ROOT / "benchmarks/README.md": "benchmarks.md"}
 PAGES |= {ROOT / "CHANGELOG.md": "changelog.md"}
-PICTURES = sorted((ROOT / "benchmarks/results").glob("*.png"))
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 # Millions of parameters (model cards), and the MRR of models that others trained (examples/mose_code/README.md).
 PARAMETERS = {0: 6.46, 1: 8.08, 2: 9.71, 4: 12.81, 6: 15.92}
@@ -24,41 +25,59 @@ OTHERS = {"all-MiniLM-L6-v2": (22.7, 72.1), "bge-small-en-v1.5": (33.4, 82.4)}
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the generated pages, and the pictures of benchmarks, to the files of the site."""
+    """Add the generated pages, and the files of the repository that pages link to, to the files of the site."""
     from mkdocs.structure.files import File
 
-    pages = {name: relink(path.read_text(encoding="utf-8"), path.parent) for path, name in PAGES.items()}
-    pages |= {"api.md": api_page(), "commands.md": commands_page(), "recipes.md": recipes_page()}
-    for name, text in pages.items():
+    for path, name in site_files().items():
+        if path.suffix == ".md":
+            files.append(File.generated(config, name, content=relink(path.read_text(encoding="utf-8"), path, name)))
+        else:
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    for name, text in {"api.md": api_page(), "commands.md": commands_page(), "recipes.md": recipes_page()}.items():
         files.append(File.generated(config, name, content=text))
-    for picture in PICTURES:
-        files.append(File.generated(config, f"files/{picture.name}", abs_src_path=str(picture)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite the links of a page of docs/ to files outside of docs/."""
-    return relink(markdown, DOCS) if (DOCS / page.file.src_uri).is_file() else markdown
+    path = DOCS / page.file.src_uri
+    return relink(markdown, path, page.file.src_uri) if path.is_file() else markdown
 
 
-def relink(text: str, folder: Path) -> str:
-    """Rewrite relative links of a Markdown file in `folder`: to pages and pictures of the site, else a plain path."""
+@cache
+def site_files() -> dict[Path, str]:
+    """Return {file outside of docs/: its place on the site} for `PAGES` and all files that pages link to."""
+    found, pages = dict(PAGES), [*PAGES, *(path for path in DOCS.glob("*.md") if path.name != "moved.md")]
+    for page in pages:  # it grows
+        for match in LINK.finditer(page.read_text(encoding="utf-8")):
+            path = linked(match, page)
+            if path and path.is_file() and not path.is_relative_to(DOCS) and path not in found:
+                found[path] = path.relative_to(ROOT).as_posix()
+                pages += [path] * (path.suffix == ".md")
+    return found
+
+
+def linked(match: re.Match[str], page: Path) -> Path | None:
+    """Return the file or folder of the repository to which a link of a page leads; None for other links."""
+    path = (page.parent / (target := match[3].partition("#")[0])).resolve()
+    return path if target and not re.match(r"\w+:", target) and path.is_relative_to(ROOT) else None
+
+
+def relink(text: str, page: Path, place: str) -> str:
+    """Rewrite the relative links of the file `page`, which is at `place` on the site; links to folders become text."""
 
     def link(match: re.Match[str]) -> str:
         mark, label, target = match.groups()
-        path, _, anchor = target.partition("#")
-        file = (folder / path).resolve()
-        if re.match(r"\w+:", target) or not path or not file.is_relative_to(ROOT):
+        if (path := linked(match, page)) is None:
             return match[0]
-        name = PAGES.get(file) or (f"files/{file.name}" if file in PICTURES else None)
-        if file.is_relative_to(DOCS):
-            name = str(file.relative_to(DOCS))
+        name = str(path.relative_to(DOCS)) if path.is_relative_to(DOCS) else site_files().get(path)
         if name is None:
-            plain = str(file.relative_to(ROOT))
-            return f"`{plain}`" if label in (plain, path) else f"{label} (`{plain}`)"
-        return f"{mark}[{label}]({name}{f'#{anchor}' if anchor else ''})"
+            plain = str(path.relative_to(ROOT))
+            return f"`{plain}`" if label in (plain, target) else f"{label} (`{plain}`)"
+        _, sign, anchor = target.partition("#")
+        return f"{mark}[{label}]({os.path.relpath(name, os.path.dirname(place))}{sign}{anchor})"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+    return LINK.sub(link, text)
 
 
 def api_page() -> str:
@@ -92,25 +111,35 @@ def commands_page() -> str:
 
 
 def recipes_page() -> str:
-    """Return a page with tables of the keys of all recipes."""
+    """Return a page with tables of the keys of all recipes. A key that means the same in several is listed once."""
     from modular_star_encoder.synthconl.build import DatasetRecipe
     from modular_star_encoder.training.ablation import recipe_reference
     from modular_star_encoder.utils.settings import format_reference
 
     texts = {f"mose {name}": recipe_reference(name) for name in ("pretrain", "finetune", "ablate")}
     texts["mose dataset build"] = f"settings:\n{format_reference(DatasetRecipe)}"
-    lines = ["# Recipe keys", "", "A recipe is a YAML file. `KEY=VALUE` after a command changes a key.", ""]
+    places: dict[tuple[str, str], list[str]] = {}  # (key, meaning) → titles of the texts that have it
+    notes: list[str] = []
+    title = ""
     for command, text in texts.items():
-        lines += [f"## {command}", ""]
         for line in text.splitlines():
             if key := re.match(r"  (\S+)\s+(.*)", line):
-                meaning = key[2].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-                lines.append(f"| `{key[1]}` | {meaning} |")
+                places.setdefault((key[1], key[2]), []).append(title)
             elif line.endswith(":"):
-                lines += ["", f"**{line.removesuffix(':')}**", "", "| key | type, default, meaning |", "|---|---|"]
-            elif line:
-                lines += ["", line]
-        lines.append("")
+                title = command + line.removesuffix(":").removeprefix("settings")
+            elif line and line not in notes:
+                notes.append(line)
+    tasks = tuple(f"mose finetune with task: {task}" for task in ("retrieval", "classification"))
+    shared = {("mose pretrain", *tasks): "mose pretrain and mose finetune", tasks: "mose finetune with either task"}
+    tables: dict[str, list[str]] = {title: [] for title in shared.values()}
+    for (name, meaning), titles in places.items():
+        meaning = meaning.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+        for title in [shared[tuple(titles)]] if tuple(titles) in shared else titles:
+            tables.setdefault(title, []).append(f"| `{name}` | {meaning} |")
+    lines = ["# Recipe keys", "", "A recipe is a YAML file. `KEY=VALUE` after a command changes a key.", ""]
+    for title, rows in tables.items():
+        lines += [f"## {title}", "", *notes, "", "| key | type, default, meaning |", "|---|---|", *rows, ""]
+        notes = []  # they are about training, and shown once
     return "\n".join(lines)
 
 
