@@ -71,12 +71,10 @@ def test_the_model_given_stays_as_it_is_and_both_share_and_save_the_same_tensors
     assert all(torch.equal(saved[name], own[name]) for name in own)
 
 
-def test_other_devices_are_an_error():
+def test_other_devices_and_a_failing_compiler_are_one_sentence(monkeypatch):
     with raises("compile.device", "meta"):
         compile_for_inference(tiny_model().to("meta"))
 
-
-def test_a_failing_compiler_is_one_sentence(monkeypatch):
     def fail(states):
         raise BackendCompilerFailed(fail, RuntimeError("no compiler\nand much more"), None)
 

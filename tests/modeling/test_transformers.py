@@ -102,9 +102,8 @@ def test_a_cut_model_exports_for_any_batch_and_length(model_class, pooling):
     cut = tiny_model(model_class, exit_layer=2, pooling=pooling).eval()
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=128)}
     with torch.no_grad():
-        program = torch.export.export(
-            cut, (), tiny_batch(), dynamic_shapes={"input_ids": sizes, "attention_mask": sizes}
-        )
+        shapes = {"input_ids": sizes, "attention_mask": sizes}
+        program = torch.export.export(cut, (), tiny_batch(), dynamic_shapes=shapes)
         for batch in (*BATCHES, tiny_batch(lengths=(20, 5, 1, 3, 3)), tiny_batch(lengths=(6,))):
             got, expected = per_exit(program.module()(**batch)), per_exit(cut(**batch))
             assert got.shape[1] == len(batch["input_ids"])
@@ -203,9 +202,8 @@ def test_scripts_for_masked_lm_evaluate_predict_and_keep_the_best_model(tmp_path
     options |= {"load_best_model_at_end": True, "per_device_eval_batch_size": 4}
     trainer = stock_trainer(model, tmp_path / "run", rows, DataCollatorForLanguageModeling(tokenizer), **options)
     trainer.train()
-    assert trainer.state.best_metric == pytest.approx(
-        min(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
-    )
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.state.best_metric == pytest.approx(min(losses))
     assert trainer.predict(rows).predictions.shape[::2] == (6, 300)
 
 

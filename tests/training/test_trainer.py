@@ -135,9 +135,8 @@ def test_the_norm_of_each_exits_gradient_and_cosines_by_layer_are_those_of_the_w
         (loss * exit_layer / 4).backward()
         trunk = {name: p.grad for name, p in trainer.model.named_parameters() if "projection_heads" not in name}
         gradients = {name: gradient.flatten() for name, gradient in trunk.items() if gradient is not None}
-        assert log[f"gradient_norm_exit_{exit_layer}"] == pytest.approx(
-            torch.cat([*gradients.values()]).norm().item(), 1e-3
-        )
+        norm = torch.cat([*gradients.values()]).norm().item()
+        assert log[f"gradient_norm_exit_{exit_layer}"] == pytest.approx(norm, rel=1e-3)
         of_layer_2[exit_layer] = [gradient for name, gradient in gradients.items() if "layers.1." in name]
     expected = torch.nn.functional.cosine_similarity(*(torch.cat(of_layer_2[k]) for k in (2, 4)), dim=0).item()
     assert log["gradient_cosine_layer_2"] == pytest.approx(expected, rel=1e-3)
@@ -151,9 +150,8 @@ def test_weight_decay_is_not_applied_to_biases_norms_and_the_learned_scale(tmp_p
     model = tiny_model(logit_scale_init_value=10.0)
     model = add_adapters(model, {}) if adapters else model
     trainer = make_trainer(tmp_path, model=model, weight_decay=0.1)
-    decayed = {
-        id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
-    }
+    groups = trainer.create_optimizer().param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     spared = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in decayed}
     assert sum(name.endswith("log_scale") for name in spared) == 1
     assert all(name.endswith((".bias", "log_scale", "norm.weight", "layernorm.weight")) for name in spared)
@@ -232,35 +230,16 @@ def trainer_of(model, folder, settings, **changes):
     return make_trainer(folder, model, ContrastiveObjective(ContrastiveSettings(**settings)), **(options | changes))
 
 
-def train(folder, tokens, **changes):
-    trainer = trainer_of(with_scale(), folder, {"mini_batch_tokens": tokens, "alignment_weight": 0.1}, **changes)
-    trainer.train()
-    return trainer
-
-
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])
-def test_mini_batches_train_as_whole_batches_do(tmp_path, changes):
-    plain, cached = (train(tmp_path, tokens, **changes) for tokens in (None, 16))
-    assert {"eval_logit_scale", "eval_alignment_loss_exit_1", "eval_clip_accuracy_exit_4"} <= set(cached.evaluate())
-    names = {"loss", "grad_norm", "logit_scale"} | {f"clip_loss_exit_{exit_layer}" for exit_layer in EXIT_LAYERS}
-    for expected, found in zip(plain.state.log_history[:3], cached.state.log_history[:3], strict=True):
-        assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, 1e-3)
-    assert plain.state.log_history[2]["logit_scale"] != pytest.approx(12.0, abs=1e-3)
-    before = with_scale()
-    states = (trainer.model.state_dict() for trainer in (plain, cached))
-    distances = [
-        torch.stack([(first[name] - second[name]).norm() for name in first]).norm()
-        for first, second in ((before.state_dict(), cached.model.state_dict()), tuple(states))
-    ]
-    assert distances[1] < 1e-2 * distances[0]
-
-
 def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
-    straight = train(tmp_path / "straight", 16, max_steps=4, save_strategy="steps", save_steps=2)
     settings = {"mini_batch_tokens": 16, "alignment_weight": 0.1}
+    saving = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
+    straight = trainer_of(with_scale(), tmp_path / "straight", settings, max_steps=4, **saving)
+    straight.train()
+    assert {"eval_logit_scale", "eval_alignment_loss_exit_1", "eval_clip_accuracy_exit_4"} <= set(straight.evaluate())
     resumed = trainer_of(with_scale(), tmp_path / "resumed", settings, max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     scale = straight.model.logit_scale.log_scale
+    assert scale.exp().item() != pytest.approx(12.0, abs=1e-3)
     assert torch.equal(resumed.model.logit_scale.log_scale, scale)
     straight.save_model(str(tmp_path / "saved"))
     assert not list((tmp_path / "saved").glob("*.bin")), "Trainer's settings are a pickle"
