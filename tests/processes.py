@@ -56,5 +56,5 @@ def start_process(target, *arguments, **options):
 
 def ended_by_sigkill(process):
     """Wait for the process's end, and say whether it was killed."""
-    process.join(timeout=60)
+    process.join(timeout=300)
     return process.exitcode == -signal.SIGKILL
