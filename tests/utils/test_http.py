@@ -284,6 +284,19 @@ def test_closing_while_connections_are_made_leaves_nothing_behind():
     assert not [str(one.message) for one in caught if "never awaited" in str(one.message)]
 
 
+def test_requests_that_other_threads_send_while_a_client_closes_are_cancelled(monkeypatch):
+    client, late = HTTPClient(), []
+
+    async def close():
+        late.append(client.submit("GET", "http://localhost:9/"))
+
+    monkeypatch.setattr(client._client, "aclose", close)
+    client.close()
+    late.append(client.submit("GET", "http://localhost:9/"))
+    assert [future.cancelled() for future in late] == [True, True]
+    assert not client._thread.is_alive()
+
+
 def test_closing_cancels_what_is_under_way_also_inside_a_running_event_loop():
     async def notebook():
         with LocalServer(lambda request: (time.sleep(3), (200, {}, {}))[1]) as server:

@@ -125,14 +125,13 @@ class HTTPClient:
         self._total_time = attempts * (timeout + _LONGEST_PAUSE) if total_time is None else total_time
         self._max_bytes, self._follow_redirects = max_bytes, follow_redirects
         self._slots = asyncio.Semaphore(concurrency)
-        with _clear_proxy_errors():
-            self._client = httpx.AsyncClient(
-                headers={"Accept-Encoding": _ENCODINGS} | ({"Authorization": f"Bearer {token}"} if token else {}),
-                timeout=timeout,
-                cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
-                limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            )
-        self._loop = _Loop()
+        self._client = _client(
+            headers={"Accept-Encoding": _ENCODINGS} | ({"Authorization": f"Bearer {token}"} if token else {}),
+            timeout=timeout,
+            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        )
+        self._loop, self._closing, self._is_closed = _Loop(), threading.Lock(), False
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -143,22 +142,26 @@ class HTTPClient:
         self.close()
 
     def close(self) -> None:
-        """Cancel pending requests and close the connections. No request can be sent afterwards."""
-        if self._loop.is_closed() or sys.is_finalizing():  # when Python ends, daemon threads no longer run
-            return
+        """Cancel pending requests, also later ones, and close the connections."""
+        with self._closing:
+            if self._is_closed or sys.is_finalizing():  # when Python ends, daemon threads no longer run
+                return
+            self._is_closed = True
 
         async def abandon() -> None:
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 if getattr(task.get_coro(), "cr_code", None) is HTTPClient._send.__code__:  # each cancels its own tasks
                     task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await self._client.aclose()
+            try:
+                async with asyncio.timeout(_SECONDS_TO_CLOSE):
+                    await asyncio.gather(*others, return_exceptions=True)
+                    await self._client.aclose()
+            finally:
+                self._loop.stop()  # only now, so that no cancelled request is left without an end
 
-        with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(abandon(), self._loop).result(_SECONDS_TO_CLOSE)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_SECONDS_TO_CLOSE)
+        asyncio.run_coroutine_threadsafe(abandon(), self._loop)
+        self._thread.join(2 * _SECONDS_TO_CLOSE)
         if not self._thread.is_alive():
             self._loop.close()
 
@@ -173,7 +176,11 @@ class HTTPClient:
         rest may contain a secret. `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again:
         some gateways report a failure with a success status.
         """
-        return asyncio.run_coroutine_threadsafe(self._send(method, url, body, retry_if), self._loop)
+        with self._closing:  # what is submitted before `close` begins is cancelled by it
+            if not self._is_closed:
+                return asyncio.run_coroutine_threadsafe(self._send(method, url, body, retry_if), self._loop)
+        (future := Future[Response]()).cancel()
+        return future
 
     async def _send(self, method: str, url: str, body: Any, retry_if: _Check | None) -> Response:
         key, fault = "no_answer", f"does not answer after {self._attempts} attempt{'s' * (self._attempts > 1)}"
@@ -291,21 +298,18 @@ def in_daemon_thread(
     return future
 
 
-@contextlib.contextmanager
-def _clear_proxy_errors() -> Iterator[None]:
-    """Context manager to construct a client of httpx: UserError (`http.proxy`) if a proxy variable can't be used."""
+def _client(**options: Any) -> httpx.AsyncClient:
+    """Return a client of httpx; UserError (`http.proxy`) if an environment variable names a proxy that can't be used."""
     name, needed = "NO_PROXY", "host names such as localhost,.example.org"
     for scheme, proxy in urllib.request.getproxies().items():
         url = proxy if ":/" in proxy else f"http://{proxy}"
         if scheme in (*_WEB, "all") and not is_web_address(url, (*_WEB, "socks5", "socks5h")):
             name, needed = f"{scheme.upper()}_PROXY", "an address such as http://127.0.0.1:3128"
-    try:
-        if name != "NO_PROXY":
-            raise httpx.InvalidURL(name)
-        yield
-    except httpx.InvalidURL:  # its message may show a password
-        message = f"The environment variable {name} (or {name.lower()}) must be {needed}; correct it or unset it."
-        raise UserError("http.proxy", message) from None
+    with contextlib.suppress(httpx.InvalidURL):  # its message may show a password
+        if name == "NO_PROXY":
+            return httpx.AsyncClient(**options)
+    message = f"The environment variable {name} (or {name.lower()}) must be {needed}; correct it or unset it."
+    raise UserError("http.proxy", message)
 
 
 def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeout: float) -> None:
