@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -162,6 +163,16 @@ def test_a_caller_that_stops_waits_for_no_busy_worker():
     start = time.monotonic()
     results.close()
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOSPC, errno.ENOENT])
+def test_missing_shared_memory_is_named(monkeypatch, number):
+    def semaphore(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("_multiprocessing.SemLock", semaphore)
+    with pytest.raises(OSError, match=f"/dev/shm.*{os.strerror(number)}"):
+        mapped([1], processes=2)
 
 
 @pytest.mark.slow

@@ -81,7 +81,10 @@ def _halved(
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, initializer=_prepare_worker)
+    try:
+        return ProcessPoolExecutor(processes, initializer=_prepare_worker)
+    except OSError as error:
+        raise OSError(f"Worker processes need shared memory: mount /dev/shm, or make room there ({error}).") from error
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
