@@ -271,16 +271,19 @@ def _archive_suffix(path: Path) -> str:
 
 
 class _LimitedFile:
-    """Wraps a file for tarfile or zipfile; a read beyond `left` bytes in total raises ArchiveLimitError(`reason`)."""
+    """Wraps a file for tarfile or zipfile. ArchiveLimitError(`reason`) if more than `left` bytes are read in all.
 
-    def __init__(self, file: IO[bytes], left: float, reason: str) -> None:
-        self._file, self.left, self._reason = file, left, reason
+    The error is also raised if one read has the bytes `entry` more than `MAX_ARCHIVE_MEMBERS` times.
+    """
+
+    def __init__(self, file: IO[bytes], left: float, reason: str, entry: bytes = b"") -> None:
+        self._file, self.left, self._reason, self._entry = file, left, reason, entry
 
     def read(self, size: int = -1) -> bytes:
         self.left -= max(size, 0)
         content = self._file.read(size) if self.left >= 0 else b""
         # zipfile reads the whole directory at once; an entry takes it ten times the bytes, whatever number is declared.
-        if self.left < 0 or content.count(_ZIP_ENTRY) > MAX_ARCHIVE_MEMBERS:
+        if self.left < 0 or (self._entry and content.count(self._entry) > MAX_ARCHIVE_MEMBERS):
             raise ArchiveLimitError(self._reason)
         return content
 
@@ -300,7 +303,7 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
             return file.read(size)
 
     with location.open("rb") as file:
-        raw: Any = _LimitedFile(file, MAX_ARCHIVE_MEMBERS * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY)
+        raw: Any = _LimitedFile(file, MAX_ARCHIVE_MEMBERS * _DIRECTORY_BYTES_PER_MEMBER, _TOO_MANY, _ZIP_ENTRY)
         with zipfile.ZipFile(raw) as archive:
             raw.left = float("inf")
             for info in archive.infolist():
