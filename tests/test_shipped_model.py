@@ -132,3 +132,18 @@ def test_special_tokens_in_a_text_are_text(loaded):
     _, tokenizer = loaded
     ids = tokenizer("a <pad> b <mask> c <unk>")["input_ids"]
     assert not set(ids) & {tokenizer.pad_token_id, tokenizer.unk_token_id, 2}
+
+
+@pytest.mark.slow
+def test_fine_tuning_reads_texts_as_the_model_does_and_its_result_can_be_exported_as_a_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"query": f"return number {i}", "code": f"def f{i}():\n    return {i}"} for i in range(40)]
+    rows[3]["query"] = "\x01"  # no tokens
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("data.pairs=pairs.jsonl", "max_steps=2", "batch_size=32", "learning_rate=1e-9", "eval_fraction=0.2")
+    assert main(["finetune", "mose-code", "--out", "run", *settings]) == 0
+    tuned = SentenceTransformer("run/model")
+    assert tuned.tokenizer(QUERIES)["input_ids"] == AutoTokenizer.from_pretrained(FOLDER)(QUERIES)["input_ids"]
+    before = SentenceTransformer(str(FOLDER)).encode(QUERIES)
+    np.testing.assert_allclose(tuned.encode(QUERIES), before, atol=1e-3)
+    assert main(["export", "run/model", "--format", "static", "--out", "table"]) == 0

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from modular_star_encoder.data.pairs import LabelledPairs, RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.data.splits import TEXT_TO_CODE, BatchPlan
-from modular_star_encoder.data.tokenizer import ContentEncoder, check_special_tokens, encode_content
+from modular_star_encoder.data.tokenizer import ContentEncoder, adds_no_tokens, check_special_tokens, encode_content
 from modular_star_encoder.utils.errors import UserError
 
 _WORD = re.compile(r"\b[^\W\d]\w*")
@@ -32,6 +32,7 @@ def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
     return _WORD.sub(lambda match: names[match[0]], code)
 
 
+_Frame = tuple[list[int], list[int]]  # ids before and after the tokens of a text
 _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 
 
@@ -110,11 +111,11 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
     def mean_tokens(self) -> tuple[float, float]:
         """Return the mean numbers of tokens of (descriptions, snippets), with the longest prompt, cut to the limit."""
-        frames = len(self._text_frame[0]), max(len(before) for before, _ in self._code_frames.values())
+        frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
-        for rows, limit, before in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
+        for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
             lengths = np.diff(rows.bounds)
-            framed = np.minimum(lengths[lengths > 0] + before + 1, limit)
+            framed = np.minimum(lengths[lengths > 0] + len(before) + len(after), limit)
             means.append(float(framed.mean()) if len(framed) else 0.0)
         return means[0], means[1]
 
@@ -163,20 +164,21 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return places if negative is None else places | {"negative": (negative, -1)}
 
 
-def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> tuple[list[int], int]:
-    """Return (ids before a text with this prompt, id after it); UserError if `max_tokens` has no room for a text."""
+def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> _Frame:
+    """Return (ids before a text with this prompt, ids after it); UserError if `max_tokens` has no room for a text."""
     ids = tokenizer(prompt)["input_ids"]
-    if not ids or ids[-1] != tokenizer.cls_token_id:
+    is_closed = ids[-1:] == [tokenizer.cls_token_id]
+    if not is_closed and not adds_no_tokens(tokenizer):
         raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
     if max_tokens <= len(ids):
         message = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
         raise UserError("data.retrieval.max_tokens", message)
-    return ids[:-1], ids[-1]
+    return (ids[:-1], ids[-1:]) if is_closed else (ids, [])
 
 
-def _framed(content: np.ndarray, frame: tuple[list[int], int], max_tokens: int) -> torch.Tensor:
+def _framed(content: np.ndarray, frame: _Frame, max_tokens: int) -> torch.Tensor:
     before, after = frame
-    ids = np.concatenate([before, content[: max_tokens - len(before) - 1], [after]])
+    ids = np.concatenate([before, content[: max_tokens - len(before) - len(after)], after])
     return torch.from_numpy(ids.astype(np.int64))
 
 

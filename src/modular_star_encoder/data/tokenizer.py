@@ -106,6 +106,12 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **sides)
 
 
+def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the tokenizer has a template without special tokens, as that of mose-code; not one without any."""
+    processor = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"] or {}
+    return processor.get("type") == "TemplateProcessing" and not processor["special_tokens"]
+
+
 def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
     single, pair = f"{SEP_TOKEN} $A {CLS_TOKEN}", f"{SEP_TOKEN} $A {SEP_TOKEN} $B {CLS_TOKEN}"
     tokens = [(token, tokenizer.token_to_id(token)) for token in (SEP_TOKEN, CLS_TOKEN)]

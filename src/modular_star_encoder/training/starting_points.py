@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from modular_star_encoder.data.tokenizer import load_tokenizer, special_token_ids, with_template
+from modular_star_encoder.data.tokenizer import adds_no_tokens, load_tokenizer, special_token_ids, with_template
 from modular_star_encoder.inference.checkpoints import (
     clear_errors,
     keep_only_exit,
@@ -80,7 +80,9 @@ class StartingPoint(Generic[Model]):
         if recipe.tokenizer is None and not self.has_weights:
             message = f"{recipe.model} has no weights and no tokenizer; set `tokenizer` in the recipe."
             raise UserError("training.tokenizer.missing", message)
-        tokenizer = with_template(load_tokenizer(recipe.tokenizer or self.source))
+        tokenizer = load_tokenizer(recipe.tokenizer or self.source)
+        if recipe.task == "classification" or not adds_no_tokens(tokenizer):  # a retrieval model keeps its own template
+            tokenizer = with_template(tokenizer)
         torch.manual_seed(recipe.seed)
         if self.has_weights:
             cut = {} if exit_layer is None else {"exit_layer": exit_layer}
