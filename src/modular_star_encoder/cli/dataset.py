@@ -12,7 +12,7 @@ from modular_star_encoder.utils.errors import UserError
 
 def add_dataset_commands(commands: Any) -> None:
     """Add `mose dataset` and its commands to the subparsers of `mose`."""
-    dataset = commands.add_parser("dataset", help="build a dataset of translated functions, and publish it")
+    dataset = commands.add_parser("dataset", help="make datasets of functions, drop near-duplicates, and publish them")
     commands = dataset.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="extract functions, translate them, drop near-duplicates, and split")

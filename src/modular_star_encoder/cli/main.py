@@ -234,7 +234,9 @@ def all_commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their options."""
-    parser = _Parser(prog="mose", description="Multi-exit code encoders: pre-train, evaluate, slice, search.")
+    about = "Search code; train, measure and cut code encoders with exits, layers after which they can stop."
+    start = 'start with: mose search "merge two headers" FOLDER; mose COMMAND --help has the options and an example'
+    parser = _Parser(prog="mose", description=about, epilog=start)
     parser.add_argument("--version", action="version", version=f"mose {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_search_commands(commands)

@@ -18,7 +18,9 @@ def add_publish_commands(commands: Any) -> None:
     """Add `mose slice`, `mose grow`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
     cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
     cut.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
-    cut.add_argument("--exit-layer", metavar="K", type=at_least(0), required=True, help="number of layers to keep")
+    cut.add_argument(
+        "--exit-layer", metavar="K", type=at_least(0), required=True, help="exit to keep: its number of layers"
+    )
     cut.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
     cut.set_defaults(run=run_slice)
 

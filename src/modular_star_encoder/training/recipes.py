@@ -148,7 +148,8 @@ class TrainingRecipe(TrainingSettings):
     """Settings that all training recipes share.
 
     Args:
-        model: a folder of `hub_configs`, or any folder with a config.json; training starts from its weights, if any.
+        model: a packaged configuration, such as small, or a folder with a config.json; training starts from its
+            weights, if any.
         tokenizer: folder or Hub id of the tokenizer, by default the model's tokenizer.
         attn_implementation: name of an attention implementation in transformers; kernels on the Hub are not allowed.
     """
@@ -199,9 +200,9 @@ class StartingRecipe(TrainingRecipe):
     """Settings that all fine-tuning recipes share.
 
     Args:
-        task: `retrieval` (see `FinetuningRecipe`) or `classification` (see `ClassificationRecipe`).
+        task: `retrieval` (pairs of texts) or `classification` (labelled pairs).
         model: folder or Hub id of a fine-tuned model, or of a pre-trained model, which gets new heads. For random
-            weights, name a folder with a config.json but no weights, or a folder of `hub_configs`; set `tokenizer`.
+            weights, name a folder with a config.json but no weights, or a packaged configuration; set `tokenizer`.
         exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other exits' heads are removed.
         config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
         unpad_inputs: remove padding tokens in training; the saved model has the `unpad_inputs` of the starting model.
