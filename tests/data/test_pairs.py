@@ -402,6 +402,8 @@ def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, cont
         ({"tripletz": "x"}, "settings.unknown", "did you mean triplets?"),
         ({"triplets": {"source": None}}, "data.source.options", "data.triplets"),
         ({"triplets": {"source": "FOLDER/a.jsonl", "columns": {"text": "x"}}}, "data.source.options", "data.triplets"),
+        *(({name: odd}, "data.source.no_files", "owner/name") for name in ("pairs", "triplets") for odd in ([None], 1)),
+        ({"pairs": {"source": True}}, "data.source.no_files", "True"),
         ({"functions": "code"}, "data.source.missing", "code"),
         ({"triplets": "FOLDER/a.jsonl"}, "data.source.empty", "1 × empty func2"),
         ({"parallel": "missing.jsonl"}, "data.source.no_files", "missing.jsonl"),

@@ -27,6 +27,7 @@ _ROWS_PER_TABLE = 1024
 _ROWS_PER_BATCH = 256
 _PARQUET, _JSON_LINES, _CSV = (".parquet",), (".jsonl", ".jsonl.gz", ".ndjson"), (".csv", ".csv.gz", ".tsv")
 SUFFIXES = (*_CSV, *_JSON_LINES, *_PARQUET)
+_ALLOWED = f"Name a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id owner/name."
 _MAX_FIELD = 10_000_000  # characters of a field of a CSV file; more mean that a quotation mark is not closed
 _MAX_LINE, _MAX_LINE_VALUES = 2**24, 2**20  # characters of a line; values of a line of JSON
 _MAX_ROWS, _MAX_CHARACTERS, _MAX_RATIO = 2**18, 2**25, 100  # see `_check_size`
@@ -259,8 +260,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
         return
     if is_file or path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         fault = "is a file of an unknown kind" if path.exists() else f"does not exist{similar_files(path)}"
-        message = f"{name} {fault}. Name a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id owner/name."
-        raise UserError("data.source.no_files", message)
+        raise UserError("data.source.no_files", f"{name} {fault}. {_ALLOWED}")
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
@@ -297,7 +297,10 @@ def _shown(source: Source) -> str:
 
 def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> list[str]:
     """Return the files that `source` names or, if `source` is a folder, its files of `split`; [] for a Hub dataset."""
-    if isinstance(source, list | tuple):
+    names = source if isinstance(source, list | tuple) else [source]
+    if not names or not all(isinstance(one, str | os.PathLike) and os.fspath(one) for one in names):
+        raise UserError("data.source.no_files", f"{source!r:.80} names no data. {_ALLOWED}")
+    if names is source:
         return [os.path.expanduser(os.fspath(file)) for file in source]
     name = os.path.expanduser(os.fspath(source))
     if not os.path.isdir(name):
