@@ -441,6 +441,13 @@ def test_a_variable_of_the_environment_that_is_no_number_is_named(mose, monkeypa
     assert "TQDM_MININTERVAL=a'b" in errors
 
 
+def test_an_address_of_the_hub_that_huggingface_hub_can_not_read_is_named():
+    environment = os.environ | {"HF_ENDPOINT": "http://["}
+    command = [sys.executable, "-m", "modular_star_encoder", "doctor"]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr.count("\n"), "HF_ENDPOINT=http://[" in answer.stderr) == (2, 1, True)
+
+
 @pytest.mark.parametrize("address", ["http://[", "http://localhost:99999", "localhost:1", "ftp://localhost"])
 def test_an_address_of_the_hub_that_is_none_is_named(address):
     command = [sys.executable, "-m", "modular_star_encoder", "search", "x", "--model", "owner/no-such-model"]

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:
             raise
-        words = " ".join((str(shown) or "Not enough memory.").split()) + number_of_environment(str(shown))
+        words = " ".join((str(shown) or "Not enough memory.").split()) + value_of_environment(str(shown))
         sentence = printable(with_options(words, arguments))
         if len(sentence) > 2000:  # it quotes a long value
             sentence = f"{sentence[:1500]} … {sentence[-400:]}"
@@ -158,8 +158,10 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
     return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence)
 
 
-def number_of_environment(error: str) -> str:
-    """Return a note that names the environment variables whose value `error` can't read as a number; "" if none."""
+def value_of_environment(error: str) -> str:
+    """Return a note that names the environment variables whose value `error` can't read; "" if none."""
+    if error == "Invalid IPv6 URL":  # huggingface_hub can't be imported
+        return f" (in the environment: HF_ENDPOINT={os.environ.get('HF_ENDPOINT')})"
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
         return ""
     wrong = [f"{name}={value}" for name, value in os.environ.items() if error.endswith(f": {value!r}")]

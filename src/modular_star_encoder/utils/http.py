@@ -299,7 +299,7 @@ def in_daemon_thread(
 
 
 def _client(**options: Any) -> httpx.AsyncClient:
-    """Return a client of httpx; UserError (`http.proxy`) if an environment variable names a proxy that can't be used."""
+    """Return a client of httpx; UserError (`http.proxy`) if a proxy's environment variable can't be used."""
     name, needed = "NO_PROXY", "host names such as localhost,.example.org"
     for scheme, proxy in urllib.request.getproxies().items():
         url = proxy if ":/" in proxy else f"http://{proxy}"
