@@ -75,7 +75,7 @@ def open_rows(
     Only `columns` are read, or all if it is empty. `config`, `split`, `revision` and `data_dir` are those of
     `datasets.load_dataset`, for the Hub only. `batch_size` is the number of rows to decode at a time.
     """
-    shown, files = _shown(source), _files(source, _PARQUET)
+    files, shown = _files(source, _PARQUET), _shown(source)
     if isinstance(source, str | os.PathLike):
         check_source(source)
     local = bool(files) and not any("://" in file for file in files)
@@ -238,11 +238,10 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
     all columns. In a folder, only files whose names begin with `split` are read, if one begins with train, validation
     or test. For `options` see `open_rows`.
     """
-    name = _shown(source)
+    files, name = _files(source, SUFFIXES, split), _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
         message = f"Unknown options for {name!r}: {', '.join(unknown)}. Available: split, {', '.join(_HUB_OPTIONS)}."
         raise UserError("data.source.options", message)
-    files = _files(source, SUFFIXES, split)
     for kinds, read in ((_JSON_LINES, _json_lines), (_CSV, _csv_rows)):
         if files and all(file.endswith(kinds) for file in files):
             for file in files:
