@@ -47,7 +47,7 @@ _MAPPINGS = {one.name for one in fields(MultiExitTrainingArguments) if "dict" in
 _Rank = Annotated[Count, Constraint(le=1024)]
 
 
-@with_config(extra="allow")
+@with_config({"extra": "allow"})
 class LoraArguments(TypedDict, total=False):
     """The ranks among the arguments of `peft.LoraConfig`, checked because adapters of high rank need much memory."""
 
