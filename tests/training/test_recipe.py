@@ -8,7 +8,13 @@ from modular_star_encoder.cli.main import main
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster, check_arguments
-from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
+from modular_star_encoder.training.recipes import (
+    ClassificationRecipe,
+    FinetuningRecipe,
+    PretrainingRecipe,
+    load_config,
+    load_recipe,
+)
 from modular_star_encoder.training.runs import ExitProgressCallback, evaluation_notice, final_metrics, format_log
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
@@ -18,6 +24,11 @@ from tests.errors import raises
 def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
     lines = {line.split()[0]: line for line in format_reference(kind).splitlines()}
     assert all(";" in line for line in lines.values()), [line for line in lines.values() if ";" not in line]
+
+
+def test_a_configuration_that_is_not_packaged_is_named():
+    with raises("config.unknown", "'nowhere'"):
+        load_config("nowhere")
 
 
 def test_a_log_line_is_short_and_names_each_exit():

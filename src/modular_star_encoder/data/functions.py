@@ -1,6 +1,6 @@
 """Extracts documented functions from a corpus: (description, code) rows, filtered by the rules of CodeSearchNet.
 
-Docstrings are removed from code: otherwise even BM25 would find it (section 2 of arXiv 1909.09436).
+The rules are in section 2 of arXiv 1909.09436. Docstrings are removed from code: otherwise even BM25 would find it.
 """
 
 import hashlib
@@ -223,8 +223,8 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     snippets = options.pop("snippets", "files")
     key = fault = ""
     if len(named) != 1 or options.get("installed", True) is not True:
-        fault = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {options}. `installed` can only be true."
-        key = "source"
+        key, needed = "source", f"exactly one of {', '.join(_OPENERS)}"
+        fault = f"`corpus` needs {needed}, not {dict(settings)}. `installed` can only be true."
     elif snippets not in SNIPPETS:
         key, fault = "snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}."
     if fault:

@@ -2,11 +2,12 @@
 
 A store is a folder of flat little-endian arrays, without a header, and two text files:
 
-tokens.bin uint16 or uint32 (tokens,): the rows one after the other bounds.bin int64 (rows + 1,): row i is tokens
-bounds[i]:bounds[i + 1] repositories.bin int32 (rows,): the repository of each row, a line of repositories.jsonl
-languages.bin int32 (rows,): the language of each row, an entry of "languages" in state.json repositories.jsonl the name
-of one repository per line, as a JSON string state.json sizes of the valid parts of these files, hashes of the tokenizer
-and of the source files
+    tokens.bin            uint16 or uint32 (tokens,): the rows one after the other
+    bounds.bin            int64 (rows + 1,): row i is tokens bounds[i]:bounds[i + 1]
+    repositories.bin      int32 (rows,): the repository of each row, a line of repositories.jsonl
+    languages.bin         int32 (rows,): the language of each row, an entry of "languages" in state.json
+    repositories.jsonl    the name of one repository per line, as a JSON string
+    state.json            sizes of the valid parts of these files, hashes of the tokenizer and of the source files
 
 Files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk.
 """

@@ -1,4 +1,4 @@
-"""Update an index: files that changed are divided into pieces, embedded and written, each in one transaction."""
+"""Update an index: changed files are divided into pieces, embedded and written, each batch in one transaction."""
 
 import os
 import time

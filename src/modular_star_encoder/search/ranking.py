@@ -216,7 +216,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to scores: above 0 for a piece that defines a name in the question, more in its own file"""
+    """Return additions (N,) to scores: above 0 if a piece defines a name in the question, more if its file has it."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):

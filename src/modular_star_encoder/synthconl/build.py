@@ -79,7 +79,7 @@ class NearDuplicateSettings(DuplicateSettings):
     columns: Annotated[Sequence[Literal["func1_CSN", "func2"]], Constraint(min_length=1)] = ("func1_CSN", "func2")
 
 
-@with_config(extra="allow")
+@with_config({"extra": "allow"})
 class TextColumn(TypedDict):
     """A column of texts in a dataset; further keys are arguments of `open_dataset_rows`."""
 

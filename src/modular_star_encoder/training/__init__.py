@@ -63,7 +63,10 @@ def find_recipe(name: str, command: str | None = None) -> Path:
 
 
 def hub_config_folder(name: str) -> Path:
-    """Return the folder of the packaged model configuration `name`, such as `small`."""
+    """Return the folder of the packaged model configuration `name`; UserError (`config.unknown`) if it is not found."""
+    names = sorted(path.parent.name for path in _root().glob("*/config.json"))
+    if name not in names:
+        raise UserError("config.unknown", f"Configuration {name!r} not found. Available: {', '.join(names)}.")
     return _root() / name
 
 
@@ -72,13 +75,13 @@ def starting_source(name: str) -> tuple[str | Path, bool]:
     folder = Path(name).expanduser()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
         return name, True  # it is assumed to have weights
-    names = sorted(path.parent.name for path in _root().glob("*/config.json"))
-    if name in names:
+    try:
         folder = hub_config_folder(name)
-    elif not (folder / "config.json").is_file():
-        message = f"Configuration {name!r} not found. Available: {', '.join(names)}. No folder {name} with a "
-        message += "config.json exists. Run `mose pretrain` first, or set the recipe's `model` to a Hub id owner/name "
-        raise UserError("config.unknown", f"{message}or to mose-code, the trained model of this package.")
+    except UserError as error:
+        if not (folder / "config.json").is_file():
+            advice = f"No folder {name} with a config.json exists. Run `mose pretrain` first, or set the recipe's "
+            advice += "`model` to a Hub id owner/name or to mose-code, the trained model of this package."
+            raise UserError(error.key, f"{error} {advice}") from error
     has_weights = any(folder.glob("model*.safetensors"))
     if has_weights:
         check_checkpoint(folder)

@@ -68,7 +68,7 @@ _KINDS = ("function", "scope", "type", "extension")
 
 
 def outline(text: str, language: str) -> list[Definition]:
-    """Return the functions, classes and other definitions in `text`, outer ones first; raise UnparsableSourceError."""
+    """Return functions, classes and other definitions, outer ones first; UnparsableSourceError if parsing fails."""
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
     tree = parsing.parse(source.bytes, grammar)

@@ -263,7 +263,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return the names of a dataset's columns; for JSON Lines, those in the first 100 rows. UserError for no name."""
+    """Return a dataset's names of columns (JSON Lines: those in the first 100 rows); UserError if there is none."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
         rows: Rows = _undamaged(files[0], partial(_csv_names, files[0]))

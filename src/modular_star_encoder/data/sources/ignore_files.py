@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
@@ -149,7 +149,7 @@ def _index_names(content: bytes) -> Iterator[bytes]:
 
 
 def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) -> bytes | None:
-    """Return the first `size` bytes of a regular file; None if it can't be read or, without `links`, is behind one."""
+    """Return the first `size` bytes of a regular file; None if it can't be read or, without `links`, is a link."""
 
     def open_without_waiting(name: str, flags: int) -> int:
         flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
@@ -250,6 +250,11 @@ _CLASSES = {
 }
 
 
+@cache  # a hostile file may name thousands of classes
+def _members(name: bytes) -> frozenset[int]:
+    return frozenset(value for value in range(256) if re.match(_CLASSES[name], bytes([value])))
+
+
 _SET_ITEM = re.compile(rb"\[:(?P<name>[^\]]*):\]|(?P<first>\\.|[^\\])(?:-(?P<last>\\.|[^\\\]]))?", re.DOTALL)
 
 
@@ -264,7 +269,7 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
             raise re.error("an unknown class" if item else "a set without an end")
         at = item.end()
         if item["name"]:
-            chosen |= {value for value in range(256) if re.match(_CLASSES[item["name"]], bytes([value]))}
+            chosen |= _members(item["name"])
         else:
             low = item["first"][-1]
             chosen |= {low, *range(low, (item["last"] or b"\0")[-1] + 1)}  # as in git, `[b-a]` matches `b`
