@@ -688,8 +688,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
             output_residual_states: also return each exit's states before the final norm.
             **kwargs: `cu_seq_lens_q`, (number of texts + 1,) int32, divides a flat batch (1, N) into texts: text i has
                 the tokens `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1] - 1`. It works with every attention backend.
-                `unpad_inputs` replaces the setting of the configuration. Other keys are those of transformers, such as
-                `output_hidden_states`.
+                `unpad_inputs` replaces the setting of the configuration, but not with pooling "legacy", which reads
+                padding. Other keys are those of transformers, such as `output_hidden_states`.
 
         Raises:
             ValueError: this model lacks an exit (the message lists its exits); an exit is not above `start_layer`; not
@@ -772,7 +772,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         restore = None
         padded = attention_mask is not None and attention_mask.dim() == 2
         # CODEPATH: computing padding is simpler and compiles; leaving it out is faster on batches of mixed lengths.
-        unpad = kwargs.pop("unpad_inputs", self.config.unpad_inputs)
+        unpad = kwargs.pop("unpad_inputs", self.config.unpad_inputs) and self.config.pooling != "legacy"
         if unpad and bounds is None and padded and not recorded and attention_mask.any():
             if position_ids is not None:
                 position_ids = position_ids[attention_mask.bool()].unsqueeze(0)

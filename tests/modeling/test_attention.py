@@ -156,6 +156,11 @@ def test_leaving_padding_out_changes_no_real_token_and_no_embedding(backend, pad
         assert not ours[~real].any()
 
 
+def test_legacy_pooling_keeps_the_padding_that_it_may_read():
+    model, batch = tiny_model(pooling="legacy"), tiny_batch("left", lengths=LENGTHS)
+    close(run(model, **batch, unpad_inputs=True).sentence_embedding, run(model, **batch).sentence_embedding)
+
+
 def test_leaving_padding_out_gives_the_same_gradients():
     gradients = []
     for unpad_inputs in (False, True):

@@ -149,7 +149,7 @@ def _index_names(content: bytes) -> Iterator[bytes]:
 
 
 def beginning(file: str | os.PathLike[str], size: int, *, links: bool = True) -> bytes | None:
-    """Return the first `size` bytes of a regular file; None if it can't be read or, without `links`, is a link."""
+    """Return the first `size` bytes of a regular file; None if unreadable or, without `links`, behind a link."""
 
     def open_without_waiting(name: str, flags: int) -> int:
         flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
