@@ -32,12 +32,9 @@ def connect(location: str) -> tuple[Any, str]:
     name, _, url = location.removeprefix(QDRANT).partition("@")
     key = fault = ""
     if not name or not url.startswith(("http://", "https://")):
-        key, fault = (
-            "location",
-            f"{location!r} is not the location of a Qdrant index. Write qdrant:NAME@URL with an http URL.",
-        )
+        key, fault = "location", f"{location!r} is no Qdrant index. Write qdrant:NAME@URL with an http URL."
     elif "@" in urlsplit(url).netloc:  # messages show locations, and would show the password
-        key, fault = "password", "A Qdrant URL must not have a password. Set the variable QDRANT_API_KEY to the key."
+        key, fault = "password", "A Qdrant URL must have no password. Set the environment variable QDRANT_API_KEY."
     if fault:
         raise UserError(f"search.qdrant.{key}", fault)
     api_key = os.environ.get("QDRANT_API_KEY") or None

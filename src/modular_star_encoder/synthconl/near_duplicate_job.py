@@ -137,7 +137,7 @@ def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any
         elif path.exists() and (found := read(path)).num_rows != rows:
             fault = f"it has {found.num_rows} rows, not {rows}"
     except (OSError, ValueError) as error:
-        fault = str(error)
+        fault = str(error) or type(error).__name__
     if fault:
         message = f"{path} is not as this job wrote it ({fault}); remove the folder {out} and start again."
         raise UserError("synthconl.near_duplicates.damaged", message)
