@@ -205,6 +205,11 @@ def flip(path):
     path.write_bytes(content)
 
 
+def other_text(path):
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(len(table)))[::-1]), path)
+
+
 def of_another_file(path):
     shutil.copy(next(one for one in path.parent.iterdir() if one.stat().st_size != path.stat().st_size), path)
 
@@ -250,6 +255,7 @@ ARROW, PARQUET = ".near-duplicate-job/*.arrow", "part-0/0.parquet"
         *((one, in_place(make)) for one in (ARROW, PARQUET) for make in (Path.touch, os.mkfifo, os.mkdir)),
         *((one, move_out) for one in (ARROW, PARQUET)),
         (PARQUET, one_row),
+        (PARQUET, other_text),
     ],
 )
 def test_a_damaged_or_foreign_file_of_a_begun_job_is_named_and_nothing_is_written(source, begun, pattern, change):

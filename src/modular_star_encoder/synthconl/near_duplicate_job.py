@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from hashlib import blake2b, file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -85,8 +86,10 @@ def drop_near_duplicates(
                 start = 0
                 for shard in tqdm(shards, desc="Writing", unit=" files", disable=not progress):
                     target, kept = out / shard.name, result.kept[start : start + shard.rows]
-                    if _found(target, out, int(kept.sum()), pq.read_metadata) is None:
+                    record = work / f"{_digest([shard.name])}.json"
+                    if _found(target, out, int(kept.sum()), partial(_read_output, record)) is None:
                         write_kept(shard, target, kept)
+                        write_json(record, _checksum(target), resumable=True)
                     start += shard.rows
                 with staged_file(out / DROPPED, resumable=True) as temporary, temporary.open("wb") as output:
                     output.writelines(_dropped_lines(result, ids))
@@ -142,6 +145,18 @@ def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any
         message = f"{path} is not as this job wrote it ({fault}); remove the folder {out} and start again."
         raise UserError("synthconl.near_duplicates.damaged", message)
     return found
+
+
+def _read_output(record: Path, path: Path) -> pq.FileMetaData:
+    """Return the metadata of a file of rows; ValueError if its content is not the one that `record` names."""
+    if record.exists() and read_json(record) != _checksum(path):
+        raise ValueError("its checksum is wrong")
+    return pq.read_metadata(path)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _digest(texts: Iterable[str | None]) -> str:
