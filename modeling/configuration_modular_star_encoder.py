@@ -15,7 +15,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
@@ -337,9 +337,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         If none is requested, return the deepest exit, or every exit if `output_all_exits` is True.
 
         Raises:
-            ValueError: both arguments are given, `exit_layers` is empty, or an entry is not an exit of this model.
+            ValueError: both arguments are given, `exit_layers` is empty or no list, or has no exit of this model.
         """
-        if exit_layers is not None and (exit_layer is not None or len(exit_layers) == 0):
+        is_list = isinstance(exit_layers, Collection) and len(exit_layers) > 0
+        if exit_layers is not None and (exit_layer is not None or not is_list):
             raise ValueError(
                 f"Give either exit_layer, or exit_layers with at least one exit, not {exit_layer=} and {exit_layers=}."
             )

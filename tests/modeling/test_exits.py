@@ -135,6 +135,7 @@ STATES = {"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 32)}
         ({"exit_layer": 0}, r"exit_layer 0 .* 1, 2, 4\."),
         ({"exit_layer": 1, "exit_layers": (1,)}, r"exit_layer=1 and exit_layers=\(1,\)"),
         ({"exit_layers": ()}, r"at least one exit, .* exit_layers=\(\)"),
+        ({"exit_layers": 1}, "at least one exit, .* exit_layers=1"),
         ({"input_ids": None}, "input_ids and inputs_embeds"),
         (STATES | {"input_ids": torch.ones(3, 12)}, "input_ids and inputs_embeds"),
         ({"start_layer": 2}, "start_layer=2 needs inputs_embeds"),

@@ -218,6 +218,12 @@ def test_sides_that_do_not_fit_are_refused():
         losses_from_embeddings(stacks("query", "document", "negative"), EXIT_LAYERS)
     with raises("contrastive.sides", "document, negative, query, translation"):  # before anything is embedded
         ContrastiveObjective()(None, every_side(), EXIT_LAYERS)
+    ids = torch.ones(4, 2, dtype=torch.long)
+    with raises("contrastive.sides", "attention_mask, input_ids"):  # a batch of one side
+        ContrastiveObjective()(None, {"input_ids": ids, "attention_mask": ids}, EXIT_LAYERS)
+    for side in ("text", ["text"], {"input_ids": ids.tolist()}):
+        with raises("contrastive.rows", "query, document have [4, 0] rows"):
+            ContrastiveObjective()(None, {"query": {"input_ids": ids}, "document": side}, EXIT_LAYERS)
     sides = pair()
     with raises("contrastive.rows", "query, document have [4, 3] rows"):
         losses_from_embeddings(sides | {"document": sides["document"][:, :3]}, EXIT_LAYERS)

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused():
         DistillationSettings(cosine_weight=0, contrastive_weight=0)
     with raises("contrastive.sides", "query"):
         objective(new_model(), {"query": batch["query"]}, EXITS)
-    for teacher, shown in ((None, "no `teacher`"), (torch.ones(6, 8), "(6, 8)")):
+    for teacher, shown in ((None, "no `teacher`"), (torch.ones(6, 8), "(6, 8)"), ([1], "()")):
         wrong = batch | {"query": batch["query"] | {"teacher": teacher}}
         with raises("distillation.teacher", "'query'", shown, f"(6, {PROJECTION_SIZE})"):
             objective(new_model(), wrong, EXITS)

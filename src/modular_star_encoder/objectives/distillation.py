@@ -137,8 +137,9 @@ class DistillationObjective(ContrastiveObjective):
 
 def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch.Tensor:
     """Return one side's teacher vectors (B, D), scaled to length 1; `stack` (E, B, D) are the exits' embeddings."""
-    if vectors is None or vectors.shape != stack.shape[1:]:
-        found = "no `teacher`" if vectors is None else f"`teacher` of shape {tuple(vectors.shape)}"
+    if not isinstance(vectors, torch.Tensor) or vectors.shape != stack.shape[1:]:
+        shape = tuple(getattr(vectors, "shape", ()))
+        found = "no `teacher`" if vectors is None else f"`teacher` of shape {shape}"
         message = f"Side {side!r} has {found}; give one teacher vector per text: shape {tuple(stack.shape[1:])}."
         raise UserError("distillation.teacher", message)
     return nn.functional.normalize(vectors.to(torch.promote_types(stack.dtype, torch.float32)), dim=-1)

@@ -131,6 +131,8 @@ def embed_sides(
 
 
 def number_of_texts(inputs: Mapping[str, Any]) -> int:
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), torch.Tensor):
+        return 0  # `check_sides` reports it
     bounds = inputs.get("cu_seq_lens_q")
     return inputs["input_ids"].shape[0] if bounds is None else len(bounds) - 1
 
