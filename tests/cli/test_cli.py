@@ -108,7 +108,10 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("evaluate CHECKPOINT --data . --exit-layers 1,3", "its exits are 1, 2, 4"),
         ("evaluate CHECKPOINT --data . --json no-such-folder/results.json", "does not exist"),
         ("evaluate CHECKPOINT --data ./no-such-folder", "does not exist"),
-        ("evaluate CHECKPOINT --data FOLDER --json results.json", "documented functions that pass the filters, found 0"),
+        (
+            "evaluate CHECKPOINT --data FOLDER --json results.json",
+            "documented functions that pass the filters, found 0",
+        ),
         ("finetune missing.yaml --out run", "small/finetune"),
         ("finetune mose-cod --out run", "did you mean mose-code?"),
         ("pretrain mose-code --out run", "a recipe of `mose finetune`"),

@@ -172,5 +172,12 @@ def test_a_sentence_shows_the_beginning_of_a_long_value(tmp_path):
     with raises("settings.value", "sizes", "xxx") as caught:
         build_settings(Outer, read_mapping(tmp_path / "a.yaml"), "recipe")
     assert len(str(caught.value)) < 300
-    with raises("settings.override"):
-        read_mapping(tmp_path / "a.yaml", ["name=" + "[" * 50])
+
+
+@pytest.mark.parametrize("value", ["", " ", "[" * 50])
+def test_a_value_that_is_empty_or_no_yaml_is_refused_so_that_an_unset_variable_of_a_shell_changes_nothing(
+    tmp_path, value
+):
+    (tmp_path / "a.yaml").write_text("name: x")
+    with raises("settings.override", "name="):
+        read_mapping(tmp_path / "a.yaml", [f"name={value}"])

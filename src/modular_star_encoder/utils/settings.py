@@ -141,7 +141,7 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
             value = read_yaml(text.encode(errors="surrogateescape"), key)
         except UserError:
             equals, value = "", None
-        set_dotted(content, key if equals else "", value, _shown(override))
+        set_dotted(content, key if equals and text.strip() else "", value, _shown(override))
     return content
 
 
@@ -183,7 +183,7 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
     begins with `where`.
     """
     *parents, last = names = key.split(".")
-    fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1"
+    fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1 or data=null"
     for parent in parents if not fault else ():
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
