@@ -134,6 +134,9 @@ def test_a_file_of_the_same_name_comes_first_and_an_unknown_name_lists_what_ther
         with raises("settings.file", name, "small/finetune") as caught:
             find_recipe(name, "finetune")
         assert "small/recipe" not in str(caught.value)
+    (tmp_path / "data").mkdir()
+    with raises("settings.file", "data not found: it is a folder. Give"):
+        find_recipe("data", "finetune")
 
 
 def test_recipes_are_listed_shown_and_copied_but_no_file_is_replaced(tmp_path, capsys):

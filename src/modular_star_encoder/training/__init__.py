@@ -58,7 +58,8 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     others = [one.command for one in packaged_recipes() if wanted in (one.name, one.name.partition("/")[0])]
     near = get_close_matches(wanted, dict.fromkeys(part for one in names for part in (one.partition("/")[0], one)), 1)
     hint = f": it is a recipe of `mose {others[0]}`" if others else f" (did you mean {near[0]}?)" if near else ""
-    message = f"Recipe {name} not found{hint}. Give the path of a YAML file{similar_files(path)}, or one of: "
+    hint, similar = (": it is a folder", "") if path.is_dir() else (hint, similar_files(path))
+    message = f"Recipe {name} not found{hint}. Give the path of a YAML file{similar}, or one of: "
     raise UserError("settings.file", f"{message}{', '.join(names)}.")
 
 
