@@ -107,9 +107,11 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether the tokenizer has a template without special tokens, as that of mose-code; not one without any."""
-    processor = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"] or {}
-    return processor.get("type") == "TemplateProcessing" and not processor["special_tokens"]
+    """Return whether the tokenizer is one of ours that adds no special tokens to a text, as that of mose-code.
+
+    The published one adds none either, but its users write them into the text, and it spells them otherwise.
+    """
+    return (tokenizer.sep_token, tokenizer.cls_token) == (SEP_TOKEN, CLS_TOKEN) and not tokenizer("")["input_ids"]
 
 
 def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:

@@ -81,7 +81,7 @@ class StartingPoint(Generic[Model]):
             message = f"{recipe.model} has no weights and no tokenizer; set `tokenizer` in the recipe."
             raise UserError("training.tokenizer.missing", message)
         tokenizer = load_tokenizer(recipe.tokenizer or self.source)
-        if recipe.task == "classification" or not adds_no_tokens(tokenizer):  # a retrieval model keeps its own template
+        if recipe.task == "classification" or not adds_no_tokens(tokenizer):
             tokenizer = with_template(tokenizer)
         torch.manual_seed(recipe.seed)
         if self.has_weights:
