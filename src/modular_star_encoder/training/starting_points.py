@@ -74,7 +74,8 @@ class StartingPoint(Generic[Model]):
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
         """Load the model, in float32, and its tokenizer; every call returns the same weights, by the recipe's seed.
 
-        A tokenizer that adds no special tokens, such as the published one, gets this package's template for them.
+        A tokenizer that adds no special tokens, such as the published one, gets this package's template for them. For
+        retrieval, one of ours stays as it is (`adds_no_tokens`).
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:
