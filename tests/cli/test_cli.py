@@ -338,7 +338,7 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     assert search.endswith(f"--model {run / 'model'}")
     assert f"SentenceTransformer({str(run / 'model')!r})" in python
     assert (run / "report.md").read_text() in out
-    assert "\nevaluation: 16 pairs at 3 exits, before and after training, about 1 min\n" in out
+    assert "\nevaluation: 16 pairs, cut to 96 tokens, at 3 exits, before and after training, about 1 min\n" in out
     for label in ("losses on held-out rows after step 1:", "embedding 28 texts, before training:"):
         assert label in err
     assert "rows per step         8 (8 on each of 1 processes)" in out

@@ -122,7 +122,8 @@ def finetune(
     tasks = held_out_tasks(rows.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
     if shown:
         count = sum(len(task.queries) for task in tasks)
-        what = f"{count:,} pairs at {len(start.config.exit_layers)} exits{', before and after training' * before}"
+        what = f"{count:,} pairs, cut to {longest} tokens, at {len(start.config.exit_layers)} exits"
+        what += ", before and after training" * before
         print(runs.evaluation_notice(log, what, (len(held_out) + count * (1 + before)) / recipe.batch_size))
     log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
     log |= {"preflight": asdict(estimate), **batches[2]}
