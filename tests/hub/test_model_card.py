@@ -120,7 +120,8 @@ def test_a_folder_that_mose_slice_wrote_names_its_parent_and_exit_in_its_card(so
     assert "Cut from" not in card(staged["tiny"])
 
 
-def test_a_model_made_from_one_on_the_hub_names_that_as_its_base_model(sources, staged, tmp_path):
+def test_a_model_made_from_one_on_the_hub_names_that_as_its_base_model(sources, staged, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = ModularStarEncoderConfig.from_pretrained(copy := shutil.copytree(sources["finetuned"], tmp_path / "copy"))
     note_parent(config, "some/model")
     for origin, shown in (("some/model", "some/model"), ("me/tiny-2", None)):  # None: a model is not its own base
