@@ -154,6 +154,7 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
     given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
     if not given:
         return sentence
+    # A name after a file, as in "config.json: exit_layer=7", or in a path is no option.
     name = rf"(?<![\w./-])(?<!json: )`?({given})\b(?!\.\w)`?(=(?=\d))?"
     return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence)
 

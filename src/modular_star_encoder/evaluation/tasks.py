@@ -167,7 +167,7 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Return the shuffled row numbers below `n` in batches of `size`; an incomplete batch only if there is no other."""
+    """Return shuffled row numbers below `n` in batches of `size`, an incomplete one only if it is alone."""
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
         raise UserError("evaluation.candidates.too_few", message)

@@ -33,7 +33,7 @@ class Embedder:
     """Embeds questions and code with one checkpoint. Its files are read when they are first needed.
 
     It loads only the layers up to the deepest exit in use, and imports torch only if numpy can't compute embeddings.
-    Any method raises ValueError or OSError if the checkpoint does not exist, is damaged, or is no model for retrieval.
+    Any method raises ValueError or OSError if the checkpoint does not exist, is damaged, or is not a retrieval model.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], device: str | None = None) -> None:
