@@ -9,7 +9,7 @@
 # make docs          the documentation site, in build/docs
 # make lint-modeling transformers' linter of model files
 # make bench         every benchmark, and the table in benchmarks/README.md (hours; MOSE_DATA=folder for real rows)
-# make bench-quick   ratios that guard against regressions (under three minutes on two cores)
+# make bench-quick   fails if a ratio of small shapes is 1.3 times worse than the committed one (minutes)
 
 PYTHON ?= python3
 VENV := .venv

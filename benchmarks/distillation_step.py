@@ -4,7 +4,7 @@
     python benchmarks/distillation_step.py --batch-size 16 --steps 2 --rounds 1      # rehearsal
 
 Every contender trains mose-code on the same documented functions of transformers' models, in the same batches, with
-the same loss (1 - cosine to a given vector per text), AdamW and bfloat16 autocast:
+the same loss (1 - cosine to a given vector per text) and AdamW, under bfloat16 autocast if the processor has it:
 
     ours, exit 6                `DistillationObjective` with the cosine term alone, without padding
     sentence-transformers       `SentenceTransformerTrainer`, the cosine as a loss module, its own collator
@@ -40,6 +40,7 @@ from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.objectives.distillation import DistillationSettings
+from modular_star_encoder.training.arguments import bf16_is_faster
 
 CHECKPOINT = Path(__file__).parent.parent / "hub_configs" / "mose-code"
 SIDES = ("query", "document")
@@ -166,7 +167,7 @@ def options(arguments: argparse.Namespace, rows: int) -> dict[str, Any]:
         "max_steps": arguments.steps + 1,
         "learning_rate": 1e-5,
         "use_cpu": True,
-        "bf16": True,
+        "bf16": bf16_is_faster(),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

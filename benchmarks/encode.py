@@ -32,6 +32,7 @@ from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_pa
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import compile_for_inference, encode_exits
+from modular_star_encoder.training.arguments import bf16_is_faster
 
 LANGUAGES = ("go", "javascript", "ruby")
 BATCH_SIZE = 32
@@ -42,7 +43,8 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="small", help="folder of hub_configs/ (default: %(default)s)")
-    parser.add_argument("--dtypes", nargs="+", choices=LEAST, default=["bfloat16", "float32"])
+    dtypes = list(LEAST) if bf16_is_faster() else ["float32"]
+    parser.add_argument("--dtypes", nargs="+", choices=LEAST, default=dtypes, help="(default here: %(default)s)")
     parser.add_argument("--texts", type=int, help="about so many functions, evenly spaced (default: all)")
     parser.add_argument(
         "--characters", type=int, default=sys.maxsize, help="leave out longer functions (default: none)"

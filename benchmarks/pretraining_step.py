@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import exit_weights
+from modular_star_encoder.training.arguments import bf16_is_faster
 
 SHAPES = {
     "small": {
@@ -114,12 +115,12 @@ def own_loss(model: ModularStarEncoderForPreTraining, batch: dict[str, torch.Ten
 
 
 def step_of(contender: str, model: ModularStarEncoderForPreTraining, batch: dict[str, torch.Tensor]) -> Callable:
-    """One forward and backward pass under bfloat16 autocast; returns the loss."""
+    """One forward and backward pass, in bfloat16 autocast where the processor has it; returns the loss."""
     exits = list(model.config.exit_layers)
 
     def step() -> float:
         model.zero_grad()
-        with torch.autocast(device(), dtype=torch.bfloat16):
+        with torch.autocast(device(), dtype=torch.bfloat16, enabled=bf16_is_faster()):
             if contender == "plain":
                 loss = plain_loss(model, batch)
             else:

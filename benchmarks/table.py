@@ -47,7 +47,7 @@ def pretraining(figures: list[Row]) -> Iterator[Row]:
     paper = figures[0]["shape"] == "paper"
     times, memory = ({49156: 1.25} if paper else {8192: 1.25, 49156: 2.0}), 1.1
     plain = {8192: 0.5, 49156: 0.25}
-    for vocabulary in times:
+    for vocabulary in filter({row["vocabulary"] for row in figures}.__contains__, times):
         by_name = {row["contender"]: row for row in figures if row["vocabulary"] == vocabulary}
         ours, deepest = by_name["five exits"], by_name["deepest exit"]
         model = "12 layers of the 1B configuration" if paper else f"vocabulary {vocabulary}"

@@ -50,6 +50,20 @@ def test_a_benchmark_that_fails_is_named_and_stops_nothing(table, tmp_path, monk
     assert "rows: skipped: MOSE_DATA is not set" in out
 
 
+def test_a_ratio_that_got_worse_beyond_the_tolerance_is_named(table, tmp_path):
+    import run
+
+    before = {"time": {"value": 1.0, "most": 2}, "speed": {"value": 1.0, "least": 0.5}}
+    results(tmp_path, name="time", value=1.5, low=1.4, high=1.6)
+    measured = run.ratios_with_a_target(tmp_path)
+    assert run.regressions(measured, before) == ["worse: time: 1.50 x, in results/quick.json 1.00 x"]
+    results(tmp_path, name="time", value=1.5, low=1.2, high=1.6)  # its better end is within the tolerance
+    assert run.regressions(run.ratios_with_a_target(tmp_path), before) == []
+    slower = {"speed": {"value": 0.7, "low": 0.6, "high": 0.75, "least": 0.5}}
+    assert run.regressions(slower, before) == ["worse: speed: 0.70 x, in results/quick.json 1.00 x"]
+    assert run.regressions({"speed": {"value": 5.0, "least": 0.5}}, before) == []
+
+
 def test_ratios_are_medians_over_rounds_with_an_interval_around_them(table):
     import ratios
 
