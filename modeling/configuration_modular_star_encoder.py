@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import as_validated_field, strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers.utils.versions import require_version
 
 # Checked first, because with older versions the imports below fail with messages that do not say why.
@@ -36,32 +36,26 @@ PUBLISHED_ALIASES = {
 }
 # Keys of the published config.json files that are ignored; the last is also the name of an attribute of our class.
 PUBLISHED_WITHOUT_EFFECT = (
-    "layer_matryoshka_loss",
-    "norm_type",
-    "mlp_type",
-    "sliding_window",
-    "use_cache",
-    "keys_to_ignore_at_inference",
+    *("layer_matryoshka_loss", "norm_type", "mlp_type", "sliding_window", "use_cache", "keys_to_ignore_at_inference"),
 )
 
 # Lowest and highest value of a learned logit scale; the highest is CLIP's (arXiv 2103.00020, section 2.5).
 LOGIT_SCALE_BOUNDS = (1.0, 100.0)
 
-# Largest accepted values. A larger value is a mistake or an attack, and could use up all memory.
-LARGEST_SIZES = {"vocab_size": 1 << 24, "hidden_size": 1 << 16, "intermediate_size": 1 << 20, "num_hidden_layers": 1024}
-LARGEST_SIZES |= {"num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 24}
-LARGEST_SIZES |= {"projection_size": 1 << 16, "exit_embedding_size": 1 << 16, "exit_embedding_rows": 1024}
-LARGEST_SIZES |= {"parent_num_hidden_layers": 1024, "num_labels": 1 << 16}
+MOST_LABELS = 1 << 16
 
 # Default exits as fractions of the number of layers: the paper's exits 4, 9, 18, 27 and 36 of 36 layers.
 DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 
-@as_validated_field
-def size(value: int | None) -> None:
-    """Raise ValueError if the value of a field is less than 1; None is allowed."""
-    if value is not None and value < 1:
-        raise ValueError(f"Value must be at least 1, got {value}")
+def number(lowest: float, highest: float, *, default: Any) -> Any:
+    """Return a field of numbers from `lowest` to `highest`, or None. Larger ones are mistakes or could fill memory."""
+
+    def check(value: float | None) -> None:
+        if value is not None and not lowest <= value <= highest:
+            raise ValueError(f"Value must be from {lowest} to {highest}, got {value}")
+
+    return validated_field(check, default=default)
 
 
 def as_int(number: Any) -> Any:
@@ -151,16 +145,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
 
     model_type = "ModularStarEncoder"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "exit_hidden_states",
-        "residual_states",
-        "exit_embeddings",
-        "logit_scale",
-        "exit_logits",
-        "icc_logits",
-        "mlm_losses",
-        "mlm_accuracies",
-        "icc_losses",
-        "icc_accuracies",
+        *("exit_hidden_states", "residual_states", "exit_embeddings", "logit_scale", "exit_logits", "icc_logits"),
+        *("mlm_losses", "mlm_accuracies", "icc_losses", "icc_accuracies"),
     ]
     # Tensor-parallel plan of StarCoder2 (transformers, configuration_starcoder2.py), which has the same layers.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
@@ -172,21 +158,21 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         "layers.*.mlp.c_proj": "rowwise",
     }
 
-    vocab_size: int = size(default=49156)
-    hidden_size: int = size(default=1024)
-    intermediate_size: int = size(default=12288)
-    num_hidden_layers: int = 36
-    num_attention_heads: int = size(default=16)
-    num_key_value_heads: int = size(default=4)
+    vocab_size: int = number(1, 1 << 24, default=49156)
+    hidden_size: int = number(1, 1 << 16, default=1024)
+    intermediate_size: int = number(1, 1 << 20, default=12288)
+    num_hidden_layers: int = number(0, 1024, default=36)
+    num_attention_heads: int = number(1, 1 << 12, default=16)
+    num_key_value_heads: int = number(1, 1 << 12, default=4)
     hidden_act: str = "gelu_pytorch_tanh"
-    max_position_embeddings: int = size(default=2048)
+    max_position_embeddings: int = number(1, 1 << 24, default=2048)
     initializer_range: float = 0.018042
     norm_epsilon: float = 1e-5
     use_bias: bool = True
     is_causal: bool = False
-    attention_dropout: float | int = 0.1
-    residual_dropout: float | int = 0.1
-    embedding_dropout: float | int = 0.1
+    attention_dropout: float | int = number(0, 1, default=0.1)
+    residual_dropout: float | int = number(0, 1, default=0.1)
+    embedding_dropout: float | int = number(0, 1, default=0.1)
     rope_parameters: RopeParameters | dict | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = 0
@@ -195,23 +181,23 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     exit_layers: list[int] | tuple[int, ...] | None = None
     exit_layer: int | None = None
     exit_norm: Literal["last", "all", "none"] = "last"
-    exit_embedding_size: int = 4
-    exit_embedding_rows: int | None = None
-    projection_size: int | None = size(default=None)
+    exit_embedding_size: int = number(0, 1 << 16, default=4)
+    exit_embedding_rows: int | None = number(0, 1024, default=None)
+    projection_size: int | None = number(1, 1 << 16, default=None)
     projection_head: Literal["mlp", "linear"] = "mlp"
     projection_act: str = "leaky_relu"
     projection_order: Literal["project_then_pool", "pool_then_project"] = "project_then_pool"
     pooling: Literal["mean", "lasttoken", "legacy"] = "mean"
     token_weights: bool = False
     embedding_normalization: Literal["l2", "clip"] = "l2"
-    logit_scale_init_value: float | int | None = None
+    logit_scale_init_value: float | int | None = number(*LOGIT_SCALE_BOUNDS, default=None)
     pooler_position: Literal["last", "first"] = "last"
     output_all_exits: bool | None = None
-    classifier_dropout: float | int = 0.1
+    classifier_dropout: float | int = number(0, 1, default=0.1)
     instruction_prompts: bool = True
     unpad_inputs: bool = False
     parent_exit_layers: list[int] | tuple[int, ...] | None = None
-    parent_num_hidden_layers: int | None = None
+    parent_num_hidden_layers: int | None = number(0, 1024, default=None)
 
     default_theta = 999999.4420358813
 
@@ -241,8 +227,8 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             self.parent_num_hidden_layers = self.num_hidden_layers
         if not self.architectures:
             self.architectures = ["ModularStarEncoderModel"]
-        if (labels := kwargs.get("num_labels")) is not None and not 0 <= labels <= LARGEST_SIZES["num_labels"]:
-            raise ValueError(f"num_labels={labels} must be from 0 to {LARGEST_SIZES['num_labels']}.")
+        if (labels := kwargs.get("num_labels")) is not None and not 0 <= labels <= MOST_LABELS:
+            raise ValueError(f"num_labels={labels} must be from 0 to {MOST_LABELS}.")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -289,27 +275,12 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         if self.exit_layer is not None:
             self.check_exit(self.exit_layer)
 
-    def validate_sizes(self) -> None:
-        for name, largest in LARGEST_SIZES.items():
-            if not 0 <= getattr(self, name) <= largest:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {largest}.")
-
     def validate_pooling(self) -> None:
         if (self.unpad_inputs and self.pooling == "legacy") or (self.token_weights and self.pooling != "mean"):
             raise ValueError(
                 f"pooling={self.pooling!r} does not fit the other settings: token_weights=True needs 'mean', and "
                 "unpad_inputs=True does not work with 'legacy'."
             )
-
-    def validate_logit_scale(self) -> None:
-        (lowest, highest), value = LOGIT_SCALE_BOUNDS, self.logit_scale_init_value
-        if value is not None and not lowest <= value <= highest:
-            raise ValueError(f"logit_scale_init_value={value} must be None or from {lowest:g} to {highest:g}.")
-
-    def validate_dropout(self) -> None:
-        for name in ("attention_dropout", "residual_dropout", "embedding_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
 
     def validate_heads(self) -> None:
         heads = self.num_attention_heads

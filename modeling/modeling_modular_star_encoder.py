@@ -697,23 +697,25 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 CPU, a token id is out of range; or `cu_seq_lens_q` is given for several rows.
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
+        given, fault = inputs_embeds if input_ids is None else input_ids, ""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            raise ValueError(f"start_layer={start_layer} needs inputs_embeds, and only deeper exits, not {exits}.")
+            fault = "Give exactly one of input_ids and inputs_embeds."
+        elif start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
+            fault = f"start_layer={start_layer} needs inputs_embeds, and only deeper exits, not {exits}."
+        elif given.dim() != (3 if input_ids is None else 2):
+            found = tuple(given.shape)
+            fault = f"Give input_ids of shape (B, T) or inputs_embeds of shape (B, T, H), not {found}."
+        elif attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != given.shape[:2]:
+            found, shape = tuple(attention_mask.shape), tuple(given.shape[:2])
+            fault = f"attention_mask must have the shape of the batch, {shape}, not {found}."
+        if fault:
+            raise ValueError(fault)
         if inputs_embeds is None:
             try:
                 inputs_embeds = self.embed_tokens(input_ids)
-            except IndexError:
-                if int(input_ids.min()) >= 0 and int(input_ids.max()) < self.embed_tokens.num_embeddings:
-                    raise
-                raise ValueError(f"input_ids must be from 0 to {self.embed_tokens.num_embeddings - 1}.") from None
-        if inputs_embeds.dim() != 3:
-            found = tuple((inputs_embeds if input_ids is None else input_ids).shape)
-            raise ValueError(f"Give input_ids of shape (B, T) or inputs_embeds of shape (B, T, H), not {found}.")
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != inputs_embeds.shape[:2]:
-            found, shape = tuple(attention_mask.shape), tuple(inputs_embeds.shape[:2])
-            raise ValueError(f"attention_mask must have the shape of the batch, {shape}, not {found}.")
+            except IndexError as error:
+                most = self.embed_tokens.num_embeddings - 1
+                raise ValueError(f"input_ids must be from 0 to {most} ({error}).") from error
         mask = restore = position_embeddings = None
         # CODEPATH: exit 0 runs no layer, so it skips packing, masks and angles, which would take most of its time.
         if exits[-1] > 0:

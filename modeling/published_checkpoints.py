@@ -1,10 +1,8 @@
 """Load the published repositories (huggingface.co/modularStarEncoder) unmodified, without their remote code.
 
-A published configuration does not say whether the checkpoint is fine-tuned, and may lack the number of layers. The
-tensor names show both. `read_published_layout` reads them from the header of the safetensors file, completes the
-configuration, checks the shapes of all tensors, and returns a mapping from the published tensor names to ours.
-
-Repositories that this package writes have our tensor names, so they do not need this file.
+A published configuration does not say whether the checkpoint is fine-tuned, and may lack the number of layers.
+`read_published_layout` reads both from the tensor names in the header of the safetensors file. Repositories that this
+package writes have our tensor names, so they do not need this file.
 """
 
 import os
@@ -58,13 +56,9 @@ def read_published_layout(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
     """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
-    For a checkpoint that is not a published one, these are `model_class` and `kwargs`. For a published one, `config` is
-    complete, and `key_mapping` maps the tensor names in the file to ours. The base class of our models is replaced by
-    the class that has the file's tensors. If the file has projection heads, the retrieval model replaces the trunk,
-    which `AutoModel` chooses because it does not know the published class name.
-
-    Raises:
-        ValueError: tensors do not match a published checkpoint; the message names them.
+    For a published checkpoint, `config` is complete, and `key_mapping` maps the tensor names in the file to ours. The
+    class that has the file's tensors replaces our base class, and the trunk, which `AutoModel` chooses because it does
+    not know the published class name. ValueError if tensors do not match a published checkpoint.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -106,11 +100,8 @@ def describe(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], ModularStarEncoderConfig, dict[str, str]]:
     """Return the model class, complete configuration and {regular expression: our tensor name} for a published file.
 
-    `shapes` maps the names of the file's tensors to their shapes. `config` may lack the number of layers.
-
-    Raises:
-        ValueError: the file's number of layers is not an exit of `config`, or its number of projection heads is not 0,
-            1 or the number of its exits.
+    `shapes` maps the names of the file's tensors to their shapes. `config` may lack the number of layers. ValueError if
+    no published file has this number of layers or of projection heads.
     """
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     heads = sorted({int(match[1]) for name in shapes if (match := _PROJECTION.match(name))})

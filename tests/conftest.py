@@ -38,6 +38,13 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(autouse=True)
 def _own_environment():
     """A command that works offline because it reaches no Hub leaves the next test on-line."""

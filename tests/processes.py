@@ -28,6 +28,15 @@ def run_processes(*command: object, world: int = 2) -> None:
             process.kill()
 
 
+def python(
+    *words: object, cwd: Path | None = None, timeout: float = 600, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words, and these variables in its environment."""
+    command = [sys.executable, *map(str, words)]
+    options = {"cwd": cwd, "env": {**os.environ, **variables}, "timeout": timeout}
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 def leave_together(folder: Path, rank: int, world: int) -> None:
     """End this process, successfully, once all processes of the group have come here; `folder` is theirs alone.
 

@@ -1,9 +1,7 @@
 import argparse
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,6 +10,7 @@ import pytest
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.training import find_recipe
+from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
@@ -24,7 +23,8 @@ def accept_every_input(monkeypatch):
     """Let options name checkpoints, files and folders that do not exist here."""
     monkeypatch.setattr("modular_star_encoder.cli.check_checkpoint", Mock())
     monkeypatch.setattr("modular_star_encoder.cli.is_repository", Mock(return_value=False))
-    monkeypatch.setattr("os.path.exists", Mock(return_value=True))
+    for check in ("exists", "isfile"):
+        monkeypatch.setattr(f"os.path.{check}", Mock(return_value=True))
 
 
 def python_of(page):
@@ -41,18 +41,11 @@ def command_lines(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [one for one in PAGES if python_of(one) and one.name != NEEDS_THE_HUB], ids=str)
 def test_the_python_of_a_page_runs(page, tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for line in command_lines(page):
-        if "--out exit_profile.json" in line:  # the Python below it reads this file
-            subprocess.run(
-                [sys.executable, "-m", "modular_star_encoder", *shlex.split(line)[1:], *QUICK],
-                cwd=tmp_path,
-                env=environment,
-                check=True,
-            )
-    command = [sys.executable, "-c", python_of(page)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    profiles = [line for line in command_lines(page) if "--out exit_profile.json" in line]  # which the Python reads
+    commands = [("-m", "modular_star_encoder", *shlex.split(line)[1:], *QUICK) for line in profiles]
+    for words in (*commands, ("-c", python_of(page))):
+        done = python(*words, cwd=tmp_path, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", [one for one in PAGES if command_lines(one)], ids=str)
@@ -91,52 +84,39 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def test_every_command_has_an_example_which_it_accepts(monkeypatch):
+def test_every_command_has_an_example_which_it_accepts_and_its_help_names_no_file_of_a_clone(monkeypatch):
     accept_every_input(monkeypatch)
     assert {command.prog for command in cli.all_commands(cli.build_parser())} == cli.EXAMPLES.keys()
     for example in "\n".join(cli.EXAMPLES.values()).splitlines():
         arguments = cli.parse(shlex.split(example)[1:])
         if "mose recipes copy" in example:
             assert find_recipe(arguments.name).is_file()
-
-
-def test_the_help_of_a_command_names_no_file_of_a_clone(monkeypatch):
     for command in cli.all_commands(cli.build_parser()):
-        assert not re.search("hub_configs/|examples/|benchmarks/", argparse.ArgumentParser.format_help(command)), (
-            command
-        )
+        text = argparse.ArgumentParser.format_help(command)
+        assert not re.search("hub_configs/|examples/|benchmarks/", text), command.prog
 
 
-def test_the_help_of_a_training_command_needs_no_extra(monkeypatch):
+def test_the_help_of_a_training_command_ends_with_keys_and_needs_no_extra(monkeypatch):
+    (command,) = (one for one in cli.all_commands(cli.build_parser()) if one.prog == "mose finetune")
+    assert all(key in command.format_help() for key in ("objective.mini_batch_tokens  ", "pairs_per_device  "))
     monkeypatch.setitem(sys.modules, "pydantic", None)
     monkeypatch.delitem(sys.modules, "modular_star_encoder.training.ablation", raising=False)
     monkeypatch.delitem(sys.modules, "modular_star_encoder.training.recipes", raising=False)
     monkeypatch.delitem(sys.modules, "modular_star_encoder.utils.settings", raising=False)
-    (command,) = (one for one in cli.all_commands(cli.build_parser()) if one.prog == "mose finetune")
     assert "modular-star-encoder[train]" in command.format_help()
 
 
-def run(name, monkeypatch, raised=None):
-    """The exit status of the documented command, its recipe missing; or of one that raises in place of reading it."""
+@pytest.mark.parametrize(("name", "load"), [("finetune", "load_finetuning"), ("pretrain", "load_recipe")])
+def test_the_documented_command_is_understood_and_a_missing_package_is_one_line(name, load, monkeypatch, capsys):
     path = ROOT / "examples" / f"{name}.py"
     line = next(line for line in path.read_text().splitlines() if line.startswith("    python examples/"))
     _, script, recipe, *others = shlex.split(line)
     assert script == f"examples/{name}.py"
     assert find_recipe(recipe, name).is_file()
     main = runpy.run_path(str(path))["main"]
-    if raised is not None:
-
-        def load(*arguments):
-            raise raised
-
-        monkeypatch.setitem(main.__globals__, {"finetune": "load_finetuning"}.get(name, "load_recipe"), load)
     monkeypatch.setattr("sys.argv", [script, "nowhere.yaml", *others])
-    return main()
-
-
-@pytest.mark.parametrize("name", ["finetune", "pretrain"])
-def test_the_documented_command_is_understood_and_a_missing_package_is_reported_in_one_line(name, monkeypatch, capsys):
-    assert run(name, monkeypatch) == 2
+    assert main() == 2
     assert capsys.readouterr().err.startswith(f"{name}: error: Recipe nowhere.yaml not found.")
-    assert run(name, monkeypatch, ImportError("lora needs\npeft: pip install it.")) == 2
+    monkeypatch.setitem(main.__globals__, load, Mock(side_effect=ImportError("lora needs\npeft: pip install it.")))
+    assert main() == 2
     assert capsys.readouterr().err == f"{name}: error: lora needs peft: pip install it.\n"

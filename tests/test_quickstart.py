@@ -1,11 +1,10 @@
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import python
 from tests.synthconl.samples import write_corpus
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
@@ -23,15 +22,10 @@ def repositories(tmp_path_factory):
 SMALL = ("max_steps=6", "batch_size=8", "logging_steps=2", "save_steps=2", "eval_fraction=0.2", "learning_rate=1e-3")
 
 
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_it_goes_the_whole_way_and_says_what_it_gained(repositories, tmp_path):
     out = tmp_path / "out"
     arguments = ("--data", repositories, "--out", out, "--question", "multiply by a factor", *SMALL)
-    result = run(*arguments)
+    result = python(SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "results.json").read_text())
     assert report["slice"]["identical"] is True
@@ -44,7 +38,7 @@ def test_it_goes_the_whole_way_and_says_what_it_gained(repositories, tmp_path):
     assert Path(hit["path"]).read_text().splitlines()[hit["line"] - 1].startswith("def ")
     # Once more: everything is there, nothing is trained again.
     weights = (out / "model" / "model.safetensors").read_bytes()
-    assert run(*arguments).returncode == 0
+    assert python(SCRIPT, *arguments).returncode == 0
     assert (out / "model" / "model.safetensors").read_bytes() == weights
 
 
@@ -53,13 +47,12 @@ def test_it_goes_the_whole_way_and_says_what_it_gained(repositories, tmp_path):
     [
         (["--slice-exit-layer", "3"], "exit_layer 3 is not an exit of this model; its exits are 0, 1, 2, 4, 6."),
         (["--data", "{empty}"], "no Python"),
-        (["--recipe", "{empty}/missing.yaml"], "missing.yaml"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path, arguments, sentence):
     empty, out = tmp_path / "empty", tmp_path / "out"
     empty.mkdir()
-    result = run(*(argument.format(empty=empty) for argument in arguments), "--out", out)
+    result = python(SCRIPT, *(argument.format(empty=empty) for argument in arguments), "--out", out)
     (line,) = result.stderr.strip().splitlines()
     assert (result.returncode, out.exists()) == (2, False)
     assert line.startswith("quickstart: error: ")

@@ -1,7 +1,5 @@
 import json
-import os
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
@@ -18,8 +16,10 @@ from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_ch
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.encoders import load_encoder
 from modular_star_encoder.inference.exit_profile import load_at_budget
+from modular_star_encoder.search.index import open_for_search
 from modular_star_encoder.training.recipes import hub_config_folder
 from tests.errors import raises
+from tests.processes import python
 
 FOLDER = hub_config_folder("mose-code")
 EXITS = (0, 1, 2, 4, 6)
@@ -46,16 +46,14 @@ def loaded():
     return load_checkpoint(FOLDER, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def stock():
-    return SentenceTransformer(str(FOLDER), device="cpu")
-
-
-def test_every_door_knows_the_model_by_its_name(tmp_path, monkeypatch):
+def test_every_door_knows_the_model_by_its_name_whatever_folder_has_it(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mose-code").mkdir()  # a folder of this name that is no checkpoint changes nothing
+    shutil.copytree(checkpoint, tmp_path / "mose-code")
     assert shipped_model() == str(FOLDER)
     assert load_encoder("mose-code", [0]).name == "mose-code"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("def push(item):\n    return [item]\n")
+    assert open_for_search(tmp_path / "code")[0].settings.exit_layers == (0,)  # the folder's model has no exit 0
     assert slice_checkpoint("mose-code", 0, "slice").is_dir()
     assert main(["export", "mose-code", "--format", "static", "--exit-layer", "0"]) == 0
     assert (tmp_path / "mose-code-0-static" / "modules.json").is_file()
@@ -76,8 +74,7 @@ from modular_star_encoder.cli.main import main
 for name in {list(named)}:
     assert main(["slice", name, "--exit-layer", "1", "out"]) == 2
 assert "torch" not in sys.modules and "transformers" not in sys.modules"""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = python("-c", code, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     for line, (name, shown) in zip(done.stderr.splitlines(), named.items(), strict=True):
         assert name in line
@@ -100,6 +97,10 @@ def test_the_folder_has_small_weights_empty_prompts_and_no_code(loaded):
     assert not any(prompts.values())
     # Saving and publishing add the model's two files.
     assert not list(FOLDER.rglob("*.py"))
+    tokenizer = loaded[1]  # which reads special tokens in a text as text
+    assert not {tokenizer.pad_token_id, tokenizer.unk_token_id, 2} & {
+        *tokenizer("a <pad> b <mask> c <unk>")["input_ids"]
+    }
 
 
 def test_every_exit_ranks_the_right_code_first(loaded):
@@ -111,7 +112,7 @@ def test_every_exit_ranks_the_right_code_first(loaded):
 
 
 @pytest.mark.parametrize("exit_layer", [0, 2, 6])
-def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, stock, exit_layer):
+def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, exit_layer):
     texts = [*CODES, ""]
     own = encode(loaded, texts, [exit_layer])[exit_layer]
     assert not own[-1].any()
@@ -120,18 +121,9 @@ def test_transformers_and_sentence_transformers_load_it_at_an_exit(loaded, stock
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
         embeddings = model(**batch).sentence_embedding
-        assert torch.equal(loaded[0].slice(exit_layer)(**batch).sentence_embedding, embeddings)
-        assert torch.equal(loaded[0](**batch, exit_layer=exit_layer).sentence_embedding, embeddings)
     np.testing.assert_allclose(embeddings, own, atol=1e-6)
-    cut = SentenceTransformer(str(FOLDER), device="cpu", config_kwargs={"exit_layer": exit_layer})
-    for embeddings in (stock.encode(texts, exit_layer=exit_layer), cut.encode(texts)):
-        np.testing.assert_allclose(embeddings, own, atol=1e-6)
-
-
-def test_special_tokens_in_a_text_are_text(loaded):
-    _, tokenizer = loaded
-    ids = tokenizer("a <pad> b <mask> c <unk>")["input_ids"]
-    assert not set(ids) & {tokenizer.pad_token_id, tokenizer.unk_token_id, 2}
+    stock = SentenceTransformer(str(FOLDER), device="cpu")
+    np.testing.assert_allclose(stock.encode(texts, exit_layer=exit_layer), own, atol=1e-6)
 
 
 @pytest.mark.slow

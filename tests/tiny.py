@@ -1,5 +1,6 @@
 """Models and a tokenizer small enough to build in every test."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -72,8 +73,12 @@ def run(model, **inputs):
         return model.eval()(**inputs)
 
 
-def save_tiny_checkpoint(folder: Path) -> Path:
-    return save_retrieval_checkpoint(tiny_model(), tiny_tokenizer(), folder)
+def equal(got, expected):
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)
+
+
+def save_tiny_checkpoint(folder: Path, **changes) -> Path:
+    return save_retrieval_checkpoint(tiny_model(**changes), tiny_tokenizer(), folder)
 
 
 def tiny_profile(fingerprint, exits=EXIT_LAYERS, quality=True, machine=None):
@@ -102,8 +107,10 @@ def tiny_profile(fingerprint, exits=EXIT_LAYERS, quality=True, machine=None):
 REPOSITORY = "some-org/tiny.star-encoder"
 
 
-def cache_repository(checkpoint, cache):
-    """Lay a checkpoint out as a download would: a snapshot named by its commit, which `main` refers to."""
+def cache_repository(checkpoint, cache, patch):
+    """Lay a checkpoint out as a download would: a snapshot named by its commit, which `main` refers to. Go offline."""
+    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repository, commit = cache / f"models--{REPOSITORY.replace('/', '--')}", "a1" * 20
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
@@ -115,6 +122,11 @@ def write_files(folder, files):
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def change_json(folder, name="config.json", **changes):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | changes))
 
 
 def contents(folder):

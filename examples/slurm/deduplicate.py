@@ -13,8 +13,6 @@ from typing import Any
 from datatrove.executor import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
-
 
 class Deduplicate(PipelineStep):
     """A share of the fingerprints, or all the rest."""
@@ -27,6 +25,9 @@ class Deduplicate(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         """Called by datatrove in each task."""
+        # datatrove stores this class without the names that this file imports.
+        from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
+
         share = (rank, world_size) if self.shared else None
         drop_near_duplicates(self.source, self.out, share=share, progress=False, **self.options)
         yield from data or ()

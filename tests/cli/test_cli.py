@@ -1,10 +1,8 @@
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +18,7 @@ from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.training import hub_config_folder
 from tests.cli.test_dataset_commands import write_recipe as write_dataset_recipe
 from tests.evaluation.benchmarks.published import code_folder
+from tests.processes import python
 from tests.training.retrieval_runs import finetuning_settings, write_checkpoint, write_recipe, write_triplets
 
 
@@ -30,7 +29,7 @@ for option in ("--help", "--version"):
         cli.main([option])
     except SystemExit:
         print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])"""
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    output = python("-c", program).stdout
     assert [line for line in output.splitlines() if line.startswith("[")] == ["[]"] * 2
     assert output.startswith("usage: mose ")
     assert f"mose {metadata.version('modular-star-encoder')}\n" in output
@@ -59,29 +58,20 @@ def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_e
     assert "gradio" not in lines["search"]
 
 
-def test_evaluate_prints_the_table_and_writes_the_same_figures(mose, checkpoint, tmp_path):
+def test_evaluate_prints_the_table_of_all_exits_and_languages_and_writes_the_same_figures(mose, checkpoint, tmp_path):
     file = tmp_path / "results.json"
     code_folder(tmp_path)
-    options = ("--data", tmp_path, "--exit-layers", "1,2", "--untrained", "--json", file)
-    status, out, _ = mose("evaluate", checkpoint, *options)
+    (tmp_path / "b.go").write_text("package b\n\n// Find looks for a name.\nfunc Find() int {\n\treturn 1\n}\n")
+    (tmp_path / "c.h").write_text("/* Shows the name of a file. */\nint show(void)\n{ return 1;\n}\n")
+    status, out, _ = mose("evaluate", checkpoint, "--data", tmp_path, "--untrained", "--json", file)
     assert status == 0
     results = json.loads(file.read_text())
     (table,) = results["tables"]
-    assert [row["exit_layer"] for row in table["rows"]] == [1, 2, 1, 2, None]
-    assert "4 candidates each" in out
+    assert [row["exit_layer"] for row in table["rows"]] == [1, 2, 4, 1, 2, 4, None]
+    assert "6 candidates each" in out
     line = next(line for line in out.splitlines() if "exit 2" in line)
     assert f"{100 * table['rows'][1]['mean']['value']:.1f}" in line
-    assert "only 4 documented functions" in out
-
-
-def test_evaluate_measures_all_exits_and_reads_every_language_by_default(mose, checkpoint, tmp_path):
-    (tmp_path / "a.py").write_text('def add(x):\n    """Adds one to x."""\n    y = x + 1\n    return y\n')
-    (tmp_path / "b.go").write_text("package b\n\n// Find looks for a name.\nfunc Find() int {\n\treturn 1\n}\n")
-    (tmp_path / "c.h").write_text("/* Shows the name of a file. */\nint show(void)\n{ return 1;\n}\n")
-    status, out, _ = mose("evaluate", checkpoint, "--data", tmp_path)
-    assert status == 0
-    assert "only 3 documented functions" in out
-    assert re.findall(r"^\|.*, exit (\d+)", out, re.MULTILINE) == ["1", "2", "4"]
+    assert "only 6 documented functions" in out
 
 
 def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp_path):
@@ -97,15 +87,12 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
     ("words", "message"),
     [
         ("slice CHECKPOINT --exit-layer 3 out", "its exits are 1, 2, 4"),
-        ("slice no_weights --exit-layer 2 out", "has no weights"),
-        ("slice empty --exit-layer 2 out", "has no config.json"),
         ("slice trained --exit-layer 2 out", "Name trained/model."),
         ("publish trained --repository me/model", "Name trained/model."),
         ("publish CHECKPOINT --repository me/model --license apache2", "such as apache-2.0"),
         ("slice CHECKPOINT --exit-layer 2 no_weights", "already exists"),
         ("search add --folder FOLDER --model ./no-such-folder", "There is no checkpoint folder"),
         ("search ' ' --folder FOLDER --model CHECKPOINT", "blank"),
-        ("evaluate CHECKPOINT --data . --exit-layers 1,3", "its exits are 1, 2, 4"),
         ("evaluate CHECKPOINT --data . --json no-such-folder/results.json", "does not exist"),
         ("evaluate CHECKPOINT --data ./no-such-folder", "does not exist"),
         (
@@ -120,8 +107,6 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
             "finetune mose-code --out run data.pair=p.csv",
             "command line: data: unknown setting pair; did you mean pairs?",
         ),
-        ("finetune mose-code --out run max_step=3", "command line: unknown setting max_step"),
-        ("ablate missing.yaml --out run", "mini/ablation"),
         (f"recipes show {'x' * 5000}", "xxx"),
         ("finetune mose-code data.pairs=README.csv --out run", "similar: README.md"),
         ("publish ./no-such-folder --repository me/model", "./no-such-folder does not exist"),
@@ -132,15 +117,12 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("dataset build none.yaml --out out", "none.yaml"),
         ("dataset stats out.parquet", "cannot be read"),
         ("dataset push out.parquet owner/name", "no finished dataset"),
-        ("index FOLDER --model CHECKPOINT --exit-layer 2 --out INDEX", "was built with exit 1, 4, not 2"),
         ("index FOLDER --model CHECKPOINT --exit-layers all --latency-ms 9", "not both"),
         ("index FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
         ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
-        ("search x --index INDEX --exit-layer 4 --rerank-exit-layer 2", "Choose a deeper exit"),
         ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
         ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
         ("related FOLDER/nowhere.py:3", "is not a file"),
-        ("search x --folder FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
         ("search 'a question' nowhere", "There is no folder 'nowhere'"),
         ("search without quotes", "put quotes around the question. Write: mose search"),
         ("search FOLDER 'a question'", 'must come after the question. Write: mose search "QUESTION"'),
@@ -148,9 +130,7 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("search x --index INDEX --path nope/**", "fits the path pattern 'nope/**'. The index has files such as"),
         ("search x --index INDEX --languages java", "fits the languages java. The index has files such as"),
         ("search x --folder FOLDER --model CHECKPOINT --languages java,php", "no java or php code. It has other code"),
-        ("search x --folder FOLDER --model CHECKPOINT --exit-layer 0", "its exits are 1, 2, 4"),
         ("search x --folder FOLDER --model CHECKPOINT --rerank-exit-layer 3", "its exits are 1, 2, 4"),
-        ("search x --folder empty --model CHECKPOINT", "holds no source code"),
         ("search x --index FOLDER", "it contains other files"),
         ("search x --index FOLDER/src/nowhere", "There is no index"),
         ("profile owner/name", "owner/name"),
@@ -158,7 +138,6 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("profile CHECKPOINT --device tpu", "'tpu'"),
         ("profile CHECKPOINT --lengths 129", "at most 128 tokens, not 129"),
         ("profile CHECKPOINT --batch-sizes 0", "only numbers above 0"),
-        ("profile CHECKPOINT --exit-layers 3", "its exits are 1, 2, 4"),
         ("profile CHECKPOINT --out no-such-folder/profile.json", "no-such-folder"),
         ("profile CHECKPOINT --quality csn=no-such-file", "There is no exit profile"),
     ],
@@ -196,9 +175,6 @@ def test_card_says_which_licence_it_took_or_that_there_is_none(mose, checkpoint,
     _, card, errors = mose("card", folder, "--repository", "me/model")
     assert "license:" not in card
     assert "mose: note: the card names no licence; --upload needs --license NAME" in errors
-    _, card, errors = mose("card", folder, "--repository", "me/model", "--license", "mit")
-    assert "\nlicense: mit\n" in card
-    assert "mose: note" not in errors
     _, card, errors = mose("card", "mose-code", "--repository", "me/model")
     assert "\nlicense: apache-2.0\n" in card
     assert "mose: note: license: apache-2.0, from the card of mose-code or of its parent; --license NAME" in errors
@@ -287,14 +263,10 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
     [
         ("serch x", "did you mean search?"),
         ("dataset dedpu", "did you mean dedup?"),
-        ("recipes list --hlep", "did you mean --help?"),
-        ("evaluate mose-code --data . --exit-layers=", "not a list of numbers"),
-        ("evaluate mose-code --data . --exit-layers 4,", "not a list of numbers"),
-        ("evaluate mose-code --data . --exit-layers deepest", "not a list of numbers"),
+        ("evaluate mose-code --data . --exit-layers 4,", "must be a list of numbers"),
         ("evaluate mose-code --data hub --benchmark cosqa,advtext", "'advtext'"),
         ("pretrain recipe.yaml --out run --seed=1", "--seed=1"),
         ("finetune mose-code --out run pairs.csv", "write data.pairs=pairs.csv"),
-        ("finetune mose-code pairs.csv --out run", "write data.pairs=pairs.csv"),
         ("finetune mose-code --out run --data pairs.csv", "--data (settings are KEY=VALUE, such as data.pairs="),
         ("pretrain recipe.yaml --out run seed", "seed"),
         ("dataset build recipe.yaml --out out --outt=x", "did you mean --out?"),
@@ -302,16 +274,12 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
         ("dataset stats rows.jsonl a=b", "a=b"),
         ("dataset dedup . --out out --against file", "SOURCE:COLUMN"),
         ("search x --index a --folder b", "not allowed with"),
-        ("related add.go", "'add.go' is not of the form FILE:LINE"),
-        (f"related add.go:{'9' * 5000}", "…' is not of the form FILE:LINE"),
+        ("related add.go", "'add.go' must be of the form FILE:LINE"),
+        (f"related add.go:{'9' * 5000}", "…' must be of the form FILE:LINE"),
         ("search x . --top-k 0", "argument --top-k: '0' must be"),
         (f"search x . --top-k {'9' * 5000}", "…' must be"),
         ("search x . --latency-ms nan", "argument --latency-ms: 'nan' must be"),
-        ("index . --latency-ms=-1", "argument --latency-ms: '-1' must be"),
-        ("search x . --memory-mb -5", "argument --memory-mb: '-5' must be"),
         ("search x . --rerank-exit-layer 4 --candidates 1", "argument --candidates: '1' must be"),
-        ("search x . --toplk 3", "did you mean --top-k?"),
-        ("index . --exit-layer=0 --exlt-layers=2", "did you mean --exit-layers?"),
         ("search x --\x1b[31m", "--�[31m"),
         ("doctor \x1b[31m", " �[31m"),
     ],
@@ -333,15 +301,10 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     status, out, err = mose("finetune", recipe, "max_steps=1", "--out", tmp_path / "run", "seed=1")
     assert status == 0
     run = tmp_path / "run"
-    end, search, python = out.splitlines()[-3:]
-    assert end == f"1 steps; result in {run / 'model'}, these tables in {run / 'report.md'}"
-    assert search.endswith(f"--model {run / 'model'}")
-    assert f"SentenceTransformer({str(run / 'model')!r})" in python
+    assert all(str(run / "model") in line for line in out.splitlines()[-3:])  # the result, and two ways to use it
     assert (run / "report.md").read_text() in out
-    assert "\nevaluation: 16 pairs, cut to 96 tokens, at 3 exits, before and after training, about 1 min\n" in out
     for label in ("losses on held-out rows after step 1:", "embedding 28 texts, before training:"):
         assert label in err
-    assert "rows per step         8 (8 on each of 1 processes)" in out
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 
 
@@ -362,69 +325,52 @@ def test_pretrain_ends_with_the_held_out_quality_of_each_exit_and_the_next_comma
     ]
 
 
-def test_help_of_training_lists_the_keys_of_its_recipe(capsys):
-    keys = {"pretrain": ["tokens_per_step  "], "ablate": ["learning_rates  "]}
-    keys["finetune"] = ["objective.mini_batch_tokens  ", "pairs_per_device  "]
-    for command, shown in keys.items():
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([command, "--help"])
-        out = capsys.readouterr().out
-        assert [key for key in shown if key not in out] == []
-
-
 def test_a_terminal_of_few_characters_and_a_closed_output_get_a_plain_answer():
-    program = [sys.executable, "-c", "from modular_star_encoder.cli.main import main; main(['profile', 'no-\\u2192'])"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    answer = subprocess.run(program, capture_output=True, text=True, env=environment)
+    program = "from modular_star_encoder.cli.main import main; main(['profile', 'no-\\u2192'])"
+    answer = python("-c", program, PYTHONIOENCODING="ascii")
     assert answer.stderr.startswith("mose: error: There is no checkpoint folder no-?")
     script = "import sys; sys.stdout = None; from modular_star_encoder.cli.main import main; sys.exit(main(['doctor']))"
-    assert "Traceback" not in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stderr
+    assert "Traceback" not in python("-c", script).stderr
 
 
-def test_ctrl_c_during_the_imports_ends_quietly():
-    lines = (
-        "import os, signal, sys",
-        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell may start us with SIGINT ignored
-        "class Finder:",
-        "    def find_spec(name, *_):",
-        "        name == 'modular_star_encoder.cli' and os.kill(os.getpid(), signal.SIGINT)",
-        "sys.meta_path.insert(0, Finder)",
-        "from modular_star_encoder.__main__ import main",
-        "main()",
-    )
-    process = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_python_ends_leaves_no_traceback(number):
-    script = f"""import atexit, os, signal, sys
+# A shell may start us with SIGINT ignored.
+START = """import atexit, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+DURING_IMPORTS = """
+class Finder:
+    def find_spec(name, *_):
+        name == "modular_star_encoder.cli" and os.kill(os.getpid(), NUMBER)
+sys.meta_path.insert(0, Finder)
 from modular_star_encoder.__main__ import main
-atexit.register(os.kill, os.getpid(), {number:d})
+main()"""
+AT_THE_END = """
+from modular_star_encoder.__main__ import main
+atexit.register(os.kill, os.getpid(), NUMBER)
 sys.argv[1:] = ["recipes", "list"]
 sys.exit(main())"""
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (process.returncode, process.stderr) == (-number, "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_further_signals_while_a_command_cleans_up_are_ignored(number):
-    script = f"""import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+DURING_CLEAN_UP = """
 from modular_star_encoder.__main__ import main
 from modular_star_encoder.cli import main as cli
 def run(arguments):
     try:
-        os.kill(os.getpid(), {number:d})
+        os.kill(os.getpid(), NUMBER)
     finally:
         for other in (signal.SIGINT, signal.SIGTERM) * 3:
             os.kill(os.getpid(), other)
-        print("cleaned up")
+        print("cleaned up", file=sys.stderr)
 cli.parse = lambda argv: __import__("argparse").Namespace(run=run)
 sys.exit(main())"""
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (process.returncode, process.stdout, process.stderr) == (130, "cleaned up\n", "mose: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("script", "status", "errors"),
+    [(DURING_IMPORTS, None, ""), (AT_THE_END, None, ""), (DURING_CLEAN_UP, 130, "cleaned up\nmose: interrupted\n")],
+)
+def test_a_signal_leaves_no_traceback_and_further_ones_stop_no_clean_up(script, status, errors, number):
+    process = python("-c", START + script.replace("NUMBER", str(int(number))))
+    assert (process.returncode, process.stderr) == (-number if status is None else status, errors)
 
 
 def test_a_deleted_current_folder_is_reported(mose, tmp_path, monkeypatch):
@@ -445,22 +391,16 @@ def test_a_variable_of_the_environment_that_is_no_number_is_named(mose, monkeypa
 
 
 def test_an_address_of_the_hub_that_huggingface_hub_can_not_read_is_named():
-    environment = os.environ | {"HF_ENDPOINT": "http://["}
-    command = [sys.executable, "-m", "modular_star_encoder", "doctor"]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    answer = python("-m", "modular_star_encoder", "doctor", HF_ENDPOINT="http://[")
     is_read_later = answer.returncode == 0  # by the oldest huggingface_hub, which imports with it
-    assert (answer.stderr.count("\n"), "HF_ENDPOINT=http://[" in answer.stderr) == (
-        not is_read_later,
-        not is_read_later,
-    )
-    assert is_read_later or answer.returncode == 2
+    assert is_read_later or (answer.returncode, answer.stderr.count("\n")) == (2, 1)
+    assert is_read_later is not ("HF_ENDPOINT=http://[" in answer.stderr)
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://localhost:99999", "localhost:1", "ftp://localhost"])
 def test_an_address_of_the_hub_that_is_none_is_named(address):
-    command = [sys.executable, "-m", "modular_star_encoder", "search", "x", "--model", "owner/no-such-model"]
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = ("-m", "modular_star_encoder", "search", "x", "--model", "owner/no-such-model")
+    answer = python(*words, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
     assert (answer.returncode, f"HF_ENDPOINT={address!r} is not an address" in answer.stderr) == (2, True)
 
 

@@ -9,10 +9,10 @@ import pytest
 from qdrant_client import QdrantClient
 
 from modular_star_encoder.inference import PROFILE_NAME
-from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint, slice_checkpoint
+from modular_star_encoder.inference.checkpoints import slice_checkpoint
 from tests.hub.stand_in_hub import Repository, StandInHub
 from tests.search.conftest import build, write_code
-from tests.tiny import REPOSITORY, ZERO, cache_repository, contents, tiny_model, tiny_profile, tiny_tokenizer
+from tests.tiny import REPOSITORY, ZERO, cache_repository, contents, save_tiny_checkpoint, tiny_profile
 
 
 @pytest.fixture
@@ -24,17 +24,6 @@ def indexed(code, checkpoint, mose):
     assert (status, "5 pieces of 4 files at exit 1, 4; embedded 4 files (5 rows)" in out) == (0, True)
     assert "mose: note: 1 file left out: 1 too large; --show-skipped lists them" in err
     return code
-
-
-def test_a_second_run_reports_what_changed_as_json(indexed, checkpoint, mose):
-    (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
-    status, out, _ = mose("index", indexed, "--model", checkpoint, "--exit-layers", "1,4", "--json")
-    report = json.loads(out)
-    assert status == 0
-    assert report["index"] == str(indexed / ".mose")
-    counts = {name: report[name] for name in ("files", "embedded_files", "embedded_rows", "removed_files", "rows")}
-    assert counts == {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 5}
-    assert report["skipped"] == {"too large": 1}
 
 
 def test_an_index_is_brought_up_to_date_without_repeating_how_it_was_made(code, checkpoint, tmp_path, mose):
@@ -129,7 +118,7 @@ def test_a_folder_is_searched_without_an_index_by_the_same_rankings(code, checkp
 @pytest.mark.parametrize("exit_layer", [None, 0, 2])
 def test_a_checkpoint_on_the_hub_is_searched_by_its_name(code, tmp_path, exit_layer):
     """Also a slice of it. A search imports no torch, and need not name the checkpoint of its index."""
-    folder = save_retrieval_checkpoint(tiny_model(**ZERO), tiny_tokenizer(), tmp_path / "whole")
+    folder = save_tiny_checkpoint(tmp_path / "whole", **ZERO)
     if exit_layer is not None:
         folder = slice_checkpoint(folder, exit_layer, tmp_path / "slice")
     script = "import sys; from modular_star_encoder.cli.main import main; status = main(sys.argv[1:]); "
@@ -149,19 +138,17 @@ def test_a_checkpoint_on_the_hub_is_searched_by_its_name(code, tmp_path, exit_la
 
 
 @pytest.mark.parametrize("options", [("--path", "["), ("--languages", "cobol"), ("--rerank-exit-layer", "5")])
-def test_a_request_is_checked_before_a_folder_is_indexed(code, mose, monkeypatch, tmp_path, options):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_request_is_checked_before_a_folder_is_indexed(code, mose, cache, options):
     assert mose("search", "push", code, *options)[0] == 2
-    assert not (tmp_path / "cache").exists()
+    assert not cache.exists()
 
 
 def test_the_index_of_the_named_folder_is_searched_unless_it_is_of_another_folder(
-    indexed, checkpoint, mose, monkeypatch, tmp_path
+    indexed, checkpoint, mose, cache, tmp_path
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     status, out, err = mose("search", "push", "--json", indexed)
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"], err) == (0, 4, "")
-    assert not (tmp_path / "cache").exists()
+    assert not cache.exists()
     moved = write_code(tmp_path / "other", {"one.py": "def only_here():\n    return 1\n"})
     build(indexed, moved / ".mose", checkpoint)
     assert mose("search", "only_here", moved)[1].startswith(str(moved / "one.py"))
@@ -169,14 +156,11 @@ def test_the_index_of_the_named_folder_is_searched_unless_it_is_of_another_folde
 
 @pytest.mark.parametrize("is_on_the_hub", [False, True])
 def test_a_model_that_did_not_build_the_index_of_the_folder_has_its_own_in_the_cache(
-    indexed, mose, monkeypatch, tmp_path, is_on_the_hub
+    indexed, mose, monkeypatch, tmp_path, cache, is_on_the_hub
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = save_retrieval_checkpoint(tiny_model(rope_parameters={"rope_theta": 5.0}), tiny_tokenizer(), tmp_path / "m")
+    model = save_tiny_checkpoint(tmp_path / "m", rope_parameters={"rope_theta": 5.0})
     if is_on_the_hub:
-        cache_repository(model, tmp_path / "hub")
+        cache_repository(model, tmp_path / "hub", monkeypatch)
         model = REPOSITORY
     before = contents(indexed / ".mose")
     monkeypatch.chdir(indexed / "src")
@@ -184,11 +168,11 @@ def test_a_model_that_did_not_build_the_index_of_the_folder_has_its_own_in_the_c
         status, out, _ = mose("search", "push", *where, "--model", model, "--exit-layer", "2", "--json")
         assert (status, json.loads(out)[0]["hits"][0]["exit_layer"]) == (0, 2)
     assert contents(indexed / ".mose") == before
-    assert len(list((tmp_path / "cache").glob("*/*/*/index.json"))) == 1
+    assert len(list(cache.glob("*/*/*/index.json"))) == 1
     status, _, err = mose("search", "push", "--index", indexed / ".mose", "--model", model)
     assert (status, f"`mose index FOLDER --model {model} --rebuild`" in err) == (2, True)
     assert mose("index", indexed, "--model", model, "--rebuild")[0] == 0
-    (manifest,) = (tmp_path / "cache").glob("*/*/*/index.json")
+    (manifest,) = cache.glob("*/*/*/index.json")
     shutil.rmtree(manifest.parent)
     status, out, _ = mose("search", "push", indexed, "--model", model, "--json")
     assert (status, json.loads(out)[0]["hits"][0]["exit_layer"], list(manifest.parent.parent.iterdir())) == (0, 4, [])
@@ -203,10 +187,8 @@ def test_an_empty_folder_is_no_success(tmp_path, mose):
 
 
 def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_cache(
-    code, checkpoint, mose, monkeypatch, tmp_path
+    code, checkpoint, mose, monkeypatch, cache
 ):
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     search = ("search", "brand_new", code, "--model", checkpoint, "--top-k", "1")
     assert "brand_new" not in mose(*search)[1]
     write_code(code, {"stack.py": "def brand_new():\n    return 1\n"})
@@ -250,11 +232,16 @@ def test_a_question_that_is_the_name_of_a_folder_is_asked_with_a_note(code, mose
     assert "mose: note: searching" not in mose("search", "push", "src", "--json")[2]
 
 
-def test_what_is_left_out_is_listed_on_request(indexed, checkpoint, mose, monkeypatch):
+def test_what_changed_is_reported_as_json_and_what_is_left_out_listed_on_request(
+    indexed, checkpoint, mose, monkeypatch
+):
     (indexed / "li\x1bst.py").symlink_to("stack.py")
     listed = ["huge.py: too large", "li\N{REPLACEMENT CHARACTER}st.py: symbolic link"]
     assert mose("index", indexed, "--show-skipped")[1].splitlines()[1:] == listed
+    (indexed / "stack.py").write_text("def peek(items):\n    return items[-1]\n")
     report = json.loads(mose("index", indexed, "--show-skipped", "--json")[1])
+    counts = {"files": 4, "embedded_files": 1, "embedded_rows": 1, "removed_files": 0, "rows": 5}
+    assert report.items() >= {"index": str(indexed / ".mose"), **counts}.items()
     assert report["skipped_files"] == {"huge.py": "too large", "li\x1bst.py": "symbolic link"}
     monkeypatch.chdir(indexed)
     _, out, err = mose("search", "push", "--show-skipped", "--json")
@@ -278,17 +265,9 @@ def test_markdown_is_read_on_request(code, checkpoint, tmp_path, mose):
     assert (hits[0]["name"], hits[0]["line"]) == ("Usage", 1)
 
 
-def test_related_code_is_found_from_a_place(indexed, mose, monkeypatch):
-    monkeypatch.chdir(indexed / "src")
-    status, out, _ = mose("related", "add.go:4", "--top-k", "2", "--json")
-    hits = json.loads(out)["hits"]
-    assert (status, len(hits), any(hit["path"].endswith("add.go") for hit in hits)) == (0, 2, False)
-    status, _, err = mose("related", "add.go:1")
-    assert (status, "no code at line 1 of 'src/add.go'" in err) == (2, True)
-
-
-def test_related_code_needs_no_index_and_no_working_folder(code, mose, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_related_code_is_found_from_a_place_without_an_index_or_a_working_folder(
+    code, mose, monkeypatch, tmp_path, cache
+):
     monkeypatch.chdir(write_code(tmp_path / "elsewhere"))
     (code / ".git").mkdir()
     for _ in range(2):
@@ -298,8 +277,11 @@ def test_related_code_needs_no_index_and_no_working_folder(code, mose, monkeypat
             {"stack.py", "parseHeader.js", "settings.py"},
         )
         (code / ".git").rename(code / "gone") if (code / ".git").exists() else None
+    monkeypatch.chdir(code / "src")
+    status, _, err = mose("related", "add.go:1", "--top-k", "2")
+    assert (status, "no code at line 1 of 'src/add.go'" in err) == (2, True)
     assert mose("search", "push", code)[0] == 0
-    assert len(list((tmp_path / "cache").glob("*/*/*/index.json"))) == 1
+    assert len(list(cache.glob("*/*/*/index.json"))) == 1
 
 
 def test_json_and_text_show_a_terminal_no_character_that_steers_it(code, mose):

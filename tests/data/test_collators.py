@@ -62,7 +62,10 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tokenizer, rows, bac
 @pytest.mark.parametrize("kind", ["Padding", "Packing", "Retrieval", "Classification"])
 def test_rows_without_the_columns_of_a_collator_are_refused_with_the_names_of_both(tokenizer, kind):
     collator = getattr(collators, f"{kind}Collator")(tokenizer)
-    for row, shown in (({"text": "x"}, "text"), ({}, "no columns")):
-        with raises("data.collator.columns", "query_ids" if kind == "Retrieval" else "input_ids", shown):
-            collator([row])
+    names = ("query_ids", "document_ids") if kind == "Retrieval" else ("input_ids", "labels", "icc_label")
+    wrong = [(dict.fromkeys(names, value), kind) for value, kind in ((None, "NoneType"), ([1], "list"))]
+    wrong += [({**dict.fromkeys(names, torch.ones(2).long()), names[0]: torch.rand(2)}, "float32")]
+    for row, shown in (({"text": "x"}, "text"), ({}, "nothing"), (None, "nothing"), *wrong):
+        with raises("data.collator.columns", names[0], shown):
+            collator([] if row is None else [row])
     assert collator.tokenizer is tokenizer

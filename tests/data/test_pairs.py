@@ -6,6 +6,7 @@ from dataclasses import replace
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import IterableDataset
 
 from modular_star_encoder.data.pairs import (
     RetrievalExample,
@@ -83,6 +84,16 @@ def test_a_text_file_that_unpacks_to_too_much_is_not_read_to_its_end(tmp_path, s
     (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
     with raises("data.source.damaged", tmp_path / name, fault):
         rows_of(tmp_path / name)
+
+
+def test_an_error_of_any_kind_while_a_dataset_of_the_hub_is_read_is_one_sentence(monkeypatch):
+    def rows():
+        yield {"a": "x"}
+        raise KeyError("a type that differs from the first rows'")
+
+    monkeypatch.setattr(dataset_rows, "_streamed", lambda *_, **__: IterableDataset.from_generator(rows))
+    with raises("data.source.damaged", "me/data", "a type that differs"):
+        list(open_rows("me/data", columns=["a"]))
 
 
 def one_text_in_every_row(rows):

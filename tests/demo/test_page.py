@@ -1,25 +1,36 @@
 import re
 import shutil
+import time
+from html import unescape
+from html.parser import HTMLParser
 
 import pytest
+from pygments.formatters import HtmlFormatter
 
 from modular_star_encoder.demo.page import (
+    FIRST_LINES,
     LONGEST_QUESTION,
+    MOST_CHARACTERS,
     TOP_K,
     ExitCosts,
     Reply,
     SearchPage,
     circumstances,
+    code_html,
     cost_card,
+    highlighted,
+    results_html,
     short_name,
 )
 from modular_star_encoder.inference import PROFILE_NAME
-from modular_star_encoder.inference.checkpoints import checkpoint_checksum, save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.hits import Answer
+from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.index import CodeIndex
+from modular_star_encoder.search.vector_store import LONGEST_PATH
+from tests.demo.conftest import HOSTILE_CODE, HOSTILE_NAME
 from tests.search.conftest import build, write_code
-from tests.tiny import tiny_model, tiny_profile, tiny_tokenizer
+from tests.tiny import save_tiny_checkpoint, tiny_profile
 
 
 def page_of(index, checkpoint=None):
@@ -73,7 +84,12 @@ def test_the_time_of_a_side_is_not_that_of_what_the_other_left_it(index, monkeyp
 
 @pytest.mark.parametrize(
     ("question", "path", "named"),
-    [("x" * (LONGEST_QUESTION + 1), "", "2,000"), ("add", "[", "["), (" ", "", "press Enter")],
+    [
+        ("x" * (LONGEST_QUESTION + 1), "", "2,000"),
+        ("add", "x" * (LONGEST_PATH + 1), "4,096"),
+        ("add", "[", "["),
+        (" ", "", "press Enter"),
+    ],
 )
 def test_what_a_user_can_mend_is_one_sentence(page, question, path, named):
     left, right = page.answer(question, [], path, 0, 0, 1)
@@ -102,7 +118,7 @@ def test_only_the_number_of_a_deeper_exit_re_ranks(page, monkeypatch, rerank):
 
 
 def test_an_index_of_another_checkpoint_is_refused_on_the_page(index, tmp_path):
-    other = save_retrieval_checkpoint(tiny_model(intermediate_size=48), tiny_tokenizer(), tmp_path / "other")
+    other = save_tiny_checkpoint(tmp_path / "other", intermediate_size=48)
     page = page_of(CodeIndex.open(index.store), str(other))
     for html in (page.header(), page.answer("add", [], "", 0, 0, 1)[0]):
         assert "built with another checkpoint" in html
@@ -164,3 +180,90 @@ def test_an_unmeasured_quality_or_exit_and_times_of_another_machine_are_named_as
     assert "another machine" not in circumstances(costs)
     elsewhere = {"processor": "another", "threads": 99}
     assert "another machine" in circumstances(costs_of(copy, machine=elsewhere))
+
+
+# ---- Hits as HTML
+
+OUR_TAGS = {"p", "b", "article", "header", "span", "i", "div", "pre", "a", "details", "summary"}
+FOLDER = "/srv/code"
+
+
+class Tags(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.found, self.attributes, self.text = set(), set(), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def hit(path="a.py", text="return 1", **changes):
+    values = {"line": 3, "name": "f", "score": 0.5, "exit_layer": 1, "last_line": 9, "language": "python"}
+    return Hit(path=f"{FOLDER}/{path}", text=text, **(values | changes))
+
+
+def html_of(*hits, other=None, link_to=lambda path, hit: None, **answer):
+    return results_html(Reply(Answer("q", list(hits), **answer), 1, 12.3), other, FOLDER, link_to)
+
+
+def test_code_paths_and_names_that_are_html_stay_text():
+    one = hit("\u202e\x1b[2J" + HOSTILE_NAME, HOSTILE_CODE, name="<script>alert(1)</script>\u2066", language="<b>\x9b")
+    shown = Tags(html_of(one, link_to=lambda path, hit: f"source?path={path}\"onclick='x'"))
+    assert shown.found <= OUR_TAGS
+    assert shown.attributes <= {"class", "style", "title", "href", "target", "rel", "role"}
+    assert "<script>window.attacked = 2</script>" in shown.text
+    assert f"��[2J{HOSTILE_NAME}:3" in shown.text
+    assert shown.text.isprintable() or not {*"\u202e\u2066\x1b\x9b"} & {*shown.text}
+
+
+def test_highlighted_code_is_the_code():
+    code = "def f(a):\n\n    return a < 1  # größe 🐍"
+    assert unescape(re.sub("<[^>]*>", "", code_html(code, "python"))) == code
+    assert '<span class="k">def</span>' in code_html(code, "python")
+    assert '<span class="nv">$a</span>' in code_html("return $a;", "php")
+    assert '<span class="err">' not in code_html("a = 1  // the last line", "javascript")
+    assert code_html("a < b", "no such language") == "a &lt; b"
+    assert code_html("\x1b[31m\u202e", "") == "�[31m�"  # what would reorder or hide code
+
+
+@pytest.mark.parametrize(("language", "text"), [("java", "a\n" * 25_000), ("python", " \n" * 25_000)])
+def test_code_that_slows_a_lexer_down_is_shown_in_bounded_time(language, text):
+    start = time.thread_time()
+    html = highlighted(text + "END", language, HtmlFormatter(nowrap=True))
+    assert time.thread_time() - start < 10  # without a limit, minutes
+    assert re.sub("<[^>]*>", "", html).count("\n") == 25_001
+    assert "END" in html
+
+
+def test_long_functions_are_folded_and_very_long_ones_cut():
+    lines = [f"line_{number:04} = {'x' * 15}" for number in range(MOST_CHARACTERS)]  # of 28 characters, with its end
+    short = html_of(hit(text="\n".join(lines[:FIRST_LINES])))
+    long = Tags(html_of(hit(text="\n".join(lines))))
+    assert "<details>" not in short
+    assert "details" in long.found
+    assert f"line_{MOST_CHARACTERS // 28 - 1:04} = {'x' * 15}" in long.text
+    assert f"line_{MOST_CHARACTERS // 28 + 1:04}" not in long.text
+    assert "… more in the file" in long.text
+
+
+def test_each_hit_says_where_the_other_exit_ranks_it():
+    first, second, third = (hit(line=line, name=f"f{line}") for line in (1, 2, 3))
+    other = Reply(Answer("q", [second, first]), 4, 1.0)
+    badges = re.findall('mose-badge (.*?)">(.*?)<', html_of(first, second, third, other=other))
+    moved = [("mose-moved", f"#{rank} at exit 4") for rank in (2, 1)]
+    assert badges == [*moved, ("mose-new", "not among the 2 found at exit 4")]
+
+
+def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one():
+    plain = html_of(hit("src/a.py"))
+    assert "src/a.py:3" in plain
+    assert FOLDER not in plain
+    assert "<a " not in plain
+    assert "Nothing was found" in html_of()
+    linked = html_of(hit("src/a.py"), link_to=lambda path, hit: f"https://x/{path}")
+    assert 'href="https://x/src/a.py"' in linked

@@ -18,8 +18,6 @@ from packaging.version import Version
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.demo import serving
 from modular_star_encoder.demo.serving import LARGEST_REQUEST, served
-from modular_star_encoder.search.index import LONGEST_QUESTION
-from modular_star_encoder.search.vector_store import LONGEST_PATH
 from tests.demo.conftest import HOSTILE_NAME
 from tests.errors import raises
 
@@ -118,20 +116,6 @@ def test_a_large_body_is_refused_however_it_is_sent(address, chunked):
         answer = httpx.post(f"{address}gradio_api/{path}", content=sent, headers={"content-type": "application/json"})
         # Gradio turns every error of reading these two into 400.
         assert answer.status_code in ((400, 413) if path in ("upload", "component_server") else (413,)), path
-
-
-@pytest.mark.parametrize(
-    ("data", "named"),
-    [
-        (["x" * (LONGEST_QUESTION + 1), [], "", 0, 0, 1], "2,000"),
-        (["add", [], "x" * (LONGEST_PATH + 1), 0, 0, 1], "4,096"),
-        (["add", [], "[", 0, 0, 1], "["),
-    ],
-)
-def test_a_client_that_sends_too_much_gets_a_sentence(address, data, named):
-    left, right = asked(address, data, "long")
-    assert named in re.fullmatch('<p class="mose-error" role="alert">([^<]*)</p>', left)[1]
-    assert right == ""
 
 
 def test_a_request_that_the_page_never_sends_prints_no_traceback(address, capfd):

@@ -35,7 +35,7 @@ from tests.search.conftest import FILES, write_code
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import FUNCTION_SCHEMA, echo, endpoint_settings, function_rows, write_corpus
 from tests.synthconl.test_corpus import write_packages
-from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import change_json, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.training.retrieval_runs import finetuning_settings, write_triplets
 from tests.utils.http_server import LocalServer
 
@@ -83,8 +83,7 @@ def seed_exit_zero(folder: Path) -> None:
     weighted = {"projection_head": "linear", "projection_order": "pool_then_project", "token_weights": True}
     tiny_model(exit_layers=(0, 4), exit_norm="none", **weighted).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    state = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))  # as static exports need it
+    change_json(folder, "tokenizer.json", post_processor=None)  # as static exports need it
 
 
 def seed_unigram(folder: Path) -> None:
@@ -106,10 +105,9 @@ def seed_wordpiece(folder: Path) -> None:
 def seed_tokenizer(folder: Path, model: Callable[[dict[str, int]], dict], steps: dict) -> None:
     """Write a checkpoint whose tokenizer is of another kind, with the same tokens."""
     with_code(save_tiny_checkpoint, folder)
-    state = json.loads((folder / "tokenizer.json").read_text())
-    vocab = dict(sorted(state["model"]["vocab"].items(), key=lambda item: item[1]))
-    state |= {"model": model(vocab), "post_processor": None, "decoder": None} | steps
-    (folder / "tokenizer.json").write_text(json.dumps(state))
+    known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    vocab = dict(sorted(known.items(), key=lambda item: item[1]))
+    change_json(folder, "tokenizer.json", model=model(vocab), post_processor=None, decoder=None, **steps)
 
 
 def seed_finetuned(folder: Path) -> None:

@@ -1,19 +1,15 @@
 """A short run of the two harnesses; `make fuzz` and `make faults` are the long ones."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
 
 def run(*words):
     """Run a harness in a process of its own, because it forks; return the last line."""
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", *words]
-    process = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=600)
+    process = python("-m", *words, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout.splitlines()[-1].split()
 

@@ -11,12 +11,8 @@ from tests.tiny import EXIT_LAYERS, save_tiny_checkpoint, tiny_model, tiny_profi
 def write_pretrained(folder):
     tiny_model(ModularStarEncoderForPreTraining).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    log = {
-        "steps": 150,
-        "seconds": 1.5,
-        "held_out_repositories": ["a", "b"],
-        "recipe": {"corpus": "/home/me", "seed": 0},
-    }
+    log = {"steps": 150, "seconds": 1.5, "held_out_repositories": ["a", "b"]}
+    log |= {"recipe": {"corpus": "/home/me", "seed": 0}}
     (folder / "training_log.json").write_text(json.dumps(log))
     return folder
 

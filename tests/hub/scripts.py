@@ -27,7 +27,7 @@ def run_snippets(subprocess_check, requests, result):
     spec = importlib.util.spec_from_file_location("subprocess_check", subprocess_check)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.meta_path.insert(0, module.Blocker())
+    sys.modules[module.PACKAGE] = None
     from huggingface_hub import constants
 
     with open(requests, encoding="utf-8") as file:

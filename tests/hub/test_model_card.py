@@ -2,7 +2,6 @@ import ast
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -14,7 +13,7 @@ from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from tests.errors import raises
 from tests.hub.repositories import finetuned_entry, manifest, write_finetuned
-from tests.tiny import tiny_model
+from tests.tiny import change_json, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def test_a_slice_of_a_slice_names_its_parents_depth_and_no_exit_that_the_parent_
 def test_a_folder_that_mose_slice_wrote_names_its_parent_and_exit_in_its_card(sources, staged, tmp_path):
     sliced = slice_checkpoint(sources["finetuned"], 2, tmp_path / "slice")
     (one,) = stage_repositories(manifest([{"name": "tiny-2", "checkpoint": str(sliced)}]), tmp_path / "staged")
-    assert "Cut from model at exit 2 of 1, 2, 4: " in card(one)
+    assert f"Cut from {sources['finetuned'].name} at exit 2 of 1, 2, 4: " in card(one)
     assert "Cut from" not in card(staged["tiny"])
 
 
@@ -141,9 +140,8 @@ def test_a_model_made_from_one_on_the_hub_names_that_as_its_base_model(sources, 
 
 def test_snippets_hold_the_prompts_of_the_checkpoint(sources, tmp_path):
     copy = shutil.copytree(sources["finetuned"], tmp_path / "model")
-    path = copy / "config_sentence_transformers.json"
     prompts = {"query": 'find "🔍": ', "document_python": "code: "}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": prompts}))
+    change_json(copy, "config_sentence_transformers.json", prompts=prompts)
     (one,) = stage_repositories(manifest([{"name": "tiny", "checkpoint": str(copy)}]), tmp_path / "staged")
     query = re.search(r"^query = (.*)$", card(one), re.MULTILINE)[1]
     assert ast.literal_eval(query) == 'find "🔍": sum of two numbers'
@@ -168,15 +166,31 @@ def test_the_figure_shows_quality_against_latency(staged):
         check_card(staged["tiny@exit-2"].folder / "README.md")
 
 
+def test_the_card_shows_the_results_in_the_training_log_if_they_are_of_these_weights(tmp_path):
+    folder = write_finetuned(tmp_path / "model")
+    entry = finetuned_entry(folder, evaluation=[])
+    results = json.loads((tmp_path / "report.json").read_text())
+    results["tables"][0]["reference"] = "the same exit (before training)"
+    recipe = {"model": "mose-code", "batch_size": 8, "max_text_tokens": 48, "max_code_tokens": 128}
+    for checksum, shown in ((results["checkpoint_checksum"], True), ("of a copy in 16 bits", False)):
+        log = {"retrieval": results | {"checkpoint_checksum": checksum}, "recipe": recipe}
+        (folder / "training_log.json").write_text(json.dumps(log))
+        (one,) = stage_repositories(manifest([entry]), tmp_path / checksum)
+        text = card(one)
+        for line in (
+            "| CoSQA: MRR × 100 | 10.0 ",
+            "| CoSQA: change from the same exit (before training) | +10.0 p 0.5 |",
+        ):
+            assert (line in text) == shown
+        assert "| started from | mose-code |" in text
+        assert "| tokens at which held-out texts were cut | 128 |" in text
+
+
 def test_figures_of_other_weights_are_refused(tmp_path):
     folder = write_finetuned(tmp_path / "model")
-    report = tmp_path / "report.json"
-    content = json.loads(report.read_text())
-    report.write_text(json.dumps({**content, "checkpoint_checksum": "other"}))
+    change_json(tmp_path, "report.json", checkpoint_checksum="other")
     with raises("evaluation.report.other_weights", "other"):
         stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "staged")
-    report.write_text(json.dumps(content))
-    profile = folder / "exit_profile.json"
-    replace(ExitProfile.load(profile), checkpoint="other").save(profile)
+    change_json(folder, "exit_profile.json", checkpoint="other")
     with raises("hub.staging.profile", folder):
-        stage_repositories(manifest([finetuned_entry(folder)]), tmp_path / "again")
+        stage_repositories(manifest([finetuned_entry(folder, evaluation=[])]), tmp_path / "again")

@@ -16,7 +16,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, Modu
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
 from tests.hub.repositories import manifest
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 ONNX = "onnx/model.onnx"
 
@@ -113,7 +113,7 @@ def test_a_repository_that_does_not_load_without_this_package_is_found(folder):
 def test_other_precisions_short_inputs_and_other_pooling_pass(tmp_path):
     folders = {
         "double": save_retrieval_checkpoint(tiny_model().double(), tiny_tokenizer(), tmp_path / "double"),
-        "short": save_retrieval_checkpoint(tiny_model(max_position_embeddings=8), tiny_tokenizer(), tmp_path / "short"),
+        "short": save_tiny_checkpoint(tmp_path / "short", max_position_embeddings=8),
         "pretrained": tmp_path / "pretrained",
     }
     tiny_model(ModularStarEncoderForPreTraining, pooling="lasttoken").save_pretrained(folders["pretrained"])
@@ -124,20 +124,17 @@ def test_other_precisions_short_inputs_and_other_pooling_pass(tmp_path):
 
 
 def test_only_pretrained_and_retrieval_checkpoints_with_a_tokenizer_are_staged(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-        stage(tmp_path / "missing", tmp_path / "staged")
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({}))
+    for folder, fault in ((tmp_path / "missing", "no checkpoint folder"), (adapter, "only adapters")):
+        with pytest.raises(FileNotFoundError, match=fault):
+            stage(folder, tmp_path / "staged")
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     tokenizer = {"tokenizer": str(tmp_path / "tokenizer")}
-    bare, classifier, adapter = (tmp_path / name for name in ("bare", "classifier", "adapter"))
+    bare, classifier = tmp_path / "bare", tmp_path / "classifier"
     tiny_model().save_pretrained(bare)
     tiny_model(ModularStarEncoderForSequenceClassification).save_pretrained(classifier)
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({}))
-    for folder, value, changes in (
-        (bare, "tokenizer.json", {}),
-        (classifier, "SequenceClassification", tokenizer),
-        (adapter, "adapter", {}),
-    ):
+    for folder, value, changes in ((bare, "tokenizer.json", {}), (classifier, "SequenceClassification", tokenizer)):
         with raises("hub.staging.checkpoint", folder, value):
             stage(folder, tmp_path / "staged", **changes)
     slices = [{"name": "2", "slice_of": "tiny", "exit_layer": 2}, {"name": "1", "slice_of": "2", "exit_layer": 1}]

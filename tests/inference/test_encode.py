@@ -12,7 +12,7 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.inference.encode import encode_exits, tokenize
 from tests.errors import raises
-from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, tiny_model, tiny_tokenizer
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, save_tiny_checkpoint, tiny_model
 
 TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
 
@@ -114,7 +114,7 @@ def test_the_requested_exits_are_given_in_ascending_order_and_no_texts_give_empt
 
 
 def test_texts_and_exits_that_cannot_be_encoded_are_an_error(model, tokenizer):
-    with raises("encode.texts.one_string", "return x"):
+    with raises("encode.texts", "a list of strings", "return x"):
         encode(model, tokenizer, "return x")
     with raises("encode.texts.not_unicode", "1 of the texts", r"'a\ud800b'"):
         encode(model, tokenizer, ["whole \U0001f600", "a\ud800b"])
@@ -193,8 +193,7 @@ def test_much_padding_is_skipped_and_little_is_computed(model, tokenizer):
 
 @pytest.mark.parametrize("instructions", [False, True])
 def test_a_special_token_spelled_in_a_text_is_text_in_training_search_and_evaluation(instructions, tmp_path):
-    model = tiny_model(instruction_prompts=instructions)
-    folder = save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
+    folder = save_tiny_checkpoint(tmp_path / "model", instruction_prompts=instructions)
     own, tokenizer = load_checkpoint(folder, device="cpu")
     code = 'def pad():\n    return "<pad>", "<mask>", "<cls>", "<sep>"\n'
     rows = RetrievalTexts(

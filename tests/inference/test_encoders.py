@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 from functools import partial
@@ -24,7 +23,7 @@ from modular_star_encoder.inference.encoders import (
 )
 from modular_star_encoder.utils.errors import UserError
 from tests.errors import raises
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import change_json, tiny_model, tiny_tokenizer
 from tests.utils.http_server import LocalServer
 
 PROSE = [Text(f"{verb} the file") for verb in ("open", "close", "read", "write")]
@@ -120,11 +119,6 @@ def test_sharded_weights_may_have_pickled_ones_beside_them(plain, tmp_path):
     assert len(load_encoder(str(folder)).encode([("", "a")], (None,))[None]) == 1
 
 
-def _change(folder, name="config.json", **changes):
-    config = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(config | changes))
-
-
 def _dense(folder):
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "config.json").write_text('{"in_features": 100000, "out_features": 100000}')
@@ -136,9 +130,9 @@ def _dense(folder):
     [
         (_pickle_weights, "pytorch_model.bin is pickled"),
         (lambda folder: os.mkfifo(folder / "sentence_bert_config2.json"), "is not a file"),
-        (partial(_change, num_labels=30_000_000), "num_labels above"),
-        (partial(_change, num_hidden_layers=10**6), "num_hidden_layers above"),
-        (partial(_change, vocab_size=10**6, hidden_size=2304), "do not fit its configuration"),
+        (partial(change_json, num_labels=30_000_000), "num_labels above"),
+        (partial(change_json, num_hidden_layers=10**6), "num_hidden_layers above"),
+        (partial(change_json, vocab_size=10**6, hidden_size=2304), "do not fit its configuration"),
         (_dense, "do not fit its configuration"),
     ],
 )
@@ -153,7 +147,7 @@ def test_files_of_other_models_are_bounded_and_nothing_is_unpickled(plain, tmp_p
 
 def test_a_padding_token_that_is_in_no_vocabulary_is_one_sentence(plain, tmp_path):
     copy = shutil.copytree(plain, tmp_path / "copy")
-    _change(copy, name="tokenizer_config.json", pad_token="")
+    change_json(copy, "tokenizer_config.json", pad_token="")
     with raises("checkpoint.tokenizer", copy, "The pad_token ''"):
         load_encoder(str(copy))
 
@@ -251,10 +245,9 @@ def test_numbers_too_large_for_float32_are_infinite_without_a_warning(server, re
 
 
 def test_all_answers_have_embeddings_of_one_size(server):
-    server.replies = [(200, {"data": [{"index": 0, "embedding": [1, 2]}]}, {})]
+    server.replies = [(200, {"data": [{"index": 0, "embedding": [1] * size}]}, {}) for size in (2, 3)]
     encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0)
     encoder.encode([("", "a")], (None,), progress=False)
-    server.replies = [(200, {"data": [{"index": 0, "embedding": [1, 2, 3]}]}, {})]
     with raises("encoder.endpoint.answer"):
         encoder.encode([("", "a")], (None,), progress=False)
 

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,11 +8,12 @@ from sentence_transformers import SentenceTransformer
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder import export_static
-from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
 from tests.errors import raises
-from tests.tiny import ZERO, tiny_model, tiny_tokenizer
+from tests.processes import python
+from tests.tiny import ZERO, save_tiny_checkpoint
 
 MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
 TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍", "a <mask> <pad>"]
@@ -68,7 +67,7 @@ def test_search_imports_no_framework(tmp_path):
         "status = main(['index', folder]) or main(['search', 'parse a header', folder, '--rerank-exit-layer', '6']); "
         "print(status, sorted({'torch', 'transformers', 'sentence_transformers', 'datasets'} & set(sys.modules)))"
     )
-    printed = subprocess.run([sys.executable, "-c", run, str(tmp_path)], capture_output=True, text=True, check=True)
+    printed = python("-c", run, tmp_path)
     assert "parse_header" in printed.stdout
     assert printed.stdout.splitlines()[-1] == "0 []"
 
@@ -100,20 +99,17 @@ def test_a_model2vec_folder_embeds_short_texts_of_known_tokens_as_exit_0(tmp_pat
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
-def test_what_a_table_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
+def test_what_a_table_cannot_hold_is_refused_and_nothing_is_written(checkpoint, tmp_path):
     out = tmp_path / "out"
     with raises("static.format", "onnx", "model2vec"):
         export_static("mose-code", out, format="onnx")
     changed = STATIC | {"projection_head": "mlp", "projection_order": "project_then_pool"}
-    mlp = save_retrieval_checkpoint(tiny_model(**changed), tiny_tokenizer(), tmp_path / "mlp")
-    with raises("static.exit_zero", mlp):
-        export_static(mlp, out)
-    special = save_retrieval_checkpoint(tiny_model(**STATIC), tiny_tokenizer(), tmp_path / "special")
-    with raises("static.special_tokens", special, 2):
-        export_static(special, out)
-    deep = save_retrieval_checkpoint(tiny_model(), tiny_tokenizer(), tmp_path / "deep")
+    for key, changes, value in (("exit_zero", changed, ""), ("special_tokens", STATIC, 2)):
+        model = save_tiny_checkpoint(tmp_path / key, **changes)
+        with raises(f"static.{key}", model, value):
+            export_static(model, out)
     with pytest.raises(ValueError, match="exits are 1, 2, 4"):
-        export_static(deep, out)
+        export_static(checkpoint, out)
     assert not out.exists()
 
 

@@ -126,11 +126,9 @@ def test_flash_attention_is_given_the_bounds_of_the_texts(monkeypatch, inputs):
     close(run(model, **inputs).sentence_embedding, expected)
 
 
-def test_bounds_need_one_row_and_heads_a_mask_of_tokens():
+def test_bounds_need_one_row():
     with pytest.raises(ValueError, match=r"cu_seq_lens_q .* \(1, N\)"):
         run(tiny_model(), **BY_BOUNDS | {"input_ids": PACKED.repeat(2, 1)})
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(B, T\)"):
-        run(tiny_model(), input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=torch.zeros(1, 1, 4, 4))
 
 
 @pytest.mark.parametrize("options", [RECORDED, {"position_ids": torch.arange(max(LENGTHS))[None] * 3}])

@@ -68,25 +68,20 @@ def adapted(base, request):
     return model.eval()
 
 
-def test_lora_trains_every_linear_layer_and_every_head(base, adapted):
-    before = AutoModel.from_pretrained(base).state_dict()
-    after = adapted.merge_and_unload().state_dict()
-    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+def test_lora_trains_every_linear_layer_and_head_reloads_onto_its_base_and_merges_into_a_checkpoint(
+    base, adapted, tmp_path
+):
+    expected, plain = embed(adapted), AutoModel.from_pretrained(base)
+    assert (expected - embed(plain)).abs().max() > 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "adapter")
+    assert torch.equal(embed(again), expected)
+    before, merged = plain.state_dict(), adapted.merge_and_unload()
+    changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])}
     linear = {name for name in before if name.split(".")[-2] in LAYERS and name.endswith(".weight")}
     assert len(linear) == 4 * len(LAYERS)
     assert changed == linear | {name for name in before if name.startswith("projection_heads.")}
-
-
-def test_an_adapter_reloads_onto_its_base_with_identical_embeddings(base, adapted, tmp_path):
-    adapted.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "adapter")
-    assert torch.equal(embed(again), embed(adapted))
-    assert (embed(again) - embed(AutoModel.from_pretrained(base))).abs().max() > 0.1
-
-
-def test_merged_lora_saves_a_checkpoint_like_any_other(base, adapted, tmp_path):
-    expected = embed(adapted)
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged.save_pretrained(tmp_path / "merged")
     assert set(contents(tmp_path / "merged")) == CHECKPOINT_FILES
     assert read_config(base) == read_config(tmp_path / "merged")
     again, report = AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)

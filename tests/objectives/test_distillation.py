@@ -93,6 +93,9 @@ def test_what_does_not_fit_is_refused():
         DistillationObjective(contrastive=ContrastiveSettings(alignment_weight=1.0))
     with raises("settings.value", "cosine_weight"):
         DistillationSettings(cosine_weight=0, contrastive_weight=0)
+    for settings, of in (("x", "Distillation"), ([], "Distillation"), (None, "Contrastive")):
+        with raises("settings.value", f"{of}Settings must be a mapping"):
+            DistillationObjective(settings, None if settings is not None else "x")
     with raises("contrastive.sides", "query"):
         objective(new_model(), {"query": batch["query"]}, EXITS)
     for teacher, shown in ((None, "no `teacher`"), (torch.ones(6, 8), "(6, 8)"), ([1], "()")):

@@ -39,7 +39,6 @@ VARIANT = {
     "transform_norm": "LayerNorm",  # or "layer_norm"
     "vocabulary_bias": "predictions.bias",  # or "predictions.decoder.bias"; None: the upload without one
     "pooler_in_heads": False,  # True: "cls.pooler.dense" in place of "pooler.dense"
-    "conditional_rows": 5,
     "module_prefix": True,  # "starEncoder2.module.projection_heads" or, with False, "starEncoder2.projection_heads"
     "head_activation": "leaky_relu",
     "final_norm": "idle",  # of a cut repository; also "applied", "absent". At full depth always "applied"
@@ -182,7 +181,7 @@ def tensor_shapes(shape, variant):
             f"{heads}.pooler.dense" if variant["pooler_in_heads"] else "pooler.dense": (hidden, hidden),
         }
         shapes[f"{heads}.predictions.decoder.weight"] = (vocabulary, width)
-        shapes[f"{heads}.conditional_embeddings.weight"] = (variant["conditional_rows"], shape["conditional_size"])
+        shapes[f"{heads}.conditional_embeddings.weight"] = (5, shape["conditional_size"])
         if variant["vocabulary_bias"]:
             shapes[f"{heads}.{variant['vocabulary_bias']}"] = (vocabulary,)
     else:

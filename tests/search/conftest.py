@@ -61,6 +61,30 @@ def code(tmp_path):
     return write_code(tmp_path / "code")
 
 
+@pytest.fixture
+def index(code, tmp_path, checkpoint):
+    """An index of that folder, in this process without a bar."""
+    return build(code, tmp_path / "index", checkpoint)
+
+
+@pytest.fixture
+def change_before(monkeypatch):
+    """Let `change()` happen before the next call of a function, or before its next one with a file of this name."""
+
+    def install(change, module, function, file=None):
+        original = getattr(module, function)
+
+        def changed_before(*arguments, **options):
+            if file is None or arguments[0].name == file:
+                monkeypatch.undo()
+                change()
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, function, changed_before)
+
+    return install
+
+
 @pytest.fixture(scope="session")
 def shared_index(tmp_path_factory, checkpoint):
     """An index at exits 1 and 4 that no test changes."""

@@ -10,7 +10,8 @@ import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, PointStruct, VectorParams
 
-from modular_star_encoder.search import building, index, local_store
+from modular_star_encoder.search import building, local_store
+from modular_star_encoder.search import index as search_index
 from modular_star_encoder.search.index import CodeIndex, open_for_search
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.vector_store import file_id
@@ -110,16 +111,7 @@ def test_a_folder_without_code_is_an_empty_index(tmp_path, checkpoint, blank):
     assert index.update(processes=1, progress=False).rows == 0
 
 
-def test_the_index_does_not_index_itself(tmp_path, checkpoint):
-    (tmp_path / "a.py").write_text(function("a"))
-    build(tmp_path, None, checkpoint)
-    (tmp_path / ".mose" / "b.py").write_text(function("b"))
-    report = build(tmp_path, None, checkpoint).report
-    assert (report.files, report.rows) == (1, 1)
-
-
-def test_files_next_to_an_index_do_not_harm_it(tmp_path, code, checkpoint):
-    build(code, tmp_path / "index", checkpoint)
+def test_files_next_to_an_index_do_not_harm_it(index, tmp_path, code, checkpoint):
     for name in (".DS_Store", ".margins.json.123.tmp"):
         (tmp_path / "index" / name).write_text("{")
     assert CodeIndex.open(tmp_path / "index").search(["push"])[0].hits
@@ -130,8 +122,7 @@ def test_files_next_to_an_index_do_not_harm_it(tmp_path, code, checkpoint):
 
 
 @pytest.mark.parametrize("stamp", [None, 7, [], "abc", [1]])
-def test_a_damaged_stamp_makes_its_file_be_read_again(tmp_path, code, checkpoint, stamp):
-    index = build(code, tmp_path / "index", checkpoint)
+def test_a_damaged_stamp_makes_its_file_be_read_again(index, stamp):
     index.store.keep_stamps({file_id("stack.py"): stamp})
     assert index.update(processes=1, progress=False).files == len(FILES)
 
@@ -192,17 +183,9 @@ def test_an_index_that_came_with_a_folder_loads_no_model_from_it_or_from_the_hub
     assert not asked
 
 
-def test_a_folder_with_the_name_of_the_shipped_model_does_not_replace_it(tmp_path, checkpoint, monkeypatch):
-    (tmp_path / "a.py").write_text(function("good"))
-    shutil.copytree(checkpoint, tmp_path / "mose-code")
-    monkeypatch.chdir(tmp_path)
-    assert open_for_search()[0].settings.exit_layers == (0,)  # an exit that the other model lacks
-
-
-def test_the_segments_of_an_index_are_files_of_its_own_folder(code, tmp_path, checkpoint):
-    build(code, tmp_path / "theirs", checkpoint)
-    (segment,) = (tmp_path / "theirs").glob("rows-*")
-    build(code, tmp_path / "index", checkpoint)
+def test_the_segments_of_an_index_are_files_of_its_own_folder(index, tmp_path):
+    theirs = shutil.copytree(tmp_path / "index", tmp_path / "theirs")
+    (segment,) = theirs.glob("rows-*")
     manifest = tmp_path / "index" / "index.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "segments": {f"../theirs/{segment.stem}": []}}))
@@ -210,45 +193,42 @@ def test_the_segments_of_an_index_are_files_of_its_own_folder(code, tmp_path, ch
         CodeIndex.open(tmp_path / "index").search(["push"])
 
 
-def test_an_update_follows_no_link_in_its_index_and_removes_only_its_own_files(hostile, tmp_path, checkpoint):
-    victim, folder = tmp_path / "victim", tmp_path / "clone"
+def test_an_update_follows_no_link_in_its_index_removes_only_its_own_files_and_reads_none(code, tmp_path, checkpoint):
+    victim, folder = tmp_path / "victim", code
     victim.write_text("mine")
-    (folder / ".mose").mkdir(parents=True)
-    (folder / "a.py").write_text(function("good"))
+    (folder / ".mose").mkdir()
     os.symlink(victim, folder / ".mose" / ".gitignore")
     (folder / ".mose" / "rows-2024.csv").write_text("mine")
-    build(folder, folder / ".mose", checkpoint)
+    build(folder, None, checkpoint)
+    (folder / ".mose" / "b.py").write_text(function("b"))
+    assert build(folder, None, checkpoint).report.files == len(FILES)
     assert victim.read_text() == (folder / ".mose" / "rows-2024.csv").read_text() == "mine"
     assert (folder / ".mose" / ".gitignore").read_text() == "*\n"
 
 
 @pytest.mark.parametrize("content", ["gone", "link", "folder"])
-@pytest.mark.parametrize("moment", ["_divided", "update_store"])
+@pytest.mark.parametrize(("module", "moment"), [(building, "_divided"), (search_index, "update_store")])
 def test_an_index_that_is_replaced_while_it_is_written_is_not_written_through(
-    code, tmp_path, checkpoint, monkeypatch, content, moment
+    code, tmp_path, checkpoint, change_before, content, module, moment
 ):
-    outside, module = tmp_path / "outside", index if moment == "update_store" else building
-    outside.mkdir()
+    (outside := tmp_path / "outside").mkdir()
     (outside / ".gitignore").write_text("mine")
-    original = getattr(module, moment)
 
-    def replaced_before(*arguments, **options):
+    def replace():
         (code / ".mose").rename(tmp_path / "old")
         if content == "link":
             (code / ".mose").symlink_to(outside)
         elif content == "folder":
             (code / ".mose").mkdir()
-        return original(*arguments, **options)
 
-    monkeypatch.setattr(module, moment, replaced_before)
+    change_before(replace, module, moment)
     with raises("search.index.replaced", code / ".mose"):
         build(code, code / ".mose", checkpoint)
     assert [one.name for one in outside.iterdir()] == [".gitignore"]
     assert content == "gone" or not (code / ".mose" / "index.json").exists()
 
 
-def test_a_segment_whose_header_is_too_large_is_damage(code, tmp_path, checkpoint, monkeypatch):
-    build(code, tmp_path / "index", checkpoint)
+def test_a_segment_whose_header_is_too_large_is_damage(index, tmp_path, monkeypatch):
     monkeypatch.setattr(local_store, "MAX_JSON_BYTES", 20)
     with raises("search.index.unreadable", "more than 20"):
         CodeIndex.open(tmp_path / "index").store.count()
@@ -265,8 +245,7 @@ def test_a_segment_whose_header_is_too_large_is_damage(code, tmp_path, checkpoin
         ("row_starts", None, -1),
     ],
 )
-def test_a_segment_whose_arrays_do_not_fit_together_is_damage(code, tmp_path, checkpoint, name, shape, last):
-    build(code, tmp_path / "index", checkpoint)
+def test_a_segment_whose_arrays_do_not_fit_together_is_damage(index, tmp_path, name, shape, last):
     (path,) = (tmp_path / "index").glob("rows-*")
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header, data = json.loads(path.read_bytes()[8 : 8 + size]), bytearray(path.read_bytes()[8 + size :])

@@ -8,17 +8,16 @@ import pytest
 from qdrant_client import QdrantClient
 
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
-from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.search import building
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.hits import format_answer
 from modular_star_encoder.search.index import CodeIndex, find_index
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.ranking import Cascade
 from tests.errors import raises
 from tests.search.conftest import FILES, build, embedded, stored_rows, write_code
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_checkpoint
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_hits_are_the_nearest_by_cosine_at_each_exit_of_the_index(shared_index, 
     stored = np.array([row[f"vector_{exit_layer}"] for row in rows])
     np.testing.assert_allclose(stored, vectors[1:], atol=0.005)  # 8 bits
     scores = stored @ vectors[0]
-    (answer,) = shared_index.search(["push an item"], exit_layer=exit_layer, method="vector")
+    _, answer = shared_index.search(["add two numbers", "push an item"], exit_layer=exit_layer, method="vector")
     order = np.argsort(-scores)
     expected = [(rows[place]["name"], rows[place]["last_line"]) for place in order]
     assert [(hit.name, hit.last_line) for hit in answer.hits] == expected
@@ -72,24 +71,19 @@ def test_a_hit_inside_a_very_long_function_is_shown_from_the_lines_that_match(tm
     lines[250:250] = ["    # retry the upload", "    for attempt in range(5):", "        upload(2 ** attempt)"]
     write_code(tmp_path / "code", {"a.py": "\n".join(lines)})
     index = build(tmp_path / "code", tmp_path / "index", checkpoint)
-    answer = index.search(["retry the upload"], top_k=1, method=method)[0]
-    hit = answer.hits[0]
+    hit = index.search(["retry the upload"], top_k=1, method=method)[0].hits[0]
     assert (hit.name, hit.best_line) == ("very_long", 251)
     assert hit.line < 251 < hit.last_line
     assert hit.text.splitlines() == lines[hit.line - 1 : hit.last_line]
-    shown = format_answer(answer)
-    assert "a.py:251 " in shown
-    assert shown.splitlines()[1].strip() == "# retry the upload"
     hit = index.search(["very long"], top_k=1, method=method, path="a.py")[0].hits[0]
     assert hit.name == "very_long"
 
 
-def test_only_files_that_changed_are_embedded_and_vanished_ones_removed(code, tmp_path, checkpoint, pieces):
-    index = build(code, tmp_path / "index", checkpoint)
+def test_only_files_that_changed_are_embedded_and_vanished_ones_removed(code, index, tmp_path, checkpoint, pieces):
     before = {row["row_id"]: row for row in stored_rows(tmp_path / "index")}
     assert index.report.embedded_files == index.report.files == 4
-    pieces.clear()
-    assert build(code, tmp_path / "index", checkpoint).report.embedded_files == 0
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert build(code, tmp_path / "index", moved).report.embedded_files == 0
     (code / "stack.py").touch()
     assert index.update(processes=1, progress=False).embedded_files == 0
     (code / "stack.py").write_text("def peek(self):\n    return self.items[-1]\n")
@@ -110,29 +104,6 @@ def test_only_files_that_changed_are_embedded_and_vanished_ones_removed(code, tm
         np.testing.assert_allclose(row["vector_4"], anew[key]["vector_4"], atol=1e-4)
 
 
-def test_words_find_identifiers_without_a_model(shared_index, monkeypatch):
-    monkeypatch.setattr(Embedder, "encoder", lambda *_: pytest.fail("the model is loaded"))
-    (words,) = shared_index.search(["header of a file, to parse"], method="lexical")
-    assert words.hits[0].name == "parseHeader"
-    assert {hit.exit_layer for hit in words.hits} == {None}
-
-
-def test_filters_leave_the_other_rows_out(shared_index):
-    for method in ("vector", "lexical", "hybrid"):
-        (answer,) = shared_index.search(["return a"], method=method, languages=["go", "javascript"])
-        assert {hit.language for hit in answer.hits} == {"go", "javascript"}
-        (answer,) = shared_index.search(["return items"], method=method, path="*.py")
-        assert {os.path.basename(hit.path) for hit in answer.hits} <= {"stack.py", "settings.py"}
-        assert shared_index.search(["return"], method=method, path="nowhere/")[0].hits == []
-
-
-def test_each_question_gets_its_own_hits(shared_index):
-    both = shared_index.search(["push", "add two numbers"], top_k=2)
-    for answer in both:
-        (alone,) = shared_index.search([answer.question], top_k=2)
-        assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in alone.hits], abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -151,27 +122,27 @@ def test_an_index_of_other_settings_is_not_updated(shared_index, checkpoint, cha
 
 
 def test_another_checkpoint_is_refused_by_update_and_search(shared_index, tmp_path):
-    other = save_retrieval_checkpoint(tiny_model(rope_parameters={"rope_theta": 5.0}), tiny_tokenizer(), tmp_path / "m")
+    other = save_tiny_checkpoint(tmp_path / "other", rope_parameters={"rope_theta": 5.0})
     with raises("search.index.other_model", other):
         build(shared_index.folder, shared_index.store.location, other, exit_layers=(1, 4))
     with raises("search.index.other_model", other):
         CodeIndex.open(shared_index.store.location, checkpoint=other)
 
 
-def test_a_checkpoint_that_was_trained_on_is_refused_when_it_is_first_used(code, tmp_path, checkpoint):
+def test_a_checkpoint_that_was_trained_on_is_refused_when_it_is_first_used(code, tmp_path, checkpoint, monkeypatch):
     copy = shutil.copytree(checkpoint, tmp_path / "model")
     build(code, tmp_path / "index", copy)
-    save_retrieval_checkpoint(tiny_model(initializer_range=0.1), tiny_tokenizer(), tmp_path / "trained")
-    shutil.copy(tmp_path / "trained" / "model.safetensors", copy / "model.safetensors")
+    trained = save_tiny_checkpoint(tmp_path / "trained", initializer_range=0.1)
+    shutil.copy(trained / "model.safetensors", copy / "model.safetensors")
     index = CodeIndex.open(tmp_path / "index")
     with raises("search.index.other_model", copy):
         index.search(["push"])
-    assert index.search(["push"], method="lexical")[0].hits
+    monkeypatch.setattr(Embedder, "encoder", None)
+    assert index.search(["push"], method="lexical")[0].hits  # without the model
 
 
 def test_embeddings_are_of_the_deepest_exit_and_cut_where_the_model_was_trained_to_be(code, tmp_path):
-    model = tiny_model(nested_dimensions=[8, 16], output_all_exits=True)
-    nested = save_retrieval_checkpoint(model, tiny_tokenizer(), tmp_path / "nested")
+    nested = save_tiny_checkpoint(tmp_path / "nested", nested_dimensions=[8, 16], output_all_exits=True)
     index = build(code, tmp_path / "index", nested, dimension=8)
     assert index.settings.exit_layers == (4,)
     vectors = np.stack([row["vector_4"] for row in stored_rows(tmp_path / "index")])
@@ -206,15 +177,7 @@ def test_an_open_index_notices_that_it_was_built_anew(code, tmp_path, checkpoint
     assert CodeIndex.open(second).store.count() == 5
 
 
-def test_a_checkpoint_that_was_moved_brings_its_index_up_to_date(code, tmp_path, checkpoint):
-    build(code, tmp_path / "index", checkpoint)
-    index = build(code, tmp_path / "index", shutil.copytree(checkpoint, tmp_path / "moved"))
-    assert index.report.embedded_files == index.update(processes=1, progress=False).embedded_files == 0
-    assert index.search(["push"])[0].hits
-
-
-def test_a_checkpoint_that_cannot_be_loaded_costs_no_index(code, tmp_path, checkpoint):
-    build(code, tmp_path / "index", checkpoint)
+def test_a_checkpoint_that_cannot_be_loaded_costs_no_index(code, index, tmp_path, checkpoint):
     before = stored_rows(tmp_path / "index")
     weights = shutil.copytree(checkpoint, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -299,7 +262,6 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         ({"questions": []}, "search.questions", ""),
         ({"questions": "push"}, "search.questions", ""),
         ({"questions": [" "]}, "search.questions", ""),
-        ({"questions": [1]}, "search.questions", ""),
         ({"questions": [b"x"]}, "search.questions", ""),
         ({"top_k": "3"}, "search.top_k", "'3'"),
         ({"questions": ["push \udcff"]}, "search.questions", "Unicode"),
@@ -324,7 +286,7 @@ def test_arguments_of_a_wrong_kind_are_named(shared_index, code, tmp_path, check
         with raises(f"search.{key}", f"`{name}`"):
             build(code, tmp_path / "index", checkpoint, **{name: value})
     assert not (tmp_path / "index").exists()
-    with pytest.raises(TypeError, match="`location`"):
+    with raises("search.index.location", "5"):
         CodeIndex.open(5)
 
 
@@ -362,8 +324,7 @@ def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, 
 
 
 @pytest.mark.parametrize("damaged", ["rows-*", "index.json"])
-def test_a_damaged_index_is_told_in_one_sentence_and_can_be_built_anew(code, tmp_path, checkpoint, damaged):
-    build(code, tmp_path / "index", checkpoint)
+def test_a_damaged_index_is_told_in_one_sentence_and_can_be_built_anew(code, index, tmp_path, checkpoint, damaged):
     for path in (tmp_path / "index").glob(damaged):
         path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 2])
     for method in ("vector", "lexical"):

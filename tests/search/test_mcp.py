@@ -28,11 +28,6 @@ def ask(server, *calls):
     return asyncio.run(run())
 
 
-@pytest.fixture
-def index(code, tmp_path, checkpoint):
-    return build(code, tmp_path / "index", checkpoint)
-
-
 def test_an_agent_searches_reads_and_finds_what_is_alike(index, code):
     write_code(code, {"new.py": "def brand_new_function():\n    return 'fresh'\n"})
     found, alike, lines, missed = ask(
@@ -92,19 +87,9 @@ def test_names_and_code_that_steer_a_terminal_are_shown_harmlessly(code, tmp_pat
         assert text.replace("\n", "").replace("\t", "").isprintable(), text
 
 
-def test_an_index_that_came_with_a_folder_serves_no_other_folder(code, tmp_path, checkpoint, monkeypatch):
-    write_code(tmp_path / "outside", {"secret.py": "SECRET = 'secret of the machine'\n"})
-    build(tmp_path / "outside", code / ".mose", checkpoint)
-    served = []
-    monkeypatch.setattr("modular_star_encoder.search.mcp_server.serve", served.append)
-    assert main(["mcp", str(code)]) == 0
-    assert served[0].folder == str(code)
-
-
-def test_the_index_of_a_folder_is_served_and_without_one_nothing_is_written_there(
-    code, tmp_path, checkpoint, monkeypatch, capsys
+def test_the_index_of_a_folder_is_served_unless_it_is_of_another_and_without_one_nothing_is_written_there(
+    code, tmp_path, checkpoint, monkeypatch, capsys, cache
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served = []
     monkeypatch.setattr("modular_star_encoder.search.mcp_server.serve", served.append)
     before = contents(code)
@@ -113,10 +98,13 @@ def test_the_index_of_a_folder_is_served_and_without_one_nothing_is_written_ther
         assert main(["mcp", str(folder)]) == 0
     assert contents(code) == before
     assert [one.store.count() for one in served] == [5, 5, 0]
-    assert {one.store.folder.parent for one in served} == {tmp_path / "cache" / "modular-star-encoder" / "search"}
+    assert {one.store.folder.parent for one in served} == {cache / "modular-star-encoder" / "search"}
     build(code, None, checkpoint)
     assert main(["mcp", str(code)]) == 0
     assert served[-1].store.folder == code / ".mose"
+    build(write_code(tmp_path / "outside"), code / ".mose", checkpoint, rebuild=True)  # as if it came with the folder
+    assert main(["mcp", str(code)]) == 0
+    assert served[-1].folder == str(code)
     assert capsys.readouterr() == ("", "")
 
 

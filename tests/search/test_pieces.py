@@ -75,12 +75,9 @@ def test_what_is_shown_begins_at_the_definition_and_what_is_embedded_at_its_deco
     assert (piece.line, [name.lower() for name in piece.defines]) == (5, ["shown"])
 
 
-def test_a_small_class_is_one_piece_and_a_long_class_is_shown_from_its_name_too():
+def test_a_small_class_is_one_piece():
     (stack,) = file_pieces("stack.py", "python", FILES["stack.py"])
     assert (stack.first_line, stack.last_line, stack.defines) == (1, 7, ("Stack", "push", "pop"))
-    methods = "".join(f"    def method_{number}(self):\n        return {number}\n\n" for number in range(20))
-    head = file_pieces("a.py", "python", f"@one\n@two(\n    1\n)\nclass Large:\n    LIMIT = 1\n\n{methods}")[0]
-    assert (head.name, head.first_line, head.line) == ("Large", 1, 5)
 
 
 def test_markdown_is_pieces_by_heading():

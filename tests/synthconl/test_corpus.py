@@ -1,14 +1,22 @@
 import gzip
 import io
 import json
+import os
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.synthconl.corpus import EvaluationTexts, build_corpus, check_corpus, read_packages
+from modular_star_encoder.synthconl.corpus import (
+    EvaluationTexts,
+    build_corpus,
+    check_corpus,
+    fetch_packages,
+    read_packages,
+)
 from tests.errors import raises
 from tests.processes import ended_by_sigkill, start_process
 from tests.synthconl.samples import die_before_renaming
@@ -93,15 +101,28 @@ def test_fetch_calls_each_client_once_and_reports_what_is_missing(tmp_path, monk
     assert "npm is not installed: npm gone 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["--registry=x 1 MIT", "name 1", "name --option MIT", "../name 1 MIT"])
+@pytest.mark.parametrize("line", ["--registry=x 1 MIT", "name 1", "name --option MIT", "../x 1 MIT", "a/../x 1 MIT"])
 def test_a_line_that_is_no_package_is_refused(tmp_path, line):
     (tmp_path / "corpus.yaml").write_text(f"npm: |\n  {line}\n")
     with raises("corpus.package", line):
         read_packages(tmp_path / "corpus.yaml")
 
 
+def test_a_client_whose_child_keeps_its_output_open_ends_in_time(tmp_path, monkeypatch):
+    path = write_packages(tmp_path)
+    (tmp_path / "apt-get").write_text("#!/bin/sh\nsleep 60 &\nsleep 60\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("modular_star_encoder.synthconl.corpus._FETCH_SECONDS", 0.5)
+    start = time.monotonic()
+    (outcome,) = fetch_packages(read_packages(path)[:1], tmp_path / "out")
+    assert (outcome, time.monotonic() - start < 20) == ("apt-get ended with status timeout", True)
+
+
 def test_functions_of_every_archive_become_pairs_or_texts_once(tmp_path):
-    stats = build(write_packages(tmp_path), tmp_path / "out")
+    path = write_packages(tmp_path)
+    os.mkfifo(tmp_path / "raw" / "debian" / "bad=1" / "pipe.deb")  # no package, and opening it would wait for ever
+    stats = build(path, tmp_path / "out")
     train, valid, texts = (lines_of(tmp_path / "out" / f"{one}.jsonl.gz") for one in ("pairs", "pairs_valid", "texts"))
     assert (tmp_path / "out" / "pairs.jsonl.gz").read_bytes()[3:8] == bytes(5)  # no name and time
     pairs = {row["name"]: row for row in train + valid}

@@ -1,3 +1,4 @@
+import builtins
 import json
 import os
 import random
@@ -5,6 +6,7 @@ import runpy
 import shutil
 from itertools import islice
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pyarrow as pa
@@ -360,6 +362,8 @@ def test_shares_may_be_fingerprinted_before_by_several_callers(source, finished,
 def test_datatroves_tasks_write_the_same_files(source, finished, tmp_path):
     local = pytest.importorskip("datatrove.executor.local")
     step = runpy.run_path("examples/slurm/deduplicate.py")["Deduplicate"]
+    # On Slurm, datatrove stores the class without the names of its module.
+    step.run = FunctionType(step.run.__code__, {"__builtins__": builtins}, argdefs=step.run.__defaults__)
     options = {"columns": ["code", "translation"], "id_column": "id", "against": AGAINST}
     for shared, tasks in ((True, 3), (False, 1)):
         steps = [step(source, tmp_path / "rows", shared, **options)]

@@ -67,6 +67,44 @@ def test_real_cells_are_trained_kept_and_continued(recipe_file, tmp_path, monkey
         run(recipe_file, out, "finetuning.batch_size=6")
 
 
+@pytest.mark.slow
+def test_an_interrupted_evaluation_costs_no_training_and_cells_of_other_rows_or_form_are_refused(
+    recipe_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
+    out, trained = tmp_path / "run", []
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(ablation_module, "evaluate_tasks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_file, out)
+    to_the_end = ablation_module.runs.train_to_the_end
+    with monkeypatch.context() as context:
+        known = lambda *rest, **options: trained.append(to_the_end(*rest, **options)) or trained[-1]  # noqa: E731
+        context.setattr(ablation_module.runs, "train_to_the_end", known)
+        run(recipe_file, out)
+    assert [log["resumed_from"] for log in trained] == [1, None]
+    assert not list(out.glob("training/*/*/*"))
+    path = out / "cells/start/exit-4/rate-0.003-seed-0.json"
+    cell = json.loads(path.read_text())
+    other = {task: {"4": ranks["4"][1:]} for task, ranks in cell["test"].items()}
+    for test, key in ((other, "training.run.other_settings"), ({TASK: 5}, "benchmark.file.unexpected")):
+        path.write_text(json.dumps(cell | {"test": test}))
+        with raises(key, path.name):
+            run(recipe_file, out)
+
+
+def test_too_few_held_out_repositories_are_refused_before_training(recipe_file, tmp_path):
+    rows = [json.loads(line) for line in (recipe_file.parent / "triplets.jsonl").read_text().splitlines()]
+    few = [json.dumps(row | {"repository_name": f"repository{place % 3}"}) for place, row in enumerate(rows)]
+    (tmp_path / "few.jsonl").write_text("\n".join(few))
+    with raises("ablation.held_out"):
+        run(recipe_file, tmp_path / "run", f"finetuning.data.triplets={tmp_path / 'few.jsonl'}")
+
+
 def cell_of(recipe, mrr, *, validation=None):
     """The content of a cell whose exits score `mrr` (exit → mean), the same for each query up to a known spread."""
     test = {str(e): (value + 0.1 * (QUERIES - QUERIES.mean())).tolist() for e, value in mrr.items()}

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
-from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -117,9 +116,7 @@ def test_training_starts_from_no_checkpoint_with_an_adapter(recipe_file, checkpo
     (copy / "adapter_config.json").write_text("[1]")
     with pytest.raises(FileNotFoundError, match="merge the adapter first"):
         run(recipe_file, tmp_path / "run", f"model={copy}")
-    cache_repository(copy, tmp_path / "hub")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache_repository(copy, tmp_path / "hub", monkeypatch)
     with raises("checkpoint.adapter", REPOSITORY):
         run(recipe_file, tmp_path / "run", f"model={REPOSITORY}", f"tokenizer={checkpoint}")
 

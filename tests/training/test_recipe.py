@@ -39,10 +39,10 @@ def test_a_log_line_is_short_and_names_each_exit():
 @pytest.mark.parametrize(
     ("device", "seconds", "warmup", "announced", "said"),
     [
-        ("cpu", 60, 0, 41, "about 59 minutes on this CPU. To train for only 15 minutes, stop it and start again with "),
+        ("cpu", 60, 0, 41, "about 59 minutes if steps take as long as so far. To train for only 15 minutes, stop it"),
         ("cpu", 60, 0.2, 41, "with max_steps=15 and another"),
         ("cpu", 60, 40, 41, "with max_steps=15 warmup_steps=6 and another"),
-        ("cpu", 18, 40, 43, "about 17 minutes on this CPU"),
+        ("cpu", 18, 40, 43, "about 17 minutes if steps"),
         ("cpu", 1, 40, None, ""),
         ("cuda", 60, 40, None, ""),
     ],
@@ -146,7 +146,7 @@ def test_recipes_are_listed_shown_and_copied_but_no_file_is_replaced(tmp_path, c
     assert all(len(one.summary) > 20 for one in packaged_recipes())
     assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 0
     text = (tmp_path / "my.yaml").read_text()
-    note = "small/finetune (mose finetune), small/recipe (mose pretrain), small/ablation (mose ablate)"
+    note = "small/finetune (mose finetune); there are also small/recipe (mose pretrain), small/ablation (mose ablate)"
     assert note in capsys.readouterr().err
     assert main(["recipes", "show", "small/finetune"]) == 0
     assert capsys.readouterr() == (text, "")

@@ -129,6 +129,11 @@ def test_its_settings_can_be_written_into_a_model_card(model):
 def test_what_does_not_fit_is_refused(model, checkpoint, tmp_path):
     with raises("contrastive.columns"):
         MultiExitContrastiveLoss(model)(columns()[:1])
+    for other in ("model", None, model[0].auto_model, torch.nn.Sequential()):
+        with raises("contrastive.model", type(other).__name__):
+            MultiExitContrastiveLoss(other)
+    with raises("settings.value", "ContrastiveSettings", "'x'"):
+        MultiExitContrastiveLoss(model, "x")
     with raises("contrastive.pairs"):
         MultiExitContrastiveLoss(model, ContrastiveSettings(pairs=PAIRS))
     with pytest.raises(ValueError, match=r"3 .* 1, 2, 4"):

@@ -1,9 +1,11 @@
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from modular_star_encoder.data.collators import PaddingCollator
 from modular_star_encoder.data.in_context import InContextPairs
@@ -219,6 +221,18 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenize
     assert not (tmp_path / "checkpoint-8").exists()
     assert last_checkpoint(tmp_path / "missing") is None
     assert json.loads(state.read_text())["global_step"] == 6
+
+
+def test_the_newest_checkpoints_are_kept_although_the_clock_was_set_back(tmp_path):
+    class Later(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for path in tmp_path.glob("checkpoint-[12]"):
+                os.utime(path, (4e9, 4e9))
+
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.add_callback(Later())
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
 
 
 def with_scale():

@@ -146,8 +146,8 @@ def squares(numbers):
     return [number * number for number in numbers]
 
 
-def mapped(numbers, processes=2):
-    options = {"processes": processes, "chunk_size": 3, "crashed": lambda number: [("crashed", number)]}
+def mapped(numbers, processes=2, **options):
+    options |= {"processes": processes, "chunk_size": 3, "crashed": lambda number: [("crashed", number)]}
     return [result for results in crash_safe_map(squares, iter(numbers), **options) for result in results]
 
 
@@ -165,14 +165,15 @@ def test_a_caller_that_stops_waits_for_no_busy_worker():
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOSPC, errno.ENOENT])
-def test_missing_shared_memory_is_named(monkeypatch, number):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOSPC, errno.ENOENT, errno.EMFILE])
+def test_why_no_worker_starts_is_named(monkeypatch, number):
     def semaphore(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("_multiprocessing.SemLock", semaphore)
-    with pytest.raises(OSError, match=f"/dev/shm.*{os.strerror(number)}"):
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
         mapped([1], processes=2)
+    assert ("/dev/shm" in str(error.value)) == (number != errno.EMFILE)
 
 
 @pytest.mark.slow
@@ -180,6 +181,14 @@ def test_missing_shared_memory_is_named(monkeypatch, number):
 def test_an_item_that_kills_its_process_costs_no_other(deadly):
     numbers = [-number - 1 if number in deadly else number for number in range(24)]
     assert mapped(numbers) == [("crashed", number) if number < 0 else number * number for number in numbers]
+
+
+@pytest.mark.slow
+def test_a_map_ends_in_time_although_one_item_crashes_and_another_is_slow():
+    start = time.monotonic()
+    found = mapped([-1, 1, 2, 2000], end=start + 8)
+    assert found == [("crashed", -1), 1, 4][: len(found)]
+    assert time.monotonic() - start < 50
 
 
 def test_a_folder_that_another_process_writes_is_refused_and_one_s_own_lock_is_taken_again(tmp_path):

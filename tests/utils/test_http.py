@@ -26,6 +26,7 @@ from tests.utils.http_server import LocalServer
 
 TOKEN = "sk-a-very-secret-key"
 BUSY = 503, {"error": {"message": "Slow down."}}, {}
+CHUNKED = "\r\nTransfer-Encoding: chunked\r\n\r\n"
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -166,13 +167,14 @@ def test_a_server_that_says_continue_for_ever_is_left(monkeypatch, parts):
         client.request("GET", url)
 
 
-def endless(head):
-    """Writes a response that never ends: a head and chunks of a body."""
+def endless(head, part=b"1000\r\n" + b"x" * 0x1000 + b"\r\n", pause=0.0):
+    """Writes a response that never ends: a head and the same part again and again."""
 
     def write(send):
-        send(head + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        send(head)
         while True:
-            send(b"1000\r\n" + b"x" * 0x1000 + b"\r\n")
+            send(part)
+            time.sleep(pause)
 
     return write
 
@@ -180,8 +182,8 @@ def endless(head):
 def test_the_body_of_a_redirect_or_an_error_is_read_only_a_little():
     with (
         LocalServer(lambda _: (200, {"there": 1}, {})) as there,
-        raw_server(endless(f"HTTP/1.1 302 Found\r\nLocation: {there.url}".encode())) as redirecting,
-        raw_server(endless(b"HTTP/1.1 401 Unauthorized")) as refusing,
+        raw_server(endless(f"HTTP/1.1 302 Found\r\nLocation: {there.url}{CHUNKED}".encode())) as redirecting,
+        raw_server(endless(f"HTTP/1.1 401 Unauthorized{CHUNKED}".encode())) as refusing,
         HTTPClient(total_time=5, follow_redirects=True) as client,
     ):
         assert client.request("GET", redirecting).json() == {"there": 1}
@@ -211,24 +213,16 @@ def test_redirects_are_few_and_only_to_web_addresses_and_another_host_gets_no_to
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"])
 def test_by_default_a_request_has_a_limit_of_time_that_fits_its_attempts(monkeypatch, head):
     monkeypatch.setattr("modular_star_encoder.utils.http._LONGEST_PAUSE", 0.2)
-
-    def write(send):
-        send(head)
-        while True:
-            send(b"x")
-            time.sleep(0.05)
-
     client, fault = HTTPClient(attempts=2, timeout=0.3), raises("http.too_slow", "1 seconds")
-    with raw_server(write) as url, client, fault:
+    with raw_server(endless(head, b"x", 0.05)) as url, client, fault:
         client.request("GET", url)
 
 
 @pytest.mark.parametrize("length", ["99", "-5", "9" * 5000])
 def test_a_body_of_another_length_than_announced_is_a_failure(length):
-    def write(send):
-        send(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{{}}".encode())
-
-    with raw_server(write) as url, HTTPClient(pause=0.001, attempts=2, timeout=1) as client, raises("http.no_answer"):
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{{}}".encode()
+    client, fault = HTTPClient(pause=0.001, attempts=2, timeout=1), raises("http.no_answer")
+    with raw_server(lambda send: send(answer)) as url, client, fault:
         client.request("GET", url)
 
 

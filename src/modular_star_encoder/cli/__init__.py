@@ -8,18 +8,49 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from modular_star_encoder.inference import check_checkpoint, is_repository
 
 CHECKPOINT_HELP = "a checkpoint: a folder, a Hub repository, or mose-code, the model in this package"
 
 
-def number_list(text: str) -> tuple[int, ...]:
-    """Parse integers separated by commas: `"4,9"` → (4, 9)."""
-    try:
-        return tuple(at_least(0)(part) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{shortened(text)} is not a list of numbers such as 4,9") from None
+def argument_type(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type that gives `read(text)`; if this is None or a ValueError, it says: must be `what`."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if (found := read(text)) is not None:
+                return found
+        shown = repr(text if len(text) <= 100 else f"{text[:99]}…")
+        raise argparse.ArgumentTypeError(f"{shown} must be {what}")
+
+    return parse
+
+
+def at_least(lowest: int) -> Callable[[str], Any]:
+    """Return an argparse type for whole numbers of at least `lowest` and at most nine digits."""
+    form, what = re.compile(r"\s*-?\d{1,9}\s*"), f"a whole number from {lowest} to 999999999"
+    return argument_type(what, lambda text: int(text) if form.fullmatch(text) and int(text) >= lowest else None)
+
+
+def of_form(form: str, pattern: str) -> Callable[[str], Any]:
+    """Return an argparse type that gives the groups of the regex `pattern`; errors show `form`, such as NAME=FILE."""
+    return argument_type(f"of the form {form}", lambda text: (match := re.fullmatch(pattern, text)) and match.groups())
+
+
+_NUMBERS = re.compile(r"(\s*\d{1,9}\s*,)*\s*\d{1,9}\s*")
+number_list = argument_type(
+    "a list of numbers such as 4,9", lambda text: tuple(map(int, text.split(","))) if _NUMBERS.fullmatch(text) else None
+)
+positive = argument_type("a number above 0", lambda text: number if 0 < (number := float(text)) < math.inf else None)
+
+
+def existing(text: str) -> str:
+    """Argparse type: return the path of a file or folder unchanged; FileNotFoundError if it does not exist."""
+    if os.path.exists(os.path.expanduser(text)):
+        return text
+    raise FileNotFoundError(f"The file or folder {text} does not exist.")  # one sentence, without the usage
 
 
 def exit_list(text: str) -> tuple[int, ...] | None:
@@ -30,48 +61,6 @@ def exit_list(text: str) -> tuple[int, ...] | None:
 def name_list(text: str) -> list[str]:
     """Parse names separated by commas: `"bm25,tfidf"` → ["bm25", "tfidf"]."""
     return [name for part in text.split(",") if (name := part.strip())]
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers of at least `lowest` and at most nine digits."""
-
-    def number(text: str) -> int:
-        if re.fullmatch(r"\s*-?\d{1,9}\s*", text) and int(text) >= lowest:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a whole number from {lowest} to 999999999")
-
-    return number
-
-
-def positive(text: str) -> float:
-    """Argparse type: return a finite number above 0."""
-    with suppress(ValueError):
-        if 0 < (number := float(text)) < math.inf:
-            return number
-    raise argparse.ArgumentTypeError(f"{shortened(text)} must be a number above 0")
-
-
-def shortened(text: str) -> str:
-    """Return `text` for an error message: in quotation marks, and cut to at most 100 characters."""
-    return repr(text if len(text) <= 100 else f"{text[:99]}…")
-
-
-def existing(text: str) -> str:
-    """Argparse type: return the path of a file or folder unchanged; FileNotFoundError if it does not exist."""
-    if os.path.exists(os.path.expanduser(text)):
-        return text
-    raise FileNotFoundError(f"The file or folder {text} does not exist.")
-
-
-def of_form(form: str, pattern: str) -> Callable[[str], tuple[str, ...]]:
-    """Return an argparse type that gives the groups of the regex `pattern`; errors show `form`, such as NAME=FILE."""
-
-    def groups(text: str) -> tuple[str, ...]:
-        if match := re.fullmatch(pattern, text):
-            return match.groups()
-        raise argparse.ArgumentTypeError(f"{shortened(text)} is not of the form {form}")
-
-    return groups
 
 
 def checkpoint(text: str) -> str:
@@ -86,12 +75,16 @@ def checkpoint(text: str) -> str:
         try:
             check_hub()
         except OSError as error:
-            try:
-                from huggingface_hub import constants, try_to_load_from_cache
-            except ValueError:  # HF_ENDPOINT is wrong, as `error` says
-                raise error from None
-            if not isinstance(try_to_load_from_cache(text, "config.json"), str):
-                raise OSError(f"{text} is neither a local folder nor in the Hub's cache, and {error}") from None
+            cached = None
+            with suppress(ValueError):  # HF_ENDPOINT is wrong, as `error` says
+                from huggingface_hub import try_to_load_from_cache
+
+                cached = try_to_load_from_cache(text, "config.json")
+            if not isinstance(cached, str):
+                message = f"{text} is neither a local folder nor in the Hub's cache, and {error}"
+                raise OSError(message) from None
+            from huggingface_hub import constants
+
             constants.HF_HUB_OFFLINE = True
             os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
     return text

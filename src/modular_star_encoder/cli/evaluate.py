@@ -94,18 +94,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import write_json
 
-    report = run_benchmarks(
-        arguments.checkpoint,
-        arguments.benchmark,
-        arguments.data,
-        arguments.out,
-        exit_layers=arguments.exit_layers,
-        baselines=arguments.baselines,
-        untrained=arguments.untrained,
-        allow_subset=arguments.allow_subset,
-        cache=arguments.cache,
-        command=shlex.join(["mose", *sys.argv[1:]]),
-    )
+    options = {name: getattr(arguments, name) for name in ("exit_layers", "baselines", "untrained", "cache")}
+    options |= {"allow_subset": arguments.allow_subset, "command": shlex.join(["mose", *sys.argv[1:]])}
+    report = run_benchmarks(arguments.checkpoint, arguments.benchmark, arguments.data, arguments.out, **options)
     if arguments.json:
         write_json(arguments.json, report.to_dict())
     print(report.to_markdown(), end="")

@@ -72,10 +72,9 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command and return its exit status: 0, 2 (an error that the user can fix), 130 (Ctrl-C or SIGTERM).
 
-    The status is 0 after success, 2 after an error that the user can fix, and 130 after Ctrl-C or SIGTERM. Results go
-    to stdout; progress and errors go to stderr, each error in one line. After wrong usage, argparse exits with 2.
+    Results go to stdout; progress and errors go to stderr, each error in one line. After wrong usage, argparse exits.
     """
     keep_few_compiled_operations()
     for stream in (sys.stdout, sys.stderr):
@@ -104,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         # For a full disk, safetensors raises an error of its own class; for some texts, tokenizers panics.
         is_known = isinstance(error, (*EXPECTED_ERRORS, ImportError)) or is_panic(error)
-        if not is_known and type(error).__name__ != "SafetensorError":
-            raise
-        shown: BaseException | None = error
+        shown = error if is_known or type(error).__name__ == "SafetensorError" else None
         if isinstance(error, ImportError) and error.name:  # a module can't be imported: a missing extra, or a bug
             shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:
@@ -154,7 +151,7 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
     given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
     if not given:
         return sentence
-    # A name after a file, as in "config.json: exit_layer=7", or in a path is no option.
+    # Not an option: a name in a path, or after the name of a file, as in "config.json: exit_layer=7".
     name = rf"(?<![\w./-])(?<!json: )`?({given})\b(?!\.\w)`?(=(?=\d))?"
     return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence)
 
@@ -170,10 +167,9 @@ def value_of_environment(error: str) -> str:
 
 
 def keep_few_compiled_operations() -> None:
-    """Limit oneDNN's and PyTorch's caches of compiled CPU operations to 64 entries, if the environment has no limits.
+    """Limit oneDNN's and PyTorch's caches of compiled CPU operations to 64 entries, before torch multiplies matrices.
 
-    By default each cache has up to 1,024 entries, one per shape of a bfloat16 matrix. Batches without padding have many
-    shapes, so memory grows (benchmarks/NOTES.md). Call this function before torch multiplies matrices.
+    By default each has up to 1,024, one per shape of a bfloat16 matrix, so memory grows (benchmarks/NOTES.md).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

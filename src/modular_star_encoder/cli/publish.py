@@ -126,11 +126,16 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    if arguments.format != "onnx":
+    is_onnx, fault = arguments.format == "onnx", ""
+    if not is_onnx and (arguments.exit_layer or arguments.int8 or arguments.data):
+        fault = f"--format {arguments.format} writes exit 0 as float32 only: remove --exit-layer, --int8 and --data."
+    needs_data = arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"
+    if is_onnx and needs_data and not arguments.data:
+        fault = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
+    if fault:
+        raise UserError("cli.export.options", fault)
+    if not is_onnx:
         return run_static_export(arguments)
-    if not arguments.data and (arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"):
-        message = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
-        raise UserError("cli.export.data", message)
     from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, export_onnx_folder
 
     tasks = _ranking_tasks(arguments) if arguments.data else []
@@ -168,9 +173,6 @@ def run_static_export(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.hub.onnx_export import default_folder
     from modular_star_encoder.inference.exit_zero import export_static
 
-    if arguments.exit_layer or arguments.int8 or arguments.data:
-        message = f"--format {arguments.format} writes exit 0 as float32 only: remove --exit-layer, --int8 and --data."
-        raise UserError("cli.export.static", message)
     out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
     kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"
     folder = export_static(arguments.checkpoint, out, format=kind)

@@ -169,16 +169,18 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
 
 
 def _budget(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the budget for `Embedder.exits` from the options; UserError if they also name an exit."""
-    limits = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb")}
-    budget = {name: limit for name, limit in limits.items() if limit is not None}
-    if budget and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
-        message = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
-        raise UserError("cli.search.budget", message)
-    if arguments.profile is not None:
-        if not budget:
-            raise UserError("cli.search.profile", "--profile needs --latency-ms MS or --memory-mb MB.")
-        budget["profile"] = arguments.profile
+    """Return the budget for `Embedder.exits` from the options; UserError if options do not fit one another."""
+    given = {name: getattr(arguments, name) for name in ("latency_ms", "memory_mb", "profile")}
+    budget = {name: value for name, value in given.items() if value is not None}
+    has_limit, fault = bool(budget.keys() - {"profile"}), ""
+    if has_limit and (arguments.exit_layer is not None or getattr(arguments, "exit_layers", ()) != ()):
+        fault = "Give an exit (--exit-layer, --exit-layers) or a budget (--latency-ms, --memory-mb), not both."
+    elif budget and not has_limit:
+        fault = "--profile needs --latency-ms MS or --memory-mb MB."
+    elif getattr(arguments, "rerank_exit_layer", 0) is None and {arguments.candidates, arguments.margin} != {None}:
+        fault = "--candidates and --margin need --rerank-exit-layer K."
+    if fault:
+        raise UserError("cli.search.options", fault)
     return budget
 
 
@@ -187,14 +189,11 @@ def run_search(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import SECONDS_TO_REFRESH, check_search, open_for_search
     from modular_star_encoder.search.ranking import Cascade
 
-    if arguments.rerank_exit_layer is None and (arguments.candidates, arguments.margin) != (None, None):
-        raise UserError("cli.search.rerank", "--candidates and --margin need --rerank-exit-layer K.")
-    cascade = None
+    budget, cascade = _budget(arguments), None
     if arguments.rerank_exit_layer is not None:
         chosen = {"candidates": arguments.candidates, "margin": arguments.margin}
         cascade = Cascade(arguments.rerank_exit_layer, **{k: v for k, v in chosen.items() if v is not None})
     _take_folder(arguments)
-    budget = _budget(arguments)
     options = {name: getattr(arguments, name) for name in ("top_k", "method", "languages", "path")}
     check_search(arguments.questions, **options)  # checked before a first search indexes the folder, which takes long
     index, exit_layer = open_for_search(

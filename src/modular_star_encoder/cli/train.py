@@ -76,8 +76,8 @@ def run_recipes(arguments: argparse.Namespace) -> None:
     path = find_recipe(arguments.name)
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]
     if len(in_folder) > 1:
-        names = ", ".join(f"{one.name} (mose {one.command})" for one in in_folder)
-        print(f"mose: note: {arguments.name} names the first of {names}", file=sys.stderr)
+        shown, *others = [f"{one.name} (mose {one.command})" for one in in_folder]
+        print(f"mose: note: this is {shown}; there are also {', '.join(others)}", file=sys.stderr)
     text = path.read_text(encoding="utf-8")
     if arguments.file is None:
         print(text, end="")

@@ -31,9 +31,14 @@ def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> di
 
 
 def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
-    for row in rows:
-        if missing := [name for name in names if name not in row]:
-            message = f"A row lacks {' and '.join(missing)}. It has {', '.join(map(str, row)) or 'no columns'}."
+    for row in rows or [{}]:
+        read = {*names, *(name for name in ("negative_ids", "text_ids") if name in row)}
+        wrong = sorted(name for name in read if not isinstance(row.get(name), torch.Tensor))
+        wrong += sorted(name for name in read - {*wrong, "labels"} if row[name].is_floating_point())
+        if wrong:
+            kinds = [f"{name} ({getattr(value, 'dtype', type(value).__name__)})" for name, value in row.items()]
+            found = ", ".join(kinds) or "nothing"
+            message = f"Each row needs tensors of integers as {' and '.join(wrong)}. It has {found}."
             advice = "Rename columns, or use InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows."
             raise UserError("data.collator.columns", f"{message} {advice}")
 

@@ -110,7 +110,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean numbers of tokens of (descriptions, snippets), with the longest prompt, cut to the limit."""
+        """Return the mean tokens of (descriptions, snippets), with their (longest) prompts, cut to their limits."""
         frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
         for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -153,7 +153,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {"query": (row, number), …}: the arguments of `RetrievalTexts.tokens` for each text of row `index`."""
+        """Return {"query": (row, number), …} for item `index`: arguments of `RetrievalTexts.tokens`, for each text."""
         step, place = divmod(index, self.batch_size)
         row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}
@@ -168,11 +168,14 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
     """Return (ids before a text with this prompt, ids after it); UserError if `max_tokens` has no room for a text."""
     ids = tokenizer(prompt)["input_ids"]
     is_closed = ids[-1:] == [tokenizer.cls_token_id]
+    key, fault = "", ""
     if not is_closed and not adds_no_tokens(tokenizer):
-        raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
-    if max_tokens <= len(ids):
-        message = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
-        raise UserError("data.retrieval.max_tokens", message)
+        key, fault = "tokenizer.template", "The tokenizer must end every text with its cls_token."
+    elif max_tokens <= len(ids):
+        key = "retrieval.max_tokens"
+        fault = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
+    if key:
+        raise UserError(f"data.{key}", fault)
     return (ids[:-1], ids[-1:]) if is_closed else (ids, [])
 
 

@@ -251,13 +251,11 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
         try:
             there = dataset_rows.column_names(source, **{name: options[name] for name in options.keys() - own})
         except UserError as error:
-            if error.key != "data.source.no_files" or not os.path.isdir(os.path.expanduser(str(source))):
-                raise
-            advice = f'If it is source code, set "data.functions={{folder: {source}}}" in place of data.pairs.'
-            raise UserError(error.key, f"{error} {advice}") from error
-        if missing := [name for name in columns.values() if name is not None and name not in there]:
-            message = f"{source} has no column {', '.join(map(str, missing))}; its columns are {', '.join(there)}."
-            raise UserError("data.source.column", message)
+            advice = ""
+            if error.key == "data.source.no_files" and os.path.isdir(os.path.expanduser(str(source))):
+                advice = f' If it is source code, set "data.functions={{folder: {source}}}" in place of data.pairs.'
+            raise UserError(error.key, f"{error}{advice}") from error
+        missing = [str(name) for name in columns.values() if name is not None and name not in there]
         by_name = {name.strip().lower(): name for name in there if name not in columns.values()}
         for role, names in _PAIR_COLUMNS.items():
             if role not in columns:
@@ -272,9 +270,14 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
             ]
             if columns[role] is None and len(fit) == 1:
                 columns[role] = fit[0]
-        if unknown := [role for role in ("query", "positive") if columns[role] is None]:
-            message = f"No column of {source} looks like the {' and the '.join(unknown)}. It has {', '.join(there)}."
-            raise UserError("data.pairs.columns", f"{message} Set data.columns={{query: NAME, positive: NAME}}.")
+        key, fault = "", ""
+        if missing:
+            key, fault = "source.column", f"{source} has no column {', '.join(missing)}; its columns are"
+        elif unknown := [role for role in ("query", "positive") if columns[role] is None]:
+            fault = f"Set data.columns={{query: NAME, positive: NAME}}, because no column of {source} looks like the"
+            key, fault = "pairs.columns", f"{fault} {' and the '.join(unknown)}. It has"
+        if key:
+            raise UserError(f"data.{key}", f"{fault} {', '.join(there)}.")
     return {"pairs": options | {"columns": columns}}
 
 

@@ -284,10 +284,10 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    In each epoch, the groups (see `PairGroups`) come in a new random order, and each gives one pair; its rows take
-    turns. If there are both kinds of pairs, they alternate. Two pairs of one group would be false negatives. So if both
-    kinds choose the same group, a random other group gives the code → code pair, and a hard negative in a group of the
-    batch is replaced by that of a random other row.
+    In each epoch, the groups (see `PairGroups`) come in a new random order; each gives one pair, in each epoch of
+    another row. Text → code pairs and code → code pairs alternate if there are both. A batch has at most one pair of a
+    group, because two would be false negatives: a random other group gives a second one, and a random other row gives a
+    hard negative in place of one from a group of the batch.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:

@@ -72,15 +72,17 @@ def served(
     Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT count. `source` is
     the folder's web address for links. UserError if one of these is invalid.
     """
-    if port is not None and not 1 <= port <= 65535:
-        raise UserError("demo.port", f"--port must be from 1 to 65535, not {port}.")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
+    key, fault = "", ""
+    if port is not None and not 1 <= port <= 65535:
+        key, fault = "port", f"--port must be from 1 to 65535, not {port}."
     try:  # without this check, Gradio would try a hundred ports
         with socket.socket(socket.AF_INET) as trial:
             trial.bind((host, 0))
-    except (OSError, UnicodeError) as error:
-        message = f"--host must be an IPv4 address or a name of this machine, not {host!r}."
-        raise UserError("demo.host", message) from error
+    except (OSError, UnicodeError):
+        key, fault = "host", f"--host must be an IPv4 address or a name of this machine, not {host!r}."
+    if key:
+        raise UserError(f"demo.{key}", fault)
     links = repository_links(source) if source else LocalFiles(index)
     gradio = import_gradio()
     blocks = build_blocks(SearchPage(index, links, checkpoint))

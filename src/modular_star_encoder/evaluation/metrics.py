@@ -160,7 +160,7 @@ def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return the F1 of class 1, float64 (…), from the numbers of the four outcomes (…, 4); 0 if it is undefined."""
+    """Return the F1 of class 1, float64 (…), from counts (…, 4) in the order of `outcomes`; 0 if it is undefined."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]

@@ -13,6 +13,7 @@ from modular_star_encoder.utils.http import check_repository_id
 from modular_star_encoder.utils.settings import Switch, load_settings, settings_class
 
 MAIN = "main"
+_MAX_SECTION = 2**20  # bytes of a section of a card
 _LICENSES = (
     "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
     "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
@@ -41,7 +42,7 @@ class RepositorySettings:
         trained_from: NAME or NAME@BRANCH of an earlier entry, with the model from which this one was trained.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
-            (training_log.json). A slice has its parent's results, at the exits of the slice.
+            (training_log.json); by default those in the training log. A slice has its parent's results, at its exits.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
         training_log: file from `mose pretrain` or `mose finetune`; by default `training_log.json` in the checkpoint's
             folder or in the folder above, if it exists.
@@ -74,6 +75,10 @@ class RepositorySettings:
         given = [name for name in own if getattr(self, name)]
         parts = {path: PurePosixPath(path).parts for path in self.files}
         outside = [path for path in parts if parts[path][:1] in ((), ("/",)) or ".." in parts[path] or "\\" in path]
+        local = [os.path.expanduser(file) for file in (*self.sections.values(), *self.files.values())]
+        odd = [file for file in local if os.path.exists(file) and not os.path.isfile(file)]  # a pipe may have no end
+        sections = filter(os.path.isfile, local[: len(self.sections)])
+        odd += [file for file in sections if os.path.getsize(file) > _MAX_SECTION]
         key, fault = "", ""
         if self.slice_of and given:
             key, fault = "slice", f"is a slice: remove {', '.join(given)}, which it takes from {self.slice_of}"
@@ -83,6 +88,9 @@ class RepositorySettings:
             key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
         elif outside:
             key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
+        elif odd:
+            allowed = f"regular files, for `sections` of at most {_MAX_SECTION:,} bytes"
+            key, fault = "files", f"can't have {odd[0]}; its local files must be {allowed}"
         if key:
             raise UserError(f"hub.manifest.{key}", f"{self.key} {fault}.")
 

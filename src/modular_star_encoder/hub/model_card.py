@@ -134,6 +134,10 @@ def measurement_rows(measurements: Measurements) -> tuple[list[str], list[list[s
         texts = {column: f"{percent(mean.value)} ({interval(mean)})" for column, mean in means.items()}
         name = f"{table.title}: {metric_label(table.metric)} × 100"
         rows.append([name, *(texts.get(column, UNKNOWN) for column in columns)])
+        if table.reference.startswith("the same exit"):  # of the model before training
+            changes = {row.exit_layer: row.difference for row in table.rows if row.exit_layer is not None}
+            cells = [f"{one} p {one.p:.2g}" if (one := changes.get(k)) else UNKNOWN for k in exits]
+            rows.append([f"{table.title}: change from {table.reference}", *cells, *blank])
     return ["", *(f"exit {k}" for k in exits), *retrievers], rows
 
 

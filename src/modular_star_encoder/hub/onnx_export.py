@@ -198,11 +198,10 @@ def check_onnx(
     *,
     tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
-    """Compare the outputs of a model at one exit with those of its ONNX file, for batches of one or more random texts.
+    """Return {name of an output: largest difference} between a model at one exit and its ONNX file, on random texts.
 
-    Returns {name of an output: largest difference}, without padding tokens. If the model's largest absolute value in a
-    batch is above 1, differences are relative to this value. Raises UserError if an output is NaN or differs by more
-    than `tolerance`; the message names the output, the batch and the difference.
+    If the model's largest absolute value in a batch is above 1, differences are relative to it. UserError if an output
+    is NaN or differs by more than `tolerance`.
     """
     served, session = served_exit(model, exit_layer), open_session(path)
     largest = dict.fromkeys(OUTPUTS, 0.0)
@@ -274,19 +273,11 @@ def export_onnx_folder(
     tasks: Sequence[RetrievalTask] = (),
     progress: bool = True,
 ) -> OnnxFolder:
-    """Export one exit of a retrieval checkpoint as a folder for servers that run ONNX.
+    """Export one exit of a retrieval checkpoint (the deepest if None) as a folder for servers that run ONNX.
 
-    The folder is written only if the ONNX file agrees with the model in its outputs for random texts, and in its scores
-    on `tasks`. The file `onnx/export.json` has the differences and the scores, also of the 8-bit file.
-
-    Args:
-        checkpoint: a folder or Hub repository.
-        exit_layer: exit to export; the deepest if None.
-        out: folder to write; it must be empty or not exist. For the default, see `default_folder`.
-        int8: also write a file with 8-bit weights; needs `tasks`.
-        tasks: retrieval tasks on which the model and the ONNX files are evaluated.
-
-    Raises UserError if the ONNX file does not agree with the model, or SentenceTransformer lacks the model's pooling.
+    UserError, and no folder, if the ONNX file does not agree with the model in its outputs for random texts and in its
+    scores on `tasks`. `int8` also writes a file with 8-bit weights, and needs `tasks`. For the default of `out`, see
+    `default_folder`.
     """
     if int8 and not tasks:
         raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")

@@ -1,7 +1,4 @@
-"""Publish repositories on the Hub: check them, then report the changes or upload them, one commit per repository.
-
-A check fails if a repository has secrets or, loaded without this package, gives other embeddings than its source.
-"""
+"""Publish repositories on the Hub: check them, then report the changes or upload them, one commit per repository."""
 
 import hashlib
 import json
@@ -197,10 +194,9 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 
 
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
-    """Check the files, card and tokenizer of staged repositories, and that each repository loads without this package.
+    """Check the files, card and tokenizer of staged repositories, and that each loads without this package.
 
-    Returns {key of a repository: largest difference between its embeddings and those of its source checkpoint}.
-    Raises UserError if a check fails.
+    Returns {key of a repository: largest difference between its embeddings and its source's}; UserError if one fails.
     """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
@@ -214,10 +210,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError for the first file in a folder that is unexpected or unsafe to publish.
-
-    Weights, files in `EXPECTED` and files in `extra`, which has paths relative to the folder, are expected.
-    """
+    """Raise UserError for a file that is unsafe, or that is neither weights nor in `EXPECTED` or `extra` (its path)."""
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         key, fault = "unexpected", "is not expected; list it under `files` in the manifest"

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.report import read_tables
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
 from modular_star_encoder.hub.model_card import CARD, Measurements, StagedRepository, draw, write_card
-from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
+from modular_star_encoder.inference import (
+    PROFILE_NAME,
+    check_checkpoint,
+    is_repository,
+    resolve_checkpoint,
+    shipped_models,
+)
 from modular_star_encoder.inference.checkpoints import (
     checkpoint_checksum,
     class_named,
@@ -120,9 +127,6 @@ def _stage(
 
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
-    if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
-        message = f"{source} has only adapters: publish the merged model, the folder model/ of `mose finetune`."
-        raise UserError("hub.staging.checkpoint", message)
     check_checkpoint(source)
     architecture = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures[0]
     model_class = class_named(architecture, source)
@@ -144,21 +148,41 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
     if profile is not None and profile.checkpoint != checksum:
         message = f"{path} was measured with other weights than those in {source}: run `mose profile` again."
         raise UserError("hub.staging.profile", message)
-    tables = [table for file in entry.evaluation for table in read_tables(Path(file).expanduser(), checksum)]
+    results = [Path(file).expanduser() for file in entry.evaluation]
+    tables = [table for file in results for table in read_tables(file, checksum)]
+    if not results and (log := _training_log(entry, source)):
+        with suppress(UserError):  # of another training or version, or of a copy in 16 bits, which was not measured
+            tables = read_tables(log, checksum)
     return Measurements(parameters, profile, tables).cut(parameters)
+
+
+def _training_log(entry: RepositorySettings, source: Path) -> Path | None:
+    if entry.training_log:
+        return Path(entry.training_log).expanduser()
+    return next((one for one in (source / TRAINING_LOG, source.parent / TRAINING_LOG) if one.is_file()), None)
 
 
 def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[str, Any]], str]:
     """Return facts from the training log as (name, value), and the recipe as YAML; both are empty if unknown."""
-    paths = [source / TRAINING_LOG, source.parent / TRAINING_LOG]
-    paths = [Path(entry.training_log).expanduser()] if entry.training_log else [one for one in paths if one.is_file()]
-    log = _read_settings(paths[0]) if paths else {}
+    path = _training_log(entry, source)
+    log = _read_settings(path) if path else {}
     recipe = _read_settings(Path(entry.recipe).expanduser()) if entry.recipe else log.get("recipe")
     data, held_out = log.get("data") or {}, log.get("held_out_repositories")
-    values = {"steps": log.get("steps"), "rows to train on": data.get("train"), "rows held out": data.get("held_out")}
-    values["repositories held out"] = len(held_out) if held_out else None
-    rows = [(name, value) for name, value in values.items() if isinstance(value, int)]
-    return rows, yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
+    settings = without_paths(recipe) if isinstance(recipe, dict) else {}
+    # A pre-training's model may be a configuration, and its length is one of whole rows.
+    tuned: dict[str, Any] = settings if log.get("retrieval") else {}
+    start, limits = str(tuned.get("model")), [tuned.get(f"max_{kind}_tokens") for kind in ("text", "code")]
+    values = {
+        "started from": start if start in shipped_models() or is_repository(start) else None,
+        "steps": log.get("steps"),
+        "rows per step": settings.get("batch_size"),
+        "rows to train on": data.get("train"),
+        "rows held out": data.get("held_out"),
+        "repositories held out": len(held_out) if held_out else None,
+        "tokens at which held-out texts were cut": max((n for n in limits if isinstance(n, int)), default=None),
+    }
+    rows = [(name, value) for name, value in values.items() if isinstance(value, int | str)]
+    return rows, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else ""
 
 
 def _section(path: Path) -> str:

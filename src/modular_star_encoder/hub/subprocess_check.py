@@ -1,8 +1,7 @@
 """Load checkpoints as users without this package do: in a new process that can't import this package.
 
-`verify_reload` starts the process, which runs this file as a script: subprocess_check.py FOLDER. The script reads the
-`ReloadRequest`s from FOLDER/requests.json and writes the arrays of request N to FOLDER/N.npz. In this file, only
-`verify_reload` may import this package.
+`verify_reload` starts the process, which runs this file: subprocess_check.py FOLDER. It reads FOLDER/requests.json and
+writes the arrays of request N to FOLDER/N.npz. In this file, only `verify_reload` may import this package.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,9 @@ class ReloadRequest:
 
 
 def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -> list[dict[str, np.ndarray]]:
-    """Embed texts with checkpoints in a new offline process, which uses the model code in each checkpoint's folder.
+    """Embed texts with checkpoints in a new offline process, with the model code in each checkpoint's folder.
 
-    Each request names a checkpoint and N texts. For each request, return a dictionary of these float32 arrays:
+    Return for each request, which has N texts, a dictionary of these float32 arrays:
 
         auto_model             embeddings (N, D) from AutoModel, at the deepest exit
         sentence_transformer   embeddings (N, D) from SentenceTransformer, at the deepest exit
@@ -77,16 +75,8 @@ def verify_reload(requests: Sequence[ReloadRequest], *, progress: bool = True) -
         return [dict(np.load(result, allow_pickle=False)) for result in results]
 
 
-class Blocker(MetaPathFinder):
-    """An import hook that makes imports of this package fail, even if it is installed."""
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        if fullname.partition(".")[0] == PACKAGE:
-            raise ModuleNotFoundError(f"{PACKAGE} is not available in this process")
-
-
 def main(folder: str) -> None:
-    sys.meta_path.insert(0, Blocker())
+    sys.modules[PACKAGE] = None  # type: ignore[assignment]  # its import fails, even if it is installed
     for number, request in enumerate(json.loads(Path(folder, "requests.json").read_text(encoding="utf-8"))):
         np.savez(Path(folder, f"{number}.npz"), **embed(**request))  # type: ignore[arg-type]
 
@@ -94,10 +84,7 @@ def main(folder: str) -> None:
 def embed(
     checkpoint: str, texts: list[str], prompt: str, exit_layers: list[int], revision: str | None
 ) -> dict[str, np.ndarray]:
-    """Embed texts with a checkpoint in every way that users load it; return the arrays that `verify_reload` describes.
-
-    All models run the code in the checkpoint's folder, because this package is not installed in this process.
-    """
+    """Embed texts with a checkpoint in every way that users load it; return the arrays that `verify_reload` lists."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer

@@ -65,17 +65,17 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
     folder = Path(resolve_checkpoint(name))
     if is_repository(name):
         return
-    fault = ""
+    has_modules = of_modules and (folder / "modules.json").is_file()
     if not folder.is_dir():
         known = f"a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
         fault = f"There is no checkpoint folder {name}: give a folder that exists, {known}."
-    elif of_modules and (folder / "modules.json").is_file():
-        fault = _unsafe_file(folder)
-    elif not (folder / "config.json").is_file():
+    elif not has_modules and not (folder / "config.json").is_file():
         inner = Path(name, "model") if (folder / "model" / "config.json").is_file() else None  # of a training run
         advice = f"Name {inner}." if inner else "Name a folder that has config.json and weights."
+        if (folder / "adapter_config.json").is_file():
+            advice = "It has only adapters: name the merged model, the folder model/ of `mose finetune`."
         fault = f"{name} is not a checkpoint: it has no config.json. {advice}"
-    elif not any((folder / file).is_file() for file in WEIGHT_FILES):
+    elif not has_modules and not any((folder / file).is_file() for file in WEIGHT_FILES):
         fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
     else:
         fault = _unsafe_file(folder)

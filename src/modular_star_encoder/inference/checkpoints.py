@@ -33,11 +33,8 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum, read_json, staged_folder, write_json
 
 SENTENCE_TRANSFORMER_FILES = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-    "2_Normalize/config.json",
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
 )
 # Content of modules.json, with class names from before sentence-transformers 6. Version 6 also reads these names; older
 # versions and text-embeddings-inference read no others.
@@ -59,18 +56,10 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
-    """Load a retrieval model in evaluation mode, and its tokenizer.
+    """Load a retrieval model in evaluation mode, and its tokenizer. No code of the checkpoint is run.
 
-    Args:
-        path: a folder, a Hub repository ("owner/name"), or a model of this package. No code of the checkpoint is run.
-        exit_layer: load only the layers up to this exit; by default all.
-        device: device of the model; by default a GPU if there is one, else the CPU.
-        dtype: dtype of the model; by default the dtype of the checkpoint.
-
-    Raises:
-        ValueError: the checkpoint lacks the exit; the message lists its exits.
-        UserError: the checkpoint is not a ModularStarEncoderForRetrieval, is damaged, or lacks tokenizer or tensors.
-        OSError: the folder or repository does not exist, or lacks configuration or weights.
+    By default: all layers, on a GPU if there is one, in the dtype of the checkpoint. ValueError if the checkpoint is
+    damaged, not a retrieval model, or without this exit; OSError if it does not exist.
     """
     config, path = load_config(path), resolve_checkpoint(path)
     if exit_layer is not None:
@@ -97,11 +86,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
-    """Return a checksum that identifies the weights of a checkpoint.
-
-    For a folder, it is the first 16 hexadecimal digits of the SHA-256 of configuration, tokenizer and weights (computed
-    in about a second per GB). For a Hub repository, it is the hash of the commit that would be loaded.
-    """
+    """Return the `folder_checksum` of a checkpoint, or the hash of the commit of a Hub repository to be loaded."""
     folder = Path(resolve_checkpoint(checkpoint))
     if not folder.is_dir():
         # The Hub's cache has one folder per commit, whose name is the hash of the commit.
@@ -135,19 +120,20 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
         # A published model may lack the bias of the head that predicts tokens; this bias is then zero.
         missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
+        key, fault = "", ""
         if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
-            message = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
-            raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {message}")
-        if model_class is AutoModel and not isinstance(model, ModularStarEncoderForRetrieval):
-            raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it.")
+            tensors = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
+            key, fault = "tensors", f"The weights of {path} do not fit its configuration: {tensors}"
+        elif model_class is AutoModel and not isinstance(model, ModularStarEncoderForRetrieval):
+            key, fault = "not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it."
+        if key:
+            raise UserError(f"checkpoint.{key}", fault)
     return model
 
 
 def check_size(parameters: int, folder: Path) -> None:
-    """Raise RuntimeError if the weight files in a folder have fewer bytes than a model has `parameters`.
-
-    In such a case, transformers would fill gigabytes with random numbers before it reports an error.
-    """
+    """Raise RuntimeError if the weight files in a folder have fewer bytes than a model has `parameters`."""
+    # transformers would fill gigabytes with random numbers before it reports this.
     files = list(folder.glob("*.safetensors"))
     if files and parameters > sum(file.stat().st_size for file in files):
         for file in files:  # SafetensorError if it is cut
@@ -159,8 +145,7 @@ def check_size(parameters: int, folder: Path) -> None:
 def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
     """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    Messages that transformers logs in the context are kept in the list that `with` gives. Those left in the list are
-    shown at the end of the context, and only if there is no error.
+    `with` gives the list of messages that transformers logs. At the end, those still in it are shown, if no error came.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -228,16 +213,15 @@ def slice_checkpoint(
         note_parent(config, checkpoint)
         if config.num_hidden_layers < config.parent_num_hidden_layers and not hasattr(config, "parent_model"):
             folder = local_folder(checkpoint)  # a slice of a slice keeps the name of the full model
-            config.parent_model = os.fspath(checkpoint) if folder is None else folder.resolve().name
+            if folder and (folder / "training_log.json").is_file():  # the folder model/ of a run
+                folder = folder.resolve().parent
+            config.parent_model = folder.resolve().name if folder else os.fspath(checkpoint)
         config.save_pretrained(staging)
     return out
 
 
 def note_parent(config: ModularStarEncoderConfig, parent: str | os.PathLike[str]) -> None:
-    """Set `config.parent_license` and, if the checkpoint `parent` is a Hub repository, `config.parent_repository`.
-
-    The licence is None if unknown (see `stored_license`). `config` comes from `parent`, so a folder passes its own on.
-    """
+    """Set `config.parent_license` (see `stored_license`) and, if `parent` is on the Hub, `config.parent_repository`."""
     if (name := stored_license(parent)) != getattr(config, "parent_license", None):
         config.parent_license = name
     if is_repository(parent):
@@ -245,10 +229,7 @@ def note_parent(config: ModularStarEncoderConfig, parent: str | os.PathLike[str]
 
 
 def stored_license(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Return the licence in a checkpoint's card or, without one, its configuration's `parent_license`; None if neither.
-
-    `other` counts as None, because it needs a text that is not in the checkpoint.
-    """
+    """Return the licence in a checkpoint's card, else its configuration's `parent_license`; `other` counts as None."""
     found: Any = None
     with suppress(OSError, ValueError, AttributeError):
         found = read_json(checkpoint_file(checkpoint, "config.json") or "").get("parent_license")
@@ -285,9 +266,8 @@ def write_checkpoint(
 ) -> None:
     """Copy a checkpoint, or only its first `exit_layer` layers, to the folder `out`, with this package's model code.
 
-    `only_exit` leaves out the projection heads of shallower exits. `tokenizer` is a folder with the tokenizer to write
-    in place of the checkpoint's. Weights keep their stored dtype, if all have the same. Raises the errors of
-    `slice_checkpoint`.
+    `only_exit` leaves out the projection heads of shallower exits; `tokenizer` is a folder with another tokenizer.
+    Weights keep their stored dtype, if all have the same. Raises the errors of `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
@@ -320,11 +300,8 @@ def _stored_dtype(path: str) -> torch.dtype | None:
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return this package's model class `name`, which `checkpoint` needs; raise UserError if there is none.
-
-    For the name in published checkpoints, return the base class; its `from_pretrained` finds the right class.
-    """
-    if name == PUBLISHED_ARCHITECTURE:
+    """Return this package's model class `name`, which `checkpoint` needs; raise UserError if there is none."""
+    if name == PUBLISHED_ARCHITECTURE:  # the `from_pretrained` of the base class finds the right class
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
         message = f"The class {name} of {checkpoint} is unknown. Load the model in Python, and save `model.slice(k)`."
@@ -343,10 +320,7 @@ def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer
 def save_retrieval_checkpoint(
     model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
 ) -> Path:
-    """Write a model with its code and tokenizer to the folder `out`, which SentenceTransformer can load; return `out`.
-
-    `out` must be empty or not exist. It is written atomically.
-    """
+    """Write a model with code and tokenizer to a `staged_folder` that SentenceTransformer can load; return `out`."""
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
         save_tokenizer(tokenizer, model.config, staging)
@@ -373,11 +347,8 @@ def write_sentence_transformer_files(
 ) -> None:
     """Write to a checkpoint's folder what SentenceTransformer reads: `modules.json`, the prompts and other settings.
 
-    The standard modules pool and normalise the `last_hidden_state` of the model, the projected tokens of an exit.
-    `SentenceTransformer.encode(..., exit_layer=k)` chooses the exit, `prompt_name=…` the prompt.
-
-    `dimension` is the size of the embeddings, by default `config.projection_size`. `pooling` ("mean" or "lasttoken")
-    replaces `config.pooling`. If `pooling` is None, raises the error of `check_servable`.
+    The modules pool and normalise the `last_hidden_state`. `dimension` is the size of the embeddings, by default
+    `config.projection_size`. Without `pooling` ("mean" or "lasttoken"), raises the errors of `check_servable`.
     """
     if pooling is None:
         check_servable(config)

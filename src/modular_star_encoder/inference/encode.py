@@ -106,15 +106,13 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray:
-    """Tokenize N texts, sort them into padded batches, and embed each batch at E exits with `encode_batch`.
+    """Return the embeddings (E, N, D) float32 of N texts, which are sorted into padded batches.
 
-    `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to embeddings (E, B, D) float32; `shape` is
-    (E, D). Returns the embeddings (E, N, D) float32 in the order of `texts`.
+    `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to (E, B, D) float32; `shape` is (E, D).
     """
-    if isinstance(texts, str):
-        raise UserError("encode.texts.one_string", f"texts must be a list of strings, not the string {texts[:40]!r}.")
-    given: Any = texts
-    texts = list(given) if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping | Set) else [given]
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
+    _check("texts", texts, is_list, "a list of strings")
+    texts = list(texts)
     wrong = next((text for text in texts if not isinstance(text, str)), "")
     _check("texts", wrong, isinstance(wrong, str), "a list of strings")
     _check("tokenizer", tokenizer, callable(tokenizer), "the model's tokenizer")
@@ -149,9 +147,8 @@ def tokenize(
 ) -> list[list[int]]:
     """Return the ids of each text, at most `max_length`: `prompt`, text, and special tokens that the tokenizer adds.
 
-    A special token that is written in a text, such as `<mask>`, is read as ordinary characters, as in training. It is
-    read as a special token in `prompt` and, if `prompt` is empty, in a published prompt that begins a text. If the
-    tokenizer adds no special tokens, its setting `split_special_tokens` decides how it is read.
+    A special token in a text, such as `<mask>`, is read as ordinary characters, as in training, except in `prompt` or
+    in a published prompt that begins a text. For a tokenizer that adds no tokens, its `split_special_tokens` decides.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -206,17 +203,11 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 def compile_for_inference(
     model: ModularStarEncoderForRetrieval, *, progress: bool = True
 ) -> ModularStarEncoderForRetrieval:
-    """Return a copy of `model`, which must be on a CPU, with compiled MLPs; `model` does not change.
+    """Return a copy of `model`, which must be on a CPU, with compiled MLPs, which are faster in bfloat16.
 
-    The copy is faster in bfloat16 on CPUs with AVX512-BF16 or AMX. It shares all parameters with `model`, but each
-    compiled MLP also holds its own copy of its weights. So the weights take about twice the memory, and later changes
-    of the parameters do not reach the compiled MLPs. The compiled MLPs run only in `torch.inference_mode()` without
-    autocast, as in `encode_exits` and `SentenceTransformer.encode`. Elsewhere the plain MLPs run. Compiling takes a
-    second or more per layer, and may need a C++ compiler.
-
-    Example:
-        >>> model, tokenizer = load_checkpoint("runs/model", device="cpu", dtype="bfloat16")  # doctest: +SKIP
-        >>> embeddings = encode_exits(compile_for_inference(model), tokenizer, texts)  # doctest: +SKIP
+    The copy shares the parameters of `model`, but each compiled MLP has a copy of its weights, which later changes do
+    not reach. It runs only in `torch.inference_mode()` without autocast; elsewhere the plain MLP runs. Compiling takes
+    a second or more per layer, and may need a C++ compiler.
     """
     if model.device.type != "cpu":
         raise UserError("compile.device", f"The model to compile is on {model.device}. Move it to the CPU.")

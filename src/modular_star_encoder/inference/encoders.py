@@ -62,13 +62,9 @@ class Encoder(Protocol):
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Load the encoder for a folder, a Hub repository or the model of an endpoint.
+    """Load a ModularStarEncoder up to the deepest of `exit_layers` (all if None), or another encoder.
 
-    Args:
-        name: folder or Hub repository of a ModularStarEncoder or of any model that sentence-transformers can load;
-            or `openai:MODEL` (API key in OPENAI_API_KEY) or `openai:MODEL@URL` (API key in MOSE_API_KEY).
-        exit_layers: exits of a ModularStarEncoder; all if None. Layers above the deepest exit are not loaded.
-
+    `name` is a folder or Hub repository that sentence-transformers can load, `openai:MODEL` or `openai:MODEL@URL`.
     Raises the errors of `load_checkpoint`, and UserError if another model gets `exit_layers`.
     """
     source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
@@ -116,11 +112,7 @@ def _is_ours(source: str) -> bool:
 
 
 class ExitEncoder(Encoder):
-    """Embeds texts with a `ModularStarEncoderForRetrieval`, at all exits in one pass.
-
-    `dimensions` are the sizes to which embeddings can be cut, largest first; (None,) if there is only one size.
-    `encode_options` are passed to `encode_exits`: max_length, tokens_per_batch, dtype.
-    """
+    """Embeds texts with a `ModularStarEncoderForRetrieval`; `encode_options` are passed to `encode_exits`."""
 
     def __init__(
         self,
@@ -211,9 +203,8 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    Each call of `encode` reads the API key from the environment; the key is never stored, shown or logged. It is
-    `OPENAI_API_KEY` for OpenAI's address, and `MOSE_API_KEY` for all others, because a recipe may name a stranger's
-    server. `/embeddings` is appended to `base_url`; `client_options` are those of `HTTPClient`.
+    The API key is in `OPENAI_API_KEY` for OpenAI's address, and in `MOSE_API_KEY` for all others, because a recipe may
+    name a stranger's server. It is never stored, shown or logged. `client_options` are those of `HTTPClient`.
     """
 
     def __init__(self, model: str, base_url: str, **client_options: Any) -> None:

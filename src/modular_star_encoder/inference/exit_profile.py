@@ -1,8 +1,4 @@
-"""An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses one of the exits.
-
-`profile.profile_checkpoint` measures a profile, which is stored as `exit_profile.json` in the checkpoint's folder.
-Times are in milliseconds; 1 MB is 10^6 bytes.
-"""
+"""An exit profile holds the cost and quality of each exit of a checkpoint; `select_exit` chooses one of the exits."""
 
 from __future__ import annotations
 
@@ -132,13 +128,14 @@ class ExitProfile:
                 measurements = tuple(Measurement(**measured) for measured in values.pop("measurements"))
                 exits[int(exit_layer)] = ProfiledExit(measurements=measurements, **values)
             shapes = {one.shapes for one in exits.values()}
-            if version != 1 or len(shapes) != 1 or shapes == {()}:
-                raise ValueError("it needs `format` 1, at least one exit, and the same batch shapes for all exits")
-            profile = cls(exits=exits, **content)
-            check_types(profile)
-            return profile
+            if version == 1 and len(shapes) == 1 and shapes != {()}:
+                profile = cls(exits=exits, **content)
+                check_types(profile)
+                return profile
+            fault = "it needs `format` 1, at least one exit, and the same batch shapes for all exits"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError("profile.file.unreadable", f"{path} is not a valid exit profile: {error}.") from error
+            fault = str(error)
+        raise UserError("profile.file.unreadable", f"{path} is not a valid exit profile: {fault}.")
 
 
 def select_exit(
@@ -176,8 +173,6 @@ def select_exit(
     """
     given = {"latency_ms": latency_ms, "memory_mb": memory_mb, "min_quality": min_quality}
     limits = {name: limit for name, limit in given.items() if limit is not None}
-    if not limits:
-        raise UserError("budget.missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`.")
     shape = _shape(profile, batch_size, length)
     quality = _quality(profile, benchmark, needed=min_quality is not None)
     values: dict[int, dict[str, float | None]] = {}
@@ -187,10 +182,13 @@ def select_exit(
         values[k] = {name: of_exit[name] for name in limits}
     exits = [k for k, of_exit in values.items() if all(_keeps(name, of_exit[name], limits[name]) for name in limits)]
     wanted = " and ".join(f"{name}={limit:g}" for name, limit in limits.items())
-    if not exits:
-        where = f"{wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
-        message = f"No exit meets {where}. Give a limit that an exit meets. Measured: {_listed_values(values)}."
-        raise UserError("budget.too_small", message)
+    key = "" if exits else "too_small"
+    where = f"{wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
+    message = f"No exit meets {where}. Give a limit that an exit meets. Measured: {_listed_values(values)}."
+    if not limits:
+        key, message = "missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`."
+    if key:
+        raise UserError(f"budget.{key}", message)
     is_known = set(exits) <= set(quality)
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
     why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
@@ -276,10 +274,7 @@ def load_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str] | None = None) -> ExitProfile:
-    """Load a checkpoint's exit profile from `file`, by default its own; raise FileNotFoundError if there is none.
-
-    Warns if the profile was measured on another kind of processor or GPU, or with another number of threads.
-    """
+    """Load a checkpoint's exit profile from `file`, by default its own; warn if another machine measured it."""
     check_checkpoint(checkpoint)
     if file is None:
         file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)

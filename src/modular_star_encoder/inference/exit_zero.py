@@ -1,10 +1,8 @@
 """Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, and write exit 0 as a static model.
 
-Exit 0 runs no layer: it projects the weighted mean of the token embeddings. Deeper exits are as fast as with torch on a
-CPU. They need no import of torch and transformers, which takes longer than embedding 20 texts.
-
-A static model embeds a text as the mean of one vector per token, scaled to length 1. Exit 0 equals a static model with
-projected token embeddings, each multiplied by its token's weight.
+Exit 0 runs no layer: it projects the weighted mean of the token embeddings. It equals a static model, which embeds a
+text as the mean of one vector per token, scaled to length 1. Deeper exits are as fast as with torch on a CPU, without
+its import, which takes longer than embedding 20 texts.
 """
 
 from __future__ import annotations
@@ -64,15 +62,7 @@ def _damage_reported(folder: str | Path) -> Iterator[None]:
 
 
 class NumpyEncoder:
-    """Embeds texts with numpy at any exit of a checkpoint in a local folder.
-
-    Example:
-        >>> encoder = NumpyEncoder("hub_configs/mose-code")
-        >>> encoder.encode(["parse a header"]).shape  # at exit 0
-        (1, 384)
-        >>> encoder.encode_exits(["parse a header"], [0, 6])[6].shape
-        (1, 384)
-    """
+    """Embeds texts with numpy at any exit of a checkpoint in a local folder."""
 
     def __init__(self, folder: str | Path) -> None:
         """Read a checkpoint; raise UserError or OSError if a file is missing or damaged, or exit 0 needs torch."""
@@ -149,8 +139,7 @@ class NumpyEncoder:
     def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
         """Return {exit_layer: embeddings (N, D) float32 of length 1} of N texts; zeros for a text without tokens.
 
-        Texts are computed one by one. For exits above 0, the caller must first check with `has_layers` that this
-        class supports the checkpoint's layers.
+        For exits above 0, the caller must first check with `has_layers` that this class supports the layers.
         """
         result = {one: np.zeros((len(texts), self._config["projection_size"]), dtype=np.float32) for one in exit_layers}
         for place, ids in enumerate(self._ids(texts)):
@@ -297,24 +286,27 @@ def export_static(
         >>> SentenceTransformer(str(folder)).encode(["parse a header"]).shape  # doctest: +SKIP
         (1, 384)
     """
-    if format not in TENSORS:
-        raise UserError("static.format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}.")
     from safetensors.numpy import save
 
+    from modular_star_encoder.data.tokenizer import load_tokenizer
+    from modular_star_encoder.inference import resolve_checkpoint
     from modular_star_encoder.inference.checkpoints import load_config, slice_checkpoint, stored_prompts
 
-    config = load_config(checkpoint)
-    if 0 in config.exit_layers and not has_exit_zero(config.to_dict()):
-        message = (
-            f"Exit 0 of {checkpoint} can't be a static model: it needs `token_weights` and a linear head after pooling."
-        )
-        raise UserError("static.exit_zero", message)
+    config, key, fault = load_config(checkpoint), "", ""
+    config.check_exit(0)
+    if format not in TENSORS:
+        key, fault = "format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}."
+    elif not has_exit_zero(config.to_dict()):
+        needed = "it needs `token_weights` and a linear head after pooling"
+        key, fault = "exit_zero", f"Exit 0 of {checkpoint} can't be a static model: {needed}."
+    elif added := load_tokenizer(resolve_checkpoint(checkpoint)).num_special_tokens_to_add():
+        key = "special_tokens"
+        fault = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
+    if key:
+        raise UserError(f"static.{key}", fault)
     with scratch_folder("static") as scratch:
         encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
         tokenizer, table = encoder.tokenizer, encoder.table
-    if added := tokenizer.num_special_tokens_to_add(False):
-        message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
-        raise UserError("static.special_tokens", message)
     folder = Path(folder).expanduser()
     with staged_folder(folder) as staging:
         (staging / "model.safetensors").write_bytes(save({TENSORS[format]: table}))

@@ -1,8 +1,7 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency is timed on batches of random tokens without padding, after a warm-up. The exits alternate in random order, so
-that other programs slow all of them alike. Memory is measured in a separate process per exit, which runs this module as
-a script.
+Latency is timed on random tokens, with the exits in random order, so that other programs slow all of them alike. Memory
+is measured in a process per exit, which runs this module as a script.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modular_star_encoder.inference import profile_path, resolve_checkpoint
-from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
 from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
@@ -41,24 +40,17 @@ def flops_per_token(config: ModularStarEncoderConfig, exit_layer: int, length: i
     """Return the number of floating-point operations per token to embed a text of `length` tokens at one exit.
 
     Only matrix products are counted. A multiplication and an addition are two operations, as in Kaplan et al. (2020,
-    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`. Exit k runs k layers and one head. H is the hidden
-    size, K the number of key-value heads × head size, I the MLP size, D the projection size, T = `length`:
-
-        layer      2 · (2·H·H + 2·H·K + 2·H·I)     queries and outputs, keys and values, MLP
-        attention  4 · T·H                         in each layer: scores, weighted sum of values
-        head       2 · (H·D + D·D)                 per token, and with `pool_then_project` also once per text;
-                                                   without D·D for a linear head
-
-    Padding tokens cost as much as other tokens if `config.unpad_inputs` is False.
+    arXiv 2001.08361, section 2.1) and in torch's `FlopCounterMode`.
     """
     config.check_exit(exit_layer)
     hidden, projection = config.hidden_size, config.projection_size
     keys = config.num_key_value_heads * config.head_dim
+    # Queries and outputs; keys and values; the MLP.
     layer = 2 * (2 * hidden * hidden + 2 * hidden * keys + 2 * hidden * config.intermediate_size)
-    attention = 4 * length * hidden
+    attention = 4 * length * hidden  # scores, and the weighted sum of values
     head = 2 * projection * (hidden + (projection if config.projection_head == "mlp" else 0))
     if config.projection_order == "pool_then_project":
-        head += head / length
+        head += head / length  # once per text
     return float(exit_layer * (layer + attention) + head)
 
 
@@ -96,28 +88,27 @@ def profile_checkpoint(
 ) -> ExitProfile:
     """Measure the time and memory that each exit of a retrieval checkpoint needs to embed texts.
 
-    Args:
-        checkpoint: a folder, a Hub repository, or a model of this package.
-        plan: batch shapes and number of timings; by default `ProfilePlan()`.
-        exit_layers: exits to measure; by default all.
-        device: "cpu" or "cuda"; by default a GPU if there is one.
-        dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's.
-
-    Raises UserError if the device is not available, the dtype is unknown, or a length is more than the model accepts.
+    By default: all exits, on a GPU if there is one, in the dtype of the checkpoint. UserError if the device is not
+    available, the dtype is unknown, or a length is more than the model accepts.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError("profile.device", f"device={device!r} is not available: use 'cpu', or 'cuda' with a GPU.")
-    if dtype not in (None, *DTYPES):
-        raise UserError("profile.dtype", f"dtype={dtype!r}, but it must be one of {', '.join(DTYPES)}.")
     path = resolve_checkpoint(checkpoint)
+    config = load_config(path)
+    config.resolve_exits(exit_layers=exit_layers or None)
+    longest, limit = max(plan.lengths), config.max_position_embeddings
+    key, fault = "", ""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        key, fault = "device", f"device={device!r} is not available: use 'cpu', or 'cuda' with a GPU."
+    elif dtype not in (None, *DTYPES):
+        key, fault = "dtype", f"dtype={dtype!r}, but it must be one of {', '.join(DTYPES)}."
+    elif longest > limit:
+        key, fault = "length", f"The model reads texts of at most {limit} tokens, not {longest}. Give shorter lengths."
+    if key:
+        raise UserError(f"profile.{key}", fault)
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
-    if (longest := max(plan.lengths)) > (limit := config.max_position_embeddings):
-        message = f"The model accepts texts of at most {limit} tokens, not {longest}. Give shorter lengths."
-        raise UserError("profile.length", message)
     times = _measure_times(model, exits, plan, progress)
     parameters = {k: model.slice(k).num_parameters() for k in exits}
     attention, bytes_each = config._attn_implementation, model.dtype.itemsize
@@ -164,11 +155,9 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint's profile and write it to `out`, by default in its folder; return the profile and the path.
+    """Measure a checkpoint's profile (see `profile_checkpoint`), write it to a file, and return both.
 
-    `options` are those of `profile_checkpoint`. If the file already has a profile of the same weights, the quality
-    scores in it are kept. Raises UserError if the file has exits that `exit_layers` lacks, or if `checkpoint` is not a
-    local folder and `out` is None.
+    Quality scores of the same weights in the file are kept. UserError if the file has exits that `exit_layers` lacks.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -245,10 +234,7 @@ def _measure_times(
 def measure_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
 ) -> tuple[float | None, list[float | None]]:
-    """Return a new process's memory before it loads an exit, and its peak at each batch shape, in MB; None if unknown.
-
-    On a CPU, a peak includes loading and all earlier shapes, so `shapes` must be sorted by their number of tokens.
-    """
+    """Return a new process's memory before it loads an exit, and its peak at each batch shape, in MB or None."""
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603

@@ -13,6 +13,7 @@ from modular_star_encoder.objectives.contrastive_settings import ContrastiveSett
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.settings import as_settings
 
 # Number of similarities computed at once, over all exits: 2**20 float32 are 4 MiB, however large the batch.
 SCORES_PER_CHUNK = 2**20
@@ -139,7 +140,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return sums like `_row_sums`, over a chunk of queries; `own` (R,) are their positives' indices in `columns`."""
+    """Return what `_row_sums` returns, for R of its queries; `own` (R,): indices of their positives in `columns`."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}
@@ -224,7 +225,7 @@ class ContrastiveObjective:
     """
 
     def __init__(self, settings: ContrastiveSettings | None = None) -> None:
-        self.settings = settings or ContrastiveSettings()
+        self.settings = as_settings(ContrastiveSettings, settings)
 
     @property
     def caches_gradients(self) -> bool:

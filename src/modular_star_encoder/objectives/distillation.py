@@ -11,7 +11,7 @@ from modular_star_encoder.objectives.contrastive_settings import ContrastiveSett
 from modular_star_encoder.objectives.exit_losses import ObjectiveOutput
 from modular_star_encoder.objectives.gradient_cache import number_of_texts
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.settings import NonNegative, Positive, settings_class
+from modular_star_encoder.utils.settings import NonNegative, Positive, as_settings, settings_class
 
 
 @settings_class
@@ -82,7 +82,7 @@ class DistillationObjective(ContrastiveObjective):
         self, settings: DistillationSettings | None = None, contrastive: ContrastiveSettings | None = None
     ) -> None:
         super().__init__(contrastive or ContrastiveSettings(logit_scale=20.0, false_negative_margin=0.0))
-        self.distillation = settings or DistillationSettings()
+        self.distillation = as_settings(DistillationSettings, settings)
         if self.settings.distillation_weight or self.settings.alignment_weight:
             message = "With a teacher model, distillation_weight and alignment_weight of the objective must be 0."
             raise UserError("distillation.contrastive", f"{message} Set relational_weight and cosine_weight instead.")

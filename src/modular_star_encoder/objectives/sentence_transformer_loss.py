@@ -16,6 +16,7 @@ from modular_star_encoder.objectives.exit_losses import exit_weights
 from modular_star_encoder.objectives.gradient_cache import embed_sides, number_of_texts
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.reports import render_card
+from modular_star_encoder.utils.settings import as_settings
 
 
 class MultiExitContrastiveLoss(nn.Module):
@@ -53,7 +54,7 @@ class MultiExitContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings = settings or ContrastiveSettings()
+        self.settings = as_settings(ContrastiveSettings, settings)
         self.weighting, self.normalize_weights = weights, normalize_weights
         names = [type(module).__name__ for module in self._sentence_transformer()]
         key = fault = ""
@@ -124,15 +125,16 @@ class MultiExitContrastiveLoss(nn.Module):
     def _sentence_transformer(self) -> nn.Sequential:
         model: Any = self.model
         while not isinstance(model, nn.Sequential):
-            model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+            model = getattr(model, "_orig_mod", getattr(model, "module", nn.Sequential()))
         return model
 
     def _encoder(self) -> ModularStarEncoderForRetrieval:
-        encoder: Any = getattr(self._sentence_transformer()[0], "auto_model", None)
+        encoder: Any = getattr(next(iter(self._sentence_transformer()), None), "auto_model", None)
         if hasattr(encoder, "get_base_model"):
             encoder = encoder.get_base_model()
         if not isinstance(encoder, ModularStarEncoderForRetrieval):
-            message = f"The SentenceTransformer must have a ModularStarEncoderForRetrieval, not {type(encoder)}."
+            found = type(self.model if encoder is None else encoder).__name__
+            message = f"The model must be a SentenceTransformer with a ModularStarEncoderForRetrieval, not {found}."
             raise UserError("contrastive.model", message)
         return encoder
 

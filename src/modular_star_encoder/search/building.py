@@ -128,7 +128,7 @@ def update_store(
     writer = _Writer(store, settings, embedder, seconds)
     with (
         _bar(length_hint(reader), progress) as advance,
-        closing(_divided(writer.changed(reader, advance), processes, settings)) as divided,
+        closing(_divided(writer.changed(reader, advance), processes, settings, writer.end)) as divided,
     ):
         reader.is_known = lambda path, location: writer.is_known(path, location) and (advance() or True)
         for file, pieces in chain.from_iterable(divided):
@@ -160,9 +160,11 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
         yield bar.update
 
 
-def _divided(files: Iterator[SourceFile], processes: int, settings: IndexSettings) -> Generator[list[_Changed]]:
+def _divided(
+    files: Iterator[SourceFile], processes: int, settings: IndexSettings, end: float | None
+) -> Generator[list[_Changed]]:
     """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
-    for first in files:  # runs at most once, so that the imports below happen only if there is a file
+    for first in files:  # once, as the rest is read below; without a file, the imports are not needed
         from threadpoolctl import threadpool_limits
 
         from modular_star_encoder.utils.crash_safe import crash_safe_map
@@ -170,7 +172,8 @@ def _divided(files: Iterator[SourceFile], processes: int, settings: IndexSetting
         rest = chain([first], files)
         # At exit 0, numpy gets one thread, because parsing makes better use of the other cores.
         with threadpool_limits(1 if settings.exit_layers == (0,) else None, user_api="blas"):
-            yield from crash_safe_map(_pieces, rest, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_blocks)
+            options: dict[str, Any] = {"processes": processes, "chunk_size": _FILES_PER_CHUNK if end is None else 1}
+            yield from crash_safe_map(_pieces, rest, crashed=_blocks, end=end, **options)
 
 
 class _Writer:
@@ -180,7 +183,7 @@ class _Writer:
         self, store: VectorStore, settings: IndexSettings, embedder: Embedder, seconds: float | None = None
     ) -> None:
         self.report = UpdateReport()
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self.end = None if seconds is None else time.monotonic() + seconds
         self._store, self._settings, self._embedder = store, settings, embedder
         self._held = store.files()
         self._seen: set[str] = set()
@@ -202,7 +205,7 @@ class _Writer:
             return False
         stamp = [status.st_size, status.st_mtime_ns]
         *before, content = self._stamps_before.get(key, (None,))
-        is_same = content == self._held.get(key) if content else key not in self._held and self._end is not None
+        is_same = content == self._held.get(key) if content else key not in self._held and self.end is not None
         if before == stamp and is_same:
             self._stamps[key] = [*stamp, content]
             self.report.files += content is not None
@@ -216,7 +219,7 @@ class _Writer:
         return True
 
     def _is_late(self) -> bool:
-        return self._end is not None and time.monotonic() > self._end
+        return self.end is not None and time.monotonic() > self.end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
         """Yield the files of a reader that are not in the store, or that have another content in the store."""
@@ -230,13 +233,14 @@ class _Writer:
             if self._held.get(key) == content:
                 advance()
             else:
+                self.report.postponed_files += 1  # until `add` gets it in time
                 yield file
 
     def add(self, file: SourceFile, pieces: list[_Piece]) -> None:
         """Collect the pieces of one file; when a batch is full, embed the collected pieces and write their rows."""
         if self._is_late():
-            self.report.postponed_files += 1
             return
+        self.report.postponed_files -= 1
         if not pieces:
             self.report.skipped_files.append((file.path, "no words"))
         self._files.append((file, pieces))
@@ -276,7 +280,7 @@ class _Writer:
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
         self.report.removed_files = len(gone)
         self.write()
-        if self._end is None:  # with a time limit, a later update optimises the store
+        if self.end is None:  # with a time limit, a later update optimises the store
             self._store.finish()
         if self._stamps != self._stamps_before:
             self._store.keep_stamps(self._stamps)

@@ -432,19 +432,18 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
     If `location` is a store, it is returned. The environment variable QDRANT_API_KEY has the key of a Qdrant server.
     """
-    if not isinstance(location, str | os.PathLike):
-        if not hasattr(location, "replace_files"):
-            raise TypeError(f"`location` must be a path, a URI or a store, not {location!r}.")
-        return location
-    location = os.fspath(location)
-    if location.startswith(QDRANT):
-        from modular_star_encoder.search.qdrant_store import QdrantStore, connect
+    if isinstance(location, str | os.PathLike):
+        location = os.fspath(location)
+        if location.startswith(QDRANT):
+            from modular_star_encoder.search.qdrant_store import QdrantStore, connect
 
-        return QdrantStore(*connect(location), location)
-    if "://" in location and location != MEMORY:
-        message = f"{location!r} is no place for an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
-        raise UserError("search.index.location", message)
-    return LocalStore(None if location == MEMORY else location)
+            return QdrantStore(*connect(location), location)
+        if "://" not in location or location == MEMORY:
+            return LocalStore(None if location == MEMORY else location)
+    elif hasattr(location, "replace_files"):
+        return location
+    message = f"{location!r} can't hold an index. Name a folder, or a Qdrant collection as qdrant:NAME@URL."
+    raise UserError("search.index.location", f"{message} In Python, you can also pass a store.")
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:

@@ -58,10 +58,9 @@ def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
     def reported(self: Any, *arguments: Any) -> Any:
         try:
             return method(self, *arguments)
-        except (FileNotFoundError, UserError):
-            raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *_OTHER_DAMAGE) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if is_full or isinstance(error, FileNotFoundError | UserError):
                 raise
             message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it: {REBUILD}."
             raise UserError("search.index.unreadable", message) from error

@@ -145,7 +145,7 @@ def _candidates(
 
 
 def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
-    """Return the candidates that `place` ranks best, with scores and reasons; `given` are arguments of `place`."""
+    """Return the best candidates, with score and each rule's part of it; `given` goes to `place`, which ranks."""
     return [
         replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
         for one in place(question, [row.path for row in candidates], *given)

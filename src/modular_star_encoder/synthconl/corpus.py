@@ -42,8 +42,8 @@ _CLIENTS = {
     "pypi": "pip download --quiet --no-deps --only-binary=:all: {name}=={version}",
 }
 _FETCH_SECONDS = 600
-# No name begins with a dash: a client would read it as an option.
-_PACKAGE = re.compile(r"(?P<name>[@\w][\w./+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
+# A client would take a name that begins with a dash for an option, and run the code of a folder that a name leads to.
+_PACKAGE = re.compile(r"(?P<name>(@[\w.-]+/)?\w[\w.+-]*) (?P<version>\w[\w.+~:-]*) (?P<licence>\S.*)")
 _MEMBER = re.compile(rb"(?P<name>[\w.-]+)[ /]+(?:\d+ +){4}(?P<size>\d{1,10}) *`\n")
 
 MAX_CHARACTERS = {"code": 1000, "description": 400}  # longer texts are cut
@@ -87,7 +87,9 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
     """Download packages to folders in `out`; return {"fetched", "fetched before" or a fault: packages}."""
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
-    options: Row = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _FETCH_SECONDS, "check": True}
+    # Without pipes, which a process that the client started may hold open after the client is killed.
+    options: Row = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    options |= {"timeout": _FETCH_SECONDS, "check": True}
     with locked(Path(out)):
         for package in tqdm(packages, desc="Fetching", unit=" packages"):
             target, outcome = Path(out) / package.place, "fetched before"
@@ -157,7 +159,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 def _archives(folder: Path, temporary: Path) -> Path:
     """Return `folder` or, if it has a Debian package, `temporary` with a copy of the package's data archive."""
-    for deb in folder.glob("*.deb"):
+    for deb in filter(Path.is_file, folder.glob("*.deb")):
         folder = temporary
         with deb.open("rb") as archive:
             archive.seek(8)  # skip `!<arch>`; then each member follows its name, four numbers and its size: deb(5)

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import AfterValidator
 from pydantic import Field as Constraint
 from transformers import PrinterCallback
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
@@ -51,6 +52,7 @@ from modular_star_encoder.utils.settings import (
     ExitLayer,
     NonNegative,
     Positive,
+    Probability,
     Seed,
     build_settings,
     format_reference,
@@ -74,6 +76,19 @@ def _name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+
+
+_Ranks = dict[str, dict[str, Annotated[list[Probability], Constraint(min_length=1)]]]  # {task: {exit: of its queries}}
+
+
+class _Content(TypedDict):
+    """What the file of a cell must have."""
+
+    recipe: dict[str, Any]
+    seconds: float
+    cosines: dict[str, float]
+    validation: _Ranks
+    test: _Ranks
 
 
 class AblationCell(NamedTuple):
@@ -141,7 +156,7 @@ class AblationRecipe:
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return one training run with its recipe; UserError if a setting of the start or of the kind is wrong."""
+        """Return one training run with its recipe; UserError if a setting in `starts` or `variants` is wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
@@ -363,6 +378,9 @@ class _Cells:
         self.tasks = {
             part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data.held_out).items()
         }
+        if not all(self.tasks.values()):
+            fault = "The held-out rows need 2 pairs for validation and 2, of another repository, for the test"
+            raise UserError("ablation.held_out", f"{fault}: add rows, or raise `eval_fraction` (at most 0.2).")
 
     @staticmethod
     def _start(cell: AblationCell, folder: Path) -> tuple[StartingPoint[ModularStarEncoderForRetrieval], Any, Any]:
@@ -381,13 +399,20 @@ class _Cells:
         made_from["checksum"] = checkpoint_checksum(source) if weights else None
         known = path.is_file()
         if known:
-            content = read_json(path)
+            content = read_json(path, _Content)
+            exits = [cell.kind[5:]] if cell.kind.startswith("exit-") else [*map(str, self.results.exits)]
+            for part, tasks in self.tasks.items():  # of other held-out rows, there would be other numbers of queries
+                made_from[part] = {one.benchmark: dict.fromkeys(exits, len(one.queries)) for one in tasks}
+                ranks: Any = content[part]
+                content["recipe"][part] = {name: {e: len(of[e]) for e in of} for name, of in ranks.items()}
             runs.check_same(path, {**made_from, **content["recipe"]}, made_from, made_from)
         else:
             self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
             content = {"recipe": made_from, **self._train(cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
+        # Only now: if the evaluation is interrupted, the model is not trained again.
+        shutil.rmtree(self.out / "training" / cell.name, ignore_errors=True)
         self.results.found[cell.start, cell.kind, recipe.learning_rate, recipe.seed] = content
         return not known
 
@@ -414,7 +439,6 @@ class _Cells:
         trainer = MultiExitTrainer(adapted, arguments, objective, train_dataset=rows, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         log = runs.train_to_the_end(trainer, folder, progress=False)
-        shutil.rmtree(folder, ignore_errors=True)  # the folder of checkpoints
         encoder = exit_encoder(model, tokenizer, cell.name, max(lengths.values()))
         scores: dict[str, Any] = {}
         for part, tasks in self.tasks.items():
@@ -453,7 +477,7 @@ def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]
 def _resamples(size: int, seed: int) -> np.ndarray:
     """Return bootstrap samples of `size` items, float32 (RESAMPLES, size): the weight of each item in each sample."""
     draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
-    return (draws / size).astype(np.float32)
+    return np.divide(draws, size, dtype=np.float32)
 
 
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:

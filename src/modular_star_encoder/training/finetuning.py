@@ -152,7 +152,7 @@ def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> Exit
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of code pairs, as `finetune` does a model for retrieval; return the training log."""
+    """Train a classifier of code pairs (`finetune` trains models for retrieval); return the training log."""
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     start = StartingPoint(ModularStarEncoderForSequenceClassification, recipe)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, state.num_processes, progress=progress)

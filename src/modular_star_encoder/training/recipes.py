@@ -116,7 +116,7 @@ class TrainingSettings:
         return {**settings.pop("training"), **settings}
 
     def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
-        """Return the arguments to train on `processes` devices, with checkpoints in `folder`; UserError if wrong."""
+        """Return arguments to train on `processes` devices and save in `folder`; UserError if a setting is wrong."""
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
         decided["per_device_eval_batch_size"] = decided["per_device_train_batch_size"]
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}

@@ -347,7 +347,7 @@ class ExitProgressCallback(ProgressCallback):
             if args.warmup_steps >= 1:  # a smaller number is a fraction of all steps
                 settings += f" warmup_steps={max(1, round(args.warmup_steps * short / state.max_steps))}"
             duration = f"{left / 3600:.1f} hours" if left > 5400 else f"{left / 60:.0f} minutes"
-            message = f"mose: training will take about {duration} on this CPU. To train for only "
+            message = f"mose: training will take about {duration} if steps take as long as so far. To train for only "
             message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out."
             self.training_bar.write(message, file=sys.stderr)
 

@@ -145,9 +145,9 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
     """Set `embedding` to random vectors that are similar for tokens with equal `spellings` (see `token_spellings`).
 
-    The vectors of two tokens with the same spelling, such as "parse" and " Parse", have a correlation of 0.8. After 100
-    steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36 with these vectors, 0.33 with a standard
-    deviation of 0.1 instead of 0.3, and 0.23 with independent vectors.
+    Two tokens with the same spelling, such as "parse" and " Parse", have vectors with a correlation of 0.8; all have a
+    standard deviation of 0.3. After 100 steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36 with
+    these vectors, 0.33 if their standard deviation is 0.1, and 0.23 with independent vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,6 +155,17 @@ class MultiExitTrainer(Trainer):
             for left in folder.glob(".saving-*"):  # by `save_pretrained` in a process that was killed
                 shutil.rmtree(left)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint as `Trainer` does, which then keeps the newest by date, even if a clock was set back."""
+        now, steps = time.time(), {}
+        for folder in Path(self._folder).glob("checkpoint-*") if self.args.should_save else ():
+            if (step := folder.name.rpartition("-")[2]).isdecimal():
+                steps[int(step)] = folder
+        if any(folder.stat().st_mtime > now for folder in steps.values()):
+            for age, number in enumerate(sorted(steps, reverse=True), start=1):
+                os.utime(steps[number], (now - age, now - age))
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save random states as `Trainer` does, and the moving average of the weights, for a run that is resumed."""

@@ -1,10 +1,13 @@
 """A map over several processes that continues if one of them crashes, as parsers in C do on some inputs."""
 
+import errno
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -23,12 +26,13 @@ def crash_safe_map(
     processes: int,
     chunk_size: int,
     crashed: Callable[[Item], Result],
+    end: float | None = None,
 ) -> Iterator[Result]:
     """Call `function` on chunks of `chunk_size` items in several processes, and yield the results in order.
 
-    If a chunk crashes its process, the chunk is halved until the item that causes the crash is alone. The result for
-    this item is `crashed(item)`, and each other part of the chunk gives a result of its own. If `processes` is 0 or 1,
-    the calling process does the work, without protection from crashes.
+    A chunk that crashes its process is halved until the item that causes the crash is alone; its result is
+    `crashed(item)`. With 0 or 1 `processes`, the calling process does the work, without protection from crashes; with
+    more, results that are not there when `time.monotonic()` reaches `end` are left out.
     """
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
@@ -51,29 +55,41 @@ def crash_safe_map(
             if not waiting:
                 break
             chunk, future = waiting.popleft()
+            if not _is_done(future, end):
+                _kill(executor)
+                return
             try:
                 yield future.result()
             except BrokenProcessPool:  # raised for each chunk that was submitted to the broken executor
-                yield from _halved(function, chunk, crashed)
+                yield from _halved(function, chunk, crashed, end)
     except BaseException:
         _kill(executor)
         raise
     executor.shutdown()
 
 
+def _is_done(future: Future[Any], end: float | None) -> bool:
+    """Wait for a future until `time.monotonic()` reaches `end`; return whether it is done."""
+    return bool(futures.wait([future], None if end is None else max(0.0, end - time.monotonic())).done)
+
+
 def _halved(
-    function: Callable[[list[Item]], Result], chunk: list[Item], crashed: Callable[[Item], Result]
+    function: Callable[[list[Item]], Result], chunk: list[Item], crashed: Callable[[Item], Result], end: float | None
 ) -> Iterator[Result]:
     executor = _executor(1)
     try:
-        yield executor.submit(function, chunk).result()
+        future = executor.submit(function, chunk)
+        if not _is_done(future, end):
+            _kill(executor)
+            return
+        yield future.result()
     except BrokenProcessPool:
         if len(chunk) == 1:
             yield crashed(chunk[0])
         else:
             middle = len(chunk) // 2
-            yield from _halved(function, chunk[:middle], crashed)
-            yield from _halved(function, chunk[middle:], crashed)
+            yield from _halved(function, chunk[:middle], crashed, end)
+            yield from _halved(function, chunk[middle:], crashed, end)
     except BaseException:
         _kill(executor)
         raise
@@ -84,7 +100,10 @@ def _executor(processes: int) -> ProcessPoolExecutor:
     try:
         return ProcessPoolExecutor(processes, initializer=_prepare_worker)
     except OSError as error:
-        raise OSError(f"Worker processes need shared memory: mount /dev/shm, or make room there ({error}).") from error
+        of_processes = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+        memory = " They need shared memory: mount /dev/shm, and see that it has room and is writable."
+        advice = "" if error.errno in of_processes else memory
+        raise OSError(f"Worker processes can't be started: {error}.{advice}") from error
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:

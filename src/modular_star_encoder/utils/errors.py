@@ -7,9 +7,8 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """Raised for bad input, with one sentence that says what was given, what is allowed and what to do.
 
-    The command line prints the sentence and exits with status 2; any other exception is a bug and shows its traceback.
     `key` is the dotted name of the fault, such as `config.exit_layers.order`. It stays the same when the sentence is
-    improved, so programs and tests can rely on the key.
+    improved, so programs and tests can rely on it.
     """
 
     def __init__(self, key: str, message: str) -> None:
@@ -42,9 +41,9 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
-    """Return an ImportError that names the extra of this package to install; None if no extra has the missing module.
+    """Return an ImportError that names the extra to install; None if no extra has the missing module.
 
-    If the extras `train` and `dataset` both have the module, `command` ("train" or "dataset") names the one to install.
+    If both `train` and `dataset` have it, `command` ("train" or "dataset") names the one to install.
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)

@@ -25,10 +25,7 @@ LOCK, LOCK_SECONDS = ".lock", 5.0
 
 
 def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
-    """Raise UserError (`files.not_writable`) if no file can be written to `path`; call this before long work.
-
-    With `is_folder`, `path` must be a folder, or a place where one can be created, with missing parents.
-    """
+    """Raise UserError (`files.not_writable`) if no file, or with `is_folder` no folder, can be written to `path`."""
     path = Path(path).absolute()
     parent = next(one for one in path.parents if not is_folder or os.path.lexists(one))
     if os.path.lexists(path) and not path.exists():
@@ -48,9 +45,8 @@ def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> 
 def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
     """Context manager: hold the lock of `folder`, which is created if missing. A process may hold a lock several times.
 
-    UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`). The
-    wait is needed because the workers of a killed process keep its lock for a moment. UserError (`files.lock`) if the
-    lock is not a plain file.
+    UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`: the
+    workers of a killed process keep its lock for a moment), or (`files.lock`) if the lock is not a plain file.
     """
     from filelock import FileLock, Timeout
 
@@ -78,42 +74,40 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 
 
 def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bool = True) -> list[Path]:
-    """Return the sorted paths of all files below `folder` whose names fit `pattern`.
+    """Return the sorted paths of all files below `folder` whose names fit `pattern`; links to folders are not followed.
 
-    Links to folders are not followed. Without `links`, links to files are left out. With `links`, a link to a file
-    outside of `folder` raises UserError (`files.folder.links`), because the folder may come from a stranger. UserError
-    (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
+    Without `links`, links to files are left out. With `links`, UserError (`files.folder.links`) for a link out of
+    `folder`, which may be a stranger's. UserError (`files.folder.too_deep`) beyond a depth of `MAX_FOLDER_DEPTH`.
     """
-    found = []
+    found, key, fault = [], "", ""
     for parent, folders, names in os.walk(folder):
         if folders and len(Path(parent).relative_to(folder).parts) >= MAX_FOLDER_DEPTH:
-            message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
-            raise UserError("files.folder.too_deep", message)
+            key = "too_deep"
+            fault = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
+            break
         found += [Path(parent, name) for name in fnmatch.filter(names, pattern)]
     linked = {path for path in found if path.is_symlink()}
     if not links:
         found = [path for path in found if path not in linked]
     elif outside := sorted(path for path in linked if leads_outside(path, folder)):
-        message = f"{len(outside)} links, such as {outside[0]}, lead out of the folder. Name their targets instead."
-        raise UserError("files.folder.links", message)
+        key = "links"
+        fault = f"{len(outside)} links, such as {outside[0]}, lead out of the folder. Name their targets instead."
+    if key:
+        raise UserError(f"files.folder.{key}", fault)
     return sorted(found)
 
 
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is, or passes through, a symbolic link to a place outside `folder`.
-
-    The result is False for a link from a snapshot in the Hub's cache to the cache's files.
-    """
+    """Return whether `path` is, or passes through, a link out of `folder` (other than to files of the Hub's cache)."""
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
     return target.parent not in blobs and not target.is_relative_to(root)
 
 
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
-    """Return the value of a JSON file.
+    """Return the value of a JSON file; ValueError if it is no JSON in UTF-8, too large or nested too deeply.
 
-    ValueError if the file is not JSON in UTF-8, has more than `most_bytes` bytes or `MAX_JSON_VALUES` values, or is
-    nested too deeply. If `finite`, also ValueError if a number is NaN, infinite, or 2**63 or more in magnitude.
+    If `finite`, also ValueError if a number is NaN, infinite, or 2**63 or more in magnitude.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() and path.stat().st_size <= most_bytes):  # a pipe never ends
@@ -160,11 +154,10 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = Fal
 
 @contextmanager
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Context manager: yield a temporary path. The file or folder written there replaces `target` at the end.
+    """Context manager: yield a temporary path. What is written there replaces `target` at the end, if no error occurs.
 
-    After an error, that file or folder is removed instead. Set `resumable` for jobs that may be killed and restarted,
-    and that run in one process at a time. The data is then flushed to the disk before the rename, and the temporary
-    name is always the same, so that the next attempt removes the leftovers of a killed attempt.
+    `resumable` is for jobs that may be killed and run in one process at a time: the data is flushed to the disk before
+    the rename, and the next attempt removes the leftovers of a killed one, because the temporary name is the same.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -190,10 +183,9 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
 
 @contextmanager
 def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
-    """Context manager: yield a temporary folder that becomes `target` at the end, or is removed after an error.
+    """Context manager: yield a temporary folder that becomes `target` at the end (see `staged_file`).
 
-    Missing parents of `target` are created. UserError (`files.folder.not_empty`) if `target` is a file or a folder
-    with files. For `resumable` see `staged_file`.
+    Missing parents are created. UserError (`files.folder.not_empty`) if `target` is a file or a folder with files.
     """
     target = Path(target).absolute()
 
@@ -213,10 +205,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder and remove it at the end.
-
-    If the process is killed, the next call with the same `name` removes the folder.
-    """
+    """Context manager: yield a temporary folder and remove it, at the latest in the next call with this `name`."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))

@@ -1,7 +1,6 @@
 """An HTTP client with time-outs, size limits and retries, and checks of web addresses, tokens and the Hub.
 
-Requests run on an event loop in a thread of the client. A caller can therefore send and cancel concurrent requests
-without an event loop in the caller's thread. The message of every error is one sentence without secrets.
+Requests run on an event loop in a thread of the client. The message of every error is one sentence without secrets.
 """
 
 import asyncio
@@ -51,10 +50,8 @@ LOG_IN = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
 class HTTPRequestError(UserError):
     """Raised when a request has failed and is not sent again.
 
-    Its `key` is `http.status` (the server refuses the request), `http.no_answer`, `http.too_slow`, `http.too_large`,
-    `http.redirect` or `http.encoding`. Attributes describe the last response: `status` (None if there was no response),
-    `reason`, such as "status 401, Incorrect API key provided", and `text`, the start of the body with `***` in place of
-    the token.
+    Attributes describe the last response: `status` (None if there was none), `reason`, such as "status 401, Incorrect
+    API key provided", and `text`, the start of the body with `***` in place of the token.
     """
 
     def __init__(self, key: str, message: str, *, status: int | None = None, reason: str = "", text: str = "") -> None:
@@ -92,9 +89,8 @@ class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
     After a temporary failure (status 408, 409, 425, 429 or 5xx, a time-out, a broken connection) a request is sent
-    again. The client first waits as long as the response's header `Retry-After` says, at most 60 seconds. Without this
-    header it waits `pause` seconds, doubled for each further attempt (at most 60) and varied at random by up to half.
-    Cookies are not kept.
+    again, after the pause that the response's header `Retry-After` names or else `pause` seconds, doubled for each
+    further attempt and varied at random by up to half; at most 60. Cookies are not kept.
 
     Args:
         token: bearer token for every request; empty for none. Error messages do not show it.
@@ -170,11 +166,10 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Start a request and return a future. Its result is the response, if the status is below 300.
+        """Start a request and return a future of the response, or of HTTPRequestError if the status is not below 300.
 
-        If the request fails, the future raises HTTPRequestError. Its message names only the host of `url`, because the
-        rest may contain a secret. `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again:
-        some gateways report a failure with a success status.
+        `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again: some gateways report a
+        failure with a success status.
         """
         with self._closing:  # what is submitted before `close` begins is cancelled by it
             if not self._is_closed:
@@ -205,6 +200,7 @@ class HTTPClient:
                             break
             except TimeoutError:
                 key, fault = "too_slow", f"took more than {self._total_time:g} seconds"
+        # Only the host is named, because the rest of the address may contain a secret.
         raise HTTPRequestError(f"http.{key}", f"{url_host(url)} {fault}: {failed['reason']}.", **failed)
 
     async def _receive(self, method: str, url: str, body: Any) -> Response:
@@ -342,10 +338,9 @@ def url_host(url: str) -> str:
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """Return the token in the environment variable called `variable`, without white space around it.
+    """Return the token in the environment variable `variable`; "" if None is named, or it is missing, not `required`.
 
-    Return "" if `variable` is None, or if the token is missing but not `required`. UserError if a `required` token is
-    missing (`http.token.missing`), or a token has characters other than printable ASCII (`http.token.characters`).
+    UserError if a `required` token is missing (`http.token.missing`) or not printable ASCII (`http.token.characters`).
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
@@ -375,11 +370,9 @@ def check_repository_id(repository: str) -> None:
 
 
 def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
-    """Raise OSError if HF_HUB_OFFLINE is set or the Hub does not answer a request within `seconds`.
+    """Raise OSError if HF_HUB_OFFLINE is set or the Hub, by default HF_ENDPOINT, does not answer within `seconds`.
 
-    Without this check, huggingface_hub tries to connect for a minute and waits for an answer without a limit. Behind a
-    proxy, only HF_HUB_OFFLINE is checked. `endpoint` is the Hub's address; the default is the value of the environment
-    variable HF_ENDPOINT, or https://huggingface.co.
+    huggingface_hub itself waits for an answer without a limit. Behind a proxy, only HF_HUB_OFFLINE is checked.
     """
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not is_web_address(address):
@@ -415,10 +408,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
 
 @contextlib.contextmanager
 def wrap_hub_errors(repository: str) -> Iterator[None]:
-    """Context manager for an upload to `repository`: turn errors of the Hub and the network into an OSError.
-
-    The message of the OSError is one sentence without the token.
-    """
+    """Context manager for an upload: turn errors of the Hub and the network into an OSError without the token."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -428,7 +418,8 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
     hub_errors = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError)
     try:
         yield
-    except hub_errors + network_errors as error:
+    except hub_errors + network_errors + (AttributeError, TypeError, LookupError, json.JSONDecodeError) as error:
+        modules_passed = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
         # huggingface_hub wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, LocalTokenNotFoundError):
@@ -437,12 +428,11 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
             message = f"{repository} was changed by someone else; nothing was uploaded. Check it, then upload again."
         elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); upload again later."
-        else:
+        elif isinstance(error, hub_errors):
             reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
             message = f"The Hub refuses the upload to {repository}: {reason}"
-        raise OSError(message) from error
-    except (AttributeError, TypeError, LookupError, json.JSONDecodeError) as error:
-        names = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if not any(name.startswith("huggingface_hub") for name in names):  # a fault of ours
+        elif any(name.startswith("huggingface_hub") for name in modules_passed):
+            message = "The Hub sent an answer of an unknown form. Check the address in HF_ENDPOINT."
+        else:  # a fault of ours
             raise
-        raise OSError("The Hub sent an answer of an unknown form. Check the address in HF_ENDPOINT.") from error
+        raise OSError(message) from error

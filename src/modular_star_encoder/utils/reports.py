@@ -40,10 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return a mapping that describes this machine: `processor`, `cores`, `threads` (of torch) and `memory_gb`.
-
-    `memory_gb` is in units of 10^9 bytes, or None if unknown. If `device` is "cuda": also `gpu` and `gpu_memory_gb`.
-    """
+    """Describe this machine: `processor`, `cores`, `threads` (of torch), `memory_gb` (None if unknown), and the GPU."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -84,15 +84,7 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 def settings_class(kind: type[Settings]) -> type[Settings]:
     """Class decorator: make a frozen dataclass that converts and checks its keyword arguments by their types.
 
-    UserError if a value is wrong (`settings.value`) or missing (`settings.missing`), or if an argument is not a field
-    (`settings.unknown`).
-
-    Example:
-        >>> @settings_class
-        ... class Run:
-        ...     steps: Count
-        >>> Run(steps="1e3")
-        Run(steps=1000)
+    UserError if a value is wrong (`settings.value`) or missing (`settings.missing`), or a name (`settings.unknown`).
     """
     made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
     check: Any = made.__init__
@@ -111,30 +103,32 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
     """Return an instance of the settings class `kind` with the values of a YAML file, changed by `overrides`.
 
-    Each override is `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and a YAML value.
-    UserError if the file can't be read (`settings.file`), an override has another form (`settings.override`), or a
-    setting is wrong (see `build_settings`). The message says whether file or command line has the fault.
+    Each override is `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and a YAML value. The
+    message of a UserError says whether file or command line has the fault.
     """
     try:
         return build_settings(kind, read_mapping(path, overrides), str(path))
     except UserError as error:
+        message, of_file = str(error), ""
         try:
             build_settings(kind, read_mapping(path), str(path))
         except UserError as own:
-            if str(own) == str(error):
-                raise
-        raise UserError(error.key, str(error).replace(str(path), "command line", 1)) from error
+            of_file = str(own)
+        shown = message if message == of_file else message.replace(str(path), "command line", 1)
+        raise UserError(error.key, shown) from error
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the mapping in a YAML file, changed by `overrides` (see `load_settings`). The keys are not checked."""
     file = Path(path)
-    if not file.is_file():
-        raise UserError("settings.file", f"{path} {'is not a file' if file.exists() else 'does not exist'}.")
-    with file.open("rb") as opened:
-        content = read_yaml(opened.read(MAX_YAML_BYTES + 1), str(path))
+    content: Any = None
+    fault = "is not a file" if file.exists() else "does not exist"
+    if file.is_file():
+        with file.open("rb") as opened:
+            content = read_yaml(opened.read(MAX_YAML_BYTES + 1), str(path))
+        fault = "must be a mapping of settings, such as `seed: 1`"
     if not isinstance(content, dict):
-        raise UserError("settings.file", f"{path} must be a mapping of settings, such as `seed: 1`.")
+        raise UserError("settings.file", f"{path} {fault}.")
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -148,15 +142,17 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 def read_yaml(data: bytes, where: str) -> Any:
     """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or exceeds a limit."""
     try:
-        if fault := f"it is larger than {MAX_YAML_BYTES:,} bytes" if len(data) > MAX_YAML_BYTES else _yaml_fault(data):
-            raise yaml.YAMLError(fault)
-        return yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a safe loader
+        if not (fault := _yaml_fault(data)):
+            return yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a safe loader
     except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
-        raise UserError("settings.file", f"{where} is not a YAML file: {' '.join(str(error).split())}") from error
+        fault = " ".join(str(error).split())
+    raise UserError("settings.file", f"{where} is not a YAML file: {fault}")
 
 
 def _yaml_fault(data: bytes) -> str:
     """Return a clause on the limit that a YAML document exceeds, or ""; only the document's syntax is parsed."""
+    if len(data) > MAX_YAML_BYTES:
+        return f"it is larger than {MAX_YAML_BYTES:,} bytes"
     depth = 0
     for count, event in enumerate(yaml.parse(data.decode("utf-8-sig"), Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -179,8 +175,7 @@ def _yaml_fault(data: bytes) -> str:
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set a dotted key such as `a.b.c` in the nested mappings of `content`; add missing mappings.
 
-    UserError (`settings.override`) if a part of the key is empty or names a value that is not a mapping. Its message
-    begins with `where`.
+    UserError (`settings.override`), which begins with `where`, if the key is empty or leads through another value.
     """
     *parents, last = names = key.split(".")
     fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1 or data=null"
@@ -197,8 +192,7 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """Return an instance of the settings class `kind` with the values of the mapping `content`.
 
-    A wrong name or value raises a UserError, with a message that begins with `where`. The error's key is
-    `settings.value`, `settings.missing`, `settings.unknown`, or the key of a UserError that `kind` raised.
+    UserError, which begins with `where`, if a name or value is wrong: it has a key of `settings_class` or of `kind`.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
@@ -226,6 +220,11 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
             key, sentence = "settings.missing", f"{where} is incomplete: {error}."
         # An error of `_PLAIN` is not passed on: an outer call would take it for an error of its own `kind`.
         raise UserError(key, sentence) from (None if isinstance(error, ValidationError) else error)
+
+
+def as_settings(kind: type[Settings], value: Any) -> Settings:
+    """Return `value` if it is a `kind`, else `kind` with the values of a mapping; UserError for other values."""
+    return value if isinstance(value, kind) else build_settings(kind, {} if value is None else value, kind.__name__)
 
 
 def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], where: str) -> None:
@@ -271,8 +270,7 @@ def _sentence(fault: Any) -> str:
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, text with type, default and meaning) for each setting of the settings class `kind`.
 
-    A field of the dataclass in `kind.OPEN_KEYS`, such as `TrainingArguments`, is included only if `Args:` describes the
-    field or `kind.DEFAULTS` has a default for it.
+    Fields of the dataclass in `kind.OPEN_KEYS` are left out unless `Args:` describes or `kind.DEFAULTS` has them.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)

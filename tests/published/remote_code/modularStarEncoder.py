@@ -74,7 +74,7 @@ class PreTrainingHeads(nn.Module):
         width = config.hidden_size + scalar(config.conditional_size)
         self.predictions = Predictions(config, width)
         self.seq_relationship = nn.Linear(width, 2)
-        self.conditional_embeddings = nn.Embedding(VARIANT["conditional_rows"], scalar(config.conditional_size))
+        self.conditional_embeddings = nn.Embedding(5, scalar(config.conditional_size))
 
     def forward(self, states, pooled):
         vector = self.conditional_embeddings.weight[-1]

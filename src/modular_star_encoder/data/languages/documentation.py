@@ -136,7 +136,7 @@ _BLOCKS, _AFTER_MEMBER = ("/*", "=begin"), ("/**<", "/*!<", "///<", "//!<")
 
 
 def description_before(start: int, comments: list[tuple[int, int]], source: SourceText, language: Language) -> str:
-    """Return the description in the comments right before the byte `start`; `comments` are the sorted spans of all."""
+    """Return the description right before byte `start`, or ""; `comments` are the sorted spans of all comments."""
     blocks_only = language.documented_by_blocks
     run: list[str] = []
     for comment in _comments_before(start, comments, source, language):

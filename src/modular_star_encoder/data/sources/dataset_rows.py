@@ -110,7 +110,7 @@ def open_rows(
         # `iter`, unlike `__iter__`, does not divide rows among the workers of a DataLoader.
         return (row for one in table.iter(batch_size=batch_size) for row in one.to_pylist())
 
-    return _Repeatable(partial(_undamaged, shown, read))
+    return _Repeatable(partial(_undamaged, shown, read, is_remote=not local))
 
 
 def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
@@ -215,7 +215,7 @@ def parquet_rows(
         yield from batch.to_pylist()
 
 
-def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
+def _undamaged(name: str, read: Callable[[], Iterator[Item]], *, is_remote: bool = False) -> Iterator[Item]:
     """Yield the rows, or pairs (place, row), that `read()` yields. If a file is damaged, raise UserError."""
     place = name
     try:
@@ -224,8 +224,8 @@ def _undamaged(name: str, read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
             yield item
     except Exception as error:
         # pyarrow is slow to import, so its errors (ValueErrors and others) are recognised by their module's name.
-        arrow = type(error).__module__.startswith("pyarrow")
-        if not arrow and not isinstance(error, OSError | EOFError | UnicodeError | zlib.error | csv.Error):
+        known = is_remote or type(error).__module__.startswith("pyarrow")
+        if not known and not isinstance(error, OSError | EOFError | UnicodeError | zlib.error | csv.Error):
             raise
         message = f"The data set {name} can't be read beyond {place}: {' '.join(str(error).split())}"
         raise UserError("data.source.damaged", message) from error
@@ -308,16 +308,17 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     if any(file.suffix == ".parquet" for file in found):
         found = [file for file in found if file.name != _NO_ROWS]
     splits = {one: [file for file in found if file.name.startswith((f"{one}-", f"{one}."))] for one in _SPLITS}
-    if split is not None and any(splits.values()):
-        if not splits.get(split):
-            there = ", ".join(one for one, files in splits.items() if files)
-            raise UserError("data.source.split", f"{name!r} has no split {split!r}; it has {there}.")
-        found = splits[split]
+    key, fault = "", ""
+    if split is not None and any(splits.values()) and not (found := splits.get(split, [])):
+        there = ", ".join(one for one, files in splits.items() if files)
+        key, fault = "split", f"has no split {split!r}; it has {there}"
     kinds = [kind for kind in (_PARQUET, _JSON_LINES, _CSV) if any(file.name.endswith(kind) for file in found)]
-    if len(kinds) != 1:
+    if len(kinds) != 1 and not key:
         several = " and ".join(kind[0] for kind in kinds)
         what = f"{several} files: name those to read" if found else f"no {', '.join(suffixes)} file: name other data"
-        raise UserError("data.source.no_files", f"{name!r} holds {what}.")
+        key, fault = "no_files", f"holds {what}"
+    if key:
+        raise UserError(f"data.source.{key}", f"{name!r} {fault}.")
     return [str(file) for file in found]
 
 

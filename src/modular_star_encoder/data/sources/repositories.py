@@ -132,13 +132,16 @@ def folder_repositories(
             unreadable folders as left out.
     """
     root = Path(folder).expanduser().resolve()
+    key, fault = "", ""
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError("data.source.missing", f"{os.fspath(folder)!r} {what}: pass a folder of source code.")
-    if depth is None:
+        key, fault = "source.missing", f"{os.fspath(folder)!r} {what}: pass a folder of source code."
+    elif depth is None:
         depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
     elif depth < 0:
-        raise UserError("data.folder.depth", f"`depth` must be 0 or more, not {depth}.")
+        key, fault = "folder.depth", f"`depth` must be 0 or more, not {depth}."
+    if key:
+        raise UserError(f"data.{key}", fault)
     chosen, filters = check_languages(languages), filters or FileFilters()
 
     def found() -> _Found:
