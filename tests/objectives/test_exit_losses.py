@@ -28,7 +28,8 @@ def test_weights_are_named_or_given_and_normalised_ones_keep_their_proportions(w
 
 
 @pytest.mark.parametrize(
-    "weighting", ["papre", [1.0], [1, -1], [0, 0], [float("nan"), 1], 3, ["a", "b"], {1: 0.5, 2: 1.0}, "12"]
+    "weighting",
+    ["papre", [1.0], [1, -1], [0, 0], [float("nan"), 1], [1, float("inf")], 3, ["a", "b"], {1: 0.5, 2: 1.0}, "12"],
 )
 def test_weights_that_do_not_fit_are_refused(weighting):
     with raises("exit_weights", repr(weighting), "paper, uniform, linear", "1, 2"):

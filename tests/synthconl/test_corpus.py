@@ -140,6 +140,17 @@ def test_functions_of_every_archive_become_pairs_or_texts_once(tmp_path):
         build_corpus(read_packages(tmp_path / "corpus.yaml"), tmp_path / "nothing", tmp_path / "out")
 
 
+@pytest.mark.parametrize("row", [{"counts": 3}, {"counts": {}}, [1]])
+def test_rows_of_packages_that_this_command_did_not_write_are_named(tmp_path, row):
+    path = write_packages(tmp_path)
+    build(path, tmp_path / "out")
+    file = next((tmp_path / "out" / "packages").rglob("*.jsonl.gz"))
+    with gzip.open(file, "wt") as output:
+        output.write(f"{json.dumps(row)}\n{json.dumps({'package': 'x', 'code': 'y'})}\n")
+    with raises("corpus.packages.file", file):
+        build(path, tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 7])
 def test_a_killed_build_continues_and_ends_the_same(tmp_path, number):

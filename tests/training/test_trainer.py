@@ -265,6 +265,8 @@ def test_a_learned_scale_is_resumed_saved_and_loaded(tmp_path):
     ("settings", "own", "key"),
     [
         ({}, {"exit_schedule": "sometimes"}, "training.exit_schedule"),
+        ({}, {"ema_decay": "high"}, "training.ema_decay"),
+        ({}, {"warmup_steps": "few", "milestones": [3], "fractions": [0.5]}, "training.schedule"),
         ({"mini_batch_tokens": 8}, {"log_gradient_norms": True}, "training.log_gradient_norms.cached"),
         ({"teacher": "next_deeper", "distillation_weight": 1}, {"exit_schedule": "rotate"}, "contrastive.rotation"),
     ],
@@ -304,6 +306,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_its_batch(tmp_path)
     assert set(written) == {f"{side}.{name}" for side in collate([0]) for name in ("input_ids", "attention_mask")}
     assert torch.equal(written["query.input_ids"], batches[1]["query"]["input_ids"])
     assert trainer.state.global_step == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_training_before_it_reaches_the_weights(tmp_path):
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path, {})
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    model.projection_heads["2"].out_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with raises("training.gradient.not_finite", "step 1"):
+        trainer.train()
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("margin", "warned"), [(1.9, True), (-1.9, False)])

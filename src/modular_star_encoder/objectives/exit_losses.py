@@ -53,7 +53,7 @@ def exit_weights(
             weights = torch.tensor([float(weight) for weight in weighting if not isinstance(weighting, str | Mapping)])
         except (TypeError, ValueError):
             weights = torch.empty(0)
-        if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() == 0:
+        if len(weights) != len(exit_layers) or not (weights >= 0).all() or weights.sum() in (0, torch.inf):
             numbers = f"non-negative numbers (not all 0), one for each of the exits {', '.join(map(str, exit_layers))}"
             allowed = f"paper, uniform, linear, geometric, or {len(exit_layers)} {numbers}"
             raise UserError("exit_weights", f"exit_weights={weighting!r} must be {allowed}.")

@@ -226,7 +226,9 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
         return seen[key]
 
     for path in tqdm(files.values(), desc="Reading rows", unit=" packages"):
-        head, *lines = (row for _, row in open_dataset_rows([path], []) if isinstance(row, dict))
+        head, *lines = [row if isinstance(row, dict) else {} for _, row in open_dataset_rows([path], [])] or [{}]
+        if not isinstance(head.get("counts"), dict) or not all(map(_is_own, lines)):
+            raise UserError("corpus.packages.file", f"{path} has other rows than those of this command: remove it.")
         counts.update(head["counts"])
         for rows, column in ((pairs, "code"), (texts, "text")):
             some = [row for row in lines if column in row]
@@ -260,6 +262,12 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
         "pairs_by_package": Counter(row["package"] for row in pairs),
         "sha256_of_lines": {name: _write_rows(out / f"{name}.jsonl.gz", rows) for name, rows in parts.items()},
     }
+
+
+def _is_own(row: Row) -> bool:
+    """Return whether `_rows` may have made this row."""
+    columns = ("text", "kind") if "text" in row else ("code", "description", "name")
+    return all(isinstance(row.get(column), str) for column in ("package", "language", *columns))
 
 
 def _key(text: str) -> bytes:

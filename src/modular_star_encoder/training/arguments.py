@@ -74,16 +74,17 @@ class MultiExitTrainingArguments(TrainingArguments):
             self.milestones = TypeAdapter(list[Int]).validate_python(self.milestones)
             self.fractions = TypeAdapter(list[NonNegative]).validate_python(self.fractions)
             fits = len(self.milestones) == len(self.fractions)
+            fits = fits and (not self.milestones or isinstance(self.warmup_steps, int | float))
         except ValidationError:
             fits = False
-        steps, key, message = list(self.milestones) if fits else [], "", ""
+        steps, decay, key, message = list(self.milestones) if fits else [], self.ema_decay, "", ""
         if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
             key, first = "schedule", f"warmup_steps={self.warmup_steps}"
             message = f"milestones={self.milestones!r} must be ascending steps, from {first} on, and "
             message += f"fractions={self.fractions!r} must have one number of at least 0 for each milestone."
-        elif not 0 <= self.ema_decay < 1 or (self.ema_decay and self.fsdp):
+        elif not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and self.fsdp):
             key = "ema_decay"
-            message = f"ema_decay={self.ema_decay} must be at least 0 and below 1, and with fsdp it must be 0."
+            message = f"ema_decay={decay!r} must be at least 0 and below 1, and with fsdp it must be 0."
         elif self.exit_schedule not in EXIT_SCHEDULES:
             key, allowed = "exit_schedule", ", ".join(EXIT_SCHEDULES)
             message = f"exit_schedule={self.exit_schedule!r} must be one of {allowed}."

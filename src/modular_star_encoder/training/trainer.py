@@ -1,5 +1,6 @@
 """`MultiExitTrainer`, a subclass of `Trainer` for objectives that return one loss per exit, and its callbacks."""
 
+import math
 import os
 import shutil
 import time
@@ -37,7 +38,8 @@ class MultiExitTrainer(Trainer):
 
     The total loss is the weighted sum of the exits' losses. Every metric of the objective is logged as
     `{metric}_exit_{layer}`: its mean over all batches of all processes since the last log line. If a loss is not
-    finite, its batch is written to the output folder, and a UserError (`training.loss.not_finite`) ends the training.
+    finite, its batch is written to the output folder, and a UserError (`training.loss.not_finite`) ends the training;
+    so does a gradient that is not finite (`training.gradient.not_finite`).
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
@@ -131,6 +133,15 @@ class MultiExitTrainer(Trainer):
         if model.training and not torch.isfinite(loss):
             self._stop(inputs, dict(zip(exits, output.losses.tolist(), strict=True)))
         return (loss, output.metrics) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient, as `Trainer` does, before each step; stop if it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # With float16, the gradient scaler leaves such a step out and goes on.
+        if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
+            message = f"The gradient of step {self.state.global_step + 1} is not finite ({norm}). Lower learning_rate."
+            raise UserError("training.gradient.not_finite", message)
+        return norm
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Return the learning-rate schedule: by `args.milestones` if set, otherwise by `args.lr_scheduler_type`."""

@@ -32,8 +32,9 @@ def crash_safe_map(
 
     A chunk that crashes its process is halved until the item that causes the crash is alone; its result is
     `crashed(item)`. With 0 or 1 `processes`, the calling process does the work, without protection from crashes; with
-    more, results that are not there when `time.monotonic()` reaches `end` are left out.
+    more (at most four for each core), results that are not there when `time.monotonic()` reaches `end` are left out.
     """
+    processes = min(processes, 4 * (os.cpu_count() or 1))
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk_size)), [])
     if processes <= 1:
