@@ -143,7 +143,9 @@ def test_a_results_file_is_read_unless_it_is_of_other_weights_or_no_results_file
         read_tables(path, "4567")
     odd = json.dumps(content | {"tables": [content["tables"][0] | {"size": "\ud800"}]})
     without_mean = json.dumps(content).replace('"mean": {', '"other": {', 1)
-    for text in ("{}", odd, json.dumps(content | {"tables": []}), without_mean):
+    many = [content["tables"] * 101, [content["tables"][0] | {"rows": 1001 * rows[:1]}]]
+    counts = [json.dumps(content | {"tables": tables}) for tables in ([], *many)]
+    for text in ("{}", odd, *counts, without_mean):
         path.write_text(text)
         with raises("evaluation.report.unreadable", path):
             read_tables(path)

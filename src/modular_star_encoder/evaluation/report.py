@@ -76,7 +76,7 @@ class Table:
 
     benchmark: str
     metric: str  # the main metric
-    rows: Sequence[Row]  # in the order of the retrievers; exits of a retriever ascend
+    rows: Annotated[Sequence[Row], Constraint(max_length=1000)]  # by retriever, then exit
     reference: str  # what rows are compared with: the label of the reference row, or "the same exit (RETRIEVER)"
     size: str  # the numbers of queries (or pairs) and candidates, in words
     notes: Sequence[str]  # caveats, shown below the table
@@ -87,7 +87,7 @@ class Table:
         return BENCHMARKS[self.benchmark].title if self.benchmark in BENCHMARKS else self.benchmark
 
 
-TABLES = TypeAdapter(Annotated[list[Table], Constraint(min_length=1)])
+TABLES = TypeAdapter(Annotated[list[Table], Constraint(min_length=1, max_length=100)])  # a card with more takes minutes
 
 
 @dataclass(frozen=True, slots=True)
