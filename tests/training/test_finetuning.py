@@ -351,11 +351,11 @@ def test_our_small_recipe_fits_its_model_and_each_kind_of_pairs_is_counted():
         for kinds in (("text → code",), ("code → code",), ("text → code", "code → code"))
     )
     assert text.epochs == {"text → code": recipe.max_steps * recipe.batch_size / 20_000}
-    assert "code → code           none in this data" in str(text)
+    assert "code → code           no such pairs in this data" in str(text)
     assert text.memory_bytes < 4 * 2**30
     assert (text.tokens_per_row, code.tokens_per_row, both.tokens_per_row) == (160, 240, 200)
     assert both.flops_per_row == pytest.approx((text.flops_per_row + code.flops_per_row) / 2)
     assert code.flops_per_row > 1.5 * text.flops_per_row
-    assert "text → code           none in this data" in str(code)
+    assert "text → code           no such pairs in this data" in str(code)
     assert "code → code           20,000 groups" in str(code)
-    assert "none in this data" not in str(both)
+    assert "no such pairs in this data" not in str(both)

@@ -184,7 +184,8 @@ def recipe_reference(command: str) -> str:
         tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
         kinds = {f"settings with task: {task}": kind for task, kind in tasks.items()}
     parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds.items()]
-    return "\n".join([*parts, "Every other argument of transformers.TrainingArguments is a setting, too.\n"])
+    end = "Every other argument of transformers.TrainingArguments is a setting, too. Recipes set what is required, and may\n"
+    return "\n".join([*parts, f"{end}set other values than the defaults: `mose recipes show NAME` prints a recipe.\n"])
 
 
 def ablate(

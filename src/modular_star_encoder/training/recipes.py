@@ -260,8 +260,8 @@ class FinetuningRecipe(StartingRecipe):
         data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
         batch_size: number of pairs per step over all devices; texts of other pairs in a step are a pair's negatives.
         max_train_samples: number of rows to train on, drawn at random (all if None).
-        max_text_tokens, max_code_tokens: largest number of tokens of a description and of a code snippet, prompt and
-            special tokens included.
+        max_text_tokens: largest number of tokens of a description, prompt and special tokens included.
+        max_code_tokens: largest number of tokens of a code snippet, prompt and special tokens included.
         identifier_rename_prob: fraction of the code snippets in which random strings replace the frequent words.
         objective: settings of the loss, see `ContrastiveSettings`; leave out `pairs`, which the data determines.
         distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.

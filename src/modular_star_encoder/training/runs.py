@@ -60,9 +60,9 @@ class Preflight:
         rows = self.rows_per_step * self.steps
         tokens = f"{rows:,} rows of {self.tokens_per_row:.0f} tokens, {rows * self.tokens_per_row / 1e6:,.1f} million"
         each = f"{self.rows_per_step // self.processes:,} on each of {self.processes} processes"
-        kinds = dict.fromkeys(self.groups, "none in this data")
+        kinds = dict.fromkeys(self.groups, "no such pairs in this data")
         for kind, epochs in self.epochs.items():
-            kinds[kind] = f"{self.groups[kind]:,} groups that share no text, {epochs:.2f} epochs"
+            kinds[kind] = f"{self.groups[kind]:,} pairs without a common text, {epochs:.2f} epochs"
         lines = {
             "parameters": f"{self.parameters:,}, of which {self.trained_parameters:,} are trained",
             **kinds,
