@@ -357,5 +357,5 @@ def test_our_small_recipe_fits_its_model_and_each_kind_of_pairs_is_counted():
     assert both.flops_per_row == pytest.approx((text.flops_per_row + code.flops_per_row) / 2)
     assert code.flops_per_row > 1.5 * text.flops_per_row
     assert "text → code           no such pairs in this data" in str(code)
-    assert "code → code           20,000 groups" in str(code)
+    assert "code → code           20,000 pairs" in str(code)
     assert "no such pairs in this data" not in str(both)
