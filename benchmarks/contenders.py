@@ -113,12 +113,14 @@ def stock_onnx(name: str, path: Path) -> Encode:
 
 def ours(exit_layer: int, dtype: str) -> Encode:
     """`encode_exits` at one exit."""
+    from models import compile_for_inference
+
     from modular_star_encoder.inference.checkpoints import load_checkpoint
-    from modular_star_encoder.inference.encode import compile_for_inference, encode_exits
+    from modular_star_encoder.inference.encode import encode_exits
 
     model, tokenizer = load_checkpoint(CHECKPOINT, exit_layer=exit_layer, device="cpu", dtype=dtype)
     model.config.max_position_embeddings = MAX_TOKENS
-    model = compile_for_inference(model, progress=False) if dtype == "bfloat16" else model
+    model = compile_for_inference(model) if dtype == "bfloat16" else model
     options: dict[str, Any] = {"exit_layers": [exit_layer], "progress": False}
     return lambda texts: encode_exits(model, tokenizer, list(texts), **options)[exit_layer]
 

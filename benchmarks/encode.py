@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import save_random_checkpoint, shape
+from models import compile_for_inference, save_random_checkpoint, shape
 from ratios import Seconds, figure, ratio, take_turns
 from report import write_rows
 from sentence_transformers import SentenceTransformer
@@ -31,7 +31,7 @@ from sentence_transformers import SentenceTransformer
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.inference.checkpoints import load_checkpoint
-from modular_star_encoder.inference.encode import compile_for_inference, encode_exits
+from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.training.arguments import bf16_is_faster
 
 LANGUAGES = ("go", "javascript", "ruby")

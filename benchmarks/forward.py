@@ -21,12 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import MatmulPeak, modernbert_config, random_model, shape, starcoder2_config
+from models import MatmulPeak, compile_for_inference, modernbert_config, random_model, shape, starcoder2_config
 from ratios import Seconds, figure, ratio, take_turns
 from report import write_rows
 from transformers import ModernBertModel, PreTrainedModel, Starcoder2Model
 
-from modular_star_encoder.inference.encode import compile_for_inference
 from modular_star_encoder.inference.profile import flops_per_token
 from modular_star_encoder.modeling import (
     ModularStarEncoderConfig,

@@ -1,13 +1,16 @@
 """Models that the benchmarks of speed compare, with random weights: time does not depend on what weights are."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import ModernBertConfig, PreTrainedModel, Starcoder2Config
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 
+TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at least two
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 
 
@@ -45,6 +48,52 @@ def save_random_checkpoint(config: ModularStarEncoderConfig, texts: list[str], f
     config.pad_token_id = tokenizer.pad_token_id
     model = random_model(ModularStarEncoderForRetrieval, config, torch.float32)
     return save_retrieval_checkpoint(model, tokenizer, folder)
+
+
+def compile_for_inference(model: ModularStarEncoderForRetrieval) -> ModularStarEncoderForRetrieval:
+    """A copy of `model`, which must be on a CPU, with compiled MLPs, which are faster in bfloat16.
+
+    The copy shares the parameters of `model`, but each compiled MLP has a copy of its weights, which later changes do
+    not reach. It runs only in `torch.inference_mode()` without autocast; elsewhere the plain MLP runs. Compiling takes
+    a second or more per layer, and may need a C++ compiler.
+    """
+    compiled = model.slice(model.config.num_hidden_layers).eval()
+    for layer in compiled.model.layers:
+        # Only an attribute of the instance is set, so that the names of the parameters in saved files do not change.
+        layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model))
+    return compiled
+
+
+def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An MLP's compiled function for two or more tokens; later changes of the weights do not reach it."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    # All layers share one function, so torch counts compiling each layer as recompiling it, and has a limit for this.
+    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    compiled = torch.compile(mlp.forward, dynamic=True, fullgraph=True)
+    # Two lengths: at the first, torch compiles for this length only; at the second, it compiles for any length.
+    with limits, torch._inductor.config.patch(freezing=True), torch.inference_mode():
+        for tokens in (64, 96):
+            compiled(torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype))
+    return compiled
+
+
+def _in_chunks(
+    plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that runs `compiled` on chunks of tokens, or `plain` under autocast or with gradients."""
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        flat = states.flatten(0, -2)
+        if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
+            return plain(states)
+        # Parts of about equal length, because a short last part would be slow.
+        parts = flat.tensor_split(-(-len(flat) // TOKENS_PER_CHUNK))
+        outputs = [compiled(part) for part in parts]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)
+
+    return forward
 
 
 class MatmulPeak:

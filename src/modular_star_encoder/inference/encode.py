@@ -1,4 +1,4 @@
-"""Embed texts at several exits in one pass of the model, and compile a model to run faster on CPUs."""
+"""Embed texts at several exits in one pass of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.configuration_modular_star_encoder import as_int
 from modular_star_encoder.utils.errors import UserError
 
-TOKENS_PER_CHUNK = 1024  # tokens that a compiled MLP processes at once, at least two
 MAX_PADDING = 0.2  # with a larger share of padding in a batch, it is faster on a CPU to skip the padding
 _tokenizing = threading.Lock()  # a tokenizer stores the truncation of the current call, so threads take turns
 _counting = threading.Lock()
@@ -198,58 +197,3 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
             if not state[0]:
                 del _in_use[model]
                 model.train(state[1])
-
-
-def compile_for_inference(
-    model: ModularStarEncoderForRetrieval, *, progress: bool = True
-) -> ModularStarEncoderForRetrieval:
-    """Return a copy of `model`, which must be on a CPU, with compiled MLPs, which are faster in bfloat16.
-
-    The copy shares the parameters of `model`, but each compiled MLP has a copy of its weights, which later changes do
-    not reach. It runs only in `torch.inference_mode()` without autocast; elsewhere the plain MLP runs. Compiling takes
-    a second or more per layer, and may need a C++ compiler.
-    """
-    if model.device.type != "cpu":
-        raise UserError("compile.device", f"The model to compile is on {model.device}. Move it to the CPU.")
-    compiled = model.slice(model.config.num_hidden_layers).eval()
-    for layer in tqdm(compiled.model.layers, desc="compiling", unit="layer", disable=not progress, leave=False):
-        # Only an attribute of the instance is set, so that the names of the parameters in saved files do not change.
-        layer.mlp.forward = _in_chunks(layer.mlp.forward, _compile(layer.mlp, model))
-    return compiled
-
-
-def _compile(mlp: nn.Module, model: ModularStarEncoderForRetrieval) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return an MLP's compiled function for two or more tokens; later changes of the weights do not reach it."""
-    import torch._dynamo.config
-    import torch._inductor.config
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    # All layers share one function, so torch counts compiling each layer as recompiling it, and has a limit for this.
-    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
-    compiled = torch.compile(mlp.forward, dynamic=True, fullgraph=True)
-    # Two lengths: at the first, torch compiles for this length only; at the second, it compiles for any length.
-    with limits, torch._inductor.config.patch(freezing=True), torch.inference_mode():
-        try:
-            for tokens in (64, 96):
-                compiled(torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype))
-        except BackendCompilerFailed as error:
-            reason = str(error.inner_exception).partition("\n")[0]
-            raise UserError("compile.failed", f"torch.compile failed. Is a C++ compiler installed? {reason}") from error
-    return compiled
-
-
-def _in_chunks(
-    plain: Callable[[torch.Tensor], torch.Tensor], compiled: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs `compiled` on chunks of tokens, or `plain` under autocast or with gradients."""
-
-    def forward(states: torch.Tensor) -> torch.Tensor:
-        flat = states.flatten(0, -2)
-        if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or len(flat) < 2:
-            return plain(states)
-        # Parts of about equal length, because a short last part would be slow.
-        parts = flat.tensor_split(-(-len(flat) // TOKENS_PER_CHUNK))
-        outputs = [compiled(part) for part in parts]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(states)
-
-    return forward
