@@ -63,11 +63,11 @@ def test_evaluate_prints_the_table_of_all_exits_and_languages_and_writes_the_sam
     code_folder(tmp_path)
     (tmp_path / "b.go").write_text("package b\n\n// Find looks for a name.\nfunc Find() int {\n\treturn 1\n}\n")
     (tmp_path / "c.h").write_text("/* Shows the name of a file. */\nint show(void)\n{ return 1;\n}\n")
-    status, out, _ = mose("evaluate", checkpoint, "--data", tmp_path, "--untrained", "--json", file)
+    status, out, _ = mose("evaluate", checkpoint, "--data", tmp_path, "--json", file)
     assert status == 0
     results = json.loads(file.read_text())
     (table,) = results["tables"]
-    assert [row["exit_layer"] for row in table["rows"]] == [1, 2, 4, 1, 2, 4, None]
+    assert [row["exit_layer"] for row in table["rows"]] == [1, 2, 4, None]
     assert "6 candidates each" in out
     line = next(line for line in out.splitlines() if "exit 2" in line)
     assert f"{100 * table['rows'][1]['mean']['value']:.1f}" in line

@@ -2,18 +2,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from modular_star_encoder.evaluation import run as run_module
-from modular_star_encoder.evaluation.lexical import BM25
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
-from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever, ExitVariant
+from modular_star_encoder.evaluation.retrievers import ExitVariant
 from modular_star_encoder.evaluation.run import evaluate_task, evaluate_tasks
-from modular_star_encoder.evaluation.tasks import Judgements, Pool, pairs_task
-from modular_star_encoder.inference.encoders import ExitEncoder, Text
+from modular_star_encoder.evaluation.tasks import Judgements, Pool
+from modular_star_encoder.inference.encoders import Text
 from tests.errors import raises
 from tests.evaluation import brute_force
-from tests.evaluation.samples import code_rows, given_retriever, pair_task, retrieval_task
+from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
 
 
 def run(tasks, retrievers, out=None):
@@ -103,28 +101,3 @@ def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
     said = np.array(test) >= best
     assert result.estimates["precision"].value == pytest.approx(task.labels[said].mean())
     assert result.estimates["recall"].value == pytest.approx(said[task.labels == 1].mean())
-
-
-LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "ruby"}
-ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
-
-
-def test_the_untrained_model_follows_the_seed_and_neither_the_weights_nor_the_callers_random_state(model, tokenizer):
-    def results():
-        encoder = ExitEncoder(model, tokenizer, "model", exit_layers=(2, 4))
-        retrievers = [EmbeddingRetriever(encoder), EmbeddingRetriever(encoder.untrained(0)), BM25()]
-        return run([pairs_task("pairs", "all", ROWS, size=8)], retrievers)
-
-    first = results()
-    names = ["model", "model", "model, untrained", "model, untrained", "BM25"]
-    assert [(one.retriever, one.exit_layer) for one in first] == list(zip(names, (2, 4, 2, 4, None), strict=True))
-    assert {(len(one.values), one.candidates) for one in first} == {(16, 8)}
-    assert first[-1].estimates["mrr"].value == 1  # a description shares two words with its own code only
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    after = results()
-    assert torch.equal(before, torch.get_rng_state())
-    assert after[2:] == first[2:]
-    assert after[1].estimates["mrr"].value == pytest.approx(1 / 8)  # everything ties

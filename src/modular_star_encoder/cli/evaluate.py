@@ -48,7 +48,6 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
     exits = "exits to measure: all (the default), or a list such as 4,9"
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)
-    evaluate.add_argument("--untrained", action="store_true", help="also measure the model with random weights")
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     evaluate.add_argument(
         "--out", metavar="FOLDER", help="folder for reports and plots; an interrupted run is continued"
@@ -94,7 +93,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.evaluation.run import run_benchmarks
     from modular_star_encoder.utils.files import write_json
 
-    options = {name: getattr(arguments, name) for name in ("exit_layers", "baselines", "untrained", "cache")}
+    options = {name: getattr(arguments, name) for name in ("exit_layers", "baselines", "cache")}
     options |= {"allow_subset": arguments.allow_subset, "command": shlex.join(["mose", *sys.argv[1:]])}
     report = run_benchmarks(arguments.checkpoint, arguments.benchmark, arguments.data, arguments.out, **options)
     if arguments.json:

@@ -46,7 +46,6 @@ def run_benchmarks(
     *,
     exit_layers: Sequence[int] | None = None,  # of the model; None: all
     baselines: Sequence[str] | None = None,  # names for `open_retriever`; None: BM25 if `out` is None
-    untrained: bool = False,  # whether to evaluate the model with random weights too
     allow_subset: bool = False,  # whether to accept files with fewer rows than published, with a note
     cache: str | Path | None = None,  # folder for embeddings, which several runs may share
     command: str = "",  # shown in the report
@@ -60,7 +59,7 @@ def run_benchmarks(
     store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
-    retrievers = _open_all(model, baselines, store, exit_layers, untrained)
+    retrievers = _open_all(model, baselines, store, exit_layers)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # fails before the evaluation, not after it
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, progress=progress)
@@ -167,13 +166,9 @@ def open_retriever(
 
 
 def _open_all(
-    model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None, untrained: bool
+    model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None
 ) -> dict[str, Retriever]:
     retrievers = {model: open_retriever(model, store, exit_layers)}
-    if untrained:
-        if not isinstance(encoder := getattr(retrievers[model], "encoder", None), ExitEncoder):
-            raise UserError("evaluation.untrained.other_model", f"`untrained` needs a ModularStarEncoder, not {model}.")
-        retrievers["untrained"] = EmbeddingRetriever(encoder.untrained(), store)
     for name in baselines:
         if name not in retrievers:
             retrievers[name] = open_retriever(name, store)

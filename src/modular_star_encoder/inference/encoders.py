@@ -131,15 +131,6 @@ class ExitEncoder(Encoder):
         settings = {name: str(value) for name, value in encode_options.items() if name != "tokens_per_batch"}
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
-    def untrained(self, seed: int = 0) -> ExitEncoder:
-        """Return an encoder of this architecture with random weights, a baseline that can match only equal words."""
-        parameter = next(self.model.parameters())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = type(self.model)(self.model.config).to(device=parameter.device, dtype=parameter.dtype)
-        exits = [exit_layer for exit_layer in self.exit_layers if exit_layer is not None]
-        return ExitEncoder(model, self.tokenizer, f"{self.name}, untrained", exit_layers=exits, **self._options)
-
     def prompt(self, text: Text) -> str:
         """Return the published prompt for prose or code, with an instruction if the model was fine-tuned with them."""
         instructions = self.model.config.instruction_prompts
