@@ -95,18 +95,12 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("search ' ' --folder FOLDER --model CHECKPOINT", "blank"),
         ("evaluate CHECKPOINT --data . --json no-such-folder/results.json", "does not exist"),
         ("evaluate CHECKPOINT --data ./no-such-folder", "does not exist"),
-        (
-            "evaluate CHECKPOINT --data FOLDER --json results.json",
-            "documented functions that pass the filters, found 0",
-        ),
+        ("evaluate CHECKPOINT --data FOLDER --json results.json", "functions that pass the filters, found 0"),
         ("finetune missing.yaml --out run", "small/finetune"),
         ("finetune mose-cod --out run", "did you mean mose-code?"),
         ("pretrain mose-code --out run", "a recipe of `mose finetune`"),
         ("finetune mose-code --out run data.pairs=FOLDER", 'set "data.functions={folder: '),
-        (
-            "finetune mose-code --out run data.pair=p.csv",
-            "command line: data: unknown setting pair; did you mean pairs?",
-        ),
+        ("finetune mose-code --out run data.pair=p.csv", "data: unknown setting pair; did you mean pairs?"),
         (f"recipes show {'x' * 5000}", "xxx"),
         ("finetune mose-code data.pairs=README.csv --out run", "similar: README.md"),
         ("publish ./no-such-folder --repository me/model", "./no-such-folder does not exist"),
@@ -119,11 +113,16 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("dataset push out.parquet owner/name", "no finished dataset"),
         ("index FOLDER --model CHECKPOINT --exit-layers all --latency-ms 9", "not both"),
         ("index FOLDER/nowhere --model CHECKPOINT", "is not a folder"),
+        ("index linked", "linked/.mose is not an index"),
         ("search x --index INDEX --exit-layer 1 --memory-mb 9", "not both"),
         ("search x --index INDEX --margin 0.1", "need --rerank-exit-layer"),
         ("search x --index INDEX --rerank-exit-layer 4 --margin nan", "nan"),
         ("related FOLDER/nowhere.py:3", "is not a file"),
         ("search 'a question' nowhere", "There is no folder 'nowhere'"),
+        ("search 'a question' ./nowhere", "There is no folder './nowhere'. Write: mose search"),
+        ("search question nowhere/", "There is no folder 'nowhere/'. Write: mose search"),
+        ("search question empti", "There is no folder 'empti'. Did you mean 'empty'?"),
+        ("search /tmp", "A question is missing before the folder '/tmp'"),
         ("search without quotes", "put quotes around the question. Write: mose search"),
         ("search FOLDER 'a question'", 'must come after the question. Write: mose search "QUESTION"'),
         ("search x README.md", "is a file, and only a folder can be searched"),
@@ -149,10 +148,11 @@ def test_mistakes_are_one_line_with_status_2_and_leave_nothing_behind(
     places["MANIFEST"] = hub_config_folder("small") / "publish.yaml"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("no_weights", "empty", "trained/model"):
+    for name in ("no_weights", "empty", "trained/model", "linked"):
         (tmp_path / name).mkdir(parents=True)
         if name != "empty":
             shutil.copy(Path(checkpoint, "config.json"), tmp_path / name)
+    (tmp_path / "linked" / ".mose").symlink_to("nothing")
     (tmp_path / "README.md").touch()
     code_folder(tmp_path)
     write_dataset_recipe(tmp_path, "http://127.0.0.1:1/v1")
@@ -435,10 +435,3 @@ def test_a_place_that_cannot_be_written_is_reported_at_the_start(mose, tmp_path,
     status, _, errors = mose(*words.replace("FOLDER", str(tmp_path)).replace("OUT", str(tmp_path / out)).split())
     assert (status, errors.count("\n")) == (2, 1)
     assert f"{tmp_path / out} can't be written" in errors
-
-
-def test_a_link_in_place_of_a_folder_s_index_is_reported(mose, tmp_path):
-    (tmp_path / ".mose").symlink_to("nothing")
-    status, _, errors = mose("index", tmp_path)
-    assert status == 2
-    assert f"{tmp_path / '.mose'} is not an index" in errors

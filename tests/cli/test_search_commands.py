@@ -203,17 +203,6 @@ def test_a_folder_without_an_index_is_never_stale_and_its_index_is_kept_in_the_c
     cache.chmod(0o700)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("add numbers", "./nofolder"), ("add numbers", "stack.py"), ("/tmp",), ("add", "nofolder/"), ("add", "srcs")],
-)
-def test_a_last_argument_that_looks_like_a_path_is_no_question(code, mose, monkeypatch, words):
-    monkeypatch.chdir(code)
-    status, out, err = mose("search", *words)
-    assert (status, out) == (2, "")
-    assert repr(words[-1]) in err
-
-
 def test_the_last_argument_may_be_the_folder_and_nothing_else_is_needed(code, mose, monkeypatch):
     explained = ("search", "split a header into names", code, "--explain", "--top-k", "1")
     status, out, _ = mose(*explained)
