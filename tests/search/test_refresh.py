@@ -85,6 +85,22 @@ def test_files_for_which_there_is_no_time_stay_as_they_were(old_code, index, rea
     assert (report.postponed_files, report.embedded_files, found(index) >= {"stack.py", "new.py"}) == (0, 2, True)
 
 
+def test_of_many_new_files_those_with_the_questions_words_are_read_first(
+    old_code, tmp_path, checkpoint, monkeypatch, read
+):
+    few = build(old_code, tmp_path / "few", checkpoint, seconds=0, questions=["add"])
+    assert few.report.postponed_files == 0
+    monkeypatch.setattr(building, "FEW_NEW_FILES", 3)
+    none = build(old_code, tmp_path / "none", checkpoint, seconds=0, questions=["add"])
+    assert (none.report.postponed_files, none.report.rows) == (4, 0)
+    read.clear()
+    first = build(old_code, tmp_path / "first", checkpoint, seconds=60, questions=["how is an Item PUSHED"])
+    assert (read[0], first.report.postponed_files, first.report.rows) == ("stack.py", 0, 5)
+    read.clear()
+    assert none.refresh(60, ["split the values of a header"]).postponed_files == 0
+    assert (read[0], len(read), none.report.rows) == ("parseHeader.js", 4, 5)
+
+
 def slow_pieces(files):
     time.sleep(30 * any("slow" in file.text for file in files))
     return building._blocks(files[0])

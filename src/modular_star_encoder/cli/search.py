@@ -206,6 +206,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         languages=arguments.languages,
         refresh=arguments.refresh,
         seconds=None if arguments.show_skipped else SECONDS_TO_REFRESH,
+        questions=arguments.questions,
     )
     for line in index.report.news(arguments.show_skipped):
         print(line, file=sys.stderr)

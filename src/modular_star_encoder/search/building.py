@@ -1,11 +1,13 @@
 """Update an index: changed files are divided into pieces, embedded and written, each batch in one transaction."""
 
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from operator import length_hint
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 
 from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import FileFilters, SourceFile
-from modular_star_encoder.data.sources.repositories import FileReader, folder_repositories
+from modular_star_encoder.data.sources.ignore_files import beginning
+from modular_star_encoder.data.sources.repositories import FileReader, SourcePath, folder_repositories
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import printable
-from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate, snippet_words
+from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate, question_stems, snippet_words
 from modular_star_encoder.search.vector_store import (
     IndexSettings,
     Row,
@@ -33,6 +36,7 @@ _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an in
 _ROWS_PER_BATCH_IN_A_HURRY = 32
 _ROWS_PER_EMBEDDING = 256  # embedded at once: few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
+FEW_NEW_FILES = 1000  # of so many new files, a first search reads all
 _FRESH_NS = 2_000_000_000  # a file that changed less than 2 s ago may change again without a new time of change
 
 _Piece = tuple[Snippet, str]  # a piece and its words, with spaces between
@@ -74,7 +78,8 @@ class UpdateReport:
             parts += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
             lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists them"] if parts else []
         if self.postponed_files:
-            lines.append(f"mose: note: {_files(self.postponed_files)} not read for lack of time; run `mose index`")
+            late = f"{_files(self.postponed_files)} not read yet, those with fewest words of the question"
+            lines.append(f"mose: note: {late}; the next searches go on, `mose index` reads all")
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
@@ -107,11 +112,13 @@ def update_store(
     processes: int = 2,
     progress: bool = True,
     seconds: float | None = None,
+    questions: Sequence[str] = (),
 ) -> UpdateReport:
     """Bring a store up to date with the folder in `settings`, which it was made with; UserError if the folder is gone.
 
     A file is not read again if its size and time of change are as before. After `seconds`, other files keep their old
-    rows and count as postponed. With 0 or 1 `processes`, a crash of the parser ends the calling process.
+    rows and count as postponed; of many new files, those that share words with `questions` are read first. A new index
+    of few files has no time limit. With 0 or 1 `processes`, a crash of the parser ends the calling process.
     """
     start = time.perf_counter()
     reader = folder_repositories(
@@ -125,7 +132,13 @@ def update_store(
         obey_ignore_files=True,
     )
     _check_in_place(settings.folder)
+    known = store.stamps()
+    has_many = length_hint(reader) - len(known) > FEW_NEW_FILES
+    if not known and not has_many:
+        seconds = None
     writer = _Writer(store, settings, embedder, seconds)
+    if seconds is not None and questions and has_many:
+        reader.sort(partial(_keys, known=known, questions=questions, end=time.monotonic() + seconds / 3))
     with (
         _bar(length_hint(reader), progress) as advance,
         closing(_divided(writer.changed(reader, advance), processes, settings, writer.end)) as divided,
@@ -284,6 +297,25 @@ class _Writer:
             self._store.finish()
         if self._stamps != self._stamps_before:
             self._store.keep_stamps(self._stamps)
+
+
+def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float) -> list[float]:
+    """Return a number for each file, lower for those that come first: known files, then those with rare question words.
+
+    Files that are not looked at before `time.monotonic()` reaches `end` come last.
+    """
+    stems = [one.encode() for one in question_stems(" ".join(questions))]
+    found: list[list[bytes] | None] = []  # stems in each file; None for known files
+    for file in files:
+        content = None
+        if file_id(file.path) not in known:
+            is_late = time.monotonic() > end
+            content = b"" if is_late else beginning(file.location, SEARCH_FILTERS.max_bytes, links=False) or b""
+            content = file.path.encode(errors="replace").lower() + content.lower()
+        found.append(None if content is None else [stem for stem in stems if stem in content])
+    counts = Counter(chain.from_iterable(filter(None, found)))
+    rarity = {stem: math.log(len(files) / count) for stem, count in counts.items()}
+    return [-math.inf if one is None else -sum(map(rarity.__getitem__, one)) for one in found]
 
 
 def _pieces(files: list[SourceFile]) -> list[_Changed]:

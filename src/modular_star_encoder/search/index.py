@@ -42,6 +42,7 @@ from modular_star_encoder.utils.errors import UserError
 
 _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
+_SECONDS_FOR_THE_FIRST_ANSWER = 3.0  # to read files, of a folder of over 1,000 source files
 LONGEST_QUESTION = 2000  # largest number of characters of a question on the demo page or to a tool of `mose mcp`
 _MOST_PIECES = 10_000  # largest number of pieces of a file that `related` reads to find the code at a line
 
@@ -91,6 +92,8 @@ class CodeIndex:
         device: str | None = None,
         processes: int = 2,
         progress: bool = True,
+        seconds: float | None = None,
+        questions: Sequence[str] = (),
     ) -> Self:
         """Build the index of a folder, or update an existing index by embedding only new and changed files.
 
@@ -112,6 +115,8 @@ class CodeIndex:
             device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
+            seconds: stop reading files after about this time, if there are over 1,000 new ones; None for no limit.
+            questions: with `seconds`, the files that share words with these questions are read first.
 
         Returns the index; `report` has the numbers of embedded files and rows. Raises UserError if an argument is
         invalid, or the index was built with other settings (the message names them); OSError if the checkpoint does
@@ -143,7 +148,7 @@ class CodeIndex:
                 asked, settings = settings, IndexSettings.from_dict(stored, store.location)
                 settings.refuse_others(asked, store.location)
             index = cls(store, settings, embedder)
-            index._update(processes=processes, progress=progress)
+            index._update(processes=processes, progress=progress, seconds=seconds, questions=questions)
         return index
 
     @classmethod
@@ -207,19 +212,19 @@ class CodeIndex:
         with self._lock, self.store.locked():
             return self._update(processes=processes, progress=progress)
 
-    def refresh(self, seconds: float | None = SECONDS_TO_REFRESH) -> UpdateReport:
+    def refresh(self, seconds: float | None = SECONDS_TO_REFRESH, questions: Sequence[str] = ()) -> UpdateReport:
         """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
-        The report's `postponed_files` is the number of files that time did not allow to read. The index is not updated
-        if it is on a server or read-only, if another process writes it, or if the code folder does not exist. For
-        errors see `update`.
+        Of over 1,000 new files, those that share words with `questions` are read first. The report's `postponed_files`
+        is the number of files that time did not allow to read. The index is not updated if it is on a server or
+        read-only, if another process writes it, or if the code folder does not exist. For errors see `update`.
         """
         folder = self.store.folder
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
             return self.report
         try:
             with self._lock, self.store.locked(0):
-                return self._update(progress=False, seconds=seconds)
+                return self._update(progress=False, seconds=seconds, questions=questions)
         except UserError as error:
             if error.key != "files.locked":
                 raise
@@ -472,14 +477,15 @@ def open_for_search(
     languages: Sequence[str] | None = None,
     refresh: bool = True,
     seconds: float | None = SECONDS_TO_REFRESH,
+    questions: Sequence[str] = (),
     progress: bool = True,
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
     The index is looked up at `location`, or in `folder`, or in the working folder and its parents. If there is none, or
     another checkpoint than `checkpoint` built it, the one in the user's cache is opened or built, with `languages`.
-    `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` see
-    `CodeIndex.refresh`.
+    `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` and
+    `questions` see `CodeIndex.refresh`; without questions, an index is built without a time limit.
     """
     index = None if location is None else CodeIndex.open(location, checkpoint=checkpoint)
     if index is None and (found := find_index() if folder is None else _own_index(folder)):
@@ -498,9 +504,11 @@ def open_for_search(
             embedder.check_exit(cascade.exit_layer)
             exit_layer = embedder.trained_exits[0] if exit_layer is None and not budget else exit_layer
         (exit_layer,) = embedder.exits(exit_layer, budget=budget)
-        index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages, progress)
+        limit = _SECONDS_FOR_THE_FIRST_ANSWER if questions and seconds is not None else None
+        building = {"seconds": limit, "questions": questions, "progress": progress}
+        index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages, building)
     if refresh and not index.report.files:
-        index.refresh(seconds)
+        index.refresh(seconds, questions)
     return index, exit_layer
 
 
@@ -518,7 +526,7 @@ def _indexed_folder(location: str) -> str | None:
 
 
 def _cached_index(
-    folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None, progress: bool
+    folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None, building: Mapping[str, Any]
 ) -> CodeIndex:
     """Open the index of `folder` in the user's cache; if it is missing, unfinished or of an older version, build it."""
     location = _cached_location(folder, checkpoint, exit_layer, languages)
@@ -531,7 +539,7 @@ def _cached_index(
         rebuild = error.key != "search.index.missing"
     with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be building it
         options: dict[str, Any] = {"exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
-        return CodeIndex.build(folder, location, checkpoint=checkpoint, progress=progress, **options)
+        return CodeIndex.build(folder, location, checkpoint=checkpoint, **options, **building)
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:

@@ -184,8 +184,9 @@ def recipe_reference(command: str) -> str:
         tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
         kinds = {f"settings with task: {task}": kind for task, kind in tasks.items()}
     parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds.items()]
-    end = "Every other argument of transformers.TrainingArguments is a setting, too. Recipes set what is required, and may\n"
-    return "\n".join([*parts, f"{end}set other values than the defaults: `mose recipes show NAME` prints a recipe.\n"])
+    others = "Every other argument of transformers.TrainingArguments is a setting, too."
+    shown = "Recipes set what is required, and may set other values than these defaults: see `mose recipes show NAME`."
+    return "\n".join([*parts, others, shown, ""])
 
 
 def ablate(

@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import IO, Any, NamedTuple
@@ -28,7 +28,7 @@ OWN_DISTRIBUTION = "modular-star-encoder"
 CHECKOUT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "__init__.py")
 
 
-class _File(NamedTuple):
+class SourcePath(NamedTuple):
     """A file to read; `path` is relative to the repository's folder."""
 
     repository: str
@@ -37,7 +37,7 @@ class _File(NamedTuple):
     language: str
 
 
-_Found = Iterable[tuple[_File, str | None]]  # pairs (file, why it is left out before reading, or None)
+_Found = Iterable[tuple[SourcePath, str | None]]  # pairs (file, why it is left out before reading, or None)
 
 
 class FileReader(SourceReader):
@@ -76,6 +76,11 @@ class FileReader(SourceReader):
     def __length_hint__(self) -> int:
         return len(self._files)
 
+    def sort(self, keys: Callable[[Sequence[SourcePath]], Iterable[float]]) -> None:
+        """Read the files in ascending order of `keys(files)`, a number for each file."""
+        ordered = sorted(zip(keys(self._files), self._files, strict=True))
+        self._files = [file for _, file in ordered]
+
 
 def installed_repositories(
     exclude: str | Collection[str] = ("transformers",),
@@ -92,7 +97,7 @@ def installed_repositories(
     excluded = [exclude] if isinstance(exclude, str) else exclude
     seen = {canonicalize_name(name) for name in (*excluded, OWN_DISTRIBUTION)}
     chosen, filters = set(check_languages(languages)), filters or FileFilters()
-    found: list[_File] = []
+    found: list[SourcePath] = []
     for distribution in metadata.distributions():
         name = canonicalize_name(distribution.name or "")
         # Of two distributions with one name, Python imports the first on sys.path. One without a name is broken.
@@ -102,7 +107,9 @@ def installed_repositories(
                 # A path that climbs out of site-packages is a script or a data file; `__editable__` is an import hook.
                 is_inside = ".." not in file.parts and not file.name.startswith("__editable__")
                 if is_inside and (language := language_of(file)) in chosen:
-                    found.append(_File(name, file.as_posix(), Path(str(distribution.locate_file(file))), str(language)))
+                    found.append(
+                        SourcePath(name, file.as_posix(), Path(str(distribution.locate_file(file))), str(language))
+                    )
     if STANDARD_LIBRARY not in seen:
         library = _source_files(Path(sysconfig.get_path("stdlib")), chosen)
         found += [file._replace(repository=STANDARD_LIBRARY) for file, reason in library if not reason]
@@ -163,7 +170,7 @@ def folder_repositories(
     return reader
 
 
-def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[_File, str | None]]:
+def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[SourcePath, str | None]]:
     """Yield (file, why it is left out or None) for every source file below `root`; paths are relative to `root`."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
@@ -192,10 +199,10 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
                 continue
             if obey or not is_link:
                 path = location.relative_to(root).as_posix()
-                yield _File("", path, location, str(language)), "symbolic link" if is_link else None
+                yield SourcePath("", path, location, str(language)), "symbolic link" if is_link else None
     left_out += [(Path(error.filename), "unreadable folder") for error in closed if obey]
     for location, reason in left_out:
-        yield _File("", location.relative_to(root).as_posix(), location, ""), reason
+        yield SourcePath("", location.relative_to(root).as_posix(), location, ""), reason
 
 
 class _XzFile:
