@@ -49,7 +49,7 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 
 def number(lowest: float, highest: float, *, default: Any) -> Any:
-    """Return a field of numbers from `lowest` to `highest`, or None. Larger ones are mistakes or could fill memory."""
+    """Return a dataclass field that accepts None and numbers from `lowest` to `highest`; others may fill memory."""
 
     def check(value: float | None) -> None:
         if value is not None and not lowest <= value <= highest:
@@ -74,7 +74,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         hidden_size (`int`, defaults to 1024): Width of the hidden states.
         intermediate_size (`int`, defaults to 12288): Width inside the MLP.
         num_hidden_layers (`int`, defaults to 36): Number of layers of this model. A slice has fewer layers than
-            its parent, the model that it was cut from; a slice at exit 0 has none.
+            its parent, the model that it was cut from; a slice at exit 0 has 0 layers.
         num_attention_heads (`int`, defaults to 16): Number of query heads.
         num_key_value_heads (`int`, defaults to 4): Number of key and value heads, a divisor of `num_attention_heads`.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`): Activation of the MLP.
@@ -305,10 +305,10 @@ class ModularStarEncoderConfig(PreTrainedConfig):
     def resolve_exits(self, exit_layer: int | None = None, exit_layers: Sequence[int] | None = None) -> tuple[int, ...]:
         """Return the requested exits, ascending.
 
-        If none is requested, return the deepest exit, or every exit if `output_all_exits` is True.
+        If no exit is requested, return the deepest exit, or every exit if `output_all_exits` is True.
 
         Raises:
-            ValueError: both arguments are given, `exit_layers` is empty or no list, or has no exit of this model.
+            ValueError: both arguments are given, `exit_layers` is empty or not a list, or the model lacks an exit.
         """
         is_list = isinstance(exit_layers, Collection) and len(exit_layers) > 0
         if exit_layers is not None and (exit_layer is not None or not is_list):

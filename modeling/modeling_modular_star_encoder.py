@@ -19,7 +19,7 @@ read a small learned vector of the exit together with its states. Retrieval has 
 
 Shapes: B batch, T tokens, H hidden size, E requested exits, D projection size, V vocabulary.
 
-Hub repositories of these models contain this file and the configuration file, which need torch and transformers.
+Hub repositories of these models contain this file and the configuration file, which need only torch and transformers.
 """
 
 import copy
@@ -215,7 +215,7 @@ def eager_attention_forward(
 
 @dataclass
 class DocumentGroup:
-    """G texts of similar length, padded to L tokens for attention. They come from a flat batch: all texts in one row.
+    """G texts of similar length from a flat batch (all texts in one row), padded to L tokens for attention.
 
     Args:
         tokens: (G, L), the index of each token in the flat batch; at padding, the index of the text's first token.
@@ -242,7 +242,7 @@ class DocumentGroups:
 
     Args:
         groups: the groups, longest texts first.
-        places: (N,), the index of each token of the flat batch in the padded tokens of all groups, which are joined.
+        places: (N,), the index of each token of the flat batch in the concatenated padded tokens of all groups.
     """
 
     groups: list[DocumentGroup]
@@ -250,7 +250,7 @@ class DocumentGroups:
 
     @classmethod
     def of_similar_length(cls, lengths: list[int], device: torch.device) -> "DocumentGroups":
-        """Group texts of `lengths` tokens. The caller adds each group's mask in the form of the attention backend."""
+        """Return groups of texts with `lengths` tokens. The caller sets the `mask` of each group."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         members: list[list[int]] = []
         for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
@@ -274,7 +274,7 @@ class DocumentGroups:
         return DocumentGroups([group.to(device) for group in self.groups], self.places.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Attend within each text. Query, key, value are (1, heads, N, head_dim), outputs (1, N, heads, head_dim)."""
+        """Return attention within each text, (1, N, heads, head_dim); query, key, value are (1, heads, N, head_dim)."""
         flat = [states[0].transpose(0, 1) for states in query_key_value]
         outputs = [
             attention(*(group.padded(states) for states in flat), group.mask)[0].flatten(0, 1) for group in self.groups
@@ -681,7 +681,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
                 `attention_mask`, each restart of the positions in a row begins another text (packing). Tokens of
                 different texts do not attend to each other.
             inputs_embeds: (B, T, H) in place of `input_ids`; with `start_layer`, the `residual_states` to resume from.
-            exit_layer: the exit to return; by default the deepest, or all with `config.output_all_exits`.
+            exit_layer: the exit to return; by default the deepest, or every exit with `config.output_all_exits`.
             exit_layers: several exits to return from one pass, in place of `exit_layer`.
             start_layer: number of layers already executed on `inputs_embeds`. The outputs equal those of an
                 uninterrupted pass bit for bit.
@@ -701,7 +701,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             fault = "Give exactly one of input_ids and inputs_embeds."
         elif start_layer and (inputs_embeds is None or not 0 < start_layer < exits[0]):
-            fault = f"start_layer={start_layer} needs inputs_embeds, and only deeper exits, not {exits}."
+            fault = f"start_layer={start_layer} needs inputs_embeds and exits above {start_layer}, not {exits}."
         elif given.dim() != (3 if input_ids is None else 2):
             found = tuple(given.shape)
             fault = f"Give input_ids of shape (B, T) or inputs_embeds of shape (B, T, H), not {found}."
@@ -762,8 +762,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
         """Arrange a batch for the layers: padded (B, T, H), or flat (1, N, H), with all texts in one row, unpadded.
 
-        Returns states, positions, the attention backend's mask, and a function that restores the batch's shape in flat
-        states, or None. For a flat batch, adds arguments to `kwargs` that limit attention to tokens of one text.
+        Returns states, positions, the attention backend's mask, and a function that restores the batch's shape, or None
+        if states have this shape. For a flat batch, adds arguments to `kwargs` that keep attention within texts.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
@@ -831,7 +831,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the index of each text's first token in the flat batch, then B · T; `None` if each row is one text."""
+    """Return the index of each text's first token in the flat batch, and last B · T; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:
@@ -851,7 +851,7 @@ def _unpad(
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """Return the N real tokens in one row (1, N, H), the texts' bounds, and a function that pads such a row again.
 
-    The bounds are the index of each text's first token, then N.
+    The bounds (texts + 1,) are the index of each text's first token, then N.
     """
     shape = states.shape
     places = attention_mask.flatten().nonzero().squeeze(-1)
@@ -909,7 +909,7 @@ class ModularStarEncoderTokenWeights(nn.Embedding):
 
 
 class ModularStarEncoderExitEmbedding(nn.Embedding):
-    """The learned vector of each exit, or zeros for an exit without one; published files may lack the last exit's."""
+    """The learned vector of each exit; zeros if an exit has no vector, as the last exit in some published files."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__(config.exit_embedding_rows, config.exit_embedding_size)
@@ -1040,7 +1040,7 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
             input_ids, attention_mask, position_ids, inputs_embeds: the batch, see `ModularStarEncoderModel.forward`.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
             icc_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
-            exit_layer, exit_layers: the exits to compute; by default all with labels, else the model's default.
+            exit_layer, exit_layers: the exits to compute; by default every exit with labels, else the model's default.
         """
         supervised = labels is not None or icc_labels is not None
         if supervised and exit_layer is None and exit_layers is None:
@@ -1156,7 +1156,7 @@ class ModularStarEncoderProjectionHead(nn.Module):
 class ClampWithInwardGradient(torch.autograd.Function):
     """Clamp a parameter to bounds. Beyond a bound, only gradients that would push the parameter further out are zero.
 
-    So the parameter can return. With `torch.clamp`, all gradients beyond a bound are zero, and it never returns.
+    The other gradients can move the parameter back. With `torch.clamp`, all gradients beyond a bound are zero.
     """
 
     @staticmethod
@@ -1175,7 +1175,7 @@ class ClampWithInwardGradient(torch.autograd.Function):
 class ModularStarEncoderLogitScale(nn.Module):
     """A learned multiplier of similarities, stored as its logarithm; `forward` returns the multiplier, (1,) float32.
 
-    As a module, it works with DDP, FSDP2, checkpoints and peft (`modules_to_save=["logit_scale"]`).
+    As a module, the multiplier works with DDP, FSDP2, checkpoints and peft (`modules_to_save=["logit_scale"]`).
     """
 
     def __init__(self) -> None:

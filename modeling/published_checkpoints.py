@@ -57,8 +57,8 @@ def read_published_layout(
     """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
     For a published checkpoint, `config` is complete, and `key_mapping` maps the tensor names in the file to ours. The
-    class that has the file's tensors replaces our base class, and the trunk, which `AutoModel` chooses because it does
-    not know the published class name. ValueError if tensors do not match a published checkpoint.
+    class that has the file's tensors replaces our base class, or the trunk if `AutoModel`, which does not know the
+    published class name, chose the trunk. ValueError if tensors do not match a published checkpoint.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -86,7 +86,7 @@ def read_published_layout(
 def _published_config(
     path: str | os.PathLike, hub: Mapping[str, Any], kwargs: dict[str, Any]
 ) -> ModularStarEncoderConfig | None:
-    """Return the configuration of a published checkpoint, with its fields in `kwargs` moved into it; else None."""
+    """Return the configuration of a published checkpoint, and move its fields from `kwargs` to it; else return None."""
     config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub)
     if config_dict.get("architectures") != [PUBLISHED_ARCHITECTURE]:
         return None
@@ -110,8 +110,8 @@ def describe(
     exits = [exit_layer for exit_layer in parent_exits if exit_layer <= depth]
     if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
-            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published one has a number of "
-            f"layers from {parent_exits}, and 0 or 1 projection heads, or one for each exit. Download it again."
+            f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published checkpoint "
+            f"has a number of layers in {parent_exits}, and 0, 1 or {len(exits)} projection heads. Download it again."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation
