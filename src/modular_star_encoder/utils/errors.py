@@ -41,9 +41,9 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
-    """Return an ImportError that names the extra to install; None if no extra has the missing module.
+    """Return an ImportError that names the extra to install; None if no extra installs the missing module.
 
-    If both `train` and `dataset` have it, `command` ("train" or "dataset") names the one to install.
+    If the extras `train` and `dataset` both install the module, the error names the extra `command`, one of the two.
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)

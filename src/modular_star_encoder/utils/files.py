@@ -25,7 +25,7 @@ LOCK, LOCK_SECONDS = ".lock", 5.0
 
 
 def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
-    """Raise UserError (`files.not_writable`) if no file, or with `is_folder` no folder, can be written to `path`."""
+    """Raise UserError (`files.not_writable`) if a file, or a folder if `is_folder`, can't be written to `path`."""
     path = Path(path).absolute()
     parent = next(one for one in path.parents if not is_folder or os.path.lexists(one))
     if os.path.lexists(path) and not path.exists():
@@ -46,13 +46,13 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
     """Context manager: hold the lock of `folder`, which is created if missing. A process may hold a lock several times.
 
     UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`: the
-    workers of a killed process keep its lock for a moment), or (`files.lock`) if the lock is not a plain file.
+    workers of a killed process keep its lock for a moment), or (`files.lock`) if `.lock` in `folder` is not a file.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     if (path := folder / LOCK).is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError("files.lock", f"{path} must be a plain file, and no link or folder. Delete it.")
+        raise UserError("files.lock", f"{path} must be a plain file, not a link or folder. Delete it.")
     lock = FileLock(path, is_singleton=True)
     try:
         lock.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
@@ -76,8 +76,8 @@ def similar_files(path: str | os.PathLike[str]) -> str:
 def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bool = True) -> list[Path]:
     """Return the sorted paths of all files below `folder` whose names fit `pattern`; links to folders are not followed.
 
-    Without `links`, links to files are left out. With `links`, UserError (`files.folder.links`) for a link out of
-    `folder`, which may be a stranger's. UserError (`files.folder.too_deep`) beyond a depth of `MAX_FOLDER_DEPTH`.
+    Without `links`, links to files are left out. With `links`, UserError (`files.folder.links`) if a link leads out of
+    `folder`. UserError (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
     """
     found, key, fault = [], "", ""
     for parent, folders, names in os.walk(folder):
@@ -98,14 +98,14 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
 
 
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is, or passes through, a link out of `folder` (other than to files of the Hub's cache)."""
+    """Return whether `path` leads out of `folder` by a link, other than a link from the Hub's cache into that cache."""
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
     return target.parent not in blobs and not target.is_relative_to(root)
 
 
 def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
-    """Return the value of a JSON file; ValueError if it is no JSON in UTF-8, too large or nested too deeply.
+    """Return the value of a JSON file; ValueError if the file is not JSON in UTF-8, too large or nested too deeply.
 
     If `finite`, also ValueError if a number is NaN, infinite, or 2**63 or more in magnitude.
     """
@@ -157,7 +157,7 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     """Context manager: yield a temporary path. What is written there replaces `target` at the end, if no error occurs.
 
     `resumable` is for jobs that may be killed and run in one process at a time: the data is flushed to the disk before
-    the rename, and the next attempt removes the leftovers of a killed one, because the temporary name is the same.
+    the rename, and the next attempt removes what a killed attempt left, because the temporary name is the same.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -205,7 +205,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder and remove it, at the latest in the next call with this `name`."""
+    """Context manager: yield a temporary folder; remove it at the end or, if killed, in the next call for `name`."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))

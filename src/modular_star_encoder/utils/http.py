@@ -89,8 +89,8 @@ class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
     After a temporary failure (status 408, 409, 425, 429 or 5xx, a time-out, a broken connection) a request is sent
-    again, after the pause that the response's header `Retry-After` names or else `pause` seconds, doubled for each
-    further attempt and varied at random by up to half; at most 60. Cookies are not kept.
+    again, after the pause that the response's header `Retry-After` names (at most 60 seconds), or else after `pause`
+    seconds, doubled for each further attempt up to 60 and varied at random by up to half. Cookies are not kept.
 
     Args:
         token: bearer token for every request; empty for none. Error messages do not show it.
@@ -138,7 +138,7 @@ class HTTPClient:
         self.close()
 
     def close(self) -> None:
-        """Cancel pending requests, also later ones, and close the connections."""
+        """Cancel pending and later requests, and close the connections."""
         with self._closing:
             if self._is_closed or sys.is_finalizing():  # when Python ends, daemon threads no longer run
                 return
@@ -166,10 +166,10 @@ class HTTPClient:
         return self.submit(method, url, body=body, retry_if=retry_if).result()
 
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
-        """Start a request and return a future of the response, or of HTTPRequestError if the status is not below 300.
+        """Start a request; return a future that gives its response, or raises HTTPRequestError if the request fails.
 
-        `body` is sent as JSON. If `retry_if(response)` is true, the request is sent again: some gateways report a
-        failure with a success status.
+        A request fails if no response has a status below 300. `body` is sent as JSON. If `retry_if(response)` is true,
+        the request is sent again: some gateways report a failure with a success status.
         """
         with self._closing:  # what is submitted before `close` begins is cancelled by it
             if not self._is_closed:
@@ -219,7 +219,7 @@ class HTTPClient:
             request = stream.next_request
             if not is_web_address(str(request.url)):
                 break
-        message = f"{url_host(url)} redirects more than {_MAX_REDIRECTS} times, or to no http or https address."
+        message = f"{url_host(url)} redirects more than {_MAX_REDIRECTS} times, or to an address without http or https."
         raise HTTPRequestError("http.redirect", message, status=stream.status_code)
 
     async def _content(self, stream: httpx.Response, host: str) -> bytes:
@@ -276,9 +276,9 @@ async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None
 def in_daemon_thread(
     function: Callable[..., T], *arguments: Any, slots: contextlib.AbstractContextManager[Any] | None = None
 ) -> "Future[T]":
-    """Call `function` in a new thread, as soon as `slots` can be entered; return the future of its result.
+    """Call `function` in a new thread once `slots` (a semaphore) can be entered; return the future of the result.
 
-    Unlike the threads of an executor, this one does not delay the end of the process.
+    Unlike the threads of an executor, this thread does not delay the end of the process.
     """
     future: Future[T] = Future()
 
@@ -338,7 +338,7 @@ def url_host(url: str) -> str:
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """Return the token in the environment variable `variable`; "" if None is named, or it is missing, not `required`.
+    """Return the token in the environment variable `variable`; "" if `variable` is None, or unset and not `required`.
 
     UserError if a `required` token is missing (`http.token.missing`) or not printable ASCII (`http.token.characters`).
     """
@@ -370,7 +370,7 @@ def check_repository_id(repository: str) -> None:
 
 
 def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
-    """Raise OSError if HF_HUB_OFFLINE is set or the Hub, by default HF_ENDPOINT, does not answer within `seconds`.
+    """Raise OSError if HF_HUB_OFFLINE is set or the Hub at `endpoint` (or HF_ENDPOINT) does not answer in `seconds`.
 
     huggingface_hub itself waits for an answer without a limit. Behind a proxy, only HF_HUB_OFFLINE is checked.
     """

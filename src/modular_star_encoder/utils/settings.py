@@ -1,7 +1,7 @@
 """Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
 
-A settings class is a dataclass. The decorator `settings_class` makes a frozen one, which checks values by the types and
-constraints of its fields. With `OPEN_KEYS = (NAME, OTHER)`, a settings class also accepts the fields of another
+A settings class is a dataclass. The decorator `settings_class` makes a frozen dataclass, which checks values by types
+and constraints of its fields. With `OPEN_KEYS = (NAME, OTHER)`, a settings class also accepts the fields of another
 dataclass, OTHER, as keys. The field NAME of the settings class, a mapping, collects the values of these keys.
 
 YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
@@ -84,7 +84,7 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 def settings_class(kind: type[Settings]) -> type[Settings]:
     """Class decorator: make a frozen dataclass that converts and checks its keyword arguments by their types.
 
-    UserError if a value is wrong (`settings.value`) or missing (`settings.missing`), or a name (`settings.unknown`).
+    UserError: a value is wrong (`settings.value`), a key missing (`settings.missing`) or unknown (`settings.unknown`).
     """
     made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
     check: Any = made.__init__
@@ -175,7 +175,7 @@ def _yaml_fault(data: bytes) -> str:
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set a dotted key such as `a.b.c` in the nested mappings of `content`; add missing mappings.
 
-    UserError (`settings.override`), which begins with `where`, if the key is empty or leads through another value.
+    UserError (`settings.override`), which begins with `where`, if a part of the key is empty or a parent is no mapping.
     """
     *parents, last = names = key.split(".")
     fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1 or data=null"
@@ -192,7 +192,7 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """Return an instance of the settings class `kind` with the values of the mapping `content`.
 
-    UserError, which begins with `where`, if a name or value is wrong: it has a key of `settings_class` or of `kind`.
+    UserError, which begins with `where`, if a name or value is wrong; the keys are those of `settings_class` or `kind`.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
@@ -223,7 +223,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
 
 
 def as_settings(kind: type[Settings], value: Any) -> Settings:
-    """Return `value` if it is a `kind`, else `kind` with the values of a mapping; UserError for other values."""
+    """Return `value` if it is a `kind`, else a `kind` with the values of the mapping `value` (None: the defaults)."""
     return value if isinstance(value, kind) else build_settings(kind, {} if value is None else value, kind.__name__)
 
 
