@@ -49,7 +49,7 @@ DEFAULT_EXIT_SHARES = (1 / 9, 1 / 4, 1 / 2, 3 / 4, 1)
 
 
 def number(lowest: float, highest: float, *, default: Any) -> Any:
-    """Return a dataclass field that accepts None and numbers from `lowest` to `highest`; others may fill memory."""
+    """Return a dataclass field for None or a number from `lowest` to `highest`; larger numbers may fill memory."""
 
     def check(value: float | None) -> None:
         if value is not None and not lowest <= value <= highest:

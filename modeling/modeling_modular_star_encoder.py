@@ -831,7 +831,7 @@ def _document_bounds(
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the index of each text's first token in the flat batch, and last B · T; `None` if each row is one text."""
+    """Return bounds (texts + 1,): each text's start in the flat batch, then B · T; `None` if each row is one text."""
     if cu_seq_lens is not None:
         return cu_seq_lens.long()
     if attention_mask is not None or position_ids is None:

@@ -42,7 +42,7 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Return the path of a recipe: a YAML file, a packaged recipe such as `small/finetune`, or a folder's first one."""
+    """Return the path of recipe `name`: a YAML file, a packaged one (`small/finetune`), or the first in `small`."""
     path = Path(name).expanduser()
     if path.is_file():
         return path

@@ -82,7 +82,7 @@ _Ranks = dict[str, dict[str, Annotated[list[Probability], Constraint(min_length=
 
 
 class _Content(TypedDict):
-    """What the file of a cell must have."""
+    """Keys and types in the file of a cell, which has the result of one training run."""
 
     recipe: dict[str, Any]
     seconds: float
@@ -113,7 +113,7 @@ class AblationRecipe:
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
         learning_rates: learning rates to try for each kind of model, with the first seed; by default only the rate in
-            `finetuning`. The rate with the best validation MRR is used with all seeds; variants use that of `together`.
+            `finetuning`. The rate with the best validation MRR is used with all seeds, for variants that of `together`.
         seeds: one model of each kind is trained with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
@@ -257,7 +257,7 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return `estimate` of deepest exit alone − shallowest exit alone, and `passed` (None if one is missing)."""
+        """Return the `estimate` of deepest − shallowest exit, both trained alone, and `passed` (None if unknown)."""
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:
             return {"passed": None}
@@ -394,7 +394,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Train a cell's model if no result is stored; add the result to `results`. Return if a model was trained."""
+        """Add a cell's result to `results`; if no result is stored, train its model first, and return True."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -419,7 +419,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Train and evaluate a cell's model; return the content of the cell's file, with queries' reciprocal ranks."""
+        """Train and evaluate one model; return the content of its cell's file, with each query's reciprocal rank."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)

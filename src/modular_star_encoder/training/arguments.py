@@ -29,7 +29,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         normalize_exit_weights: divide the exits' weights by their sum.
         exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`
             trains the deepest exit and one other exit, which changes from step to step. `"alternate"` trains only the
-            deepest exit in every second step, all exits in the others (BERxiT, Xin et al., EACL 2021).
+            deepest exit in every second step, and all exits in other steps (BERxiT, Xin et al., EACL 2021).
             `"deepest_first"` trains only the deepest exit in the first half of the steps, then all exits (the mixed
             regime of arXiv 2407.14320).
         detach_shallow_exits: only the deepest exit's loss trains the trunk; the loss of each shallower exit trains only
@@ -49,7 +49,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         fractions: for each milestone, the learning rate from that step on, as a fraction of the peak.
 
     Raises:
-        UserError: `milestones` or `fractions` are wrong (`training.schedule`), `exit_schedule` is unknown
+        UserError: `milestones` or `fractions` are invalid (`training.schedule`), `exit_schedule` is unknown
             (`training.exit_schedule`), or `ema_decay` is out of range or used with FSDP (`training.ema_decay`).
         ValueError: `transformers.TrainingArguments` rejects an argument.
 

@@ -33,7 +33,7 @@ _UNPAIRED = 12  # number of the random stream that draws unpaired texts; `Retrie
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """Rows of `RetrievalBatches`, with the teacher's vector of each text added, such as `query_teacher`, float32 (D,).
 
-    Every second row also has one of the `unpaired` texts, by seed and number: `text_ids` and `text_teacher`.
+    Every second row also has an `unpaired` text, drawn by seed and row number, as `text_ids` and `text_teacher`.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ def compute_teacher_vectors(
 class TeacherTargets:
     """The vectors that a student learns: a teacher's vectors of descriptions (`query`) and code snippets (`document`).
 
-    If `means` has the mean vector (D,) of a text's kind, it is subtracted, and the difference is scaled to length 1.
+    If `means` has a mean vector (D,) for a text's kind, query or document, it is subtracted; the result has length 1.
     With bge-small on held-out pairs, MRR × 100 is 75.8 without the subtraction and 81.5 with it.
     """
 
@@ -177,7 +177,7 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return the vector to learn for a text, float32 (D,); without `kind`, its vector minus the nearest mean."""
+        """Return the vector to learn for a text, float32 (D,). If `kind` is None, subtract the nearest of the means."""
         vector = self._vectors[kind or "document"].rows([text])[0]
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a fine-tuning recipe (see `load_recipe`); return it and the function that runs it."""
+    """Read a fine-tuning recipe (see `load_recipe`); return the recipe and the function that runs it."""
     path = find_recipe(os.fspath(path), "finetune")
     task = read_mapping(path, overrides).get("task", "retrieval")
     if task == "retrieval":
@@ -67,7 +67,7 @@ def finetune(
     """Fine-tune a model for retrieval; if `out` has an interrupted run of this recipe, continue that run.
 
     `out` gets `data/`, `checkpoints/`, and at the end `report.md` (scores of all exits), `model/` with the training
-    log, which is returned, and with `lora` `adapter/`. With several processes, each calls this function.
+    log, which is returned, and with `lora` also `adapter/`. With several processes, every process calls this function.
     """
     out, state = Path(out), runs.processes_of_run()
     processes, shown = state.num_processes, progress and state.is_main_process

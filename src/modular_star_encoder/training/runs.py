@@ -165,7 +165,7 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
 
 
 def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise UserError (`training.run.other_settings`) if a setting in `names` was another for the run in `place`."""
+    """Raise UserError (`training.run.other_settings`) if the run in `place` has other values of settings in `names`."""
     if other := sorted(name for name in names if before.get(name) != now.get(name)):
         message = f"{place} has a run with other values of {', '.join(other)}; choose another folder."
         raise UserError("training.run.other_settings", message)
@@ -183,7 +183,7 @@ class Run:
     """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
     `log` is the log of a finished run, else None. A run with a model or checkpoint is continued with the same settings
-    (except `MAY_CHANGE`); before the first checkpoint, only those in `until_trained` must be the same.
+    (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must be equal.
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
@@ -248,7 +248,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line that announces an evaluation, with its duration in `steps` of training if steps were trained."""
+    """Return a line that announces an evaluation as large as `steps` training steps, with its duration if known."""
     trained = log["steps"] - (log["resumed_from"] or 0)
     # Without a backward pass, a row takes about a third of its time in training.
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
@@ -256,7 +256,7 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return {metric: value} of the trained model: from the log, or print `notice` and evaluate again."""
+    """Return {metric: value} of the trained model, from the log or else a new evaluation, which `notice` announces."""
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]

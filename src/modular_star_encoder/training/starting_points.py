@@ -75,7 +75,7 @@ class StartingPoint(Generic[Model]):
         """Load the model, in float32, and its tokenizer; every call returns the same weights, by the recipe's seed.
 
         A tokenizer that adds no special tokens, such as the published one, gets this package's template for them. For
-        retrieval, one of ours stays as it is (`adds_no_tokens`).
+        retrieval, a tokenizer of this package stays as it is (see `adds_no_tokens`).
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:
@@ -130,7 +130,7 @@ class StartingPoint(Generic[Model]):
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"`tokenizer` has {tokens} tokens, but the model's vocabulary {vocab_size}; leave out `tokenizer`."
+        message = f"`tokenizer` has {tokens} tokens, the model's vocabulary only {vocab_size}; leave out `tokenizer`."
         raise UserError("training.tokenizer.too_large", message)
 
 
@@ -145,9 +145,9 @@ def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
 def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, seed: int) -> None:
     """Set `embedding` to random vectors that are similar for tokens with equal `spellings` (see `token_spellings`).
 
-    Two tokens with the same spelling, such as "parse" and " Parse", have vectors with a correlation of 0.8; all have a
-    standard deviation of 0.3. After 100 steps of fine-tuning, a model of 1.5 million parameters has an MRR of 0.36 with
-    these vectors, 0.33 if their standard deviation is 0.1, and 0.23 with independent vectors.
+    Two tokens with the same spelling, such as "parse" and " Parse", have vectors with a correlation of 0.8; all vectors
+    have a standard deviation of 0.3. After 100 fine-tuning steps, a model of 1.5 million parameters has an MRR of 0.36
+    with these vectors, 0.33 if their standard deviation is 0.1, and 0.23 with independent vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = {spelling: group for group, spelling in enumerate(dict.fromkeys(spellings))}
@@ -215,7 +215,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     for name, needed in (("projection_head", "linear"), ("exit_norm", "none"), ("exit_layers", [0])):
         found = getattr(config, name)
         if (list(found) if needed == [0] else found) != needed:
-            fault = f"Only a model with {name}={needed!r} can grow; this one has {name}={found!r}."
+            fault = f"Only a model with {name}={needed!r} can grow; this model has {name}={found!r}."
             fault += " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
     changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
     changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), max(exits, default=0))
@@ -245,7 +245,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
 def grow_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
 ) -> Path:
-    """Add layers (see `grow`), random by `seed`, to a checkpoint of exit 0; write it to the new folder `out`."""
+    """Add layers (see `grow`), random by `seed`, to a checkpoint of exit 0; write the result to a new folder, `out`."""
     model, tokenizer = load_checkpoint(checkpoint)
     torch.manual_seed(seed)
     return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)

@@ -135,7 +135,7 @@ class MultiExitTrainer(Trainer):
         return (loss, output.metrics) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm of the gradient, as `Trainer` does, before each step; stop if it is not finite."""
+        """Return the norm of the gradient, as `Trainer` does, before each step; UserError if the norm is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
         # With float16, the gradient scaler leaves such a step out and goes on.
         if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
@@ -168,7 +168,7 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint as `Trainer` does, which then keeps the newest by date, even if a clock was set back."""
+        """Save a checkpoint as `Trainer` does, but first set back dates in the future: it keeps the newest by date."""
         now, steps = time.time(), {}
         for folder in Path(self._folder).glob("checkpoint-*") if self.args.should_save else ():
             if (step := folder.name.rpartition("-")[2]).isdecimal():
