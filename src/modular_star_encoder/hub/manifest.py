@@ -89,7 +89,7 @@ class RepositorySettings:
         elif outside:
             key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
         elif odd:
-            allowed = f"regular files, for `sections` of at most {_MAX_SECTION:,} bytes"
+            allowed = f"regular files, those in `sections` of at most {_MAX_SECTION:,} bytes"
             key, fault = "files", f"can't have {odd[0]}; its local files must be {allowed}"
         if key:
             raise UserError(f"hub.manifest.{key}", f"{self.key} {fault}.")
@@ -101,7 +101,7 @@ class RepositorySettings:
 
     @property
     def parent(self) -> str | None:
-        """The key of the parent model's entry, `slice_of` or `trained_from`; None if there is none."""
+        """The key of the parent model's entry, `slice_of` or `trained_from`; None without a parent."""
         return self.slice_of or self.trained_from
 
 

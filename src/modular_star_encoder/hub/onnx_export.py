@@ -275,8 +275,8 @@ def export_onnx_folder(
 ) -> OnnxFolder:
     """Export one exit of a retrieval checkpoint (the deepest if None) as a folder for servers that run ONNX.
 
-    UserError, and no folder, if the ONNX file does not agree with the model in its outputs for random texts and in its
-    scores on `tasks`. `int8` also writes a file with 8-bit weights, and needs `tasks`. For the default of `out`, see
+    Raises UserError, and writes no folder, if the ONNX file's outputs for random texts or scores on `tasks` differ from
+    the model's. `int8` also writes a file with 8-bit weights, and needs `tasks`. For the default of `out`, see
     `default_folder`.
     """
     if int8 and not tasks:
@@ -382,7 +382,7 @@ def compare_scores(
     *,
     progress: bool = True,
 ) -> Report:
-    """Evaluate `reference`, the encoder of a model at one exit, and its ONNX files {name: path} on retrieval tasks.
+    """Return a report on `reference`, the encoder of a model at one exit, and its ONNX files {name: path} on tasks.
 
     Raises UserError if a score of the file named "float32" differs from the model's by more than `SCORE_TOLERANCE`.
     """

@@ -196,7 +196,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
     """Check the files, card and tokenizer of staged repositories, and that each loads without this package.
 
-    Returns {key of a repository: largest difference between its embeddings and its source's}; UserError if one fails.
+    Returns {key of a repository: largest difference from its source checkpoint's embeddings}; UserError if one fails.
     """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
@@ -285,7 +285,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """If `upload`, commit the staged files to the Hub, else list the changes. OSError if others change the branch."""
+    """If `upload`, commit the staged files to the Hub, else list the changes. OSError if the branch then changes."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)

@@ -187,7 +187,7 @@ class Build:
 
 
 def functions(build: Build, out: Path) -> Report:
-    """Extract the documented functions of the recipe's corpora to row files in `out`; return their counts."""
+    """Extract the documented functions of the recipe's corpora to Parquet files in `out`; return counts."""
     recipe, counts = build.recipe, Counter[str]()
     rows = function_rows(
         recipe.corpus,
@@ -214,7 +214,7 @@ def translations(build: Build, out: Path) -> Report:
 
 
 def triplets(build: Build, out: Path) -> Report:
-    """Take the code out of the model's answers; write accepted ones, each with its function, as rows; return counts."""
+    """Take the code out of the model's answers; write accepted code with its function to `out`; return counts."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe

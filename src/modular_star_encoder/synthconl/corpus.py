@@ -110,7 +110,7 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
 def build_corpus(
     packages: Sequence[Package], source: str | os.PathLike[str], out: str | os.PathLike[str], processes: int = 2
 ) -> Row:
-    """Extract a corpus from the packages that `fetch_packages` downloaded to `source`; return `stats.json`.
+    """Extract a corpus from the packages that `fetch_packages` downloaded to `source`; return `stats.json` as a dict.
 
     `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`, `pairs_valid.jsonl.gz` those
     of other packages, for validation, and `texts.jsonl.gz` the functions without a usable description: `package`,
@@ -228,7 +228,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     for path in tqdm(files.values(), desc="Reading rows", unit=" packages"):
         head, *lines = [row if isinstance(row, dict) else {} for _, row in open_dataset_rows([path], [])] or [{}]
         if not isinstance(head.get("counts"), dict) or not all(map(_is_own, lines)):
-            raise UserError("corpus.packages.file", f"{path} has other rows than those of this command: remove it.")
+            raise UserError("corpus.packages.file", f"{path} has rows that this command did not write: remove it.")
         counts.update(head["counts"])
         for rows, column in ((pairs, "code"), (texts, "text")):
             some = [row for row in lines if column in row]
@@ -265,7 +265,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _is_own(row: Row) -> bool:
-    """Return whether `_rows` may have made this row."""
+    """Return whether a row has the columns of a pair or text from `_rows`, as texts."""
     columns = ("text", "kind") if "text" in row else ("code", "description", "name")
     return all(isinstance(row.get(column), str) for column in ("package", "language", *columns))
 
@@ -341,7 +341,7 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of a corpus that are near evaluation texts; return (a report with numbers by file, lines)."""
+    """Find the texts of a corpus that are near evaluation texts; return (report on each file, line for each match)."""
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []

@@ -57,7 +57,7 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield documented functions of corpora as rows with the columns of `FUNCTION_SCHEMA`; count rows and reasons."""
+    """Yield documented functions of corpora as rows with the columns of `FUNCTION_SCHEMA`; count rows in `counts`."""
     seen: set[bytes] = set()
     for corpus in corpora:
         source = open_source(corpus, languages)
@@ -177,8 +177,8 @@ def clean_translation(
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
     The code is the answer's code block; of several blocks, the longest in the target language. If there is no block, or
-    the whole answer parses as a function, the code is the answer without the sentences before and after the code. It is
-    accepted if it contains a function and parses as the target language.
+    the whole answer parses as a function, the code is the answer without the sentences before and after it. The code
+    is accepted if it contains a function and parses as the target language.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

@@ -131,7 +131,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
 
 
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
-    """Return `read(path)`, an object with `num_rows`, or None without this file; UserError if it is not ours."""
+    """Return `read(path)`, an object with `num_rows`; None if the file is missing; UserError if it is damaged."""
     found: Any = None
     fault = ""
     try:
@@ -148,7 +148,7 @@ def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any
 
 
 def _read_output(record: Path, path: Path) -> pq.FileMetaData:
-    """Return the metadata of a file of rows; ValueError if its content is not the one that `record` names."""
+    """Return the metadata of a file of rows; ValueError if its checksum is not the one stored in `record`."""
     if record.exists() and read_json(record) != _checksum(path):
         raise ValueError("its checksum is wrong")
     return pq.read_metadata(path)
@@ -167,7 +167,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write the missing files of fingerprints, in Arrow's IPC format with a SHA-256 at the end; return all, mapped."""
+    """Write the missing files of fingerprints, in Arrow's IPC format with a SHA-256 at the end; map and return all."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

@@ -50,7 +50,7 @@ class Banding:
 
 @cache
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
-    """Return the banding that misses few pairs and compares few in vain, as datasketch's `MinHashLSH` weighs both."""
+    """Return the banding with fewest missed pairs and needless comparisons, weighed as in datasketch's `MinHashLSH`."""
     similarity = (np.arange(1000) + 0.5) / 1000
 
     def error(banding: Banding) -> float:
@@ -72,7 +72,7 @@ class DuplicateSettings:
             shingles (all substrings of 5 characters).
         recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, it means 25
             bands of 10 hashes: 94 % of the pairs of similarity 0.8 are compared, and half of those of similarity 0.7.
-            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of the latter.
+            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of those at 0.7.
         match: two rows are near-duplicates if their texts are near in one column (`"either"`) or in all (`"both"`).
         bucket_limit: largest number of rows, of those with the same hashes in a band, that a row is compared with;
             rows with smaller ids come first. It bounds memory to bands × `bucket_limit` pairs per row, of 8 bytes each.
@@ -300,8 +300,8 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return (pairs of rows with the same key in a band, largest bucket, most rows in a band with too large buckets).
 
-    In a band, a row's bucket is the rows of `others` with its key; in its own column, those before it. The row is
-    paired with the first `limit` of them.
+    In a band, the bucket of a row is the rows of `others` with the row's key or, if `others` is `column`, only those
+    before the row. A row is paired with the first `limit` rows of its bucket.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -445,7 +445,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's most similar partner, the smallest if equal (−1 if none), and their similarity (0 if none)."""
+    """Return each row's most similar partner (on ties, the smallest) and the similarity; −1 and 0 without a partner."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

@@ -190,7 +190,7 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a built dataset with its card to the Hub, or only list its files; if one is wrong, nothing is sent."""
+    """Upload a built dataset with its card, or only list the files; UserError, and no upload, if a file is unusable."""
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]

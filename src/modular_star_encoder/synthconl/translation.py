@@ -187,7 +187,7 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw one of `targets`, but never `source_language`, from `seed` and `row_id`; UserError if there is no other."""
+    """Draw one of `targets`, but never `source_language`, from `seed` and `row_id`; UserError if no other is left."""
     others = sorted(set(targets) - {source_language})
     if not others:
         message = f"`targets` must name a language other than {source_language}; found only {', '.join(targets)}."
@@ -309,7 +309,7 @@ def translate(
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
     """Yield lists of completions; hold failed ones back until an answer shows that the back end still works.
 
-    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all.
+    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all requests.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -409,7 +409,7 @@ class _CompletionFile:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal; cut off an incomplete last line. UserError if a line has none of `ids`."""
+    """Return {id: completion} of a journal; cut off an incomplete last line. UserError for an id not in `ids`."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
