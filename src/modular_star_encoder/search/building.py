@@ -114,7 +114,7 @@ def update_store(
     seconds: float | None = None,
     questions: Sequence[str] = (),
 ) -> UpdateReport:
-    """Bring a store up to date with the folder in `settings`, which it was made with; UserError if the folder is gone.
+    """Bring a store up to date with the folder in `settings`, which are the store's; UserError if the folder is gone.
 
     A file is not read again if its size and time of change are as before. After `seconds`, other files keep their old
     rows and count as postponed; of many new files, those that share words with `questions` are read first. A new index
@@ -300,7 +300,7 @@ class _Writer:
 
 
 def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float) -> list[float]:
-    """Return a number for each file, lower for those that come first: known files, then those with rare question words.
+    """Return a sort key for each file: known files come first, then files with rare words of the questions.
 
     Files that are not looked at before `time.monotonic()` reaches `end` come last.
     """

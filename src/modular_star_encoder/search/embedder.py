@@ -30,9 +30,9 @@ _Encoder = Callable[[Sequence[str]], dict[int, np.ndarray]]  # N texts → {exit
 
 
 class Embedder:
-    """Embeds questions and code with one checkpoint. Its files are read when they are first needed.
+    """Embeds questions and code with one checkpoint, whose files are read when they are first needed.
 
-    It loads only the layers up to the deepest exit in use, and imports torch only if numpy can't compute embeddings.
+    Only layers up to the deepest exit in use are loaded, and torch is imported only if numpy can't compute embeddings.
     Any method raises ValueError or OSError if the checkpoint does not exist, is damaged, or is not a retrieval model.
     """
 
@@ -93,8 +93,8 @@ class Embedder:
     ) -> tuple[int, ...]:
         """Return the given exits, ascending; if none is given, exit 0 if numpy can compute it, else the deepest exit.
 
-        `budget` has limits for `select_exit`, such as `latency_ms`, and may name an exit profile as `profile`. With it,
-        return only the best exit within the limits, of the given exits or of all.
+        `budget` has limits for `select_exit`, such as `latency_ms`, and may name an exit profile as `profile`. With
+        a budget, return only the best exit within the limits, of the given exits or of all exits.
         """
         if exit_layers is not None and (exit_layer is not None or not exit_layers):
             raise UserError("search.exit_layer", "Give either `exit_layer`, or `exit_layers` with at least one exit.")
@@ -149,7 +149,7 @@ class Embedder:
     def snippets(
         self, snippets: Sequence[Snippet], exit_layers: Sequence[int], dimension: int
     ) -> dict[int, np.ndarray]:
-        """Embed N pieces of code; return {exit_layer: embeddings (N, dimension) float32}. Recent ones are cached."""
+        """Embed N pieces of code; return {exit_layer: embeddings (N, dimension) float32}. Recent vectors are cached."""
         exits, instructions = tuple(exit_layers), self._facts["instruction_prompts"]
         texts = [code_prompt(one.language, instructions=instructions) + one.embedded() for one in snippets]
         keys = [(exits, dimension, text) for text in texts]
@@ -172,8 +172,8 @@ class Embedder:
     def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
         """Return a function from N texts to {exit_layer: embeddings (N, D) float32}; `expected` is the number of texts.
 
-        numpy computes exit 0 if it can. On a CPU, it also computes deeper exits for few texts, if torch has no model
-        yet.
+        If the configuration allows it, numpy computes exit 0 and, on a CPU, deeper exits of few texts, unless torch has
+        already loaded a model.
         """
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode

@@ -12,7 +12,7 @@ class Hit:
     """A piece of code that answers a question: a function, a class or other lines."""
 
     path: str  # relative if the file is below the working folder, else absolute
-    line: int  # 1-based line at which the definition begins; of a part of a very long one, the first line
+    line: int  # 1-based line at which the definition begins; of a part of a very long definition, the first line
     name: str  # of the function or class; empty for other lines
     score: float  # with the method `vector`, the cosine similarity; otherwise the sum of `reasons`
     exit_layer: int | None  # the exit whose embeddings ranked the hit; None if it was ranked without embeddings

@@ -161,7 +161,7 @@ class CodeIndex:
     ) -> Self:
         """Open an index, a folder or a URI (see `open_store`) or a store, to search it.
 
-        If its checkpoint has moved since the build, `checkpoint` is its new folder or Hub repository. `device` is the
+        If the checkpoint has moved since the build, `checkpoint` is its new folder or Hub repository. `device` is the
         torch device of the model; if None, a GPU if there is one. Raises UserError if there is no index at `location`,
         or another checkpoint built it; OSError if the checkpoint does not exist.
         """
@@ -185,7 +185,7 @@ class CodeIndex:
     def embedder(self) -> Embedder:
         """The `Embedder` of the checkpoint that the index was built with; UserError if this checkpoint has changed.
 
-        It must be on this machine, so that an index from a stranger can't make a search download a model.
+        The checkpoint must be on this machine, so that a stranger's index can't make a search download a model.
         """
         if self._embedder is None:
             name, commit = self.settings.checkpoint, self.settings.checksum
@@ -452,7 +452,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in a folder or its nearest parent; UserError if it is of code outside of it."""
+    """Return the path of the index in a folder or its nearest parent, or None; UserError if its code is elsewhere."""
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)
@@ -482,8 +482,8 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
 
-    The index is looked up at `location`, or in `folder`, or in the working folder and its parents. If there is none, or
-    another checkpoint than `checkpoint` built it, the one in the user's cache is opened or built, with `languages`.
+    The index is looked up at `location`, or in `folder`, or in the working folder and its parents. If there is no
+    index, or its checkpoint is not `checkpoint`, an index in the user's cache is opened or built, with `languages`.
     `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` and
     `questions` see `CodeIndex.refresh`; without questions, an index is built without a time limit.
     """
@@ -545,7 +545,7 @@ def _cached_index(
 def folder_of(file: str | os.PathLike[str]) -> str:
     """Return the folder in which to search for code similar to `file`: the nearest above with git or a cached index.
 
-    If there is none, it is the working folder if `file` is inside, else the folder of `file`.
+    Without such a folder, return the working folder if `file` is inside it, else the folder of `file`.
     """
     above, here = Path(os.path.realpath(file)).parents, Path(os.path.realpath("."))
     for folder in above:

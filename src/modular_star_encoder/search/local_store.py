@@ -161,7 +161,7 @@ class LocalStore:
 
     @_reading
     def finish(self) -> None:
-        """Merge segments that are small or have over a third of their rows deleted; then remove their files."""
+        """Merge segments that are small or have over a third of their rows deleted; remove the old files."""
         manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -272,7 +272,7 @@ class LocalStore:
         return self.folder is None or (self.folder.is_dir() and os.path.realpath(self.folder) == str(self.folder))
 
     def _check_in_place(self, manifest: Mapping[str, Any] | None = None) -> None:
-        """Raise UserError if the folder, or the index read from it, is gone or replaced: a link is not written to."""
+        """Raise UserError if the folder, or the index read from it, is gone or replaced, perhaps by a link."""
         if not self._is_in_place() or (manifest is not None and manifest["settings"] is None):
             message = f"The index {self.location} was removed or replaced while it was written. Run the command again."
             raise UserError("search.index.replaced", message)

@@ -222,7 +222,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based number of a piece's line to show first: `line`, or the best in a part of a long function."""
+    """Return the 1-based number of the line to show first: `line`, or the best match in a part of a long function."""
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))

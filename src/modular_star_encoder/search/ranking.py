@@ -145,7 +145,7 @@ def _candidates(
 
 
 def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
-    """Return the best candidates, with score and each rule's part of it; `given` goes to `place`, which ranks."""
+    """Return the best candidates, with score and what each rule adds; `given` are further arguments of `place`."""
     return [
         replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
         for one in place(question, [row.path for row in candidates], *given)
@@ -203,7 +203,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return standardised similarities and BM25 scores, weighted and added, less the median, at least 0; (N,)."""
+    """Return the weighted sum (N,) of standardised similarities and BM25 scores, less its median; at least 0."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -216,7 +216,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to scores: above 0 if a piece defines a name in the question, more if its file has it."""
+    """Return additions (N,) to scores: above 0 if a piece defines a name in the question, more if it names the file."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):

@@ -79,7 +79,7 @@ class VectorStore(Protocol):
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context manager that keeps other processes from writing the index; UserError after `seconds`."""
+        """Return a context manager that locks the index for writing; UserError if it stays locked for `seconds`."""
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
@@ -96,7 +96,7 @@ class VectorStore(Protocol):
         """Return {file_id: hash of the file's content}; None in place of the hash if a file is only partly written."""
 
     def stamps(self) -> Stamps:
-        """Return the sizes and times of files that `keep_stamps` stored last; empty if this store keeps none."""
+        """Return the sizes and times of files that `keep_stamps` stored last; {} if this store keeps none."""
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
@@ -138,7 +138,7 @@ def readable_path(path: str) -> str:
 
 
 def path_expression(pattern: str) -> re.Pattern[bytes]:
-    """Return a regular expression for paths as bytes that fit a pattern as in `.gitignore`; UserError if invalid."""
+    """Return a regular expression for paths (as bytes) that fit a `.gitignore` pattern; UserError if it is invalid."""
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
     if len(pattern) > LONGEST_PATH:
         fault = "long", f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
@@ -196,7 +196,7 @@ class IndexSettings:
         raise UserError(f"search.index.{key}", f"{fault}. Rebuild it: {REBUILD}.")
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError if `asked`, the settings of an update, are not those of the index; the message says how."""
+        """Raise UserError, with the differences, if `asked`, the settings of an update, are not those of the index."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         pairs = [(label, getattr(self, name), getattr(asked, name)) for name, label in _LABELS.items()]
         differences = [
