@@ -16,7 +16,7 @@ CHECKPOINT_HELP = "a checkpoint: a folder, a Hub repository, or mose-code, the m
 
 
 def argument_type(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return an argparse type that gives `read(text)`; if this is None or a ValueError, it says: must be `what`."""
+    """Return an argparse type that gives `read(text)`; if `read` gives None or ValueError, the error shows `what`."""
 
     def parse(text: str) -> Any:
         with suppress(ValueError):
@@ -91,7 +91,7 @@ def checkpoint(text: str) -> str:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command. `recipe` and `out` are help texts; `setting` is a KEY=VALUE."""
+    """Add RECIPE, KEY=VALUE and --out to a command. `recipe` and `out` are help texts, `setting` is an example."""
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

@@ -83,7 +83,7 @@ def add_evaluate_commands(commands: Any) -> None:
 def _model(text: str) -> str:
     """Argparse type: return `text` unchanged if it names a model; otherwise OSError.
 
-    A model is one at an endpoint (`openai:…`), a SentenceTransformer folder or a checkpoint.
+    A model is `openai:…` (an endpoint), a SentenceTransformer folder or a checkpoint.
     """
     is_other = text.startswith("openai:") or os.path.isfile(os.path.join(os.path.expanduser(text), "modules.json"))
     return text if is_other else checkpoint(text)

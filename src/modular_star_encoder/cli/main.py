@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Signal handler: raise KeyboardInterrupt, except within `CLEANUP_SECONDS`, in which the command cleans up."""
+    """Signal handler: raise KeyboardInterrupt, but not again within `CLEANUP_SECONDS`, while the command cleans up."""
     global _interrupted
     if time.monotonic() > _interrupted + CLEANUP_SECONDS:
         _interrupted = time.monotonic()
@@ -157,7 +157,7 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
 
 
 def value_of_environment(error: str) -> str:
-    """Return a note that names the environment variables whose value `error` can't read; "" if none."""
+    """Return a note that names the environment variables whose values caused `error`; "" without such variables."""
     if error == "Invalid IPv6 URL":  # huggingface_hub can't be imported
         return f" (in the environment: HF_ENDPOINT={os.environ.get('HF_ENDPOINT')})"
     if not error.startswith(("invalid literal for int() with base 10: ", "could not convert string to float: ")):
@@ -169,7 +169,7 @@ def value_of_environment(error: str) -> str:
 def keep_few_compiled_operations() -> None:
     """Limit oneDNN's and PyTorch's caches of compiled CPU operations to 64 entries, before torch multiplies matrices.
 
-    By default each has up to 1,024, one per shape of a bfloat16 matrix, so memory grows (benchmarks/NOTES.md).
+    By default, each has up to 1,024 entries, one per shape of bfloat16 matrices: memory grows (benchmarks/NOTES.md).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

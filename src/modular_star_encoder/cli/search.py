@@ -247,7 +247,7 @@ def _take_folder(arguments: argparse.Namespace) -> None:
     if folders := [one for one in questions if os.path.isdir(os.path.expanduser(one))]:
         fault = f"The folder {folders[0]!r} must come after the question"
     elif (is_path or questions) and os.path.isfile(path):
-        fault = f"{last!r} is a file, and only a folder can be searched; --path limits a search to files"
+        fault = f"{last!r} is a file, and only a folder can be searched; --path PATTERN selects its files"
     elif is_path and os.path.isdir(path):
         fault = f"A question is missing before the folder {last!r}"
     elif near:

@@ -65,7 +65,7 @@ def short_name(checkpoint: str) -> str:
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with a bar for each cost and quality score of one exit; the largest value of any exit fills it."""
+    """Return HTML with a bar for each cost and quality score of one exit; a full bar is the largest of all exits."""
     if (profile := costs.profile) is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     if exit_layer not in profile.exits:
@@ -212,7 +212,7 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`, in paths relative to `folder`, each with its rank in the reply `other`."""
+    """Return HTML with the hits of `reply`, with paths relative to `folder` and the ranks of the hits in `other`."""
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"

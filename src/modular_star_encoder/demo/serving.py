@@ -70,7 +70,7 @@ def served(
     """Serve the demo page of an index in the background while a `with` block runs; yield the page's address.
 
     Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT count. `source` is
-    the folder's web address for links. UserError if one of these is invalid.
+    the web address of the indexed folder, for links. UserError if an argument is invalid.
     """
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     key, fault = "", ""
@@ -235,7 +235,7 @@ class LocalFiles:
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page of an indexed file, or its part around `first`; lines `first` to `last` are marked."""
+        """Return an HTML page of an indexed file, or of the part around `first`; lines `first` to `last` are marked."""
         lines = LINE_END.split(self._index.read_file(path))
         start = end = characters = 0  # the page shows lines[start:end]
         for end, line in enumerate(lines):
