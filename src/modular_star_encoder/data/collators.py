@@ -38,7 +38,7 @@ def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
         if wrong:
             kinds = [f"{name} ({getattr(value, 'dtype', type(value).__name__)})" for name, value in row.items()]
             found = ", ".join(kinds) or "nothing"
-            message = f"Each row needs tensors of integers as {' and '.join(wrong)}. It has {found}."
+            message = f"Each row needs tensors of integers named {' and '.join(wrong)}. The row has {found}."
             advice = "Rename columns, or use InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows."
             raise UserError("data.collator.columns", f"{message} {advice}")
 
@@ -55,7 +55,7 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads rows of `InContextPairs`: `input_ids`, `attention_mask`, `labels`, int64 (B, T), and `icc_labels`, (B,)."""
+    """Pads `InContextPairs` rows; returns int64 `input_ids`, `attention_mask`, `labels` (B, T), `icc_labels` (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels", "icc_label"))
@@ -66,8 +66,8 @@ class PaddingCollator(_Padding):
 class RetrievalCollator(_Padding):
     """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
 
-    For `query`, `document`, `negative` and `text` (unpaired texts), as far as rows have them, it returns a mapping of
-    `input_ids` and `attention_mask`, int64 (B, T), and of `teacher`, the teacher's vectors (B, D), if rows have them.
+    Returns, for each of `query`, `document`, `negative` and `text` (unpaired texts) that rows have, a mapping with
+    `input_ids` and `attention_mask`, int64 (B, T), and `teacher`, the teacher's vectors (B, D), if rows have them.
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:

@@ -37,7 +37,7 @@ _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Retrieval rows as token ids, each text with its prompt: `<sep>{instruction}<sep>{text}<cls>`, cut in `{text}`.
+    """Retrieval rows as token ids, each text with its prompt: `<sep>{instruction}<sep>{text}<cls>`; long texts are cut.
 
     Without prompts, a text becomes `<sep>{text}<cls>`. Item `i` holds `query_ids` (description of row `i`) and
     `document_ids` (first snippet of row `i`), int64 (T,) for T tokens.
@@ -53,7 +53,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. The limits count prompts and special tokens too. `tokenizer` must add `<cls>` to texts."""
+        """Tokenize `texts`. The limits include prompt and special tokens. `tokenizer` must add `<cls>` to texts."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -110,7 +110,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean tokens of (descriptions, snippets), with their (longest) prompts, cut to their limits."""
+        """Return mean numbers of tokens (of descriptions, of snippets), cut to the limits, with the longest prompts."""
         frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
         for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -186,7 +186,7 @@ def _framed(content: np.ndarray, frame: _Frame, max_tokens: int) -> torch.Tensor
 
 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
-    """Pairs for clone detection: `<sep> first <sep> second <cls>` in `input_ids`, int64 (T,), and `labels`, int64."""
+    """Pairs for clone detection: `<sep> first <sep> second <cls>` in `input_ids`, int64 (T,); `labels`, an int64."""
 
     def __init__(
         self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True

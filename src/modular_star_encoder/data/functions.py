@@ -1,6 +1,6 @@
 """Extracts documented functions from a corpus: (description, code) rows, filtered by the rules of CodeSearchNet.
 
-The rules are in section 2 of arXiv 1909.09436. Docstrings are removed from code: otherwise even BM25 would find it.
+The rules are in section 2 of arXiv 1909.09436. Docstrings are removed from code, or even BM25 would find the code.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the functions of a source file (see `find_functions`), or [] if it can't be parsed; count in `counts`."""
+    """Return the functions of a source file (see `find_functions`), [] if parsing fails; count faults in `counts`."""
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
     try:
@@ -102,7 +102,7 @@ def extract_functions(
 def collect_functions(
     files: Iterable[SourceFile], processes: int = 2, progress: bool = True
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
-    """Return (documented functions in `files` that CodeSearchNet's rules keep, in order; counts by name).
+    """Return (documented functions in `files` that CodeSearchNet's rules keep, in order; {what is counted: number}).
 
     Of functions with equal code, only the first is returned. With 0 or 1 `processes`, the calling process parses.
     """
@@ -118,7 +118,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the functions that `collect_functions` returns, and repeated ones too; add the counts to `counts`."""
+    """Yield the functions of `collect_functions`, and those with repeated code; add the counts to `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -152,7 +152,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader with one `SourceFile`, named `PATH#L{line}`, for each outer function in `files`."""
+    """Return a reader with one `SourceFile`, `PATH#L{line}`, for each function in `files` that is not in a function."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
@@ -198,7 +198,7 @@ _OPENERS = {
 
 @contextmanager
 def checking_options(key: str, name: str) -> Iterator[None]:
-    """Context manager for a call with the options of a recipe's source `name`: wrong ones raise UserError(`key`)."""
+    """Context manager for a call with the options of a recipe's source `name`: wrong options raise UserError(`key`)."""
     try:
         yield
     except TypeError as error:

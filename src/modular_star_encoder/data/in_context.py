@@ -3,7 +3,7 @@
 Source: the MoSE paper (arXiv 2503.03008).
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
-are closer. A classifier could guess the label from these. The steps below make languages, lengths and each single
+are closer. A classifier could guess the label from both. The steps below make languages, lengths and each single
 snippet *independent of the label*. The *room* is the number of tokens that both snippets may have together.
 
 1. **A cell** is the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. To get one,
@@ -12,7 +12,7 @@ snippet *independent of the label*. The *room* is the number of tokens that both
    in cells as often as they do in repositories.
 2. **Two repositories** A ≠ B are drawn, with the same weights as C. Each must have two different texts for this cell:
    one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two repositories are found,
-   texts of any length in these languages are enough. If these are missing too, another cell is drawn.
+   texts of any length in these languages are enough. If no repositories have these either, another cell is drawn.
 3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. The lengths of
    a₁ and b₁, in language l₁, differ from t₁ by at most a tenth, and those of a₂ and b₂, in l₂, from t₂. If fewer than 4
    texts qualify, the 4 nearest in length are used. If t₁ is the whole room, all texts of t₁ or more tokens qualify.
@@ -64,7 +64,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or of another tokenizer."""
+        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or has another tokenizer."""
         check_special_tokens(tokenizer)
         key = fault = ""
         if max_tokens < MIN_ROW_TOKENS:
@@ -157,7 +157,7 @@ class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
     Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
-    used. `repositories` has indices of `corpus.repository_names`; `dropped_texts` is the number of unused texts.
+    used. `repositories` are the used ones' indices in `corpus.repository_names`; `dropped_texts` counts unused texts.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:

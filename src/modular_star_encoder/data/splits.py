@@ -1,7 +1,7 @@
 """Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-In contrastive learning, each row of a batch takes the others as negatives. So rows with the same description or code,
-directly or through other rows, form a *group*, and a batch has at most one row of each group.
+In contrastive learning, each row of a batch takes the other rows as negatives. So rows that share a description or
+code, directly or through other rows, form a *group*, and a batch has at most one row of each group.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def check_enough(names: Collection[str]) -> None:
     """Raise UserError if there are fewer than two names of repositories to split."""
     if len(names) < 2:
-        message = f"Splitting data needs two repositories, or two rows if they name none. Found {len(names)}. Add data."
+        message = f"Splitting data needs two repositories, or two rows if they have none. Found {len(names)}. Add data."
         raise UserError("data.split.too_few_repositories", message)
 
 
@@ -51,7 +51,7 @@ def draw_repositories(
 ) -> set[str]:
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
-    They have a fifth of all functions, or `min_test` if that is less. Large repositories are drawn last.
+    They have a fifth of all functions, or `min_test` if that is less. Those above `max_repository_share` come last.
     """
     check_enough(sizes)
     total = sum(sizes.values())
@@ -81,10 +81,10 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Return the training and held-out rows of a recipe; if `folder` has none, make them and, if `store`, store them.
+    """Return the training and held-out rows of a recipe; if `folder` has no rows, make and, if `store`, store them.
 
     Whole repositories are held out, `eval_fraction` (at most 0.2) of each source's rows. Rows without a repository are
-    held out one by one. `seed` decides which. `settings` is a recipe's `data`, which names the sources.
+    held out one by one. `seed` decides which rows. `settings` is a recipe's `data`, which names the sources.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -207,7 +207,7 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """Return the group of each row, int64 (rows,): rows that share a description or a code, also through other rows."""
+    """Return each row's group, int64 (rows,). A group's rows share descriptions or code, also through other rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -223,7 +223,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group of each row's hard negative, int64 (rows,), −1 for none; None if a row has no hard negative."""
+    """Return the group of each row's hard negative, int64 (rows,), −1 if no group has it; None if a row lacks one."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -243,8 +243,8 @@ class PairGroups:
     """The groups of `same_content_groups`, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
 
     `of_rows` is the group of each row, int64 (rows,); `negatives` is the result of `groups_of_negatives`. For each
-    kind, `numbers` has its groups, int64 (groups,), `rows` a list of rows for each group, and `counts` the number of
-    groups.
+    kind, `numbers` has the numbers of the groups that give such pairs, int64 (groups,), `rows` a list of the rows of
+    each of these groups, and `counts` how many groups there are.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
@@ -284,14 +284,14 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    In each epoch, the groups (see `PairGroups`) come in a new random order; each gives one pair, in each epoch of
-    another row. Text → code pairs and code → code pairs alternate if there are both. A batch has at most one pair of a
-    group, because two would be false negatives: a random other group gives a second one, and a random other row gives a
-    hard negative in place of one from a group of the batch.
+    In each epoch, the groups of rows (see `PairGroups`) come in a new random order; each group gives one pair, in each
+    epoch of another row. Text → code and code → code pairs alternate if there are both. A batch has at most one pair of
+    a group, because two would be false negatives: a random unused group takes the place of a repeated group, and the
+    hard negative of a random other row takes the place of a hard negative from a group of the batch.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs in a step of all processes together; an even number if `groups` has both kinds."""
+        """`batch_size`: pairs per step of all processes together; an even number if there are both kinds of pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -353,7 +353,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return `places`, indices of code → code groups, after replacing groups in `taken` by random unused ones."""
+        """Return `places`, indices of code → code groups, after replacing groups in `taken` by random unused groups."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):
@@ -372,7 +372,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each once; UserError if there are too few."""
+    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each once; UserError if rows are too few."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
         message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"

@@ -35,7 +35,7 @@ from modular_star_encoder.utils.files import write_json
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Tokenized texts with the repository and language of each: a store on disk (`TokenStore`), or a part of one."""
+    """Tokenized texts, each with repository and language: a store on disk (`TokenStore`), or a part of a store."""
 
     rows: TokenRows  # token ids of every text; a part of a corpus keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the indices of the rows that belong to this corpus
@@ -54,7 +54,7 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Return (corpus to train on, corpus with `eval_fraction` of the repositories, by their names and `seed`)."""
+        """Return (training corpus, held-out corpus with `eval_fraction` of repositories), split by names and `seed`."""
         names = self.repositories
         check_enough(names)
         least = 2 if len(names) >= 4 else 1

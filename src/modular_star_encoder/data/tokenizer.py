@@ -1,6 +1,6 @@
 """Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the tokens of `prompts.py`.
 
-A tokenizer makes a special token of the characters `<sep>`. Encode code and texts of users with `encode_content`.
+A tokenizer reads `<sep>` in a text as a special token; `encode_content`, for code and users' texts, does not.
 """
 
 import copy
@@ -107,9 +107,9 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether the tokenizer is one of ours that adds no special tokens to a text, as that of mose-code.
+    """Return whether the tokenizer has our special tokens but adds none to a text, as the tokenizer of mose-code.
 
-    The published one adds none either, but its users write them into the text, and it spells them otherwise.
+    The published tokenizer adds none either, but spells them otherwise, and users write them into the text.
     """
     return (tokenizer.sep_token, tokenizer.cls_token) == (SEP_TOKEN, CLS_TOKEN) and not tokenizer("")["input_ids"]
 
@@ -121,7 +121,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a text for each token id: its letters and digits in lower case, else a text that no other token has."""
+    """Return a text for each token id: the token's letters and digits in lower case or, if none, a unique text."""
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
@@ -130,7 +130,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 class TokenRows:
-    """Rows of token ids in one flat array. Row `i` is its part from `bounds[i]` to `bounds[i + 1]`, both int64."""
+    """Rows of token ids in one array. Row `i` is `flat[bounds[i] : bounds[i + 1]]`; `bounds` is int64 (rows + 1,)."""
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
         self._flat, self.bounds = flat, bounds
@@ -155,7 +155,7 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts without template, truncation and special tokens; `checksum` is a hash of what decides the ids."""
+    """Encodes texts without template, truncation and special tokens; `checksum` is a hash of what decides token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)

@@ -140,7 +140,7 @@ def _state_fault(state: dict[str, Any]) -> str:
     for part in _parts(state.get("post_processor")):
         ends = [part[name][1] for name in ("sep", "cls") if isinstance(part.get(name), list)]
         if max(*part.get("ids", ()), *ends, 0, 0) > max(ids):
-            return f"its post_processor adds an id above the largest, {max(ids)}"
+            return f"its post_processor adds a token id above {max(ids)}, the largest"
     return ""
 
 
@@ -153,7 +153,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with a step of a tokenizer, given as all mappings in its JSON; "" if nothing is wrong."""
+    """Return what is wrong with a step of a tokenizer, given as the mappings in its JSON; "" if nothing is wrong."""
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"
@@ -195,7 +195,7 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _is_sound(units: np.ndarray, texts: bytes) -> bool:
-    """Return whether all references of a trie of darts-clone, int64 (units,), exist: else tokenizers would panic."""
+    """Return whether the references in a darts-clone trie, int64 (units,), stay inside: else tokenizers would panic."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))

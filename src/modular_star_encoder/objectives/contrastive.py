@@ -27,8 +27,8 @@ def losses_from_embeddings(
 ) -> ObjectiveOutput:
     """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3), and other terms with a weight above 0 in `settings`.
 
-    `stacks` is {side: L2-normalised embeddings (E, B, D)}. Anchors of this process are scored against the positives and
-    negatives of all processes, positives against all anchors, but only within a set of `settings.pairs`.
+    `stacks` is {side: L2-normalised embeddings (E exits, B texts, D)}. Within each set of `settings.pairs`, anchors of
+    this process are scored against the positives and negatives of all processes, and positives against all anchors.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -75,7 +75,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return each exit's mean over its sizes, (E,). `found` is {size: a value per exit trained at this size}."""
+        """Return (E,): each exit's mean over its embedding sizes; `found` is {size: a value per exit trained at it}."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 
@@ -94,7 +94,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return, for each exit, the index of the exit it learns from: "deepest", "next_deeper" or the exit `chosen`."""
+    """Return, for each exit, the index of its teacher: `chosen` is "deepest", "next_deeper" or the teacher's exit."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -103,7 +103,7 @@ def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
 
 
 def _alignment(stack: torch.Tensor, target: list[int]) -> torch.Tensor:
-    """Return (E,): each exit's mean over texts of 1 - cosine(its embedding, its target's); 0 for the target itself."""
+    """Return (E,): the mean over texts of 1 - cosine(exit e, exit `target[e]`), or 0 if exit e is its own target."""
     cosines = nn.functional.cosine_similarity(stack, stack.detach()[target], dim=-1)
     pupils = torch.tensor([float(own != place) for own, place in enumerate(target)], device=stack.device)
     return (1 - cosines).mean(dim=1) * pupils.to(stack.dtype)
@@ -122,9 +122,9 @@ def _pair_sums(
 
 
 def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> dict[str, torch.Tensor]:
-    """Return {name of a loss or hit count: its sum (E,) over B queries (E, B, D)}, against candidates (E, C, D).
+    """Return {name of a loss or hit count: its sum (E,) over queries `rows` (E, B, D)}, with candidates `columns`.
 
-    The positive of query b is candidate rank × B + b. Chunks of scores are computed again in the backward pass.
+    The positive of query b is candidate r × B + b in the process of rank r. The backward pass computes scores again.
     """
     count = rows.shape[1]
     own = torch.arange(count, device=rows.device) + rank_and_count()[0] * count
@@ -214,7 +214,7 @@ class ContrastiveObjective:
     Gradient accumulation adds no candidates; for large batches, set `mini_batch_tokens`.
 
     Args:
-        settings: which texts of a batch form pairs, and which terms the loss has; by default those of the paper.
+        settings: which texts of a batch form pairs, and which terms the loss has; by default the paper's settings.
 
     Example:
         >>> from modular_star_encoder.inference.checkpoints import load_checkpoint
@@ -241,9 +241,9 @@ class ContrastiveObjective:
 
         Args:
             model: a `ModularStarEncoderForRetrieval`, possibly wrapped.
-            batch: {side: inputs} for each name in `settings.pairs`, by default `query` and `document`. A side is one
+            batch: {side: inputs} for each name in `settings.pairs`, by default `query` and `document`. A side has one
                 text of every pair, such as all queries. Inputs are `input_ids` and `attention_mask` (B, T), padded left
-                or right. Row b of the query matches row b of the document. A side may mix descriptions and code. If
+                or right. Row b of `query` matches row b of `document`. A side may mix descriptions and code. If
                 `settings.pairs` has several sets of pairs, each set may have a different B.
             exit_layers: the exits to train.
 

@@ -22,7 +22,7 @@ from modular_star_encoder.utils.settings import (
 
 def _have_own_names(pairs: Any) -> Any:
     if any(len(set(pair)) < len(pair) for pair in pairs) or len({pair[:2] for pair in pairs}) < len(pairs):
-        raise ValueError("must not repeat a name in a set, nor the same anchor and positive in two sets")
+        raise ValueError("must not repeat a name in a set, or an anchor and its positive in two sets")
     return pairs
 
 
@@ -59,7 +59,7 @@ class ContrastiveSettings:
             temperature, which preserves the size of gradients (Hinton et al., arXiv 1503.02531, section 2).
         alignment_weight: weight of 1 - cosine(exit's embedding, target's embedding). This term brings exits into one
             space, so that queries embedded at a shallow exit can search documents embedded at a deep exit.
-        alignment_target: exit to align with: `"deepest"`, `"next_deeper"`, or an exit's number. It gets no gradient.
+        alignment_target: exit to align with, which gets no gradient: `"deepest"`, `"next_deeper"`, or an exit's number.
         false_negative_margin: mask a negative if its similarity at the deepest exit exceeds the positive's similarity
             minus this margin. GISTEmbed (arXiv 2402.16829) compares similarities of a separate model. An untrained
             deepest exit masks half the negatives, so begin with fine-tuned models.
@@ -108,7 +108,7 @@ class ContrastiveSettings:
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model's trained exits and its embedding size.
 
-        If `rotates`, only the deepest exit is trained in every step; so only it can be teacher or alignment target.
+        If `rotates`, only the deepest exit is trained in every step; only this exit can be teacher or alignment target.
         """
         self.check_step(exit_layers, embedding_size, self.dimensions if isinstance(self.dimensions, Mapping) else ())
         for name, chosen in self._guides() if rotates and len(exit_layers) > 1 else ():
@@ -117,12 +117,12 @@ class ContrastiveSettings:
                 raise UserError("contrastive.rotation", message)
 
     def _guides(self) -> list[tuple[str, str | int]]:
-        """Return (name, value) of the settings in use that name an exit from which others learn."""
+        """Return (name, value) of the settings in use that name an exit from which other exits learn."""
         weights = {"teacher": self.distillation_weight, "alignment_target": self.alignment_weight}
         return [(name, getattr(self, name)) for name, weight in weights.items() if weight]
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int, named: Iterable[int] = ()) -> None:
-        """Raise UserError if a step does not train an exit in use (or `named`), or if a size is too large."""
+        """Raise UserError if an exit in use (or `named`) is not in `exit_layers`, or an embedding size is too large."""
         used = [*self._guides(), *(("dimensions", exit_layer) for exit_layer in named)]
         unknown = [f"`{name}` names exit {k}" for name, k in used if isinstance(k, int) and k not in exit_layers]
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
@@ -142,7 +142,7 @@ class ContrastiveSettings:
             numbers = [rows.get(side, 0) for side in pair]
             if len(set(numbers)) > 1 or not numbers[0]:
                 key = "rows"
-                fault = f"The sides {', '.join(pair)} have {numbers} rows; give all the same number, at least 1"
+                fault = f"The sides {', '.join(pair)} have {numbers} rows; give all sides the same number, at least 1"
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
             key, fault = "sides", f"The batch has the sides {found}, but the objective's `pairs` use {used}"

@@ -56,14 +56,14 @@ class DistillationObjective(ContrastiveObjective):
     All exits learn the teacher's space, so queries embedded at one exit can be compared with documents embedded at
     another exit or by the teacher. If training used centred vectors, centre the teacher's vectors before comparing.
 
-    A batch may also have texts without a pair, in a side that `contrastive.pairs` does not name. Only the first term
-    applies to these texts. Several processes and gradient caching (`mini_batch_tokens`) work as in
+    A batch may also have texts without a pair, in a side that `contrastive.pairs` does not name. Only the first of
+    the terms applies to these texts. Several processes and gradient caching (`mini_batch_tokens`) work as in
     `ContrastiveObjective`.
 
     Args:
         settings: the weights of the three terms.
         contrastive: pairs, logit scale, mini-batches and masking; by default, the logit scale is 20 and the
-            `false_negative_margin` is 0. Its `distillation_weight` and `alignment_weight` must be 0.
+            `false_negative_margin` is 0. The settings' `distillation_weight` and `alignment_weight` must be 0.
 
     Raises:
         UserError: `distillation_weight` or `alignment_weight` is not 0 (`distillation.contrastive`).

@@ -23,9 +23,9 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    Its method `check(exit_layers, embedding_size, rotates=…)`, if any, raises UserError if it does not fit the model,
-    or needs a shallow exit in every step while `rotates` is true. Its attribute `caches_gradients` is true if only
-    `losses.backward()`, not `torch.autograd.grad`, can compute the gradients of parameters.
+    A method `check(exit_layers, embedding_size, rotates=…)`, if any, raises UserError if the objective does not fit the
+    model, or if `rotates` (some steps skip exits) and it needs a shallow exit in every step. An attribute
+    `caches_gradients` is true if parameters get gradients by `losses.backward()`, but not by `torch.autograd.grad`.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
@@ -39,7 +39,7 @@ def exit_weights(
 
     `weighting` is one non-negative number per exit, or a name. `"paper"`: i/depth at exit i, as in the paper's loss
     (arXiv 2503.03008, i/36), and 1/depth at exit 0. `"uniform"`: 1. `"linear"`: j/E for the j-th of E exits.
-    `"geometric"`: 1, but the trainer divides each loss by its current value, as a constant, so that large and small
+    `"geometric"`: 1, but the trainer divides each loss by its detached current value, so that large and small
     losses count equally (arXiv 1904.08492). `normalize` divides the weights by their sum.
     """
     if weighting == "paper":

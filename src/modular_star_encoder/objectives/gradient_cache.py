@@ -23,7 +23,7 @@ from modular_star_encoder.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Rows of one side of a batch, such as `query`, cut to their first `width` columns; the others are padding."""
+    """Rows of one side of a batch, such as `query`, cut to the first `width` columns; the other columns are padding."""
 
     side: str
     rows: torch.Tensor  # (R,) indices of these rows in the batch
@@ -41,7 +41,7 @@ class MiniBatch:
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
     """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included, or of one longer text.
 
-    The longest texts come first: little padding, and most memory at first. Padding on the left counts as text.
+    Longest texts come first: little padding, and a lack of memory shows at once. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -59,7 +59,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """Return `count` mini-batches: halve the one with the most rows until there are enough, at most one per row."""
+    """Return `count` mini-batches (at most one per row), made by halving the mini-batch with the most rows."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))
@@ -79,7 +79,7 @@ def embed_sides(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Embed every side of a batch at every exit; return side → (E, B, D), and the learned logit scale (1,) or None.
 
-    `embed` does so for some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
+    `embed` embeds some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
     """
     tokens, key, fault = settings.mini_batch_tokens, "", ""
     if packed := [side for side, inputs in sides.items() if "cu_seq_lens_q" in inputs]:

@@ -101,7 +101,7 @@ class MultiExitContrastiveLoss(nn.Module):
 
     @contextmanager
     def _exits_in_features(self) -> Iterator[None]:
-        """Context manager: the first module's features have the embeddings of all exits, where DDP finds them."""
+        """Context manager: add the embeddings of all exits to the first module's features, where DDP finds them."""
         encoder, outputs = self._encoder(), []
         forward = encoder.forward
 

@@ -37,8 +37,8 @@ def find_functions(
 ) -> list[FoundFunction]:
     """Return the functions of `text` that have a body and no syntax error, in order, with methods and nested functions.
 
-    If `documented_only`, only those with a description. `counts` gets the numbers of files and functions left out.
-    Raises UnparsableSourceError if `text` can't be parsed, or if it has a syntax error and no function without one.
+    If `documented_only`, only functions with a description. `counts` gets the numbers of files and functions left out.
+    Raises UnparsableSourceError if `text` can't be parsed, or if it has a syntax error and no intact function.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parsing.parse(source.bytes, grammar)

@@ -91,18 +91,18 @@ def is_test(path: PurePath, language: str) -> bool:
 
 
 def is_closed(path: PurePath) -> bool:
-    """Return whether a folder in `path` is hidden or one of `CLOSED_FOLDERS`; readers of folders enter neither."""
+    """Return whether a folder in `path` is hidden or one of `CLOSED_FOLDERS`; readers do not enter such folders."""
     return any(name.startswith(".") or name in CLOSED_FOLDERS for name in path.parts[:-1])
 
 
 def is_generated(text: str) -> bool:
-    """Return whether lines 1 to 5 say that `text` is generated, or a line up to 40 is `generated … do not edit`."""
+    """Return whether lines 1–5 say that `text` is generated, or one of lines 1–40 is `generated … do not edit`."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     return any(map(_GENERATED_PHRASES.search, lines[:_PHRASE_LINES])) or any(map(_GENERATED_LINE.fullmatch, lines))
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether lines 1 to 10 say that `text` is generated and not to be edited, or a whole line up to 40 does."""
+    """Return whether lines 1–10 say that `text` is generated, not to be edited, or one of lines 1–40 is such a mark."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -160,8 +160,8 @@ _NO_SOURCE = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7
 def decode_source(content: bytes) -> tuple[str, str | None]:
     """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    The encoding is that of a byte-order mark, of a coding line (PEP 263), or UTF-8. If none fits, it is None, and the
-    text is read as Latin-1, which fits all bytes.
+    The encoding is that of a byte-order mark, of a coding line (PEP 263), or UTF-8. If none fits, the encoding is None
+    and the text is read as Latin-1, which fits all bytes.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):

@@ -180,7 +180,7 @@ def the_stack_repositories(
     Args:
         source, options: see `open_rows`; for example `"bigcode/the-stack-v2-train-smol-ids"`.
         content_url: an http address or a URL of fsspec, with `{blob_id}` in place of the file's id, such as
-            `s3://softwareheritage/content/{blob_id}`. It is never shown, because it may contain a signature.
+            `s3://softwareheritage/content/{blob_id}`. The URL is never shown, because it may contain a signature.
         http: `concurrency`, the number of files fetched at the same time, and other settings of `HTTPClient`.
     """
     http = {"concurrency": 16, "attempts": 4, "pause": 0.5, "timeout": 30.0} | dict(http or {})
@@ -219,7 +219,7 @@ def the_stack_repositories(
 def _wanted_files(
     row: dict[str, Any], languages: tuple[str, ...], filters: FileFilters, skipped: Counter[str]
 ) -> Iterator[tuple[SourceFile, str, str]]:
-    """Yield (file without its text, blob id, encoding) for each file of `row` to fetch; count others in `skipped`."""
+    """Yield (file without text, blob id, encoding) for each file of `row` to fetch; count other files in `skipped`."""
     _check(row, _STACK_ROW)
     for record in row["files"] or ():
         _check(record, _STACK_FILE | {name: kind for name, kind in _STACK_FILE_MORE.items() if name in record})

@@ -1,4 +1,4 @@
-"""Read rows, in order, from parquet, JSON Lines and CSV files, from folders of these, and from Hub datasets."""
+"""Read rows, in order, from parquet, JSON Lines and CSV files, from folders of such files, and from Hub datasets."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def open_rows(
 ) -> Iterable[dict[str, Any]]:
     """Return an iterable, which can be read repeatedly, of the rows of parquet files or of a Hub dataset.
 
-    Only `columns` are read, or all if it is empty. `config`, `split`, `revision` and `data_dir` are those of
+    Only `columns` are read, or all columns if it is empty. `config`, `split`, `revision` and `data_dir` are those of
     `datasets.load_dataset`, for the Hub only. `batch_size` is the number of rows to decode at a time.
     """
     files, shown = _files(source, _PARQUET), _shown(source)
@@ -252,7 +252,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise UserError if `source` is no URL, folder, file of rows or Hub id `owner/name`. The Hub is not contacted."""
+    """Raise UserError unless `source` is a URL, folder, file of rows or Hub id `owner/name`, without asking the Hub."""
     name, path = os.fspath(source), Path(source).expanduser()
     is_file = name.endswith(SUFFIXES)
     if "://" in name or path.is_dir() or (path.is_file() and is_file):
@@ -263,7 +263,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return a dataset's names of columns (JSON Lines: those in the first 100 rows); UserError if there is none."""
+    """Return a dataset's column names (of JSON Lines: those in the first 100 rows); UserError if no row has names."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
         rows: Rows = _undamaged(files[0], partial(_csv_names, files[0]))
@@ -278,7 +278,7 @@ def column_names(source: Source, **options: Any) -> list[str]:
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
-    """Yield the texts in one column of a dataset (see `open_dataset_rows`); UserError if a row has no text in it."""
+    """Yield the texts in one column of a dataset (see `open_dataset_rows`); UserError if a row has no text there."""
     for place, row in open_dataset_rows(source, [column], **options):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise UserError("data.row", f"{place} must have a text in column {column!r}.")

@@ -173,7 +173,7 @@ def _rules(file: str, folder: str) -> list[_Rule]:
     """Return the rules of an ignore file for the paths below a folder; no rules if the file can't be read."""
     content = beginning(file, _MAX_BYTES + 1) or b""
     if len(content) > _MAX_BYTES or content.count(b"\n") + content.count(b"[") > MOST_LINES:
-        message = f"{file} has over {MOST_LINES:,} lines and sets, or over {_MAX_BYTES:,} bytes: shorten it."
+        message = f"{file} has over {MOST_LINES:,} lines and sets ([…]), or over {_MAX_BYTES:,} bytes: shorten it."
         raise UserError("data.ignore.too_large", message)
     rules = []
     for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
@@ -208,7 +208,7 @@ _FIRST_MATCH = {"folders": b"(?>(?:.*?/)??", "all": b"(?>.*?", "some": b"(?>[^/]
 
 
 def glob_expression(glob: bytes) -> bytes:
-    """Return a regular expression that matches the same paths as git's pattern `glob`; re.error if none can match."""
+    """Return a regular expression that matches the paths of git's pattern `glob`; re.error if no path can match."""
     start = _LITERAL.findall(glob)[0]  # git compares this literal text first: `a**/b` is `a` and then `**/b`
     glob, parts, at = glob[len(start) :], [re.escape(start)], 0
     # Index in `parts` and kind of the previous wildcard that stays in a folder, and of the previous one that does not.

@@ -77,7 +77,7 @@ class FileReader(SourceReader):
         return len(self._files)
 
     def sort(self, keys: Callable[[Sequence[SourcePath]], Iterable[float]]) -> None:
-        """Read the files in ascending order of `keys(files)`, a number for each file."""
+        """From now on, read files in ascending order of `keys(files)`, a number for each file."""
         ordered = sorted(zip(keys(self._files), self._files, strict=True))
         self._files = [file for _, file in ordered]
 
@@ -88,7 +88,7 @@ def installed_repositories(
     languages: Iterable[str] | None = ("python",),
     filters: FileFilters | None = None,
 ) -> FileReader:
-    """Return a reader of the standard library and the distributions in this environment, without this package."""
+    """Return a reader of the standard library and the installed distributions except `exclude` and this package."""
     # Imported here, because a search reads only folders and does not need these modules.
     from importlib import metadata
 
@@ -267,7 +267,7 @@ class Member(NamedTuple):
 
 
 def archive_members(location: Path) -> Iterator[Member]:
-    """Yield the members of an archive in order. Read each before the next. ArchiveLimitError if a limit is exceeded."""
+    """Yield an archive's members in order; read each before the next. ArchiveLimitError if a limit is exceeded."""
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     most_bytes = min(MAX_ARCHIVE_BYTES, FREE_BYTES + MAX_RATIO * location.stat().st_size)
     for number, member in enumerate(members(location, most_bytes)):
@@ -283,7 +283,7 @@ def _archive_suffix(path: Path) -> str:
 class _LimitedFile:
     """Wraps a file for tarfile or zipfile. ArchiveLimitError(`reason`) if more than `left` bytes are read in all.
 
-    The error is also raised if one read has the bytes `entry` more than `MAX_ARCHIVE_MEMBERS` times.
+    The error is also raised if one read returns the bytes `entry` more than `MAX_ARCHIVE_MEMBERS` times.
     """
 
     def __init__(self, file: IO[bytes], left: float, reason: str, entry: bytes = b"") -> None:
@@ -323,7 +323,7 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header. Of the data before a member, only its path and size are kept, and no map of a sparse file."""
+    """A tar header. Of the data before a member, only the member's path and size are kept, not a sparse file's map."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -383,7 +383,7 @@ def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
 def archive_repositories(
     source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
-    """Return a reader of one archive, or of all archives under a folder; each is a repository. UserError if none."""
+    """Return a reader of one archive, or of all archives under a folder, one repository each. UserError if none."""
     root = Path(source).expanduser()
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in files_below(root, links=False)}
