@@ -155,7 +155,7 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
-    """Print the texts of a corpus that are in evaluation sets. UserError if there are any, and --drop is missing."""
+    """Print the texts of a corpus that are in evaluation sets. UserError if there are such texts and no --drop."""
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import write_json
 

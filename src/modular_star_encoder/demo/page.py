@@ -154,7 +154,7 @@ class SearchPage:
     def answer(
         self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each slider position (see `costs_at`); return an HTML text with hits for each one.
+        """Search at the exit of each slider position (see `costs_at`); return an HTML text with hits for each position.
 
         If the question is empty or an error occurs, the first text says what to do. `rerank` is a deeper exit, or 0.
         """

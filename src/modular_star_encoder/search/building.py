@@ -116,9 +116,9 @@ def update_store(
 ) -> UpdateReport:
     """Bring a store up to date with the folder in `settings`, which are the store's; UserError if the folder is gone.
 
-    A file is not read again if its size and time of change are as before. After `seconds`, other files keep their old
+    A file is not read again if its size and time of change are as before. After `seconds`, unread files keep their old
     rows and count as postponed; of many new files, those that share words with `questions` are read first. A new index
-    of few files has no time limit. With 0 or 1 `processes`, a crash of the parser ends the calling process.
+    of up to 1,000 files has no time limit. With 0 or 1 `processes`, a crash of the parser ends the calling process.
     """
     start = time.perf_counter()
     reader = folder_repositories(
@@ -235,7 +235,7 @@ class _Writer:
         return self.end is not None and time.monotonic() > self.end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
-        """Yield the files of a reader that are not in the store, or that have another content in the store."""
+        """Yield the files of a reader that the store lacks, or has with other content."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)

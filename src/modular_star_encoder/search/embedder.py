@@ -91,7 +91,7 @@ class Embedder:
         exit_layers: Sequence[int] | None = None,
         budget: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Return the given exits, ascending; if none is given, exit 0 if numpy can compute it, else the deepest exit.
+        """Return the given exits, ascending; by default, exit 0 if numpy can compute it, else the deepest exit.
 
         `budget` has limits for `select_exit`, such as `latency_ms`, and may name an exit profile as `profile`. With
         a budget, return only the best exit within the limits, of the given exits or of all exits.

@@ -97,7 +97,7 @@ class CodeIndex:
     ) -> Self:
         """Build the index of a folder, or update an existing index by embedding only new and changed files.
 
-        Without `location`, it writes `.mose` in the folder, as `mose index` does; with `memory://`, it writes nothing.
+        Without `location`, the index is `.mose` in the folder, as with `mose index`; `memory://` writes no files.
         After an interruption, the index has each file completely or not at all, and the next call continues.
 
         Args:
@@ -115,7 +115,7 @@ class CodeIndex:
             device: torch device of the model; if None, a GPU if there is one.
             processes: number of processes that parse files.
             progress: whether to show a progress bar.
-            seconds: stop reading files after about this time, if there are over 1,000 new ones; None for no limit.
+            seconds: stop reading files after about this time, if over 1,000 files are new; None for no limit.
             questions: with `seconds`, the files that share words with these questions are read first.
 
         Returns the index; `report` has the numbers of embedded files and rows. Raises UserError if an argument is
@@ -513,7 +513,7 @@ def open_for_search(
 
 
 def _own_index(folder: str) -> str | None:
-    """Return the path of the index in a folder; None if there is none, or if it is the index of another folder."""
+    """Return the path of the index in a folder; None if it has no index or the index of another folder."""
     folder = os.path.expanduser(folder)
     location = os.path.join(folder, INDEX_FOLDER)
     is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(folder)

@@ -225,7 +225,7 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,  # {name of a set: texts}; rows near one are dropped
     progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among n rows of whole texts, in one or more columns. Two blank rows are not near."""
+    """Find the near-duplicates among n rows by their texts in one or more columns. Two blank rows are not near."""
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
     order = np.arange(len(digests[0])) if order is None else order
@@ -298,7 +298,7 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return (pairs of rows with the same key in a band, largest bucket, most rows in a band with too large buckets).
+    """Return (pairs of rows with equal keys in a band, largest bucket size, most rows of a band in too large buckets).
 
     In a band, the bucket of a row is the rows of `others` with the row's key or, if `others` is `column`, only those
     before the row. A row is paired with the first `limit` rows of its bucket.

@@ -112,8 +112,8 @@ class AblationRecipe:
             Held-out rows are split by repository into validation rows (to choose learning rates) and test rows.
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
-        learning_rates: learning rates to try for each kind of model, with the first seed; by default only the rate in
-            `finetuning`. The rate with the best validation MRR is used with all seeds, for variants that of `together`.
+        learning_rates: rates to try for each kind of model, with the first seed; by default only that in `finetuning`.
+            The rate with the best validation MRR is used with all seeds; variants use the best rate of `together`.
         seeds: one model of each kind is trained with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
@@ -483,7 +483,7 @@ def _resamples(size: int, seed: int) -> np.ndarray:
 
 
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
-    """Return the mean × 100 of arrays (seeds, queries), one per task: `value`, its interval, and `by_seed`.
+    """Return the mean × 100 of arrays (seeds, queries), one per task: `value`, interval (`low`, `high`), `by_seed`.
 
     A bootstrap resample draws seeds and, within each task, queries. To compare two models, pass the differences of
     their values. The intervals of `comparisons` estimates hold jointly with 95 % confidence (Bonferroni).
