@@ -95,7 +95,7 @@ def identifier_overlap_accuracy(
 ) -> dict[str, float]:
     """Measure how well `identifier_overlap` alone predicts whether two texts come from the same repository.
 
-    The prediction is yes above the `threshold` with the highest accuracy on `fitted_on`, rows of `InContextPairs`.
+    Returns the `threshold` for yes with the best `fitted_accuracy` on `fitted_on`, and the `accuracy` on `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)

@@ -37,7 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank each pool's documents by `scores(pool)`; return the ranks, and the task's row number (Q,) of each query."""
+    """Rank each pool's documents by `scores(pool)`; return ranks, and each query's row number (Q,) in the task."""
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)
@@ -192,7 +192,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000)
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """Return (low, high), the 95 % bootstrap interval of F1 for outcomes (N,), by draws of their four numbers."""
+    """Return (low, high), the 95 % bootstrap interval of F1 for outcomes (N,), by draws of the four outcome counts."""
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
     return _percentiles(f1(draws))
@@ -201,7 +201,7 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 
 def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
     """Return the two-sided p-value of a paired permutation test whether `differences` (Q,) have mean 0.
 
-    A resample draws the signs. The observed signs count as one more, so p is never 0 (Phipson & Smyth 2010).
+    A resample draws random signs. The observed signs are one more resample, so p is never 0 (Phipson & Smyth 2010).
     """
     moved = differences[differences != 0]
     if not len(moved):
@@ -243,7 +243,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one term per query of dicts {query: difference}, one per task; their sum is the tasks' mean difference."""
+    """Return one term per query (Q,), whose sum is the tasks' mean; `differences` has {query: difference} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

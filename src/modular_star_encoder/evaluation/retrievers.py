@@ -243,7 +243,7 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the embeddings (N, F) of N pairs in `space`, read when indexed; KeyError if one is missing."""
+        """Return the embeddings (N, F) of N pairs in `space`, read when indexed; KeyError if a pair has none."""
         found = self._space(space)
         places = found.places(texts)
         if len(missing := np.flatnonzero(places < 0)):

@@ -157,7 +157,7 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,  # each has the row numbers (B,) of queries and of their candidates
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank all documents, or those in the query's batch; by default, text i is relevant to query i."""
+    """Build a task to rank all documents, or those in a query's batch; by default, document i answers query i."""
     rows = range(len(queries))
     ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
@@ -167,7 +167,7 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Return shuffled row numbers below `n` in batches of `size`, an incomplete one only if it is alone."""
+    """Return shuffled row numbers below `n` in batches of `size`; an incomplete batch is dropped unless it is alone."""
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
         raise UserError("evaluation.candidates.too_few", message)
@@ -184,7 +184,7 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from (description, code, language) rows, with `size` candidates per query; all documents if None."""
+    """Build a task from (description, code, language) rows, with `size` candidates per query (None: all)."""
     pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
     queries, documents = map(list, zip(*pairs, strict=True))

@@ -40,7 +40,7 @@ def shipped_model(name: str = "mose-code") -> str:
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
-    """Return the folder of the shipped model with this name, or `name` with `~` expanded if no model has it.
+    """Return the folder of the shipped model `name`, or `name` with `~` expanded if there is no such model.
 
     To name a folder that is called like a shipped model, write `./mose-code`.
     """
@@ -86,7 +86,7 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
 
 
 def _unsafe_file(folder: Path) -> str:
-    """Return which file is unsafe to read and why, for example "its config.json is not a file"; "" if none is."""
+    """Return which file is unsafe to read and why, for example "its config.json is not a file"; "" if all are safe."""
     for file in (path for pattern in _READ for place in ("", "*/") for path in folder.glob(place + pattern)):
         if not file.is_file():  # reading a pipe would never end
             return f"its {file.name} is not a file"
@@ -103,7 +103,7 @@ def _unsafe_file(folder: Path) -> str:
 
 
 def _huge_number(folder: Path) -> str:
-    """Return which number in config.json is so large that transformers would fill the memory; "" if none is."""
+    """Return which number in config.json is so large that transformers would fill the memory; "" if no number is."""
     try:
         config = read_json(folder / "config.json")
         huge = [name for name, most in _MOST.items() if isinstance(config.get(name), int) and config[name] > most]
@@ -113,7 +113,7 @@ def _huge_number(folder: Path) -> str:
 
 
 def _unsafe_weights(folder: Path) -> str:
-    """Return what is wrong with the weights of a checkpoint or of one of its modules; "" if nothing is."""
+    """Return what is wrong with the weights of a checkpoint or of one of its modules; "" if nothing is wrong."""
     if (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
         return ADAPTER
     if (folder / WEIGHT_FILES[0]).is_file():

@@ -59,7 +59,7 @@ def load_checkpoint(
     """Load a retrieval model in evaluation mode, and its tokenizer. No code of the checkpoint is run.
 
     By default: all layers, on a GPU if there is one, in the dtype of the checkpoint. ValueError if the checkpoint is
-    damaged, not a retrieval model, or without this exit; OSError if it does not exist.
+    damaged or not a retrieval model, or lacks `exit_layer`; OSError if it does not exist.
     """
     config, path = load_config(path), resolve_checkpoint(path)
     if exit_layer is not None:
@@ -86,7 +86,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
-    """Return the `folder_checksum` of a checkpoint, or the hash of the commit of a Hub repository to be loaded."""
+    """Return the `folder_checksum` of a local checkpoint, or the commit hash of a repository on the Hub."""
     folder = Path(resolve_checkpoint(checkpoint))
     if not folder.is_dir():
         # The Hub's cache has one folder per commit, whose name is the hash of the commit.
@@ -95,7 +95,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of a file in a checkpoint; None if there is none. Offline, only the Hub's cache is read."""
+    """Return the path of the file `name` in a checkpoint, or None. Offline, only the Hub's cache is read."""
     path = resolve_checkpoint(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -145,7 +145,7 @@ def check_size(parameters: int, folder: Path) -> None:
 def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
     """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    `with` gives the list of messages that transformers logs. At the end, those still in it are shown, if no error came.
+    Yields the list of messages that transformers logs. Without an error, those still in the list are shown at the end.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -193,7 +193,7 @@ def slice_checkpoint(
     Args:
         checkpoint: a folder, a Hub repository, or a model of this package.
         exit_layer: an exit of the checkpoint, which is the number of layers to keep.
-        out: folder to write; it must be empty or not exist. It is written atomically.
+        out: folder to write; it must be empty or not exist. The folder is written atomically.
         only_exit: leave out the projection heads of the shallower exits, as in the published slices.
 
     Raises:
@@ -267,7 +267,7 @@ def write_checkpoint(
     """Copy a checkpoint, or only its first `exit_layer` layers, to the folder `out`, with this package's model code.
 
     `only_exit` leaves out the projection heads of shallower exits; `tokenizer` is a folder with another tokenizer.
-    Weights keep their stored dtype, if all have the same. Raises the errors of `slice_checkpoint`.
+    Weights keep their stored dtype, if all have the same dtype. Raises the errors of `slice_checkpoint`.
     """
     config, path = load_config(checkpoint), resolve_checkpoint(checkpoint)
     if exit_layer is not None:
@@ -290,7 +290,7 @@ def write_checkpoint(
 
 
 def _stored_dtype(path: str) -> torch.dtype | None:
-    """Return the floating-point dtype of all tensors in a checkpoint's weight files; None if they have several."""
+    """Return the floating-point dtype of all tensors in a checkpoint's weight files; None if dtypes differ."""
     config, names = checkpoint_file(path, "config.json"), set()
     for file in config.parent.glob("model*.safetensors") if config else ():
         with safe_open(file, framework="pt") as tensors:

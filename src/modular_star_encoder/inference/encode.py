@@ -74,7 +74,7 @@ def encode_exits(
     """
     _check("model", model, isinstance(model, nn.Module), "a ModularStarEncoderForRetrieval")
     _check("exit_layers", exit_layers, isinstance(exit_layers, Collection | None), "a list of exits or None")
-    _check("max_length", max_length, max_length is None or _is_count(max_length), "a whole number from 1 or None")
+    _check("max_length", max_length, max_length is None or _is_count(max_length), "a whole number above 0 or None")
     config, device = model.config, next(model.parameters()).device
     exits = config.resolve_exits(exit_layers=config.exit_layers if exit_layers is None else exit_layers)
     skips_padding = device.type == "cpu" and config.pooling != "legacy"
@@ -105,7 +105,7 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray:
-    """Return the embeddings (E, N, D) float32 of N texts, which are sorted into padded batches.
+    """Return the embeddings (E exits, N, D) float32 of N texts, which are sorted into padded batches.
 
     `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to (E, B, D) float32; `shape` is (E, D).
     """
@@ -116,7 +116,7 @@ def encode_batches(
     _check("texts", wrong, isinstance(wrong, str), "a list of strings")
     _check("tokenizer", tokenizer, callable(tokenizer), "the model's tokenizer")
     _check("prompt", prompt, isinstance(prompt, str), "a string")
-    _check("tokens_per_batch", tokens_per_batch, _is_count(tokens_per_batch), "a whole number from 1")
+    _check("tokens_per_batch", tokens_per_batch, _is_count(tokens_per_batch), "a whole number above 0")
     unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     if broken := [text for text in unique if not_unicode(text)]:
         message = f"Remove the {not_unicode(broken[0])} from {len(broken)} of the texts, such as {broken[0][:40]!a}."
@@ -144,10 +144,10 @@ def _check(name: str, value: Any, is_right: bool, what: str) -> None:
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
 ) -> list[list[int]]:
-    """Return the ids of each text, at most `max_length`: `prompt`, text, and special tokens that the tokenizer adds.
+    """Return each text's token ids, at most `max_length`: `prompt`, text, and special tokens that the tokenizer adds.
 
     A special token in a text, such as `<mask>`, is read as ordinary characters, as in training, except in `prompt` or
-    in a published prompt that begins a text. For a tokenizer that adds no tokens, its `split_special_tokens` decides.
+    in a published prompt that begins a text. If a tokenizer adds no tokens, its setting `split_special_tokens` decides.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -183,7 +183,7 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Context manager: evaluation and inference mode; the last thread that leaves restores the mode."""
+    """Context manager: run `model` in evaluation and inference mode; the last thread that leaves restores its mode."""
     with _counting:
         state = _in_use.setdefault(model, [0, model.training])
         state[0] += 1

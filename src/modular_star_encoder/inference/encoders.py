@@ -65,7 +65,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
     """Load a ModularStarEncoder up to the deepest of `exit_layers` (all if None), or another encoder.
 
     `name` is a folder or Hub repository that sentence-transformers can load, `openai:MODEL` or `openai:MODEL@URL`.
-    Raises the errors of `load_checkpoint`, and UserError if another model gets `exit_layers`.
+    Raises the errors of `load_checkpoint`, and UserError if `exit_layers` are given for another model.
     """
     source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
     folder = local_folder(name)
@@ -132,7 +132,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def prompt(self, text: Text) -> str:
-        """Return the published prompt for prose or code, with an instruction if the model was fine-tuned with them."""
+        """Return the published prompt for prose or code, with an instruction if the model was fine-tuned with one."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)
@@ -195,7 +195,7 @@ class EndpointEncoder(Encoder):
     """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
     The API key is in `OPENAI_API_KEY` for OpenAI's address, and in `MOSE_API_KEY` for all others, because a recipe may
-    name a stranger's server. It is never stored, shown or logged. `client_options` are those of `HTTPClient`.
+    name a stranger's server. The key is never stored, shown or logged. `client_options` are those of `HTTPClient`.
     """
 
     def __init__(self, model: str, base_url: str, **client_options: Any) -> None:

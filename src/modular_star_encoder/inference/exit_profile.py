@@ -64,7 +64,7 @@ class ProfiledExit:
 class ExitProfile:
     """The cost and quality of each exit of a checkpoint, the shallowest first, and the machine that measured them.
 
-    `mose profile` measures one and writes it to a file.
+    `mose profile` measures a profile and writes it to a file.
 
     Example:
         >>> profile = ExitProfile.load("exit_profile.json")  # doctest: +SKIP
@@ -95,7 +95,7 @@ class ExitProfile:
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """Return a copy of the profile with added scores on `benchmark`; `values` is {exit_layer: score}.
 
-        Scores of exits that the profile lacks are left out. Raises UserError if it lacks all exits in `values`.
+        Scores of exits that the profile lacks are left out. Raises UserError if all are left out.
         """
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
@@ -274,7 +274,7 @@ def load_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str] | None = None) -> ExitProfile:
-    """Load a checkpoint's exit profile from `file`, by default its own; warn if another machine measured it."""
+    """Load an exit profile from `file`, by default the checkpoint's own; warn if another machine measured it."""
     check_checkpoint(checkpoint)
     if file is None:
         file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)

@@ -1,6 +1,6 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency is timed on random tokens, with the exits in random order, so that other programs slow all of them alike. Memory
+Latency is timed on random tokens, with the exits in random order, so that other programs slow all exits alike. Memory
 is measured in a process per exit, which runs this module as a script.
 """
 
@@ -155,7 +155,7 @@ def profile_to_file(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[ExitProfile, Path]:
-    """Measure a checkpoint's profile (see `profile_checkpoint`), write it to a file, and return both.
+    """Measure a checkpoint's profile (see `profile_checkpoint`), write it to a file, and return (profile, file).
 
     Quality scores of the same weights in the file are kept. UserError if the file has exits that `exit_layers` lacks.
     """
@@ -234,7 +234,7 @@ def _measure_times(
 def measure_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
 ) -> tuple[float | None, list[float | None]]:
-    """Return a new process's memory before it loads an exit, and its peak at each batch shape, in MB or None."""
+    """Return (memory in MB of a new process before it loads an exit, [peak at each batch shape]), None if unknown."""
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603

@@ -83,7 +83,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
 def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -> list[Task]:
     """Load the tasks of the benchmark `name`.
 
-    `data` is its folder, or the folder that contains it; "hub" for its authors' Hub repository; or "hub:OWNER/NAME" for
+    `data` is the benchmark's folder, or its parent; "hub" for the authors' Hub repository; or "hub:OWNER/NAME" for
     a copy. With `allow_subset`, files may have fewer rows than published; the tasks then have a note that says so.
     """
     benchmark = BENCHMARKS[name]

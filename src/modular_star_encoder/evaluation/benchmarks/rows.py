@@ -123,7 +123,7 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Return notes on a file with `found` of `expected` rows; fewer need `allow_subset`, more are a UserError."""
+    """Return notes on a file with `found` of `expected` rows; UserError for more, or fewer without `allow_subset`."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
