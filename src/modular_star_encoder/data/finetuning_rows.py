@@ -124,7 +124,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     """The rows of `steps` batches that `plan` chooses, one batch after another, to be read by a sequential sampler.
 
     A row holds `query_ids` and `document_ids`, int64 (T,), of a description and its first snippet or, for code → code,
-    of two random snippets of one row. It holds `negative_ids` if every row of `texts` has a hard negative.
+    of two random snippets of one row. The row also holds `negative_ids` if every row of `texts` has a hard negative.
     """
 
     def __init__(

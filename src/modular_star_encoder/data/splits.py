@@ -51,7 +51,7 @@ def draw_repositories(
 ) -> set[str]:
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
-    They have a fifth of all functions, or `min_test` if that is less. Those above `max_repository_share` come last.
+    The result has a fifth of all functions, or `min_test` if less. Repositories above `max_repository_share` come last.
     """
     check_enough(sizes)
     total = sum(sizes.values())

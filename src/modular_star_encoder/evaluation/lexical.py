@@ -93,7 +93,7 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Measure how well `identifier_overlap` alone predicts whether two texts come from the same repository.
+    """Measure how well `identifier_overlap` predicts if both texts of an `InContextPairs` row come from one repository.
 
     Returns the `threshold` for yes with the best `fitted_accuracy` on `fitted_on`, and the `accuracy` on `measured_on`.
     """

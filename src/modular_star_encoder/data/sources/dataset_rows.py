@@ -364,7 +364,7 @@ def _csv_names(file: str) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for each row of CSV files; the first line of a file names the columns."""
+    """Yield (place such as `a.csv, line 3`, row) for each row of CSV files; a file's first line names the columns."""
     csv.field_size_limit(_MAX_FIELD)
     for file in files:
         lines = _text_lines(file)
