@@ -130,7 +130,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
-        """`identifier_rename_prob`: probability that the frequent words of a snippet get random names."""
+        """`identifier_rename_prob`: probability that random strings replace the frequent words of a snippet."""
         self.rows, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size, self.seed = plan.batch_size, plan.seed
         self._length = steps * plan.batch_size

@@ -141,9 +141,9 @@ def open_triplets(
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
 ) -> ExampleReader:
-    """Return a reader of a dataset of triplets. Unusable rows, and those with a reason from `fault`, are skipped.
+    """Return a reader of a dataset of triplets. It skips unusable rows, and rows with a reason from `fault(row)`.
 
-    If `strict`, they raise UserError (`data.row`) instead. For `source`, `split` and `options` see `open_dataset_rows`.
+    If `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -244,7 +244,8 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: settings[name] for name in beside}
     columns, source = dict(options.get("columns") or {}), options.get("source")
     if not isinstance(options.get("columns") or {}, Mapping) or not source:
-        raise UserError("data.pairs.columns", "data.pairs must name a source; data.columns must be {ROLE: NAME, …}.")
+        message = "data.pairs must name a source, and data.columns columns of it, such as {query: title}."
+        raise UserError("data.pairs.columns", message)
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
         own = {"source", "columns", "min_score", "strict"}

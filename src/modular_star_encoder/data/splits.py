@@ -42,7 +42,7 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def check_enough(names: Collection[str]) -> None:
     """Raise UserError if there are fewer than two names of repositories to split."""
     if len(names) < 2:
-        message = f"Splitting data needs two repositories, or two rows if they have none. Found {len(names)}. Add data."
+        message = f"Splitting data needs rows of two repositories, or two rows without a repository, not {len(names)}."
         raise UserError("data.split.too_few_repositories", message)
 
 

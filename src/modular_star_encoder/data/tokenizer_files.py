@@ -176,7 +176,7 @@ def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
 
 
 def _growth(part: dict[str, Any]) -> float:
-    """Return the largest factor by which a step can make a text longer."""
+    """Return the largest factor by which one step of a tokenizer, `part`, can make a text longer."""
     keys = {"add_prefix_space", "replacement", "handle_chinese_chars"}
     if part.get("type") in ("ByteLevel", "BertNormalizer") or keys & part.keys():
         return 3

@@ -295,7 +295,7 @@ def _code_block(hit: Hit) -> str:
 
 
 def _badge(rank: int, hit: Hit, other: Reply) -> str:
-    """Return HTML with the rank of a hit in the reply `other`."""
+    """Return HTML with the rank that a hit has in the reply `other`, and how it differs from `rank`."""
     place = attrgetter("path", "line", "last_line", "name")
     places = [place(one) for one in other.answer.hits]
     if place(hit) not in places:

@@ -109,7 +109,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Rank J relevant documents by `scores` (J,); `above` (J,) counts all documents with the same or a higher score."""
+    """Return the ranks of J relevant documents; `above` (J,) counts the documents with at least the score of each."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")

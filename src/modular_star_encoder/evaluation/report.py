@@ -371,7 +371,7 @@ def _plain(text: str) -> str:
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """Return {label of a retriever and its embedding size: {exit_layer: row}}, with the exits ascending."""
+    """Return {label: {exit_layer: row}}, exits ascending; a label names a retriever and its embedding size."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:

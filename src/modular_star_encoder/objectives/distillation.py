@@ -63,7 +63,7 @@ class DistillationObjective(ContrastiveObjective):
     Args:
         settings: the weights of the three terms.
         contrastive: pairs, logit scale, mini-batches and masking; by default, the logit scale is 20 and the
-            `false_negative_margin` is 0. The settings' `distillation_weight` and `alignment_weight` must be 0.
+            `false_negative_margin` is 0. Its `distillation_weight` and `alignment_weight` must be 0.
 
     Raises:
         UserError: `distillation_weight` or `alignment_weight` is not 0 (`distillation.contrastive`).

@@ -215,7 +215,7 @@ class CodeIndex:
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH, questions: Sequence[str] = ()) -> UpdateReport:
         """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
-        Of over 1,000 new files, those that share words with `questions` are read first. The report's `postponed_files`
+        If over 1,000 files are new, those with words of `questions` are read first. The report's `postponed_files`
         is the number of files that time did not allow to read. The index is not updated if it is on a server or
         read-only, if another process writes it, or if the code folder does not exist. For errors see `update`.
         """

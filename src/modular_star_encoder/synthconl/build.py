@@ -214,7 +214,7 @@ def translations(build: Build, out: Path) -> Report:
 
 
 def triplets(build: Build, out: Path) -> Report:
-    """Take the code out of the model's answers; write accepted code with its function to `out`; return counts."""
+    """Write the accepted code in the model's answers, with the function that it translates, to `out`; return counts."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe

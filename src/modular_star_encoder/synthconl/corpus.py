@@ -174,7 +174,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; rows are pairs, and functions without a description."""
+    """Return (package number, counts, rows) for each item; a row is a pair, or a function without a description."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()

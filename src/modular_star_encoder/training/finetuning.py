@@ -64,10 +64,10 @@ def finetune(
     announce: Callable[[runs.Preflight], None] = print,  # called with the size of the run before it begins
     before: bool = True,  # whether to evaluate the model also before training
 ) -> dict[str, Any]:
-    """Fine-tune a model for retrieval; if `out` has an interrupted run of this recipe, continue that run.
+    """Fine-tune a model for retrieval, or continue an interrupted run of the recipe in `out`; return the training log.
 
-    `out` gets `data/`, `checkpoints/`, and at the end `report.md` (scores of all exits), `model/` with the training
-    log, which is returned, and with `lora` also `adapter/`. With several processes, every process calls this function.
+    `out` gets `data/`, `checkpoints/`, and at the end `report.md` (scores of all exits), `model/` (with the log), and
+    with `lora` also `adapter/`. With several processes, every process calls this function.
     """
     out, state = Path(out), runs.processes_of_run()
     processes, shown = state.num_processes, progress and state.is_main_process

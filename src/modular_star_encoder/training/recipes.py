@@ -262,7 +262,7 @@ class FinetuningRecipe(StartingRecipe):
         max_train_samples: number of rows to train on, drawn at random (all if None).
         max_text_tokens: largest number of tokens of a description, prompt and special tokens included.
         max_code_tokens: largest number of tokens of a code snippet, prompt and special tokens included.
-        identifier_rename_prob: fraction of the code snippets in which random strings replace the frequent words.
+        identifier_rename_prob: fraction of the code snippets whose most frequent identifiers become random strings.
         objective: settings of the loss, see `ContrastiveSettings`; leave out `pairs`, which the data determines.
         distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.
         eval_fraction: fraction of each source's rows to hold out for evaluation, in whole repositories, at most 0.2.

@@ -74,8 +74,8 @@ class StartingPoint(Generic[Model]):
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
         """Load the model, in float32, and its tokenizer; every call returns the same weights, by the recipe's seed.
 
-        A tokenizer that adds no special tokens, such as the published one, gets this package's template for them. For
-        retrieval, a tokenizer of this package stays as it is (see `adds_no_tokens`).
+        A tokenizer that adds no special tokens to a text gets this package's template, which adds them. Only the
+        tokenizers for which `adds_no_tokens` is true, such as that of mose-code, get no template for retrieval.
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:

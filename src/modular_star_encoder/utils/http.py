@@ -1,4 +1,4 @@
-"""An HTTP client with time-outs, size limits and retries, and checks of web addresses, tokens and the Hub.
+"""An HTTP client with time-outs, size limits and retries, and checks of web addresses and of access to the Hub.
 
 Requests run on an event loop in a thread of the client. The message of every error is one sentence without secrets.
 """
