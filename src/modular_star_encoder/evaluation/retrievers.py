@@ -218,7 +218,7 @@ class EmbeddingCache:
         return [text for text, place in zip(texts, places, strict=True) if place < 0]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray, model: str = "The model") -> None:
-        """Store the embeddings (N, F) of N (prompt, text) pairs in the cache's folder `space`; errors name the `model`."""
+        """Store embeddings (N, F) of N (prompt, text) pairs in the cache's folder `space`; errors name the `model`."""
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite
             embeddings = np.ascontiguousarray(embeddings, dtype=self._dtype)
         shards = self._space(space).shards
