@@ -467,8 +467,8 @@ class ModularStarEncoderPreTrainedModel(PreTrainedModel):
         Heads that are missing from the checkpoint are initialised at random, with a warning.
 
         Raises:
-            ValueError: the checkpoint lacks tensors of the trunk, or has unknown ones; the message names them. Not
-                checked with `state_dict`, or with `output_loading_info=True`, which returns the names.
+            ValueError: the checkpoint lacks tensors of the trunk, or has unknown tensors; the message names them. The
+                names are not checked with `state_dict`, or with `output_loading_info=True`, which returns them.
             RuntimeError: tensors have other shapes than the model's, and `ignore_mismatched_sizes` is False.
         """
         if kwargs.get("exit_layer") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
@@ -577,7 +577,7 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Return regular expressions for the names of tensors that the model of `full` has, but that of `kept` lacks."""
+    """Return regular expressions for the names of tensors that a model of `full` has and a model of `kept` lacks."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)
@@ -589,7 +589,7 @@ def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) ->
 
 
 def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str, str]:
-    """Return config.json's `auto_map`; `AutoModel` is the retrieval model if `model_class` is one, else the trunk."""
+    """Return config.json's `auto_map`; if `model_class` is for retrieval, so is `AutoModel`, else it is the trunk."""
     module = "modeling_modular_star_encoder"
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     return {

@@ -92,7 +92,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """`AutoConfig`'s dict of configuration classes by model type; a look-up of ModularStarEncoder imports its class."""
+    """`AutoConfig`'s dict {model type: configuration class}; reading ModularStarEncoder's class imports the class."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:

@@ -121,10 +121,10 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The rows of `steps` batches that `plan` chooses, one batch after another, to be read by a sequential sampler.
+    """The items of `steps` batches that `plan` chooses, one batch after another, to be read by a sequential sampler.
 
-    A row holds `query_ids` and `document_ids`, int64 (T,), of a description and its first snippet or, for code → code,
-    of two random snippets of one row. The row also holds `negative_ids` if every row of `texts` has a hard negative.
+    An item holds `query_ids` and `document_ids`, int64 (T,), of the description and first snippet of a row of `texts`
+    or, for code → code, of two random snippets of the row; also `negative_ids` if every row has a hard negative.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of row `index`, not renamed: {"query": (text, whether the text is code), "document": …}."""
+        """Return the texts of item `index`, not renamed: {"query": (text, whether the text is code), "document": …}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 

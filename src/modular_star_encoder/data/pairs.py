@@ -70,7 +70,7 @@ class ExampleReader:
     """Iterates over the examples in the rows of a dataset, in order. For the attributes see `SourceExamples`."""
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make(row)` yields examples and reasons to skip the row or a part. If `strict`, a reason raises UserError."""
+        """`make(row)` yields examples and reasons to skip the row or part of it; UserError for a reason if `strict`."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -283,7 +283,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if a source in a recipe's `data` does not exist or `pairs` lacks a column (`resolve_pairs`)."""
+    """Raise UserError if a source in a recipe's `data` does not exist, or `resolve_pairs` rejects local `pairs`."""
     for name in ("pairs",) if settings.get("pairs") else ("triplets", "parallel"):
         source = settings.get(name)
         source = source.get("source") if isinstance(source, Mapping) else source

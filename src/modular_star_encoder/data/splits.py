@@ -353,7 +353,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return `places`, indices of code → code groups, after replacing groups in `taken` by random unused groups."""
+        """Return `places`, indices of code → code groups, with a random unused group for each group in `taken`."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

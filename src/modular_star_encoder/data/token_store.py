@@ -220,7 +220,7 @@ class _Writer:
 
 
 def _digest(before: str, file: SourceFile) -> str:
-    """Return the digest of all files up to `file`; `before` is the digest of the files before `file`."""
+    """Return the digest of all files up to and including `file`; `before` is the digest of the files before `file`."""
     content = json.dumps([before, file.repository, file.path, file.language, file.text])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 

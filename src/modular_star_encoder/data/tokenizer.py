@@ -121,7 +121,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a text for each token id: the token's letters and digits in lower case or, if none, a unique text."""
+    """Return a text for each token: its letters and digits in lower case; a unique text for a token with neither."""
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
@@ -190,7 +190,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> Non
     """Raise UserError if a tokenizer has no special token for one of `roles`: by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
-        raise UserError("data.tokenizer.token_missing", f"The tokenizer has no {', '.join(missing)}: set it.")
+        raise UserError("data.tokenizer.token_missing", f"Set these tokens of the tokenizer: {', '.join(missing)}.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -154,7 +154,7 @@ class SearchPage:
     def answer(
         self, question: str | None, languages: Sequence[str] | None, path: str | None, rerank: Any, *positions: Any
     ) -> list[str]:
-        """Search at the exit of each slider position (see `costs_at`); return an HTML text with hits for each position.
+        """Search at the exit of each slider position (see `costs_at`); return one HTML text of hits per position.
 
         If the question is empty or an error occurs, the first text says what to do. `rerank` is a deeper exit, or 0.
         """
@@ -234,7 +234,7 @@ def message_html(text: str, *, error: bool = False) -> str:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as HTML, coloured by `formatter`. After a time limit, for hostile texts, the rest gets no colours."""
+    """Return code as HTML, coloured by `formatter` until a time limit; in hostile texts, the rest stays uncoloured."""
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
     options = {"startinline": True} if language == "php" else {}

@@ -252,7 +252,7 @@ def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def _chunks(resamples: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the shapes of chunks, which fit into memory, of `resamples` rows with `size` draws."""
+    """Divide `resamples` rows of `size` draws into chunks that fit into memory; yield the shape of each chunk."""
     rows = max(1, _DRAWS_PER_CHUNK // size)
     for start in range(0, resamples, rows):
         yield min(rows, resamples - start), size

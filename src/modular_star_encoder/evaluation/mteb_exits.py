@@ -178,7 +178,7 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """Make an mteb task of text → code from (description, code, language) rows; of equal texts, the first is kept."""
+    """Make an mteb task of text → code from (description, code, language) rows; leave out rows that repeat a text."""
     code_of: dict[str, str] = {}
     codes: set[str] = set()
     for description, code, _ in rows:

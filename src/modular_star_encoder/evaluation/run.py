@@ -157,7 +157,7 @@ def _path(out: str | Path | None, task: str, retriever: Retriever, variant: Exit
 def open_retriever(
     name: str, cache: EmbeddingCache | None = None, exit_layers: Sequence[int] | None = None
 ) -> Retriever:
-    """Open "bm25", "tfidf", or a model (see `load_encoder`); `exit_layers` are its exits to use, all if None."""
+    """Open "bm25", "tfidf", or a model (see `load_encoder`) with the exits `exit_layers`, or all its exits if None."""
     if name not in LEXICAL:
         return EmbeddingRetriever(load_encoder(name, exit_layers), cache)
     if exit_layers:
@@ -174,7 +174,7 @@ def _open_all(
             retrievers[name] = open_retriever(name, store)
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        message = f"Two models have the name {repeated[0]!r} in the tables: rename the folder of one."
+        message = f"Two models have the name {repeated[0]!r} in the tables: rename the folder of one of them."
         raise UserError("evaluation.retriever.same_name", message)
     return retrievers
 

@@ -101,7 +101,7 @@ class RepositorySettings:
 
     @property
     def parent(self) -> str | None:
-        """The key of the parent model's entry, `slice_of` or `trained_from`; None without a parent."""
+        """The key of the parent model's entry: the value of `slice_of` or `trained_from`; None without a parent."""
         return self.slice_of or self.trained_from
 
 

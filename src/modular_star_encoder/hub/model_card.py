@@ -68,7 +68,7 @@ class StagedRepository:
     sections: Sequence[tuple[str, str]] = ()  # (heading, Markdown) of each additional section
 
     def link(self, revision: str | None = None) -> str:
-        """Return a Markdown link to the repository, at `revision` or, if None, at the branch in its settings."""
+        """Return a Markdown link to the repository, at `revision` or, if None, at the repository's branch."""
         branch = self.settings.branch
         name = self.repository if branch == MAIN else f"{self.repository}, branch {branch}"
         place = revision or (None if branch == MAIN else branch)

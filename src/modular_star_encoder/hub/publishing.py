@@ -182,7 +182,7 @@ def publish(
 
 
 def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = None) -> str:
-    """Return the card of the first repository in a manifest; if `out` is given, also write card and figure to it."""
+    """Return the card of the first repository in a manifest; if `out` is given, write the card and its figure there."""
     with scratch_folder("card") as folder:
         staged = stage_repositories(manifest, folder)[0]
         check_card(staged.folder / CARD)
@@ -196,7 +196,7 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
 def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = True) -> dict[str, float]:
     """Check the files, card and tokenizer of staged repositories, and that each loads without this package.
 
-    Returns {key of a repository: largest difference from its source checkpoint's embeddings}; UserError if one fails.
+    Returns {repository's key: largest difference from its source checkpoint's embeddings}; UserError if a check fails.
     """
     for one in staged:
         check_files(one.folder, tuple(one.settings.files))
@@ -210,7 +210,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
-    """Raise UserError for a file that is unsafe, or that is neither weights nor in `EXPECTED` or `extra` (its path)."""
+    """Raise UserError for a file that is unsafe, or is neither a weights file nor named in `EXPECTED` or `extra`."""
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         key, fault = "unexpected", "is not expected; list it under `files` in the manifest"
@@ -254,7 +254,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _compare(staged: StagedRepository, found: Mapping[str, np.ndarray]) -> float:
-    """Return the largest difference between `found` and the source's outputs; UserError if it is above `TOLERANCE`."""
+    """Return the largest difference of the outputs `found` from the source's; UserError if it is above `TOLERANCE`."""
     own, dtype = _source_embeddings(staged)
     largest = 0.0
     for name, expected in own.items():

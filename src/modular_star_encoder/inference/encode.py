@@ -183,7 +183,7 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Context manager: run `model` in evaluation and inference mode; the last thread that leaves restores its mode."""
+    """Context manager: run `model` in evaluation and inference mode; the last thread to leave restores the old mode."""
     with _counting:
         state = _in_use.setdefault(model, [0, model.training])
         state[0] += 1

@@ -56,9 +56,9 @@ class DistillationObjective(ContrastiveObjective):
     All exits learn the teacher's space, so queries embedded at one exit can be compared with documents embedded at
     another exit or by the teacher. If training used centred vectors, centre the teacher's vectors before comparing.
 
-    A batch may also have texts without a pair, in a side that `contrastive.pairs` does not name. Only the first of
-    the terms applies to these texts. Several processes and gradient caching (`mini_batch_tokens`) work as in
-    `ContrastiveObjective`.
+    A batch may also have texts without a pair, in a side that `contrastive.pairs` does not name. Only the first term,
+    the distance to the teacher's vector, applies to these texts. Several processes and gradient caching
+    (`mini_batch_tokens`) work as in `ContrastiveObjective`.
 
     Args:
         settings: the weights of the three terms.
@@ -136,7 +136,7 @@ class DistillationObjective(ContrastiveObjective):
 
 
 def _unit(side: str, vectors: torch.Tensor | None, stack: torch.Tensor) -> torch.Tensor:
-    """Return one side's teacher vectors (B, D), scaled to length 1; `stack` (E, B, D) are the exits' embeddings."""
+    """Scale a side's teacher vectors (B, D) to length 1; UserError if their shape is not that of `stack` (E, B, D)."""
     if not isinstance(vectors, torch.Tensor) or vectors.shape != stack.shape[1:]:
         shape = tuple(getattr(vectors, "shape", ()))
         found = "no `teacher`" if vectors is None else f"`teacher` of shape {shape}"

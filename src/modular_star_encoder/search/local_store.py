@@ -343,7 +343,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers (P,) of the rows that have a word, and its counts (P,) in these rows, each at most 255."""
+        """Return the numbers (P,) of rows with a word, and the word's counts (P,) in these rows, each at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -378,7 +378,7 @@ _Places = list[tuple[_Segment, np.ndarray]]  # segments, each with the numbers o
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the `_BEST_BY_SIGNS` rows of `chosen` that agree with `unit` (D,) in the most signs; more if tied."""
+    """Return the `_BEST_BY_SIGNS` rows of `chosen` that agree with `unit` (D,) in the most signs; more rows if tied."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -397,7 +397,7 @@ def _signs(vectors: np.ndarray) -> np.ndarray:
 
 
 def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int) -> list[Found]:
-    """Return the `limit` best rows, sorted by score, path and line. `scored` has (segment, row numbers, scores)."""
+    """Return the `limit` best rows, sorted by score, path and line. `scored` lists (segment, row numbers, scores)."""
     found = []
     for segment, places, scores in scored:
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))

@@ -102,7 +102,7 @@ class _Input(io.BufferedIOBase):
 def serve(index: CodeIndex) -> None:
     """Serve the tools of `build_server` on stdin and stdout until stdin ends; UserError if one of them is closed."""
     if sys.stdin is None or sys.stdout is None:
-        raise UserError("mcp.closed", "`mose mcp` needs stdin and stdout, and one is closed. Let an agent start it.")
+        raise UserError("mcp.closed", "`mose mcp` needs an open stdin and stdout. Let an agent start it.")
     own = sys.stdin
     sys.stdin = cast(Any, SimpleNamespace(buffer=_Input(own.buffer)))
     try:

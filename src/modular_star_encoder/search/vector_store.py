@@ -83,7 +83,7 @@ class VectorStore(Protocol):
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context manager in which reads see the rows of its start; by default, it has no effect."""
+        """Return a context manager in which reads see the rows stored at its start; by default, it has no effect."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:

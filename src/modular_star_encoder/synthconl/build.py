@@ -214,7 +214,7 @@ def translations(build: Build, out: Path) -> Report:
 
 
 def triplets(build: Build, out: Path) -> Report:
-    """Write the accepted code in the model's answers, with the function that it translates, to `out`; return counts."""
+    """Write each function whose translation is accepted, with the translation, to `out`; return counts by outcome."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe

@@ -325,7 +325,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("code", text) for each code of a file, ("description", text) for each description, query and paragraph."""
+    """Yield ("code", text) for code in a file, ("description", text) for descriptions, queries and their paragraphs."""
     rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
     if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]

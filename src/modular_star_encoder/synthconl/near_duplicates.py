@@ -89,7 +89,7 @@ class DuplicateSettings:
 
     @property
     def banding(self) -> Banding:
-        """The banding for `threshold` and `recall`."""
+        """The number of MinHash bands, and of hashes in a band, for `threshold` and `recall`."""
         return optimal_banding(self.threshold, _MISS_WEIGHTS[self.recall])
 
 

@@ -265,10 +265,10 @@ class Results:
         return {"passed": difference["value"] >= self.recipe.gate and difference["low"] > 0, **difference}
 
     def summary(self) -> dict[str, Any]:
-        """Compare exits trained together, exits trained alone, and variants; leave out models if a seed has no result.
+        """Compare exits trained together, exits trained alone, and variants, where every seed of a model has a result.
 
-        A start has `gate`, `rates` {kind of model: best learning rate}, `exits` {exit: {`together`, `alone`,
-        `difference`}}, `mean_difference` and `variants` {name: {`exits`: {exit: {`score`, `from_together`,
+        An entry of `starts` has `gate`, `rates` {kind of model: best learning rate}, `exits` {exit: {`together`,
+        `alone`, `difference`}}, `mean_difference` and `variants` {name: {`exits`: {exit: {`score`, `from_together`,
         `from_alone`}}}}, with results of `estimate`. Intervals hold jointly for all exits and starts, or for all exits
         and variants.
         """

@@ -49,7 +49,7 @@ _Rank = Annotated[Count, Constraint(le=1024)]
 
 @with_config({"extra": "allow"})
 class LoraArguments(TypedDict, total=False):
-    """The ranks among the arguments of `peft.LoraConfig`, checked because adapters of high rank need much memory."""
+    """The arguments of `peft.LoraConfig` that are ranks, checked because adapters of high rank need much memory."""
 
     r: _Rank
     rank_pattern: Mapping[str, _Rank]
@@ -97,7 +97,7 @@ class TrainingSettings:
             if name.startswith(("push_to_hub", "hub_", "trackio_")):
                 fault, message = "upload", f"A recipe can't upload: leave out {name}, and publish with `mose publish`."
             elif name == "parallelism_config":
-                message = f"Leave out {name}: `accelerate launch` sets it, with its options --parallelism_config_…"
+                message = f"Leave out {name}: give `accelerate launch` its options --parallelism_config_… instead."
                 fault = "decided"
             # transformers takes a string for the name of a JSON file and reads it.
             elif name in _MAPPINGS and not isinstance(value, Mapping | None):
@@ -202,7 +202,7 @@ class StartingRecipe(TrainingRecipe):
     Args:
         task: `retrieval` (pairs of texts) or `classification` (labelled pairs).
         model: folder or Hub id of a fine-tuned model, or of a pre-trained model, which gets new heads. For random
-            weights, name a folder with a config.json but no weights, or a packaged configuration; set `tokenizer`.
+            weights, name a folder with a config.json but no weights, or a packaged configuration, and set `tokenizer`.
         exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other exits' heads are removed.
         config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
         unpad_inputs: remove padding tokens in training; the saved model has the `unpad_inputs` of the starting model.

@@ -319,7 +319,7 @@ def format_log(logs: dict[str, float]) -> str:
 
 
 class ExitProgressCallback(ProgressCallback):
-    """`Trainer`'s progress bar, with the time left, readable log lines, and on a CPU the duration of a long run."""
+    """`Trainer`'s progress bar with the time left and readable log lines; on a CPU, a notice if the run is long."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

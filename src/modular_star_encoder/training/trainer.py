@@ -179,7 +179,7 @@ class MultiExitTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save random states as `Trainer` does, and the moving average of the weights, for a run that is resumed."""
+        """Save random states as `Trainer` does, and the moving average of the weights, to resume the run."""
         super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir)

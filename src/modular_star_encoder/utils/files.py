@@ -156,7 +156,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, resumable: bool = Fal
 def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
     """Context manager: yield a temporary path. What is written there replaces `target` at the end, if no error occurs.
 
-    `resumable` is for jobs that may be killed and run in one process at a time: the data is flushed to the disk before
+    `resumable` is for jobs that run in one process at a time and may be killed: the data is flushed to the disk before
     the rename, and the next attempt removes what a killed attempt left, because the temporary name is the same.
     """
     target = Path(target)

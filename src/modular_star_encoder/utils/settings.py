@@ -270,7 +270,7 @@ def _sentence(fault: Any) -> str:
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, text with type, default and meaning) for each setting of the settings class `kind`.
 
-    Fields of the dataclass in `kind.OPEN_KEYS` are left out unless `Args:` describes or `kind.DEFAULTS` has them.
+    Fields of the dataclass in `kind.OPEN_KEYS` are left out if neither `Args:` nor `kind.DEFAULTS` names them.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)
@@ -318,7 +318,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Return key → first sentence of the key's description under `Args:` in the docstrings of `kind` and its bases."""
+    """Return {key: first sentence on the key under `Args:`} from the docstrings of `kind` and its base classes."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):

@@ -39,7 +39,7 @@ class SourceText:
 
     @cached_property
     def _removed(self) -> list[int]:
-        """For each `\\r\\n` of the original text, the offset in `bytes` of the `\\n` in its place."""
+        """For each `\\r\\n` of the original text, the offset in `bytes` of the `\\n` that replaces it."""
         pairs = re.finditer(rb"\r\n", self._original[self._skipped :])
         return [pair.start() - number for number, pair in enumerate(pairs)]
 
@@ -60,7 +60,7 @@ class SourceText:
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """Convert a span of `bytes` to (first byte, byte after the last, text) in the original text as UTF-8."""
+        """Return (first byte, byte after the last, text) of `bytes[start:end]` in the original text as UTF-8."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 

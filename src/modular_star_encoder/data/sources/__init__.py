@@ -225,7 +225,7 @@ class FileFilters:
         return "encoded data" if not self.encoded_data and holds_encoded_data(text) else None
 
     def decode(self, content: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
-        """Return (text of a file without byte-order mark, None), or ("", reason) if the file is left out."""
+        """Decode the `content` of a file: return (text, None), or ("", reason) if the file is left out."""
         if len(content) > self.max_bytes:
             return "", "too large"
         fault = "not UTF-8" if encoding == "utf-8-sig" else "not in its declared encoding"

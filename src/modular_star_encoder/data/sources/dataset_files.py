@@ -53,7 +53,7 @@ _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowColumns:
-    """The names of the columns of a data set with one file per row. Without `language`, the path's suffix decides."""
+    """The column names of a data set with one file per row. Without `language`, a path's suffix gives the language."""
 
     repository: str
     path: str

@@ -339,7 +339,7 @@ def _text_lines(file: str) -> Iterator[str]:
 
 
 def _check_size(file: str | os.PathLike[str], rows: int, characters: int) -> None:
-    """Raise OSError if `file`, for its size, has too many `rows` or unpacked `characters`."""
+    """Raise OSError if `rows`, or unpacked `characters`, are too many for the size of `file`."""
     if rows <= _MAX_ROWS and characters <= _MAX_CHARACTERS:
         return
     size = os.path.getsize(file)

@@ -163,7 +163,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return (pairs (P, 2), labels (P,), notes) of a file of pairs; if a pair is repeated, its last label counts."""
+    """Return (pairs (P, 2), labels (P,), notes on the size) of a file; the last label of a repeated pair counts."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):

@@ -42,7 +42,7 @@ def _report(path: Path, line: int | None, fault: str) -> NoReturn:
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files, sorted by name, of the first pattern that matches any file; [] if no pattern matches."""
+    """Return the files, sorted by name, that match the first pattern with a match; [] if no pattern matches."""
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -110,7 +110,7 @@ def read_json(path: Path, kind: Any = Any) -> Any:
 
 
 def read_table(path: Path, kind: type[Value]) -> list[Value]:
-    """Read the rows of a Parquet file (suffix `.parquet`) or of a file with JSON lines (any other suffix)."""
+    """Return the rows, each of type `kind`, of a Parquet file (suffix `.parquet`) or JSON Lines file (other suffix)."""
     if path.suffix != ".parquet":
         return read_jsonl(path, kind)
     import pyarrow
