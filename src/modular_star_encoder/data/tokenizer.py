@@ -121,7 +121,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a text for each token: its letters and digits in lower case; a unique text for a token with neither."""
+    """Return a text for each token: its letters and digits in lower case; unique if it is special or has neither."""
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
