@@ -321,7 +321,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
         return tuple(sorted({self.check_exit(exit_layer) for exit_layer in exit_layers}))
 
     def exit_index(self, exit_layer: int) -> int:
-        """Return the row of an exit in the exit embedding, which is the exit's index in `parent_exit_layers`."""
+        """Return the row number of an exit in the exit embedding: the index of the exit in `parent_exit_layers`."""
         return list(self.parent_exit_layers).index(self.check_exit(exit_layer))
 
     def exit_weight(self, exit_layer: int) -> float:

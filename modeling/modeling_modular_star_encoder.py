@@ -763,7 +763,7 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
         """Arrange a batch for the layers: padded (B, T, H), or flat (1, N, H), with all texts in one row, unpadded.
 
         Returns states, positions, the attention backend's mask, and a function that restores the batch's shape, or None
-        if states have this shape. For a flat batch, adds arguments to `kwargs` that keep attention within texts.
+        if the shape has not changed. For a flat batch, adds arguments to `kwargs` that keep attention within texts.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])
@@ -1223,8 +1223,8 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
     ) -> torch.Tensor | None:
         """Return each token's weight divided by the mean weight of its text, (B, T, 1) float32; `None` without weights.
 
-        The plain mean of states times these numbers is their weighted mean. Padding gets 0, and so does each token of a
-        text that has only weights of 0.
+        The plain mean of states times these numbers is the weighted mean of the states. Padding gets 0, and so does
+        each token of a text that has only weights of 0.
         """
         if self.model.token_weights is None:
             return None

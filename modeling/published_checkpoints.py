@@ -56,9 +56,9 @@ def read_published_layout(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
     """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
-    For a published checkpoint, `config` is complete, and `key_mapping` maps the tensor names in the file to ours. The
-    class that has the file's tensors replaces our base class, or the trunk if `AutoModel`, which does not know the
-    published class name, chose the trunk. ValueError if tensors do not match a published checkpoint.
+    For a published checkpoint, `config` is complete, and `key_mapping` maps the tensor names in the file to ours. If
+    `model_class` is our base class, or is the trunk because `AutoModel` does not know the published class name, the
+    returned class is the one that has the file's tensors. ValueError if tensors do not match a published checkpoint.
     """
     kwargs = dict(kwargs)
     if path is None:
@@ -154,7 +154,7 @@ def check_layout(
     config: ModularStarEncoderConfig,
     renamings: Mapping[str, str],
 ) -> None:
-    """Raise ValueError if a published file lacks a tensor, or has an unexpected, duplicate or wrongly shaped one."""
+    """Raise ValueError if a tensor of a published file is missing, unexpected, duplicate or wrongly shaped."""
     with torch.device("meta"):
         model = checkpoint_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

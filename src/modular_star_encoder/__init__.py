@@ -113,7 +113,7 @@ class _RegisteredWhenUsed(dict):
 
 
 class _RegisterWithAutoConfig(MetaPathFinder):
-    """An import hook that adds ModularStarEncoder to `AutoConfig` on its import, without importing the model."""
+    """An import hook that adds ModularStarEncoder to `AutoConfig` when `AutoConfig` is imported; imports no model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO_CONFIG:

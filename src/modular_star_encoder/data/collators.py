@@ -94,8 +94,8 @@ class PackingCollator:
 
     Returns inputs of `ModularStarEncoderForPreTraining` for P rows of N tokens in total: `input_ids`, `position_ids`
     (from 0 in every row) and `labels`, int64 (1, N); `icc_labels`, int64 (P,); `cu_seq_lens_q` and `cu_seq_lens_k`, the
-    bounds of the rows, int32 (P + 1,); `max_length_q` and `max_length_k`, the longest row, as an int. The batch can't
-    be divided: train without accelerate's `split_batches` and `dispatch_batches`.
+    bounds of the rows, int32 (P + 1,); `max_length_q` and `max_length_k`, the length of the longest row, an int. The
+    batch can't be divided: train without accelerate's `split_batches` and `dispatch_batches`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -45,9 +45,9 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1  # of the masked tokens, as in BERT; the o
 
 
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
-    """A map-style dataset of `length` rows: two snippets, partly masked, and whether both are from one repository.
+    """A map-style dataset: `length` rows of two partly masked snippets, and whether both are from one repository.
 
-    Row `i` depends only on the arguments and `i`, so every worker, process and resumed run makes the same row. It holds
+    Row `i` depends only on the arguments and `i`, so every worker, process and resumed run makes the same row. It has
 
     - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
     - `labels`, int64 (T,): the original ids at the masked positions (at least one), −100 elsewhere;

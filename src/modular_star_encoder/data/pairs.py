@@ -141,7 +141,7 @@ def open_triplets(
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
 ) -> ExampleReader:
-    """Return a reader of a dataset of triplets. It skips unusable rows, and rows with a reason from `fault(row)`.
+    """Return a reader of a dataset of triplets. It skips unusable rows, and rows for which `fault` returns a reason.
 
     If `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
     """
@@ -244,7 +244,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: settings[name] for name in beside}
     columns, source = dict(options.get("columns") or {}), options.get("source")
     if not isinstance(options.get("columns") or {}, Mapping) or not source:
-        message = "data.pairs must name a source, and data.columns columns of it, such as {query: title}."
+        message = "data.pairs must name a source, and data.columns must name its columns, such as {query: title}."
         raise UserError("data.pairs.columns", message)
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():

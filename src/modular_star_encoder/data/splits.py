@@ -127,7 +127,7 @@ def _print_counts(report: Mapping[str, Any]) -> None:
 
 
 def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
-    """Write the rows and their report to `folder`, all files at once; do nothing if `folder` has a report."""
+    """Write the rows and the report in `data` to `folder`, all files at once; do nothing if `folder` has a report."""
     if not (folder / REPORT).is_file():
         with staged_folder(folder) as staging:
             for name, rows in (("train", data.train), ("held_out", data.held_out)):
@@ -243,8 +243,8 @@ class PairGroups:
     """The groups of `same_content_groups`, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
 
     `of_rows` is the group of each row, int64 (rows,); `negatives` is the result of `groups_of_negatives`. For each
-    kind, `numbers` has the numbers of the groups that give such pairs, int64 (groups,), `rows` a list of the rows of
-    each of these groups, and `counts` how many groups there are.
+    kind, `numbers` has the numbers of the groups that give such pairs, int64 (groups,), `rows` is a list with the
+    row numbers of each of these groups, and `counts` is how many groups there are.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
@@ -284,8 +284,8 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    In each epoch, the groups of rows (see `PairGroups`) come in a new random order; each group gives one pair, in each
-    epoch of another row. Text → code and code → code pairs alternate if there are both. A batch has at most one pair of
+    In each epoch, the groups of rows (see `PairGroups`) come in a new random order; each group gives one pair, from its
+    rows in turn. Text → code and code → code pairs alternate if there are both. A batch has at most one pair of
     a group, because two would be false negatives: a random unused group takes the place of a repeated group, and the
     hard negative of a random other row takes the place of a hard negative from a group of the batch.
     """

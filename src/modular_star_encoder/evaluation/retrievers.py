@@ -213,7 +213,7 @@ class EmbeddingCache:
         return vars(self) if self.folder is None else vars(self) | {"_spaces": {}}
 
     def missing(self, space: str, texts: Sequence[Prompted]) -> list[Prompted]:
-        """Return the (prompt, text) pairs without an embedding in `space`, in the given order."""
+        """Return the (prompt, text) pairs that have no embedding in the cache's folder `space`, in the given order."""
         places = self._space(space).places(texts)
         return [text for text, place in zip(texts, places, strict=True) if place < 0]
 

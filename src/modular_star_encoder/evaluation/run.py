@@ -79,7 +79,7 @@ def run_benchmarks(
 def evaluate_tasks(
     tasks: Sequence[Task], retrievers: Sequence[Retriever], *, out: str | Path | None = None, progress: bool = True
 ) -> list[TaskResult]:
-    """Evaluate each variant of each retriever on each task, in this order; results in `out/cells/` are reused."""
+    """Return the results by retriever, task and variant, in this order; results in `out/cells/` are reused."""
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
         runs = [
@@ -106,7 +106,7 @@ def evaluate_tasks(
 
 
 def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> TaskResult:
-    """Evaluate one variant of a retriever, such as an exit, on a task; first call `prepare` with the task's texts."""
+    """Return the result of one variant of a retriever, such as an exit, on a task; call `retriever.prepare` first."""
     names = (task.benchmark, task.name, retriever.name, *variant)
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))

@@ -138,14 +138,14 @@ def check_size(parameters: int, folder: Path) -> None:
     if files and parameters > sum(file.stat().st_size for file in files):
         for file in files:  # SafetensorError if it is cut
             safe_open(file, framework="pt")
-        raise RuntimeError(f"size mismatch: the weights have fewer bytes than the model has parameters, {parameters}")
+        raise RuntimeError(f"size mismatch: the weights have fewer bytes than the model has parameters ({parameters})")
 
 
 @contextmanager
 def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
     """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    Yields the list of messages that transformers logs. Without an error, those still in the list are shown at the end.
+    Yields the list of messages that transformers logs. Without an error, messages still listed are shown at the end.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -300,7 +300,7 @@ def _stored_dtype(path: str) -> torch.dtype | None:
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
-    """Return this package's model class `name`, which `checkpoint` needs; raise UserError if there is none."""
+    """Return this package's model class `name`, which `checkpoint` needs; UserError if the package lacks the class."""
     if name == PUBLISHED_ARCHITECTURE:  # the `from_pretrained` of the base class finds the right class
         return modeling.ModularStarEncoderPreTrainedModel
     if name not in modeling.__all__:
@@ -320,7 +320,7 @@ def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer
 def save_retrieval_checkpoint(
     model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
 ) -> Path:
-    """Write a model with code and tokenizer to a `staged_folder` that SentenceTransformer can load; return `out`."""
+    """Write a model with its code and a tokenizer to `out`, which SentenceTransformer can then load; return `out`."""
     with staged_folder(out) as staging:
         model.save_pretrained(staging)
         save_tokenizer(tokenizer, model.config, staging)

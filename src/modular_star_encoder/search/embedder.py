@@ -94,7 +94,7 @@ class Embedder:
         """Return the given exits, ascending; by default, exit 0 if numpy can compute it, else the deepest exit.
 
         `budget` has limits for `select_exit`, such as `latency_ms`, and may name an exit profile as `profile`. With
-        a budget, return only the best exit within the limits, of the given exits or of all exits.
+        a budget, return only the best exit within these limits: one of the given exits or, by default, of all exits.
         """
         if exit_layers is not None and (exit_layer is not None or not exit_layers):
             raise UserError("search.exit_layer", "Give either `exit_layer`, or `exit_layers` with at least one exit.")

@@ -151,7 +151,7 @@ class QdrantStore(VectorStore):
         return sorted(found, key=lambda one: (-one.score, one.path, one.snippet.first_line))
 
     def _filter(self, where: Filter) -> Any:
-        """Return a Qdrant filter: None if `where` accepts all rows; one without conditions if it accepts no row."""
+        """Return a Qdrant filter: None if `where` accepts all rows; an empty filter if `where` accepts no row."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))

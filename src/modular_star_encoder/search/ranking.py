@@ -276,7 +276,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return factors (F,) for scores of files: below 1 for re-exports, type declarations, unasked tests and docs."""
+    """Return score factors (F,) of files: below 1 for tests and docs not asked for, re-exports, type declarations."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)

@@ -29,7 +29,7 @@ INDEX_FOLDER = ".mose"  # default folder of an index in its code folder; it is h
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an index: a piece of a file, its words and its embeddings."""
+    """One row of an index: a piece of a file, with the piece's words and embeddings."""
 
     place: int  # number of the row within its file
     file_id: str  # hash of the path's bytes, which need not be text

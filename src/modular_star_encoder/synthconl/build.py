@@ -1,4 +1,4 @@
-"""Build a dataset from a recipe, stage by stage; a repeated call continues one that was interrupted.
+"""Build a dataset from a recipe, stage by stage; a repeated call continues an interrupted build.
 
 Each stage writes a folder with its name, and is finished if this folder has a `report.json`.
 """

@@ -112,9 +112,9 @@ def build_corpus(
 ) -> Row:
     """Extract a corpus from the packages that `fetch_packages` downloaded to `source`; return `stats.json` as a dict.
 
-    `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`, `pairs_valid.jsonl.gz` those
-    of other packages, for validation, and `texts.jsonl.gz` the functions without a usable description: `package`,
-    `language`, `kind` ("code"), `text`. A package with a file in `out/packages` is not read again.
+    `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`; `pairs_valid.jsonl.gz` has
+    such rows of other packages, for validation; `texts.jsonl.gz` has the functions without a usable description, with
+    `package`, `language`, `kind` ("code") and `text`. A package with a file in `out/packages` is not read again.
     """
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
@@ -265,7 +265,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _is_own(row: Row) -> bool:
-    """Return whether a row has the columns of a pair or text from `_rows`, as texts."""
+    """Return whether a row has a str in each column of a pair, or of a function without a description."""
     columns = ("text", "kind") if "text" in row else ("code", "description", "name")
     return all(isinstance(row.get(column), str) for column in ("package", "language", *columns))
 
@@ -347,7 +347,7 @@ def check_corpus(
     hits: list[str] = []
 
     def others(path: Path, counts: Counter[str], digest: Any) -> Iterator[Row]:
-        """Yield the rows of a file that match no evaluation text; count all rows, and collect the matches."""
+        """Yield the rows of a file that match no evaluation text; count all rows, and append the matches to `hits`."""
         for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
             row = row if isinstance(row, dict) else {}
             kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

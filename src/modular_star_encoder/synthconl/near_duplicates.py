@@ -332,7 +332,7 @@ def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _near_pairs(
     pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the pairs that are near in all columns; for each of these, the smallest similarity over the columns)."""
+    """Return the pairs with a similarity >= `threshold` in all columns, and the smallest similarity of each pair."""
     smallest = np.ones(len(pairs))
     for first, second in zip(firsts, seconds, strict=True):
         smallest = np.minimum(smallest, _similarities(pairs, first, second, progress))

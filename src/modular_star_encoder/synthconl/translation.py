@@ -187,7 +187,7 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw one of `targets`, but never `source_language`, from `seed` and `row_id`; UserError if no other is left."""
+    """Draw one of `targets` except `source_language` by `seed` and `row_id`; UserError if there is no other target."""
     others = sorted(set(targets) - {source_language})
     if not others:
         message = f"`targets` must name a language other than {source_language}; found only {', '.join(targets)}."
@@ -307,7 +307,7 @@ def translate(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield lists of completions; hold failed ones back until an answer shows that the back end still works.
+    """Yield lists of completions; hold failed completions back until an answer shows that the back end still works.
 
     `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all requests.
     """

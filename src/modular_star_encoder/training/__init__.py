@@ -42,7 +42,7 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Return the path of recipe `name`: a YAML file, a packaged one (`small/finetune`), or the first in `small`."""
+    """Return a recipe's path; `name` is a YAML file, a packaged recipe (`small/finetune`) or its folder (`small`)."""
     path = Path(name).expanduser()
     if path.is_file():
         return path

@@ -240,7 +240,7 @@ class Results:
         return max(self.recipe.rates, key=mrr)
 
     def tried(self, start: str) -> list[str]:
-        """Return the kinds of models of a start, without variants, that were trained with every learning rate."""
+        """Return the kinds of models, except variants, that were trained from `start` with every learning rate."""
         known = dict.fromkeys(kind for of_start, kind, _, _ in self.found if of_start == start)
         runs = {kind: [(start, kind, rate, self.recipe.seeds[0]) for rate in self.recipe.rates] for kind in known}
         return [kind for kind in runs if kind not in self.recipe.variants and self.found.keys() >= {*runs[kind]}]
@@ -381,7 +381,7 @@ class _Cells:
             part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data.held_out).items()
         }
         if not all(self.tasks.values()):
-            fault = "The held-out rows need 2 pairs for validation and 2, of another repository, for the test"
+            fault = "The held-out rows need 2 pairs for validation, and 2 pairs of another repository for the test"
             raise UserError("ablation.held_out", f"{fault}: add rows, or raise `eval_fraction` (at most 0.2).")
 
     @staticmethod

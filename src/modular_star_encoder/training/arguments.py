@@ -132,7 +132,7 @@ def check_arguments(arguments: MultiExitTrainingArguments) -> None:
 
 
 def bf16_is_faster() -> bool:
-    """Return whether the GPU, or else the CPU by /proc/cpuinfo, multiplies bfloat16 matrices without emulation."""
+    """Return whether the GPU, or the CPU if there is no GPU, multiplies bfloat16 matrices without emulation."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

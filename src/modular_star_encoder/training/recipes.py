@@ -148,8 +148,8 @@ class TrainingRecipe(TrainingSettings):
     """Settings that all training recipes share.
 
     Args:
-        model: a packaged configuration, such as small, or a folder with a config.json; training starts from its
-            weights, if any.
+        model: a packaged configuration, such as small, or a folder with a config.json; training starts from the
+            weights in this folder, if it has any.
         tokenizer: folder or Hub id of the tokenizer, by default the model's tokenizer.
         attn_implementation: name of an attention implementation in transformers; kernels on the Hub are not allowed.
     """

@@ -217,7 +217,7 @@ def _plain(recipe: TrainingSettings) -> dict[str, Any]:
 
 
 def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
-    """Run a trainer to its last step, from the last complete checkpoint in `folder` if there is one; return a log.
+    """Run a trainer to its last step, from the last complete checkpoint in `folder`, if any; return the training log.
 
     In a run of one process, Ctrl-C or SIGTERM ends the training after the current step: a checkpoint is written, then
     KeyboardInterrupt is raised. A second signal ends the training at once.
@@ -297,7 +297,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the folder of the newest complete checkpoint (with `trainer_state.json`); None if there is none."""
+    """Return the folder of the newest complete checkpoint (with `trainer_state.json`); None without such a folder."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError):

@@ -314,7 +314,7 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Write the files that `SentenceTransformer` needs, if its modules can compute the model's embeddings."""
+    """Write the files that `SentenceTransformer` needs, if SentenceTransformer can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):

@@ -276,7 +276,7 @@ async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None
 def in_daemon_thread(
     function: Callable[..., T], *arguments: Any, slots: contextlib.AbstractContextManager[Any] | None = None
 ) -> "Future[T]":
-    """Call `function` in a new thread once `slots` (a semaphore) can be entered; return the future of the result.
+    """Call `function(*arguments)` in a new thread once `slots` (a semaphore) is free; return the future of the result.
 
     Unlike the threads of an executor, this thread does not delay the end of the process.
     """

@@ -228,7 +228,7 @@ def as_settings(kind: type[Settings], value: Any) -> Settings:
 
 
 def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], where: str) -> None:
-    """Raise UserError (`settings.unknown`) if a name is not in `known`; the message suggests the most similar one."""
+    """Raise UserError (`settings.unknown`) if a name is not in `known`; the message suggests the nearest known name."""
     for name in names:
         if name not in known:
             nearest = get_close_matches(name, known, n=1, cutoff=0.6)

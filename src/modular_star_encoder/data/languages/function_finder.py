@@ -231,7 +231,7 @@ def _text(node: Node | None, source: bytes) -> str:
 
 
 def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
-    """Return the dotted name that a C or C++ declarator of a function declares, or None if it declares none."""
+    """Return the dotted name that a C or C++ declarator of a function declares, or None if it declares no function."""
     node: Node | None = declarator
     is_function = False
     while node is not None and node.type not in _C_NAMES:

@@ -102,7 +102,7 @@ def is_generated(text: str) -> bool:
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether lines 1–10 say that `text` is generated, not to be edited, or one of lines 1–40 is such a mark."""
+    """Return whether lines 1–10 have `@generated` or `generated … do not edit`, or one of lines 1–40 is the latter."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False
@@ -160,8 +160,8 @@ _NO_SOURCE = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7
 def decode_source(content: bytes) -> tuple[str, str | None]:
     """Return (text without byte-order mark, encoding) for the bytes of a source file.
 
-    The encoding is that of a byte-order mark, of a coding line (PEP 263), or UTF-8. If none fits, the encoding is None
-    and the text is read as Latin-1, which fits all bytes.
+    The encoding is that of a byte-order mark, of a coding line (PEP 263), or UTF-8. If no encoding fits, the second
+    value is None, and the text is read as Latin-1, which fits all bytes.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):

@@ -252,7 +252,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise UserError unless `source` is a URL, folder, file of rows or Hub id `owner/name`, without asking the Hub."""
+    """Raise UserError unless `source` is a URL, folder, file of rows or Hub id `owner/name`; the Hub is not asked."""
     name, path = os.fspath(source), Path(source).expanduser()
     is_file = name.endswith(SUFFIXES)
     if "://" in name or path.is_dir() or (path.is_file() and is_file):

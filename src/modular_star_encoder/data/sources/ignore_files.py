@@ -277,7 +277,7 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
 
 
 def _ranges(values: list[int]) -> bytes:
-    """Return ascending byte values as the content of a regular expression's set, written in ranges."""
+    """Return ascending byte values as ranges, to be written inside the `[]` of a regular expression."""
     ends = [[values[0], values[0]]]
     for value in values[1:]:
         if value == ends[-1][1] + 1:

@@ -87,7 +87,7 @@ def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: boo
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Return glob patterns for the files of a split: JSON lines, the Hub's Parquet, the authors' unpacked archive."""
+    """Return glob patterns for a split's files: JSON lines, Parquet files of the Hub, the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",

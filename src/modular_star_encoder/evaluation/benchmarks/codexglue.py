@@ -181,7 +181,7 @@ def _read_bigclonebench(
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
     """Load Exercism: for each language, a task to find the solution of an exercise by its description.
 
-    With `from_code`, the query is the solution in another language. A task has the exercises that have both texts.
+    With `from_code`, the query is the solution in another language. Exercises without query or answer are left out.
     """
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)

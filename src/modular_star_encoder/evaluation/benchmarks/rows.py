@@ -87,7 +87,7 @@ def checked(path: Path, line: int | None, check: Callable[[Any], Value], data: A
 
 
 def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
-    """Read a file with one JSON value per line, each of the type `kind`, such as a subclass of `FileRow`."""
+    """Return the values in a file of one JSON value per line, each of type `kind`, such as a subclass of `FileRow`."""
     check = partial(TypeAdapter(kind).validate_json, strict=True)
     rows: list[Value] = []
     left = files.MAX_JSON_VALUES + path.stat().st_size
