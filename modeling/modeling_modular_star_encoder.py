@@ -274,7 +274,7 @@ class DocumentGroups:
         return DocumentGroups([group.to(device) for group in self.groups], self.places.to(device))
 
     def attend(self, attention: Callable, *query_key_value: torch.Tensor) -> torch.Tensor:
-        """Return attention within each text, (1, N, heads, head_dim); query, key, value are (1, heads, N, head_dim)."""
+        """Apply `attention` within each text to 3 tensors (1, heads, N, head_dim); return (1, N, heads, head_dim)."""
         flat = [states[0].transpose(0, 1) for states in query_key_value]
         outputs = [
             attention(*(group.padded(states) for states in flat), group.mask)[0].flatten(0, 1) for group in self.groups
@@ -921,7 +921,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Makes the features (B, H + exit_embedding_size) of classifiers: tanh(linear(`<cls>`)) and the exit's vector."""
+    """Makes classifier features (B, H + exit_embedding_size): tanh(linear(`<cls>`)), joined with the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()

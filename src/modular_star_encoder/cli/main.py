@@ -146,7 +146,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def with_options(sentence: str, arguments: argparse.Namespace) -> str:
-    """Return `sentence` with given options, such as --latency-ms, in place of the Python arguments of that name."""
+    """Return `sentence` with options, such as --latency-ms, in place of names of `arguments` that the user gave."""
     names = ("exit_layer", "exit_layers", "latency_ms", "memory_mb")
     given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
     if not given:
@@ -169,7 +169,7 @@ def value_of_environment(error: str) -> str:
 def keep_few_compiled_operations() -> None:
     """Limit oneDNN's and PyTorch's caches of compiled CPU operations to 64 entries, before torch multiplies matrices.
 
-    By default, each has up to 1,024 entries, one per shape of bfloat16 matrices: memory grows (benchmarks/NOTES.md).
+    By default, a cache has up to 1,024 entries, one per shape of bfloat16 matrices: memory grows (benchmarks/NOTES.md).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

@@ -153,7 +153,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {"query": (row, number), …} for item `index`: arguments of `RetrievalTexts.tokens`, for each text."""
+        """Return {"query": (row, number), …}: arguments of `RetrievalTexts.tokens` for each text of item `index`."""
         step, place = divmod(index, self.batch_size)
         row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}

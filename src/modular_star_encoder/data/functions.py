@@ -118,7 +118,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the functions of `collect_functions`, and those with repeated code; add the counts to `counts`."""
+    """Yield functions that CodeSearchNet's rules keep, also repeated code; count files and functions in `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -152,7 +152,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader with one `SourceFile`, `PATH#L{line}`, for each function in `files` that is not in a function."""
+    """Return a reader with one `SourceFile`, `PATH#L{line}`, for each function in `files` except nested functions."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)

@@ -12,10 +12,10 @@ snippet *independent of the label*. The *room* is the number of tokens that both
    in cells as often as they do in repositories.
 2. **Two repositories** A ≠ B are drawn, with the same weights as C. Each must have two different texts for this cell:
    one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two repositories are found,
-   texts of any length in these languages are enough. If no repositories have these either, another cell is drawn.
-3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. The lengths of
-   a₁ and b₁, in language l₁, differ from t₁ by at most a tenth, and those of a₂ and b₂, in l₂, from t₂. If fewer than 4
-   texts qualify, the 4 nearest in length are used. If t₁ is the whole room, all texts of t₁ or more tokens qualify.
+   texts of any length in these languages are enough. If no two repositories have such texts, another cell is drawn.
+3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. For i = 1 and 2, aᵢ and bᵢ are
+   in language lᵢ, and their lengths differ from tᵢ by at most a tenth. If fewer than 4 texts qualify, the 4 nearest in
+   length are used. If t₁ is the whole room, all texts of t₁ or more tokens qualify.
 4. **Windows** are the parts of the texts that the row holds. Each begins at a random place of its text. The first has
    n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds the room, each window gets half of
    the room, plus the part of the other half that the other window does not need.

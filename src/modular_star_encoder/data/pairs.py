@@ -153,7 +153,7 @@ def open_triplets(
 def _triplet(
     row: Mapping[str, Any], columns: TripletColumns, fault: Callable[[RetrievalExample], str | None]
 ) -> RetrievalExample | str:
-    """Return the triplet in `row`, or the reason why `row` must be skipped."""
+    """Return the triplet in `row`, or the reason to skip `row`: a wrong column, or what `fault(triplet)` returns."""
     if missing := [name for name in columns.names() if name not in row]:
         return f"no column {', '.join(missing)}; `columns` names the columns to read"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):

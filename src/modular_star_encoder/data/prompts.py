@@ -1,7 +1,7 @@
 """Defines the published prompts, and the special tokens that the encoder expects around a text.
 
 A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
-the `<cls>`; a prompt is the instruction and the inner `<sep>`. The texts are those of the published model cards.
+the `<cls>`; a prompt is the instruction and the inner `<sep>`. Instructions are worded as in the published model cards.
 """
 
 from modular_star_encoder.data.languages import registry

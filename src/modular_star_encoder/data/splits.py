@@ -223,7 +223,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group of each row's hard negative, int64 (rows,), −1 if no group has it; None if a row lacks one."""
+    """Return the group of each row's hard negative, int64 (rows,), −1 outside groups; None if a row has no negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None

@@ -42,7 +42,7 @@ class ExitCosts:
 
     @classmethod
     def of(cls, checkpoint: str, checksum: str, name: str) -> ExitCosts:
-        """Return a checkpoint's profile, or only a note if it is missing, unreadable or of other weights."""
+        """Return a checkpoint's profile, or only a note if the profile is missing, unreadable or of other weights."""
         advice = f"“mose profile {name}” measures the cost of each exit; its option --quality adds scores."
         try:
             with warnings.catch_warnings(record=True) as caught:

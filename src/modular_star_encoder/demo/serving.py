@@ -69,7 +69,7 @@ def served(
 ) -> Iterator[str]:
     """Serve the demo page of an index in the background while a `with` block runs; yield the page's address.
 
-    Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT count. `source` is
+    Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT apply. `source` is
     the web address of the indexed folder, for links. UserError if an argument is invalid.
     """
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
@@ -177,7 +177,7 @@ class _PolicyMiddleware:
 
 
 class _QuestionMiddleware:
-    """Responds with status 400 to a question that Gradio can't handle: no JSON, lone surrogates or no valid session."""
+    """Answers questions that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app
@@ -209,7 +209,7 @@ def _is_question(body: bytes) -> bool:
 
 
 def repository_links(address: str) -> LinkTo:
-    """Return a `LinkTo` for the web address of the indexed folder; UserError if `address` is not a web address."""
+    """Return a function (path, hit) → web address in the folder `address`; UserError if `address` is no web address."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         example = "https://github.com/OWNER/NAME/blob/REVISION/src"

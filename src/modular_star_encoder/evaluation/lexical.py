@@ -95,7 +95,7 @@ def identifier_overlap_accuracy(
 ) -> dict[str, float]:
     """Measure how well `identifier_overlap` predicts if both texts of an `InContextPairs` row come from one repository.
 
-    Returns the `threshold` for yes with the best `fitted_accuracy` on `fitted_on`, and the `accuracy` on `measured_on`.
+    Returns the `threshold` that is best on `fitted_on`, its `fitted_accuracy` there, and `accuracy` on `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)

@@ -81,7 +81,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements whose query and document are both in `pool`, with row numbers counted in the pool."""
+    """Return the judgements whose query and document are both in `pool`; their numbers become positions in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool

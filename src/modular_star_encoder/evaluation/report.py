@@ -190,7 +190,7 @@ def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
 
 
 def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult]) -> Difference:
-    """Return the mean of `results` minus the mean of `reference`, which have the same tasks and queries."""
+    """Return the `Difference`: mean of `results` minus mean of `reference`, which have the same tasks and queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
@@ -285,7 +285,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
 
 
 def _evaluated_model(table: Table) -> Table:
-    """Return the table with only the first model's exits, at their largest embedding size, and rows without exits."""
+    """Return `table` cut to the first model's exits, at the largest embedding size, and to retrievers without exits."""
     own = next((row.retriever for row in table.rows if row.exit_layer is not None), None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     largest = {row.exit_layer: row for row in rows if row.retriever == own}
@@ -323,7 +323,7 @@ def plot_quality(
     """Write a PNG with one panel per table: the main metric of each exit, with its interval, by depth.
 
     A dashed line shows each retriever without exits. If `latencies` is given, {retriever: {exit_layer: milliseconds}},
-    exits are plotted by latency, and dashed lines and exits without a latency are left out.
+    exits are plotted by latency; exits without a latency, and all dashed lines, are left out.
     """
     with naming_extra():
         from matplotlib.figure import Figure

@@ -2,8 +2,8 @@
 
 A retriever's *variants* are the exits of a model and, at each exit, the sizes to which embeddings can be truncated. The
 cosine similarity of two unit vectors is the float64 sum of the products of their components, added in a fixed order
-(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but the order of its sums varies. So its
-score is kept only if its rounding error cannot change the float32 number; other scores are summed in the fixed order.
+(numpy's pairwise sum) and rounded to float32. A matrix product is faster, but sums in varying order. So a score from a
+matrix product is kept only if rounding errors cannot change the float32 number, else summed again in the fixed order.
 Equal vectors therefore always have equal scores.
 """
 
@@ -166,7 +166,7 @@ class CosineScores:
         return scores
 
     def _unit(self, embeddings: np.ndarray) -> np.ndarray:
-        """Truncate rows and scale them to length 1, in float64; rows of zeros stay zero, infinite values become NaN."""
+        """Return truncated rows scaled to length 1, in float64; rows of zeros stay zero, infinite values become NaN."""
         embeddings = embeddings[:, : self.dimensions].astype(np.float64)
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
@@ -315,5 +315,5 @@ def _key(text: Prompted) -> bytes:
 
 
 def _short(keys: bytes) -> np.ndarray:
-    """Return the first 64 bits of each of N joined 32-byte keys, uint64 (N,), because they are quick to sort."""
+    """Return the first 64 bits of each of the N 32-byte keys joined in `keys`: uint64 (N,), which is quick to sort."""
     return np.frombuffer(keys, "<u8")[::4]

@@ -132,7 +132,7 @@ def _unsafe_weights(folder: Path) -> str:
 
 
 def _weights_fault(file: Path) -> str:
-    """Return why a safetensors file is too large to read; "" if it is not. safetensors reports damaged headers."""
+    """Return why a safetensors file is too large to read, else ""; safetensors itself reports damaged headers."""
     with file.open("rb") as opened:
         header = opened.read(min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER + 1))
     if len(header) > _MAX_HEADER:
@@ -153,7 +153,7 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 
 
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Return the file for a checkpoint's exit profile: `out`, or exit_profile.json in the folder of the checkpoint."""
+    """Return the path of a checkpoint's exit profile: `out`, or exit_profile.json in the folder of the checkpoint."""
     if out is not None:
         return Path(out).expanduser()
     check_checkpoint(checkpoint)

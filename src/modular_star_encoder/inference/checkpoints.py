@@ -56,10 +56,10 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
-    """Load a retrieval model in evaluation mode, and its tokenizer. No code of the checkpoint is run.
+    """Return (model, tokenizer) of the retrieval checkpoint `path`, in evaluation mode. No code in `path` is run.
 
     By default: all layers, on a GPU if there is one, in the dtype of the checkpoint. ValueError if the checkpoint is
-    damaged or not a retrieval model, or lacks `exit_layer`; OSError if it does not exist.
+    damaged or not a retrieval model, or lacks `exit_layer`; OSError if `path` does not exist.
     """
     config, path = load_config(path), resolve_checkpoint(path)
     if exit_layer is not None:

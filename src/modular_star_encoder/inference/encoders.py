@@ -62,10 +62,10 @@ class Encoder(Protocol):
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Load a ModularStarEncoder up to the deepest of `exit_layers` (all if None), or another encoder.
+    """Load a ModularStarEncoder up to the deepest of `exit_layers` (all layers if None), or another encoder.
 
     `name` is a folder or Hub repository that sentence-transformers can load, `openai:MODEL` or `openai:MODEL@URL`.
-    Raises the errors of `load_checkpoint`, and UserError if `exit_layers` are given for another model.
+    Raises the errors of `load_checkpoint`, and UserError if `exit_layers` are given for another kind of encoder.
     """
     source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
     folder = local_folder(name)

@@ -95,7 +95,7 @@ class ExitProfile:
     def with_quality(self, benchmark: str, values: Mapping[int, float]) -> ExitProfile:
         """Return a copy of the profile with added scores on `benchmark`; `values` is {exit_layer: score}.
 
-        Scores of exits that the profile lacks are left out. Raises UserError if all are left out.
+        Scores of exits that the profile lacks are left out. Raises UserError if all scores are left out.
         """
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:

@@ -194,7 +194,7 @@ class NumpyEncoder:
         return result
 
     def _tensor(self, name: str, transposed: bool = False) -> np.ndarray:
-        """Return a tensor of the checkpoint as float32, `transposed` in memory for `_linear`, which is then faster."""
+        """Return tensor `name` of the checkpoint, float32; if `transposed`, its transpose, for a faster `_linear`."""
         if name not in self._tensors:
             from safetensors import safe_open
 
@@ -326,7 +326,7 @@ def export_static(
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Return a tokenizer.json with which other libraries treat special tokens in a text as `tokenizer` treats them."""
+    """Return the content of a tokenizer.json with which other libraries treat special tokens as `tokenizer` does."""
     state = json.loads(tokenizer.to_str())
     if tokenizer.encode_special_tokens:  # sentence-transformers and model2vec ignore this, but read `added_tokens`
         vocabulary = state["model"]["vocab"]

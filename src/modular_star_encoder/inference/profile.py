@@ -86,10 +86,10 @@ def profile_checkpoint(
     dtype: str | None = None,
     progress: bool = True,
 ) -> ExitProfile:
-    """Measure the time and memory that each exit of a retrieval checkpoint needs to embed texts.
+    """Return the time and memory that each exit of a retrieval checkpoint needs to embed texts of the shapes in `plan`.
 
     By default: all exits, on a GPU if there is one, in the dtype of the checkpoint. UserError if the device is not
-    available, the dtype is unknown, or a length is more than the model accepts.
+    available, the dtype is unknown, or a length in `plan` is more than the model accepts.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,7 +157,7 @@ def profile_to_file(
 ) -> tuple[ExitProfile, Path]:
     """Measure a checkpoint's profile (see `profile_checkpoint`), write it to a file, and return (profile, file).
 
-    Quality scores of the same weights in the file are kept. UserError if the file has exits that `exit_layers` lacks.
+    Older quality scores of the same weights stay in the file. UserError if the older file has exits not measured now.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
@@ -234,7 +234,7 @@ def _measure_times(
 def measure_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
 ) -> tuple[float | None, list[float | None]]:
-    """Return (memory in MB of a new process before it loads an exit, [peak at each batch shape]), None if unknown."""
+    """Return (MB of a new process before it loads an exit, [peak MB at each of `shapes`]); unknown numbers are None."""
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603

@@ -75,7 +75,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return (E,): each exit's mean over its embedding sizes; `found` is {size: a value per exit of this size}."""
+        """Return (E,): each exit's mean over its embedding sizes; `found` is {size: a value per exit that has it}."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 

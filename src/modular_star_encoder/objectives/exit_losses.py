@@ -24,7 +24,7 @@ class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
     A method `check(exit_layers, embedding_size, rotates=…)`, if any, raises UserError if the objective does not fit the
-    model, or if `rotates` (some steps skip exits) and it needs a shallow exit in every step. An attribute
+    model, or needs a shallow exit in every step although `rotates` is true (some steps skip exits). An attribute
     `caches_gradients` is true if parameters get gradients by `losses.backward()`, but not by `torch.autograd.grad`.
     """
 

@@ -77,9 +77,9 @@ Embed = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 def embed_sides(
     model: nn.Module, embed: Embed, sides: Mapping[str, Mapping[str, Any]], settings: ContrastiveSettings
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Embed every side of a batch at every exit; return side → (E, B, D), and the learned logit scale (1,) or None.
+    """Embed all sides, such as `query`, at all exits; return {side: (E, B, D)} and the learned logit scale or None.
 
-    `embed` embeds some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
+    `embed` gets the inputs of some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
     """
     tokens, key, fault = settings.mini_batch_tokens, "", ""
     if packed := [side for side, inputs in sides.items() if "cu_seq_lens_q" in inputs]:

@@ -319,7 +319,7 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Mark rows as deleted. `dead` has the ids of their files, which are deleted or have newer rows."""
+        """Mark as deleted the rows of all files with the ids `dead`: files that are deleted or have newer rows."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
@@ -334,7 +334,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return cosine similarities (P,) float32 of `unit` (D,), of length 1, and the P rows with numbers `places`."""
+        """Return cosine similarities (P,) float32 of the unit vector `unit` (D,) and the P rows numbered `places`."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):

@@ -1,4 +1,4 @@
-"""The tools of `mose mcp`: agents search an index over the Model Context Protocol, and read only its files."""
+"""The tools of `mose mcp`: agents search an index over the Model Context Protocol, and can read only indexed files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class _Input(io.BufferedIOBase):
 
 
 def serve(index: CodeIndex) -> None:
-    """Serve the tools of `build_server` on stdin and stdout until stdin ends; UserError if one of them is closed."""
+    """Serve the tools of `build_server` on stdin and stdout until stdin ends; UserError if either stream is closed."""
     if sys.stdin is None or sys.stdout is None:
         raise UserError("mcp.closed", "`mose mcp` needs an open stdin and stdout. Let an agent start it.")
     own = sys.stdin

@@ -65,7 +65,7 @@ class Ranker:
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the `limit` rows most similar to a question with embeddings `vectors`, {exit_layer: (D,)}."""
+        """Return the `limit` rows that fit `where` most similar to a question with `vectors`, {exit_layer: (D,)}."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)

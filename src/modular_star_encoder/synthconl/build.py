@@ -378,7 +378,7 @@ def _read_log(build: Build) -> dict[str, Any]:
 
 
 def _differences(before: Any, now: Any, place: str = "") -> list[str]:
-    """Return the dotted names, such as `dataset.card.name`, of the settings that differ."""
+    """Return the dotted names, such as `dataset.card.name`, of the settings that differ between `before` and `now`."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [] if before == now else [place[1:]]
     names = ((key, f"{place}.{key}") for key in {**before, **now})

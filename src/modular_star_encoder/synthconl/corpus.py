@@ -306,7 +306,7 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return "equal SET" or "near SET" for a match in an evaluation set, else None. `kind`: code or description."""
+        """Return "equal SET" or "near SET" if `text` matches the set SET, else None. `kind`: code or description."""
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)

@@ -47,7 +47,7 @@ def drop_near_duplicates(
     share: tuple[int, int] | None = None,  # (i, n): only fingerprint the files i, i + n, i + 2n, …, and return {}
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Copy parquet files without near-duplicate rows; return the content of `report.json`. A repeated call continues.
+    """Copy parquet files without near-duplicate rows; return the content of `report.json`. Repeat a call to resume it.
 
     `dropped.jsonl` in `out` gets a line for each dropped row with `id`, `reason`, `cluster` (the smallest id in its
     cluster), `nearest` (the most similar row's id, or the number of the similar text in a set of `against`) and
@@ -131,7 +131,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
 
 
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
-    """Return `read(path)`, an object with `num_rows`; None if the file is missing; UserError if it is damaged."""
+    """Return `read(path)`, None if `path` is missing; UserError if `path` is damaged or does not have `rows` rows."""
     found: Any = None
     fault = ""
     try:

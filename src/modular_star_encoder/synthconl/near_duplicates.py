@@ -285,7 +285,7 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the distinct rows by ascending id, each row's index among them); blank rows are all distinct."""
+    """Return (the first row of equal rows, in `order`; each row's index among these); blank rows are never equal."""
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
     by_id[blank, 0] = blank + 1  # so that no two blank rows are equal

@@ -76,7 +76,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(triplets: Iterable[RetrievalExample]) -> DatasetStatistics:
-    """Return the statistics of `triplets`: rows with a description, a function and its translation."""
+    """Return the `DatasetStatistics` of `triplets`, each of a description, a function and its translation."""
     rows = description_characters = 0
     samples, characters = ({"original": Counter[str](), "synthetic": Counter[str]()} for _ in range(2))
     for triplet in triplets:
@@ -190,7 +190,7 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a built dataset with its card, or only list the files; UserError, and no upload, if a file is unusable."""
+    """Return the files of a built dataset, and its card, after an upload if `upload`; UserError if one is unusable."""
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]

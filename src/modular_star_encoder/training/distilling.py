@@ -169,7 +169,7 @@ def compute_teacher_vectors(
 class TeacherTargets:
     """The vectors that a student learns: a teacher's vectors of descriptions (`query`) and code snippets (`document`).
 
-    If `means` has a mean vector (D,) for a text's kind, query or document, it is subtracted; the result has length 1.
+    If `means` has the mean vector (D,) of `query` or `document`, this mean is subtracted before scaling to length 1.
     With bge-small on held-out pairs, MRR × 100 is 75.8 without the subtraction and 81.5 with it.
     """
 

@@ -107,7 +107,7 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
-        """Return the training arguments for the batch size on `processes` devices; UserError if it can't be divided."""
+        """Return training arguments that divide a batch among `processes` devices; UserError if a remainder is left."""
         return {"per_device_train_batch_size": 1}
 
     def to_dict(self) -> dict[str, Any]:

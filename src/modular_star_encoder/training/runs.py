@@ -116,7 +116,7 @@ def _preflight(
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> Preflight:
-    """Estimate the size of a pre-training run, in which the heads compute predictions only for masked tokens."""
+    """Return a `Preflight` with the size of a pre-training run, in which the heads predict only masked tokens."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     head_flops = 6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens
@@ -131,7 +131,7 @@ def finetuning_preflight(
     groups: Mapping[str, int],  # {kind of pairs: number of groups without a common text}
     tokens: tuple[float, float],  # mean lengths of a description and of a code snippet
 ) -> Preflight:
-    """Estimate the size of a fine-tuning run."""
+    """Return a `Preflight` with the estimated size of a fine-tuning run."""
     text, code = tokens
     mini_batch, sides = recipe.objective.mini_batch_tokens, len(recipe.objective.sides)
     negatives = [code] * (sides - 2)
@@ -157,7 +157,7 @@ def processes_of_run() -> PartialState:
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or has visible files but none named `mark`."""
+    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or a folder with visible files and no `mark`."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     fault = f"is not empty and has no {kind}; choose another folder" if names and mark not in names else ""
     if fault := "is a file; name a folder" if out.is_file() else fault:

@@ -74,8 +74,8 @@ class StartingPoint(Generic[Model]):
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
         """Load the model, in float32, and its tokenizer; every call returns the same weights, by the recipe's seed.
 
-        A tokenizer that adds no special tokens to a text gets this package's template, which adds them. Only the
-        tokenizers for which `adds_no_tokens` is true, such as that of mose-code, get no template for retrieval.
+        The tokenizer encodes a text as `<sep> text <cls>` (see `with_template`). For retrieval, a tokenizer for which
+        `adds_no_tokens` is true, such as that of mose-code, is not changed, and adds no special tokens.
         """
         recipe, exit_layer = self._recipe, self._recipe.exit_layer
         if recipe.tokenizer is None and not self.has_weights:

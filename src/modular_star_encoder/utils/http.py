@@ -79,7 +79,7 @@ _Check = Callable[[Response], bool]
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks up addresses in daemon threads, so that a slow look-up does not delay the exit."""
+    """An event loop that looks up addresses in daemon threads, so that a slow look-up does not delay Python's exit."""
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         return asyncio.wrap_future(in_daemon_thread(func, *args), loop=self)

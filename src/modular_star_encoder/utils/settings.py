@@ -223,7 +223,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
 
 
 def as_settings(kind: type[Settings], value: Any) -> Settings:
-    """Return `value` if it is a `kind`, else a `kind` with the values of the mapping `value` (None: the defaults)."""
+    """Return `value` if it is an instance of `kind`, else a `kind` made of the mapping `value` (None: the defaults)."""
     return value if isinstance(value, kind) else build_settings(kind, {} if value is None else value, kind.__name__)
 
 

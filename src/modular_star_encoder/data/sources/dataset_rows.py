@@ -170,7 +170,7 @@ def _groups(data: parquet.FileMetaData) -> list[parquet.RowGroupMetaData]:
 def parquet_batches(
     file: str | os.PathLike[str], columns: Sequence[str] | None = None, most_rows: int = _ROWS_PER_TABLE
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the rows of a parquet file, at most `most_rows` at a time; OSError if they unpack to too many bytes."""
+    """Yield batches of at most `most_rows` rows of a parquet file; OSError if the rows unpack to too many bytes."""
     import pyarrow
     from pyarrow import parquet
 
@@ -198,7 +198,7 @@ def parquet_batches(
 
 
 def _decoded_bytes(column: pyarrow.Array) -> int:
-    """Return how many bytes the dictionary-encoded texts in a column, also in its lists, would have when decoded."""
+    """Return how many bytes the dictionary-encoded texts of a column, or of lists in it, have once they are decoded."""
     from pyarrow import compute, types
 
     if types.is_dictionary(column.type):
@@ -234,9 +234,9 @@ def _undamaged(name: str, read: Callable[[], Iterator[Item]], *, is_remote: bool
 def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "train", **options: Any) -> Rows:
     """Return an iterable, which can be read repeatedly, of the pairs (place, row) of a dataset, in order.
 
-    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read. JSON Lines and CSV have
-    all columns. In a folder, only files whose names begin with `split` are read, if one begins with train, validation
-    or test. For `options` see `open_rows`.
+    A place is for example `data.jsonl, line 3`. A row is a `BadLine` if its line can't be read. Rows of JSON Lines and
+    CSV have all columns, not only `columns`. If a folder has files whose names begin with train, validation or test,
+    only files whose names begin with `split` are read. For `options` see `open_rows`.
     """
     files, name = _files(source, SUFFIXES, split), _shown(source)
     if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
