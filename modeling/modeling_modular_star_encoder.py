@@ -1033,14 +1033,14 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
     ) -> tuple | ModularStarEncoderForPreTrainingOutput:
         r"""Predict masked tokens, and whether the two snippets of a row come from one repository.
 
-        If only one kind of labels is given, the other head gets gradients of zero, so that DDP needs no
-        `find_unused_parameters`.
+        If only `labels` or only `icc_labels` is given, the head for the other labels gets gradients of zero, so that
+        DDP needs no `find_unused_parameters`.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: the batch, see `ModularStarEncoderModel.forward`.
             labels: (B, T), the original token at masked positions and -100 elsewhere.
             icc_labels: (B,), 1 where both snippets come from the same repository, otherwise 0.
-            exit_layer, exit_layers: the exits to compute; by default every exit with labels, else the model's default.
+            exit_layer, exit_layers: by default every exit if labels are given, else see `config.resolve_exits`.
         """
         supervised = labels is not None or icc_labels is not None
         if supervised and exit_layer is None and exit_layers is None:

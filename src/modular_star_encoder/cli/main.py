@@ -176,7 +176,7 @@ def keep_few_compiled_operations() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests the most similar command or option if one is unknown."""
+    """An argument parser that suggests the most similar command or option for an unknown command or option."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -304,7 +304,7 @@ def folders() -> dict[str, str]:
 
 
 def indexes() -> dict[str, str]:
-    """Return {name of an index in the user's cache: the folder that it is of, and its size}."""
+    """Return {name of an index in the user's cache: the indexed folder, and the size of the index}."""
     from modular_star_encoder.utils.files import read_json
 
     found = {}

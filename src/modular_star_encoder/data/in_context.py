@@ -157,7 +157,7 @@ class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
     Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
-    used. `repositories` are the used ones' indices in `corpus.repository_names`; `dropped_texts` counts unused texts.
+    used. `repositories` has used repositories' rows in `corpus.repository_names`; `dropped_texts` counts unused texts.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:

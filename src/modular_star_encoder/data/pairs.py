@@ -180,8 +180,8 @@ def _triplet(
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
     """Read the retrieval rows of every source in a recipe's `data`; return {name of the source: rows}.
 
-    Each of these keys is a SOURCE of `open_dataset_rows`, or a mapping with `source` and other arguments; None is not
-    used.
+    Each of these keys is a SOURCE of `open_dataset_rows`, or a mapping with `source` and other arguments. A key
+    with the value None is not used.
 
     - `pairs`: see `resolve_pairs`. `pairs` replaces all other sources;
     - `triplets`: see `open_triplets`. With `columns: {negative: NAME}` each row also has a hard negative;

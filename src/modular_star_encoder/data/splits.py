@@ -84,7 +84,7 @@ def prepare_retrieval_data(
     """Return the training and held-out rows of a recipe; if `folder` has no rows, make and, if `store`, store them.
 
     Whole repositories are held out, `eval_fraction` (at most 0.2) of each source's rows. Rows without a repository are
-    held out one by one. `seed` decides which rows. `settings` is a recipe's `data`, which names the sources.
+    held out one by one. `seed` decides which rows are held out. `settings` is a recipe's `data`, with the sources.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -275,7 +275,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch for which a hard negative from another group always exists."""
+        """The largest number of groups in a batch that always leaves a hard negative from a group outside the batch."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1

@@ -100,7 +100,7 @@ class TokenStore(TokenCorpus):
     """A tokenized corpus that `build_token_store` wrote to a folder; its arrays are memory-mapped."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open the token store in `folder`; raise UserError if there is none, or if it is unfinished or damaged."""
+        """Open the token store in `folder`; raise UserError if the store is missing, unfinished or damaged."""
         folder = Path(folder)
         rows = _MappedRows(folder.absolute())
         state = rows.state

@@ -107,9 +107,9 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether the tokenizer has our special tokens but adds none to a text, as the tokenizer of mose-code.
+    """Return whether a tokenizer has `<sep>` and `<cls>` but adds no tokens to a text, as the tokenizer of mose-code.
 
-    The published tokenizer adds none either, but spells them otherwise, and users write them into the text.
+    The published tokenizer adds no tokens either, but its special tokens have other names, which users write in texts.
     """
     return (tokenizer.sep_token, tokenizer.cls_token) == (SEP_TOKEN, CLS_TOKEN) and not tokenizer("")["input_ids"]
 

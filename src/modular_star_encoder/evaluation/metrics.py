@@ -37,7 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank each pool's documents by `scores(pool)`; return ranks, and each query's row number (Q,) in the task."""
+    """Rank the documents of each `Pool` by `scores(pool)`; return ranks, and each query's row (Q,) in the task."""
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)
@@ -233,8 +233,8 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
 
-    `values` has a dict {query: value} for each task. A query of several tasks has one value: M + Q × t, where M is the
-    mean of the tasks' means, and t the query's term in `shares` of (value - mean of the task).
+    `values` has a dict {query: value} for each task. A query, even of several tasks, gets one value, M + Q × t: M is
+    the mean of the tasks' means, and t the query's term in `shares` of the differences value - mean of the task.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]

@@ -295,7 +295,7 @@ def _evaluated_model(table: Table) -> Table:
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
-    """Write quality_by_depth.png of retrievers with exits, and quality_by_latency.png of those with exit profiles."""
+    """Write quality_by_depth.png of retrievers with exits, quality_by_latency.png of retrievers with exit profiles."""
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
         path.unlink(missing_ok=True)

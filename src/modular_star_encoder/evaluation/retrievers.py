@@ -51,7 +51,7 @@ class Scores(Protocol):
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks in any order; together they hold the score of each (query, document) pair exactly once."""
+        """Yield blocks of scores in any order; the blocks together hold each (query, document) pair exactly once."""
         ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ class EmbeddingRetriever(Retriever):
 
 
 class CosineScores:
-    """`Scores` (Q, D): cosine similarities of embeddings (Q, F) and (D, F), which may be larger than memory."""
+    """`Scores` (Q, D): cosine similarities of embeddings (Q, F) and (D, F). Embeddings may be larger than memory."""
 
     def __init__(
         self, queries: np.ndarray | CachedRows, documents: np.ndarray | CachedRows, dimensions: int | None = None
@@ -243,7 +243,7 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the embeddings (N, F) of N pairs in `space`, read when indexed; KeyError if a pair has none."""
+        """Return the embeddings (N, F) in `space` of N (prompt, text) pairs; KeyError if the cache lacks a pair."""
         found = self._space(space)
         places = found.places(texts)
         if len(missing := np.flatnonzero(places < 0)):

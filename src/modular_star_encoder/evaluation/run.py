@@ -1,7 +1,7 @@
 """Evaluate retrievers on benchmarks and report the results.
 
 `mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. If a folder `out` is given, each result is
-stored in `out/cells/`, under a hash of all that it depends on, so a repeated run computes only the missing results.
+stored in `out/cells/`, under a hash of task, retriever, exit and size, so a repeated run computes only missing results.
 """
 
 from __future__ import annotations

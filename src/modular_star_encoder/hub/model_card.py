@@ -161,7 +161,7 @@ _quoted = partial(json.dumps, ensure_ascii=False)  # formats a text as a string 
 
 
 def _metadata(staged: StagedRepository, manifest: Manifest) -> ModelCardData:
-    """Return the metadata of a card. The base model is the parent model, if that is in another Hub repository."""
+    """Return the metadata of a card. The base model is the parent, if the parent is in another Hub repository."""
     base = staged.parent.repository if staged.parent else getattr(staged.config, "parent_repository", None)
     if base is not None:
         check_repository_id(base)

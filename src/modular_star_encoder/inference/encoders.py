@@ -149,7 +149,7 @@ class ExitEncoder(Encoder):
 
 
 class SentenceTransformerEncoder(Encoder):
-    """Embeds texts with a SentenceTransformer. A plain model of transformers becomes one with mean pooling."""
+    """Embeds texts with a SentenceTransformer. A plain model of transformers gets mean pooling."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name

@@ -116,7 +116,7 @@ class ExitProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitProfile:
-        """Read a file that `save` wrote. Raises FileNotFoundError if it does not exist, UserError if it is damaged."""
+        """Return a profile that `save` wrote; FileNotFoundError if the file is missing, UserError if it is damaged."""
         path = Path(path)
         if not path.is_file():
             how = "Measure it with `mose profile`, or pass a profile from another file as `profile`."
@@ -202,7 +202,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return measured values of exits as text, with ten significant digits, so that users can copy one as a limit."""
+    """Return measured values of exits as text, with ten significant digits, for users to copy a value as a limit."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())
@@ -274,7 +274,7 @@ def load_at_budget(
 
 
 def checkpoint_profile(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str] | None = None) -> ExitProfile:
-    """Load an exit profile from `file`, by default the checkpoint's own; warn if another machine measured it."""
+    """Load a profile from `file`, by default the checkpoint's `exit_profile.json`; warn if it is of another machine."""
     check_checkpoint(checkpoint)
     if file is None:
         file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)

@@ -95,7 +95,7 @@ class NumpyEncoder:
         return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return embeddings (N, D) float32 of length 1 of N texts at exit 0; zeros for a text without tokens."""
+        """Return the L2-normalised embeddings (N, D) float32 of N texts at exit 0; zeros for a text without tokens."""
         with _damage_reported(self.folder):
             means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
             totals = np.zeros((len(texts), 1), dtype=np.float32)

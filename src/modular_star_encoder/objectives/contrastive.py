@@ -177,7 +177,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Return cosine similarities (len(places), R, C) of rows and columns by their first `cut` dimensions."""
+    """Return cosine similarities (len(places), R, C) of rows and columns, by `cut` dimensions, at exits `places`."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]

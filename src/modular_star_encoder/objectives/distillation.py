@@ -1,4 +1,4 @@
-"""Distillation objective: every exit learns the vectors of another model, the teacher, and optionally similarities."""
+"""Distillation objective: every exit learns the vectors, and optionally the similarities, of a teacher model."""
 
 from dataclasses import replace
 from typing import Any

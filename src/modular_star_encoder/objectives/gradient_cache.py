@@ -39,9 +39,9 @@ class MiniBatch:
 
 
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
-    """Cut a batch's sides into mini-batches of at most `tokens` tokens, padding included, or of one longer text.
+    """Cut a batch's sides into mini-batches of at most `tokens` tokens with padding; a longer text is one mini-batch.
 
-    Longest texts come first: little padding, and a lack of memory shows at once. Padding on the left counts as text.
+    Longest texts come first, to save padding and show a lack of memory at once. Padding on the left counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():

@@ -83,7 +83,7 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)`; without `show_skipped`, [] if the update embedded or postponed no file."""
+        """Return `lines(show_skipped)`; but [] if not `show_skipped` and the update embedded and postponed no files."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 
@@ -114,10 +114,10 @@ def update_store(
     seconds: float | None = None,
     questions: Sequence[str] = (),
 ) -> UpdateReport:
-    """Bring a store up to date with the folder in `settings`, which are the store's; UserError if the folder is gone.
+    """Bring `store`, which has these `settings`, up to date with `settings.folder`; UserError if the folder is gone.
 
     A file is not read again if its size and time of change are as before. After `seconds`, unread files keep their old
-    rows and count as postponed; of many new files, those that share words with `questions` are read first. A new index
+    rows and count as postponed; if many files are new, files with words of `questions` are read first. A new index
     of up to 1,000 files has no time limit. With 0 or 1 `processes`, a crash of the parser ends the calling process.
     """
     start = time.perf_counter()

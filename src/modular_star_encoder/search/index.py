@@ -54,7 +54,7 @@ class CodeIndex:
     Only one process at a time writes an index in a folder. While another process writes, `build` and `update` wait 3 s
     and then raise UserError, `refresh` does nothing, and `open_for_search` waits up to ten minutes for a first build.
     Searches do not wait. During an update, a search of a local index finds either the old or the new code of each file.
-    On a Qdrant server, a search may find both.
+    On a Qdrant server, a search may find the old and the new code of one file together.
 
     Attributes:
         store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
@@ -215,7 +215,7 @@ class CodeIndex:
     def refresh(self, seconds: float | None = SECONDS_TO_REFRESH, questions: Sequence[str] = ()) -> UpdateReport:
         """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
-        If over 1,000 files are new, those with words of `questions` are read first. The report's `postponed_files`
+        If over 1,000 files are new, files with words of `questions` are read first. The report's `postponed_files`
         is the number of files that time did not allow to read. The index is not updated if it is on a server or
         read-only, if another process writes it, or if the code folder does not exist. For errors see `update`.
         """
@@ -513,7 +513,7 @@ def open_for_search(
 
 
 def _own_index(folder: str) -> str | None:
-    """Return the path of the index in a folder; None if it has no index or the index of another folder."""
+    """Return the path of the index in a folder; None if the folder has no index, or the index of another folder."""
     folder = os.path.expanduser(folder)
     location = os.path.join(folder, INDEX_FOLDER)
     is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(folder)
@@ -543,7 +543,7 @@ def _cached_index(
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
-    """Return the folder in which to search for code similar to `file`: the nearest above with git or a cached index.
+    """Return the folder to search for code similar to `file`: its nearest parent folder with `.git` or a cached index.
 
     Without such a folder, return the working folder if `file` is inside it, else the folder of `file`.
     """

@@ -284,7 +284,7 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return three facts on a file: it has tests, examples or docs; only re-exports; only type declarations."""
+    """Return three bools, by a file's path: it has tests, examples or docs; only re-exports; only type declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 

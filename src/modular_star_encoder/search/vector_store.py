@@ -96,7 +96,7 @@ class VectorStore(Protocol):
         """Return {file_id: hash of the file's content}; None in place of the hash if a file is only partly written."""
 
     def stamps(self) -> Stamps:
-        """Return the sizes and times of files that `keep_stamps` stored last; {} if this store keeps none."""
+        """Return the `Stamps` of files that `keep_stamps` stored last; {} if this store keeps no stamps."""
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
@@ -117,7 +117,7 @@ class VectorStore(Protocol):
         """Return the `limit` rows that fit `where` with the highest BM25 scores for `words`, above 0, best first."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of N rows from `nearest` or `lexical`; zeros for rows deleted since."""
+        """Return the embeddings (N, D) float32 of N rows that `nearest` or `lexical` found; zeros for deleted rows."""
 
     def count(self) -> int: ...
 
@@ -210,12 +210,12 @@ class IndexSettings:
             raise UserError("search.index.other_settings", f"{message} Use another index, or --rebuild to replace it.")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
-        """Raise UserError if `checksum` is not that of the index's checkpoint; the message names both checkpoints."""
+        """Raise UserError if `checksum` differs from the index's checksum; the message names both checkpoints."""
         if checksum != self.checksum:
             raise UserError(
                 "search.index.other_model",
                 f"The index {location} was built with another checkpoint: {self.checkpoint} (checksum "
-                f"{self.checksum}), not {checkpoint} ({checksum}). Use the first, or rebuild the index: "
+                f"{self.checksum}), not {checkpoint} ({checksum}). Use the index's checkpoint, or rebuild the index: "
                 f"`mose index FOLDER --model {checkpoint} --rebuild`.",
             )
 

@@ -278,9 +278,9 @@ def _key(text: str) -> bytes:
 class EvaluationTexts:
     """Finds texts that are equal or nearly equal to a text, or to the beginning of a text, of an evaluation set.
 
-    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of these. Its
-    texts are those in `code` (text, list or {language: text}), `description` and `query` of each row, and the
-    paragraphs of the last two. Rows may also have CodeSearchNet's format.
+    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of such
+    files. Its texts are `code` (text, list or {language: text}), `description` and `query` of each row, and the
+    paragraphs of `description` and `query`. Rows may also have CodeSearchNet's format.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:

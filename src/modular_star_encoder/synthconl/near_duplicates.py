@@ -147,7 +147,7 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return a struct array: `text` in UTF-8, `digest` (two uint64, 0 for blank texts), `keys` (a uint64 per band)."""
+    """Return a struct per text: `text` in UTF-8, `digest` (two uint64, 0 if blank), `keys` (one uint64 per band)."""
     contents: list[bytes] = []
     digests = bytearray()
     keys = [np.empty((0, banding.bands), np.uint64)]
@@ -358,7 +358,7 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the (pairs, similarities) that were found in each column; of equal pairs, keep the largest similarity."""
+    """Join the (pairs, similarities) in `parts`, one per column; of equal pairs, keep the largest similarity."""
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))
     pairs, first = np.unique(pairs[sorting], return_index=True)

@@ -98,7 +98,7 @@ class Shard(NamedTuple):
 
 
 def find_shards(folder: Path) -> tuple[Shard, ...]:
-    """Return the parquet files below a folder, sorted, without those in hidden folders; UserError if there are none."""
+    """Return the parquet files below a folder, sorted, except in hidden folders; UserError if there is no such file."""
     found = [(path, path.relative_to(folder)) for path in files_below(folder, "*.parquet")]
     paths = [path for path, name in found if not any(part.startswith(".") for part in name.parts[:-1])]
     if not paths:

@@ -113,14 +113,14 @@ class AblationRecipe:
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
         learning_rates: rates to try for each kind of model, with the first seed; by default only that in `finetuning`.
-            The rate with the best validation MRR is used with all seeds; variants use the best rate of `together`.
+            The rate with the best validation MRR is used with all seeds; variants use the rate of all exits together.
         seeds: one model of each kind is trained with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
             this gain, no other model of the start is trained.
         variants: {name of a variant: settings to change}; a variant trains all exits together with changed settings.
-        variants_on: names of the starts from which variants are trained, by default the start where training together
-            lowers MRR most.
+        variants_on: names of the starts from which variants are trained, by default the start where training all exits
+            together lowers MRR most.
     """
 
     COMMAND: ClassVar[str] = "ablate"
@@ -394,7 +394,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Add a cell's result to `results`; if no result is stored, train its model first, and return True."""
+        """Add the result of a training run, `cell`, to `results`; return whether its model had to be trained first."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -555,7 +555,7 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of MRR × 100 by depth, a panel per start: exits together, alone, and the variant that gains most."""
+    """Write a PNG of MRR × 100 by depth, a panel per start: exits trained together or alone, and the best variant."""
     tables = []
     for name, found in results["starts"].items():
         lines = {

@@ -256,7 +256,7 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return {metric: value} of the trained model, from the log or else a new evaluation, which `notice` announces."""
+    """Return the trained model's {metric: value}. If the log lacks current values, print `notice` and evaluate it."""
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]

@@ -136,7 +136,7 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the bias (V,) of the MLM decoder to the log frequencies of the tokens, by `token_counts` (V,) plus one."""
+    """Set the bias (V,) of the MLM decoder to the log frequencies of the tokens, from `token_counts` (V,) plus one."""
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
 

@@ -192,7 +192,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     def check() -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(
-                "files.folder.not_empty", f"{target} already exists and is not an empty folder; name another one."
+                "files.folder.not_empty", f"{target} already exists and is not an empty folder; name another folder."
             )
 
     check()

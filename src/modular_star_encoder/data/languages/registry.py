@@ -97,7 +97,7 @@ def language_entry(name: str) -> Language:
 
 
 def check_languages(languages: Iterable[str] | None, default: tuple[str, ...] = LANGUAGES) -> tuple[str, ...]:
-    """Return `languages`, one name or several, without repetitions; `default` if None. UserError if one is unknown."""
+    """Return `languages`, a name or several, without repetitions; `default` if None. UserError for an unknown name."""
     if languages is None:
         return default
     chosen = [languages] if isinstance(languages, str) else languages
@@ -116,7 +116,7 @@ def language_of_script(beginning: bytes) -> str | None:
 
 
 def language_of_text(language: str, path: str, text: str) -> str:
-    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, otherwise `language` (that of the suffix)."""
+    """Return "cpp" for a `.h` or `.C` file with C++ in its `text`, otherwise `language`, known from the suffix."""
     return "cpp" if language == "c" and path.endswith((".h", ".H", ".C")) and _CPP_LINE.search(text) else language
 
 

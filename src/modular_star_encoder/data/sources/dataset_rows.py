@@ -114,7 +114,7 @@ def open_rows(
 
 
 def _streamed(source: Source, urls: Sequence[str], config: str | None, **options: Any) -> datasets.IterableDataset:
-    """Open the parquet files at `urls`, or the Hub dataset `source` if `urls` is empty, without downloading all."""
+    """Stream the rows of the parquet files at `urls` or, if `urls` is empty, of the Hub dataset `source`."""
     import datasets
 
     if not urls:

@@ -323,7 +323,7 @@ def _zip_members(location: Path, left: int) -> Iterator[Member]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A tar header. Of the data before a member, only the member's path and size are kept, not a sparse file's map."""
+    """A tar header. Of extended headers, only the member's path and size are kept, not the map of a sparse file."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
@@ -383,7 +383,7 @@ def _tar_members(location: Path, most_bytes: int) -> Iterator[Member]:
 def archive_repositories(
     source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
-    """Return a reader of one archive, or of all archives under a folder, one repository each. UserError if none."""
+    """Return a reader of an archive or a folder's archives, one repository each; UserError if there is no archive."""
     root = Path(source).expanduser()
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in files_below(root, links=False)}

@@ -74,7 +74,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     elif ALL in names and not found:
         folders = ", ".join(sorted({one.folder for one in possible}))
         key = "all.none"
-        fault = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} has none"
+        fault = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} has none of these folders"
     if key:
         raise UserError(f"benchmark.{key}", f"{fault}.")
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))

@@ -68,7 +68,7 @@ class _Candidate(FileRow):
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return the `languages` with files in `folder`; FileNotFoundError if none. `{0}` in a pattern is the language."""
+    """Return the `languages` with files in `folder`; FileNotFoundError if no file. `{0}` in a pattern is a language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
