@@ -53,7 +53,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. The limits include prompt and special tokens. `tokenizer` must add `<cls>` to texts."""
+        """Tokenize `texts`. Both token limits include prompt and special tokens. `tokenizer` must add `<cls>`."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)

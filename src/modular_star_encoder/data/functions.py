@@ -224,7 +224,7 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     key = fault = ""
     if len(named) != 1 or options.get("installed", True) is not True:
         key, needed = "source", f"exactly one of {', '.join(_OPENERS)}"
-        fault = f"`corpus` needs {needed}, not {dict(settings)}. `installed` can only be true."
+        fault = f"`corpus` needs {needed}, not {dict(settings)}. The only value of `installed` is true."
     elif snippets not in SNIPPETS:
         key, fault = "snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}."
     if fault:

@@ -64,7 +64,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or has another tokenizer."""
+        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or not made by `tokenizer`."""
         check_special_tokens(tokenizer)
         key = fault = ""
         if max_tokens < MIN_ROW_TOKENS:

@@ -294,7 +294,7 @@ def check_sources(settings: Mapping[str, Any]) -> None:
 
 
 def described(found: Iterable[DocumentedFunction]) -> list[RetrievalExample]:
-    """Return one retrieval row for each documented function: its description and its code."""
+    """Return one retrieval row, with description and code, for each documented function in `found`."""
     return [RetrievalExample(one.description, (Snippet(one.language, one.code),), one.repository) for one in found]
 
 

@@ -145,7 +145,7 @@ def _state_fault(state: dict[str, Any]) -> str:
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every mapping in a JSON value, outer ones before those inside them."""
+    """Yield every mapping in a JSON value, each mapping before the mappings inside it."""
     if isinstance(value, dict):
         yield value
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

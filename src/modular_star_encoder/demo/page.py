@@ -212,7 +212,7 @@ class Reply:
 
 
 def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo) -> str:
-    """Return HTML with the hits of `reply`, with paths relative to `folder` and the ranks of the hits in `other`."""
+    """Return HTML of the hits of `reply`, each with its path relative to `folder` and its rank in the reply `other`."""
     asked = f"exit {reply.exit_layer}"
     if reply.answer.reranked:
         asked += f", re-ranked by exit {max(hit.exit_layer or 0 for hit in reply.answer.hits)}"

@@ -109,7 +109,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Return the ranks of J relevant documents; `above` (J,) counts the documents with at least the score of each."""
+    """Return the ranks of J relevant documents; `above[j]` documents have at least the score of relevant document j."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")
@@ -179,7 +179,7 @@ def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _places(query: np.ndarray) -> np.ndarray:
-    """Return the place (N,) of each entry of an ascending array among equal entries: [5, 5, 7] → [1, 2, 1]."""
+    """Return the place (N,) of each entry of the ascending array `query` among equal entries: [5, 5, 7] → [1, 2, 1]."""
     return np.arange(1, len(query) + 1) - np.searchsorted(query, query, side="left")
 
 

@@ -34,15 +34,15 @@ class RepositorySettings:
 
     Args:
         name: name of the repository, without its namespace.
-        checkpoint: folder to publish unchanged; use either this or `slice_of`.
-        slice_of: NAME or NAME@BRANCH of an earlier entry, with the model of which this one is a slice.
+        checkpoint: folder to publish unchanged; use either `checkpoint` or `slice_of`.
+        slice_of: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model is cut.
         exit_layer: with `slice_of`, the exit at which the model is cut.
         only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
         branch: branch of the repository.
-        trained_from: NAME or NAME@BRANCH of an earlier entry, with the model from which this one was trained.
+        trained_from: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model was trained.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
-            (training_log.json); by default those in the training log. A slice has its parent's results, at its exits.
+            (training_log.json); by default results in the training log. A slice has its parent's, at the slice's exits.
         profile: file from `mose profile`; by default `exit_profile.json` in the checkpoint's folder, if it exists.
         training_log: file from `mose pretrain` or `mose finetune`; by default `training_log.json` in the checkpoint's
             folder or in the folder above, if it exists.

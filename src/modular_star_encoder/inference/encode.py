@@ -146,8 +146,8 @@ def tokenize(
 ) -> list[list[int]]:
     """Return each text's token ids, at most `max_length`: `prompt`, text, and special tokens that the tokenizer adds.
 
-    A special token in a text, such as `<mask>`, is read as ordinary characters, as in training, except in `prompt` or
-    in a published prompt that begins a text. If a tokenizer adds no tokens, its setting `split_special_tokens` decides.
+    As in training, special tokens in a text, such as `<mask>`, are read as ordinary text, except in `prompt` or a
+    published prompt that begins the text. A tokenizer that adds no tokens obeys its setting `split_special_tokens`.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -108,7 +108,7 @@ class ContrastiveSettings:
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model's trained exits and its embedding size.
 
-        If `rotates`, only the deepest exit is trained in every step; only this exit can be teacher or alignment target.
+        If `rotates`, a step may skip exits, but not the deepest; only this exit can be teacher or alignment target.
         """
         self.check_step(exit_layers, embedding_size, self.dimensions if isinstance(self.dimensions, Mapping) else ())
         for name, chosen in self._guides() if rotates and len(exit_layers) > 1 else ():

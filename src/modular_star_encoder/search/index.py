@@ -306,7 +306,7 @@ class CodeIndex:
             return self._hits(others[:top_k])
 
     def check_filter(self, languages: Sequence[str] | None, path: str | None) -> None:
-        """Raise UserError if the index has code, but none in `languages` and in files that match the pattern `path`."""
+        """Raise UserError if the index has code, but no file in `languages` whose path matches the pattern `path`."""
         where = Filter(check_languages(languages, ()), None if path is None else path_expression(path))
         zeros, exit_layer = np.zeros(self.settings.dimension, dtype=np.float32), self.settings.exit_layers[0]
         with self._lock, self.store.snapshot():
@@ -452,7 +452,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in a folder or its nearest parent, or None; UserError if its code is elsewhere."""
+    """Return the path of the index in `folder` or its nearest parent, or None; UserError if indexed code is outside."""
     start = Path(folder).expanduser().absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)

@@ -436,7 +436,7 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return the arrays for `_Segment.postings`. Word `key[i]` is in row `row[i]` `count[i]` times; `key` ascends."""
+    """Return the arrays for `_Segment.postings`. Row `row[i]` has word `key[i]` `count[i]` times; `key` ascends."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)

@@ -74,7 +74,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Divide lines `start` to `end`, which contain `definitions`, into pieces; `outer` is their class or ""."""
+        """Divide lines `start` to `end`, which hold `definitions`, into pieces; `outer` is the lines' class or ""."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]

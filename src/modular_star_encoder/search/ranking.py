@@ -59,7 +59,7 @@ class Ranker:
     cascade: Cascade | None = None
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return {exit_layer: embedding (D,) float32} of each question, at `exit_layer` and at the cascade's exit."""
+        """Return, for each question, {exit: embedding (D,) float32}, at `self.exit_layer` and at the cascade's exit."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self.embedder.questions(questions, exits, self.settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
@@ -216,7 +216,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to scores: above 0 if a piece defines a name in the question, more if it names the file."""
+    """Return additions (N,) to scores: > 0 if a piece defines a name in the question, more if its file has the name."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -312,7 +312,7 @@ def place(
 ) -> list[Placed]:
     """Rank N pieces of code, the candidates, for a question by all rules; return the best `limit`, best first.
 
-    `candidates` are the paths of their files. `definers` is {name in the question: indices of candidates that define
+    `candidates` are the pieces' file paths. `definers` is {name in the question: indices of candidates that define
     it}. `similarities` (N,) are None without a model. `words` (N,) are BM25 scores.
     """
     if not candidates:

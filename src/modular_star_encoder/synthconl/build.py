@@ -265,7 +265,7 @@ def near_duplicates(build: Build, out: Path) -> Report:
 
 
 def split(build: Build, out: Path) -> Report:
-    """Draw the validation split's repositories at random; return their names and the sizes of both splits."""
+    """Draw the validation repositories at random; return their names, and the sizes of `train` and `validation`."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share

@@ -341,7 +341,7 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Find the texts of a corpus that are near evaluation texts; return (report on each file, line for each match)."""
+    """Return (report on `files`, a line per text near evaluation `texts`). `drop`: folder for cleaned `files`."""
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []

@@ -50,7 +50,7 @@ class Banding:
 
 @cache
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
-    """Return the banding with fewest missed pairs and needless comparisons, weighed as in datasketch's `MinHashLSH`."""
+    """Return a banding of least w × missed pairs + (1 − w) × needless comparisons, w = `miss_weight`, as datasketch."""
     similarity = (np.arange(1000) + 0.5) / 1000
 
     def error(banding: Banding) -> float:
@@ -70,12 +70,12 @@ class DuplicateSettings:
     Args:
         threshold: smallest Jaccard similarity at which two texts are near-duplicates; the sets compared are their
             shingles (all substrings of 5 characters).
-        recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, it means 25
-            bands of 10 hashes: 94 % of the pairs of similarity 0.8 are compared, and half of those of similarity 0.7.
-            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes compare 95 % of those at 0.7.
+        recall: `"default"` weighs a missed pair as much as a needless comparison: at a threshold of 0.7, 25 bands of
+            10 hashes, which compare 94 % of the pairs of similarity 0.8, and half of the pairs of similarity 0.7.
+            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes; 95 % of pairs of similarity 0.7.
         match: two rows are near-duplicates if their texts are near in one column (`"either"`) or in all (`"both"`).
-        bucket_limit: largest number of rows, of those with the same hashes in a band, that a row is compared with;
-            rows with smaller ids come first. It bounds memory to bands × `bucket_limit` pairs per row, of 8 bytes each.
+        bucket_limit: in each band, a row is compared with at most this number of the rows with the same hashes, rows of
+            smaller ids first. The limit bounds memory to bands × `bucket_limit` pairs per row, of 8 bytes each.
         giant_cluster: largest number of different rows in a cluster that keeps only one row. A cluster is a group of
             rows linked by near pairs, directly or through other rows. A larger cluster may link unlike rows through
             boilerplate, so a row in it is dropped only if it is near a kept row of smaller id.
@@ -207,7 +207,7 @@ class NearDuplicates:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{reason: number of rows}, for each of `reasons`."""
+        """{reason to keep or drop a row: number of rows}, for each of `reasons`."""
         return dict(zip(self.reasons, np.bincount(self.reason, minlength=len(self.reasons)).tolist(), strict=True))
 
     @property
@@ -225,7 +225,7 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,  # {name of a set: texts}; rows near one are dropped
     progress: bool = False,
 ) -> NearDuplicates:
-    """Find the near-duplicates among n rows by their texts in one or more columns. Two blank rows are not near."""
+    """Return which of n rows are near-duplicates by their texts in one or more columns. Two blank rows are not near."""
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
     order = np.arange(len(digests[0])) if order is None else order
@@ -374,7 +374,7 @@ def _decide(
     giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
-    """Decide which rows are kept: `near` has pairs of distinct rows, `near_others` pairs (distinct row, other text).
+    """Return which rows are kept. `near` has pairs of distinct rows, `near_others` pairs (distinct row, other text).
 
     1. Rows near a text of another set are dropped. They belong to no cluster.
     2. The other rows form clusters: rows linked by near pairs or equality, directly or through others, share a cluster.

@@ -198,7 +198,7 @@ def push_dataset(
     if len(paths) == 2 or not all(map(Path.is_file, paths[:2])):
         key, fault = "no_dataset", f"{folder} contains no finished dataset; build one with `mose dataset build`"
     elif wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
-        fault = f"{wrong[0]} must be a regular file, and no link out of {folder}. Move it away, or copy its target"
+        fault = f"{wrong[0]} must be a regular file, not a link out of {folder}. Move it away, or copy its target"
         key = "file"
     if key:
         raise UserError(f"synthconl.push.{key}", f"{fault}.")

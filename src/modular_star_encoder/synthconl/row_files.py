@@ -74,7 +74,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a parquet file; all columns if `columns` is None. UserError if it can't be read."""
+    """Return the rows of a parquet file, with all columns if `columns` is None. UserError if the file can't be read."""
     with _unreadable(file):
         return list(parquet_rows(file, columns or None))
 

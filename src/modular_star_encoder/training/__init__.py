@@ -33,7 +33,7 @@ class PackagedRecipe:
 
 
 def packaged_recipes() -> list[PackagedRecipe]:
-    """Return all packaged recipes, sorted by folder. In each folder, finetune, recipe and ablation come first."""
+    """Return all packaged recipes, sorted by folder. Each folder's `finetune`, `recipe` and `ablation` come first."""
     found = []
     for path in _root().glob("*/*.yaml"):
         if key := re.search(rf"^({'|'.join(_COMMANDS)}):", path.read_text(encoding="utf-8"), flags=re.MULTILINE):

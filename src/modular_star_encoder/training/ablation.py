@@ -82,7 +82,7 @@ _Ranks = dict[str, dict[str, Annotated[list[Probability], Constraint(min_length=
 
 
 class _Content(TypedDict):
-    """Keys and types in the file of a cell, which has the result of one training run."""
+    """Keys and types of the file that stores the result of one training run (`AblationCell`)."""
 
     recipe: dict[str, Any]
     seconds: float
@@ -173,7 +173,7 @@ class AblationRecipe:
         return AblationCell(start, kind, build_settings(FinetuningRecipe, settings, f"{start}/{kind}"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {name: value} of all settings; `finetuning` includes its defaults."""
+        """Return {name: value} of all settings; `finetuning` includes the defaults of `FinetuningRecipe`."""
         return asdict(self) | {"finetuning": self.base().to_dict()}
 
 
@@ -231,7 +231,7 @@ class Results:
     found: dict[tuple[str, str, float, int], Mapping[str, Any]] = field(default_factory=dict)
 
     def best_rate(self, start: str, kind: str) -> float:
-        """Return the learning rate with the best validation MRR of the first seed, averaged over exits and tasks."""
+        """Return the learning rate with the best validation MRR of `kind` (first seed; mean over exits and tasks)."""
 
         def mrr(rate: float) -> float:
             tasks = self.found[start, kind, rate, self.recipe.seeds[0]]["validation"].values()
@@ -257,7 +257,7 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return the `estimate` of deepest − shallowest exit, both trained alone, and `passed` (None if unknown)."""
+        """Return `passed` (None if unknown) and the `estimate` of deepest − shallowest exit, each trained alone."""
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:
             return {"passed": None}
@@ -419,7 +419,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Train and evaluate one model; return the content of its cell's file, with each query's reciprocal rank."""
+        """Train and evaluate the model of `cell`; return the cell's file content, with each query's reciprocal rank."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)
@@ -483,10 +483,10 @@ def _resamples(size: int, seed: int) -> np.ndarray:
 
 
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
-    """Return the mean × 100 of arrays (seeds, queries), one per task: `value`, interval (`low`, `high`), `by_seed`.
+    """Return {`value`, `low`, `high`, `by_seed`}: the mean × 100 of `values`, one array (seeds, queries) per task.
 
-    A bootstrap resample draws seeds and, within each task, queries. To compare two models, pass the differences of
-    their values. The intervals of `comparisons` estimates hold jointly with 95 % confidence (Bonferroni).
+    The bootstrap for `low` and `high` draws seeds and, within each task, queries. To compare two models, pass the
+    differences of their values. The intervals of `comparisons` estimates hold jointly with 95 % (Bonferroni).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)

@@ -172,7 +172,7 @@ def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any], n
 
 
 def hold(out: Path) -> contextlib.ExitStack:
-    """In the main process, lock a run's folder. Closing or deleting the returned stack unlocks the folder."""
+    """Lock the run's folder `out` in the main process; closing or deleting the returned `ExitStack` unlocks `out`."""
     held = contextlib.ExitStack()
     if processes_of_run().is_main_process:
         held.enter_context(locked(out))

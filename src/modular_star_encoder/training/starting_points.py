@@ -207,7 +207,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
 
     Before training, every exit gives the embeddings of exit 0: the new layers' output projections are zero, and all
     heads equal the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of
-    the new layers would outweigh them after the first training steps.
+    the new layers would outweigh the embeddings after the first training steps.
     """
     config, exits, fault = model.config, list(exit_layers), ""
     if exits != sorted({0, *exits}) or len(exits) < 2:

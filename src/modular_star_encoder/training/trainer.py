@@ -206,7 +206,7 @@ class MultiExitTrainer(Trainer):
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return the norm (E,) of each loss's gradient on the trunk, and {layer: mean cosine of two such gradients}."""
+        """Return the norms (E,) of the losses' gradients on the trunk, and {layer: mean cosine of two gradients}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -359,7 +359,7 @@ class AveragedWeights(TrainerCallback):
             self.average = {name: stored[name].to(one) for name, one in self.average.items()}
 
     def save(self, folder: str) -> None:
-        """Write the average to `average.safetensors` in the folder of a checkpoint."""
+        """Write the average of the weights to `average.safetensors` in the folder of a checkpoint."""
         with staged_file(Path(folder, "average.safetensors")) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, temporary)
 

@@ -32,7 +32,7 @@ def crash_safe_map(
 
     A chunk that crashes its process is halved until the item that causes the crash is alone; the result of this item
     is `crashed(item)`. With 0 or 1 `processes`, the calling process does the work, without protection from crashes.
-    With more (at most four for each core), results not ready when `time.monotonic()` reaches `end` are left out.
+    With more processes (at most four per core), results not ready when `time.monotonic()` reaches `end` are left out.
     """
     processes = min(processes, 4 * (os.cpu_count() or 1))
     iterator = iter(items)

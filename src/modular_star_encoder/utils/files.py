@@ -98,7 +98,7 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
 
 
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Return whether `path` leads out of `folder` by a link, other than a link from the Hub's cache into that cache."""
+    """Return whether `path` leads out of `folder` by a link. Links from the Hub's cache into this cache don't count."""
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
     return target.parent not in blobs and not target.is_relative_to(root)

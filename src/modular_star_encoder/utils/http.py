@@ -50,7 +50,7 @@ LOG_IN = "The Hub needs a token: log in with `hf auth login`, or set HF_TOKEN."
 class HTTPRequestError(UserError):
     """Raised when a request has failed and is not sent again.
 
-    Attributes describe the last response: `status` (None if there was none), `reason`, such as "status 401, Incorrect
+    Attributes describe the last response: `status` (None if no response came), `reason`, such as "status 401, Incorrect
     API key provided", and `text`, the start of the body with `***` in place of the token.
     """
 

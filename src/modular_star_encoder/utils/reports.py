@@ -84,7 +84,7 @@ def without_places(value: Any) -> Any:
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a Hub card of the class `kind`; UserError with `key` if it is unreadable or lacks `required` metadata."""
+    """Load a Hub card of the class `kind`; UserError (`key`) if the card is unreadable or lacks `required` metadata."""
     try:
         card = kind.load(path)
         missing = [name for name in required if not card.data.to_dict().get(name)]

@@ -35,7 +35,7 @@ class SourceReader:
     def __init__(
         self, read: Callable[[Counter[str]], Iterator[SourceFile]], repositories: tuple[str, ...] | None = None
     ) -> None:
-        """`read(skipped)` yields the files of one iteration; it counts the files left out in `skipped`, by reason."""
+        """`read(skipped)` yields the files of one iteration, and counts in `skipped`, by reason, the files left out."""
         self._read, self.repositories = read, repositories
         self.skipped: Counter[str] = Counter()
 

@@ -216,7 +216,7 @@ def parquet_rows(
 
 
 def _undamaged(name: str, read: Callable[[], Iterator[Item]], *, is_remote: bool = False) -> Iterator[Item]:
-    """Yield the rows, or pairs (place, row), that `read()` yields. If a file is damaged, raise UserError."""
+    """Yield the rows, or pairs (place such as `a.jsonl, line 3`, row), of `read()`. UserError if a file is damaged."""
     place = name
     try:
         for number, item in enumerate(read(), 1):

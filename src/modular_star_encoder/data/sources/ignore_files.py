@@ -23,8 +23,8 @@ _LONGEST_PATH = 4096
 class IgnoreFiles:
     """Decides which paths below a folder to ignore, by git's rules and by `.moseignore` files of the same form.
 
-    Ignore files above `root` apply too, up to the top of the repository. A file that git tracks is ignored only if a
-    `.moseignore` says so. Call `ignores` for a folder before its content.
+    The ignore files above `root` apply too, up to the top of the repository. A file that git tracks is ignored only if
+    a `.moseignore` says so. Call `ignores` for a folder before its content.
     """
 
     def __init__(self, root: Path) -> None:

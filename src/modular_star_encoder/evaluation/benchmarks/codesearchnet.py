@@ -75,7 +75,7 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 
 
 def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load a task for each language with a test file; if `leaky`, only Python, with docstrings in the code."""
+    """Load a task for each language with a test file; if `leaky`, only the Python task, with docstrings in its code."""
     name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = find_files(folder, language_patterns("test", language))

@@ -50,7 +50,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files that `find_files` finds; if none, raise FileNotFoundError with the patterns in the message."""
+    """Return the files that `find_files` finds; if it finds no file, raise FileNotFoundError with the patterns."""
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} lacks the files of the benchmark: expected {' or '.join(patterns)}.")
     return found
@@ -101,7 +101,7 @@ def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
-    """Read a file that holds one JSON value of the type `kind`."""
+    """Return the JSON value of the type `kind` that a file holds."""
     try:
         value = files.read_json(path, finite=False)
     except ValueError as error:
@@ -123,7 +123,7 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Return notes on a file with `found` of `expected` rows; UserError for more, or fewer without `allow_subset`."""
+    """Return notes on a file with `found` of `expected` rows; UserError if more, or if fewer and not `allow_subset`."""
     if found == expected:
         return ()
     if found > expected or not allow_subset:
