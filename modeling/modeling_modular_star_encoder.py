@@ -329,7 +329,7 @@ class ModularStarEncoderRotaryEmbedding(nn.Module):
 
 
 class ModularStarEncoderAttention(nn.Module):
-    """Grouped-query attention: a token attends to all tokens, or with `config.is_causal` to itself and earlier ones."""
+    """Grouped-query attention: a token attends to all tokens, or if `config.is_causal` to itself and earlier tokens."""
 
     def __init__(self, config: ModularStarEncoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -1342,7 +1342,7 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
         exit_layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> tuple | ModularStarEncoderForSequenceClassificationOutput:
-        r"""Classify a batch at one or several exits in one pass.
+        r"""Classify a batch at one or several exits in one pass; return logits and, with `labels`, a loss.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, exit_layers: see

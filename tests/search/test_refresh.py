@@ -90,12 +90,20 @@ def test_of_many_new_files_those_with_the_questions_words_are_read_first(
 ):
     few = build(old_code, tmp_path / "few", checkpoint, seconds=0, questions=["add"])
     assert few.report.postponed_files == 0
+    few.refuse_empty()
     monkeypatch.setattr(building, "FEW_NEW_FILES", 3)
     none = build(old_code, tmp_path / "none", checkpoint, seconds=0, questions=["add"])
     assert (none.report.postponed_files, none.report.rows) == (4, 0)
+    with raises("search.folder.unread", "mose index"):
+        none.refuse_empty()
     read.clear()
     first = build(old_code, tmp_path / "first", checkpoint, seconds=60, questions=["how is an Item PUSHED"])
     assert (read[0], first.report.postponed_files, first.report.rows) == ("stack.py", 0, 5)
+    monkeypatch.setattr(building, "_SMALL_FILE", 100)  # one large file could take all the time
+    read.clear()
+    build(old_code, tmp_path / "small", checkpoint, seconds=60, questions=["how is an Item PUSHED"])
+    assert (read[0], sorted(read[1:])) == ("add.go", ["parseHeader.js", "settings.py", "stack.py"])
+    monkeypatch.setattr(building, "_SMALL_FILE", 100_000)
     read.clear()
     assert none.refresh(60, ["split the values of a header"]).postponed_files == 0
     assert (read[0], len(read), none.report.rows) == ("parseHeader.js", 4, 5)

@@ -81,6 +81,17 @@ def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_r
     assert sorted(os.listdir(tmp_path)) == [f".mose-card.{os.getppid()}.tmp", f".out.{os.getppid()}.tmp", "out"]
 
 
+def test_without_a_known_home_folder_names_stay_as_they_are_and_there_is_no_cache(monkeypatch):
+    assert str(files.user_path("~nobody-here/x", "y")) == "~nobody-here/x/y"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(files.user_path("~/x")) == "/home/me/x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert str(files.cache_folder("search")) == "/cache/modular-star-encoder/search"
+    for unknown in ("~nobody-here/y", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unknown)
+        assert files.cache_folder("search") is None
+
+
 def test_folders_nested_too_deeply_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FOLDER_DEPTH", 2)
     (tmp_path / "a" / "b").mkdir(parents=True)

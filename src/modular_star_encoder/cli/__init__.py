@@ -91,7 +91,7 @@ def checkpoint(text: str) -> str:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:
-    """Add RECIPE, KEY=VALUE and --out to a command. `recipe` and `out` are help texts, `setting` is an example."""
+    """Add RECIPE, KEY=VALUE and --out to a command; `recipe` and `out`: help texts; `setting`: an example KEY=VALUE."""
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"settings to change, such as {setting}")
     parser.add_argument("--out", metavar="FOLDER", required=True, help=out)

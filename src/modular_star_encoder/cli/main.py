@@ -293,11 +293,12 @@ def folders() -> dict[str, str]:
     from huggingface_hub import constants
 
     from modular_star_encoder.inference import shipped_model
+    from modular_star_encoder.utils.files import cache_folder
 
     return {
         "mose-code": shipped_model(),
-        "indexes of mose search": folder_size(_indexes_folder()),
-        "vectors of teachers": folder_size(_indexes_folder().with_name("teacher-vectors")),
+        "indexes of mose search": folder_size(cache_folder("search")),
+        "vectors of teachers": folder_size(cache_folder("teacher-vectors")),
         "models of the Hub": folder_size(Path(constants.HF_HUB_CACHE)),
         "connection to the Hub": "off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "on",
     }
@@ -305,22 +306,21 @@ def folders() -> dict[str, str]:
 
 def indexes() -> dict[str, str]:
     """Return {name of an index in the user's cache: the indexed folder, and the size of the index}."""
-    from modular_star_encoder.utils.files import read_json
+    from modular_star_encoder.utils.files import cache_folder, read_json
 
     found = {}
-    for file in sorted(_indexes_folder().glob("*/index.json")):
+    folder = cache_folder("search")
+    for file in sorted(folder.glob("*/index.json")) if folder else ():
         with suppress(OSError, ValueError, LookupError, TypeError):
             size = folder_size(file.parent).rpartition(" (")[2]
             found[file.parent.name] = printable(f"{read_json(file)['settings']['folder']} ({size}")
     return found
 
 
-def _indexes_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / DISTRIBUTION / "search"
-
-
-def folder_size(folder: Path) -> str:
+def folder_size(folder: Path | None) -> str:
     """Return a folder's path and size, such as `/tmp/cache (12 MB)`; `(not there yet)` if it does not exist."""
+    if folder is None:
+        return "none: no home folder is known"
     if not folder.is_dir():
         return f"{folder} (not there yet)"
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())

@@ -206,7 +206,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         languages=arguments.languages,
         refresh=arguments.refresh,
         seconds=None if arguments.show_skipped else SECONDS_TO_REFRESH,
-        questions=arguments.questions,
+        questions=() if arguments.path else arguments.questions,  # with a pattern, all files that fit it must be read
     )
     for line in index.report.news(arguments.show_skipped):
         print(line, file=sys.stderr)

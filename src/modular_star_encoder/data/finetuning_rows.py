@@ -110,7 +110,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return mean numbers of tokens (of descriptions, of snippets), cut to the limits, with the longest prompts."""
+        """Return mean numbers of tokens of (descriptions, snippets), with the longest prompt and cut to the limit."""
         frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
         for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):

@@ -1,6 +1,6 @@
 """Extracts documented functions from a corpus: (description, code) rows, filtered by the rules of CodeSearchNet.
 
-The rules are in section 2 of arXiv 1909.09436. Docstrings are removed from code, or even BM25 would find the code.
+The rules are in section 2 of arXiv 1909.09436. Docstrings are removed from code: with docstrings, even BM25 finds it.
 """
 
 import hashlib
@@ -209,8 +209,8 @@ def checking_options(key: str, name: str) -> Iterator[None]:
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """Return a reader of the source code that a recipe's `corpus` names. The reader applies StarCoder2's filters.
 
-    `settings` has one of the keys below, the options of that source, and optionally `languages` (a list) and
-    `snippets`: `files` (the default), or `functions` to read each function as a file (see `outer_functions`).
+    `settings` has one of the keys below, which names a source, options of this source, and optionally `languages` (a
+    list) and `snippets`: `files` (the default), or `functions` to read each function as a file (`outer_functions`).
 
     - `folder: PATH`; option `depth` (number of levels from PATH down to the repositories);
     - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);

@@ -1,4 +1,4 @@
-"""Reads fine-tuning data: prose and code of one meaning (retrieval), pairs of labelled snippets (clone detection)."""
+"""Reads fine-tuning data: prose and code of one meaning (retrieval), labelled pairs of snippets (clone detection)."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from modular_star_encoder.data.languages.registry import LANGUAGES, language_nam
 from modular_star_encoder.data.sources import dataset_rows
 from modular_star_encoder.data.sources.dataset_rows import BadLine, Rows, Source, not_unicode, open_dataset_rows
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import user_path
 from modular_star_encoder.utils.settings import check_names
 
 MAX_CHARACTERS = 100_000  # of a text of `data.pairs`
@@ -233,7 +234,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     `open_dataset_rows`. `data.columns`, or `columns` in the mapping, is {role: name of the column}; a role that is null
     has no column. Other roles get a column with a usual name, such as `docstring`. For `query` and `positive`, a word
     in the name is enough (`user_question`) if it fits one column and one role alone. UserError if a key, the source or
-    a column does not exist, or no column is found for these two. Readers skip rows with a score below `min_score`.
+    a column does not exist, or `query` or `positive` gets no column. Readers skip rows with a score below `min_score`.
     """
     of_pairs = ("columns", "min_score")
     check_names(list(map(str, settings)), [*_SOURCES, *(of_pairs if settings.get("pairs") else ())], "data")
@@ -442,7 +443,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
     if "bigclonebench" not in names:
         files = [(split, settings[split]) for split in _LABELLED_SPLITS if split in names]
         return {split: _labelled_pairs(open_dataset_rows(file, _LABELLED_COLUMNS), file) for split, file in files}
-    folder = Path(settings["bigclonebench"]).expanduser()
+    folder = user_path(settings["bigclonebench"])
     rows = [row for _, row in open_dataset_rows(folder / "data.jsonl", ["func", "idx"]) if isinstance(row, dict)]
     functions = {str(row.get("idx")): row.get("func") for row in rows}
     lists = {split: folder / f"{split}.txt" for split in _LABELLED_SPLITS}

@@ -42,7 +42,7 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 def check_enough(names: Collection[str]) -> None:
     """Raise UserError if there are fewer than two names of repositories to split."""
     if len(names) < 2:
-        message = f"Splitting data needs rows of two repositories, or two rows without a repository, not {len(names)}."
+        message = f"Splitting data needs two repositories, not {len(names)}; a row without a repository counts as one."
         raise UserError("data.split.too_few_repositories", message)
 
 
@@ -51,7 +51,7 @@ def draw_repositories(
 ) -> set[str]:
     """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
 
-    The result has a fifth of all functions, or `min_test` if less. Repositories above `max_repository_share` come last.
+    Drawing ends at min(`min_test`, a fifth of all) functions. Repositories above `max_repository_share` are drawn last.
     """
     check_enough(sizes)
     total = sum(sizes.values())
@@ -291,7 +291,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step of all processes together; an even number if there are both kinds of pairs."""
+        """`batch_size`: pairs per step of all processes, an even number if text → code and code → code alternate."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -302,7 +302,7 @@ class BatchPlan:
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size or add"
             if largest < 2:
-                message = f"Rows left to train on, without those held out: {len(groups.of_rows)}. At least 2 that share"
+                message = f"Rows to train on, without held-out rows: {len(groups.of_rows)}. At least 2 rows that share"
                 message += " no text are needed: add"
             message += " rows. Rows that share a text form a group, which gives a batch at most one pair."
             raise UserError("data.batch_size", f"{message} The data has {listed or 'no pairs'}{negatives}.")
@@ -372,7 +372,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (plan, number of batches) to evaluate at most `pairs` pairs, each once; UserError if rows are too few."""
+    """Return (`BatchPlan`, number of its batches with up to `pairs` different pairs); UserError if rows are too few."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
         message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"

@@ -117,7 +117,7 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """The memory-mapped rows of a store. Only the folder's path is pickled, because numpy would copy all tokens."""
+    """The memory-mapped rows of a store. Only the folder's path is pickled, because a pickled array has all tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _read_state(folder)

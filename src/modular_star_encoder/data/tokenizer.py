@@ -155,7 +155,7 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts without template, truncation and special tokens; `checksum` is a hash of what decides token ids."""
+    """Encodes texts without template, truncation and special tokens; `checksum` hashes all settings that decide ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)

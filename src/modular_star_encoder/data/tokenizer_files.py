@@ -1,4 +1,4 @@
-"""Checks the files of a tokenizer, whose steps are like a program, before `tokenizers` and transformers read them."""
+"""Checks a tokenizer's files, which are like a program, before `tokenizers` and transformers read these files."""
 
 from __future__ import annotations
 

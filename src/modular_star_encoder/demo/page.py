@@ -148,7 +148,7 @@ class SearchPage:
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
     def footer(self) -> str:
-        """Return HTML that says how the costs were measured and, if the index has one exit, how to add others."""
+        """Return HTML that says how the costs were measured and, if the index has one exit, how to index all exits."""
         return circumstances(self.costs) + (message_html(_ONE_EXIT) if self.sides == 1 else "")
 
     def answer(

@@ -108,7 +108,7 @@ def identifier_overlap_accuracy(
 def _overlaps(
     rows: Iterable[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for N rows, the `identifier_overlap` of both texts (N,) and whether one repository has both (N,)."""
+    """Return, for N rows, `identifier_overlap` of the two texts (N,) and whether they come from one repository (N,)."""
     overlaps, labels = [], []
     for row in rows:
         ids = row["labels"].where(row["labels"] != -100, row["input_ids"])

@@ -243,7 +243,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one term per query (Q,), whose sum is the tasks' mean; `differences` has {query: difference} per task."""
+    """Return each query's share (Q,) of the mean over tasks of their means; `differences`: {query: value} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

@@ -25,6 +25,7 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load
 from modular_star_encoder.inference.encoders import ExitEncoder, Text
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError, naming_extra
+from modular_star_encoder.utils.files import user_path
 
 with naming_extra():
     import mteb
@@ -105,7 +106,7 @@ def run_mteb(
     `out` gets mteb's files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, which a repeated call keeps,
     and a cache `embeddings`. `encode_options` are those of `encode_exits`: max_length, tokens_per_batch and dtype.
     """
-    chosen, out = _resolve_tasks(tasks), Path(out).expanduser()
+    chosen, out = _resolve_tasks(tasks), user_path(out)
     path = resolve_checkpoint(checkpoint)
     is_local = os.path.isdir(path)
     name = model_name or (f"local/{Path(path).resolve().name}" if is_local else path)

@@ -31,7 +31,7 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json, write_json
+from modular_star_encoder.utils.files import read_json, user_path, write_json
 from modular_star_encoder.utils.reports import without_places
 
 PROTOCOL = 1  # version of the evaluation's rules; increase it when a change of the rules gives other results
@@ -52,11 +52,11 @@ def run_benchmarks(
     progress: bool = True,
 ) -> Report:
     """Evaluate a model and baselines on benchmarks; return a report with one table per benchmark."""
-    folder = None if out is None else Path(out).expanduser()
+    folder = None if out is None else user_path(out)
     chosen = choose_benchmarks(benchmarks, data)
     tasks = [task for name in chosen for task in load_benchmark(name, data, allow_subset=allow_subset)]
     cache = cache or (None if folder is None else folder / "embeddings")
-    store = EmbeddingCache(None if cache is None else Path(cache).expanduser())
+    store = EmbeddingCache(None if cache is None else user_path(cache))
     if baselines is None:
         baselines = ["bm25"] if folder is None else []
     retrievers = _open_all(model, baselines, store, exit_layers)
@@ -64,7 +64,7 @@ def run_benchmarks(
         folder.mkdir(parents=True, exist_ok=True)  # fails before the evaluation, not after it
     results = evaluate_tasks(tasks, list(retrievers.values()), out=folder, progress=progress)
     is_ours = isinstance(getattr(retrievers[model], "encoder", None), ExitEncoder)
-    checksum = checkpoint_checksum(model) if is_ours or Path(model).expanduser().is_dir() else None
+    checksum = checkpoint_checksum(model) if is_ours or user_path(model).is_dir() else None
     report = make_report(tasks, results, command=without_places(command), checksum=checksum)
     if folder is not None:
         report.write(folder)

@@ -217,7 +217,7 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Build tasks of text → code and of code → code pairs, with up to `limit` queries; one pair alone makes no task."""
+    """Return one task of text → code and one of code → code pairs, up to `limit` pairs each; one pair is no task."""
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))

@@ -46,7 +46,7 @@ from modular_star_encoder.inference.encode import encode_batches
 from modular_star_encoder.inference.encoders import Encoder, ExitEncoder, Prompted, Text
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError, naming_extra
-from modular_star_encoder.utils.files import folder_checksum, staged_folder, write_json
+from modular_star_encoder.utils.files import folder_checksum, staged_folder, user_path, write_json
 from modular_star_encoder.utils.reports import library_versions, machine_kind
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def export_onnx_folder(
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
     check_servable(model.config)
-    out = default_folder(checkpoint, exit_layer) if out is None else Path(out).expanduser()
+    out = default_folder(checkpoint, exit_layer) if out is None else user_path(out)
     with staged_folder(out) as staging, tqdm(bar_format="{desc}…", disable=not progress, leave=False) as bar:
         bar.set_description_str("exporting")
         prompts = stored_prompts(checkpoint)
@@ -382,7 +382,7 @@ def compare_scores(
     *,
     progress: bool = True,
 ) -> Report:
-    """Return a report on `reference`, the encoder of a model at one exit, and its ONNX files {name: path} on tasks.
+    """Return a report of scores on `tasks`: of `reference`, a model at one exit, and of its ONNX `files` {name: path}.
 
     Raises UserError if a score of the file named "float32" differs from the model's by more than `SCORE_TOLERANCE`.
     """

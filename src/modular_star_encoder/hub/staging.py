@@ -39,7 +39,7 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json
+from modular_star_encoder.utils.files import read_json, user_path
 from modular_star_encoder.utils.settings import read_mapping
 
 TRAINING_LOG = "training_log.json"
@@ -49,7 +49,7 @@ HIDDEN = "(a local path)"
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write each repository of a manifest to the folder `folder/KEY`. KEY is its `settings.key` with `--` for `/`."""
+    """Write and return a manifest's repositories, each in `folder/KEY`, KEY being its `key` with `--` for `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -107,7 +107,7 @@ def _stage(
             message = f"{entry.key}: remove {path} from `files`: `mose publish` writes this file itself."
             raise UserError("hub.staging.files", message)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(file).expanduser(), folder / path)
+        shutil.copyfile(user_path(file), folder / path)
     training_rows, recipe = ([], "") if uncut else _read_training(entry, source)
     return StagedRepository(
         settings=entry,
@@ -122,7 +122,7 @@ def _stage(
         parent=parent,
         training_rows=training_rows,
         recipe=recipe,
-        sections=[(heading, _section(Path(file).expanduser())) for heading, file in entry.sections.items()],
+        sections=[(heading, _section(user_path(file))) for heading, file in entry.sections.items()],
     )
 
 
@@ -130,7 +130,7 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
     check_checkpoint(source)
     architecture = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures[0]
     model_class = class_named(architecture, source)
-    if not Path(tokenizer or source, TOKENIZER).expanduser().is_file():
+    if not user_path(tokenizer or source, TOKENIZER).is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
     elif model_class is ModularStarEncoderPreTrainedModel:
         fault = f"{source} has the layout of the published models: convert it with `mose slice` at its deepest exit."
@@ -143,12 +143,12 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
 
 def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, int]) -> Measurements:
     checksum = checkpoint_checksum(source)
-    path = Path(entry.profile).expanduser() if entry.profile else source / PROFILE_NAME
+    path = user_path(entry.profile) if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != checksum:
         message = f"{path} was measured with other weights than those in {source}: run `mose profile` again."
         raise UserError("hub.staging.profile", message)
-    results = [Path(file).expanduser() for file in entry.evaluation]
+    results = [user_path(file) for file in entry.evaluation]
     tables = [table for file in results for table in read_tables(file, checksum)]
     if not results and (log := _training_log(entry, source)):
         with suppress(UserError):  # of another training or version, or of a copy in 16 bits, which was not measured
@@ -158,7 +158,7 @@ def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, i
 
 def _training_log(entry: RepositorySettings, source: Path) -> Path | None:
     if entry.training_log:
-        return Path(entry.training_log).expanduser()
+        return user_path(entry.training_log)
     return next((one for one in (source / TRAINING_LOG, source.parent / TRAINING_LOG) if one.is_file()), None)
 
 
@@ -166,7 +166,7 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
     """Return facts from the training log as (name, value), and the recipe as YAML; both are empty if unknown."""
     path = _training_log(entry, source)
     log = _read_settings(path) if path else {}
-    recipe = _read_settings(Path(entry.recipe).expanduser()) if entry.recipe else log.get("recipe")
+    recipe = _read_settings(user_path(entry.recipe)) if entry.recipe else log.get("recipe")
     data, held_out = log.get("data") or {}, log.get("held_out_repositories")
     settings = without_paths(recipe) if isinstance(recipe, dict) else {}
     # A pre-training's model may be a configuration, and its length is one of whole rows.

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import leads_outside, read_json
+from modular_star_encoder.utils.files import leads_outside, read_json, user_path
 
 PROFILE_NAME = "exit_profile.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -155,7 +155,7 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """Return the path of a checkpoint's exit profile: `out`, or exit_profile.json in the folder of the checkpoint."""
     if out is not None:
-        return Path(out).expanduser()
+        return user_path(out)
     check_checkpoint(checkpoint)
     folder = local_folder(checkpoint)
     if folder is None:

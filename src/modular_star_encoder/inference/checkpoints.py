@@ -30,7 +30,7 @@ from modular_star_encoder.inference import ADAPTER, check_checkpoint, is_reposit
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.modeling.published_checkpoints import PUBLISHED_ARCHITECTURE
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import folder_checksum, read_json, staged_folder, write_json
+from modular_star_encoder.utils.files import folder_checksum, read_json, staged_folder, user_path, write_json
 
 SENTENCE_TRANSFORMER_FILES = (
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
@@ -206,7 +206,7 @@ def slice_checkpoint(
         >>> AutoModel.from_pretrained("runs/model-exit-4").config.num_hidden_layers  # doctest: +SKIP
         4
     """
-    out = Path(out).expanduser()
+    out = user_path(out)
     with staged_folder(out) as staging:
         write_checkpoint(checkpoint, staging, exit_layer, only_exit=only_exit)
         config = ModularStarEncoderConfig.from_pretrained(staging)

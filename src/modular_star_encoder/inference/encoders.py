@@ -94,7 +94,7 @@ def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder
 
 
 def _count_parameters(folder: Path) -> int:
-    """Return the number of parameters of a SentenceTransformer's module, by the config.json in its folder."""
+    """Return the number of parameters of a SentenceTransformer's module, computed from config.json in its `folder`."""
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     if "model_type" not in config:
@@ -194,7 +194,7 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is in `OPENAI_API_KEY` for OpenAI's address, and in `MOSE_API_KEY` for all others, because a recipe may
+    The API key is in `OPENAI_API_KEY` for OpenAI's address, in `MOSE_API_KEY` for other addresses, because a recipe may
     name a stranger's server. The key is never stored, shown or logged. `client_options` are those of `HTTPClient`.
     """
 

@@ -17,7 +17,7 @@ from transformers import AutoModel
 from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_file
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, read_json, write_json
+from modular_star_encoder.utils.files import check_types, read_json, user_path, write_json
 from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def checkpoint_profile(checkpoint: str | os.PathLike[str], file: str | os.PathLi
     check_checkpoint(checkpoint)
     if file is None:
         file = checkpoint_file(checkpoint, PROFILE_NAME) or Path(checkpoint, PROFILE_NAME)
-    file = Path(file).expanduser()
+    file = user_path(file)
     profile = ExitProfile.load(file)
     here, decisive = machine_kind(), ["processor", "threads"]
     if profile.device == "cuda":

@@ -21,7 +21,7 @@ import numpy as np
 
 from modular_star_encoder.data.tokenizer_files import check_tokenizer
 from modular_star_encoder.utils.errors import UserError, is_panic
-from modular_star_encoder.utils.files import read_json, scratch_folder, staged_folder, write_json
+from modular_star_encoder.utils.files import read_json, scratch_folder, staged_folder, user_path, write_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
 _NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
@@ -113,7 +113,7 @@ class NumpyEncoder:
             return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids of each text. If the tokenizer divides texts into words, equal words are read once."""
+        """Return each text's token ids. If the tokenizer divides texts into words, equal words are encoded once."""
         if not self._has_words:
             return [np.array(one.ids, dtype=np.uint32) for one in self.tokenizer.encode_batch_fast(list(texts))]
         divided = [self._words(text) for text in texts]
@@ -154,7 +154,7 @@ class NumpyEncoder:
         return result
 
     def _states(self, ids: np.ndarray, layers: int) -> Iterator[np.ndarray]:
-        """Yield the states (T, H) of a text with T token ids after 0, 1, … `layers` layers."""
+        """Yield the states (T, H) of T token `ids`: before the first layer, then after each of `layers` layers."""
         states = self._tokens[ids]
         yield states
         size = states.shape[1] // self._config["num_attention_heads"]
@@ -307,7 +307,7 @@ def export_static(
     with scratch_folder("static") as scratch:
         encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
         tokenizer, table = encoder.tokenizer, encoder.table
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     with staged_folder(folder) as staging:
         (staging / "model.safetensors").write_bytes(save({TENSORS[format]: table}))
         write_json(staging / "modules.json", _STATIC_MODULES)

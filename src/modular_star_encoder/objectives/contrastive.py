@@ -25,7 +25,7 @@ def losses_from_embeddings(
     settings: ContrastiveSettings | None = None,
     logit_scale: torch.Tensor | float | None = None,
 ) -> ObjectiveOutput:
-    """Compute each exit's CLIP loss (arXiv 2103.00020, figure 3), and other terms with a weight above 0 in `settings`.
+    """Return each exit's loss: the CLIP loss (arXiv 2103.00020, figure 3) and all terms with a weight in `settings`.
 
     `stacks` is {side: L2-normalised embeddings (E exits, B texts, D)}. Within each set of `settings.pairs`, anchors of
     this process are scored against the positives and negatives of all processes, and positives against all anchors.
@@ -197,7 +197,7 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
 
 
 def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
-    """Return a mask (R, C), True where a negative's similarity is above the limit of `settings` for its query."""
+    """Return a mask (R, C), True for negatives more similar to a query than `settings` allow; `own`: its positive."""
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor

@@ -101,7 +101,7 @@ def embed_sides(
     mps_states: dict[int, Any] = {}  # mini-batch → random state of MPS, the only device whose state torch does not keep
 
     def run(anchor: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embed a mini-batch: called by the forward pass without a graph, and by the backward pass with one."""
+        """Embed mini-batch `number`: called without a graph in the forward pass, with a graph in the backward pass."""
         nonlocal left
         inputs = mini_batches[number].cut(sides[mini_batches[number].side])
         now = torch.mps.get_rng_state() if device.type == "mps" else None

@@ -36,7 +36,8 @@ _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an in
 _ROWS_PER_BATCH_IN_A_HURRY = 32
 _ROWS_PER_EMBEDDING = 256  # embedded at once: few, so that the processes that parse files don't wait for this one
 _FILES_PER_REMOVAL = 1000
-FEW_NEW_FILES = 1000  # of so many new files, a first search reads all
+FEW_NEW_FILES = 1000  # so few new files are all read by a first search, whatever time it takes
+_SMALL_FILE, _MOST_STEMS = 100_000, 64  # bytes of a file, stems of questions: limits of what is compared to sort files
 _FRESH_NS = 2_000_000_000  # a file that changed less than 2 s ago may change again without a new time of change
 
 _Piece = tuple[Snippet, str]  # a piece and its words, with spaces between
@@ -68,7 +69,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return lines to print on files left out, read as Latin-1 or postponed; `show_skipped` lists their paths."""
+        """Return lines to print on files left out, read as Latin-1 or postponed; `show_skipped` lists all `notes`."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -235,7 +236,7 @@ class _Writer:
         return self.end is not None and time.monotonic() > self.end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
-        """Yield the files of a reader that the store lacks, or has with other content."""
+        """Yield the new or changed files of `reader`, compared with the store; call `advance` for unchanged files."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)
@@ -299,23 +300,24 @@ class _Writer:
             self._store.keep_stamps(self._stamps)
 
 
-def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float) -> list[float]:
-    """Return a sort key for each file: known files come first, then files with rare words of the questions.
+def _keys(
+    files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float
+) -> list[tuple[bool, bool, float]]:
+    """Return a key for each file, lower for files to read first: known files, then files with rare words of questions.
 
-    Files that are not looked at before `time.monotonic()` reaches `end` come last.
+    Large files come last, because one of them may take all the time. `time.monotonic()` ends the look into files.
     """
-    stems = [one.encode() for one in question_stems(" ".join(questions))]
-    found: list[list[bytes] | None] = []  # stems in each file; None for known files
+    stems = sorted(question_stems(" ".join(questions)), key=len)[-_MOST_STEMS:]
+    found: list[tuple[bool, bool, list[str]]] = []  # (is new, is large, stems in the file)
     for file in files:
-        content = None
-        if file_id(file.path) not in known:
-            is_late = time.monotonic() > end
-            content = b"" if is_late else beginning(file.location, SEARCH_FILTERS.max_bytes, links=False) or b""
-            content = file.path.encode(errors="replace").lower() + content.lower()
-        found.append(None if content is None else [stem for stem in stems if stem in content])
-    counts = Counter(chain.from_iterable(filter(None, found)))
+        is_new = file_id(file.path) not in known
+        is_read = is_new and time.monotonic() < end
+        content = (beginning(file.location, _SMALL_FILE + 1, links=False) if is_read else None) or b""
+        text = f"{file.path}\n{content.decode(errors='replace')}".lower() if is_new else ""
+        found.append((is_new, len(content) > _SMALL_FILE, [stem for stem in stems if stem in text]))
+    counts = Counter(chain.from_iterable(some for *_, some in found))
     rarity = {stem: math.log(len(files) / count) for stem, count in counts.items()}
-    return [-math.inf if one is None else -sum(map(rarity.__getitem__, one)) for one in found]
+    return [(is_new, is_large, -sum(map(rarity.__getitem__, some))) for is_new, is_large, some in found]
 
 
 def _pieces(files: list[SourceFile]) -> list[_Changed]:

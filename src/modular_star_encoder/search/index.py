@@ -39,6 +39,7 @@ from modular_star_encoder.search.vector_store import (
     readable_path,
 )
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import cache_folder, user_path
 
 _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
@@ -316,12 +317,16 @@ class CodeIndex:
                 named += [f"the path pattern {path!r}"] * (path is not None)
                 example = f"{every[0].path} ({every[0].snippet.language})"
                 message = f"No indexed file fits {' and '.join(named)}. The index has files such as {example}."
-                raise UserError("search.filter", message)
+                late = self.report.postponed_files
+                raise UserError("search.filter", message + f" {late:,} files are not read yet." * bool(late))
 
     def refuse_empty(self) -> None:
         """Raise UserError if the index has no code. The message names code in a language that the index leaves out."""
         if self.store.count():
             return
+        if self.report.postponed_files:
+            message = f"No file of {self.folder} was read in time. `mose index {self.folder}` reads all files."
+            raise UserError("search.folder.unread", message)
         kind, advice = "source", "Name another folder"
         if missing := {*SEARCH_LANGUAGES} - {*self.settings.languages}:
             kind = " or ".join(self.settings.languages)
@@ -453,7 +458,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
     """Return the path of the index in `folder` or its nearest parent, or None; UserError if indexed code is outside."""
-    start = Path(folder).expanduser().absolute()
+    start = user_path(folder).absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)
         if os.path.isdir(location):
@@ -555,8 +560,10 @@ def folder_of(file: str | os.PathLike[str]) -> str:
 
 
 def _cached_location(folder: str, *options: Any) -> str:
-    """Return the location in the user's cache for a folder's index; `memory://` if the cache is read-only."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-star-encoder" / "search"
+    """Return the location in the user's cache for a folder's index; `memory://` without a cache to write."""
+    cache = cache_folder("search")
+    if cache is None:
+        return MEMORY
     key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,15 @@ import numpy as np
 from modular_star_encoder.search.pieces import Memo, Snippet
 from modular_star_encoder.search.vector_store import INDEX_FOLDER, MEMORY, REBUILD, Filter, Found, Row, Stamps
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import MAX_JSON_BYTES, check_types, locked, parse_json, read_json, write_text
+from modular_star_encoder.utils.files import (
+    MAX_JSON_BYTES,
+    check_types,
+    locked,
+    parse_json,
+    read_json,
+    user_path,
+    write_text,
+)
 
 MANIFEST = "index.json"
 APPROXIMATE_ROWS = 10_000  # a search of more rows compares the signs of all vectors, and only the best exactly
@@ -72,7 +80,7 @@ class LocalStore:
     """A `VectorStore` in a folder, or in the memory of this process if the location is None."""
 
     def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
-        self.folder = None if location is None else Path(os.path.realpath(Path(location).expanduser()))
+        self.folder = None if location is None else Path(os.path.realpath(user_path(location)))
         self.location = MEMORY if location is None else os.fspath(location)
         self._manifest = _NO_INDEX
         self._version: tuple[int, int] | None = None
@@ -85,7 +93,7 @@ class LocalStore:
             if MANIFEST not in names and not all(map(_OWN_FILE.fullmatch, names)):
                 fault = "it contains other files. Name a new folder, an empty folder or an index"
                 advice = f'. To search code in {location}, do not use --index: mose search "QUESTION" {location}'
-        elif location is not None and os.path.lexists(Path(location).expanduser()):  # a file, or a link to nothing
+        elif location is not None and os.path.lexists(user_path(location)):  # a file, or a link to nothing
             fault = "it is not a folder. Name a folder"
         if fault:
             raise UserError("search.index.foreign", f"{location} is not an index: {fault}{advice}.")

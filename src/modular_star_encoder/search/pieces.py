@@ -55,7 +55,7 @@ class Snippet:
 
 
 def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
-    """Divide a file into functions, classes and blocks of other lines, in order; leave out blocks with few letters."""
+    """Return a file's pieces in order: functions, classes and blocks of other lines, except blocks with few letters."""
     lines = LINE_END.split(text)
     if max(map(len, lines)) > _LONGEST_LINE:
         text = "\n".join(line if len(line) <= _LONGEST_LINE else "" for line in lines)
@@ -222,7 +222,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based number of the line to show first: `line`, or the best match in a part of a long function."""
+    """Return the 1-based line to show first: `snippet.line` or, in a part of a long function, the best match."""
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))

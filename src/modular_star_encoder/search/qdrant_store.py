@@ -1,7 +1,7 @@
 """Store an index in a collection of a Qdrant server, for indexes that outgrow one machine.
 
-Qdrant has no transactions: an update writes the new rows of a file before it deletes the old ones, and every row has
-the number of rows of its file. A search by words uses sparse vectors with BM25 weights, for a fixed average length.
+Qdrant has no transactions: an update writes the new rows of a file before it deletes the old rows, and a row stores how
+many rows its file has. A search by words uses sparse vectors with BM25 weights for a fixed average length of a row.
 """
 
 import hashlib

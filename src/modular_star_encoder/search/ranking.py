@@ -111,7 +111,7 @@ class Ranker:
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
 
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
-        """Return cosine similarities (N,) of N rows to a question; if the index lacks the exit, embed the rows."""
+        """Return the cosine similarities (N,) of rows to a question; embed the rows if the index lacks `exit_layer`."""
         if exit_layer in self.settings.exit_layers:
             documents = self.store.vectors(found, exit_layer)
         else:
@@ -232,7 +232,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return additions (F,) to scores: `PATH` × share of the question's words in a file's name, or in its folder's."""
+    """Return additions (F,): `PATH` × share of the question's words in a file's name (in its folder's name: half)."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -260,7 +260,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return additions (N,) to scores: only to the best piece of each file, and more if the file has good pieces."""
+    """Return additions (N,) to scores, 0 but for the best piece of a file: the better the file's pieces, the more."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)

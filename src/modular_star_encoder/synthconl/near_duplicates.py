@@ -298,10 +298,10 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return (pairs of rows with equal keys in a band, largest bucket size, most rows of a band in too large buckets).
+    """Return (pairs of rows with equal keys in a band, largest bucket size, most rows over `limit` in a band).
 
     In a band, the bucket of a row is the rows of `others` with the row's key or, if `others` is `column`, only those
-    before the row. A row is paired with the first `limit` rows of its bucket.
+    before the row. A row is paired with the first `limit` rows of its bucket, and is over `limit` if there are more.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -445,7 +445,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's most similar partner (on ties, the smallest) and the similarity; −1 and 0 without a partner."""
+    """Return each row's most similar partner (of ties, the first) and the similarity; −1 and 0 without a partner."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

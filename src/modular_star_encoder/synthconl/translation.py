@@ -381,7 +381,7 @@ def _report(out: Path, settings: TranslationSettings, sessions: Sequence[Mapping
 
 
 class _CompletionFile:
-    """Stores the completions of one file of rows: in a journal until all rows have one, then in a parquet file."""
+    """Stores the completions of one file of rows: in a journal until every row has its completion, then in Parquet."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids, self._path = target, ids, Path(f"{target}.journal")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modular_star_encoder.inference import check_checkpoint
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import similar_files
+from modular_star_encoder.utils.files import similar_files, user_path
 
 _COMMANDS = {"translation": "dataset build", "corpus": "pretrain", "data": "finetune", "finetuning": "ablate"}
 # If only a folder is named, such as `small`, the first of these recipes in the folder is used.
@@ -43,7 +43,7 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 def find_recipe(name: str, command: str | None = None) -> Path:
     """Return a recipe's path; `name` is a YAML file, a packaged recipe (`small/finetune`) or its folder (`small`)."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return path
     # In a clone of this repository, the path of a packaged recipe is hub_configs/small/finetune.yaml.
@@ -73,7 +73,7 @@ def hub_config_folder(name: str) -> Path:
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
     """Return the folder or Hub id that `name`, a recipe's `model`, means, and whether this model has weights."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
         return name, True  # it is assumed to have weights
     try:

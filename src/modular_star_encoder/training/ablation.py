@@ -152,11 +152,11 @@ class AblationRecipe:
         return self.learning_rates or (self.base().learning_rate,)
 
     def base(self) -> FinetuningRecipe:
-        """Return `finetuning` as a recipe, without the changes of any start or variant."""
+        """Return `finetuning` as a recipe, before a start or a variant changes its settings."""
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return one training run with its recipe; UserError if a setting in `starts` or `variants` is wrong."""
+        """Return the training run of a start, kind, learning rate and seed; UserError if a setting is wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):

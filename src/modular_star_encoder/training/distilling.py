@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.training.recipes import TeacherSettings
 from modular_star_encoder.training.starting_points import start_from_teacher
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import cache_folder, user_path
 
 TEXTS_PER_SUM = 4096
 PAIRS_PER_TEXT = 2
@@ -33,7 +33,7 @@ _UNPAIRED = 12  # number of the random stream that draws unpaired texts; `Retrie
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """Rows of `RetrievalBatches`, with the teacher's vector of each text added, such as `query_teacher`, float32 (D,).
 
-    Every second row also has an `unpaired` text, drawn by seed and row number, as `text_ids` and `text_teacher`.
+    With `unpaired`, every second row also has a text drawn from these texts: `text_ids`, and its vector `text_teacher`.
     """
 
     def __init__(
@@ -157,9 +157,9 @@ def compute_teacher_vectors(
     progress: bool = True,
 ) -> TeacherVectors:
     """Return the vectors of texts at a teacher's deepest exit; embed the texts that the cache lacks."""
-    root = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder/teacher-vectors"))
+    root = user_path(cache) if cache else cache_folder("teacher-vectors")
     folder = hashlib.blake2b(repr((prompt, max_characters)).encode(), digest_size=8).hexdigest()
-    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root.expanduser() / folder, "float16"))
+    retriever = EmbeddingRetriever(teacher, EmbeddingCache(root and root / folder, "float16"))
     exit_layer = teacher.exit_layers[-1]
     vectors = TeacherVectors(retriever.cache, retriever.space(exit_layer), prompt, max_characters)
     retriever.embed(vectors.prompted(texts), [exit_layer], progress=progress)
@@ -177,7 +177,7 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return the vector to learn for a text, float32 (D,). If `kind` is None, subtract the nearest of the means."""
+        """Return the vector to learn for a text, float32 (D,). If `kind` is None, subtract the nearest of `means`."""
         vector = self._vectors[kind or "document"].rows([text])[0]
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

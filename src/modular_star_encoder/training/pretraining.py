@@ -39,7 +39,7 @@ def pretrain(
     """Pre-train a model; if `out` has an interrupted run of this recipe, continue that run.
 
     `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
-    with `training_log.json`, which is returned. With several processes, every process calls this function.
+    with `training_log.json`; this log is returned. With several processes, every process calls this function.
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes

@@ -165,7 +165,7 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
 
 
 def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise UserError (`training.run.other_settings`) if the run in `place` has other values of settings in `names`."""
+    """Raise UserError (`training.run.other_settings`) if `before` (the run in `place`) and `now` differ in `names`."""
     if other := sorted(name for name in names if before.get(name) != now.get(name)):
         message = f"{place} has a run with other values of {', '.join(other)}; choose another folder."
         raise UserError("training.run.other_settings", message)

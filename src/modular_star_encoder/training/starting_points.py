@@ -245,7 +245,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
 def grow_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
 ) -> Path:
-    """Add layers (see `grow`), random by `seed`, to a checkpoint of exit 0; write the result to a new folder, `out`."""
+    """Add random layers (see `grow`) to a checkpoint of exit 0; write the result to a new folder; return its path."""
     model, tokenizer = load_checkpoint(checkpoint)
     torch.manual_seed(seed)
     return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)

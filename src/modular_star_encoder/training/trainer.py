@@ -168,7 +168,7 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint as `Trainer` does, but first set back dates in the future: it keeps the newest by date."""
+        """Correct folder dates in the future, then save a checkpoint as `Trainer` does: `Trainer` keeps the newest."""
         now, steps = time.time(), {}
         for folder in Path(self._folder).glob("checkpoint-*") if self.args.should_save else ():
             if (step := folder.name.rpartition("-")[2]).isdecimal():

@@ -65,9 +65,20 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
         lock.release()
 
 
+def user_path(path: str | os.PathLike[str], *parts: str) -> Path:
+    """Return a path with the home folder in place of `~`; if the home folder is unknown, `~` stays."""
+    return Path(os.path.expanduser(Path(path, *parts)))
+
+
+def cache_folder(name: str) -> Path | None:
+    """Return the folder `name` in the user's cache, `$XDG_CACHE_HOME` or `~/.cache`; None if no home is known."""
+    path = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder", name)
+    return path if path.is_absolute() else None
+
+
 def similar_files(path: str | os.PathLike[str]) -> str:
     """Return ` (similar: PATH, PATH)` with up to 3 existing paths in the folder of `path` with similar names, or ""."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = get_close_matches(path.name, there, n=3, cutoff=0.6)
     return f" (similar: {', '.join(str(path.parent / name) for name in near)})" if near else ""
@@ -205,7 +216,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder; remove it at the end or, if killed, in the next call for `name`."""
+    """Context manager: yield a temporary folder, removed at the end or, after a crash, by the next call for `name`."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))

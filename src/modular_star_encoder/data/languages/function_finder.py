@@ -213,7 +213,7 @@ _C_NAMES = {"identifier", "field_identifier", "type_identifier", "destructor_nam
 
 
 def _name(captures: dict[str, list[Node]], source: bytes, language: Language) -> str | None:
-    """Return the dotted name of the definition that a query matched; None if it is a macro or no definition."""
+    """Return the dotted name of the definition that a query matched; None if the match is a macro or no definition."""
     if "keyword" in captures and _text(captures["keyword"][0], source) not in language.definers:
         return None
     if "declarator" in captures:

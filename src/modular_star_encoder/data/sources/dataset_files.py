@@ -1,6 +1,6 @@
 """Read source files from data sets with one file per row, or from The Stack v2 (arXiv 2402.19173).
 
-The Stack v2 lists files that are stored, as gzip, in the bucket of Software Heritage, which grants bulk access.
+The Stack v2 lists files, stored as gzip in the bucket of Software Heritage. Software Heritage grants bulk access.
 """
 
 import re

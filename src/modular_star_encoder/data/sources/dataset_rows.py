@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_json_values, files_below, similar_files
+from modular_star_encoder.utils.files import check_json_values, files_below, similar_files, user_path
 
 if TYPE_CHECKING:
     import datasets
@@ -253,7 +252,7 @@ def open_dataset_rows(source: Source, columns: Sequence[str], *, split: str = "t
 
 def check_source(source: str | os.PathLike[str]) -> None:
     """Raise UserError unless `source` is a URL, folder, file of rows or Hub id `owner/name`; the Hub is not asked."""
-    name, path = os.fspath(source), Path(source).expanduser()
+    name, path = os.fspath(source), user_path(source)
     is_file = name.endswith(SUFFIXES)
     if "://" in name or path.is_dir() or (path.is_file() and is_file):
         return
@@ -263,7 +262,7 @@ def check_source(source: str | os.PathLike[str]) -> None:
 
 
 def column_names(source: Source, **options: Any) -> list[str]:
-    """Return a dataset's column names (of JSON Lines: those in the first 100 rows); UserError if no row has names."""
+    """Return a dataset's column names (of JSON Lines: names in the first 100 rows); UserError if no row has names."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
     if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
         rows: Rows = _undamaged(files[0], partial(_csv_names, files[0]))

@@ -21,7 +21,7 @@ from modular_star_encoder.data.languages.registry import check_languages, langua
 from modular_star_encoder.data.sources import FileFilters, SourceFile, SourceReader, decode_source, is_closed
 from modular_star_encoder.data.sources.ignore_files import IgnoreFiles, beginning
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import MAX_FOLDER_DEPTH, files_below
+from modular_star_encoder.utils.files import MAX_FOLDER_DEPTH, files_below, user_path
 
 STANDARD_LIBRARY = "python-standard-library"
 OWN_DISTRIBUTION = "modular-star-encoder"
@@ -76,8 +76,8 @@ class FileReader(SourceReader):
     def __length_hint__(self) -> int:
         return len(self._files)
 
-    def sort(self, keys: Callable[[Sequence[SourcePath]], Iterable[float]]) -> None:
-        """From now on, read files in ascending order of `keys(files)`, a number for each file."""
+    def sort(self, keys: Callable[[Sequence[SourcePath]], Iterable[Any]]) -> None:
+        """From now on, read files in ascending order of `keys(files)`, a sort key for each file."""
         ordered = sorted(zip(keys(self._files), self._files, strict=True))
         self._files = [file for _, file in ordered]
 
@@ -138,7 +138,7 @@ def folder_repositories(
         obey_ignore_files: leave out files that git ignores, read scripts without a suffix too, and count links and
             unreadable folders as left out.
     """
-    root = Path(folder).expanduser().resolve()
+    root = user_path(folder).resolve()
     key, fault = "", ""
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
@@ -384,14 +384,14 @@ def archive_repositories(
     source: str | os.PathLike[str], *, languages: Iterable[str] | None = None, filters: FileFilters | None = None
 ) -> SourceReader:
     """Return a reader of an archive or a folder's archives, one repository each; UserError if there is no archive."""
-    root = Path(source).expanduser()
+    root = user_path(source)
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in files_below(root, links=False)}
     else:
         files = {root.name: root}
     found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
     if not found:
-        message = f"{os.fspath(source)!r} is neither an archive nor a folder that holds one."
+        message = f"{os.fspath(source)!r} is neither an archive nor a folder with an archive."
         raise UserError("data.source.no_files", f"{message} Names of archives end in {', '.join(ARCHIVE_SUFFIXES)}.")
     short = {name: name[: -len(_archive_suffix(path))] for name, path in found.items()}
     counts = Counter(short.values())

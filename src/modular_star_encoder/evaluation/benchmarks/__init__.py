@@ -12,6 +12,7 @@ import huggingface_hub
 from modular_star_encoder.evaluation.benchmarks import codesearchnet, codexglue
 from modular_star_encoder.evaluation.tasks import Task
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.files import user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     """Return benchmark names without repetitions; "all" means all benchmarks that have a folder in `data`."""
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     possible = [one for one in _BENCHMARKS if one.in_all]
-    found = [one.name for one in possible if not _is_on_hub(data) and Path(data, one.folder).expanduser().is_dir()]
+    found = [one.name for one in possible if not _is_on_hub(data) and user_path(data, one.folder).is_dir()]
     key = fault = ""
     if unknown or not names:
         key, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
@@ -95,8 +96,8 @@ def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))
     else:
-        inside = Path(data).expanduser() / benchmark.folder
-        folder = inside if inside.is_dir() else Path(data).expanduser()
+        inside = user_path(data) / benchmark.folder
+        folder = inside if inside.is_dir() else user_path(data)
     return list(benchmark.load(folder, allow_subset=allow_subset) if benchmark.sized else benchmark.load(folder))
 
 
