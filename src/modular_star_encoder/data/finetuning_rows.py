@@ -148,7 +148,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of item `index`, not renamed: {"query": (text, whether the text is code), "document": …}."""
+        """Return the texts of item `index`, no word replaced: {"query": (text, whether the text is code), "document": …}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 

@@ -240,11 +240,11 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """The groups of `same_content_groups`, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
+    """Rows in groups of equal content, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
 
-    `of_rows` is the group of each row, int64 (rows,); `negatives` is the result of `groups_of_negatives`. For each
-    kind, `numbers` has the numbers of the groups that give such pairs, int64 (groups,), `rows` is a list with the
-    row numbers of each of these groups, and `counts` is how many groups there are.
+    `of_rows` is the group of each row, int64 (rows,), from `same_content_groups`; `negatives` the group of each row's
+    hard negative, from `groups_of_negatives`. Three dictionaries have the kinds as keys: `numbers` the groups that give
+    such pairs, int64 (groups,), `rows` a list of the row numbers of each of these groups, `counts` their number.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:

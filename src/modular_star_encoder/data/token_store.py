@@ -74,7 +74,7 @@ _FILES_PER_COMMIT = 4096
 
 @dataclass
 class _State:
-    """The content of `state.json`: how many files, tokens and bytes of names are stored, and by which tokenizer."""
+    """The content of `state.json`: numbers of stored files, tokens and bytes of the file names, and the tokenizer."""
 
     tokenizer: str
     dtype: str

@@ -133,7 +133,7 @@ class EmbeddingRetriever(Retriever):
         return CosineScores(*rows, dimensions=variant.dimensions)
 
     def space(self, exit_layer: int | None) -> str:
-        """Return the cache's name for embeddings of this model at this exit (None: the full model)."""
+        """Return the name under which the cache keeps this model's embeddings at this exit (None: the full model)."""
         return f"{self.checksum}/{'full' if exit_layer is None else f'exit-{exit_layer}'}"
 
 

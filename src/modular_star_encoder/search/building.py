@@ -84,7 +84,7 @@ class UpdateReport:
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
-        """Return `lines(show_skipped)`; but [] if not `show_skipped` and the update embedded and postponed no files."""
+        """Return `lines(show_skipped)`; but [] if `show_skipped` is false and no file was embedded or postponed."""
         has_news = show_skipped or self.embedded_files or self.postponed_files
         return self.lines(show_skipped) if has_news else []
 

@@ -158,7 +158,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder` or, if it has a Debian package, `temporary` with a copy of the package's data archive."""
+    """Return `folder`; if it has a Debian package, copy the package's data archive to `temporary` and return that."""
     for deb in filter(Path.is_file, folder.glob("*.deb")):
         folder = temporary
         with deb.open("rb") as archive:
@@ -174,7 +174,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, counts, rows) for each item; a row is a pair, or a function without a description."""
+    """Return (package number, {reason: functions left out}, rows) for each file; a row is a pair or a function."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()

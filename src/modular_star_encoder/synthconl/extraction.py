@@ -176,9 +176,9 @@ def clean_translation(
 ) -> Translation:
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
-    The code is the answer's code block; of several blocks, the longest in the target language. If there is no block, or
-    the whole answer parses as a function, the code is the answer without the sentences before and after it. The code
-    is accepted if it contains a function and parses as the target language.
+    The code is the answer's code block; of several blocks, the longest in the target language. If there is no
+    block, or if the answer without the sentences around its code parses as a function, that is the code. The code is
+    accepted if it contains a function and parses as the target language, but for `max_error_share`.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

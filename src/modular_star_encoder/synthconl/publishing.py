@@ -190,7 +190,7 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Return the files of a built dataset, and its card, after an upload if `upload`; UserError if one is unusable."""
+    """Upload a built dataset if `upload` is true; return its files and its card. UserError if a file is unusable."""
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]

@@ -112,8 +112,8 @@ class AblationRecipe:
             Held-out rows are split by repository into validation rows (to choose learning rates) and test rows.
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
-        learning_rates: rates to try for each kind of model, with the first seed; by default only that in `finetuning`.
-            The rate with the best validation MRR is used with all seeds; variants use the rate of all exits together.
+        learning_rates: rates to try, with the first seed, for each exit trained alone and for all exits together; by
+            default only that in `finetuning`. The rate with the best validation MRR is used with all seeds.
         seeds: one model of each kind is trained with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below

@@ -204,7 +204,7 @@ _MACRO_LINE = re.compile(rb"^[ \t]*[A-Z][A-Z0-9_]{3,}[ \t]*(?:\([^()\n]*\)[ \t]*
 
 
 def _without_macro_words(source: bytes, tree: Tree, grammar: Grammar) -> bytes:
-    """Return `source` with blanks in place of words that look like macros and are, or are next to, a syntax error."""
+    """Return `source` with blanks in place of words that look like macros, in or next to a syntax error."""
     text = bytearray(source)
     for node in QueryCursor(grammar.errors).captures(tree.root_node).get("error", []):
         start, end = node.byte_range
