@@ -868,7 +868,7 @@ def _unpad(
 def _rows(
     states: torch.Tensor, attention_mask: torch.Tensor | None, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return packed texts as padded rows (texts, longest, H) and mask; if `bounds` is None, return the other inputs."""
+    """Return packed texts as padded rows (texts, longest, H) and their mask; if `bounds` is None, both inputs."""
     if bounds is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             shape = tuple(attention_mask.shape)

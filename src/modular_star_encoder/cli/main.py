@@ -146,7 +146,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
 
 
 def with_options(sentence: str, arguments: argparse.Namespace) -> str:
-    """Return `sentence` with options, such as --latency-ms, in place of names of `arguments` that the user gave."""
+    """Return `sentence` with the names of given `arguments`, such as latency_ms, replaced by options (--latency-ms)."""
     names = ("exit_layer", "exit_layers", "latency_ms", "memory_mb")
     given = "|".join(name for name in names if getattr(arguments, name, None) not in (None, ()))
     if not given:

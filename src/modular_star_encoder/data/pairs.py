@@ -181,7 +181,7 @@ def _triplet(
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
     """Read the retrieval rows of every source in a recipe's `data`; return {name of the source: rows}.
 
-    Each of these keys is a SOURCE of `open_dataset_rows`, or a mapping with `source` and other arguments. A key
+    The value of a key below is a SOURCE of `open_dataset_rows`, or a mapping with `source` and other arguments. A key
     with the value None is not used.
 
     - `pairs`: see `resolve_pairs`. `pairs` replaces all other sources;
@@ -191,7 +191,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
       `name` and `code` may give other names of these two columns.
 
     A row that can't be used is skipped and counted: for example if its code is empty, in an unknown language, or prose.
-    With `strict: true`, it raises UserError (`data.row`).
+    With `strict: true`, an option of all keys except `functions`, such a row raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
     fault = "" if settings else f"`data` must name one or several of {', '.join(_SOURCES)}; not none."
@@ -284,7 +284,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if a source in a recipe's `data` does not exist, or `resolve_pairs` rejects local `pairs`."""
+    """Raise UserError if a local source in a recipe's `data` is missing, or `resolve_pairs` rejects local `pairs`."""
     for name in ("pairs",) if settings.get("pairs") else ("triplets", "parallel"):
         source = settings.get(name)
         source = source.get("source") if isinstance(source, Mapping) else source

@@ -74,7 +74,7 @@ _FILES_PER_COMMIT = 4096
 
 @dataclass
 class _State:
-    """The content of `state.json`: numbers of stored files, tokens and bytes of the file names, and the tokenizer."""
+    """The content of `state.json`: the tokenizer, and how many files, tokens and bytes of file names are stored."""
 
     tokenizer: str
     dtype: str

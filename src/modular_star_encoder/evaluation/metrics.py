@@ -234,7 +234,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
 
     `values` has a dict {query: value} for each task. A query, even of several tasks, gets one value, M + Q × t: M is
-    the mean of the tasks' means, and t is what `shares` returns for the query if each value is less its task's mean.
+    the mean of the tasks' means, and t is the query's share (see `shares`) of the values minus their task's mean.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]

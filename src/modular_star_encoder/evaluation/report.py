@@ -285,7 +285,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
 
 
 def _evaluated_model(table: Table) -> Table:
-    """Return `table` cut to the first model's exits, at the largest embedding size, and to retrievers without exits."""
+    """Return `table` with only the first model's exits, at the largest embedding size, and retrievers without exits."""
     own = next((row.retriever for row in table.rows if row.exit_layer is not None), None)
     rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
     largest = {row.exit_layer: row for row in rows if row.retriever == own}

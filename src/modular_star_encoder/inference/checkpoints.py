@@ -132,7 +132,7 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
 
 
 def check_size(parameters: int, folder: Path) -> None:
-    """Raise RuntimeError if the weight files in a folder have fewer bytes than a model has `parameters`."""
+    """Raise RuntimeError if the weight files in `folder` have fewer bytes than the model has `parameters`."""
     # transformers would fill gigabytes with random numbers before it reports this.
     files = list(folder.glob("*.safetensors"))
     if files and parameters > sum(file.stat().st_size for file in files):
@@ -145,7 +145,7 @@ def check_size(parameters: int, folder: Path) -> None:
 def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
     """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    Yields the list of messages that transformers logs. Without an error, messages still listed are shown at the end.
+    Yields the list of messages that transformers logs. Without errors, messages left in the list are shown at the end.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 

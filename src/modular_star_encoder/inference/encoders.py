@@ -172,7 +172,7 @@ class SentenceTransformerEncoder(Encoder):
 
 
 def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settings: Mapping[str, Any]) -> str:
-    """Return a hash of weights, tokenizer, `config` and `settings`, which is the same on every device."""
+    """Return a hash, the same on every device, of weights, tokenizer, `config` and `settings`."""
     digest = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=20)
     digest.update(_tokenizer_state(tokenizer).encode(errors="surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):

@@ -27,8 +27,8 @@ def losses_from_embeddings(
 ) -> ObjectiveOutput:
     """Return each exit's loss: the CLIP loss (arXiv 2103.00020, figure 3) and all terms with a weight in `settings`.
 
-    `stacks` is {side: L2-normalised embeddings (E exits, B texts, D)}. Within each set of `settings.pairs`, anchors of
-    this process are scored against the positives and negatives of all processes, and positives against all anchors.
+    `stacks` is {side: L2-normalised embeddings (E exits, B texts, D)}. In each set of `settings.pairs`, this process's
+    anchors are scored against all processes' positives and negatives, and its positives against all anchors.
     """
     settings = settings or ContrastiveSettings()
     settings.check_sides({side: stack.shape[1] for side, stack in stacks.items()})
@@ -75,7 +75,7 @@ class _Scoring:
     teacher: torch.Tensor  # (E, E), row e: weight of each exit's scores in the teacher of exit e; zeros without teacher
 
     def mean_over_sizes(self, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return (E,): each exit's mean over its embedding sizes; `found` is {size: a value per exit that has it}."""
+        """Return (E,): each exit's mean over its sizes; `found` is {embedding size: values of exits with this size}."""
         by_exit = ([found[size][self.places[size].index(e)] for size in own] for e, own in enumerate(self.sizes))
         return torch.stack([reduce(torch.add, values) / len(values) for values in by_exit])
 

@@ -195,7 +195,7 @@ class Embedder:
 
 
 def _hide_loading_bars() -> None:
-    """Hide transformers' progress bars for loading weights, which would overwrite ours; show those for downloads."""
+    """Hide transformers' progress bars for loading weights, which would overwrite ours; keep bars for downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

@@ -216,7 +216,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to scores: > 0 if a piece defines a name in the question, more if its file has the name."""
+    """Return additions (N,) to scores: > 0 if a piece defines a name in the question, more if its file is named so."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -232,7 +232,7 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return additions (F,): `PATH` × share of the question's words in a file's name (in its folder's name: half)."""
+    """Return additions (F,) to scores: `PATH` × share of the question's words in the file name (folder name: half)."""
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))

@@ -138,7 +138,7 @@ def readable_path(path: str) -> str:
 
 
 def path_expression(pattern: str) -> re.Pattern[bytes]:
-    """Return a regular expression for paths (as bytes) that fit a `.gitignore` pattern; UserError if it is invalid."""
+    """Return a regular expression for paths (as bytes) that fit a `.gitignore` pattern, or raise UserError."""
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
     if len(pattern) > LONGEST_PATH:
         fault = "long", f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."

@@ -325,7 +325,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("code", text) for code in a file, ("description", text) for descriptions, queries and their paragraphs."""
+    """Yield ("code", text) for code in a file, ("description", text) for a description or query and each paragraph."""
     rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
     if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -341,7 +341,7 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Return (report on `files`, a line per text near evaluation `texts`). `drop`: folder for cleaned `files`."""
+    """Return (report on `files`, a line for each text near evaluation `texts`). `drop`: folder for cleaned copies."""
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []

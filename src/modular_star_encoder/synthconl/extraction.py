@@ -40,7 +40,7 @@ Row = dict[str, str | None]
 
 
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
-    """Open a corpus with `open_corpus` or, if it has the key `codesearchnet`, with `open_dataset_rows`."""
+    """Open `corpus` with `open_dataset_rows` if `corpus` has the key `codesearchnet`, else with `open_corpus`."""
     if "codesearchnet" in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop("codesearchnet"), _CODESEARCHNET_COLUMNS, **options)

@@ -167,7 +167,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write missing files of fingerprints, in Arrow's IPC format and a SHA-256; return all fingerprints, by column."""
+    """Write missing files of fingerprints (Arrow's IPC format, then a SHA-256); return all fingerprints, by column."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

@@ -258,7 +258,7 @@ def find_near_duplicates(
 
 
 def _matrix(part: pa.StructArray, name: str) -> np.ndarray:
-    """Return a field of fingerprints, `digest` or `keys`, as uint64 (texts, numbers per text)."""
+    """Return the field `name` (`digest` or `keys`) of fingerprints as uint64 (texts, numbers per text)."""
     numbers = part.field(name)
     return numbers.flatten().to_numpy().reshape(len(part), numbers.type.list_size)
 
@@ -374,9 +374,9 @@ def _decide(
     giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
-    """Return which rows are kept. `near` has pairs of distinct rows, `near_others` pairs (distinct row, other text).
+    """Return which rows are kept. `near` has pairs of distinct rows, `near_others` (distinct row, `against` text).
 
-    1. Rows near a text of another set are dropped. They belong to no cluster.
+    1. Rows near a text of `against` are dropped. They belong to no cluster.
     2. The other rows form clusters: rows linked by near pairs or equality, directly or through others, share a cluster.
     3. Each cluster keeps its row of smallest id. In a cluster of more than `giant_cluster` distinct rows, taken in the
        order of their ids, a row is dropped only if it is equal or near to a row kept before it.

@@ -113,11 +113,11 @@ class AblationRecipe:
         starts: {name of a starting point: settings to change in `finetuning`}, such as `model: runs/pretrained/model`.
             Nested settings are written with a dot, such as `distillation.teacher`.
         learning_rates: rates to try, with the first seed, for each exit trained alone and for all exits together; by
-            default only that in `finetuning`. The rate with the best validation MRR is used with all seeds.
-        seeds: one model of each kind is trained with each seed.
+            default only the rate in `finetuning`. The rate with the best validation MRR is used with all seeds.
+        seeds: each model (of one exit, of all exits, or of a variant) is trained once with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
         gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
-            this gain, no other model of the start is trained.
+            it, or if the gain's confidence interval includes 0, no other model of the start is trained.
         variants: {name of a variant: settings to change}; a variant trains all exits together with changed settings.
         variants_on: names of the starts from which variants are trained, by default the start where training all exits
             together lowers MRR most.
@@ -156,7 +156,7 @@ class AblationRecipe:
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return the training run of a start, kind, learning rate and seed; UserError if a setting is wrong."""
+        """Return the training run of these values (see `AblationCell`); UserError if a setting is wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
@@ -231,7 +231,7 @@ class Results:
     found: dict[tuple[str, str, float, int], Mapping[str, Any]] = field(default_factory=dict)
 
     def best_rate(self, start: str, kind: str) -> float:
-        """Return the learning rate with the best validation MRR of `kind` (first seed; mean over exits and tasks)."""
+        """Return the learning rate with the best validation MRR for `kind` (first seed; mean over exits and tasks)."""
 
         def mrr(rate: float) -> float:
             tasks = self.found[start, kind, rate, self.recipe.seeds[0]]["validation"].values()
@@ -257,7 +257,7 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return `passed` (None if unknown) and the `estimate` of deepest − shallowest exit, each trained alone."""
+        """Return the `estimate` of deepest − shallowest exit, trained alone, and `passed`, which is None if unknown."""
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:
             return {"passed": None}
@@ -419,7 +419,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Train and evaluate the model of `cell`; return the cell's file content, with each query's reciprocal rank."""
+        """Train and evaluate the model of `cell`; return the content of the run's file except `recipe`."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)

@@ -177,7 +177,7 @@ class TeacherTargets:
         self._vectors, self.means = vectors, means or {}
 
     def of(self, text: str, kind: str | None = None) -> np.ndarray:
-        """Return the vector to learn for a text, float32 (D,). If `kind` is None, subtract the nearest of `means`."""
+        """Return the vector to learn for a text, float32 (D,). The mean of `kind` (None: the nearest) is subtracted."""
         vector = self._vectors[kind or "document"].rows([text])[0]
         nearest = kind or min(self.means, key=lambda one: float(np.linalg.norm(vector - self.means[one])), default="")
         return _unit(vector - self.means.get(nearest, 0))

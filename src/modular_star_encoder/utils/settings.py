@@ -192,7 +192,7 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """Return an instance of the settings class `kind` with the values of the mapping `content`.
 
-    UserError if a name or value is wrong: its message begins with `where`, its key is from `settings_class` or `kind`.
+    UserError if a name or value is wrong. The message begins with `where`; for the key see `settings_class` and `kind`.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")

@@ -151,7 +151,7 @@ def row_repositories(
 
 
 def _check(row: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise UserError (`data.source.column`) if a column of `kinds` is missing, or has a value of another type."""
+    """Raise UserError (`data.source.column`) if `row` lacks a column of `kinds`, or its value has another type."""
     for name, kind in kinds.items():
         if name not in row or not fits(row[name], kind):
             found = f"has a value of a type that can't be used: {row[name]!r:.60}" if name in row else "is missing"

@@ -281,9 +281,9 @@ def _archive_suffix(path: Path) -> str:
 
 
 class _LimitedFile:
-    """Wraps a file for tarfile or zipfile. ArchiveLimitError(`reason`) if more than `left` bytes are read in all.
+    """Wraps a file for tarfile or zipfile. ArchiveLimitError(`reason`) if reads ask for over `left` bytes in all.
 
-    The error is also raised if one read returns the bytes `entry` more than `MAX_ARCHIVE_MEMBERS` times.
+    The error is also raised if the content of one read has the bytes `entry` over `MAX_ARCHIVE_MEMBERS` times.
     """
 
     def __init__(self, file: IO[bytes], left: float, reason: str, entry: bytes = b"") -> None:
