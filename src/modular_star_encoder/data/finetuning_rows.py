@@ -110,7 +110,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return mean numbers of tokens of (descriptions, snippets), with the longest prompt and cut to the limit."""
+        """Return the mean token counts of (descriptions, snippets), each with its longest prompt, cut to its limit."""
         frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
         for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -148,7 +148,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return found
 
     def texts(self, index: int) -> dict[str, tuple[str, bool]]:
-        """Return the texts of item `index`, no word replaced: {"query": (text, whether the text is code), "document": …}."""
+        """Return the unchanged texts of item `index`: {"query": (text, whether the text is code), "document": …}."""
         places = self._places(index).items()
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 

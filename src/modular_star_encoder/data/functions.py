@@ -152,7 +152,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader with one `SourceFile`, `PATH#L{line}`, for each function in `files` except nested functions."""
+    """Return a reader with one `SourceFile`, named `PATH#L{line}`, for each function in `files` that is not nested."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)

@@ -452,7 +452,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row), as `open_dataset_rows` does, for each line of a BigCloneBench file such as `train.txt`."""
+    """Yield (place, row) like `open_dataset_rows` for each line of a BigCloneBench split; `functions` is {id: code}."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()

@@ -23,7 +23,7 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))  # as a prompt 
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prompt to put before a code snippet: `"{instruction}<sep>"`, or `""` without `instructions`."""
+    """Return the prompt to put before code in `language`: `"{instruction}<sep>"`, or `""` without `instructions`."""
     if not instructions:
         return ""
     if not language:

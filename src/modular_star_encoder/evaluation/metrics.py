@@ -243,7 +243,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return each query's share (Q,) of the mean over tasks of their means; `differences`: {query: value} per task."""
+    """Return each query's share (Q,) of the mean of the tasks' means; `differences` has {query: value} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

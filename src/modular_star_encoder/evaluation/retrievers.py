@@ -147,7 +147,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks of scores, slice by slice of the documents, so that each document is read once."""
+        """Yield the `Block`s of scores of one slice of documents after another, so that each document is read once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))

@@ -285,7 +285,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """If `upload`, commit the staged files, else list the changes. OSError if the Hub's branch changes meanwhile."""
+    """Return a `Publication` of the changes; if `upload`, commit them. OSError if the branch changes meanwhile."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)

@@ -106,7 +106,7 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def refuse_adapter(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if a Hub repository has an adapter, as `check_checkpoint` does for a folder."""
+    """Raise UserError if a Hub repository has an adapter; for a folder, `check_checkpoint` raises an error."""
     if is_repository(path) and checkpoint_file(path, "adapter_config.json"):
         raise UserError("checkpoint.adapter", f"{path} is not a checkpoint: {ADAPTER}.")
 

@@ -59,7 +59,7 @@ def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> lis
 
 
 def split_further(mini_batches: list[MiniBatch], count: int) -> list[MiniBatch]:
-    """Return `count` mini-batches (at most one per row), made by halving the mini-batch with the most rows."""
+    """Return `count` mini-batches (at most the number of rows), made by halving the largest one again and again."""
     mini_batches = list(mini_batches)
     while len(mini_batches) < count:
         place = max(range(len(mini_batches)), key=lambda index: len(mini_batches[index].rows))

@@ -160,7 +160,7 @@ class CodeIndex:
         checkpoint: str | os.PathLike[str] | None = None,
         device: str | None = None,
     ) -> Self:
-        """Open an index, a folder or a URI (see `open_store`) or a store, to search it.
+        """Open an index to search it; `location` is its folder, its URI (see `open_store`) or its store.
 
         If the checkpoint has moved since the build, `checkpoint` is its new folder or Hub repository. `device` is the
         torch device of the model; if None, a GPU if there is one. Raises UserError if there is no index at `location`,
@@ -485,12 +485,12 @@ def open_for_search(
     questions: Sequence[str] = (),
     progress: bool = True,
 ) -> tuple[CodeIndex, int | None]:
-    """Return an updated index, and the exit at which to search it (None for the default of `CodeIndex.search`).
+    """Return an index, updated if `refresh`, and the exit at which to search it (None: default of `CodeIndex.search`).
 
     The index is looked up at `location`, or in `folder`, or in the working folder and its parents. If there is no
     index, or its checkpoint is not `checkpoint`, an index in the user's cache is opened or built, with `languages`.
     `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` and
-    `questions` see `CodeIndex.refresh`; without questions, an index is built without a time limit.
+    `questions` see `CodeIndex.refresh`; if either is missing, an index is built without a time limit.
     """
     index = None if location is None else CodeIndex.open(location, checkpoint=checkpoint)
     if index is None and (found := find_index() if folder is None else _own_index(folder)):

@@ -386,7 +386,7 @@ _Places = list[tuple[_Segment, np.ndarray]]  # segments, each with the numbers o
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the `_BEST_BY_SIGNS` rows of `chosen` that agree with `unit` (D,) in the most signs; more rows if tied."""
+    """Return the rows of `chosen` that share the most signs with `unit` (D,): `_BEST_BY_SIGNS` rows, more if tied."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]

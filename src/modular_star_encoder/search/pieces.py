@@ -222,7 +222,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based line to show first: `snippet.line` or, in a part of a long function, the best match."""
+    """Return the 1-based line to show: `snippet.line` or, in part of a long function, the best match for `question`."""
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))

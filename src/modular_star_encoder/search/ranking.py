@@ -145,7 +145,7 @@ def _candidates(
 
 
 def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
-    """Return the best candidates, with score and what each rule adds; `given` are further arguments of `place`."""
+    """Return the best candidates, with their scores and what each rule adds; `given` are more arguments of `place`."""
     return [
         replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
         for one in place(question, [row.path for row in candidates], *given)
@@ -190,7 +190,7 @@ class Question:
 
     @classmethod
     def of(cls, text: str) -> "Question":
-        """Return the question `text` with the words in it that look like names of functions or classes."""
+        """Return a `Question` of `text` and of its words that look like names of functions or classes."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
@@ -276,7 +276,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return score factors (F,) of files: below 1 for tests and docs not asked for, re-exports, type declarations."""
+    """Return score factors (F,): below 1 for re-exports, type declarations and, unless asked for, tests and docs."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)

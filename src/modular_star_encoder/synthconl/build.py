@@ -81,7 +81,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 @with_config({"extra": "allow"})
 class TextColumn(TypedDict):
-    """A column of texts in a dataset; further keys are arguments of `open_dataset_rows`."""
+    """A column of texts: `column` of the dataset `source`; any other keys are arguments of `open_dataset_rows`."""
 
     source: Any
     column: str

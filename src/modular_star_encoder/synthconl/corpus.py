@@ -85,7 +85,7 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
 
 
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
-    """Download packages to folders in `out`; return {"fetched", "fetched before" or a fault: packages}."""
+    """Download packages to folders in `out`; return {outcome: packages}: "fetched", "fetched before" or a fault."""
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
     # Without pipes, which a process that the client started may hold open after the client is killed.
     options: Row = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -347,7 +347,7 @@ def check_corpus(
     hits: list[str] = []
 
     def others(path: Path, counts: Counter[str], digest: Any) -> Iterator[Row]:
-        """Yield the rows of a file that match no evaluation text; count all rows, and append the matches to `hits`."""
+        """Yield a file's rows that match no evaluation text; add matches to `hits`, all rows to `counts`, `digest`."""
         for place, row in tqdm(open_dataset_rows([path], []), desc=path.name, unit=" rows"):
             row = row if isinstance(row, dict) else {}
             kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]

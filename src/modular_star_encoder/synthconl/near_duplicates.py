@@ -50,7 +50,7 @@ class Banding:
 
 @cache
 def optimal_banding(threshold: float, miss_weight: float = 0.5) -> Banding:
-    """Return a banding of least w × missed pairs + (1 − w) × needless comparisons, w = `miss_weight`, as datasketch."""
+    """Return the `Banding` that minimises w × missed pairs + (1 − w) × needless comparisons, with w = `miss_weight`."""
     similarity = (np.arange(1000) + 0.5) / 1000
 
     def error(banding: Banding) -> float:
@@ -285,7 +285,7 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the first row of equal rows, in `order`; each row's index among these); blank rows are never equal."""
+    """Return (first row of each set of equal rows, in `order`; index of each row's set); blank rows are never equal."""
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
     by_id[blank, 0] = blank + 1  # so that no two blank rows are equal

@@ -129,7 +129,7 @@ def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str |
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return (id of each row, "FILE:NUMBER" if `id_column` is None; numbers of the rows in order of id, (rows,))."""
+    """Return (the rows' ids, or "FILE:NUMBER" if `id_column` is None; the row numbers sorted by id, int64 (rows,))."""
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string()), np.arange(sum(one.rows for one in shards))

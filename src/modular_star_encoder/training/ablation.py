@@ -246,7 +246,7 @@ class Results:
         return [kind for kind in runs if kind not in self.recipe.variants and self.found.keys() >= {*runs[kind]}]
 
     def ranks(self, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
-        """Return {task: reciprocal ranks (seeds, queries) on test rows} of an exit; None if a seed has no result."""
+        """Return {task: reciprocal ranks (seeds, test queries)} of `kind` at an exit; None if a seed has no result."""
         own = TOGETHER if kind in self.recipe.variants else kind
         if own not in self.tried(start):
             return None

@@ -340,7 +340,7 @@ def url_host(url: str) -> str:
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
     """Return the token in the environment variable `variable`; "" if `variable` is None, or unset and not `required`.
 
-    UserError if a `required` token is missing (`http.token.missing`) or not printable ASCII (`http.token.characters`).
+    UserError if a token isn't printable ASCII (`http.token.characters`) or `required` but empty (`http.token.missing`).
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"

@@ -102,7 +102,7 @@ def is_generated(text: str) -> bool:
 
 
 def is_marked_generated(text: str) -> bool:
-    """Return whether lines 1–10 have `@generated` or `generated … do not edit`, or a line of 1–40 is the second."""
+    """Return whether `@generated` or `generated … do not edit` is in lines 1–10, or the latter is one of lines 1–40."""
     lines = text.split("\n", _MARKER_LINES)[:_MARKER_LINES]
     if not any("generated" in line.lower() for line in lines):
         return False

@@ -173,7 +173,7 @@ def _rules(file: str, folder: str) -> list[_Rule]:
     """Return the rules of an ignore file for the paths below a folder; no rules if the file can't be read."""
     content = beginning(file, _MAX_BYTES + 1) or b""
     if len(content) > _MAX_BYTES or content.count(b"\n") + content.count(b"[") > MOST_LINES:
-        message = f"{file} has over {MOST_LINES:,} lines plus sets ([…]), or over {_MAX_BYTES:,} bytes: shorten it."
+        message = f"{file} has over {MOST_LINES:,} lines and sets ([…]), or over {_MAX_BYTES:,} bytes: shorten it."
         raise UserError("data.ignore.too_large", message)
     rules = []
     for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):

@@ -216,7 +216,7 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
 
 @lru_cache(maxsize=1 << 14)
 def mask_names(code: str, language: str) -> str:
-    """Replace names in code by `name1`, `name2`, … as they appear; remove comments, docstrings and blank lines."""
+    """Return `code` with its names replaced by `name1`, `name2`, …, without comments, docstrings and blank lines."""
     names: dict[str, str] = {}
 
     def placeholder(match: re.Match[str]) -> str:
