@@ -577,7 +577,7 @@ def _check_trunk(info: dict[str, Any], source: str | os.PathLike | None) -> None
 
 
 def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) -> set[str]:
-    """Return regular expressions for the names of tensors that a model of `full` has and a model of `kept` lacks."""
+    """Return regular expressions for names of tensors that a model of config `full` has and a model of `kept` lacks."""
     patterns = set()
     layers = "|".join(str(index) for index in range(kept.num_hidden_layers, full.num_hidden_layers))
     exits = "|".join(str(exit) for exit in full.exit_layers if exit not in kept.exit_layers)

@@ -207,7 +207,7 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """Return each row's group, int64 (rows,). A group's rows share descriptions or code, also through other rows."""
+    """Return each row's group, int64 (rows,). Rows that share prose or code, also through other rows, are one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -223,7 +223,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return the group of each row's hard negative, int64 (rows,), −1 outside groups; None if a row has no negative."""
+    """Return each hard negative's group, int64 (rows,), −1 if it has no group; None if a row has no hard negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -242,9 +242,9 @@ def _digest(key: str) -> bytes:
 class PairGroups:
     """Rows in groups of equal content, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
 
-    `of_rows` is the group of each row, int64 (rows,), from `same_content_groups`; `negatives` the group of each row's
-    hard negative, from `groups_of_negatives`. Three dictionaries have the kinds as keys: `numbers` the groups that give
-    such pairs, int64 (groups,), `rows` a list of the row numbers of each of these groups, `counts` their number.
+    `of_rows` is the group of each row, int64 (rows,), from `same_content_groups`; `negatives` is what
+    `groups_of_negatives` returns. Three dictionaries have the kinds as keys: `numbers` has the groups that give pairs
+    of the kind, int64 (groups,); `rows` has one list of row numbers per group; `counts` has the number of groups.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
@@ -275,7 +275,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups in a batch that always leaves a hard negative from a group outside the batch."""
+        """The largest number of groups for a batch such that a group outside the batch always has a hard negative."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -372,7 +372,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (`BatchPlan`, number of its batches with up to `pairs` different pairs); UserError if rows are too few."""
+    """Return (`BatchPlan`, number of batches for up to `pairs` different pairs); UserError if rows are too few."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
         message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"

@@ -37,7 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank the documents of each `Pool` by `scores(pool)`; return ranks, and each query's row (Q,) in the task."""
+    """Rank each pool's documents by `scores(pool)`; return the `Ranking` of Q queries and their rows (Q,) in `task`."""
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)

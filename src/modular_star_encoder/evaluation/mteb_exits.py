@@ -52,8 +52,8 @@ TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
 class MtebExitEncoder(AbsEncoder):
     """Embeds texts at one exit of a model; implements mteb's interface of encoders.
 
-    Code and prose (`TASK_SIDES`) get their published prompts; texts of symmetric tasks get none. The first call embeds
-    a text at all of `exit_layers` in one pass, for `retriever`'s cache, because mteb asks for one exit after the other.
+    Code and prose (`TASK_SIDES`) get their published prompts; texts of symmetric tasks get no prompt. The first call
+    with a text embeds it at all `exit_layers` in one pass into the cache, because mteb asks for one exit at a time.
     """
 
     mteb_model_meta: ModelMeta

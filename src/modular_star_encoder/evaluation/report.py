@@ -275,7 +275,7 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 
 
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
-    """Read {exit_layer: mean of the main metric} from the table of `benchmark`, if any, else from the first table."""
+    """Read {exit_layer: mean of the main metric} from the table of `benchmark`, or, if missing, the first table."""
     tables = read_tables(path, checkpoint)
     table = next((one for one in tables if one.benchmark == benchmark), tables[0])
     quality = {row.exit_layer: row.mean.value for row in table.rows if row.exit_layer is not None}

@@ -105,7 +105,7 @@ class EmbeddingRetriever(Retriever):
         self.variants = tuple(ExitVariant(k, size) for k in encoder.exit_layers for size in encoder.dimensions)
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
-        """Embed the texts that the cache lacks, at the exit of each variant, and store them in the cache."""
+        """Embed the texts that the cache lacks at the exits of `variants`; store the embeddings in the cache."""
         prompted = [(self.encoder.prompt(text), text.text) for text in dict.fromkeys(texts)]
         self.embed(prompted, [variant.exit_layer for variant in variants], progress=progress)
 

@@ -132,7 +132,7 @@ class ExitEncoder(Encoder):
         self.checksum = weights_checksum(model, tokenizer, config.to_json_string(), settings)
 
     def prompt(self, text: Text) -> str:
-        """Return the published prompt for prose or code, with an instruction if the model was fine-tuned with one."""
+        """Return the published prompt for `text` (prose or code), with an instruction if the model expects it."""
         instructions = self.model.config.instruction_prompts
         if text.language is None:
             return text_prompt(instructions=instructions)

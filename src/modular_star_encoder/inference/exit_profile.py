@@ -202,7 +202,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return measured values of exits as text, with ten significant digits, for users to copy a value as a limit."""
+    """Return measured values of exits as text, with ten significant digits, so that a user can copy a limit."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())

@@ -1,8 +1,8 @@
 """Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, and write exit 0 as a static model.
 
 Exit 0 runs no layer: it projects the weighted mean of the token embeddings. It equals a static model, which embeds a
-text as the mean of one vector per token, scaled to length 1. Deeper exits are as fast as with torch on a CPU, without
-its import, which takes longer than embedding 20 texts.
+text as the mean of one vector per token, scaled to length 1. Deeper exits are as fast as with torch on a CPU, and
+torch is not imported, which would take longer than embedding 20 texts.
 """
 
 from __future__ import annotations

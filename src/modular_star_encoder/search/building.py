@@ -69,7 +69,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return lines to print on files left out, read as Latin-1 or postponed; `show_skipped` lists all `notes`."""
+        """Return lines that count files left out, read as Latin-1 or postponed; `show_skipped` lists all of `notes`."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -303,9 +303,9 @@ class _Writer:
 def _keys(
     files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float
 ) -> list[tuple[bool, bool, float]]:
-    """Return a key for each file, lower for files to read first: known files, then files with rare words of questions.
+    """Return a sort key for each file: known files come first, then small files with rare words of `questions`.
 
-    Large files come last, because one of them may take all the time. `time.monotonic()` ends the look into files.
+    Large files come last, because one file may take all the time. After time `end`, only paths are searched.
     """
     stems = sorted(question_stems(" ".join(questions)), key=len)[-_MOST_STEMS:]
     found: list[tuple[bool, bool, list[str]]] = []  # (is new, is large, stems in the file)

@@ -42,7 +42,7 @@ class Answer:
     method: str = "hybrid"  # how the hits were found: `vector`, `lexical` or `hybrid`
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the answer as in `mose search --json`; with `explain`, also `reasons`. Later versions may add keys."""
+        """Return the answer as in `mose search --json`; `explain` adds hits' `reasons`. Later versions may add keys."""
         values = asdict(self)
         if not explain:
             for hit in values["hits"]:

@@ -260,7 +260,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return additions (N,) to scores, 0 but for the best piece of a file: the better the file's pieces, the more."""
+    """Return score additions (N,): for a file's best piece by `gained`, more if the file has high `scores`; else 0."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)

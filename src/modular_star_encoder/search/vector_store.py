@@ -114,7 +114,7 @@ class VectorStore(Protocol):
         """Return the `limit` rows that fit `where` and are nearest to `vector` by cosine at an exit, best first."""
 
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
-        """Return the `limit` rows that fit `where` with the highest BM25 scores for `words`, above 0, best first."""
+        """Return up to `limit` rows that fit `where` with a BM25 score above 0 for `words`, highest score first."""
 
     def vectors(self, found: Sequence[Found], exit_layer: int) -> np.ndarray:
         """Return the embeddings (N, D) float32 of N rows that `nearest` or `lexical` found; zeros for deleted rows."""

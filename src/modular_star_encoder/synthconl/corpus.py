@@ -158,7 +158,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`; if it has a Debian package, copy the package's data archive to `temporary` and return that."""
+    """Return `folder`; if it has a Debian package, copy the package's data to `temporary` and return `temporary`."""
     for deb in filter(Path.is_file, folder.glob("*.deb")):
         folder = temporary
         with deb.open("rb") as archive:
@@ -265,7 +265,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _is_own(row: Row) -> bool:
-    """Return whether a row has a str in each column of a pair, or of a function without a description."""
+    """Return whether a row, a pair or a function, has a str in each column that this module writes for such a row."""
     columns = ("text", "kind") if "text" in row else ("code", "description", "name")
     return all(isinstance(row.get(column), str) for column in ("package", "language", *columns))
 

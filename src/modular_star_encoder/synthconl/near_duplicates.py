@@ -298,7 +298,7 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return (pairs of rows with equal keys in a band, largest bucket size, most rows over `limit` in a band).
+    """Return (row pairs with equal keys in a band, largest bucket size, largest number of rows over `limit` in a band).
 
     In a band, the bucket of a row is the rows of `others` with the row's key or, if `others` is `column`, only those
     before the row. A row is paired with the first `limit` rows of its bucket, and is over `limit` if there are more.

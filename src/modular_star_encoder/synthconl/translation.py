@@ -225,7 +225,7 @@ class TranslationSettings:
         model: name of the model on the server.
         max_tokens: largest number of tokens of an answer; longer answers are cut by the server and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
-        targets: languages to translate to; for each function, one of them is drawn, but never its own language.
+        targets: languages to translate to; for each function, a target other than the function's language is drawn.
         options: further arguments of `OpenAIBackend`.
         prompt_price, completion_price: prices of a million tokens of prompts and of answers, for the report.
     """

@@ -265,12 +265,12 @@ class Results:
         return {"passed": difference["value"] >= self.recipe.gate and difference["low"] > 0, **difference}
 
     def summary(self) -> dict[str, Any]:
-        """Compare exits trained together, exits trained alone, and variants, where every seed of a model has a result.
+        """Return a comparison of exits trained together, exits trained alone and variants, if all seeds have results.
 
         An entry of `starts` has `gate`, `rates` {kind of model: best learning rate}, `exits` {exit: {`together`,
         `alone`, `difference`}}, `mean_difference` and `variants` {name: {`exits`: {exit: {`score`, `from_together`,
-        `from_alone`}}}}, with results of `estimate`. Intervals hold jointly for all exits and starts, or for all exits
-        and variants.
+        `from_alone`}}}}, with results of `estimate`. Intervals of `difference` hold jointly for all exits and starts;
+        intervals of `from_together` and `from_alone` hold jointly for all exits and variants of a start.
         """
         cells = []
         for (start, kind, rate, seed), content in self.found.items():
@@ -394,7 +394,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Add the result of a training run, `cell`, to `results`; return whether its model had to be trained first."""
+        """Add the result of training run `cell` to `results`; return whether the result had no file in `out` yet."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -555,7 +555,7 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of MRR × 100 by depth, a panel per start: exits trained together or alone, and the best variant."""
+    """Write a PNG of MRR × 100 by depth, a panel per start: exits trained together, exits alone, the best variant."""
     tables = []
     for name, found in results["starts"].items():
         lines = {

@@ -60,7 +60,7 @@ class SourceText:
         return self._line_starts[self.line(start) : bisect_left(self._line_starts, end)]
 
     def original_span(self, start: int, end: int) -> tuple[int, int, str]:
-        """Return (first byte, byte after the last, text) of `bytes[start:end]` in the original text as UTF-8."""
+        """Return (start, end, str) of `bytes[start:end]` in the original text; start, end: offsets in its UTF-8."""
         first, last = (at + bisect_left(self._removed, at) + self._skipped for at in (start, end))
         return first, last, self._original[first:last].decode()
 

@@ -42,7 +42,7 @@ class IgnoreFiles:
         added = (rule.expression.pattern for rule in inner.rules[known:])
         self._work += sum(50 + len(pattern) + 100 * pattern.count(b"[") for pattern in added)
         if self._work > MOST_WORK:
-            message = "The ignore files have too many or too long patterns: shorten them, such as those in"
+            message = "The ignore files have too many or too long patterns: shorten files such as"
             raise UserError("data.ignore.too_large", f"{message} {path}.")
         return inner
 
