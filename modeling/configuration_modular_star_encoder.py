@@ -114,7 +114,7 @@ class ModularStarEncoderConfig(PreTrainedConfig):
             divides only embeddings with a norm above 1, as in a predecessor of the published models.
         logit_scale_init_value (`float`, *optional*): Initial value, from 1 to 100, of a learned multiplier of
             similarities. The multiplier is a weight of the retrieval model, which contrastive training updates. By
-            default, the model has no multiplier, and training uses the fixed one of its settings.
+            default, the model has no multiplier, and training uses the fixed multiplier in its settings.
         pooler_position (`str`, defaults to `"last"`): Token whose state classifiers read: the `"last"` real token
             (`<cls>`) or the `"first"`.
         output_all_exits (`bool`, *optional*): What `forward` returns if the call names no exit: every exit if True,

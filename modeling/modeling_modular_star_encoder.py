@@ -589,7 +589,7 @@ def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) ->
 
 
 def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str, str]:
-    """Return config.json's `auto_map`; if `model_class` is for retrieval, so is `AutoModel`, else it is the trunk."""
+    """Return config.json's `auto_map`: `AutoModel` loads the trunk, or for a retrieval `model_class` a retrieval model."""
     module = "modeling_modular_star_encoder"
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     return {
@@ -762,8 +762,8 @@ class ModularStarEncoderModel(ModularStarEncoderPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor] | None]:
         """Arrange a batch for the layers: padded (B, T, H), or flat (1, N, H), with all texts in one row, unpadded.
 
-        Returns states, positions, the attention backend's mask, and a function that restores the batch's shape, or None
-        if the shape has not changed. For a flat batch, adds arguments to `kwargs` that keep attention within texts.
+        Returns states, positions, the attention backend's mask, and a function that restores the batch's shape (None if
+        the shape has not changed). For a flat batch, adds arguments to `kwargs` that keep attention within texts.
         """
         if position_ids is not None:
             position_ids = position_ids.expand(states.shape[:2])

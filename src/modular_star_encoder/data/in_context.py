@@ -15,7 +15,7 @@ snippet *independent of the label*. The *room* is the number of tokens that both
    texts of any length in these languages are enough. If no two repositories have such texts, another cell is drawn.
 3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. For i = 1 and 2, aᵢ and bᵢ are
    in language lᵢ, and their lengths differ from tᵢ by at most a tenth. If fewer than 4 texts qualify, the 4 nearest in
-   length are used. If t₁ is the whole room, all texts of t₁ or more tokens qualify.
+   length are used. If tᵢ is the whole room, all texts of tᵢ or more tokens qualify.
 4. **Windows** are the parts of the texts that the row holds. Each begins at a random place of its text. The first has
    n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds the room, each window gets half of
    the room, plus the part of the other half that the other window does not need.
@@ -157,7 +157,7 @@ class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
     Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
-    used. `repositories` has used repositories' rows in `corpus.repository_names`; `dropped_texts` counts unused texts.
+    used. `repositories`: indices, in `corpus.repository_names`, of those used; `dropped_texts`: number of unused texts.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:

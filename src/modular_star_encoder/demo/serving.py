@@ -177,7 +177,7 @@ class _PolicyMiddleware:
 
 
 class _QuestionMiddleware:
-    """Answers questions that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400."""
+    """Answers requests that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400."""
 
     def __init__(self, app: _Call) -> None:
         self._app = app

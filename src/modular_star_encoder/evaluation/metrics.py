@@ -168,7 +168,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the highest threshold with the best F1 of the decisions `scores >= threshold`, with scores as float32."""
+    """Return the highest threshold with the best F1 of the decisions `scores >= threshold`, compared in float32."""
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
     order = np.argsort(-scores, kind="stable")

@@ -256,8 +256,8 @@ def _explain(table: Table) -> list[str]:
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
     """Read the tables in a results file, with the rows of the evaluated model and of retrievers without exits.
 
-    `path` is a report.json, training_log.json or file of `mose evaluate --json`, `checkpoint` the expected checksum. Of
-    several embedding sizes at an exit, only the largest is read.
+    `path` is a report.json, training_log.json or file of `mose evaluate --json`; `checkpoint` is the expected checksum.
+    Of several embedding sizes at an exit, only the largest is read.
     """
     try:
         content = read_json(path)

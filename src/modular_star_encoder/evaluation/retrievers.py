@@ -166,7 +166,7 @@ class CosineScores:
         return scores
 
     def _unit(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return truncated rows scaled to length 1, in float64; rows of zeros stay zero, infinite values become NaN."""
+        """Return `embeddings` cut to `dimensions`, scaled to length 1, in float64; zeros stay 0, infinity gives NaN."""
         embeddings = embeddings[:, : self.dimensions].astype(np.float64)
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
@@ -199,9 +199,9 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 class EmbeddingCache:
     """Stores embeddings by model, exit, prompt and text, so that each text is embedded only once.
 
-    A *space* (one model at one exit) is a folder of shards, memory-mapped `.npy` files with rows (hash of prompt and
-    text, embedding); without a folder, shards are in memory. Shards are written atomically and never change, so several
-    processes may read and write at once. A damaged shard is deleted, and its texts are embedded again.
+    A *space* (one model at one exit) is a folder in `folder`, with memory-mapped `.npy` files, the *shards*, of rows
+    (hash of prompt and text, embedding). If `folder` is None, shards are in memory. Shards are written atomically and
+    never change, so several processes may use them at once. The texts of a damaged shard are embedded again.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, dtype: str = "float32") -> None:

@@ -258,7 +258,7 @@ def quantize_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 class OnnxFolder(NamedTuple):
-    """The written folder, and a report with the scores of the model and its ONNX files (None if there are no tasks)."""
+    """The written folder, and a report (None if there are no tasks) with scores of the model and its ONNX files."""
 
     folder: Path
     report: Report | None
@@ -275,9 +275,9 @@ def export_onnx_folder(
 ) -> OnnxFolder:
     """Export one exit of a retrieval checkpoint (the deepest if None) as a folder for servers that run ONNX.
 
-    Raises UserError, and writes no folder, if the ONNX file's outputs for random texts or scores on `tasks` differ from
-    the model's. `int8` also writes a file with 8-bit weights, and needs `tasks`. For the default of `out`, see
-    `default_folder`.
+    Raises UserError, and writes no folder, if the float32 ONNX file and the model differ in their outputs for random
+    texts or in their scores on `tasks`. `int8` also writes a file with 8-bit weights, and needs `tasks`. For the
+    default of `out`, see `default_folder`.
     """
     if int8 and not tasks:
         raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")

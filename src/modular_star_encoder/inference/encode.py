@@ -105,7 +105,7 @@ def encode_batches(
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> np.ndarray:
-    """Return the embeddings (E exits, N, D) float32 of N texts, which are sorted into padded batches.
+    """Return the embeddings (E exits, N, D) float32 of N texts, in their order; a batch has texts of similar length.
 
     `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to (E, B, D) float32; `shape` is (E, D).
     """

@@ -94,7 +94,7 @@ def _scoring(settings: ContrastiveSettings, exits: Sequence[int], stack: torch.T
 
 
 def _places(chosen: str | int, exit_layers: Sequence[int]) -> list[int]:
-    """Return, for each exit, the index of its teacher: `chosen` is "deepest", "next_deeper" or the teacher's exit."""
+    """Return each exit's teacher, as index in `exit_layers`; `chosen`: "deepest", "next_deeper" or an exit."""
     last = len(exit_layers) - 1
     if chosen == "next_deeper":
         return [min(place + 1, last) for place in range(last + 1)]
@@ -197,7 +197,7 @@ def _divergences(scores: torch.Tensor, teachers: torch.Tensor, scoring: _Scoring
 
 
 def _false_negatives(similarities: torch.Tensor, own: torch.Tensor, settings: ContrastiveSettings) -> torch.Tensor:
-    """Return a mask (R, C), True for negatives more similar to a query than `settings` allow; `own`: its positive."""
+    """Return a mask (R, C), True for negatives that `settings` mask; `own` (R,): the column of a row's positive."""
     limits = similarities.gather(1, own[:, None])
     if settings.false_negative_factor is not None:
         limits = limits * settings.false_negative_factor

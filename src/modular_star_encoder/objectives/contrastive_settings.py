@@ -36,7 +36,7 @@ class ContrastiveSettings:
     """Settings of `ContrastiveObjective`. The defaults give the paper's loss.
 
     Args:
-        pairs: sides (lists of texts) of a batch that form pairs: sets of anchor, positive and any number of hard
+        pairs: sets of sides (lists of texts) of a batch, each set with an anchor, a positive and any number of hard
             negatives, such as `(("query", "document", "negative"),)`. Two sets may share a side, for example:
             `(("description", "code"), ("code", "translation"))`. The loss is the mean over the pairs of all sets.
         logit_scale: multiplier of the similarities, which the paper calls "temperature 10.0". A model with a learned
@@ -108,7 +108,7 @@ class ContrastiveSettings:
     def check(self, exit_layers: Sequence[int], embedding_size: int, *, rotates: bool = False) -> None:
         """Raise UserError if the settings do not fit a model's trained exits and its embedding size.
 
-        If `rotates`, a step may skip exits, but not the deepest; only this exit can be teacher or alignment target.
+        If `rotates`, a step may skip all exits but the deepest, so only the deepest can be teacher or alignment target.
         """
         self.check_step(exit_layers, embedding_size, self.dimensions if isinstance(self.dimensions, Mapping) else ())
         for name, chosen in self._guides() if rotates and len(exit_layers) > 1 else ():

@@ -55,7 +55,7 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """Return text: per hit, a line (path, line number, bar, score, name), then the first `lines` lines of its code.
+    """Return text: per hit, a line (path, line number, bar, score, name), then up to `lines` lines of its code.
 
     A full bar is the best hit's score, or 1 with the method `vector`. `explain` shows what each rule adds.
     """

@@ -457,7 +457,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the path of the index in `folder` or its nearest parent, or None; UserError if indexed code is outside."""
+    """Return the nearest index's path, in `folder` or a parent, or None; UserError if the indexed code is elsewhere."""
     start = user_path(folder).absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)
@@ -560,7 +560,7 @@ def folder_of(file: str | os.PathLike[str]) -> str:
 
 
 def _cached_location(folder: str, *options: Any) -> str:
-    """Return the location in the user's cache for a folder's index; `memory://` without a cache to write."""
+    """Return where in the user's cache the index of `folder` is stored; `memory://` if the cache can't be written."""
     cache = cache_folder("search")
     if cache is None:
         return MEMORY

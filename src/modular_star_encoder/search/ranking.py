@@ -203,7 +203,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return the weighted sum (N,) of standardised similarities and BM25 scores, less its median; at least 0."""
+    """Return (N,): the weighted sum of standardised similarities and BM25 scores, less the median sum; at least 0."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)

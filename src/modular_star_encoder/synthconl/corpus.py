@@ -174,7 +174,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, {reason: functions left out}, rows) for each file; a row is a pair or a function."""
+    """Return (package number, {what is counted: number}, rows) for each file; a row is a pair or a function."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()

@@ -225,7 +225,7 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,  # {name of a set: texts}; rows near one are dropped
     progress: bool = False,
 ) -> NearDuplicates:
-    """Return which of n rows are near-duplicates by their texts in one or more columns. Two blank rows are not near."""
+    """Return which of n rows are near another row or a text of `against`, by their `columns`; no blank row is near."""
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
     order = np.arange(len(digests[0])) if order is None else order

@@ -72,7 +72,7 @@ def hub_config_folder(name: str) -> Path:
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return the folder or Hub id that `name`, a recipe's `model`, means, and whether this model has weights."""
+    """Return (folder or Hub id, whether weights exist) for the model that a recipe calls `name`."""
     folder = user_path(name)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
         return name, True  # it is assumed to have weights

@@ -92,7 +92,7 @@ class _Content(TypedDict):
 
 
 class AblationCell(NamedTuple):
-    """A training run from the starting point `start`; `kind` is `together`, `exit-4` (only exit 4), or a variant."""
+    """A training run from `start`; `kind` is `together` (all exits), `exit-4` (only exit 4), or a variant's name."""
 
     start: str
     kind: str

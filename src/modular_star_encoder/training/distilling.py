@@ -33,7 +33,7 @@ _UNPAIRED = 12  # number of the random stream that draws unpaired texts; `Retrie
 class TaughtBatches(Dataset[dict[str, torch.Tensor]]):
     """Rows of `RetrievalBatches`, with the teacher's vector of each text added, such as `query_teacher`, float32 (D,).
 
-    With `unpaired`, every second row also has a text drawn from these texts: `text_ids`, and its vector `text_teacher`.
+    With `unpaired`, every second row also has `text_ids`, a text drawn from `unpaired`, and `text_teacher`, its vector.
     """
 
     def __init__(

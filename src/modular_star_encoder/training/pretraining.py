@@ -139,7 +139,7 @@ def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:
 
 
 def _train_tokenizer(corpus: Mapping[str, Any], config: ModularStarEncoderConfig, folder: Path, progress: bool) -> Path:
-    """Train a tokenizer on the corpus and save it in `folder`, if this folder does not exist yet; return `folder`."""
+    """If `folder` does not exist yet, train a tokenizer on the corpus and save it there; return `folder`."""
 
     def texts() -> Iterator[str]:
         left = TOKENIZER_CHARACTERS

@@ -248,7 +248,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line that announces an evaluation as large as `steps` training steps, with its duration if known."""
+    """Return a line on an evaluation, `what`, of as many rows as `steps` training steps, and its duration if known."""
     trained = log["steps"] - (log["resumed_from"] or 0)
     # Without a backward pass, a row takes about a third of its time in training.
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0

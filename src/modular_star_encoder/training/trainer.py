@@ -39,7 +39,7 @@ class MultiExitTrainer(Trainer):
     The total loss is the weighted sum of the exits' losses. Every metric of the objective is logged as
     `{metric}_exit_{layer}`: its mean over all batches of all processes since the last log line. If a loss is not
     finite, its batch is written to the output folder, and a UserError (`training.loss.not_finite`) ends the training;
-    so does a gradient that is not finite (`training.gradient.not_finite`).
+    so does a gradient that is not finite (`training.gradient.not_finite`), except with float16.
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
@@ -135,7 +135,7 @@ class MultiExitTrainer(Trainer):
         return (loss, output.metrics) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm of the gradient, as `Trainer` does, before each step; UserError if the norm is not finite."""
+        """Return the gradient's norm, as `Trainer` does; UserError if it is not finite, except with float16."""
         norm = super()._get_grad_norm(model, grad_norm)
         # With float16, the gradient scaler leaves such a step out and goes on.
         if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
@@ -168,7 +168,7 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Correct folder dates in the future, then save a checkpoint as `Trainer` does: `Trainer` keeps the newest."""
+        """Save a checkpoint; first correct old checkpoints' dates in the future, because `Trainer` keeps the newest."""
         now, steps = time.time(), {}
         for folder in Path(self._folder).glob("checkpoint-*") if self.args.should_save else ():
             if (step := folder.name.rpartition("-")[2]).isdecimal():

@@ -237,7 +237,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 
 def _keys(kind: Any) -> list[Field[Any]]:
-    """Return the keys of a settings class as fields: its fields, and the fields of the dataclass in its `OPEN_KEYS`."""
+    """Return the fields that a settings class accepts: its own fields, and those of the dataclass in `OPEN_KEYS`."""
     own = {one.name: one for one in fields(kind) if one.init}
     if not (collected := getattr(kind, "OPEN_KEYS", None)):
         return list(own.values())

@@ -1,4 +1,4 @@
-"""Finds the files of a folder that git ignores, without git: a repository may name programs that git would start."""
+"""Finds the files that git ignores, without running git: a repository's settings can make git start programs."""
 
 import os
 import re

@@ -132,8 +132,8 @@ def folder_repositories(
 
     Args:
         depth: number of levels from `folder` down to the repositories; by default 0 if `folder` holds one of
-            `CHECKOUT_MARKERS`, else 1. A repository is named by its path, such as `"a/b"` at depth 2. A file above that
-            depth belongs to the repository `"a"` or `"."`.
+            `CHECKOUT_MARKERS`, else 1. A repository's name is its path, such as `"a/b"` at depth 2, but at depth 0
+            the name of `folder`. At depth 2, a file right in `a` belongs to `"a"`, a file right in `folder` to `"."`.
         may_be_empty: if there is no file to read, True returns an empty reader, and False raises UserError.
         obey_ignore_files: leave out files that git ignores, read scripts without a suffix too, and count links and
             unreadable folders as left out.
