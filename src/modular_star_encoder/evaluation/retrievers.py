@@ -110,7 +110,7 @@ class EmbeddingRetriever(Retriever):
         self.embed(prompted, [variant.exit_layer for variant in variants], progress=progress)
 
     def embed(self, texts: Iterable[Prompted], exit_layers: Iterable[int | None], *, progress: bool = True) -> None:
-        """Embed the (prompt, text) pairs that are not cached yet, longest first, at all `exit_layers` in one pass."""
+        """Embed the (prompt, text) pairs that are not cached for all `exit_layers` yet, longest first, in one pass."""
         texts = list(dict.fromkeys(texts))
         absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self.space(k), texts))}
         # A text that one exit lacks is embedded for all these exits: the pass to the deepest computes the others too.

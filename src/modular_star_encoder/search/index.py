@@ -217,8 +217,8 @@ class CodeIndex:
         """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
         If over 1,000 files are new, files with words of `questions` are read first. The report's `postponed_files`
-        is the number of files that time did not allow to read. The index is not updated if it is on a server or
-        read-only, if another process writes it, or if the code folder does not exist. For errors see `update`.
+        is the number of files that time did not allow to read. The index is not updated if it is in memory,
+        on a server or read-only, another process writes it, or the code folder does not exist. For errors see `update`.
         """
         folder = self.store.folder
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):

@@ -211,7 +211,7 @@ def _write_rows(target: Path, rows: Iterable[Row]) -> str:
 
 
 def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
-    """Join the packages' rows into a corpus in `out`, without equal or near-duplicate rows; return its statistics."""
+    """Join the packages' rows into a corpus in `out`, without equal rows or near-duplicate pairs; return statistics."""
     counts, dropped, licences = Counter[str](), Counter[str](), {":".join(one[:2]): one.licence for one in files}
     pairs: list[Row] = []
     texts: list[Row] = []

@@ -40,7 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return this machine's `processor`, `cores`, `threads` (of torch), `memory_gb` (or None) and `gpu` (if "cuda")."""
+    """Return `processor`, `cores`, `threads` (of torch), `memory_gb` (or None); of a GPU, `gpu` and `gpu_memory_gb`."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
