@@ -921,7 +921,7 @@ class ModularStarEncoderExitEmbedding(nn.Embedding):
 
 
 class ModularStarEncoderExitConditionedPooler(nn.Module):
-    """Makes classifier features (B, H + exit_embedding_size): tanh(linear(`<cls>`)), joined with the exit's vector."""
+    """Makes classifier features (B, H + exit_embedding_size): tanh(linear(one token's state)) and the exit's vector."""
 
     def __init__(self, config: ModularStarEncoderConfig) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def read_published_layout(
 ) -> tuple[type[ModularStarEncoderPreTrainedModel], dict[str, Any]]:
     """Return the class that loads a checkpoint, and the keyword arguments for the `from_pretrained` of this class.
 
-    For a published checkpoint, `config` is complete, and `key_mapping` maps the tensor names in the file to ours. If
+    For a published checkpoint, the arguments have a complete `config` and a `key_mapping` of tensor names to ours. If
     `model_class` is our base class, or is the trunk because `AutoModel` does not know the published class name, the
     returned class is the one that has the file's tensors. ValueError if tensors do not match a published checkpoint.
     """

@@ -99,7 +99,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def text(self, row: int, number: int | None) -> str:
-        """Return the text whose token ids `tokens(row, number)` returns, uncut and without its prompt."""
+        """Return the uncut text, without prompt, whose token ids `tokens(row, number)` returns."""
         example = self.texts[row]
         if number is None:
             return example.description

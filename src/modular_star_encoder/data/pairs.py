@@ -233,7 +233,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     Without `pairs`, `data` is returned unchanged. `data.pairs` is a SOURCE, or a mapping with `source` and options of
     `open_dataset_rows`. `data.columns`, or `columns` in the mapping, is {role: name of the column}; a role that is null
     has no column. Other roles get a column with a usual name, such as `docstring`. For `query` and `positive`, a word
-    in the name is enough (`user_question`) if it fits one column and one role alone. UserError if a key, the source or
+    in the name is enough (`user_question`) if it fits only one column and one role. UserError if a key, the source or
     a column does not exist, or `query` or `positive` gets no column. Readers skip rows with a score below `min_score`.
     """
     of_pairs = ("columns", "min_score")

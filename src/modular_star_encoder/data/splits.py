@@ -291,7 +291,7 @@ class BatchPlan:
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step of all processes, an even number if text → code and code → code alternate."""
+        """`batch_size`: pairs per step of all processes, an even number for `groups` with both kinds of pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative

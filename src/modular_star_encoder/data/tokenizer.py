@@ -121,7 +121,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a text for each token: its letters and digits in lower case; unique if it is special or has neither."""
+    """Return each token's letters and digits in lower case, or a unique text if the token is special or lacks both."""
     spellings = []
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))

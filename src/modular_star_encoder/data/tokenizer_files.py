@@ -153,7 +153,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with one step of a tokenizer, or ""; `parts` are the mappings in the JSON of this step."""
+    """Return a fault of one step of a tokenizer, or ""; `parts`: mappings in its JSON; `is_text`: it changes texts."""
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"

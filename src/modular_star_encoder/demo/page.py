@@ -65,7 +65,7 @@ def short_name(checkpoint: str) -> str:
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with a bar for each cost and quality score of one exit; a full bar is the largest of all exits."""
+    """Return HTML with a bar for each cost and quality score of an exit; a full bar is the top value of all exits."""
     if (profile := costs.profile) is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     if exit_layer not in profile.exits:
@@ -85,7 +85,7 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
 
 
 def circumstances(costs: ExitCosts) -> str:
-    """Return a line of HTML that says how and on which machine costs were measured; empty without a profile."""
+    """Return a line of HTML that says how and on which machine `costs` were measured; "" if they have no profile."""
     if (profile := costs.profile) is None:
         return ""
     size, length = profile.shapes[0]
@@ -148,7 +148,7 @@ class SearchPage:
         return f"<h2>Exit {exit_layer}</h2>{cost_card(self.costs, exit_layer)}"
 
     def footer(self) -> str:
-        """Return HTML that says how the costs were measured and, if the index has one exit, how to index all exits."""
+        """Return HTML on how costs were measured and, if the index has only one exit, on how to index all exits."""
         return circumstances(self.costs) + (message_html(_ONE_EXIT) if self.sides == 1 else "")
 
     def answer(

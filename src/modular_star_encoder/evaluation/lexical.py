@@ -93,9 +93,9 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Measure how well `identifier_overlap` predicts if both texts of an `InContextPairs` row come from one repository.
+    """Measure how well `identifier_overlap` predicts whether both texts of an `InContextPairs` row share a repository.
 
-    Returns the `threshold` that is best on `fitted_on`, its `fitted_accuracy` there, and `accuracy` on `measured_on`.
+    Returns the best `threshold` on `fitted_on`, its `fitted_accuracy` on these rows, and `accuracy` on `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)

@@ -124,7 +124,7 @@ class EmbeddingRetriever(Retriever):
                 self.cache.add(self.space(exit_layer), chunk, embeddings[exit_layer], self.name)
 
     def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
-        """Return the cached embeddings (N, F) of N (prompt, text) pairs at one exit; first call `embed` with them."""
+        """Return the cached embeddings (N, F) of N (prompt, text) pairs at one exit; first `embed` these pairs."""
         return self.cache.rows(self.space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:

@@ -105,7 +105,7 @@ class RetrievalTask(_Task):
         return [text for pool in self.pools for part in self.texts_of(pool) for text in part]
 
     def texts_of(self, pool: Pool) -> tuple[list[Text], list[Text]]:
-        """Return the texts of a pool: (its queries, the documents that they search)."""
+        """Return (texts of the queries of `pool`, texts of the documents of `pool`)."""
         return [self.queries[row] for row in pool.queries], [self.documents[row] for row in pool.documents]
 
 

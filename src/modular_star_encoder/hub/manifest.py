@@ -167,7 +167,7 @@ def folder_manifest(
 ) -> Manifest:
     """Return a manifest that publishes one checkpoint folder as `repository` ("owner/name").
 
-    Without `license`, the manifest has the licence in the checkpoint's card, else its parent's (see `stored_license`).
+    Without `license`, the manifest has the licence in the checkpoint's card, else the parent's (see `stored_license`).
     """
     check_repository_id(repository)
     namespace, _, name = repository.partition("/")

@@ -177,7 +177,7 @@ def _chunk_sums(
 
 
 def _similarities(rows: torch.Tensor, columns: torch.Tensor, places: list[int], cut: int) -> torch.Tensor:
-    """Return cosine similarities (len(places), R, C) of rows and columns, by `cut` dimensions, at exits `places`."""
+    """Return cosines (len(places), R, C) of rows and columns by the first `cut` dimensions; `places`: exit indices."""
     exits, _, size = rows.shape
     if len(places) < exits:  # otherwise indexing would copy for nothing
         rows, columns = rows[places], columns[places]

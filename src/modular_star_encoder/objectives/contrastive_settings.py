@@ -122,7 +122,7 @@ class ContrastiveSettings:
         return [(name, getattr(self, name)) for name, weight in weights.items() if weight]
 
     def check_step(self, exit_layers: Sequence[int], embedding_size: int, named: Iterable[int] = ()) -> None:
-        """Raise UserError if `exit_layers` lacks an exit of a setting or of `named`, or `dimensions` is too large."""
+        """Raise UserError if a setting or `named` has an exit not in `exit_layers`, or `dimensions` is too large."""
         used = [*self._guides(), *(("dimensions", exit_layer) for exit_layer in named)]
         unknown = [f"`{name}` names exit {k}" for name, k in used if isinstance(k, int) and k not in exit_layers]
         largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)

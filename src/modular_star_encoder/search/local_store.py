@@ -280,7 +280,7 @@ class LocalStore:
         return self.folder is None or (self.folder.is_dir() and os.path.realpath(self.folder) == str(self.folder))
 
     def _check_in_place(self, manifest: Mapping[str, Any] | None = None) -> None:
-        """Raise UserError if the folder, or the index read from it, is gone or replaced, perhaps by a link."""
+        """Raise UserError if the folder is gone or replaced, perhaps by a link, or if `manifest` has no settings."""
         if not self._is_in_place() or (manifest is not None and manifest["settings"] is None):
             message = f"The index {self.location} was removed or replaced while it was written. Run the command again."
             raise UserError("search.index.replaced", message)
@@ -495,7 +495,7 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
 
 
 def _mapped(path: Path) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Map a segment into memory; return its arrays and files. OSError, ValueError or KeyError if it is damaged."""
+    """Map a segment into memory; return ({name: array}, its files). OSError, ValueError or KeyError if damaged."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a file")
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

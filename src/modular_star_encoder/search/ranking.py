@@ -65,7 +65,7 @@ class Ranker:
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the `limit` rows that fit `where` most similar to a question with `vectors`, {exit_layer: (D,)}."""
+        """Of the rows that fit `where`, return the `limit` most similar to a question (`vectors`: {exit: (D,)})."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -111,7 +111,7 @@ class Ranker:
         return self.cascade if self.cascade.margin is None or margin < self.cascade.margin else None
 
     def _similarities(self, found: Sequence[Found], vectors: Mapping[int, np.ndarray], exit_layer: int) -> np.ndarray:
-        """Return the cosine similarities (N,) of rows to a question; embed the rows if the index lacks `exit_layer`."""
+        """Return cosine similarities (N,) of `found` to a question; embed these rows if the index lacks the exit."""
         if exit_layer in self.settings.exit_layers:
             documents = self.store.vectors(found, exit_layer)
         else:

@@ -67,7 +67,7 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """REGISTRY/NAME=VERSION: relative path of the package's archives and, with `.jsonl.gz`, of its rows."""
+        """REGISTRY/NAME=VERSION: relative path of the folder of archives and, with `.jsonl.gz`, of the file of rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 

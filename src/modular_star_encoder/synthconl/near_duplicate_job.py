@@ -1,7 +1,7 @@
-"""Drop near-duplicate rows of parquet files; a repeated call continues one that was interrupted.
+"""Drop near-duplicate rows of parquet files; a repeated call continues an interrupted call.
 
-A call writes a file of fingerprints for each file of rows to `WORK`, then files of kept rows, and last the report. A
-file gets its name once it is complete. The fingerprints alone decide, so a repeated call keeps the same rows.
+A call writes a file of fingerprints for each file of rows to the folder `WORK`, then kept rows, and last the report.
+A file gets its name once it is complete. The fingerprints alone decide, so a repeated call keeps the same rows.
 """
 
 import json

@@ -445,7 +445,7 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's most similar partner (of ties, the first) and the similarity; −1 and 0 without a partner."""
+    """Return two arrays (count,): a row's most similar partner (of ties, the first) or −1, and the similarity or 0."""
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

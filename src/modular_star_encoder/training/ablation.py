@@ -152,7 +152,7 @@ class AblationRecipe:
         return self.learning_rates or (self.base().learning_rate,)
 
     def base(self) -> FinetuningRecipe:
-        """Return `finetuning` as a recipe, before a start or a variant changes its settings."""
+        """Return `finetuning` as a recipe, without the changes of `starts` and `variants`."""
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
@@ -240,7 +240,7 @@ class Results:
         return max(self.recipe.rates, key=mrr)
 
     def tried(self, start: str) -> list[str]:
-        """Return the kinds of models, except variants, that were trained from `start` with every learning rate."""
+        """Return the kinds (`together`, `exit-4`; no variants) trained from `start` with every learning rate."""
         known = dict.fromkeys(kind for of_start, kind, _, _ in self.found if of_start == start)
         runs = {kind: [(start, kind, rate, self.recipe.seeds[0]) for rate in self.recipe.rates] for kind in known}
         return [kind for kind in runs if kind not in self.recipe.variants and self.found.keys() >= {*runs[kind]}]

@@ -65,8 +65,8 @@ class TrainingSettings:
         seed: seed of everything random, from 0 to 4294967295.
         logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
             below 1 is a fraction of all steps.
-        training: {name: value} of all other arguments; UserError for an argument that uploads, or that names a file in
-            place of a mapping.
+        training: {name: value} of all other arguments; UserError for an argument that uploads, for
+            `parallelism_config`, and for the name of a file in place of a mapping.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {

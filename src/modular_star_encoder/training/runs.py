@@ -87,7 +87,7 @@ def _preflight(
     other_bytes: int = 0,  # per device
     groups: Mapping[str, int] | None = None,
 ) -> Preflight:
-    """Estimate the size of a training run; `model` may be on the meta device."""
+    """Return the estimated size of a training run; `model` may be on the meta device."""
     config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
@@ -157,7 +157,7 @@ def processes_of_run() -> PartialState:
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or a folder with visible files and no `mark`."""
+    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or has visible entries but no entry `mark`."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     fault = f"is not empty and has no {kind}; choose another folder" if names and mark not in names else ""
     if fault := "is a file; name a folder" if out.is_file() else fault:
@@ -165,7 +165,7 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
 
 
 def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise UserError (`training.run.other_settings`) if `before` (the run in `place`) and `now` differ in `names`."""
+    """Raise UserError (`training.run.other_settings`) if a setting of `names` differs in `before` and `now`."""
     if other := sorted(name for name in names if before.get(name) != now.get(name)):
         message = f"{place} has a run with other values of {', '.join(other)}; choose another folder."
         raise UserError("training.run.other_settings", message)
@@ -256,7 +256,7 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return the trained model's {metric: value}. If the log lacks current values, print `notice` and evaluate it."""
+    """Return the trained model's {metric: value}. Without current values in the log, print `notice` and evaluate."""
     args, state = trainer.args, trainer.state
     changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]

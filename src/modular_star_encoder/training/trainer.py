@@ -290,7 +290,7 @@ def check_objective(
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
         raise UserError(
             "training.log_gradient_norms.cached",
-            "`log_gradient_norms` needs the autograd graph, but `mini_batch_tokens` keeps none; set only one of them.",
+            "`log_gradient_norms` needs the autograd graph, which `mini_batch_tokens` discards; set only one of them.",
         )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)

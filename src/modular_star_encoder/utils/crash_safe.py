@@ -108,7 +108,7 @@ def _executor(processes: int) -> ProcessPoolExecutor:
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
-    """Kill the worker processes, which may be busy for minutes, at once. In Python 3.14, `kill_workers` does this."""
+    """Kill the worker processes immediately: they may be busy for minutes. In Python 3.14, `kill_workers` does this."""
     workers = list((executor._processes or {}).values())
     results: Any = executor._result_queue
     executor.shutdown(wait=False, cancel_futures=True)

@@ -90,7 +90,7 @@ def _check_contents(url: str, http: Mapping[str, Any]) -> None:
 
 
 def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
-    """Return (content, reason to leave the file out or None, kind of error). The error's message may hold the URL."""
+    """Return (content, reason to leave the file out or None, error without its message, which may hold the URL)."""
     try:
         content = future.result()
     except HTTPRequestError as error:

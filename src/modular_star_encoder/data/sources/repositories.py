@@ -171,7 +171,7 @@ def folder_repositories(
 
 
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[SourcePath, str | None]]:
-    """Yield (file, why it is left out or None) for every source file below `root`; paths are relative to `root`."""
+    """Yield (source file, its path relative to `root`; why it is left out or None); `obey` skips what git ignores."""
     ignored = IgnoreFiles(root) if obey else None
     closed: list[OSError] = []
     left_out: list[tuple[Path, str]] = []
@@ -421,7 +421,7 @@ def archive_repositories(
 def _member_text(
     member: Member, path: PurePath, languages: tuple[str, ...], filters: FileFilters
 ) -> tuple[str, str | None]:
-    """Return (text, None), ("", why the member is left out), or ("", None) if the member is not a source file."""
+    """For an archive's member, return (text, None), ("", why it is left out), or ("", None) if it is no source file."""
     if member.kind == "folder":
         return "", None
     if member.kind == "other":
