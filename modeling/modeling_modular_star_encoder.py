@@ -589,7 +589,7 @@ def _cut_away(full: ModularStarEncoderConfig, kept: ModularStarEncoderConfig) ->
 
 
 def _auto_map(model_class: type[ModularStarEncoderPreTrainedModel]) -> dict[str, str]:
-    """Return config.json's `auto_map`: `AutoModel` loads the trunk, or for a retrieval `model_class` a retrieval model."""
+    """Return config.json's `auto_map`: `AutoModel` loads a retrieval model if `model_class` is one, else the trunk."""
     module = "modeling_modular_star_encoder"
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     return {

@@ -157,7 +157,7 @@ class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
     Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
-    used. `repositories`: indices, in `corpus.repository_names`, of those used; `dropped_texts`: number of unused texts.
+    used. `repositories`: used repositories' indices in `corpus.repository_names`; `dropped_texts` counts unused texts.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:

@@ -235,7 +235,7 @@ class LocalFiles:
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return an HTML page of an indexed file, or of the part around `first`; lines `first` to `last` are marked."""
+        """Return HTML of an indexed file (if long, of the part around `first`); lines `first` to `last` are marked."""
         lines = LINE_END.split(self._index.read_file(path))
         start = end = characters = 0  # the page shows lines[start:end]
         for end, line in enumerate(lines):

@@ -201,7 +201,7 @@ class EmbeddingCache:
 
     A *space* (one model at one exit) is a folder in `folder`, with memory-mapped `.npy` files, the *shards*, of rows
     (hash of prompt and text, embedding). If `folder` is None, shards are in memory. Shards are written atomically and
-    never change, so several processes may use them at once. The texts of a damaged shard are embedded again.
+    never change, so several processes may use them at once. A damaged shard is deleted, and its texts embedded again.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, dtype: str = "float32") -> None:

@@ -164,7 +164,7 @@ def profile_to_file(
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
         message = f"{path} has a profile of exits {', '.join(map(str, sorted(lost)))}, which would be overwritten."
-        raise UserError("profile.out.other_exits", f"{message} Measure all of them, or write to another file (--out).")
+        raise UserError("profile.out.other_exits", f"{message} Measure these exits, or write to another file (--out).")
     profile = profile_checkpoint(checkpoint, plan, **options)
     if older is not None and older.checkpoint == profile.checkpoint:
         for name in older.benchmarks:

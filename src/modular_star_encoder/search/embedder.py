@@ -112,7 +112,7 @@ class Embedder:
                 if exits := {one: profile.exits[one] for one in profile.exits if one in allowed}:
                     return (select_exit(replace(profile, exits=exits), **limits),)
                 fault += f" with exits {', '.join(map(str, allowed))}"
-            advice = f"Measure one, `mose profile {self.checkpoint} --out profile.json`; add --profile profile.json"
+            advice = f"Run `mose profile {self.checkpoint} --out profile.json`, and add --profile profile.json"
             raise UserError("search.profile", f"{fault}. {advice}.")
         if named:
             return tuple(sorted(set(named)))

@@ -176,9 +176,9 @@ def clean_translation(
 ) -> Translation:
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
-    The code is the answer's code block; of several blocks, the longest in the target language. Instead, the
-    answer without the sentences around its code is the code if it has no block or parses as a function. The code is
-    accepted if it contains a function, and at most `max_error_share` of it does not parse as the target language.
+    The code is the answer's code block; of several blocks, the longest in the target language. If the answer has no
+    block, or parses as a function once the sentences around its code are removed, the code is the answer without
+    these sentences. The code is accepted if it contains a function and at most `max_error_share` of it fails to parse.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

@@ -98,7 +98,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """Return {url: documented function} of one language, in the files' order; Python code keeps docstrings if `leaky`."""
+    """Return {url: documented function} of `language`, in the files' order; Python code keeps docstrings if `leaky`."""
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
         for number, row in enumerate(read_table(path, _Function), start=1):
