@@ -140,7 +140,7 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
 def _chunk_sums(
     rows: torch.Tensor, columns: torch.Tensor, own: torch.Tensor, scoring: _Scoring
 ) -> dict[str, torch.Tensor]:
-    """Return what `_row_sums` returns, for queries `rows` (E, R, D), with positives `columns[:, own]`, `own` (R,)."""
+    """Return the sums of `_row_sums` for queries `rows` (E, R, D); the positive of query r is `columns[:, own[r]]`."""
     settings, (exits, _, size) = scoring.settings, rows.shape
     scores = {cut: _similarities(rows, columns, places, cut) for cut, places in scoring.places.items()}
     sums: dict[str, torch.Tensor] = {}

@@ -122,7 +122,7 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
     """
     path = Path(path)
     if path.exists() and not (path.is_file() and path.stat().st_size <= most_bytes):  # a pipe never ends
-        raise ValueError(f"not a file of at most {most_bytes:,} bytes")
+        raise ValueError(f"not a regular file, or larger than {most_bytes:,} bytes")
     return parse_json(path.read_text(encoding="utf-8"), finite=finite)
 
 

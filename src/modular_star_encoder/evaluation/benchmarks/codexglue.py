@@ -111,7 +111,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
-    """Load two tasks: find the C# version of a Java method, and vice versa. `masked` applies `mask_names`."""
+    """Load two tasks: find the C# version of a Java method, and vice versa. `masked` hides names in the code."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
     texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
     size = len(texts["java"])
@@ -163,7 +163,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return (pairs (P, 2) from `places`, labels (P,), size notes); for a repeated pair, the last label counts."""
+    """Return (pairs (P, 2) of row numbers from `places`, labels (P,), notes on missing pairs); the last label counts."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):
