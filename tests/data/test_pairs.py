@@ -425,6 +425,10 @@ def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, cont
         ({"pairs": "FOLDER/pairs.csv"}, "data.pairs.columns", "query and the positive"),
         ({"pairs": "FOLDER/pairs.csv", "columns": {"quary": "a b"}}, "settings.unknown", "query"),
         ({"pairs": {"columns": {}}}, "data.pairs.columns", "data.pairs"),
+        *(
+            ({"pairs": "FOLDER/pairs.csv", "columns": one}, "data.pairs.columns", "{query: ")
+            for one in (True, 5, "a b", ["a b"])
+        ),
         ({"pairs": "FOLDER/open.csv", "columns": {"query": "a", "positive": "b"}}, "data.source.damaged", "open.csv"),
     ],
 )

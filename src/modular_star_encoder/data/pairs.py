@@ -243,10 +243,11 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     pairs, beside = settings["pairs"], set(of_pairs) & settings.keys()
     options = dict(pairs) if isinstance(pairs, Mapping) else {"source": pairs}
     options |= {name: settings[name] for name in beside}
-    columns, source = dict(options.get("columns") or {}), options.get("source")
-    if not isinstance(options.get("columns") or {}, Mapping) or not source:
-        message = "data.pairs must name a source, and data.columns must name its columns, such as {query: title}."
+    columns, source = options.get("columns") or {}, options.get("source")
+    if not isinstance(columns, Mapping) or not source:
+        message = "data.pairs must name a source, and data.columns its columns, such as {query: title, positive: body}."
         raise UserError("data.pairs.columns", message)
+    columns = dict(columns)
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
     if columns.keys() < _PAIR_COLUMNS.keys():
         own = {"source", "columns", "min_score", "strict"}

@@ -248,7 +248,7 @@ class PairGroups:
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """Rows with a description give text → code pairs, and rows with two or more snippets give code → code pairs."""
+        """`texts` are rows: a description gives text → code pairs, two or more snippets give code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)

@@ -109,7 +109,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Return the ranks of J relevant documents; `above[j]` documents have at least the score of relevant document j."""
+    """Return the ranks of J relevant documents; `above[j]` counts the documents that score at least as high as j."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     first = np.searchsorted(query, query, side="left")

@@ -285,7 +285,7 @@ def _source_embeddings(staged: StagedRepository) -> tuple[dict[str, np.ndarray],
 
 
 def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private: bool = True) -> Publication:
-    """Return a `Publication` of the changes; if `upload`, commit them. OSError if the branch changes meanwhile."""
+    """Return a `Publication` of what differs from the Hub; if `upload`, commit it; OSError if the branch moves."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
         head, there = _remote(api, repository, branch)

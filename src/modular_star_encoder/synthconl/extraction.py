@@ -176,9 +176,9 @@ def clean_translation(
 ) -> Translation:
     """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
 
-    The code is the answer's code block; of several blocks, the longest in the target language. If the answer has no
-    block, or parses as a function once the sentences around its code are removed, the code is the answer without
-    these sentences. The code is accepted if it contains a function and at most `max_error_share` of it fails to parse.
+    The sentences around the code are removed. If the rest parses as a function, or if the answer has no code block, the
+    rest is the code. Otherwise the code is the code block; of several blocks, the longest in the target language. The
+    code is accepted if it contains a function and at most `max_error_share` of it fails to parse.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)

@@ -332,7 +332,7 @@ def _ends(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _near_pairs(
     pairs: np.ndarray, firsts: Sequence[_Column], seconds: Sequence[_Column], *, threshold: float, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs with a similarity >= `threshold` in all columns, and the smallest similarity of each pair."""
+    """Return the pairs with a similarity >= `threshold` in all columns, and each pair's smallest similarity."""
     smallest = np.ones(len(pairs))
     for first, second in zip(firsts, seconds, strict=True):
         smallest = np.minimum(smallest, _similarities(pairs, first, second, progress))
@@ -374,7 +374,7 @@ def _decide(
     giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
-    """Return which rows are kept. `near` has pairs of distinct rows, `near_others` (distinct row, `against` text).
+    """Return which rows are kept. Equal rows are one distinct row: `near` pairs these, `near_others` with `against`.
 
     1. Rows near a text of `against` are dropped. They belong to no cluster.
     2. The other rows form clusters: rows linked by near pairs or equality, directly or through others, share a cluster.

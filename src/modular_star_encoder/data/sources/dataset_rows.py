@@ -197,7 +197,7 @@ def parquet_batches(
 
 
 def _decoded_bytes(column: pyarrow.Array) -> int:
-    """Return how many bytes the dictionary-encoded texts of a column, or of lists in it, have once they are decoded."""
+    """Return the decoded size, in bytes, of the dictionary-encoded texts in a column or in its lists."""
     from pyarrow import compute, types
 
     if types.is_dictionary(column.type):

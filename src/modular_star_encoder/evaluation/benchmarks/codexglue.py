@@ -163,7 +163,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return (pairs (P, 2) of row numbers from `places`, labels (P,), notes on missing pairs); the last label counts."""
+    """Return (pairs (P, 2) of numbers in `places`, labels (P,), notes on missing pairs); repeats replace labels."""
     labels: dict[tuple[int, int], int] = {}
     number = 0
     for number, line in read_lines(path):
