@@ -102,7 +102,7 @@ def extract_functions(
 def collect_functions(
     files: Iterable[SourceFile], processes: int = 2, progress: bool = True
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
-    """Return the documented functions in `files` that CodeSearchNet's rules keep, and {what was read, left out or kept: number}.
+    """Return the documented functions in `files` that CodeSearchNet's rules keep, and {reason: number left out, …}.
 
     Of functions with equal code, only the first is returned. With 0 or 1 `processes`, the calling process parses.
     """
