@@ -1046,7 +1046,9 @@ class ModularStarEncoderForPreTraining(ModularStarEncoderVocabularyModel):
         if supervised and exit_layer is None and exit_layers is None:
             exit_layers = self.config.exit_layers
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, return_dict=True, **kwargs
+        )
         rows = [self.config.exit_index(exit_layer) for exit_layer in exits]
         states_of_rows = list(zip(outputs.exit_hidden_states, rows, strict=True))
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
@@ -1124,7 +1126,9 @@ class ModularStarEncoderForMaskedLM(ModularStarEncoderVocabularyModel):
             exit_layer: the exit to predict at; by default the deepest.
         """
         exit_layer = self.config.check_exit(self.config.num_hidden_layers if exit_layer is None else exit_layer)
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layer, return_dict=True, **kwargs
+        )
         row = self.config.exit_index(exit_layer)
         logits = self.heads.decoder(self.heads.token_features(outputs.last_hidden_state, row))
         loss = None
@@ -1274,7 +1278,9 @@ class ModularStarEncoderForRetrieval(ModularStarEncoderPreTrainedModel):
                 "hidden states, pass output_hidden_states=True to the call or to from_pretrained."
             )
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, return_dict=True, **kwargs
+        )
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         scales = self._token_scales(input_ids, attention_mask, bounds)
 
@@ -1351,7 +1357,9 @@ class ModularStarEncoderForSequenceClassification(ModularStarEncoderPreTrainedMo
                 a text can have several labels. transformers chooses the loss (`config.problem_type`).
         """
         exits = self.config.resolve_exits(exit_layer, exit_layers)
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, exit_layers=exits, return_dict=True, **kwargs
+        )
         bounds = _document_bounds(outputs.last_hidden_state, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         logits = []
         for exit_layer, states in zip(exits, outputs.exit_hidden_states, strict=True):

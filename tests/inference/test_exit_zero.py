@@ -4,18 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder import export_static
-from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
+from modular_star_encoder.search.embedder import Embedder
 from tests.errors import raises
 from tests.processes import python
 from tests.tiny import ZERO, save_tiny_checkpoint
 
 MODEL = str(files("modular_star_encoder.hub_configs") / "mose-code")
+TABLE = "model.embed_tokens.weight"
 TEXTS = ["parse an HTTP header", "def f(x):\n    return x + 1\n" * 200, "", "größe 🐍", "a <mask> <pad>"]
 
 
@@ -49,7 +52,8 @@ def test_words_have_the_tokens_of_the_whole_text():
 def test_a_checkpoint_without_such_an_exit_is_refused(tmp_path):
     assert has_exit_zero(read_config(MODEL))
     assert not has_exit_zero(read_config(tmp_path))
-    for change in ({"exit_layers": [1]}, {"projection_head": "mlp"}, {"pooling": "lasttoken"}):
+    wrong = [{"exit_layers": [1]}, {"exit_layers": [6, 0]}, {"projection_size": 0}, {"model_type": "bert"}]
+    for change in ({"projection_head": "mlp"}, {"pooling": "lasttoken"}, *wrong):
         assert not has_exit_zero(read_config(MODEL) | change)
     assert has_layers(read_config(MODEL))
     for change in ({"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn"}}, {"exit_norm": "all"}):
@@ -59,6 +63,26 @@ def test_a_checkpoint_without_such_an_exit_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def changed_copy(folder, weights=lambda tensors: tensors):
+    """A slice of the model at exit 0 with other weights."""
+    slice_checkpoint(MODEL, 0, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | weights(tensors), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_table_of_another_shape_than_the_configuration_says_is_damage(tmp_path):
+    folder = changed_copy(tmp_path / "cut", lambda tensors: {TABLE: tensors[TABLE][:-1].copy()})
+    with raises("checkpoint.damaged", folder, "(16383, 384)"):
+        NumpyEncoder(folder)
+
+
+def test_a_search_refuses_weights_that_give_no_finite_embeddings(tmp_path):
+    folder = changed_copy(tmp_path / "nan", lambda tensors: {TABLE: np.full_like(tensors[TABLE], np.nan)})
+    with raises("search.embeddings.not_finite", folder):
+        Embedder(folder).questions(["add two numbers"], (0,), 384)
+
+
 def test_search_imports_no_framework(tmp_path):
     (tmp_path / "a.py").write_text("def parse_header(text):\n    return text.split(':')\n")
     run = (

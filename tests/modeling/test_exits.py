@@ -154,6 +154,14 @@ def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, ar
         model.slice(3)
 
 
+def test_a_configuration_may_ask_for_tuples(model):
+    tokens = torch.tensor([[5, 6, 7]])
+    expected = model(tokens, exit_layers=[1, 2]).exit_embeddings
+    model.config.return_dict = False
+    assert any(torch.equal(one, expected) for one in model(tokens, exit_layers=[1, 2]) if one.shape == expected.shape)
+    assert torch.equal(model(tokens, exit_layers=[1, 2], return_dict=True).exit_embeddings, expected)
+
+
 def test_an_empty_batch_has_an_empty_result(model):
     empty = {name: value[:0] for name, value in tiny_batch().items()}
     assert run(model, **empty, exit_layers=(1, 4)).exit_embeddings.shape[:2] == (2, 0)

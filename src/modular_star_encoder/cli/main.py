@@ -152,7 +152,7 @@ def with_options(sentence: str, arguments: argparse.Namespace) -> str:
     if not given:
         return sentence
     # Not an option: a name in a path, or after the name of a file, as in "config.json: exit_layer=7".
-    name = rf"(?<![\w./-])(?<!json: )`?({given})\b(?!\.\w)`?(=(?=\d))?"
+    name = rf"(?<![\w./'-])(?<!json: )`?({given})\b(?!\.\w)`?(=(?=\d))?"
     return re.sub(name, lambda one: f"--{one[1].replace('_', '-')}{' ' * bool(one[2])}", sentence)
 
 

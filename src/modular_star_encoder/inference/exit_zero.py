@@ -24,7 +24,12 @@ from modular_star_encoder.utils.errors import UserError, is_panic
 from modular_star_encoder.utils.files import read_json, scratch_folder, staged_folder, user_path, write_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
-_NEEDED |= {"embedding_normalization": "l2", "exit_norm": "none", "token_weights": True}
+_NEEDED |= {
+    "model_type": "ModularStarEncoder",
+    "embedding_normalization": "l2",
+    "exit_norm": "none",
+    "token_weights": True,
+}
 _NEEDED_BY_LAYERS = {"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "is_causal": False}
 _TEXTS_PER_BATCH = 512
 
@@ -58,7 +63,8 @@ def _damage_reported(folder: str | Path) -> Iterator[None]:
     except BaseException as error:  # tokenizers raises no narrower class
         if isinstance(error, OSError | UserError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
-        raise UserError("checkpoint.damaged", f"{folder} cannot be used: {error}") from error
+        message = f"{folder} cannot be used: files are missing, damaged or do not fit together ({error})."
+        raise UserError("checkpoint.damaged", message) from error
 
 
 class NumpyEncoder:
@@ -75,6 +81,8 @@ class NumpyEncoder:
                 raise ValueError("it has no exit 0, or its exit 0 needs torch. Use `load_checkpoint`.")
             self._tensors: dict[str, np.ndarray] = {}
             self._tokens = self._tensor("model.embed_tokens.weight")
+            if self._tokens.shape != (self._config["vocab_size"], self._config["hidden_size"]):
+                raise ValueError(f"the shape of the token embeddings is {self._tokens.shape}")
             self._weights = np.maximum(self._tensor("model.token_weights.weight")[:, 0], 0)
             check_tokenizer(folder)
             self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -237,9 +245,11 @@ def has_exit_zero(config: dict[str, Any]) -> bool:
     exits, nested = config.get("exit_layers"), config.get("nested_dimensions") or []
     if not isinstance(exits, list | tuple) or 0 not in exits or not isinstance(nested, list | tuple):
         return False
-    sizes = [config.get("projection_size"), config.get("max_position_embeddings"), *nested, *exits]
+    sizes = [config.get(name) for name in ("projection_size", "max_position_embeddings", "vocab_size", "hidden_size")]
+    if not all(type(size) is int for size in (*sizes, *nested, *exits)) or min(*sizes, *nested) < 1:
+        return False
     is_known = all(config.get(key) == value for key, value in _NEEDED.items())
-    return is_known and all(type(size) is int for size in sizes) and "instruction_prompts" in config
+    return is_known and list(exits) == sorted(set(exits)) and "instruction_prompts" in config
 
 
 def has_layers(config: dict[str, Any]) -> bool:

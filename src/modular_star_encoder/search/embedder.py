@@ -143,7 +143,7 @@ class Embedder:
     def questions(self, texts: Sequence[str], exit_layers: Sequence[int], dimension: int) -> dict[int, np.ndarray]:
         """Embed Q questions in one pass; return {exit_layer: embeddings (Q, dimension) float32 of length 1}."""
         prompt = self.prompts()["query"]
-        embeddings = self.encoder(exit_layers, len(texts))([prompt + text for text in texts])
+        embeddings = self._embed([prompt + text for text in texts], exit_layers)
         return {exit_layer: cut(values, dimension) for exit_layer, values in embeddings.items()}
 
     def snippets(
@@ -155,7 +155,7 @@ class Embedder:
         keys = [(exits, dimension, text) for text in texts]
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
         if new:
-            embeddings = self.encoder(exits, len(new))([text for *_, text in new])
+            embeddings = self._embed([text for *_, text in new], exits)
             values = np.stack([cut(embeddings[exit_layer], dimension) for exit_layer in exits], axis=1)
             self._known.update(zip(new, values, strict=True))
         result = np.stack([self._known[key] for key in keys])
@@ -168,6 +168,13 @@ class Embedder:
     def forget(self) -> None:
         """Clear the cache of embeddings."""
         self._known.clear()
+
+    def _embed(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
+        embeddings = self.encoder(exit_layers, len(texts))(texts)
+        if not all(np.isfinite(values).all() for values in embeddings.values()):
+            message = f"{self.checkpoint} gives embeddings that are not finite: its weights are damaged."
+            raise UserError("search.embeddings.not_finite", message)
+        return embeddings
 
     def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
         """Return a function from N texts to {exit_layer: embeddings (N, D) float32}; `expected` is the number of texts.
