@@ -429,12 +429,14 @@ def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, cont
             ({"pairs": "FOLDER/pairs.csv", "columns": one}, "data.pairs.columns", "{query: ")
             for one in (True, 5, "a b", ["a b"])
         ),
+        ({"pairs": "FOLDER/twice.csv"}, "data.source.damaged", "the column code twice"),
         ({"pairs": "FOLDER/open.csv", "columns": {"query": "a", "positive": "b"}}, "data.source.damaged", "open.csv"),
     ],
 )
 def test_sources_that_cannot_be_used_are_refused_without_the_hub(tmp_path, settings, key, value):
     write(tmp_path / "a.jsonl", [row(func2="")])
     write(tmp_path / "pairs.csv", [{"a, b": 1}]).with_suffix(".json").write_text("{}")
+    (tmp_path / "twice.csv").write_text("query,code,code\na,b,c\n")
     (tmp_path / "open.csv").write_text('a,b\n"open,' + "x" * 10_000_001)
     with raises(key, value):
         read(json.loads(json.dumps(settings).replace("FOLDER", str(tmp_path))))

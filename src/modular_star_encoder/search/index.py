@@ -538,12 +538,14 @@ def _cached_index(
     rebuild = False
     try:
         index = CodeIndex.open(location, checkpoint=checkpoint)
-        if index.store.stamps():  # stored at the end of a build, so this index is complete
+        if index.store.stamps():  # stored at the end of a build
             return index
     except UserError as error:
         rebuild = error.key != "search.index.missing"
     with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be building it
         options: dict[str, Any] = {"exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
+        if location == MEMORY:  # no later search would read on
+            building = {**building, "seconds": None}
         return CodeIndex.build(folder, location, checkpoint=checkpoint, **options, **building)
 
 

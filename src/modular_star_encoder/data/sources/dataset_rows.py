@@ -354,7 +354,10 @@ def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
     delimiter = max(",;\t", key=header.count)
     if header.count(delimiter) >= _MAX_COLUMNS:
         raise OSError(f"the first line names more than {_MAX_COLUMNS:,} columns")
-    return next(csv.reader([header], delimiter=delimiter), []), delimiter
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise OSError(f"the first line names the column {twice[0]} twice")
+    return names, delimiter
 
 
 def _csv_names(file: str) -> Iterator[tuple[str, Row]]:
