@@ -90,7 +90,7 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
 def test_a_missing_profile_is_reported_with_the_commands_that_make_and_use_one(code, mose):
     for options in ((), ("--profile", "nowhere.json")):
         status, _, err = mose("search", "push", code, "--latency-ms", "20", *options)
-        assert (status, "`mose profile mose-code --out profile.json`; add --profile profile.json" in err) == (2, True)
+        assert (status, "`mose profile mose-code --out profile.json`, and add --profile profile.json" in err) == (2, True)
     status, _, err = mose("search", "push", code, "--profile", "nowhere.json")
     assert (status, "--profile needs --latency-ms" in err) == (2, True)
 
