@@ -43,7 +43,7 @@ def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_e
 
     monkeypatch.setattr(cli, "distribution", distribution)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    index = cli._indexes_folder() / "abc"
+    index = tmp_path / "modular-star-encoder" / "search" / "abc"
     index.mkdir(parents=True)
     (index / "index.json").write_text('{"settings": {"folder": "/code"}}')
     status, out, _ = mose("doctor")
@@ -311,15 +311,21 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
 
 
-def test_pretrain_ends_with_the_held_out_quality_of_each_exit_and_the_next_command(mose, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("entropy", "is_poor"), [(3.6, True), (4.0, False)])
+def test_pretrain_ends_with_the_held_out_quality_of_each_exit_and_the_next_command(
+    mose, tmp_path, monkeypatch, entropy, is_poor
+):
     metrics = {"mlm_loss": 2.5, "icc_accuracy": 0.75}
     evaluation = {f"eval_{name}_exit_{k}": value + k for k in (1, 12) for name, value in metrics.items()}
-    log = {"steps": 6, "evaluation": evaluation}
+    log = {"steps": 6, "evaluation": evaluation, "unigram_entropy": entropy}
     monkeypatch.setattr("modular_star_encoder.training.pretraining.pretrain", lambda recipe, out: log)
     status, out, _ = mose("pretrain", "mini", "--out", tmp_path / "a run", f"corpus.folder={tmp_path}")
     assert status == 0
-    _, header, _, *rows, last, _, _ = [line.replace(" ", "") for line in out.splitlines()]
+    _, header, _, *rows, guess, last, _, _, _ = [
+        line.replace(" ", "") for line in out.splitlines() if "No exit" not in line
+    ]
     assert [header, *rows] == ["|heldout,exit|MLMloss|ICCaccuracy(%)|", "|1|3.500|175.0|", "|12|14.500|1275.0|"]
+    assert (f"{entropy:.3f}." in guess, "No exit is much better" in out) == (True, is_poor)
     assert last.startswith(f"6steps;resultin{tmp_path}/arun/model.")
     command = ["mose", "finetune", "small", "--out", f"{tmp_path}/a run-retrieval", f"model={tmp_path}/a run/model"]
     assert [shlex.split(line) for line in out.splitlines()[-2:]] == [

@@ -63,7 +63,7 @@ def test_the_index_of_the_working_folder_is_asked(indexed, mose, monkeypatch):
     _, out, err = mose(*cascade)
     assert "embedding" not in err
     assert "# push" in out
-    assert "exit 4 re-ranked 2 of 2 answers" in err
+    assert "exit 4 ranked again for 2 of 2 questions" in err
     status, out, _ = mose(*cascade, "--json")
     answers = json.loads(out)
     assert (status, [answer["question"] for answer in answers]) == (0, ["push", "pop an item"])
@@ -90,7 +90,10 @@ def test_the_exit_is_chosen_by_the_profile_of_a_checkpoint_that_was_moved(
 def test_a_missing_profile_is_reported_with_the_commands_that_make_and_use_one(code, mose):
     for options in ((), ("--profile", "nowhere.json")):
         status, _, err = mose("search", "push", code, "--latency-ms", "20", *options)
-        assert (status, "`mose profile mose-code --out profile.json`, and add --profile profile.json" in err) == (2, True)
+        assert (status, "`mose profile mose-code --out profile.json`, and add --profile profile.json" in err) == (
+            2,
+            True,
+        )
     status, _, err = mose("search", "push", code, "--profile", "nowhere.json")
     assert (status, "--profile needs --latency-ms" in err) == (2, True)
 

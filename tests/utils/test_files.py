@@ -128,7 +128,7 @@ def test_json_beyond_the_limits_is_a_value_error(tmp_path, text, monkeypatch):
     with pytest.raises(ValueError):  # noqa: PT011 (the library's sentences differ)
         read_json(tmp_path / "a.json")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         read_json(tmp_path / "pipe")
 
 

@@ -46,7 +46,7 @@ def add_evaluate_commands(commands: Any) -> None:
     evaluate.add_argument("--benchmark", metavar="NAMES", type=_benchmarks, default=["folder"], help=names)
     data = "a folder of source code or benchmark files, a Hub dataset hub:OWNER/NAME, or hub for the authors' datasets"
     evaluate.add_argument("--data", metavar="FOLDER", type=_data, required=True, help=data)
-    exits = "exits to measure: all (the default), or a list such as 4,9"
+    exits = "exits of CHECKPOINT to measure: all (the default), or a list such as 4,9"
     evaluate.add_argument("--exit-layers", metavar="LIST", type=exit_list, help=exits)
     evaluate.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     evaluate.add_argument(

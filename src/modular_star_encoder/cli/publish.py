@@ -146,7 +146,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         print(written.report.to_markdown())
     print(written.folder)
     facts = read_json(written.folder / EXPORT_REPORT)
-    load = f'SentenceTransformer("{written.folder}", backend="onnx") where optimum-onnx is installed, see docs/faq.md'
+    load = f'SentenceTransformer("{written.folder}", backend="onnx") in an environment with optimum-onnx, see the FAQ'
     _note_export(facts["exit_layer"], "ONNX", facts["bytes"], load)
 
 

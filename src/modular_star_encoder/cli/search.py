@@ -226,7 +226,10 @@ def run_search(arguments: argparse.Namespace) -> None:
         print(format_answer(answer, lines=arguments.lines, explain=arguments.explain))
     if cascade is not None:
         deep = sum(answer.reranked for answer in answers)
-        print(f"mose: note: exit {cascade.exit_layer} re-ranked {deep} of {len(answers)} answers", file=sys.stderr)
+        print(
+            f"mose: note: exit {cascade.exit_layer} ranked again for {deep} of {len(answers)} questions",
+            file=sys.stderr,
+        )
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:

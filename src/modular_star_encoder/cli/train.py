@@ -120,8 +120,13 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
             exit_layer = name.removeprefix(prefix)
             rows.append([exit_layer, f"{loss:.3f}", percent(log["evaluation"][f"eval_icc_accuracy_exit_{exit_layer}"])])
     print("", *markdown_table([header, *rows]), sep="\n")
+    entropy, losses = log["unigram_entropy"], [float(loss) for _, loss, _ in rows]
+    print(f"MLM loss of a guess from how often each token occurs: {entropy:.3f}. ICC accuracy of a guess: 50 %.")
+    if min(losses, default=entropy) > 0.9 * entropy:
+        print("No exit is much better than such a guess: train for more steps, or on more repositories.")
     model = os.path.join(arguments.out, "model")
-    print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or own pairs:")
+    print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or own pairs")
+    print("(1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
     command = ["mose", "finetune", "small", "--out", f"{os.path.normpath(arguments.out)}-retrieval", f"model={model}"]
     for data in (f"data.functions.folder={recipe.corpus.get('folder', 'FOLDER')}", "data.pairs=pairs.csv"):
         print(f"    {shlex.join([*command, data])}")

@@ -348,7 +348,10 @@ class ExitProgressCallback(ProgressCallback):
                 settings += f" warmup_steps={max(1, round(args.warmup_steps * short / state.max_steps))}"
             duration = f"{left / 3600:.1f} hours" if left > 5400 else f"{left / 60:.0f} minutes"
             message = f"mose: training will take about {duration} if steps take as long as so far. To train for only "
-            message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out."
+            message += (
+                f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out; the model "
+            )
+            message += "then learns less."
             self.training_bar.write(message, file=sys.stderr)
 
     def on_prediction_step(
