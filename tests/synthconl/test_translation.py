@@ -118,9 +118,11 @@ def interrupted(folders):
 
 def test_a_line_that_was_cut_short_is_asked_again_and_a_changed_journal_is_refused(folders, interrupted):
     server, journal = interrupted
-    for beginning in ('{"di": "id', 'x{"id": "id', '{"id": "another'):
+    changes = [('{"id": "id', one) for one in ('{"di": "id', 'x{"id": "id', '{"id": "another')]
+    for old, new in (*changes, ('"text": "', '"text": "\\ud800'), ('_tokens": ', f'_tokens": {10**30}')):
         before = journal.read_text()
-        journal.write_text(before.replace('{"id": "id', beginning, 1))
+        assert old in before
+        journal.write_text(before.replace(old, new, 1))
         with raises("synthconl.journal", "Line 1", journal):
             run(folders, server)
         journal.write_text(before)

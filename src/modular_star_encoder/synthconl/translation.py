@@ -419,8 +419,9 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         try:
             completion = Completion(**json.loads(line))
             check_types(completion)
+            pa.Table.from_pylist([asdict(completion)], SCHEMA)  # which holds no lone surrogates or huge numbers
             known = completion.id in ids
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, RecursionError, OverflowError):
             known = False
         if not known:
             message = f"Line {number} of {path} is damaged or has an unknown id: delete the line, and build again."
