@@ -259,6 +259,13 @@ def test_each_hit_says_where_the_other_exit_ranks_it():
     assert badges == [*moved, ("mose-new", "not among the 2 found at exit 4")]
 
 
+def test_the_bar_of_a_hit_is_its_score_relative_to_the_best():
+    scores = (2.5, 1.0, -0.5)
+    html = html_of(*(hit(line=line, score=score) for line, score in enumerate(scores, 1)))
+    assert re.findall("width:(.*?)%", html) == ["100.0", "40.0", "0.0"]
+    assert re.findall("width:(.*?)%", html_of(hit(score=0.0))) == ["0.0"]
+
+
 def test_places_are_paths_from_the_folder_with_a_link_where_there_is_one():
     plain = html_of(hit("src/a.py"))
     assert "src/a.py:3" in plain

@@ -220,10 +220,12 @@ def results_html(reply: Reply, other: Reply | None, folder: str, link_to: LinkTo
     if not reply.answer.hits:
         return head + message_html("Nothing was found. Choose more languages or more files.")
     hits = []
+    best = max(hit.score for hit in reply.answer.hits)
     for rank, hit in enumerate(reply.answer.hits, 1):
         badge = "" if other is None else _badge(rank, hit, other)
         path = os.path.relpath(hit.path, folder).replace(os.sep, "/")
-        hits.append(_hit_html(rank, hit, path, link_to(path, hit), badge))
+        share = max(hit.score / best, 0.0) if best > 0 else 0.0
+        hits.append(_hit_html(rank, hit, path, link_to(path, hit), badge, share))
     return head + "".join(hits)
 
 
@@ -262,21 +264,20 @@ def code_html(text: str, language: str) -> str:
 
 def code_styles() -> str:
     """Return the CSS rules that colour the HTML of `code_html`, on light and dark pages."""
-    light = HtmlFormatter(style="friendly").get_style_defs(".mose-code")
+    light = HtmlFormatter(style="default").get_style_defs(".mose-code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".dark .mose-code")
     return f"{light}\n{dark}"
 
 
-def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str) -> str:
+def _hit_html(rank: int, hit: Hit, path: str, address: str | None, badge: str, share: float) -> str:
     place = escape(printable(f"{path}:{hit.line}"))
     if address is not None:
         place = f'<a href="{escape(address)}" target="_blank" rel="noopener noreferrer">{place}</a>'
     name = escape(printable(hit.name)) or "lines"
-    share = min(max(hit.score, 0.0), 1.0)
     return (
         f'<article class="mose-hit"><header><span class="mose-rank">{rank}</span><b class="mose-name">{name}</b>'
-        f'{badge}<span class="mose-score" title="cosine similarity"><span class="mose-bar">'
-        f'<i style="width:{100 * share:.1f}%"></i></span>{hit.score:.3f}</span></header>'
+        f'{badge}<span class="mose-score" title="score; a full bar is the best hit">'
+        f'<span class="mose-bar"><i style="width:{100 * share:.1f}%"></i></span>{hit.score:.3f}</span></header>'
         f'<div class="mose-place">{place} · {escape(printable(hit.language))}</div>{_code_block(hit)}</article>'
     )
 

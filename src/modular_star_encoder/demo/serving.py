@@ -248,14 +248,17 @@ class LocalFiles:
             end = len(lines)
         marked = [*range(max(first - start, 1), min(last, end) - start + 1)]
         options = {"linenos": "inline", "linenostart": start + 1, "linespans": "L", "hl_lines": marked}
-        formatter = HtmlFormatter(**options, cssclass="code", style="friendly")
+        formatter = HtmlFormatter(**options, cssclass="code", style="default")
         shown = (printable(line)[:_LONGEST_LINE] for line in lines[start:end])
         code = highlighted("\n".join(shown), language_of(PurePath(path)) or "", formatter)
         earlier = f'<a href="{escape(_page_address(path, start))}">earlier lines</a> ' if start else ""
         later = f'<a href="{escape(_page_address(path, end + 1))}">later lines</a>' if end < len(lines) else ""
         title = escape(printable(path))
-        style = f"<style>{_css('source.css')}\n{formatter.get_style_defs('.code')}</style>"
-        head = f'<head><meta charset="utf-8"><title>{title}</title>{style}</head>'
+        dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
+        dark = f"@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+        style = f"<style>{formatter.get_style_defs('.code')}\n{dark}\n{_css('source.css')}</style>"
+        width = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        head = f'<head><meta charset="utf-8">{width}<title>{title}</title>{style}</head>'
         return f'<!doctype html><html lang="en">{head}<body><h1>{title} {earlier}{later}</h1>{code}</body></html>'
 
 
