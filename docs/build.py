@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -90,8 +91,17 @@ def api_page() -> str:
         if module.endswith(".modeling"):
             kind = "configuration" if name.endswith("Config") else "modeling"
             module = f"modeling.{kind}_modular_star_encoder"
-        lines += [f"## {name}", "", f"::: {module}.{name}", ""]
+        # Of a class, also the methods whose arguments are explained.
+        kept = [key for key, value in vars(getattr(package, name)).items() if explained(key, value)]
+        options = ["    options:", f"      members: {json.dumps(kept)}", "      heading_level: 3"] if kept else []
+        lines += [f"## {name}", "", f"::: {module}.{name}", *options, ""]
     return "\n".join(lines)
+
+
+def explained(name: str, value: Any) -> bool:
+    """Return whether a member of a class is a public method whose docstring explains its arguments."""
+    function = getattr(value, "__func__", value)  # of a class method
+    return inspect.isfunction(function) and not name.startswith("_") and "Args:" in (function.__doc__ or "")
 
 
 def commands_page() -> str:
@@ -106,7 +116,8 @@ def commands_page() -> str:
         "",
     ]
     for command in all_commands(build_parser()):
-        lines += [f"## {command.prog}", "", "```text", argparse.ArgumentParser.format_help(command).rstrip(), "```", ""]
+        text = argparse.ArgumentParser.format_help(command).rstrip()
+        lines += [f"## {command.prog}", "", "``` { .text .help }", text, "```", ""]
     return "\n".join(lines)
 
 
@@ -150,7 +161,7 @@ def draw(out: Path) -> None:
     figures = json.loads((ROOT / "benchmarks/results/mose_code.json").read_text(encoding="utf-8"))["figures"]
     times = figures["milliseconds per text"]
     pyplot.rcParams |= {"svg.hashsalt": "quality", "font.size": 10}
-    picture, axes = pyplot.subplots(figsize=(7.5, 4))
+    picture, axes = pyplot.subplots(figsize=(6, 4))
     quality = {one: figures[f"{one} → {one}"]["mean"][0] for one in PARAMETERS}
     axes.plot(
         list(PARAMETERS.values()), list(quality.values()), "o-", color="tab:blue", label="mose-code, one checkpoint"
