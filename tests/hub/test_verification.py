@@ -16,7 +16,7 @@ from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, Modu
 from modular_star_encoder.utils.files import write_text
 from tests.errors import raises
 from tests.hub.repositories import manifest
-from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.tiny import change_json, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 ONNX = "onnx/model.onnx"
 
@@ -156,6 +156,8 @@ def test_files_of_the_manifest_replace_none_of_the_repositorys_own(staged, tmp_p
     [
         ("training_log", "log.json", '{"steps"', "Expecting ':'"),
         ("training_log", "log.json", "[]", "mapping"),
+        ("training_log", "log.json", '{"recipe": ' + '{"a":' * 40 + "1" + "}" * 41, "32 levels"),
+        ("training_log", "log.json", '{"recipe": [' + "1," * 20_000 + "1]}", "20,000 values"),
         ("recipe", "recipe.yaml", "a: [\n", "while parsing"),
         ("recipe", "recipe.yaml", "\xff", "mapping"),
     ],
@@ -164,6 +166,36 @@ def test_a_damaged_log_or_recipe_is_one_sentence(staged, tmp_path, setting, name
     (tmp_path / name).write_text(text)
     with raises("hub.staging.settings", tmp_path / name, fault):
         stage(staged.source, tmp_path / "staged", **{setting: str(tmp_path / name)})
+
+
+def test_odd_values_of_a_log_are_left_out_and_a_damaged_configuration_is_named(staged, tmp_path):
+    copy = shutil.copytree(staged.source, tmp_path / "copy")
+    log = {
+        "steps": "\ud800\x1b",
+        "data": [1],
+        "held_out_repositories": 5,
+        "recipe": "\x1b",
+        "retrieval": [],
+        "seconds": 1,
+    }
+    (copy / "training_log.json").write_text(json.dumps(log))
+    (one,) = stage(copy, tmp_path / "staged")
+    assert one.training_rows == []
+    change_json(copy, "config.json", dtype="foo")
+    with raises("checkpoint.damaged", copy):
+        stage(copy, tmp_path / "again")
+
+
+def test_only_weights_of_the_folder_that_are_loaded_are_published(staged, tmp_path):
+    copy = shutil.copytree(staged.source, tmp_path / "copy")
+    (copy / "model-00001-of-00002.safetensors").symlink_to(staged.source / "model.safetensors")
+    (copy / "modelx.safetensors.x").touch()
+    (one,) = stage(copy, tmp_path / "staged")
+    assert [path.name for path in one.folder.glob("model*safetensors*")] == ["model.safetensors"]
+    (copy / "model.safetensors").rename(tmp_path / "moved")
+    (copy / "model.safetensors").symlink_to(tmp_path / "moved")
+    with raises("hub.staging.weights", copy / "model.safetensors"):
+        stage(copy, tmp_path / "again")
 
 
 def test_a_checkpoint_without_the_prompts_of_its_card_is_refused(staged, tmp_path):

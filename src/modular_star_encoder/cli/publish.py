@@ -10,6 +10,7 @@ from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
 from modular_star_encoder.inference import resolve_checkpoint
+from modular_star_encoder.search.hits import printable
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json
 
@@ -93,7 +94,7 @@ def run_card(arguments: argparse.Namespace) -> None:
 
     manifest = _folder_manifest(arguments, arguments.folder)
     _warn_without_license(manifest)
-    text = write_folder_card(manifest, arguments.out)
+    text = "\n".join(map(printable, write_folder_card(manifest, arguments.out).split("\n")))
     print(text if arguments.out is None else os.path.join(arguments.out, "README.md"), end="\n" * bool(arguments.out))
 
 

@@ -1,6 +1,7 @@
 """Write the files of each repository to a folder before upload: checkpoint, exit profile, figure and card."""
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -24,10 +25,12 @@ from modular_star_encoder.inference import (
     is_repository,
     resolve_checkpoint,
     shipped_models,
+    weight_files,
 )
 from modular_star_encoder.inference.checkpoints import (
     checkpoint_checksum,
     class_named,
+    load_config,
     stored_prompts,
     write_checkpoint,
     write_sentence_transformer_files,
@@ -39,13 +42,14 @@ from modular_star_encoder.modeling import (
     ModularStarEncoderPreTrainedModel,
 )
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json, user_path
-from modular_star_encoder.utils.settings import read_mapping
+from modular_star_encoder.utils.files import leads_outside, read_json, user_path
+from modular_star_encoder.utils.settings import read_mapping, read_yaml
 
 TRAINING_LOG = "training_log.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model*.safetensors*"
 HIDDEN = "(a local path)"
+_USES = {"train": "to train on", "held_out": "held out"}
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
@@ -79,7 +83,10 @@ def _stage(
     if not uncut:  # publish the original weights, because the loaded model may have another dtype than its files
         for weights in folder.glob(WEIGHTS):
             weights.unlink()
-        for weights in source.glob(WEIGHTS):
+        for weights in weight_files(source):
+            if leads_outside(weights, source):
+                message = f"{weights} is a link to a file outside the folder: put the weights in its place."
+                raise UserError("hub.staging.weights", message)
             shutil.copyfile(weights, folder / weights.name)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "modules.json").is_file():
@@ -128,7 +135,7 @@ def _stage(
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
     check_checkpoint(source)
-    architecture = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures[0]
+    architecture = str((load_config(source).architectures or [""])[0])
     model_class = class_named(architecture, source)
     if not user_path(tokenizer or source, TOKENIZER).is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
@@ -166,8 +173,13 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
     """Return facts from the training log as (name, value), and the recipe as YAML; both are empty if unknown."""
     path = _training_log(entry, source)
     log = _read_settings(path) if path else {}
-    recipe = _read_settings(user_path(entry.recipe)) if entry.recipe else log.get("recipe")
-    data, held_out = log.get("data") or {}, log.get("held_out_repositories")
+    try:  # the recipe in a log has the limits of a recipe
+        recipe = read_yaml(json.dumps(log.get("recipe")).encode(), "its recipe")
+    except (UserError, RecursionError) as error:
+        raise UserError("hub.staging.settings", f"{path} can't be read as settings: {error}.") from error
+    if entry.recipe:
+        recipe = _read_settings(user_path(entry.recipe))
+    data, held_out = (log.get(name) for name in ("data", "held_out_repositories"))
     settings = without_paths(recipe) if isinstance(recipe, dict) else {}
     # A pre-training's model may be a configuration, and its length is one of whole rows.
     tuned: dict[str, Any] = settings if log.get("retrieval") else {}
@@ -176,12 +188,12 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
         "started from": start if start in shipped_models() or is_repository(start) else None,
         "steps": log.get("steps"),
         "rows per step": settings.get("batch_size"),
-        "rows to train on": data.get("train"),
-        "rows held out": data.get("held_out"),
-        "repositories held out": len(held_out) if held_out else None,
+        **{f"rows {use}": data.get(name) for name, use in _USES.items() if isinstance(data, dict)},
+        "repositories held out": len(held_out) if isinstance(held_out, list) and held_out else None,
         "tokens at which held-out texts were cut": max((n for n in limits if isinstance(n, int)), default=None),
     }
-    rows = [(name, value) for name, value in values.items() if isinstance(value, int | str)]
+    rows = [(name, value) for name, value in values.items() if isinstance(value, int) or name == "started from"]
+    rows = [(name, value) for name, value in rows if value is not None]
     return rows, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else ""
 
 

@@ -112,6 +112,14 @@ def _huge_number(folder: Path) -> str:
     return f"its config.json has {huge[0]} above {_MOST[huge[0]]:,}, the limit" if huge else ""
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that a checked checkpoint is loaded from: one, or an index and the files it names."""
+    whole, index = (folder / name for name in WEIGHT_FILES)
+    if whole.is_file():
+        return [whole]
+    return [index, *sorted(folder / name for name in set(read_json(index)["weight_map"].values()))]
+
+
 def _unsafe_weights(folder: Path) -> str:
     """Return what is wrong with the weights of a checkpoint or of one of its modules; "" if nothing is wrong."""
     if (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
