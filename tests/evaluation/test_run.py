@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,9 @@ from modular_star_encoder.inference.encoders import Text
 from tests.errors import raises
 from tests.evaluation import brute_force
 from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
+
+METRICS = retrieval_task().metrics
+ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6}
 
 
 def run(tasks, retrievers, out=None):
@@ -83,6 +87,48 @@ def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path, content):
     path.write_text(content)
     with raises("evaluation.result.damaged", path.name):
         run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        (retrieval_task(), {"exit_layer": 2}),
+        (retrieval_task(), {"dimensions": -5}),
+        (retrieval_task(), {"candidates": -3}),
+        (retrieval_task(), {"estimates": {}}),
+        (retrieval_task(), {"estimates": {"f1": ESTIMATE}}),
+        (retrieval_task(), {"estimates": dict.fromkeys((*METRICS, "ndcg"), ESTIMATE)}),
+        (retrieval_task(), {"estimates": dict.fromkeys(reversed(METRICS), ESTIMATE)}),
+        (retrieval_task(), {"estimates": dict.fromkeys(METRICS, ESTIMATE | {"value": 57})}),
+        (retrieval_task(), {"estimates": dict.fromkeys(METRICS, ESTIMATE | {"low": "nan"})}),
+        (retrieval_task(), {"estimates": dict.fromkeys(METRICS, ESTIMATE | {"low": 0.9})}),
+        (retrieval_task(), {"values": [0.5] * 19}),
+        (retrieval_task(), {"values": [2] * 20}),
+        (retrieval_task(), {"ids": [f"q{i}" for i in range(19)], "values": [0.5] * 19}),
+        (retrieval_task(), {"threshold": 0.5}),
+        (pair_task(), {"values": [0]}),
+        (pair_task(), {"values": [int(label) + 4 for label in pair_task().labels]}),
+        (pair_task(), {"values": [1 - int(label) for label in pair_task().labels]}),
+        (pair_task(), {"threshold": None}),
+        (pair_task(), {"threshold": "nan"}),
+    ],
+)
+def test_a_result_that_does_not_fit_its_task_is_damaged(tmp_path, task, change):
+    (first,) = run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+    (path,) = tmp_path.glob("cells/*.json")
+    assert run([task], [given_retriever(exit_layers=(3,))], tmp_path) == [first]
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with raises("evaluation.result.damaged", path.name):
+        run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+
+
+def test_a_folder_in_place_of_a_result_is_damaged(tmp_path):
+    run([retrieval_task()], [given_retriever(exit_layers=(3,))], tmp_path)
+    (path,) = tmp_path.glob("cells/*.json")
+    path.unlink()
+    path.mkdir()
+    with raises("evaluation.result.damaged", path.name):
+        run([retrieval_task()], [given_retriever(exit_layers=(3,))], tmp_path)
 
 
 def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():

@@ -31,7 +31,7 @@ from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.inference.encoders import ExitEncoder, load_encoder
 from modular_star_encoder.modeling import ModularStarEncoderForSequenceClassification
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_json, user_path, write_json
+from modular_star_encoder.utils.files import check_types, read_json, user_path, write_json
 from modular_star_encoder.utils.reports import without_places
 
 PROTOCOL = 1  # version of the evaluation's rules; increase it when a change of the rules gives other results
@@ -87,14 +87,14 @@ def evaluate_tasks(
             for task, checksum in zip(tasks, checksums, strict=True)
             for variant in retriever.variants
         ]
-        missing = [(task, variant) for task, variant, path in runs if path is None or not path.is_file()]
+        missing = [(task, variant) for task, variant, path in runs if path is None or not path.exists()]
         if missing:
             texts = dict.fromkeys(text for task in dict.fromkeys(task for task, _ in missing) for text in task.texts())
             retriever.prepare(list(texts), list(dict.fromkeys(one for _, one in missing)), progress=progress)
         bar = tqdm(runs, desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
         for task, variant, path in bar:
-            if path is not None and path.is_file():
-                stored = read_result(path)  # perhaps with other names of the benchmark, task or retriever
+            if path is not None and path.exists():
+                stored = read_result(path, task, variant)
                 result = replace(stored, benchmark=task.benchmark, task=task.name, retriever=retriever.name)
             else:
                 result = evaluate_task(task, retriever, variant)
@@ -111,15 +111,23 @@ def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> Tas
     if isinstance(task, PairTask):
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))
 
-    ranking, rows = metrics.rank_task(task, lambda pool: retriever.scores(*task.texts_of(pool), variant))
+    ranking, _ = metrics.rank_task(task, lambda pool: retriever.scores(*task.texts_of(pool), variant))
     estimates: dict[str, Estimate] = {}
     main: list[float] = []
     for metric in task.metrics:
         values = metrics.query_values(ranking, metric)
         estimates[metric] = Estimate(float(values.mean()), *metrics.bootstrap_interval(values))
         main = main or values.tolist()
+    return TaskResult(*names, estimates, main, *_shape(task)[1:])
+
+
+def _shape(task: Task) -> tuple[list[str], list[str], int]:
+    """Return the metrics, `ids` and `candidates` of each result on a task."""
+    if isinstance(task, PairTask):
+        return ["f1", "precision", "recall"], [], 0
+    ids = [task.query_ids[row] for pool in task.pools for row in pool.queries]
     candidates = max(len(pool.documents) for pool in task.pools) - task.exclude_self
-    return TaskResult(*names, estimates, main, [task.query_ids[row] for row in rows], candidates)
+    return list(dict.fromkeys(task.metrics)), ids, candidates
 
 
 def _evaluate_pairs(
@@ -139,12 +147,30 @@ def _evaluate_pairs(
     return estimates, results.tolist(), [], 0, threshold
 
 
-def read_result(path: Path) -> TaskResult:
-    """Read a result that `evaluate_tasks` stored; UserError if the file is damaged."""
+def read_result(path: Path, task: Task, variant: ExitVariant) -> TaskResult:
+    """Read a stored result of a variant on a task, perhaps of other names; UserError if the file is damaged."""
     try:
-        return TypeAdapter(TaskResult).validate_python(read_json(path))
-    except ValueError:
-        raise UserError("evaluation.result.damaged", f"{path} is damaged: delete it, then evaluate again.") from None
+        result = TypeAdapter(TaskResult).validate_python(read_json(path))
+        check_types(result)  # TypeAdapter accepts "nan"
+        shape = (list(result.estimates), list(result.ids), result.candidates)
+        if shape == _shape(task) and (result.exit_layer, result.dimensions) == variant and _in_range(result, task):
+            return result
+    except (TypeError, ValueError):
+        pass
+    raise UserError("evaluation.result.damaged", f"{path} is damaged: delete it, then evaluate again.")
+
+
+def _in_range(result: TaskResult, task: Task) -> bool:
+    """Return whether all numbers of a result are possible for the queries or pairs of a task."""
+    values, most = np.array(result.values), 1 + 1e-9  # a sum of NDCG may be rounded up
+    if isinstance(task, PairTask):
+        fits = result.threshold is not None and np.array_equal(values % 2, task.labels) and (values < 4).all()
+    else:
+        fits = result.threshold is None and len(values) == len(result.ids) and (values <= most).all()
+    scores = result.estimates.values()
+    return bool(fits and (values >= 0).all()) and all(
+        0 <= one.value <= most and 0 <= one.low <= one.high <= most for one in scores
+    )
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant) -> Path | None:
