@@ -71,7 +71,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         width = max(len(one.name) for one in recipes)
         for one in recipes:
             print(f"mose {one.command:13} {one.name:{width}}  {one.summary}")
-        print("\nThe part before / is enough for a command's first recipe in that folder: `mose finetune mose-code`.")
+        print("\nThe part before the / is short for the first such recipe of a command: `mose finetune mose-code`.")
         return
     path = find_recipe(arguments.name)
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]

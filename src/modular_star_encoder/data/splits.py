@@ -248,7 +248,7 @@ class PairGroups:
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """`texts` are rows: a description gives text → code pairs, two or more snippets give code → code pairs."""
+        """Rows of `texts` with a description give text → code pairs, those with several snippets code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -275,7 +275,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The largest number of groups for a batch such that a group outside the batch always has a hard negative."""
+        """The most groups that a batch may have if at least one group outside the batch has to be a hard negative."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1

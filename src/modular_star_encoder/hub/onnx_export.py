@@ -396,6 +396,6 @@ def compare_scores(
     for table in report.tables:
         for row in table.rows:
             if row.retriever == "float32" and row.difference and abs(row.difference.value) > SCORE_TOLERANCE:
-                found = f"differs from the model's by {row.difference.value:+.4f} (allowed: {SCORE_TOLERANCE:g})"
-                raise UserError("hub.onnx.rankings", f"The ONNX file's {table.metric} in {table.title} {found}.")
+                difference = f"differs from the model's by {row.difference.value:+.4f} (allowed: {SCORE_TOLERANCE:g})"
+                raise UserError("hub.onnx.rankings", f"The ONNX file's {table.metric} in {table.title} {difference}.")
     return report

@@ -305,7 +305,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
         commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
         left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
     if left:
-        raise OSError(f"After the upload, {left[0].path} in {repository} is not the local file. Publish it again.")
+        raise OSError(f"{left[0].path} in {repository} differs from the local file after the upload. Publish again.")
     url = f"{api.endpoint}/{repository}{'' if branch == MAIN else f'/tree/{branch}'}"
     return Publication(repository, branch, changes, commit.oid, uploaded=True, url=url)
 

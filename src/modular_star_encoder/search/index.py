@@ -466,7 +466,7 @@ def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
             of = _indexed_folder(location) or own
             if os.path.commonpath([of, own]) != own:
                 message = f"The index {location} is of the folder {of}, which is not inside {own}"
-                raise UserError("search.index.outside", f"{message}. If you trust it, add --index {location}.")
+                raise UserError("search.index.outside", f"{message}. If you trust this index, add --index {location}.")
             return location
     return None
 

@@ -243,7 +243,7 @@ def definition_word(name: str) -> str:
 
 
 def snippet_words(snippet: Snippet) -> str:
-    """Return a piece's words for BM25: the stems of its text, name, file name and folder, and `definition_word`s."""
+    """Return a piece's words for BM25: stems of its text, name, file name and folder, and a word per definition."""
     words = stems(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])
 

@@ -173,7 +173,7 @@ class IndexSettings:
         object.__setattr__(self, "languages", languages)  # because the class is frozen
 
     def to_dict(self, location: str) -> dict[str, Any]:
-        """Return the settings as JSON values. If the index is in `folder`, `folder` becomes relative to the index."""
+        """Return the settings as JSON values; `folder` is relative to the index if the index is inside of it."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         index = _real_path(location)
         if index is not None and os.path.commonpath([self.folder, index]) == self.folder:

@@ -209,8 +209,8 @@ def clean_translation(
 def code_blocks(text: str) -> list[tuple[str, str]]:
     """Return (tag in lower case, code) for each fenced code block in a Markdown text.
 
-    A fence that is indented further than the opening fence belongs to the code. A block without a closing fence ends at
-    the next opening fence or the end of the text; if an odd number of fences is in this block, at the last fence.
+    A fence that is indented further than the opening fence belongs to the code. A block without a closing fence ends
+    where the next block or the text ends; if the code until there has an odd number of fences, at the last of them.
     """
     blocks: list[tuple[str, str]] = []
     opening, start, lines = None, 0, text.split("\n")

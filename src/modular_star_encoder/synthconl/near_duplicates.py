@@ -285,7 +285,7 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (first row of each set of equal rows, in `order`; index of each row's set); blank rows are never equal."""
+    """Return (the first row in `order` of each set of equal rows), (each row's set); blank rows are never equal."""
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
     by_id[blank, 0] = blank + 1  # so that no two blank rows are equal
@@ -298,10 +298,11 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
-    """Return (row pairs with equal keys in a band, largest bucket size, largest number of rows over `limit` in a band).
+    """Return (pairs of rows with an equal key, size of the largest bucket, largest number of rows cut in one band).
 
-    In a band, the bucket of a row is the rows of `others` with the row's key or, if `others` is `column`, only those
-    before the row. A row is paired with the first `limit` rows of its bucket, and is over `limit` if there are more.
+    Each band gives a row one key; the row's bucket is the rows of `others` with this key. If `others` is `column`, only
+    rows before the row, so that no pair comes twice. A row is paired with the first `limit` rows of its bucket, and is
+    cut if the bucket has more.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0

@@ -69,9 +69,9 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 
 
 def _name(name: str) -> str:
-    """Return the name of a start or variant; ValueError if it is reserved or not made of letters, digits, `_.-`."""
+    """Return the name of a checkpoint or variant; ValueError if it is reserved or has other characters than names."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
-        raise ValueError(f"must consist of letters, digits and _.-, and must not be {TOGETHER} or begin with exit-")
+        raise ValueError(f"may have only letters, digits, _, ., -; must not be `{TOGETHER}` or begin with `exit-`")
     return name
 
 

@@ -338,9 +338,10 @@ def url_host(url: str) -> str:
 
 
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
-    """Return the token in the environment variable `variable`; "" if `variable` is None, or unset and not `required`.
+    """Return the token in the environment variable that `variable` names; "" if `variable` is None.
 
-    UserError if a token isn't printable ASCII (`http.token.characters`) or `required` but empty (`http.token.missing`).
+    If the environment variable is unset or empty: UserError (`http.token.missing`) if `required`, otherwise "".
+    UserError (`http.token.characters`) for a token that has other characters than printable ASCII.
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
