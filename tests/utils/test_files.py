@@ -15,7 +15,7 @@ from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.files import (
     check_types,
     check_writable,
-    locked,
+    folder_lock,
     read_json,
     scratch_folder,
     staged_file,
@@ -203,18 +203,18 @@ def test_a_map_ends_in_time_although_one_item_crashes_and_another_is_slow():
 
 
 def test_a_folder_that_another_process_writes_is_refused_and_one_s_own_lock_is_taken_again(tmp_path):
-    held = f"with locked(Path({str(tmp_path)!r})): print(flush=True), input()"
+    held = f"with folder_lock(Path({str(tmp_path)!r})): print(flush=True), input()"
     program = f"from modular_star_encoder.utils.files import *\n{held}"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with raises("files.locked", tmp_path), locked(tmp_path, 0):
+        with raises("files.locked", tmp_path), folder_lock(tmp_path, 0):
             pass
         other.communicate(b"\n")
-    with locked(tmp_path, 0), locked(tmp_path, 0):
+    with folder_lock(tmp_path, 0), folder_lock(tmp_path, 0):
         pass
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / ".lock").symlink_to("nothing")
     (tmp_path / "folder" / ".lock").mkdir(parents=True)
     for name in ("linked", "folder"):
-        with raises("files.lock", tmp_path / name / ".lock"), locked(tmp_path / name, 0):
+        with raises("files.lock", tmp_path / name / ".lock"), folder_lock(tmp_path / name, 0):
             pass

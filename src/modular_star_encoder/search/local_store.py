@@ -28,7 +28,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import (
     MAX_JSON_BYTES,
     check_types,
-    locked,
+    folder_lock,
     parse_json,
     read_json,
     user_path,
@@ -103,7 +103,7 @@ class LocalStore:
         if self.folder is None:
             yield
             return
-        with locked(self.folder, seconds):
+        with folder_lock(self.folder, seconds):
             try:
                 yield
             except BaseException:

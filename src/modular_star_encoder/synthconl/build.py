@@ -39,7 +39,7 @@ from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STAT
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, locked, read_json, staged_folder, write_json
+from modular_star_encoder.utils.files import LOCK, folder_lock, read_json, staged_folder, write_json
 from modular_star_encoder.utils.settings import Count, Float, Int, Probability, settings_class
 
 SPLITS = ("train", "validation")
@@ -159,7 +159,7 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     build = Build(recipe, Path(out).absolute(), progress)
     _read_log(build)
     _check_inputs(build)
-    with locked(build.out):
+    with folder_lock(build.out):
         log = _read_log(build)
         # Remove the temporary files of a killed process.
         for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):

@@ -31,7 +31,14 @@ from modular_star_encoder.evaluation.benchmarks.rows import read_json, read_json
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import files_below, locked, scratch_folder, staged_file, staged_folder, write_json
+from modular_star_encoder.utils.files import (
+    files_below,
+    folder_lock,
+    scratch_folder,
+    staged_file,
+    staged_folder,
+    write_json,
+)
 from modular_star_encoder.utils.settings import check_names, read_mapping
 
 # Each client writes to the folder in which it runs. `debian-source` needs a deb-src line among apt's sources.
@@ -90,7 +97,7 @@ def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> 
     # Without pipes, which a process that the client started may hold open after the client is killed.
     options: Row = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     options |= {"timeout": _FETCH_SECONDS, "check": True}
-    with locked(Path(out)):
+    with folder_lock(Path(out)):
         for package in tqdm(packages, desc="Fetching", unit=" packages"):
             target, outcome = Path(out) / package.place, "fetched before"
             command = [word.format(**package._asdict()) for word in _CLIENTS[package.registry].split()]
@@ -121,7 +128,7 @@ def build_corpus(
     if len(files) < 2:
         message = f"{source} has {len(files)} of {len(packages)} packages; fetch two or more: one is for validation."
         raise UserError("corpus.packages", message)
-    with locked(out):
+    with folder_lock(out):
         _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
         missing = [":".join(one[:2]) for one in packages if one not in files]
         stats = {"packages": len(files), "packages_missing": missing} | _assemble(files, out)

@@ -30,7 +30,7 @@ from modular_star_encoder.synthconl.near_duplicates import (
 )
 from modular_star_encoder.synthconl.row_files import Shard, check_columns, find_shards, read_ids, read_texts, write_kept
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, fits, leads_outside, locked, read_json, staged_file, write_json
+from modular_star_encoder.utils.files import LOCK, fits, folder_lock, leads_outside, read_json, staged_file, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _LARGEST_CLUSTERS = 20
@@ -76,7 +76,7 @@ def drop_near_duplicates(
     _is_begun(source, out, job)
     if not (out / REPORT).exists():
         ids, order = read_ids(shards, id_column)
-        with locked(out):
+        with folder_lock(out):
             if not _is_begun(source, out, job):  # perhaps another process has begun or finished meanwhile
                 work.mkdir(parents=True, exist_ok=True)
                 write_json(work / "job.json", job)

@@ -27,7 +27,7 @@ from modular_star_encoder.modeling import (
 )
 from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, TrainingSettings
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import locked, write_json
+from modular_star_encoder.utils.files import folder_lock, write_json
 from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS, REPORT = "model", "adapter", "checkpoints", "report.md"
@@ -175,7 +175,7 @@ def hold(out: Path) -> contextlib.ExitStack:
     """Lock the run's folder `out` in the main process; closing or deleting the returned `ExitStack` unlocks `out`."""
     held = contextlib.ExitStack()
     if processes_of_run().is_main_process:
-        held.enter_context(locked(out))
+        held.enter_context(folder_lock(out))
     return held
 
 

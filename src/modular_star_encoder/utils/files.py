@@ -42,7 +42,7 @@ def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> 
 
 
 @contextmanager
-def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
+def folder_lock(folder: Path, seconds: float | None = None) -> Iterator[None]:
     """Context manager: hold the lock of `folder`, which is created if missing. A process may hold a lock several times.
 
     UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`: the
