@@ -176,7 +176,7 @@ def model2vec(folder: Path) -> Encode:
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Time all contenders in turns, then their processes; print and write."""
     from modular_star_encoder.evaluation.benchmarks import load_benchmark
-    from modular_star_encoder.training.arguments import bf16_is_faster
+    from modular_star_encoder.inference.encode import bf16_is_faster
 
     tasks: list[Any] = load_benchmark("codesearchnet-999", os.environ["MOSE_DATA"], allow_subset=True)
     pools = [

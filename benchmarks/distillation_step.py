@@ -39,8 +39,8 @@ from modular_star_encoder.data.collators import RetrievalCollator
 from modular_star_encoder.data.functions import collect_functions
 from modular_star_encoder.data.sources.repositories import folder_repositories
 from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.encode import bf16_is_faster
 from modular_star_encoder.objectives.distillation import DistillationSettings
-from modular_star_encoder.training.arguments import bf16_is_faster
 
 CHECKPOINT = Path(__file__).parent.parent / "hub_configs" / "mose-code"
 SIDES = ("query", "document")

@@ -31,8 +31,7 @@ from sentence_transformers import SentenceTransformer
 from modular_star_encoder.evaluation.benchmarks.codesearchnet import language_patterns, read_functions
 from modular_star_encoder.evaluation.benchmarks.rows import require_files
 from modular_star_encoder.inference.checkpoints import load_checkpoint
-from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.training.arguments import bf16_is_faster
+from modular_star_encoder.inference.encode import bf16_is_faster, encode_exits
 
 LANGUAGES = ("go", "javascript", "ruby")
 BATCH_SIZE = 32

@@ -25,9 +25,9 @@ from report import returned_memory, status_bytes, write
 from torch import nn
 from tqdm.auto import tqdm
 
+from modular_star_encoder.inference.encode import bf16_is_faster
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForPreTraining
 from modular_star_encoder.objectives.exit_losses import exit_weights
-from modular_star_encoder.training.arguments import bf16_is_faster
 
 SHAPES = {
     "small": {

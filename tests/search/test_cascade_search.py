@@ -5,6 +5,7 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.inference import encode as encode_module
 from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
+from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.ranking import Cascade
 from tests.search.conftest import build, embedded, stored_rows, write_code
@@ -111,3 +112,15 @@ def test_one_row_has_no_margin_and_nothing_to_rank_again(tmp_path, checkpoint):
 def test_a_cascade_of_unsuitable_exits_is_refused(indexes, options, named):
     with pytest.raises(ValueError, match=named):
         indexes["text"].search([QUESTION], **options)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("texts", [64, 65])
+def test_only_many_texts_are_embedded_in_bfloat16_where_it_is_faster(checkpoint, monkeypatch, faster, texts):
+    monkeypatch.setattr(encode_module, "bf16_is_faster", lambda device: faster)
+    questions = [f"put item {i} on top" for i in range(texts)]
+    found = Embedder(checkpoint).questions(questions, (1, 4), 8)[4]
+    exact = encode_exits(*load_checkpoint(checkpoint), [text_prompt() + one for one in questions], progress=False)[4]
+    exact = exact[:, :8] / np.linalg.norm(exact[:, :8], axis=1, keepdims=True)
+    assert (np.abs(found - exact).max() > 1e-5) == (faster and texts > 64)
+    np.testing.assert_allclose(found, exact, atol=0.05)

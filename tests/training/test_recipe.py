@@ -5,9 +5,10 @@ import pytest
 from transformers import TrainerState
 
 from modular_star_encoder.cli.main import main
+from modular_star_encoder.inference.encode import bf16_is_faster
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
-from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster, check_arguments
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments, check_arguments
 from modular_star_encoder.training.recipes import (
     ClassificationRecipe,
     FinetuningRecipe,

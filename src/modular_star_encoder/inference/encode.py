@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -197,3 +198,14 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
             if not state[0]:
                 del _in_use[model]
                 model.train(state[1])
+
+
+def bf16_is_faster(device: str | None = None) -> bool:
+    """Return whether a device multiplies bfloat16 matrices without emulation; by default the GPU if there is one."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(words)

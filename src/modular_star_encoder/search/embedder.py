@@ -188,13 +188,17 @@ class Embedder:
         is_short = expected is not None and expected <= _FEW_TEXTS and self._device in (None, "cpu")
         if is_short and self._model is None and has_layers(self._facts):
             return partial(self._numpy.encode_exits, exit_layers=exit_layers)
+        import torch
+
         from modular_star_encoder.inference.checkpoints import load_checkpoint
-        from modular_star_encoder.inference.encode import encode_exits
+        from modular_star_encoder.inference.encode import bf16_is_faster, encode_exits
 
         if self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
             _hide_loading_bars()
             self._model, self._tokenizer = load_checkpoint(self._folder, max(exit_layers), self._device)
-        return partial(encode_exits, self._model, self._tokenizer, exit_layers=exit_layers, progress=False)
+        # Of many texts only: questions must give the same scores on every machine.
+        dtype = torch.bfloat16 if not is_short and bf16_is_faster(self._device) else None
+        return partial(encode_exits, self._model, self._tokenizer, exit_layers=exit_layers, progress=False, dtype=dtype)
 
     @cached_property
     def _numpy(self) -> NumpyEncoder:

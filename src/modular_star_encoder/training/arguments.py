@@ -3,7 +3,6 @@
 import copy
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,14 +128,3 @@ def check_arguments(arguments: MultiExitTrainingArguments) -> None:
             own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
             model.gradient_checkpointing_enable(options or None, **own)
         model(torch.zeros(1, 4, dtype=torch.long, device=model.device)).exit_embeddings.sum().backward()
-
-
-def bf16_is_faster() -> bool:
-    """Return whether the GPU, or the CPU if there is no GPU, multiplies bfloat16 matrices without emulation."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(words)

@@ -18,12 +18,13 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from modular_star_encoder.data.in_context import MIN_ROW_TOKENS
 from modular_star_encoder.data.pairs import have_negatives, resolve_pairs
+from modular_star_encoder.inference.encode import bf16_is_faster
 from modular_star_encoder.modeling import ModularStarEncoderConfig
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from modular_star_encoder.objectives.distillation import DistillationObjective, DistillationSettings
 from modular_star_encoder.training import find_recipe, hub_config_folder
-from modular_star_encoder.training.arguments import MultiExitTrainingArguments, bf16_is_faster, check_arguments
+from modular_star_encoder.training.arguments import MultiExitTrainingArguments, check_arguments
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.settings import (
     Count,
