@@ -45,14 +45,16 @@ def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_e
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     index = tmp_path / "modular-star-encoder" / "search" / "abc"
     index.mkdir(parents=True)
-    (index / "index.json").write_text('{"settings": {"folder": "/code"}}')
+    settings = {"folder": "../../../../code", "exit_layers": [0, 2], "checkpoint": "/models/mine", "languages": ["go"]}
+    (index / "index.json").write_text(json.dumps({"settings": settings}))
     status, out, _ = mose("doctor")
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert status == 0
     assert "core" in lines["cpu"]
     assert lines["torch"].split()[1] == metadata.version("torch")
     assert "hub_configs/mose-code" in lines["mose-code"]
-    assert lines["abc"].split() == ["abc", "/code", "(0", "MB)"]
+    folder = tmp_path.parent / "code"
+    assert lines["abc"].split(None, 1)[1] == f"{folder} (0 MB); exit 0, 2 of mine, languages: 1"
     assert all("gradio" in lines[extra] for extra in ("demo", "all"))
     assert "[demo]" in lines["demo"]
     assert "gradio" not in lines["search"]
@@ -127,6 +129,7 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
         ("search question empti", "There is no folder 'empti'. Did you mean 'empty'?"),
         ("search /tmp", "A question is missing before the folder '/tmp'"),
         ("search without quotes", "put quotes around the question. Write: mose search"),
+        ("search 'a question' FOLDER FOLDER", "are folders, and one command searches one folder. Write:"),
         ("search FOLDER 'a question'", 'must come after the question. Write: mose search "QUESTION"'),
         ("search x README.md", "is a file, and only a folder can be searched"),
         ("search x --index INDEX --path nope/**", "fits the path pattern 'nope/**'. The index has files such as"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from modular_star_encoder.data.functions import code_key, description_key
-from modular_star_encoder.data.pairs import RetrievalExample, Snippet
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, resolve_pairs
 from modular_star_encoder.data.splits import (
     CODE_TO_CODE,
     TEXT_TO_CODE,
@@ -96,6 +96,18 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
     for number, (triplets, share, said) in enumerate([(500, 0.1, True), (60, 0.2, False), (700, 0.1, False)]):
         prepare(write_rows(tmp_path, triplets), tmp_path / f"{number}", eval_fraction=share, progress=True)
         assert ("eval_fraction=0.2 holds out more" in capsys.readouterr().out) is said
+
+
+@pytest.mark.parametrize(("copied", "warned"), [(30, True), (10, False)])
+def test_descriptions_that_stand_in_their_code_give_a_warning(tmp_path, capsys, copied, warned):
+    rows = [
+        {"query": f"Adds the number {i}, then returns.", "code": f"def f{i}(x):\n" + note * (i < copied) + "    ..."}
+        for i, note in enumerate(f"    # Adds the  number\n    # {i}, then returns\n" for i in range(40))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = resolve_pairs({"pairs": str(tmp_path / "pairs.jsonl")})
+    prepare_retrieval_data(pairs, tmp_path / "out", eval_fraction=0.2, seed=1)
+    assert ("held-out descriptions stand word for word in their code" in capsys.readouterr().out) is warned
 
 
 def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(tmp_path):

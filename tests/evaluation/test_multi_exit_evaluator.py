@@ -11,6 +11,8 @@ from modular_star_encoder.data.finetuning_rows import RetrievalTexts
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.evaluation.multi_exit_evaluator import MultiExitEvaluator
+from modular_star_encoder.inference import shipped_model
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from tests.errors import raises
@@ -132,6 +134,13 @@ def test_a_model_alone_scores_as_the_sentence_transformer_around_it(sentence_tra
     alone = MultiExitEvaluator.from_pairs(ROWS, exit_layers=(2,), tokenizer=tokenizer)(network)
     assert wrapped == alone
     assert {name for name in alone if name.startswith("mrr")} == {"mrr_exit_2", "mrr_mean", "mrr_worst"}
+
+
+def test_the_example_of_the_documentation_scores_every_exit_of_the_shipped_model():
+    wrapped = MultiExitEvaluator.from_pairs(ROWS)(SentenceTransformer(shipped_model()))
+    model, tokenizer = load_checkpoint(shipped_model())
+    assert wrapped == pytest.approx(MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer)(model), abs=1e-6)
+    assert {f"mrr_exit_{k}" for k in (0, 1, 2, 4, 6)} < wrapped.keys()
 
 
 def test_prompts_can_be_given_and_a_name_tells_evaluators_apart(sentence_transformer):

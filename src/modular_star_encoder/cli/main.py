@@ -305,15 +305,19 @@ def folders() -> dict[str, str]:
 
 
 def indexes() -> dict[str, str]:
-    """Return {name of an index in the user's cache: the indexed folder, and the size of the index}."""
+    """Return {name of an index in the user's cache: the indexed folder, size of the index, exits and checkpoint}."""
     from modular_star_encoder.utils.files import cache_folder, read_json
 
     found = {}
     folder = cache_folder("search")
     for file in sorted(folder.glob("*/index.json")) if folder else ():
         with suppress(OSError, ValueError, LookupError, TypeError):
-            size = folder_size(file.parent).rpartition(" (")[2]
-            found[file.parent.name] = printable(f"{read_json(file)['settings']['folder']} ({size}")
+            settings, size = read_json(file)["settings"], folder_size(file.parent).rpartition(" (")[2]
+            indexed = os.path.normpath(file.parent / settings["folder"])  # relative if the cache is in this folder
+            exits = ", ".join(map(str, settings["exit_layers"]))
+            model, languages = Path(settings["checkpoint"]).name, len(settings["languages"])
+            made = f"exit {exits} of {model}, languages: {languages}"
+            found[file.parent.name] = printable(f"{indexed} ({size}; {made}")
     return found
 
 

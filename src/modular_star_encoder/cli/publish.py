@@ -34,7 +34,7 @@ def add_publish_commands(commands: Any) -> None:
 
     card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
     card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
-    _add_folder_options(card)
+    _add_folder_options(card, required=True)
     card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure to FOLDER, not to stdout")
     card.set_defaults(run=run_card)
 
@@ -68,8 +68,9 @@ def add_publish_commands(commands: Any) -> None:
     export.set_defaults(run=run_export)
 
 
-def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="repository on the Hub to publish a folder to")
+def _add_folder_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    name = "repository on the Hub to publish a folder to"
+    parser.add_argument("--repository", metavar="OWNER/NAME", required=required, help=name)
     license = "for a folder: its licence, as the Hub names it (default: that in its card, or its parent's if known)"
     parser.add_argument("--license", metavar="NAME", help=license)
     results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"

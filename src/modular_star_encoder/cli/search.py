@@ -22,6 +22,10 @@ _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "d
 """Defaults of the options of `mose index` that are settings of a new index."""
 
 
+_RELATED = """Find code that resembles the code at a line, by the index in the file's folder or a folder above.
+Without such an index, the nearest folder above with .git or a cached index is searched, else the working folder."""
+
+
 def add_search_commands(commands: Any) -> None:
     """Add `mose index`, `search`, `related`, `mcp` and `demo` to the subparsers of `mose`."""
     index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
@@ -52,7 +56,9 @@ def add_search_commands(commands: Any) -> None:
     _add_checkpoint_options(search, "the index's, or mose-code for a new index")
     only = "search only code in these languages, separated by commas"
     search.add_argument("--languages", metavar="LIST", type=name_list, help=only)
-    search.add_argument("--path", metavar="PATTERN", help="search only files that match, such as '*.py' or 'src/**'")
+    search.add_argument(
+        "--path", metavar="PATTERN", help="search only files whose path in FOLDER fits: '*.py', 'src/**'"
+    )
     search.add_argument(
         "--method",
         choices=("hybrid", "vector", "lexical"),
@@ -72,6 +78,7 @@ def add_search_commands(commands: Any) -> None:
     search.set_defaults(run=run_search)
 
     related = commands.add_parser("related", help="find code that resembles the code at a line")
+    related.description = _RELATED
     place = of_form("FILE:LINE", r"(.+):(\d{1,9})")
     related.add_argument("place", metavar="FILE:LINE", type=place, help="a line of code, such as src/app.py:120")
     _add_index(related)
@@ -239,6 +246,9 @@ def _take_folder(arguments: argparse.Namespace) -> None:
         return
     path = os.path.expanduser(last)
     if questions and os.path.isdir(path):
+        if others := [one for one in questions[1:] if os.path.isdir(os.path.expanduser(one))]:
+            fault = f"{others[0]!r} and {last!r} are folders, and one command searches one folder"
+            raise UserError("cli.search.folders", f'{fault}. Write: mose search "QUESTION" {last}')
         arguments.questions, arguments.folder = questions, last
         return
     near = []
@@ -275,7 +285,7 @@ def run_related(arguments: argparse.Namespace) -> None:
     if not os.path.isfile(path):
         raise UserError("cli.related.file", f"{path!r} is not a file. Name a file and a line, such as src/app.py:120.")
     location = arguments.index or find_index(os.path.dirname(os.path.realpath(path)))
-    index, _ = open_for_search(folder_of(path), location)
+    index, _ = open_for_search(folder_of(path), location, seconds=None)  # the file may not have been read yet
     for note in index.report.news():
         print(note, file=sys.stderr)
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")

@@ -122,8 +122,9 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     print("", *markdown_table([header, *rows]), sep="\n")
     entropy, losses = log["unigram_entropy"], [float(loss) for _, loss, _ in rows]
     print(f"MLM loss of a guess from how often each token occurs: {entropy:.3f}. ICC accuracy of a guess: 50 %.")
-    if min(losses, default=entropy) > 0.9 * entropy:
-        print("No exit is much better than such a guess: train for more steps, or on more repositories.")
+    if (best := min(losses, default=entropy)) > 0.9 * entropy:
+        better = "much better" if best < entropy else "better"
+        print(f"No exit is {better} than such a guess: train on more repositories, or for more steps in another --out.")
     model = os.path.join(arguments.out, "model")
     print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or own pairs")
     print("(1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")

@@ -7,6 +7,7 @@ code, directly or through other rows, form a *group*, and a batch has at most on
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -102,7 +103,23 @@ def prepare_retrieval_data(
             store_retrieval_data(data, folder)
     if progress:
         _print_counts(data.report)
+        _warn_of_copies(data.held_out)
     return data
+
+
+def _warn_of_copies(held_out: Sequence[RetrievalExample]) -> None:
+    """Print a warning if most descriptions stand in their own code, as docstrings do."""
+    described = [row for row in held_out if row.description]
+    texts = ((_words(row.description), _words(row.snippets[0].code)) for row in described)
+    if (copies := sum(description in code for description, code in texts)) > len(described) / 2:
+        print(
+            f"warning: {copies:,} of {len(described):,} held-out descriptions stand word for word in their code, so\n"
+            "the scores measure copying, in which BM25 is best. Remove docstrings and comments from the code."
+        )
+
+
+def _words(text: str) -> str:
+    return " ".join(["", *re.findall(r"[^\W_]+", text), ""])  # compared without comment marks and punctuation
 
 
 def _print_counts(report: Mapping[str, Any]) -> None:

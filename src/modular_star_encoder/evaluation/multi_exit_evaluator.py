@@ -15,6 +15,7 @@ from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.metrics import query_values, rank_task
 from modular_star_encoder.evaluation.retrievers import CosineScores
 from modular_star_encoder.evaluation.tasks import RetrievalTask, pairs_task, task_from_mappings
+from modular_star_encoder.inference.checkpoints import is_servable
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive_settings import rank_and_count
@@ -190,7 +191,7 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
     pools_alike = (
         names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
         and hasattr(network, "projection_heads")
-        and network.config.projection_order == "project_then_pool"
+        and is_servable(network.config)
         and model[1].pooling_mode == network.config.pooling
         and model[1].include_prompt
     )

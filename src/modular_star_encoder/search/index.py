@@ -301,6 +301,8 @@ class CodeIndex:
             here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
             if not here:
                 message = f"The index has no code at line {line} of {path!r}. Name a line of code in an indexed file."
+                if late := self.report.postponed_files:
+                    message += f" {late:,} files are not read yet."
                 raise UserError("search.related.missing", message)
             found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
             others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]

@@ -164,10 +164,12 @@ def check_folder(out: Path, mark: str, kind: str) -> None:
         raise UserError("training.run.not_a_run", f"{out} {fault}.")
 
 
-def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise UserError (`training.run.other_settings`) if a setting of `names` differs in `before` and `now`."""
+def check_same(
+    place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], advice: str = ""
+) -> None:
+    """Raise UserError (`training.run.other_settings`), with `advice`, if a setting of `names` differs."""
     if other := sorted(name for name in names if before.get(name) != now.get(name)):
-        message = f"{place} has a run with other values of {', '.join(other)}; choose another folder."
+        message = f"{place} has a run with other values of {', '.join(other)}; choose another folder{advice}."
         raise UserError("training.run.other_settings", message)
 
 
@@ -196,7 +198,7 @@ class Run:
             trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
             begun = any(path != self._written and not path.name.startswith(".") for path in out.iterdir())
             names = {*self.settings, *before} if trained else set(until_trained) if begun else set()
-            check_same(out, before, self.settings, names - MAY_CHANGE)
+            check_same(out, before, self.settings, names - MAY_CHANGE, f" (model={out}/model trains its model further)")
         log = out / LOG
         self.log: dict[str, Any] | None = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else None
         self._held = hold(out) if self._written.is_file() and self.log is None else None
