@@ -6,6 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES
 from modular_star_encoder.demo import serving
 from modular_star_encoder.demo.serving import LocalFiles, repository_links
 from modular_star_encoder.search.building import SEARCH_FILTERS
@@ -15,6 +16,7 @@ from modular_star_encoder.search.vector_store import file_id
 from tests.demo.conftest import HOSTILE_NAME
 from tests.errors import raises
 
+CLOSED = [".env", ".git/config", ".git/hook.py", "ignored.py", "private/key.py", "sub/.hidden/a.py"]
 HIT = Hit(path="", line=2, name="", score=0.0, exit_layer=1, last_line=4)
 
 
@@ -26,13 +28,17 @@ def folder(tmp_path):
     (tmp_path / "secret.py").write_text("SECRET = 1\n")
     (folder / "sub" / "a b.py").write_text("one = 1\ntwo = 2\nthree = '<script>'\n")
     (folder / "unindexed.env").write_text("SECRET = 2\n")
+    for name in CLOSED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("SECRET = 3\n")
+    (folder / ".gitignore").write_text("ignored.py\nprivate/\n")
     os.symlink(tmp_path / "secret.py", folder / "link.py")
     os.symlink(tmp_path, folder / "linked")
     return folder
 
 
 def files_of(folder, *known):
-    store, settings = Mock(), Mock(folder=str(folder))
+    store, settings = Mock(), Mock(folder=str(folder), languages=SEARCH_LANGUAGES)
     store.files.return_value = {file_id(path): None for path in known}
     return LocalFiles(CodeIndex(store, settings))
 
@@ -49,7 +55,7 @@ def test_a_file_of_the_index_is_shown_escaped_with_its_lines_marked(folder, inde
     assert "<img" not in named
 
 
-OUTSIDE = ["../secret.py", "sub/../../secret.py", "link.py", "linked/secret.py", "unindexed.env"]
+OUTSIDE = [*CLOSED, "../secret.py", "sub/../../secret.py", "link.py", "linked/secret.py", "unindexed.env"]
 
 
 @pytest.mark.parametrize("path", [*OUTSIDE, "sub", "", "a\0b", "gone.py"])

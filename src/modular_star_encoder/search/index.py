@@ -15,7 +15,7 @@ import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
 from modular_star_encoder.data.sources.ignore_files import beginning
-from modular_star_encoder.data.sources.repositories import folder_repositories
+from modular_star_encoder.data.sources.repositories import folder_repositories, is_source_file
 from modular_star_encoder.inference import is_repository, shipped_models
 from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, update_store
 from modular_star_encoder.search.embedder import Embedder
@@ -348,7 +348,8 @@ class CodeIndex:
         with self._lock:
             held = self.store.files()
         key, fault = "missing", "is not a file of the index. Name a file by its path in the indexed folder"
-        if file is not None and file_id(path) in held:
+        # The index may be a stranger's, and name files that its reader would not read.
+        if file is not None and file_id(path) in held and is_source_file(self.folder, file, self.settings.languages):
             # A link or a pipe may have replaced the file after the check.
             content = beginning(file, SEARCH_FILTERS.max_bytes + 1, links=False)
             text, reason = SEARCH_FILTERS.decode(content or b"")

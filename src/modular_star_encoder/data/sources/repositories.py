@@ -170,6 +170,24 @@ def folder_repositories(
     return reader
 
 
+def is_source_file(folder: str | os.PathLike[str], path: Path, languages: Collection[str]) -> bool:
+    """Return whether `folder_repositories` with `obey_ignore_files` finds the file `path`, an absolute path inside."""
+    root = Path(os.path.realpath(folder))
+    ignored = IgnoreFiles(root)
+    for parent in reversed(path.parents[: len(path.parts) - len(root.parts) - 1]):  # the outermost first
+        if is_closed(PurePath(parent.name, "file")) or ignored.ignores(str(parent), is_folder=True):
+            return False
+    return _language(path) in languages and not ignored.ignores(str(path), is_folder=False)
+
+
+def _language(location: Path) -> str | None:
+    """Return the language of a file's suffix or, for a name without suffix, of the interpreter in its first line."""
+    language = language_of(location)
+    if not (language or location.suffix or location.name.startswith(".") or os.path.islink(location)):
+        language = language_of_script(beginning(location, 128, links=False) or b"")
+    return language
+
+
 def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterator[tuple[SourcePath, str | None]]:
     """Yield (source file, its path relative to `root`; why it is left out or None); `obey` skips what git ignores."""
     ignored = IgnoreFiles(root) if obey else None
@@ -192,9 +210,7 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
             location = Path(parent, name)
             # Unlike Path.is_symlink, this raises nothing where a folder may be listed but not entered.
             is_link = os.path.islink(location)
-            language = language_of(location)
-            if obey and not (language or location.suffix or name.startswith(".") or is_link):
-                language = language_of_script(beginning(location, 128, links=False) or b"")
+            language = _language(location) if obey else language_of(location)
             if language not in languages or (ignored and ignored.ignores(str(location), is_folder=False)):
                 continue
             if obey or not is_link:
