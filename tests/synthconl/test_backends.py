@@ -150,7 +150,7 @@ def test_few_and_short_names_of_models_are_kept():
     assert len(backend.describe()["served"]) == 100
 
 
-@pytest.mark.parametrize("content", [b"<html>Welcome</html>", {"object": "list"}, {"choices": []}, [1]])
+@pytest.mark.parametrize("content", [b"<html>Welcome</html>", {"object": "list"}, {"choices": None}, [1]])
 def test_another_protocol_is_one_sentence(content):
     fault = first_times(9, 200, content)
     with OpenAIServer(echo, fault) as server, raises("synthconl.backend.protocol", "127.0.0.1"):
@@ -167,3 +167,31 @@ def test_refusals_and_missing_counts_are_understood(message, expected):
         (completion,) = complete(server)
     assert (completion.text, completion.finish_reason) == expected
     assert completion.prompt_tokens == completion.completion_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"choices": []},
+        {"choices": [{"message": {"content": "x"}, "finish_reason": "error"}]},
+        {"choices": [{"message": {"content": "x"}, "finish_reason": "too_long"}]},
+    ],
+)
+def test_an_answer_without_a_completion_is_an_error_of_its_prompt_alone_with_a_reason(content):
+    with OpenAIServer(echo, first_times(1, 200, content)) as server:
+        failed, *others = sorted(complete(server, 3), key=lambda one: one.finish_reason)
+    assert (failed.finish_reason, failed.text) == ("error", "")
+    assert failed.error
+    assert {one.finish_reason for one in others} == {"stop"}
+
+
+def test_an_error_in_place_of_null_choices_is_temporary():
+    overloaded = {"choices": None, "error": {"message": "Overloaded."}}
+    with OpenAIServer(echo, first_times(1, 200, overloaded)) as server:
+        assert [one.finish_reason for one in complete(server)] == ["stop"]
+
+
+def test_parts_of_a_text_are_joined():
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    with OpenAIServer(echo, first_times(1, 200, {"choices": [{"message": {"content": parts}}]})) as server:
+        assert [one.text for one in complete(server)] == ["ab"]

@@ -9,10 +9,11 @@ import pytest
 from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.synthconl import row_files
-from modular_star_encoder.synthconl.extraction import MAX_ANSWER_CHARACTERS, REASONS, clean_translation
+from modular_star_encoder.synthconl.extraction import REASONS, clean_translation
 from modular_star_encoder.synthconl.row_files import read_rows
 from modular_star_encoder.synthconl.translation import (
     LANGUAGE_NAMES,
+    MAX_ANSWER_CHARACTERS,
     Completion,
     target_language,
     translate,
@@ -156,6 +157,21 @@ def test_errors_are_recorded_once_others_are_answered_and_every_text_fits_into_a
         assert len(server.bodies) == ROWS
     rows = {(row["finish_reason"], row["text"], row["error"]) for row in read_rows(folders[1])}
     assert rows == {("stop", "a?b\0", ""), ("error", "", "status 400, half: ?")}
+
+
+def test_a_file_of_the_longest_answers_can_be_read_again_and_longer_answers_are_cut(tmp_path):
+    (tmp_path / "functions").mkdir()
+    (tmp_path / "out").mkdir()
+    row_files.write_rows(tmp_path / "functions", function_rows(row_files.ROWS_PER_FILE), FUNCTION_SCHEMA)
+    texts = {"stop": " " * MAX_ANSWER_CHARACTERS, "length": "\u3000" * (MAX_ANSWER_CHARACTERS // 2)}
+
+    def answer(prompt):
+        return replace(echo(prompt), text=texts["length" if "function 2" in prompt else "stop"])
+
+    with OpenAIServer(answer) as server:
+        run((tmp_path / "functions", tmp_path / "out"), server)
+    rows = list(read_rows(tmp_path / "out"))
+    assert {row["finish_reason"]: len(row["text"]) for row in rows} == {"stop": MAX_ANSWER_CHARACTERS, "length": 1000}
 
 
 SOURCE = "def add(a, b):\n    return a + b"

@@ -23,7 +23,7 @@ from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named, language_of
 from modular_star_encoder.data.sources import SourceReader
 from modular_star_encoder.data.sources.dataset_rows import open_dataset_rows
-from modular_star_encoder.synthconl.translation import ERROR, TOO_LONG
+from modular_star_encoder.synthconl.translation import ERROR, MAX_ANSWER_CHARACTERS, TOO_LONG
 from modular_star_encoder.utils.errors import UserError
 
 _COLUMNS = (
@@ -116,8 +116,6 @@ def _reason(row: Row, languages: Sequence[str], max_characters: int, seen: set[b
 
 
 MAX_SYNTAX_ERROR_SHARE = 0.05
-MAX_ANSWER_CHARACTERS = 2**17  # functions to translate have at most 8,000; longer nonsense is slow to parse
-
 _REASON_OF_FINISH = {
     ERROR: "not answered",
     TOO_LONG: "prompt too long",

@@ -15,7 +15,7 @@ from modular_star_encoder.data.sources.dataset_rows import open_parquet, parquet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import files_below, staged_file
 
-ROWS_PER_FILE = 1000
+ROWS_PER_FILE = 250  # so many of the longest answers of a model are fewer characters than `open_parquet` allows
 ROWS_PER_PUBLISHED_FILE = 100_000
 _ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26  # the size of a row group, whichever is reached first
 

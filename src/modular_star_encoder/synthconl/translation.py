@@ -41,6 +41,7 @@ from modular_star_encoder.utils.http import (
 from modular_star_encoder.utils.settings import Count, NonNegative, Positive, settings_class
 
 ERROR, TOO_LONG = "error", "too_long"
+MAX_ANSWER_CHARACTERS = 2**17  # functions to translate have at most 8,000; longer nonsense is slow to parse
 # Arguments of `OpenAIBackend` that do not change the answers, except through rounding in the server.
 RUN_OPTIONS = frozenset({"base_url", "api_key_variable", "concurrency", "attempts", "pause", "timeout"})
 
@@ -145,22 +146,30 @@ class OpenAIBackend:
                 return Completion(request.id, "", TOO_LONG if too_long else ERROR, error=error.reason)
             raise UserError(error.key, f"Model {self._model!r}: {error}") from error
         try:
+            if content["choices"] == []:  # some gateways answer one prompt so
+                return Completion(request.id, "", ERROR, error="an answer without choices")
             choice = content["choices"][0]
             message, usage = choice["message"], content.get("usage") or {}
             text, refusal = message.get("content") or "", message.get("refusal")
-            reason = "content_filter" if refusal and not text else choice.get("finish_reason") or "stop"
+            if isinstance(text, list):  # parts, such as {"type": "text", "text": "…"}
+                text = "".join(part.get("text") or "" for part in text)
+            reason = "content_filter" if refusal and not text else str(choice.get("finish_reason") or "stop")[:40]
+            if reason in (ERROR, TOO_LONG):
+                return Completion(request.id, "", ERROR, error=f"an answer with finish_reason {reason!r}")
+            if len(text.encode(errors="replace")) > MAX_ANSWER_CHARACTERS:  # a file of such answers couldn't be read
+                text, reason = text[:1000], "length"
             asked, written = array("I", [usage.get(name) or 0 for name in _TOKENS])  # checks that they fit into 32 bits
             if len(self._served) < _MAX_SERVED:
                 self._served.add(str(content.get("model") or self._model)[:200])
         except (TypeError, LookupError, AttributeError, ValueError, OverflowError):
             message = f"{url_host(self._url)} answers, but not in OpenAI's chat protocol; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
-        return Completion(request.id, str(text), str(reason), asked, written)
+        return Completion(request.id, text, reason, asked, written)
 
 
 def _is_an_error(response: Response) -> bool:  # some gateways send errors with status 200
     content = response.json()
-    return isinstance(content, dict) and "choices" not in content and "error" in content
+    return isinstance(content, dict) and content.get("choices") is None and "error" in content
 
 
 LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}
