@@ -177,6 +177,31 @@ def test_an_answer_of_an_unknown_form_is_one_sentence(hub, api, staged, monkeypa
         {}["a"]
 
 
+FILE = {"type": "file", "path": "a", "size": 1, "oid": "x"}
+UNASKED = {"oid": "0" * 64, "size": 1, "actions": {}}
+REFUSED = {"oid": "x", "size": 1, "error": {"code": 422, "message": f"no right for {TOKEN}"}}
+ODD = {
+    "not the gzip it says": ("/revision/main", (200, b"no", {"Content-Encoding": "gzip"})),
+    "redirected to itself": ("/revision/main", (302, b"", {"Location": "/api/models/me/tiny/revision/main"})),
+    "a date that is none": ("/revision/main", (200, {"id": "me/tiny", "sha": "a", "lastModified": "yesterday"}, {})),
+    "a path that is a number": ("/tree/", (200, [FILE | {"path": 7}], {})),
+    "a size that is null": ("/tree/", (200, [FILE | {"size": None}], {})),
+    "an upload that nobody asked for": ("/batch", (200, {"objects": [UNASKED]}, {})),
+    "the token in an error": ("/batch", (200, {"objects": [REFUSED]}, {})),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_answer_is_a_sentence_on_the_hub_without_the_token(hub, api, staged, monkeypatch, name):
+    push(staged[0], api, upload=True)
+    (part, answer), route = ODD[name], stand_in_hub._Handler._route
+    odd = lambda self, hub, path, *rest: answer if part in path else route(self, hub, path, *rest)  # noqa: E731
+    monkeypatch.setattr(stand_in_hub._Handler, "_route", odd)
+    with pytest.raises(OSError, match=r"[Tt]he Hub") as raised:
+        str(push(staged[1], api, upload=part != "/tree/"))
+    assert TOKEN not in str(raised.value)
+
+
 def test_branches_start_empty_slices_name_their_parents_revision_and_the_same_again_is_nothing(
     hub, api, plan, monkeypatch, tmp_path
 ):

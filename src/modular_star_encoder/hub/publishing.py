@@ -33,7 +33,7 @@ from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILES
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import scratch_folder, staged_folder
+from modular_star_encoder.utils.files import fits, scratch_folder, staged_folder
 from modular_star_encoder.utils.http import check_hub, wrap_hub_errors
 
 KEPT = (".gitattributes",)  # files that the Hub creates and no commit deletes
@@ -337,6 +337,9 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dic
     try:
         head = api.model_info(repository, revision=revision).sha
         tree = api.list_repo_tree(repository, revision=head, recursive=True)
-        return head, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return None, {}
+    if not fits([one.path for one in files], list[str]) or not fits([one.size for one in files], list[int]):
+        raise OSError(f"The Hub sent a list of the files of {repository} of an unknown form. Check HF_ENDPOINT.")
+    return head, {one.path: one for one in files}

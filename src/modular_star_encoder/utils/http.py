@@ -353,8 +353,8 @@ def token_from_environment(variable: str | None, *, required: bool = True) -> st
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """Return `text` with `***` in place of `token` and of each word that contains `sk-`, as OpenAI's keys do."""
-    text = text.replace(token, "***") if token else text
+    """Return `text` with `***` in place of `token`, tokens of the Hub, and words with `sk-`, as OpenAI's keys have."""
+    text = re.sub(r"\bhf_\w{20,}", "***", text.replace(token, "***") if token else text)
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 
 
@@ -415,25 +415,27 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
 
     # huggingface_hub uses httpx or httpx2, depending on its version; both may be installed.
     modules = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    network_errors: tuple[type[Exception], ...] = tuple(module.TransportError for module in modules if module)
-    hub_errors = (LocalTokenNotFoundError, HfHubHTTPError, RuntimeError)
+    network_errors = tuple(module.TransportError for module in modules if module)
     try:
         yield
-    except hub_errors + network_errors + (AttributeError, TypeError, LookupError, json.JSONDecodeError) as error:
+    except Exception as error:  # of any class: huggingface_hub checks few of the types in an answer
         modules_passed = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
         # huggingface_hub wraps the error of a single file in a RuntimeError.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
+        reason = hide_secrets(str(cause).strip(), get_token() or "")
         if isinstance(cause, LocalTokenNotFoundError):
             message = LOG_IN
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # there is a newer commit
             message = f"{repository} was changed by someone else; nothing was uploaded. Check it, then upload again."
         elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); upload again later."
-        elif isinstance(error, hub_errors):
-            reason = hide_secrets(str(cause).strip().partition("\n")[0], get_token() or "")
+        elif isinstance(error, HfHubHTTPError | RuntimeError):
+            reason = reason.partition("\n")[0]
             message = f"The Hub refuses the upload to {repository}: {reason}"
-        elif any(name.startswith("huggingface_hub") for name in modules_passed):
+        elif isinstance(error, OSError) or not any(name.startswith("huggingface_hub") for name in modules_passed):
+            raise  # a fault of a local file, or of ours
+        elif isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            message = f"The exchange with the Hub about {repository} fails: {' '.join(reason.split())}"
+        else:
             message = "The Hub sent an answer of an unknown form. Check the address in HF_ENDPOINT."
-        else:  # a fault of ours
-            raise
         raise OSError(message) from error
