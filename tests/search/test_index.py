@@ -271,6 +271,7 @@ def test_ctrl_c_leaves_an_index_that_answers_and_is_completed(code, tmp_path, ch
         ({"languages": ["cobol"]}, "data.language.unknown", "cobol"),
         ({"path": "[a"}, "search.path.bracket", "[a"),
         ({"path": " "}, "search.path.blank", ""),
+        ({"path": "\ud800*.py"}, "search.path.surrogates", ""),
     ],
 )
 def test_bad_questions_are_refused(shared_index, options, key, named):

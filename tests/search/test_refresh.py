@@ -43,6 +43,17 @@ def found(index, question="pushing an item"):
     return {os.path.basename(hit.path) for hit in index.search([question], top_k=99)[0].hits}
 
 
+def test_a_file_of_an_archive_with_the_size_and_time_of_the_file_before_it_is_read_again(
+    old_code, tmp_path, checkpoint
+):
+    index = build(old_code, tmp_path / "index", checkpoint)
+    text = (old_code / "stack.py").read_text()
+    (old_code / "stack.py").unlink()
+    (old_code / "stack.py").write_text(text.replace("push", "shov"))
+    os.utime(old_code / "stack.py", (LONG_AGO, LONG_AGO))
+    assert index.refresh().embedded_files == 1
+
+
 def test_only_files_of_another_size_or_time_are_read_again(old_code, tmp_path, checkpoint, read):
     (old_code / "empty.py").touch()
     os.utime(old_code / "empty.py", (LONG_AGO, LONG_AGO))

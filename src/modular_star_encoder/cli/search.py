@@ -130,7 +130,7 @@ def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
 def run_index(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.hits import printable
     from modular_star_encoder.search.index import CodeIndex, open_store
-    from modular_star_encoder.search.vector_store import INDEX_FOLDER
+    from modular_star_encoder.search.vector_store import INDEX_FOLDER, readable_path
 
     folder = os.path.expanduser(arguments.folder)
     store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
@@ -143,7 +143,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         index = _built(arguments, store)
     report = index.report
     if arguments.json:
-        values = {"index": index.store.location, **report.to_dict()}
+        values = {"index": readable_path(index.store.location), **report.to_dict()}
         if arguments.show_skipped:
             values["skipped_files"] = dict(report.notes())
         print(json.dumps(values, indent=2))
@@ -280,6 +280,7 @@ def _take_folder(arguments: argparse.Namespace) -> None:
 def run_related(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.hits import Answer, format_answer
     from modular_star_encoder.search.index import find_index, folder_of, open_for_search
+    from modular_star_encoder.search.vector_store import readable_path
 
     path, line = arguments.place
     if not os.path.isfile(path):
@@ -289,7 +290,9 @@ def run_related(arguments: argparse.Namespace) -> None:
     for note in index.report.news():
         print(note, file=sys.stderr)
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
-    answer = Answer(f"{path}:{line}", index.related(inside, int(line), top_k=arguments.top_k), method="vector")
+    answer = Answer(
+        readable_path(f"{path}:{line}"), index.related(inside, int(line), top_k=arguments.top_k), method="vector"
+    )
     if arguments.json:
         print(json.dumps(answer.to_dict(), indent=2))
     else:

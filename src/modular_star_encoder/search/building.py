@@ -217,7 +217,8 @@ class _Writer:
             status = os.stat(location)
         except OSError:
             return False
-        stamp = [status.st_size, status.st_mtime_ns]
+        # Archives and copies may restore the time of the content's change, but not that of the file's status.
+        stamp = [status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)]
         *before, content = self._stamps_before.get(key, (None,))
         is_same = content == self._held.get(key) if content else key not in self._held and self.end is not None
         if before == stamp and is_same:

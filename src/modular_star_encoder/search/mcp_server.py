@@ -19,7 +19,7 @@ from pydantic import Field
 from modular_star_encoder.search.hits import Hit, printable
 from modular_star_encoder.search.index import LONGEST_QUESTION, CodeIndex
 from modular_star_encoder.search.pieces import LINE_END
-from modular_star_encoder.search.vector_store import LONGEST_PATH
+from modular_star_encoder.search.vector_store import LONGEST_PATH, readable_path
 from modular_star_encoder.utils.errors import UserError
 
 MOST_CHARACTERS = 12_000  # largest number of characters of an answer: about 3,000 tokens
@@ -40,7 +40,7 @@ def _errors_as_answers() -> Iterator[None]:
 
 def build_server(index: CodeIndex) -> MCPServer:
     """Return an MCP server with the tools `search`, `related` and `read`. Each call updates the index first."""
-    root = os.path.realpath(index.folder)
+    root = readable_path(os.path.realpath(index.folder))  # as the paths of hits
     server = MCPServer("mose", instructions="Finds code of one repository by a description, by name, or by similarity.")
 
     def shown(hits: list[Hit]) -> str:

@@ -146,7 +146,10 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
         fault = "blank", "A path pattern must not be blank. Examples: '*.py', 'src/**'."
     else:
         try:
-            return re.compile(glob_expression((whole + "**" * whole.endswith("/")).encode()) + rb"\Z", re.DOTALL)
+            name = os.fsencode(whole + "**" * whole.endswith("/"))
+            return re.compile(glob_expression(name) + rb"\Z", re.DOTALL)
+        except UnicodeEncodeError:
+            fault = "surrogates", f"The path pattern {pattern!a} must be text without lone surrogates."
         except re.error as error:
             advice = "To match the character '[', write '[[]'."
             fault = "bracket", f"The path pattern {pattern!r} is invalid ({error}). {advice}"
