@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.synthconl.corpus import (
@@ -108,6 +109,12 @@ def test_a_line_that_is_no_package_is_refused(tmp_path, line):
         read_packages(tmp_path / "corpus.yaml")
 
 
+def test_a_package_that_is_listed_twice_is_refused(tmp_path):
+    (tmp_path / "corpus.yaml").write_text("npm: |\n  a 1 MIT\n  a 2 MIT\n  a 1 BSD\n")
+    with raises("corpus.package", "a 1 BSD"):
+        read_packages(tmp_path / "corpus.yaml")
+
+
 def test_a_client_whose_child_keeps_its_output_open_ends_in_time(tmp_path, monkeypatch):
     path = write_packages(tmp_path)
     (tmp_path / "apt-get").write_text("#!/bin/sh\nsleep 60 &\nsleep 60\n")
@@ -140,13 +147,18 @@ def test_functions_of_every_archive_become_pairs_or_texts_once(tmp_path):
         build_corpus(read_packages(tmp_path / "corpus.yaml"), tmp_path / "nothing", tmp_path / "out")
 
 
-@pytest.mark.parametrize("row", [{"counts": 3}, {"counts": {}}, [1]])
-def test_rows_of_packages_that_this_command_did_not_write_are_named(tmp_path, row):
+OTHER = {"package": "npm:other", "language": "c", "name": "f", "description": "x", "code": "y"}
+COUNTS = {"counts": {}}
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"counts": 3}], [[1]], [{"counts": {"files": "x"}}], [COUNTS, {"code": "y"}], [COUNTS, OTHER]]
+)
+def test_rows_of_packages_that_this_command_did_not_write_are_named(tmp_path, rows):
     path = write_packages(tmp_path)
     build(path, tmp_path / "out")
     file = next((tmp_path / "out" / "packages").rglob("*.jsonl.gz"))
-    with gzip.open(file, "wt") as output:
-        output.write(f"{json.dumps(row)}\n{json.dumps({'package': 'x', 'code': 'y'})}\n")
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     with raises("corpus.packages.file", file):
         build(path, tmp_path / "out")
 
@@ -211,9 +223,39 @@ def test_check_names_a_text_and_fails_and_its_counts_hold_no_text(tmp_path, caps
     assert json.loads(counts)["files"]["pairs.jsonl"]["description equal exercises"] == 1
     assert PROSE not in counts
     assert cli.main([*check, "--against", *sets[1:]]) == 0
-    (tmp_path / "pairs.jsonl").write_text('{"code": 7}')
-    with raises("corpus.row", "line 1"):
-        check_corpus([tmp_path / "pairs.jsonl"], EvaluationTexts(sets))
+    for row in ('{"code": 7}', '{"text": "x", "kind": ["code"]}'):
+        (tmp_path / "pairs.jsonl").write_text(row)
+        with raises("corpus.row", "line 1"):
+            check_corpus([tmp_path / "pairs.jsonl"], EvaluationTexts(sets))
+
+
+def test_check_prints_no_control_characters_of_rows_and_names(tmp_path, capsys):
+    sets = write_sets(tmp_path, {"package": "\x1b[2J", "kind": "description", "text": PROSE})
+    file = (tmp_path / "pairs.jsonl").rename(tmp_path / "\x1b[31m.jsonl")
+    assert cli.main(["dataset", "corpus", "check", str(file), "--against", *sets]) == 2
+    out = capsys.readouterr().out
+    assert ("\x1b" in out, "(�[2J)" in out, "\n�[31m.jsonl: 1 of 2" in out) == (False, True, True)
+
+
+def test_check_reports_files_of_one_name_and_refuses_copies_that_would_replace_a_file(tmp_path):
+    sets = EvaluationTexts(write_sets(tmp_path, CLEAN))
+    (tmp_path / "b").mkdir()
+    plain, other, packed = tmp_path / "pairs.jsonl", tmp_path / "b" / "pairs.jsonl", tmp_path / "b" / "pairs.jsonl.gz"
+    other.write_text(json.dumps(CLEAN))
+    packed.write_bytes(gzip.compress(b""))
+    assert set(check_corpus([plain, other], sets)[0]["files"]) == {str(plain), str(other)}
+    for files, drop in (([plain, other], "left"), ([plain, packed], "left"), ([packed], "b"), ([other, packed], "b")):
+        with raises("corpus.drop"):
+            check_corpus(files, sets, tmp_path / drop)
+    assert not lines_of(packed)
+
+
+def test_one_process_at_a_time_writes_cleaned_copies(tmp_path, monkeypatch):
+    sets = EvaluationTexts(write_sets(tmp_path, CLEAN))
+    monkeypatch.setattr("modular_star_encoder.utils.files.LOCK_SECONDS", 0.0)
+    (tmp_path / "left").mkdir()
+    with FileLock(tmp_path / "left" / ".lock"), raises("files.locked", tmp_path / "left"):
+        check_corpus([tmp_path / "pairs.jsonl"], sets, tmp_path / "left")
 
 
 def test_the_shipped_models_corpus_is_listed_with_licences_and_holds_no_evaluation_code():

@@ -109,13 +109,15 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from modular_star_encoder.data.pairs import open_triplets
+    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.publishing import dataset_statistics
     from modular_star_encoder.utils.files import write_json
 
     triplets = open_triplets(arguments.source, split=arguments.split)
     statistics = dataset_statistics(triplets)
     for reason, count in triplets.skipped.most_common():
-        print(f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason][0]}", file=sys.stderr)
+        note = f"mose: note: {count} rows left out ({reason}), such as {triplets.examples[reason][0]}"
+        print(printable(note), file=sys.stderr)
     if not statistics.rows:
         raise UserError("data.source.empty", f"{arguments.source} has no row with a description, code and translation.")
     if arguments.json:
@@ -156,15 +158,17 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
     """Print the texts of a corpus that are in evaluation sets. UserError if there are such texts and no --drop."""
+    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import write_json
 
     report, hits = check_corpus(arguments.files, EvaluationTexts(arguments.against), arguments.drop)
-    print("\n".join(hits), end="\n" if hits else "")
+    for hit in hits:
+        print(printable(hit))
     if arguments.json:
         write_json(arguments.json, report)
     for name, counts in report["files"].items():
-        print(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set")
+        print(printable(f"{name}: {counts['rows_found']:,} of {counts['rows']:,} rows are in an evaluation set"))
     if hits and not arguments.drop:
         message = f"{len(hits)} texts are in evaluation sets. To copy the files without them, add --drop FOLDER."
         raise UserError("cli.dataset.corpus", message)

@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from modular_star_encoder.utils.crash_safe import crash_safe_map
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import (
     files_below,
+    fits,
     folder_lock,
     scratch_folder,
     staged_file,
@@ -82,13 +84,15 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
     """Read packages from a YAML file, {registry: lines}; each line is NAME VERSION LICENCE of a package."""
     content = read_mapping(path)
     check_names(list(content), _CLIENTS, str(path))
-    packages = []
+    packages: dict[str, Package] = {}
     for registry, line in ((registry, line) for registry, lines in content.items() for line in str(lines).splitlines()):
-        if not (match := _PACKAGE.fullmatch(line)):
-            message = f"{path}: {line!r}, in the list of {registry}, must have the form NAME VERSION LICENCE."
-            raise UserError("corpus.package", message)
-        packages.append(Package(registry, **match.groupdict()))
-    return packages
+        match = _PACKAGE.fullmatch(line)
+        package = Package(registry, **match.groupdict()) if match else None
+        if not package or package.place in packages:
+            must = "name a package that no earlier line names" if package else "have the form NAME VERSION LICENCE"
+            raise UserError("corpus.package", f"{path}: {line!r}, in the list of {registry}, must {must}.")
+        packages[package.place] = package
+    return [*packages.values()]
 
 
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
@@ -232,9 +236,9 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
         seen[key := _key(text)] += 1
         return seen[key]
 
-    for path in tqdm(files.values(), desc="Reading rows", unit=" packages"):
+    for package, path in tqdm(files.items(), desc="Reading rows", unit=" packages"):
         head, *lines = [row if isinstance(row, dict) else {} for _, row in open_dataset_rows([path], [])] or [{}]
-        if not isinstance(head.get("counts"), dict) or not all(map(_is_own, lines)):
+        if not fits(head.get("counts"), dict[str, int]) or not all(_is_own(row, package) for row in lines):
             raise UserError("corpus.packages.file", f"{path} has rows that this command did not write: remove it.")
         counts.update(head["counts"])
         for rows, column in ((pairs, "code"), (texts, "text")):
@@ -271,10 +275,11 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     }
 
 
-def _is_own(row: Row) -> bool:
-    """Return whether a row, a pair or a function, has a str in each column that this module writes for such a row."""
+def _is_own(row: Row, package: Package) -> bool:
+    """Return whether a pair or function is of `package` and has a str in each column that this module writes for it."""
     columns = ("text", "kind") if "text" in row else ("code", "description", "name")
-    return all(isinstance(row.get(column), str) for column in ("package", "language", *columns))
+    texts = all(isinstance(row.get(column), str) for column in ("language", *columns))
+    return texts and row.get("package") == ":".join(package[:2])
 
 
 def _key(text: str) -> bytes:
@@ -287,7 +292,7 @@ class EvaluationTexts:
 
     An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of such
     files. Its texts are `code` (text, list or {language: text}), `description` and `query` of each row, and the
-    paragraphs of `description` and `query`. Rows may also have CodeSearchNet's format.
+    paragraphs of `description` and `query`. Rows of JSON Lines may also have CodeSearchNet's format.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -348,7 +353,10 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Return (report on `files`, a line for each text near evaluation `texts`). `drop`: folder for cleaned copies."""
+    """Return (report on `files`, a line for each text near evaluation `texts`). `drop`: folder for cleaned copies.
+
+    The report names a file by its name or, if several files have this name, by its path.
+    """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
     hits: list[str] = []
@@ -360,7 +368,7 @@ def check_corpus(
             kinds: list[Any] = [(one, row.get(one)) for one in _TOKEN]
             if "text" in row:
                 kinds = [(row.get("kind"), row["text"])]
-            if not all(kind in _TOKEN and isinstance(text, str) for kind, text in kinds):
+            if not all(kind in list(_TOKEN) and isinstance(text, str) for kind, text in kinds):
                 raise UserError("corpus.row", f"{place} needs texts in `code` and `description`, or `kind` and `text`.")
             found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
             hits.extend(f"{place} ({row.get('package')}): {one}" for one in found)
@@ -369,11 +377,19 @@ def check_corpus(
             if not found:
                 yield row
 
-    for path in map(Path, files):
-        counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
-        if drop:  # the folder for copies without the rows that are found
-            _write_rows(Path(drop, f"{path.name.removesuffix('.gz')}.gz"), others(path, counts, digest))
-        else:
-            deque(others(path, counts, digest), maxlen=0)
-        report["files"][path.name] = {**counts, "sha256_of_lines": digest.hexdigest()}
+    paths = [*map(Path, files)]
+    names = Counter(path.name for path in paths)
+    copies = [Path(drop or "", f"{path.name.removesuffix('.gz')}.gz") for path in paths]
+    if drop and (len({*copies}) < len(copies) or {*map(Path.resolve, copies)} & {*map(Path.resolve, paths)}):
+        message = f"Copies in {drop} would replace one another or an original. Name another folder, or check one file"
+        raise UserError("corpus.drop", f"{message} at a time.")
+    with folder_lock(Path(drop)) if drop else nullcontext():
+        for path, copy in zip(paths, copies, strict=True):
+            counts, digest = Counter(rows=0, rows_found=0), hashlib.sha256()
+            if drop:
+                _write_rows(copy, others(path, counts, digest))
+            else:
+                deque(others(path, counts, digest), maxlen=0)
+            name = path.name if names[path.name] == 1 else str(path)
+            report["files"][name] = {**counts, "sha256_of_lines": digest.hexdigest()}
     return report, hits
