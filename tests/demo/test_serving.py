@@ -108,6 +108,23 @@ def test_questions_over_the_limit_are_refused_and_none_skips_the_queue(index, mo
         assert direct.status_code == 404
 
 
+def test_answers_that_nobody_reads_do_not_pile_up(address, monkeypatch):
+    monkeypatch.setattr(serving, "MOST_UNREAD", 10)
+    function = next(
+        one["id"] for one in httpx.get(f"{address}config").json()["dependencies"] if len(one["inputs"]) == 6
+    )
+    body = {"data": ["add", [], "", 0, 0, 1], "fn_index": function, "session_hash": "silent"}
+    for _ in range(30):
+        assert httpx.post(f"{address}gradio_api/queue/join", json=body).status_code == 200
+        asked(address, ["add", [], "", 0, 0, 1], "reads")  # waits for the answer before
+    read, url = [], f"{address}gradio_api/queue/data"
+    events = httpx.stream("GET", url, params={"session_hash": "silent"}, timeout=2)
+    with contextlib.suppress(httpx.ReadTimeout), events as lines:
+        for line in lines.iter_lines():
+            read += ["process_completed" in line]
+    assert 0 < sum(read) <= 10
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body_is_refused_however_it_is_sent(address, chunked):
     body = b"x" * (LARGEST_REQUEST + 1)

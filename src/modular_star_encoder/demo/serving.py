@@ -46,6 +46,7 @@ _SOURCE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _Scope = MutableMapping[str, Any]
 _Call = Callable[..., Awaitable[Any]]
 ROUTE = "/source"
+MOST_UNREAD = 400  # messages to clients, about three for each answer
 LARGEST_REQUEST = 100_000  # largest number of bytes of a request's body; more are refused (HTTP status 413)
 MOST_LINES, MOST_CHARACTERS = 1000, 50_000  # of a file on one page; in HTML, a character may take twenty
 _LONGEST_LINE = 2000
@@ -99,7 +100,7 @@ def served(
             pwa=False,
             mcp_server=False,
             max_file_size=0,
-            app_kwargs=_app_options(host, links),
+            app_kwargs=_app_options(host, links, blocks),
             theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", **_FONTS),
             css=code_styles() + _css("page.css"),
         )
@@ -113,14 +114,14 @@ def served(
         blocks.close(verbose=False)
 
 
-def _app_options(host: str, links: LinkTo) -> dict[str, Any]:
+def _app_options(host: str, links: LinkTo, blocks: Any) -> dict[str, Any]:
     from starlette.middleware import Middleware
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
     middleware = [Middleware(_PolicyMiddleware), Middleware(RequestBodyLimitMiddleware, max_body_size=LARGEST_REQUEST)]
-    middleware.append(Middleware(_QuestionMiddleware))
+    middleware.append(Middleware(_QuestionMiddleware, blocks=blocks))
     if host in _LOOPBACK_NAMES:
         # A hostile web page could make its own host name mean 127.0.0.1 and read this page (DNS rebinding).
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES))
@@ -177,10 +178,13 @@ class _PolicyMiddleware:
 
 
 class _QuestionMiddleware:
-    """Answers requests that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400."""
+    """Answers requests that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400.
 
-    def __init__(self, app: _Call) -> None:
-        self._app = app
+    Of messages that clients have not read, only the newest `MOST_UNREAD` are kept; Gradio would keep all.
+    """
+
+    def __init__(self, app: _Call, blocks: Any) -> None:
+        self._app, self._blocks = app, blocks
 
     async def __call__(self, scope: _Scope, receive: _Call, send: _Call) -> None:
         from starlette.responses import PlainTextResponse
@@ -196,6 +200,10 @@ class _QuestionMiddleware:
                 messages.append(await receive())
             if not _is_question(b"".join(message.get("body", b"") for message in messages)):
                 return await PlainTextResponse(BAD_REQUEST, 400)(scope, receive, send)
+            queues = list(self._blocks._queue.pending_messages_per_session.values())
+            for queue in queues:  # the oldest session first; the queue of a client that reads is empty
+                while not queue.empty() and sum(one.qsize() for one in queues) > MOST_UNREAD:
+                    queue.get_nowait()
         await self._app(scope, receive_again, send)
 
 
