@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 import modular_star_encoder.cli.main as cli
@@ -222,6 +224,12 @@ def test_few_compiled_operations_are_kept_unless_the_user_says_how_many(monkeypa
         (ModuleNotFoundError(name="mteb"), 2, "modular-star-encoder[mteb]"),
         (ValueError("named \x1b[2J\u202e"), 2, "named �[2J�"),
         (MemoryError(), 2, "memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …"),
+            2,
+            "Not enough memory.",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "Not enough memory."),
         (SafetensorError("No space left on device"), 2, "No space left"),
         (ModuleNotFoundError(name="modular_star_encoder.no_such_module"), None, ""),
         (ImportError("cannot import name", name="mteb"), None, ""),
@@ -237,6 +245,17 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(mose, mo
     else:
         found, out, err = mose(*command)
         assert (found, out, err.count("\n"), named in err) == (status, "", 1, True)
+
+
+def test_names_of_the_hub_do_not_control_the_terminal(mose, monkeypatch, checkpoint):
+    from modular_star_encoder.hub.publishing import Change, Publication
+
+    odd = Publication("me/x", "main", (Change("-", "\x1b]0;a\x07\n\u202e.txt", 1),), "\x1b[31m\n")
+    for one in (odd, dataclasses.replace(odd, changes=())):
+        monkeypatch.setattr("modular_star_encoder.hub.publishing.publish", lambda *_, one=one, **__: [one])
+        status, out, _ = mose("publish", str(checkpoint), "--repository", "me/x", "--license", "mit")
+        assert (status, out.count("\n")) == (0, 2 + len(one.changes))
+        assert out.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,16 @@ def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
     assert "4567, not 0123" in capsys.readouterr().err
 
 
+def test_a_stranger_s_profile_does_not_control_the_terminal(tmp_path, capsys):
+    odd = made_up_profile().with_quality("\x1b[31mq", {4: 0.5, 9: 0.5, 18: 0.5})
+    odd = dataclasses.replace(odd, machine={"processor": "\x1b]0;a\x07"}, date="\x1b[2J")
+    odd.save(tmp_path / "profile.json")
+    results_file(tmp_path / "results.json", "0123", ("csn", "mrr", 0.5))
+    command = ["profile", "mose-code", "--out", str(tmp_path / "profile.json")]
+    assert cli.main([*command, "--quality", f"csn={tmp_path / 'results.json'}"]) == 0
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     folder = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
@@ -282,6 +292,14 @@ def test_a_new_profile_keeps_the_quality_of_the_same_weights_alone(checkpoint, t
     for older, quality in ((known, {"csn": 0.5}), (dataclasses.replace(known, checkpoint="4567"), {})):
         older.save(options["out"])
         assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == quality
+
+
+def test_scores_that_are_added_during_a_measurement_stay(checkpoint, tmp_path, monkeypatch):
+    options = {"out": tmp_path / "profile.json", "device": "cpu", "progress": False}
+    profile, path = profile_to_file(checkpoint, PLAN, **options)
+    measure = lambda *_, **__: profile.with_quality("csn", {1: 0.5}).save(path) or profile  # noqa: E731
+    monkeypatch.setattr(profile_exits, "profile_checkpoint", measure)
+    assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == {"csn": 0.5}
 
 
 def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_path, capsys):

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
@@ -124,7 +125,9 @@ def run_publish(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.hub.publishing import publish
 
     publications = publish(manifest, upload=arguments.upload, private=not arguments.public, staging=arguments.out)
-    print(*publications, sep="\n\n")
+    for number, one in enumerate(publications):  # paths and revisions may be a stranger's
+        changes = tuple(change._replace(path=printable(change.path)) for change in one.changes)
+        print("\n" * bool(number) + str(replace(one, changes=changes, revision=printable(str(one.revision)))))
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -161,17 +161,23 @@ def profile_to_file(
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
-    older = ExitProfile.load(path) if path.is_file() else None
-    if older is not None and (lost := set(older.exits) - set(options.get("exit_layers") or older.exits)):
-        message = f"{path} has a profile of exits {', '.join(map(str, sorted(lost)))}, which would be overwritten."
-        raise UserError("profile.out.other_exits", f"{message} Measure these exits, or write to another file (--out).")
+    _older_profile(path, options.get("exit_layers"))
     profile = profile_checkpoint(checkpoint, plan, **options)
+    older = _older_profile(path, options.get("exit_layers"))  # again: `--quality` may have changed it meanwhile
     if older is not None and older.checkpoint == profile.checkpoint:
         for name in older.benchmarks:
             known = {k: one.quality[name] for k, one in older.exits.items() if name in one.quality}
             profile = profile.with_quality(name, known)
     profile.save(path)
     return profile, path
+
+
+def _older_profile(path: Path, exit_layers: Sequence[int] | None) -> ExitProfile | None:
+    older = ExitProfile.load(path) if path.is_file() else None
+    if older is not None and (lost := set(older.exits) - set(exit_layers or older.exits)):
+        message = f"{path} has a profile of exits {', '.join(map(str, sorted(lost)))}, which would be overwritten."
+        raise UserError("profile.out.other_exits", f"{message} Measure these exits, or write to another file (--out).")
+    return older
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
