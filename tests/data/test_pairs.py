@@ -373,6 +373,7 @@ def test_bad_pairs_are_counted_and_three_are_shown(tmp_path, monkeypatch):
     bad |= {"code equals another text of the row": pair("x", "x"), "not JSON": "{"}
     bad |= {"more than 1,000 values": pair(values=[0] * 1000), "score is not a number": pair(score=10**4200 - 1)}
     rows = [row for row in bad.values() for _ in range(4)]
+    rows[rows.index(bad[SURROGATES])] = pair(repo="\ud800")
     file = write(tmp_path / "a.jsonl", [one if isinstance(one, str) else {"score": 1} | one for one in [pair(), *rows]])
     found = read({"pairs": str(file)})["pairs"]
     assert (len(found.texts), found.skipped) == (1, dict.fromkeys(bad, 4))
@@ -391,6 +392,8 @@ PACKED = gzip.compress(b'{"query": "a", "code": "1"}\n' * 200, mtime=0)
         ("a.csv", b"query,code\n", "empty", "has no row"),
         ("a.csv", b'query,code\nx,y = 1,z\n"add,x = 1\nsub,x = 2\n', "empty", "a.csv, line 2"),
         ("a.csv", b'query,code\n"add,x = 1\nsub,x = 2\n', "empty", "quotation mark"),
+        ("a.csv", "query,code\nçédille,x\n".encode("latin-1"), "damaged", "UTF-8"),
+        ("a.csv", "query,code\na,x\n".encode("utf-16"), "damaged", "UTF-8"),
         ("a.jsonl", b"", "empty", "it is empty"),
         ("a.jsonl", b'{"query": ' + b"[" * 100_000, "empty", "a.jsonl, line 1: not JSON"),
         ("a.parquet", b"PAR1", "unreadable", "not parquet"),
@@ -403,6 +406,26 @@ def test_a_file_that_holds_no_pair_is_named_with_the_reason(tmp_path, name, cont
     (tmp_path / name).write_bytes(content)
     with raises(f"data.source.{key}", tmp_path / name, value):
         read({"pairs": str(tmp_path / name)})
+
+
+ODD = {
+    "date": pyarrow.array([10**7], pyarrow.date32()),
+    "zone": pyarrow.array([0], pyarrow.timestamp("us", tz="Mars/Olympus")),
+    "span": pyarrow.array([2**62], pyarrow.duration("s")),
+    "map": pyarrow.array([[("a", "x")]], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_parquet_may_have_columns_of_any_type_that_are_not_read(tmp_path, name):
+    table = pyarrow.table({"query": ["Adds."], "code": ["x = 1"], "odd": ODD[name]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [one.description for one in read({"pairs": str(tmp_path / "a.parquet")})["pairs"].texts] == ["Adds."]
+    if name == "map":
+        assert rows_of(tmp_path / "a.parquet")[0]["odd"] == [("a", "x")]
+    else:
+        with raises("data.source.damaged", tmp_path / "a.parquet"):
+            rows_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(

@@ -341,9 +341,10 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, Any], min_score: float) 
             return f"{columns['score']} is not a number"
     if code_key(value["positive"]) in (code_key(value["query"]), code_key(value["negative"] or "")):
         return f"{columns['positive']} equals another text of the row"
-    language, repository = language_named(value["language"]) or "", value["repository"] or ""
+    language, repository = language_named(value["language"]) or "", str(value["repository"] or "")
     negative = Snippet(language, value["negative"]) if value["negative"] else None
-    return RetrievalExample(value["query"], (Snippet(language, value["positive"]),), str(repository), negative)
+    example = RetrievalExample(value["query"], (Snippet(language, value["positive"]),), repository, negative)
+    return not_unicode(repository) or example
 
 
 def _triplets(progress: bool, **options: Any) -> SourceExamples:

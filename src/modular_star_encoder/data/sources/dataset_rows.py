@@ -202,7 +202,8 @@ def _decoded_bytes(column: pyarrow.Array) -> int:
 
     if types.is_dictionary(column.type):
         return compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0
-    inner = column.flatten() if types.is_nested(column.type) else []
+    inner = column.flatten() if types.is_nested(column.type) and not types.is_map(column.type) else []
+    inner = [column.keys, column.items] if types.is_map(column.type) else inner
     return sum(map(_decoded_bytes, inner if isinstance(inner, list) else [inner]))
 
 
@@ -211,7 +212,11 @@ def parquet_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield a parquet file's rows one by one; for arguments and errors see `parquet_batches`."""
     for batch in parquet_batches(file, columns, most_rows):
-        yield from batch.to_pylist()
+        try:
+            rows = batch.to_pylist()
+        except Exception as error:  # for example for a date after the year 9999, or an unknown time zone
+            raise _RowsError(f"it has a value that can't be read ({error})") from error
+        yield from rows
 
 
 def _undamaged(name: str, read: Callable[[], Iterator[Item]], *, is_remote: bool = False) -> Iterator[Item]:
@@ -264,10 +269,15 @@ def check_source(source: str | os.PathLike[str]) -> None:
 def column_names(source: Source, **options: Any) -> list[str]:
     """Return a dataset's column names (of JSON Lines: names in the first 100 rows); UserError if no row has names."""
     files = _files(source, SUFFIXES, options.get("split", "train"))
-    if files and files[0].endswith(_CSV) and os.path.isfile(files[0]):
-        rows: Rows = _undamaged(files[0], partial(_csv_names, files[0]))
+    are_local = bool(files) and all(map(os.path.isfile, files))
+    rows: Rows
+    if are_local and files[0].endswith(_CSV):
+        rows = _undamaged(files[0], partial(_csv_names, files[0]))
     else:
         rows = open_dataset_rows(source, [], **options)
+    if are_local and files[0].endswith(_PARQUET):  # without its values, which may be unreadable in columns not used
+        names = [open_parquet(file).schema_arrow.names for file in files]
+        return [name for name in names[0] if all(name in other for other in names)]
     read = list(islice(rows, _ROWS_WITH_NAMES))
     if names := list(dict.fromkeys(name for _, row in read if isinstance(row, dict) for name in row)):
         return names
@@ -322,12 +332,19 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
 
 
 def _text_lines(file: str) -> Iterator[str]:
-    """Yield the lines of a text file, plain or gzip; OSError if a line is too long or the lines are too many."""
+    """Yield the lines of a text file, plain or gzip; OSError if they are too long or many, or CSV not UTF-8.
+
+    Spreadsheets write CSV in many encodings; in JSON Lines, � replaces a damaged byte.
+    """
     characters = 0
     opener: Any = gzip.open if file.endswith(".gz") else open
-    with opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
+    errors = "strict" if file.endswith(_CSV) else "replace"
+    with opener(file, "rt", encoding="utf-8-sig", errors=errors, newline="") as text:
         for number in count(1):
-            line = text.readline(_MAX_LINE)
+            try:
+                line = text.readline(_MAX_LINE)
+            except UnicodeDecodeError as error:
+                raise _RowsError("it is not in UTF-8; save it as CSV in UTF-8") from error
             characters += len(line)
             if len(line) == _MAX_LINE:
                 raise _RowsError(f"a line has {_MAX_LINE:,} characters or more")
