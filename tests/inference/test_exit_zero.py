@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder import export_static
-from modular_star_encoder.inference.checkpoints import load_checkpoint, slice_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint, slice_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
 from modular_star_encoder.inference.exit_zero import NumpyEncoder, has_exit_zero, has_layers, read_config
 from modular_star_encoder.search.embedder import Embedder
@@ -33,6 +33,20 @@ def test_numpy_embeds_what_the_model_embeds():
         assert vectors[2].tolist() == [0.0] * 384
     # One float64 scalar would make all states after it float64, at half the speed.
     assert {states.dtype.name for states in encoder._states(np.arange(5), 6)} == {"float32"}
+
+
+def test_a_checkpoint_in_bfloat16_is_computed_and_exported_as_its_weights_in_float32(tmp_path):
+    model, tokenizer = load_checkpoint(MODEL, device="cpu")
+    save_retrieval_checkpoint(model.bfloat16(), tokenizer, tmp_path / "halved")
+    expected = encode_exits(model.float(), tokenizer, TEXTS, exit_layers=(0, 6), progress=False)
+    for exit_layer, vectors in NumpyEncoder(tmp_path / "halved").encode_exits(TEXTS, (0, 6)).items():
+        np.testing.assert_allclose(vectors, expected[exit_layer], atol=1e-5)
+    np.testing.assert_allclose(
+        Embedder(tmp_path / "halved").questions(TEXTS[:1], (0,), 384)[0], expected[0][:1], atol=1e-5
+    )
+    for format in ("sentence-transformers", "model2vec"):
+        static = SentenceTransformer(str(export_static(tmp_path / "halved", tmp_path / format, format=format)))
+        np.testing.assert_allclose(static.encode(TEXTS[:1]), expected[0][:1], atol=1e-5)
 
 
 def test_words_have_the_tokens_of_the_whole_text():

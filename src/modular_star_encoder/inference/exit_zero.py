@@ -206,10 +206,21 @@ class NumpyEncoder:
         if name not in self._tensors:
             from safetensors import safe_open
 
-            with safe_open(self.folder / "model.safetensors", "np") as tensors:
-                tensor = tensors.get_tensor(name)
+            with safe_open(file := self.folder / "model.safetensors", "np") as tensors:
+                is_bfloat16 = tensors.get_slice(name).get_dtype() == "BF16"
+                tensor = _bfloat16_tensor(file, name) if is_bfloat16 else tensors.get_tensor(name)
             self._tensors[name] = np.ascontiguousarray(tensor.T if transposed else tensor, dtype=np.float32)
         return self._tensors[name]
+
+
+def _bfloat16_tensor(file: Path, name: str) -> np.ndarray:
+    """Return a bfloat16 tensor of a safetensors file, which numpy can't read, as float32."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        facts = json.loads(opened.read(size))[name]
+    start, end = facts["data_offsets"]
+    halves = np.fromfile(file, "<u2", (end - start) // 2, offset=8 + size + start)
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(facts["shape"])
 
 
 def _gelu(values: np.ndarray) -> np.ndarray:
