@@ -169,6 +169,20 @@ def test_a_removed_stage_is_built_again_with_other_settings_but_not_with_answers
     assert not (out / "triplets").exists()
 
 
+@pytest.mark.parametrize("content", ["[1", "3", '{"functions": {}}'])
+@pytest.mark.parametrize("name", ["build.json", *(f"{stage.__name__}/report.json" for stage in STAGES[:-1])])
+def test_a_damaged_file_of_the_build_is_named(corpus, finished, server, tmp_path, name, content):
+    out = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(out / "dataset")
+    (out / name).write_text(content)
+    with raises("synthconl.build.damaged", out / name):
+        build_quietly(small_recipe(corpus, server.base_url), out)
+    if name == "translations/report.json":
+        (out / name).unlink()
+        build_quietly(small_recipe(corpus, server.base_url), out)
+        assert published(out) == published(finished)
+
+
 def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(corpus, server, tmp_path, monkeypatch):
     monkeypatch.setattr("modular_star_encoder.utils.files.LOCK_SECONDS", 0.0)
     (tmp_path / "mine").mkdir()

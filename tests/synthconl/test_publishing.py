@@ -17,6 +17,7 @@ from modular_star_encoder.synthconl.publishing import (
     push_dataset,
     size_category,
 )
+from modular_star_encoder.utils.reports import cell
 from tests.errors import raises
 from tests.synthconl.samples import CARD
 
@@ -100,6 +101,10 @@ def test_the_card_has_the_metadata_of_the_hub(finished):
     assert [one["split"] for one in config["data_files"]] == ["train", "validation"]
     sizes = {999: "n<1K", 1000: "1K<n<10K", 10**6: "1M<n<10M", 5 * 10**6: "1M<n<10M", 10**7: "10M<n<100M"}
     assert {rows: size_category(rows) for rows in sizes} == sizes
+
+
+def test_values_of_others_bring_no_html_and_no_control_characters_into_a_card():
+    assert cell("<img src=x> |\n# Heading \x1b[31m\u202e 1 & 2") == "&lt;img src=x> \\| # Heading �[31m� 1 & 2"
 
 
 def test_the_card_says_how_the_dataset_was_made(finished):

@@ -39,7 +39,7 @@ from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STAT
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, folder_lock, read_json, staged_folder, write_json
+from modular_star_encoder.utils.files import LOCK, fits, folder_lock, read_json, staged_folder, write_json
 from modular_star_encoder.utils.settings import Count, Float, Int, Probability, settings_class
 
 SPLITS = ("train", "validation")
@@ -179,8 +179,11 @@ class Build:
     progress: bool = True
 
     def report(self, stage: str) -> dict[str, Any]:
-        """Return the content of a finished stage's `report.json`."""
-        return read_json(self.out / stage / REPORT)
+        """Return the content of a finished stage's `report.json`; UserError if it lacks a value in `_USED`."""
+        path = self.out / stage / REPORT
+        # `translate` keeps the answers, which were paid for, and writes its report again.
+        remedy = f"Remove {path if stage == 'translations' else path.parent}, and build again"
+        return _read(path, lambda report: all(fits(report[name], kind) for name, kind in _USED[stage].items()), remedy)
 
     def is_done(self, stage: str) -> bool:
         return (self.out / stage / REPORT).is_file()
@@ -308,6 +311,17 @@ def dataset(build: Build, out: Path) -> Report:
 Stage = Callable[[Build, Path], Report]
 STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates, split, dataset)
 """All stages in order; each writes to a folder with its name, and returns the content of its `report.json`."""
+_Counts = dict[str, int]
+_USED: dict[str, dict[str, Any]] = {  # {stage: {name in its report that a later stage uses: type}}
+    "functions": {"counts": _Counts},
+    "translations": {
+        "backends": list[dict[str, Any]],
+        **dict.fromkeys(("completions", "prompt_tokens", "completion_tokens"), int),
+    },
+    "triplets": {"accepted": int, "rejected": _Counts, "pairs": dict[str, _Counts]},
+    "near_duplicates": {"counts": _Counts},
+    "split": {"splits": dict[str, _Counts], "validation": list[str]},
+}
 _CONTINUED = (translations, near_duplicates)  # stages that continue after an interruption; the others begin again
 
 
@@ -362,7 +376,10 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 def _read_log(build: Build) -> dict[str, Any]:
     """Return the log of earlier calls; UserError if a setting has changed, or the folder has unrelated files."""
     out, key, fault = build.out, "", ""
-    log = read_json(out / LOG) if (out / LOG).is_file() else {}
+    remedy, kinds = "Build in another folder", {"settings": dict[str, Any], "seconds": float}
+    log = {}
+    if (out / LOG).is_file():
+        log = _read(out / LOG, lambda log: all(fits(one[k], kinds[k]) for one in log.values() for k in kinds), remedy)
     ours = (LOCK, f".{LOG}.")
     if not log and out.exists() and not (out.is_dir() and all(one.name.startswith(ours) for one in out.iterdir())):
         key, fault = "out", f"{out} contains files that no dataset build wrote; choose an empty or new folder"
@@ -375,6 +392,17 @@ def _read_log(build: Build) -> dict[str, Any]:
     if key:
         raise UserError(f"synthconl.build.{key}", f"{fault}.")
     return log
+
+
+def _read(path: Path, is_whole: Callable[[dict[str, Any]], bool], remedy: str) -> dict[str, Any]:
+    """Return the content of one of a build's JSON files; UserError with `remedy` unless `is_whole(content)`."""
+    try:
+        content = read_json(path)
+        if is_whole(content):
+            return content
+    except (ValueError, TypeError, LookupError, AttributeError):
+        pass
+    raise UserError("synthconl.build.damaged", f"{path} is damaged. {remedy}.")
 
 
 def _differences(before: Any, now: Any, place: str = "") -> list[str]:

@@ -109,7 +109,11 @@ def render_card(template: str, **values: Any) -> str:
 
 
 def cell(value: Any) -> str:
-    """Format a value for a cell of a Markdown table: 1234 → `1,234`; text in one line, with `|` escaped."""
+    """Format a value for a cell of a Markdown table: 1234 → `1,234`; text in one line, with `|` and `<` escaped.
+
+    � replaces each unprintable character. Values may come from a server or a data set.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    text = "".join(one if one.isprintable() else "�" for one in " ".join(str(value).split()))
+    return text.replace("|", "\\|").replace("<", "&lt;")
