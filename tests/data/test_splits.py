@@ -139,6 +139,13 @@ def test_rows_whose_hard_negative_is_held_out_are_not_trained_on_and_the_others_
     assert {text.negative for text in plain.train} == {None}
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"settings": []}', ""])
+def test_a_damaged_report_of_stored_rows_is_named(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with raises("data.split.damaged", tmp_path / "report.json"):
+        prepare({"triplets": "missing.jsonl"}, tmp_path)
+
+
 def test_a_second_call_reads_what_the_first_one_wrote_and_refuses_other_settings(tmp_path):
     settings = write_rows(tmp_path)
     first = prepare(settings, tmp_path / "data")

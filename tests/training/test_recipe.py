@@ -1,7 +1,11 @@
+import json
+import shutil
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import TrainerState
 
 from modular_star_encoder.cli.main import main
@@ -16,9 +20,17 @@ from modular_star_encoder.training.recipes import (
     load_config,
     load_recipe,
 )
-from modular_star_encoder.training.runs import ExitProgressCallback, evaluation_notice, final_metrics, format_log
+from modular_star_encoder.training.runs import (
+    ExitProgressCallback,
+    Run,
+    evaluation_notice,
+    final_metrics,
+    format_log,
+    last_checkpoint,
+)
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
+from tests.tiny import save_tiny_checkpoint
 
 
 @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe, ClassificationRecipe, AblationRecipe])
@@ -77,6 +89,78 @@ def test_the_last_step_is_evaluated_once_unless_the_weights_have_changed_since(c
     trainer = SimpleNamespace(args=arguments, state=state, evaluate=lambda: new)
     assert final_metrics(trainer, "evaluation") is (new if again else logged)
     assert capsys.readouterr().out == ("evaluation\n" if again else "")
+
+
+def write_training_checkpoint(folder, step):
+    folder.mkdir(parents=True)
+    torch.save({"step": step}, folder / "optimizer.pt")
+    save_file({"weight": torch.ones(9)}, folder / "model.safetensors")
+    TrainerState(global_step=step, max_steps=6, epoch=1.0).save_to_json(str(folder / "trainer_state.json"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("trainer_state.json", text) for text in ("[]", '{"global_step": null}', '{"global_step": 4}', "{", "")),
+        ("trainer_state.json", '{"global_step": 4, "max_steps": 6, "foo": 1}'),
+        *((name, text) for name in ("optimizer.pt", "model.safetensors") for text in ("", None)),
+        ("../checkpoint-9", ""),
+    ],
+)
+def test_a_run_continues_from_the_newest_checkpoint_whose_files_are_whole(tmp_path, file, content):
+    for name, step in (("2", 2), ("4", 4), ("4-backup", 4), ("final", 6), ("5", 4)):
+        write_training_checkpoint(tmp_path / f"checkpoint-{name}", step)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / file
+    path.write_bytes(path.read_bytes()[:-20] if content is None else content.encode())
+    assert last_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-4" if "checkpoint-9" in file else "checkpoint-2"))
+
+
+def recipe_of(model, **settings):
+    data, options = {"triplets": "triplets.jsonl"}, {"max_steps": 6, "learning_rate": 1e-3, "batch_size": 4}
+    return FinetuningRecipe(model=str(model), data=data, **options, **settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("recipe.json", text) for text in ("[]", "3", "", "{")),
+        *(("model/training_log.json", t) for t in ("{}", "[]")),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content):
+    Run(tmp_path, recipe_of("model"), "fine-tuning").begin()
+    (tmp_path / "model").mkdir()
+    (tmp_path / file).write_text(content)
+    with raises("training.run.damaged", tmp_path / file):
+        Run(tmp_path, recipe_of("model"), "fine-tuning")
+
+
+def test_adapters_are_trained_further_only_on_the_weights_they_were_trained_on(tmp_path):
+    start, out = save_tiny_checkpoint(tmp_path / "start"), tmp_path / "run"
+    recipe = recipe_of(start, lora={})
+    Run(out, recipe, "fine-tuning").begin()
+    write_training_checkpoint(out / "checkpoints" / "checkpoint-2", 2)
+    assert Run(out, recipe, "fine-tuning").settings == json.loads(json.dumps(recipe.to_dict()))
+    shutil.rmtree(start)
+    save_tiny_checkpoint(start, pooling="lasttoken")
+    with raises("training.run.other_settings", "starting_weights"):
+        Run(out, recipe, "fine-tuning")
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("clip_loss_exit_4", False), ("eval_mlm_loss_exit_12", False), ("loss", False), ("clip_accuracy_exit_4", True)],
+)
+def test_the_best_checkpoint_has_the_lowest_loss_of_an_exit_or_the_highest_accuracy(metric, greater):
+    options = {"use_cpu": True, "metric_for_best_model": metric}
+    assert MultiExitTrainingArguments("never written", **options).greater_is_better is greater
+    assert MultiExitTrainingArguments("never written", **options, greater_is_better=True).greater_is_better
+
+
+def test_the_best_model_is_not_replaced_by_an_average():
+    with raises("training.ema_decay", "load_best_model_at_end"):
+        MultiExitTrainingArguments("never written", use_cpu=True, ema_decay=0.9, load_best_model_at_end=True)
 
 
 @pytest.mark.parametrize(("resumed_from", "duration"), [(None, ", about 2 min"), (6, ", about 4 min"), (12, "")])

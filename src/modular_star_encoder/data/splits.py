@@ -24,7 +24,7 @@ from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, SourceExamples, read_retrieval_examples
 from modular_star_encoder.data.sources.dataset_rows import parquet_rows
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_folder, write_json
+from modular_star_encoder.utils.files import read_record, staged_folder, write_json
 
 MAX_TEST_SHARE = 0.2
 REPORT = "report.json"
@@ -91,7 +91,8 @@ def prepare_retrieval_data(
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
     requested = json.loads(json.dumps({"data": dict(settings), **arguments}, default=str))
     if (folder / REPORT).is_file():
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        kinds = {"settings": dict, "sources": dict, "shared_with_held_out": int, "train": int, "held_out": int}
+        report = read_record(folder / REPORT, "data.split.damaged", **kinds)
         if report["settings"] != requested:
             other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
             message = f"The rows in {folder} were made with other values of {other}: name another folder."

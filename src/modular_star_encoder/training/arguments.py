@@ -1,6 +1,7 @@
 """`MultiExitTrainingArguments`: how the exits are trained, and a learning rate that changes in steps."""
 
 import copy
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
             are trained by the sum of the exits' gradients.
         ema_decay: decay of an exponential moving average of the weights, or 0 for no average. The saved model has the
-            average in place of the last step's weights. FSDP is not supported.
+            average in place of the last step's weights. FSDP and `load_best_model_at_end` are not supported.
         log_gradient_norms: log norms and cosines of the gradients of the exits' weighted losses. A logged step runs one
             more backward pass per exit. `gradient_norm_exit_{layer}` is the norm of the gradient of an exit's loss with
             respect to the trunk. `gradient_cosine_layer_{number}` is the cosine between the gradients of two exits'
@@ -49,7 +50,8 @@ class MultiExitTrainingArguments(TrainingArguments):
 
     Raises:
         UserError: `milestones` or `fractions` are invalid (`training.schedule`), `exit_schedule` is unknown
-            (`training.exit_schedule`), or `ema_decay` is out of range or used with FSDP (`training.ema_decay`).
+            (`training.exit_schedule`), or `ema_decay` is out of range or used with FSDP or `load_best_model_at_end`
+            (`training.ema_decay`).
         ValueError: `transformers.TrainingArguments` rejects an argument.
 
     Example:
@@ -76,19 +78,23 @@ class MultiExitTrainingArguments(TrainingArguments):
             fits = fits and (not self.milestones or isinstance(self.warmup_steps, int | float))
         except ValidationError:
             fits = False
+        other_weights = self.fsdp or self.load_best_model_at_end
         steps, decay, key, message = list(self.milestones) if fits else [], self.ema_decay, "", ""
         if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
             key, first = "schedule", f"warmup_steps={self.warmup_steps}"
             message = f"milestones={self.milestones!r} must be ascending steps, from {first} on, and "
             message += f"fractions={self.fractions!r} must have one number of at least 0 for each milestone."
-        elif not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and self.fsdp):
+        elif not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and other_weights):
             key = "ema_decay"
-            message = f"ema_decay={decay!r} must be at least 0 and below 1, and with fsdp it must be 0."
+            message = f"ema_decay={decay!r} must be at least 0 and below 1, and 0 with fsdp or load_best_model_at_end."
         elif self.exit_schedule not in EXIT_SCHEDULES:
             key, allowed = "exit_schedule", ", ".join(EXIT_SCHEDULES)
             message = f"exit_schedule={self.exit_schedule!r} must be one of {allowed}."
         if key:
             raise UserError(f"training.{key}", message)
+        if self.greater_is_better is None and self.metric_for_best_model:
+            # transformers looks only for names that end with `loss`; those of our losses end with `loss_exit_4`.
+            self.greater_is_better = not re.search(r"loss(_exit_\d+)?$", self.metric_for_best_model)
         super().__post_init__()
 
     def rate_fraction(self, step: int) -> float:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE
+from modular_star_encoder.inference.checkpoints import checkpoint_checksum
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
     ModularStarEncoderForRetrieval,
     ModularStarEncoderPreTrainedModel,
 )
-from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, TrainingSettings
+from modular_star_encoder.training import starting_source
+from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, StartingRecipe, TrainingSettings
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import folder_lock, write_json
+from modular_star_encoder.utils.files import folder_lock, read_record, write_json, write_text
 from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS, REPORT = "model", "adapter", "checkpoints", "report.md"
@@ -185,28 +190,35 @@ class Run:
     """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
     `log` is the log of a finished run, else None. A run with a model or checkpoint is continued with the same settings
-    (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must be equal.
+    (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must be equal. With `lora`,
+    `recipe.json` also has a checksum of the starting model, because checkpoints have only the adapters.
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
         check_folder(out, "recipe.json", f"run of {kind}")
         self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
+        self._start: dict[str, Any] = {}
+        if isinstance(recipe, StartingRecipe) and recipe.lora is not None:
+            source, has_weights = starting_source(recipe.model)
+            self._start["starting_weights"] = checkpoint_checksum(source) if has_weights else None
         if self._written.is_file():
-            before: dict[str, Any] = json.loads(self._written.read_text(encoding="utf-8"))
+            before = read_record(self._written, "training.run.damaged")
+            start = {name: before.pop(name) for name in self._start if name in before}
             with contextlib.suppress(UserError):  # adds defaults for settings that did not exist when the run began
                 before = _plain(build_settings(type(recipe), before, str(self._written)))
             trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
             begun = any(path != self._written and not path.name.startswith(".") for path in out.iterdir())
-            names = {*self.settings, *before} if trained else set(until_trained) if begun else set()
-            check_same(out, before, self.settings, names - MAY_CHANGE, f" (model={out}/model trains its model further)")
-        log = out / LOG
-        self.log: dict[str, Any] | None = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else None
+            names = {*self.settings, *before, *start} if trained else set(until_trained) if begun else set()
+            advice = f" (model={out}/model trains its model further)"
+            check_same(out, before | start, self.settings | self._start, names - MAY_CHANGE, advice)
+        log, kinds = out / LOG, {"steps": int, "evaluation": dict}
+        self.log = read_record(log, "training.run.damaged", **kinds) if log.is_file() else None
         self._held = hold(out) if self._written.is_file() and self.log is None else None
 
     def begin(self) -> None:
         """Create the folder and write `recipe.json`; call this when all checks have passed."""
         self._held = self._held or hold(self._out)
-        write_json(self._written, self.settings)
+        write_json(self._written, self.settings | self._start)
 
     def end(self, log: Mapping[str, Any]) -> None:
         """Write `log` to the file `LOG`, with null in place of infinities and NaN, which JSON does not have."""
@@ -232,10 +244,11 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
         resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
         if trainer.is_world_process_zero():
             # Remove incomplete checkpoints, because `Trainer` would count them among the checkpoints to keep.
-            for path in Path(folder).glob("checkpoint-*"):
-                step = path.name.rpartition("-")[2]
-                if step.isdecimal() and int(step) > (resumed_from or 0):
+            for step, path in _checkpoints(folder).items():
+                if step > (resumed_from or 0):
                     shutil.rmtree(path)
+            if checkpoint:
+                _find_best_checkpoint(Path(checkpoint, TRAINER_STATE_NAME))
     if checkpoint and progress and trainer.is_world_process_zero():
         print(f"continues after step {resumed_from} of {trainer.args.max_steps}")
     start = time.perf_counter()
@@ -298,13 +311,34 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _find_best_checkpoint(state: Path) -> None:
+    """Correct the path of the best checkpoint in a `trainer_state.json`, because the run may have been moved."""
+    content = json.loads(state.read_text(encoding="utf-8"))
+    if (best := state.parent.with_name(f"checkpoint-{content.get('best_global_step')}")).is_dir():
+        write_text(state, json.dumps({**content, "best_model_checkpoint": str(best)}, indent=2))
+
+
+def _checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return {step: folder} of all checkpoints, complete or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    return {int(path.name[11:]): path for path in found if re.fullmatch(r"0|[1-9][0-9]*", path.name[11:])}
+
+
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the folder of the newest complete checkpoint (with `trainer_state.json`); None without such a folder."""
-    found = []
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError, KeyError):
-            found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-    return max(found)[1] if found else None
+    """Return the folder of the newest checkpoint that is complete and can be read; None without such a folder."""
+    found = sorted(_checkpoints(output_dir).items(), reverse=True)
+    return next((str(folder) for step, folder in found if _is_whole(folder, step)), None)
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    with contextlib.suppress(OSError, ValueError, TypeError, SafetensorError):
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # written last
+        for weights in folder.glob("*.safetensors"):
+            with safe_open(weights, "pt"):  # an error if the file is cut short
+                pass
+        # torch's files are archives that end with a directory.
+        return state.global_step == step <= state.max_steps and all(map(zipfile.is_zipfile, folder.glob("*.pt*")))
+    return False
 
 
 def format_log(logs: dict[str, float]) -> str:

@@ -126,6 +126,20 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
     return parse_json(path.read_text(encoding="utf-8"), finite=finite)
 
 
+def read_record(path: str | os.PathLike[str], key: str, **kinds: Any) -> dict[str, Any]:
+    """Return the mapping in a JSON file; UserError `key` if it is damaged, or an entry of `kinds` lacks its type."""
+    try:
+        content, fault = read_json(path, finite=False), "not a mapping"
+        if isinstance(content, dict):
+            wrong = [name for name, kind in kinds.items() if not fits(content.get(name), kind)]
+            if not wrong:
+                return content
+            fault = f"{wrong[0]} is missing or has a wrong type"
+    except ValueError as error:
+        fault = str(error)
+    raise UserError(key, f"{path} is damaged ({fault}). Restore it, or name another folder.")
+
+
 def parse_json(text: str, *, finite: bool = True) -> Any:
     """Return the value of a JSON text; ValueError for the faults that `read_json` lists."""
     checks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number) if finite else {}
