@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -213,12 +214,15 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(tmp_path, tokenize
     assert last_checkpoint(tmp_path).endswith("checkpoint-6")
     (tmp_path / "checkpoint-8").mkdir()
     (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoint-9").write_text("a file")
+    shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-6-backup")
     state = tmp_path / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:50])
     assert last_checkpoint(tmp_path).endswith("checkpoint-4")
     _, log = pretraining_stage(tokenizer, tmp_path)
     assert log["resumed_from"] == 4
     assert not (tmp_path / "checkpoint-8").exists()
+    assert (tmp_path / "checkpoint-6-backup").exists()
     assert last_checkpoint(tmp_path / "missing") is None
     assert json.loads(state.read_text())["global_step"] == 6
 
@@ -233,6 +237,68 @@ def test_the_newest_checkpoints_are_kept_although_the_clock_was_set_back(tmp_pat
     trainer.add_callback(Later())
     trainer.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+def saving_every_second_step(folder, **changes):
+    settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    return make_trainer(folder, with_dropout(0.0), **(settings | changes))
+
+
+def equal_weights(first, second):
+    return all(torch.equal(value, second.model.state_dict()[name]) for name, value in first.model.state_dict().items())
+
+
+def test_an_average_is_resumed_from_the_checkpoint_that_is_resumed(tmp_path):
+    straight = saving_every_second_step(tmp_path / "straight", ema_decay=0.9)
+    straight.train()
+    saving_every_second_step(tmp_path / "other", ema_decay=0.9, learning_rate=1e-1).train()
+    checkpoint = shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "best")
+    resumed = saving_every_second_step(tmp_path / "other", ema_decay=0.9, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert equal_weights(straight, resumed)
+
+
+def test_a_run_that_saves_only_models_continues_their_average(tmp_path):
+    options = {"ema_decay": 0.9, "save_only_model": True}
+    saving_every_second_step(tmp_path, **options, max_steps=2).train()
+    log = train_to_the_end(saving_every_second_step(tmp_path, **options), tmp_path, progress=False)
+    assert (log["resumed_from"], log["steps"]) == (2, 4)
+
+
+def test_the_best_model_of_a_moved_run_is_found(tmp_path):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    options |= {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "max_steps": 10}
+    straight = saving_every_second_step(tmp_path / "a", **options)
+    train_to_the_end(straight, tmp_path / "a", progress=False)
+    assert straight.state.best_model_checkpoint == str(tmp_path / "a" / "checkpoint-5")
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = saving_every_second_step(tmp_path / "b", **options)
+    train_to_the_end(moved, tmp_path / "b", progress=False)
+    assert moved.state.best_model_checkpoint == str(tmp_path / "b" / "checkpoint-5")
+    assert equal_weights(straight, moved)
+
+
+def test_a_run_with_no_or_rare_log_lines_may_have_no_number_of_steps_between_them(tmp_path):
+    trainer = make_trainer(tmp_path, logging_strategy="epoch", logging_steps=0, max_steps=10, log_gradient_norms=True)
+    trainer.train()
+    assert any("gradient_norm_exit_4" in log for log in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        ({"compute_metrics": print}, {}),
+        ({"compute_loss_func": print}, {}),
+        ({"preprocess_logits_for_metrics": print}, {}),
+        ({"model_init": tiny_model}, {}),
+        ({}, {"label_smoothing_factor": 0.1}),
+    ],
+)
+def test_arguments_without_effect_are_refused(tmp_path, options, own):
+    with raises("training.no_effect", *options, *own):
+        MultiExitTrainer(tiny_model(), arguments(tmp_path, **own), ContrastiveObjective(), **options)
+    with raises("training.no_effect", "model"):
+        MultiExitTrainer(None, arguments(tmp_path), ContrastiveObjective())
 
 
 def with_scale():

@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 # (benchmarks/results/mini_parallel_ablation.md).
 MOST_MASKED_NEGATIVES = 0.1
 
+_WITHOUT_EFFECT = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+
 
 class MultiExitTrainer(Trainer):
     """Train every exit of a model with one objective.
@@ -57,8 +59,9 @@ class MultiExitTrainer(Trainer):
 
     Raises:
         UserError: the model lacks one of `exit_layers`; the model lacks projection heads for `detach_shallow_exits` or
-            `share_heads`; `exit_weights` is wrong for the exits; or the objective is incompatible with the model,
-            `exit_schedule` or `log_gradient_norms`.
+            `share_heads`; `exit_weights` is wrong for the exits; the objective is incompatible with the model,
+            `exit_schedule` or `log_gradient_norms`; or an argument of `Trainer`, such as `compute_metrics`, would have
+            no effect.
 
     Example:
         >>> import tempfile
@@ -80,6 +83,9 @@ class MultiExitTrainer(Trainer):
         evaluator: Callable[..., Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if model is None or any(kwargs.get(name) is not None for name in _WITHOUT_EFFECT):
+            message = f"Give MultiExitTrainer a `model`, and leave out {', '.join(_WITHOUT_EFFECT)}: losses and metrics"
+            raise UserError("training.no_effect", f"{message} come from the objective, other metrics from `evaluator`.")
         args.remove_unused_columns = False
         self._folder = str(args.output_dir)
         self.evaluator = evaluator
@@ -123,7 +129,7 @@ class MultiExitTrainer(Trainer):
         if model.training and _option(self.args, "exit_weights") == "geometric":
             weighted = weighted / output.losses.detach().clamp(min=1e-6)
         step = self.state.global_step + 1
-        logged = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        logged = step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
         if self.log_gradient_norms and model.training and logged:
             norms, cosines = self._compare_gradients(weighted)
             self._add("gradient_norm", exits, norms)
@@ -167,7 +173,7 @@ class MultiExitTrainer(Trainer):
                 shutil.rmtree(left)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint; first correct old checkpoints' dates in the future, because `Trainer` keeps the newest."""
         now, steps = time.time(), {}
         for folder in Path(self._folder).glob("checkpoint-*") if self.args.should_save else ():
@@ -176,13 +182,16 @@ class MultiExitTrainer(Trainer):
         if any(folder.stat().st_mtime > now for folder in steps.values()):
             for age, number in enumerate(sorted(steps, reverse=True), start=1):
                 os.utime(steps[number], (now - age, now - age))
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save random states as `Trainer` does, and the moving average of the weights, to resume the run."""
-        super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
-            self._average.save(output_dir)
+            # Before `Trainer`'s files, because a checkpoint with `trainer_state.json` must be complete.
+            self._average.save(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both as `Trainer` does, and have the average of the weights read from the same checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._average is not None and checkpoint is not None:
+            self._average.resumed_from = Path(checkpoint)
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
         shallow, step = self.exit_layers[:-1], self.state.global_step
@@ -292,6 +301,10 @@ def check_objective(
             "training.log_gradient_norms.cached",
             "`log_gradient_norms` needs the autograd graph, which `mini_batch_tokens` discards; set only one of them.",
         )
+    if args.label_smoothing_factor:
+        raise UserError(
+            "training.no_effect", "label_smoothing_factor does not change the objective's loss; leave it out."
+        )
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
 
@@ -349,17 +362,20 @@ class AveragedWeights(TrainerCallback):
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
+        self.resumed_from: Path | None = None  # the checkpoint with the average to start from
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the moving average of the weights: from the model or, if training is resumed, from the checkpoint."""
         trained = [(name, one) for name, one in kwargs["model"].named_parameters() if one.requires_grad]
         self.parameters, self.average = dict(trained), {name: one.detach().clone() for name, one in trained}
-        if state.global_step:
-            stored = load_file(Path(args.output_dir, f"checkpoint-{state.global_step}", "average.safetensors"))
+        if self.resumed_from is not None:
+            stored = load_file(self.resumed_from / "average.safetensors")
             self.average = {name: stored[name].to(one) for name, one in self.average.items()}
+            self.resumed_from = None
 
     def save(self, folder: str) -> None:
         """Write the average of the weights to `average.safetensors` in the folder of a checkpoint."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with staged_file(Path(folder, "average.safetensors")) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, temporary)
 
