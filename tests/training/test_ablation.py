@@ -97,6 +97,19 @@ def test_an_interrupted_evaluation_costs_no_training_and_cells_of_other_rows_or_
             run(recipe_file, out)
 
 
+@pytest.mark.slow
+def test_an_interrupted_cell_is_trained_again_from_its_start_if_the_recipe_changes(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
+    for overrides, step in ((["finetuning.max_steps=3", "finetuning.save_steps=1"], 2), ([], 1)):
+        with retrieval_runs.interrupt(monkeypatch, step):
+            run(recipe_file, tmp_path / "run", *overrides)
+    changed, logs, to_the_end = ["finetuning.weight_decay=0"], [], ablation_module.runs.train_to_the_end
+    known = lambda *rest, **options: logs.append(to_the_end(*rest, **options)) or logs[-1]  # noqa: E731
+    monkeypatch.setattr(ablation_module.runs, "train_to_the_end", known)
+    run(recipe_file, tmp_path / "run", *changed)
+    assert [(log["resumed_from"], log["steps"]) for log in logs] == [(None, 1), (None, 1)]
+
+
 def test_too_few_held_out_repositories_are_refused_before_training(recipe_file, tmp_path):
     rows = [json.loads(line) for line in (recipe_file.parent / "triplets.jsonl").read_text().splitlines()]
     few = [json.dumps(row | {"repository_name": f"repository{place % 3}"}) for place, row in enumerate(rows)]

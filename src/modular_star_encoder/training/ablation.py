@@ -409,6 +409,11 @@ class _Cells:
                 content["recipe"][part] = {name: {e: len(of[e]) for e in of} for name, of in ranks.items()}
             runs.check_same(path, {**made_from, **content["recipe"]}, made_from, made_from)
         else:
+            begun = self.out / "training" / cell.name / "recipe.json"
+            if not begun.is_file() or read_json(begun) != made_from:  # its checkpoints are those of another recipe
+                shutil.rmtree(begun.parent, ignore_errors=True)
+                begun.parent.mkdir(parents=True)
+                write_json(begun, made_from)
             self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
             content = {"recipe": made_from, **self._train(cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
