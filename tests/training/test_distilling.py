@@ -11,7 +11,7 @@ from transformers import TrainerState
 from modular_star_encoder.data.finetuning_rows import RetrievalBatches, RetrievalTexts
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, open_triplets
 from modular_star_encoder.data.splits import BatchPlan, PairGroups
-from modular_star_encoder.inference.checkpoints import load_checkpoint
+from modular_star_encoder.inference.checkpoints import load_checkpoint, stored_license, stored_prompts
 from modular_star_encoder.inference.encoders import Encoder
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments
 from modular_star_encoder.training.distilling import TaughtBatches, TeacherTargets, compute_teacher_vectors
@@ -20,7 +20,7 @@ from modular_star_encoder.training.recipes import FinetuningRecipe, hub_config_f
 from modular_star_encoder.training.starting_points import grow, grow_checkpoint, start_from_teacher
 from modular_star_encoder.training.trainer import AveragedWeights
 from tests.errors import raises
-from tests.tiny import NO_DROPOUT, ZERO, tiny_batch, tiny_config, tiny_model
+from tests.tiny import NO_DROPOUT, ZERO, change_json, save_tiny_checkpoint, tiny_batch, tiny_config, tiny_model
 from tests.training.retrieval_runs import end_by_signals, finetuning_settings, write_recipe, write_triplets
 from tests.training.test_finetuning import straight_and_interrupted
 
@@ -83,6 +83,14 @@ def test_models_that_cannot_start_or_grow_are_refused(tokenizer):
         assert "projection_head" not in str(error.value)
 
 
+def test_a_grown_checkpoint_keeps_prompts_and_licence(tmp_path):
+    start = save_tiny_checkpoint(tmp_path / "start", **EXIT_0)
+    change_json(start, "config_sentence_transformers.json", prompts={"query": "Q: "})
+    (start / "README.md").write_text("---\nlicense: mit\n---\n")
+    grown = grow_checkpoint(start, (0, 2), tmp_path / "grown")
+    assert (stored_prompts(grown), stored_license(grown)) == ({"query": "Q: "}, "mit")
+
+
 def test_averaged_weights_follow_their_formula_and_continue_from_a_checkpoint(tmp_path):
     model, average, state, expected = nn.Linear(1, 1, bias=False), AveragedWeights(0.5), TrainerState(), 0.0
     arguments = MultiExitTrainingArguments(str(tmp_path), use_cpu=True)
@@ -98,6 +106,7 @@ def test_averaged_weights_follow_their_formula_and_continue_from_a_checkpoint(tm
             (tmp_path / "checkpoint-3").mkdir()
             average.save(str(tmp_path / "checkpoint-3"))
             average = AveragedWeights(0.5)
+            average.resumed_from = tmp_path / "checkpoint-3"
             average.on_train_begin(arguments, state, None, model=model)
     average.on_train_end(arguments, state, None, model=model)
     assert model.weight.item() == pytest.approx(expected, rel=1e-6)

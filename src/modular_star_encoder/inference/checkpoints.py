@@ -283,8 +283,12 @@ def write_checkpoint(
     model.config.dtype = config.dtype  # that in which the weights are loaded
     model.config.save_pretrained(out)
     save_tokenizer(own_tokenizer, model.config, out)
+    _copy_sentence_transformer_files(path, out)
+
+
+def _copy_sentence_transformer_files(checkpoint: str | os.PathLike[str], out: Path) -> None:
     for name in SENTENCE_TRANSFORMER_FILES:
-        if (source := checkpoint_file(path, name)) is not None:
+        if (source := checkpoint_file(checkpoint, name)) is not None:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
 
@@ -318,14 +322,25 @@ def keep_only_exit(model: modeling.ModularStarEncoderPreTrainedModel, exit_layer
 
 
 def save_retrieval_checkpoint(
-    model: ModularStarEncoderForRetrieval, tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str]
+    model: ModularStarEncoderForRetrieval,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | os.PathLike[str],
+    *,
+    parent: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a model with its code and a tokenizer to `out`, which SentenceTransformer can then load; return `out`."""
+    """Write a model with its code and a tokenizer to `out`, which SentenceTransformer can then load; return `out`.
+
+    `parent` is a checkpoint whose prompts and licence are kept.
+    """
     with staged_folder(out) as staging:
+        if parent is not None:
+            note_parent(model.config, parent)
         model.save_pretrained(staging)
         save_tokenizer(tokenizer, model.config, staging)
         prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
         write_sentence_transformer_files(staging, model.config, prompts)
+        if parent is not None:
+            _copy_sentence_transformer_files(parent, staging)
     return Path(out)
 
 

@@ -248,7 +248,7 @@ def grow_checkpoint(
     """Add random layers (see `grow`) to a checkpoint of exit 0; write the result to a new folder; return its path."""
     model, tokenizer = load_checkpoint(checkpoint)
     torch.manual_seed(seed)
-    return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out)
+    return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out, parent=checkpoint)
 
 
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any] | None) -> nn.Module:
