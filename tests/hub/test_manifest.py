@@ -47,6 +47,7 @@ def test_a_manifest_is_read_with_overrides(tmp_path):
         ([{**ENTRY, "files": {"model.onnx": "/dev/zero"}}], "hub.manifest.files", "/dev/zero"),
         ([{**ENTRY, "sections": {"A": "/dev/zero"}}], "hub.manifest.files", "/dev/zero"),
         ([{**ENTRY, "sections": {"A": f"{shipped_model()}/model.safetensors"}}], "hub.manifest.files", "1,048,576"),
+        *(([{**ENTRY, "branch": name}], "hub.manifest.branch", repr(name)) for name in ("", "..", "a--b", 'a")')),
         ([{**ENTRY, "weights": "x"}], "settings.unknown", "weights"),
         ([{**ENTRY, "evaluation": "report.json"}], "settings.value", "'report.json'"),
         ([{**ENTRY, "only_exit": "no"}], "settings.value", "'no'"),

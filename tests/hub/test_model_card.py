@@ -2,11 +2,14 @@ import ast
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from modular_star_encoder.hub import publishing
 from modular_star_encoder.hub.model_card import check_card, write_card
+from modular_star_encoder.hub.publishing import write_folder_card
 from modular_star_encoder.hub.staging import stage_repositories, without_paths
 from modular_star_encoder.inference.checkpoints import note_parent, slice_checkpoint
 from modular_star_encoder.inference.exit_profile import ExitProfile
@@ -184,6 +187,44 @@ def test_the_card_shows_the_results_in_the_training_log_if_they_are_of_these_wei
             assert (line in text) == shown
         assert "| started from | mose-code |" in text
         assert "| tokens at which held-out texts were cut | 128 |" in text
+
+
+def test_the_card_is_replaced_whole_and_no_link_is_followed(plan, staged, tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "README.md").symlink_to("mine")
+
+    def half(source, target):
+        Path(target).write_text("half")
+        raise OSError("full")
+
+    monkeypatch.setattr(publishing, "stage_repositories", lambda *_: [staged["tiny"]])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", half)
+        with pytest.raises(OSError, match="full"):
+            write_folder_card(plan, tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert write_folder_card(plan, tmp_path) == (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+SECTION = """![a](https://x.org/a.svg) ![b](data:image/png;base64,AAAA) ![c](README.md "title") `![d](e.png)`
+```
+![f](g.png)
+```
+"""
+
+
+def test_a_section_may_show_images_of_the_web_and_code_and_must_be_text(sources, tmp_path):
+    file = tmp_path / "section.md"
+    plan = manifest([finetuned_entry(sources["finetuned"], sections={"More": str(file)})])
+    file.write_text(SECTION)
+    check_card(stage_repositories(plan, tmp_path / "staged")[0].folder / "README.md")
+    file.write_text("![f](g.png)")
+    with raises("hub.card.figure", "g.png"):
+        check_card(stage_repositories(plan, tmp_path / "again")[0].folder / "README.md")
+    file.write_bytes(b"\xff")
+    with raises("hub.staging.section", file):
+        stage_repositories(plan, tmp_path / "third")
 
 
 def test_figures_of_other_weights_are_refused(tmp_path):

@@ -142,13 +142,18 @@ def test_only_pretrained_and_retrieval_checkpoints_with_a_tokenizer_are_staged(t
         check_files(one.folder)
 
 
-@pytest.mark.parametrize("path", ["README.md", "./README.md", "config.json", "model.safetensors"])
+OWN = ["README.md", "./README.md", "config.json", "model.safetensors", "README.md/x", "config.json/x"]
+
+
+@pytest.mark.parametrize("path", OWN)
 def test_files_of_the_manifest_replace_none_of_the_repositorys_own(staged, tmp_path, path):
     (tmp_path / "mine").write_text("mine")
     with raises("hub.staging.files", "tiny", path):
         stage(staged.source, tmp_path / "staged", files={path: str(tmp_path / "mine")})
-    (one,) = stage(staged.source, tmp_path / "again", files={ONNX: str(tmp_path / "mine")})
-    assert (one.folder / ONNX).read_text() == "mine"
+    files = dict.fromkeys((ONNX, "./a.txt", "b//c.txt"), str(tmp_path / "mine"))
+    (one,) = stage(staged.source, tmp_path / "again", files=files)
+    assert {(one.folder / name).read_text() for name in files} == {"mine"}
+    check_files(one.folder, tuple(one.settings.files))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_a_checkpoint_without_the_prompts_of_its_card_is_refused(staged, tmp_pat
 
 
 def test_a_branch_stays_in_the_staging_folder(staged, tmp_path):
-    entries = [{"name": "tiny", "checkpoint": str(staged.source), "branch": name} for name in ("x", "x/y", "../../z")]
+    entries = [{"name": "tiny", "checkpoint": str(staged.source), "branch": name} for name in ("x", "x/y", "x.z")]
     for one in stage_repositories(manifest(entries), tmp_path / "staged"):
         assert one.folder.parent == tmp_path / "staged"
         check_files(one.folder)

@@ -1,6 +1,7 @@
 """Read manifests: YAML files that list repositories to publish and their checkpoints, as in hub_configs."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import PurePosixPath
@@ -38,7 +39,7 @@ class RepositorySettings:
         slice_of: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model is cut.
         exit_layer: with `slice_of`, the exit at which the model is cut.
         only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
-        branch: branch of the repository.
+        branch: branch of the repository: letters, digits, `_`, and single `.`, `-` and `/`.
         trained_from: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model was trained.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
@@ -86,6 +87,8 @@ class RepositorySettings:
             key, fault = "checkpoint", "needs either `checkpoint` or `slice_of`"
         elif (self.slice_of is None) != (self.exit_layer is None):
             key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
+        elif not re.fullmatch(r"(?!.*(\.\.|--|//))\w[\w./-]*", self.branch):
+            key, fault = "branch", f"has {self.branch!r} as `branch`; use letters, digits and single `.`, `-` and `/`"
         elif outside:
             key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
         elif odd:

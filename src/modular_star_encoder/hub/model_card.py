@@ -99,8 +99,9 @@ def check_card(path: Path) -> None:
     """Raise UserError if huggingface_hub can't read the metadata of a card, or if the card shows a missing image."""
     required = ("library_name", "pipeline_tag", "tags")
     card = load_card(ModelCard, path, required, "hub.card.metadata")
-    for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
-        if not (path.parent / figure).is_file():
+    text = re.sub(r"(?s)(`+).*?\1", "", card.text)  # without code
+    for figure in re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text):
+        if not re.match(r"https?:|data:", figure) and not (path.parent / figure).is_file():
             raise UserError("hub.card.figure", f"{path} shows the image {figure}, which does not exist.")
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ from modular_star_encoder.inference import PROFILE_NAME
 from modular_star_encoder.inference.checkpoints import SENTENCE_TRANSFORMER_FILES
 from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import fits, scratch_folder, staged_folder
+from modular_star_encoder.utils.files import fits, scratch_folder, staged_file, staged_folder
 from modular_star_encoder.utils.http import check_hub, wrap_hub_errors
 
 KEPT = (".gitattributes",)  # files that the Hub creates and no commit deletes
@@ -189,7 +189,8 @@ def write_folder_card(manifest: Manifest, out: str | os.PathLike[str] | None = N
         if out is not None:
             Path(out).mkdir(parents=True, exist_ok=True)
             for name in filter(None, (CARD, staged.figure)):
-                shutil.copyfile(staged.folder / name, Path(out, name))
+                with staged_file(Path(out, name)) as temporary:  # a link is replaced, not followed
+                    shutil.copyfile(staged.folder / name, temporary)
         return (staged.folder / CARD).read_text(encoding="utf-8")
 
 
@@ -211,6 +212,7 @@ def verify_repositories(staged: Sequence[StagedRepository], *, progress: bool = 
 
 def check_files(folder: Path, extra: Sequence[str] = ()) -> None:
     """Raise UserError for a file that is unsafe, or is neither a weights file nor named in `EXPECTED` or `extra`."""
+    extra = [PurePosixPath(path).as_posix() for path in extra]
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         key, fault = "unexpected", "is not expected; list it under `files` in the manifest"

@@ -110,11 +110,14 @@ def _stage(
         print(f"mose: note: the card of {folder.name} has no figure. {error}", file=sys.stderr)
         figure = None
     for path, file in entry.files.items():
-        if (folder / path).exists() or (folder / path) == folder / CARD:
-            message = f"{entry.key}: remove {path} from `files`: `mose publish` writes this file itself."
+        target = folder / path
+        if target.exists() or any(one.is_file() or one == folder / CARD for one in (target, *target.parents)):
+            message = (
+                f"{entry.key}: remove {path} from `files`: the repository has another file or folder in its place."
+            )
             raise UserError("hub.staging.files", message)
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(user_path(file), folder / path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(user_path(file), target)
     training_rows, recipe = ([], "") if uncut else _read_training(entry, source)
     return StagedRepository(
         settings=entry,
@@ -198,7 +201,10 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
 
 
 def _section(path: Path) -> str:
-    text = path.read_text(encoding="utf-8").rstrip()
+    try:
+        text = path.read_text(encoding="utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        raise UserError("hub.staging.section", f"{path} in `sections` must be text in UTF-8, but: {error}.") from error
     return text if path.suffix == ".md" else f"```{path.suffix[1:]}\n{text}\n```"
 
 
