@@ -432,7 +432,7 @@ def test_an_address_of_the_hub_that_huggingface_hub_can_not_read_is_named():
 def test_an_address_of_the_hub_that_is_none_is_named(address):
     words = ("-m", "modular_star_encoder", "search", "x", "--model", "owner/no-such-model")
     answer = python(*words, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    assert (answer.returncode, f"HF_ENDPOINT={address!r} is not an address" in answer.stderr) == (2, True)
+    assert (answer.returncode, "HF_ENDPOINT is not an address" in answer.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("out", ["dangling", "loop", "file/out"])

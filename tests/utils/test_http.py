@@ -312,6 +312,10 @@ def test_addresses_settings_and_tokens_are_checked(monkeypatch):
     for wrong in ("file:///etc/passwd", "api.example/v1", "https://", "http://h:0", "http://a b/", "http://☃.com"):
         with raises("http.url", wrong):
             check_url(wrong)
+    for secret in ("http://user:s3cret@host/v1", "htp://user:s3cret@host", "user:s3cret@host"):
+        with raises("http.url", "***@host") as caught:
+            check_url(secret)
+        assert "s3cret" not in str(caught.value)
     hosts = ("a\x01b", "h/\x01", "a\n", "\ud800", "h/\ud800", "１２７.0.0.1", "h:１", "[::", "h/" + "x" * 70_000)
     for wrong in hosts:
         with raises("http.url") as caught:

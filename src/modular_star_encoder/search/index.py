@@ -45,7 +45,7 @@ _SECONDS_FOR_THE_FIRST_BUILD = 600
 SECONDS_TO_REFRESH = 2.0
 _SECONDS_FOR_THE_FIRST_ANSWER = 3.0  # to read files, of a folder of over 1,000 source files
 LONGEST_QUESTION = 2000  # largest number of characters of a question on the demo page or to a tool of `mose mcp`
-_MOST_PIECES = 10_000  # largest number of pieces of a file that `related` reads to find the code at a line
+_MOST_PIECES = 1_000_000  # largest number of pieces of a file that `related` reads to find the code at a line
 
 
 class CodeIndex:

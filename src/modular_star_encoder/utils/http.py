@@ -325,11 +325,12 @@ def is_web_address(url: str, schemes: Sequence[str] = _WEB) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Return `url` without slashes at its end; UserError (`http.url`) if it is not an http or https address."""
-    if is_web_address(url):
+    """Return `url` without slashes at its end; UserError (`http.url`) if it is no web address, or has a password."""
+    if is_web_address(url) and "@" not in urlsplit(url).netloc:  # reports and cards show addresses
         return url.rstrip("/")
-    message = f"{url!r:.200} is not an http or https address such as https://api.openai.com/v1."
-    raise UserError("http.url", message)
+    shown = re.sub(r"[^/]*@", "***@", url) if isinstance(url, str) else url
+    message = f"{shown!r:.200} is not an http or https address such as https://api.openai.com/v1, without a user name"
+    raise UserError("http.url", f"{message}. The key of an endpoint is read from an environment variable.")
 
 
 def url_host(url: str) -> str:
@@ -377,7 +378,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     """
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not is_web_address(address):
-        raise OSError(f"HF_ENDPOINT={address!r} is not an address such as https://huggingface.co: correct or unset it.")
+        raise OSError("HF_ENDPOINT is not an address such as https://huggingface.co: correct or unset it.")
     url, reasons = urlsplit(address), [f"no answer within {seconds:g} seconds"]
 
     def ask() -> None:
