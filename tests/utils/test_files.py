@@ -61,6 +61,23 @@ def test_a_folder_with_content_is_not_replaced_even_if_another_run_wrote_it_mean
         pass
 
 
+def test_an_empty_folder_may_be_a_link_but_neither_current_nor_a_mount_point(tmp_path, monkeypatch):
+    (folder := tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        with raises("files.folder.in_use", folder), staged_folder("."):
+            pass
+        patch.chdir(tmp_path)
+        patch.setattr("os.path.ismount", lambda path: path == folder)
+        with raises("files.folder.in_use", folder), staged_folder("link"):
+            pass
+    with staged_folder(tmp_path / "link") as staging:
+        (staging / "a").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "folder", "link"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_file_that_could_not_be_written_is_reported_beforehand(tmp_path):
     check_writable(tmp_path / "results.json")
     with raises("files.not_writable", tmp_path / "no"):

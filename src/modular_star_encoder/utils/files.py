@@ -210,11 +210,15 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
 def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) -> Iterator[Path]:
     """Context manager: yield a temporary folder that becomes `target` at the end (see `staged_file`).
 
-    Missing parents are created. UserError (`files.folder.not_empty`) if `target` is a file or a folder with files.
+    Missing parents are created. UserError (`files.folder.not_empty`) if `target` is a file or a folder with files, or
+    (`files.folder.in_use`) if it can't be replaced: it is the current folder or a mount point.
     """
-    target = Path(target).absolute()
+    target = Path(os.path.realpath(target))  # the place of a link, which a rename would replace
 
     def check() -> None:
+        if os.path.ismount(target) or (target.is_dir() and target.samefile(os.curdir)):
+            message = f"{target} is the current folder or a mount point; name a new folder in it."
+            raise UserError("files.folder.in_use", message)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(
                 "files.folder.not_empty", f"{target} already exists and is not an empty folder; name another folder."
