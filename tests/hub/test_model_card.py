@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from modular_star_encoder.hub import publishing
+from modular_star_encoder.hub.manifest import folder_manifest
 from modular_star_encoder.hub.model_card import check_card, write_card
 from modular_star_encoder.hub.publishing import write_folder_card
 from modular_star_encoder.hub.staging import stage_repositories, without_paths
@@ -156,7 +157,9 @@ def test_training_is_described_from_the_log_without_places_of_this_machine(stage
     for line in ("| steps | 150 |", "| repositories held out | 2 |", "corpus: (a local path)\nseed: 0"):
         assert line in text
     assert "/home/me" not in text
-    assert without_paths({"a": ["~/x", "bigcode/data", 1]}) == {"a": ["(a local path)", "bigcode/data", 1]}
+    hidden = dict.fromkeys(("~/x", "/x", "./x", "pairs=/home/me/x", "file:///home/me/x"), "(a local path)")
+    kept = ("bigcode/data", 1, "a/b at exit 1/2", "https://host/v1")
+    assert without_paths([*hidden, *kept]) == [*hidden.values(), *kept]
 
 
 def test_the_figure_shows_quality_against_latency(staged):
@@ -187,6 +190,19 @@ def test_the_card_shows_the_results_in_the_training_log_if_they_are_of_these_wei
             assert (line in text) == shown
         assert "| started from | mose-code |" in text
         assert "| tokens at which held-out texts were cut | 128 |" in text
+
+
+def test_texts_of_a_stranger_s_checkpoint_stay_texts_in_the_card(sources, tmp_path):
+    copy = shutil.copytree(sources["finetuned"], tmp_path / "model")
+    odd = "`.\n\n# Pwned\n\n<img src=x>\n```\n\n# Pwned\n\n`"
+    change_json(copy, parent_model=odd)
+    (copy / "exit_profile.json").unlink()
+    change_json(copy, "config_sentence_transformers.json", prompts={"query": "", "document_python": "", odd: ""})
+    (copy / "training_log.json").write_text(json.dumps({"recipe": {"note": odd}}))
+    text = write_folder_card(folder_manifest(str(copy), "me/x", license="mit"))
+    outside = text.replace(text.partition("```yaml")[2].partition("\n```")[0], "")
+    assert outside.count("# Pwned") == 4  # in one line each of the parent and the prompts
+    assert not re.search("^# Pwned|<img", outside, re.MULTILINE)
 
 
 def test_the_card_is_replaced_whole_and_no_link_is_followed(plan, staged, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -219,13 +220,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
+_PATH = re.compile(r"(^|[=\s\"'])([/~]|file:)")  # also a path inside a text, such as `pairs=/home/me/pairs.csv`
+
+
 def without_paths(settings: Any) -> Any:
     """Return settings with "(a local path)" in place of each local path; Hub ids of models and datasets are kept."""
     if isinstance(settings, dict):
         return {name: without_paths(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
         return [without_paths(value) for value in settings]
-    if isinstance(settings, str) and (settings.startswith(("/", "~", ".")) or os.path.isabs(settings)):
+    if isinstance(settings, str) and (settings.startswith(".") or os.path.isabs(settings) or _PATH.search(settings)):
         return HIDDEN
     return settings
 
