@@ -265,6 +265,13 @@ def test_a_run_that_saves_only_models_continues_their_average(tmp_path):
     assert (log["resumed_from"], log["steps"]) == (2, 4)
 
 
+def test_a_run_that_ended_after_its_last_step_is_not_trained_further(tmp_path):
+    first, again = (saving_every_second_step(tmp_path, ema_decay=0.9) for _ in range(2))
+    logs = [train_to_the_end(trainer, tmp_path, progress=False) for trainer in (first, again)]
+    assert [(log["resumed_from"], log["steps"]) for log in logs] == [(None, 4), (4, 4)]
+    assert equal_weights(first, again)
+
+
 def test_the_best_model_of_a_moved_run_is_found(tmp_path):
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     options |= {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "max_steps": 10}

@@ -173,6 +173,13 @@ class MultiExitTrainer(Trainer):
                 shutil.rmtree(left)
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train as `Trainer` does, but not one more step if the checkpoint of the last step is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint; first correct old checkpoints' dates in the future, because `Trainer` keeps the newest."""
         now, steps = time.time(), {}
