@@ -15,7 +15,7 @@ from modular_star_encoder.evaluation.run import classification_scores
 from modular_star_encoder.training.finetuning import finetune_classifier, load_finetuning
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS
-from tests.training.retrieval_runs import WORDS, write_checkpoint, write_recipe
+from tests.training.retrieval_runs import WORDS, interrupt, write_checkpoint, write_recipe
 
 
 def write_bigclonebench(folder, pairs=60):
@@ -58,6 +58,20 @@ def run(recipe_file, out, *overrides):
     recipe, finetune = load_finetuning(recipe_file, overrides)
     assert finetune is finetune_classifier
     return finetune(recipe, out, progress=False)
+
+
+@pytest.mark.slow
+def test_a_run_is_not_continued_on_other_rows(recipe_file, tmp_path, monkeypatch):
+    data = write_bigclonebench(tmp_path / "data")
+    overrides = [f"data.bigclonebench={data}", "save_steps=2"]
+    for step in (1, 3):  # before the first checkpoint, rows may change
+        write_bigclonebench(data, pairs=60 - step)
+        with interrupt(monkeypatch, step):
+            run(recipe_file, tmp_path / "run", *overrides)
+    lines = (data / "train.txt").read_text().splitlines()
+    (data / "train.txt").write_text("\n".join(line[:-1] + str(1 - int(line[-1])) for line in lines))
+    with raises("training.run.other_settings", "rows"):
+        run(recipe_file, tmp_path / "run", *overrides)
 
 
 SHORT, LONG = "a b", "x = 1; " * 50

@@ -1,5 +1,6 @@
 """Fine-tune a model from a recipe, for retrieval or clone detection. An interrupted run can be continued."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -36,7 +37,7 @@ from modular_star_encoder.training.recipes import ClassificationRecipe, Finetuni
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import write_text
+from modular_star_encoder.utils.files import read_record, write_json, write_text
 from modular_star_encoder.utils.settings import load_settings, read_mapping
 
 logger = logging.get_logger(__name__)
@@ -161,7 +162,7 @@ def finetune_classifier(
     if run.log is not None:
         return run.log
     model, tokenizer = start.load()
-    splits = {}
+    splits, digest = {}, hashlib.sha256()
     for split, pairs in read_labelled_pairs(recipe.data).items():
         setting = "max_train_samples" if split == "train" else "max_eval_samples"
         limit = getattr(recipe, setting)
@@ -171,9 +172,15 @@ def finetune_classifier(
             counts = f"{len(chosen):,} rows, of which {chosen.labels.sum():,} have label 1"
             left_out = f", {len(pairs) - len(chosen):,} left out (beyond {setting}={limit})"
             print(f"{split}: {counts}{left_out if len(chosen) < len(pairs) else ''}")
+        for part in (repr(chosen.codes).encode(), chosen.pairs.tobytes(), chosen.labels.tobytes()):
+            digest.update(part)
         splits[split] = ClassificationRows(chosen, tokenizer, max_tokens=recipe.max_tokens, progress=shown)
+    file, found = out / "rows.json", {"rows of `data`": digest.hexdigest()}
+    if file.is_file() and runs.last_checkpoint(out / runs.CHECKPOINTS):
+        runs.check_same(out, read_record(file, "training.run.damaged"), found, found)
     if state.is_main_process:
         run.begin()
+        write_json(file, found)
     collator = ClassificationCollator(tokenizer)
     trainer = MultiExitTrainer(
         add_adapters(model, recipe.lora),
