@@ -91,8 +91,10 @@ def test_an_interrupted_evaluation_costs_no_training_and_cells_of_other_rows_or_
     path = out / "cells/start/exit-4/rate-0.003-seed-0.json"
     cell = json.loads(path.read_text())
     other = {task: {"4": ranks["4"][1:]} for task, ranks in cell["test"].items()}
-    for test, key in ((other, "training.run.other_settings"), ({TASK: 5}, "benchmark.file.unexpected")):
-        path.write_text(json.dumps(cell | {"test": test}))
+    bad = {"test": {TASK: 5}}, {"seconds": float("nan")}, {"cosines": {"0": float("inf")}}
+    cases = [({"test": other}, "training.run.other_settings"), *((one, "benchmark.file.unexpected") for one in bad)]
+    for changes, key in cases:
+        path.write_text(json.dumps(cell | changes))
         with raises(key, path.name):
             run(recipe_file, out)
 
@@ -265,6 +267,12 @@ def test_a_variant_must_fit_only_the_starts_that_train_it(recipe_file, tmp_path)
     ablation_module._Cells(load_recipe(AblationRecipe, recipe_file, overrides), tmp_path / "run", False, print)
     with raises("distillation.contrastive", "taught/own-teacher"):
         run(recipe_file, tmp_path / "other", *overrides[:2])
+
+
+def test_different_rates_have_different_names(recipe_file):
+    recipe = load_recipe(AblationRecipe, recipe_file)
+    names = [recipe.cell("start", "together", rate, 0).name for rate in (0.003, 0.0030000001, 3.0)]
+    assert names == [f"start/together/rate-{rate}-seed-0" for rate in ("0.003", "0.0030000001", "3")]
 
 
 def test_exits_alone_have_no_options_about_other_exits(recipe_file):

@@ -78,6 +78,7 @@ def _name(name: str) -> str:
 Name = Annotated[str, AfterValidator(_name)]
 
 
+_Finite = Annotated[float, Constraint(allow_inf_nan=False)]
 _Ranks = dict[str, dict[str, Annotated[list[Probability], Constraint(min_length=1)]]]  # {task: {exit: of its queries}}
 
 
@@ -85,8 +86,8 @@ class _Content(TypedDict):
     """Keys and types of the file that stores the result of one training run (`AblationCell`)."""
 
     recipe: dict[str, Any]
-    seconds: float
-    cosines: dict[str, float]
+    seconds: _Finite
+    cosines: dict[str, _Finite]
     validation: _Ranks
     test: _Ranks
 
@@ -100,7 +101,8 @@ class AblationCell(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.start}/{self.kind}/rate-{self.recipe.learning_rate:g}-seed-{self.recipe.seed}"
+        rate = str(self.recipe.learning_rate).removesuffix(".0")
+        return f"{self.start}/{self.kind}/rate-{rate}-seed-{self.recipe.seed}"
 
 
 @settings_class
