@@ -94,8 +94,8 @@ def pretrain(
         snippets = recipe.corpus.get("snippets", "files")
         for part, use in ((train, "to train on"), (held_out, "held out")):
             names, more = part.repositories[:5], ", …" * (len(part.repositories) > 5)
-            counts = f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories"
-            print(f"{counts}: {', '.join(names)}{more}")
+            size = f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories"
+            print(f"{size}: {', '.join(names)}{more}")
         if len(held_out.repositories) == 2 > round(recipe.eval_fraction * len(store.repositories)):
             print("two repositories are held out, the fewest that give pairs of snippets from different repositories")
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
