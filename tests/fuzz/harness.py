@@ -88,5 +88,6 @@ def make_world(root: Path, seeds: Iterable[tuple[str, Step]]) -> None:
     for name, seed in seeds:
         folder = root / name
         folder.mkdir(parents=True)
-        if (end := run(folder, seed)).status:
+        # From the folder above, because a checkpoint is not written to the current folder.
+        if (end := run(root, lambda _, seed=seed, folder=folder: seed(folder))).status:
             raise RuntimeError(f"{name} ended with {end.status}: {end.errors}")
