@@ -297,15 +297,30 @@ def test_a_run_with_no_or_rare_log_lines_may_have_no_number_of_steps_between_the
         ({"compute_metrics": print}, {}),
         ({"compute_loss_func": print}, {}),
         ({"preprocess_logits_for_metrics": print}, {}),
-        ({"model_init": tiny_model}, {}),
         ({}, {"label_smoothing_factor": 0.1}),
     ],
 )
 def test_arguments_without_effect_are_refused(tmp_path, options, own):
     with raises("training.no_effect", *options, *own):
         MultiExitTrainer(tiny_model(), arguments(tmp_path, **own), ContrastiveObjective(), **options)
-    with raises("training.no_effect", "model"):
-        MultiExitTrainer(None, arguments(tmp_path), ContrastiveObjective())
+
+
+@pytest.mark.parametrize("options", [{}, {"share_heads": True, "ema_decay": 0.5}, {"detach_shallow_exits": True}])
+def test_model_init_gives_each_training_a_new_model_and_the_same_result(tmp_path, options):
+    made = []
+    options = {"model_init": lambda: made.append(tiny_model()) or made[-1], "args": arguments(tmp_path, **options)}
+    data = {"train_dataset": Rows(), "data_collator": collate}
+    trainer = MultiExitTrainer(None, objective=ContrastiveObjective(), **options, **data)
+    results = []
+    for number in (2, 3):  # `Trainer` makes one model when it is made
+        trainer.train()
+        assert (len(made), trainer.model is made[-1]) == (number, True)
+        results.append(trainer.model.state_dict())
+        heads = [[*one.parameters()] for one in trainer.model.projection_heads.values()]
+        are_equal = all(torch.equal(*several) for several in zip(heads[0], heads[-1], strict=True))
+        assert are_equal == trainer.args.share_heads
+    assert all(torch.equal(results[0][name], one) for name, one in results[1].items())
+    assert not all(torch.equal(tiny_model().state_dict()[name], one) for name, one in results[1].items())
 
 
 def with_scale():

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 # (benchmarks/results/mini_parallel_ablation.md).
 MOST_MASKED_NEGATIVES = 0.1
 
-_WITHOUT_EFFECT = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+_WITHOUT_EFFECT = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 
 
 class MultiExitTrainer(Trainer):
@@ -44,7 +44,8 @@ class MultiExitTrainer(Trainer):
     so does a gradient that is not finite (`training.gradient.not_finite`), except with float16.
 
     Args:
-        model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT.
+        model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT; None with
+            `model_init`, a function that returns a new model for each training.
         args: `MultiExitTrainingArguments`, or plain `TrainingArguments`; the options of exits then have the defaults of
             `MultiExitTrainingArguments`. `remove_unused_columns` is set to False, because the objective defines the
             columns of a batch.
@@ -75,7 +76,7 @@ class MultiExitTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         args: TrainingArguments,
         objective: Objective,
         *,
@@ -83,9 +84,11 @@ class MultiExitTrainer(Trainer):
         evaluator: Callable[..., Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if model is None or any(kwargs.get(name) is not None for name in _WITHOUT_EFFECT):
-            message = f"Give MultiExitTrainer a `model`, and leave out {', '.join(_WITHOUT_EFFECT)}: losses and metrics"
-            raise UserError("training.no_effect", f"{message} come from the objective, other metrics from `evaluator`.")
+        if given := [name for name in _WITHOUT_EFFECT if kwargs.get(name) is not None]:
+            message = (
+                f"Leave out {given[0]}: losses and metrics come from the objective, other metrics from `evaluator`."
+            )
+            raise UserError("training.no_effect", message)
         args.remove_unused_columns = False
         self._folder = str(args.output_dir)
         self.evaluator = evaluator
@@ -94,15 +97,25 @@ class MultiExitTrainer(Trainer):
         self.exit_schedule = _option(args, "exit_schedule")
         self.log_gradient_norms = _option(args, "log_gradient_norms")
         self.objective: Objective = objective
-        config: Any = model.config
-        self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
-        self.exit_weights = check_objective(objective, args, config, self.exit_layers)
+        self._asked_exits, self._shared_heads = exit_layers, SharedHeads()
+        if model is not None:
+            self._set_up(model, args)
         self._gathered: dict[str, list[torch.Tensor]] = {}
         if self.exit_schedule != "all" and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
         # Losses are means over the batch already: Trainer must divide them by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        self.add_callback(self._shared_heads)
+        self._average = AveragedWeights(decay) if (decay := _option(args, "ema_decay")) else None
+        if self._average is not None:
+            self.add_callback(self._average)
+
+    def _set_up(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Check that `model` fits the objective and the arguments, and prepare its heads."""
+        config: Any = model.config
+        self.exit_layers = config.resolve_exits(exit_layers=self._asked_exits or config.exit_layers)
+        self.exit_weights = check_objective(self.objective, args, config, self.exit_layers)
         if _option(args, "detach_shallow_exits") or _option(args, "share_heads"):
             heads = getattr(_bare(model), "projection_heads", None)
             if heads is None:
@@ -110,12 +123,15 @@ class MultiExitTrainer(Trainer):
                 raise UserError("training.heads", message)
             own = [heads[str(exit_layer)] for exit_layer in self.exit_layers]
             if _option(args, "share_heads"):
-                self.add_callback(SharedHeads(own))
+                self._shared_heads.share(own)
             for head in own[:-1] if _option(args, "detach_shallow_exits") else ():
                 head.register_forward_pre_hook(lambda _, inputs: tuple(states.detach() for states in inputs))
-        self._average = AveragedWeights(decay) if (decay := _option(args, "ema_decay")) else None
-        if self._average is not None:
-            self.add_callback(self._average)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new model of `model_init`, as `Trainer` does, and prepare it."""
+        model = super().call_model_init(trial)
+        self._set_up(model, self.args)
+        return model
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -345,7 +361,11 @@ def write_serving_files(model: nn.Module, folder: Path) -> None:
 class SharedHeads(TrainerCallback):
     """Callback that keeps heads equal: all start as copies of the last head and get the sum of all heads' gradients."""
 
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
+    def __init__(self) -> None:
+        self.parameters: list[tuple[nn.Parameter, ...]] = []  # the parameters that are equal; none until `share`
+
+    def share(self, heads: Sequence[nn.Module]) -> None:
+        """Keep these heads equal, in place of others."""
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
 
     @torch.no_grad()
