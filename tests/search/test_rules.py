@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.search import ranking
-from modular_star_encoder.search.hits import Answer, Hit, format_answer, printable, score_bar
+from modular_star_encoder.search.hits import Answer, Hit, format_answer, score_bar
 from modular_star_encoder.search.pieces import Snippet, question_stems, snippet_words, stems
 from modular_star_encoder.search.ranking import Question
+from modular_star_encoder.utils.reports import printable
 
 
 def piece(path, *defines, text="x"):

@@ -89,9 +89,9 @@ def run_dataset_build(arguments: argparse.Namespace) -> None:
 
 def run_dataset_dedup(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.data.sources.dataset_rows import open_texts
-    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
     from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
+    from modular_star_encoder.utils.reports import printable
 
     report = drop_near_duplicates(
         arguments.source,
@@ -109,9 +109,9 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from modular_star_encoder.data.pairs import open_triplets
-    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.publishing import dataset_statistics
     from modular_star_encoder.utils.files import write_json
+    from modular_star_encoder.utils.reports import printable
 
     triplets = open_triplets(arguments.source, split=arguments.split)
     statistics = dataset_statistics(triplets)
@@ -128,8 +128,8 @@ def run_dataset_stats(arguments: argparse.Namespace) -> None:
 def run_dataset_push(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.publishing import push_dataset
+    from modular_star_encoder.utils.reports import printable
 
     private = not arguments.public
     pushed = push_dataset(arguments.folder, arguments.repository, upload=arguments.upload, private=private)
@@ -158,9 +158,9 @@ def run_corpus_build(arguments: argparse.Namespace) -> None:
 
 def run_corpus_check(arguments: argparse.Namespace) -> None:
     """Print the texts of a corpus that are in evaluation sets. UserError if there are such texts and no --drop."""
-    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.synthconl.corpus import EvaluationTexts, check_corpus
     from modular_star_encoder.utils.files import write_json
+    from modular_star_encoder.utils.reports import printable
 
     report, hits = check_corpus(arguments.files, EvaluationTexts(arguments.against), arguments.drop)
     for hit in hits:

@@ -18,7 +18,7 @@ from modular_star_encoder.cli import (
     number_list,
     of_form,
 )
-from modular_star_encoder.search.hits import printable
+from modular_star_encoder.utils.reports import printable
 
 # The names in `evaluation.benchmarks`, copied because importing it takes seconds; a test compares both.
 BENCHMARK_NAMES = (

@@ -26,8 +26,8 @@ from modular_star_encoder.cli.evaluate import add_evaluate_commands
 from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
-from modular_star_encoder.search.hits import printable
 from modular_star_encoder.utils.errors import is_panic, missing_extra
+from modular_star_encoder.utils.reports import printable
 
 EXPECTED_ERRORS = (ValueError, OSError, MemoryError)
 DISTRIBUTION = "modular-star-encoder"

@@ -11,9 +11,9 @@ from typing import Any
 
 from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
 from modular_star_encoder.inference import resolve_checkpoint
-from modular_star_encoder.search.hits import printable
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json
+from modular_star_encoder.utils.reports import printable
 
 
 def add_publish_commands(commands: Any) -> None:

@@ -128,9 +128,9 @@ def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.search.hits import printable
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER, readable_path
+    from modular_star_encoder.utils.reports import printable
 
     folder = os.path.expanduser(arguments.folder)
     store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
@@ -192,9 +192,10 @@ def _budget(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.search.hits import format_answer, printable
+    from modular_star_encoder.search.hits import format_answer
     from modular_star_encoder.search.index import SECONDS_TO_REFRESH, check_search, open_for_search
     from modular_star_encoder.search.ranking import Cascade
+    from modular_star_encoder.utils.reports import printable
 
     budget, cascade = _budget(arguments), None
     if arguments.rerank_exit_layer is not None:

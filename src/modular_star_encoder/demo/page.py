@@ -19,11 +19,12 @@ from pygments.token import Text, _TokenType
 from pygments.util import ClassNotFound
 
 from modular_star_encoder.inference.exit_profile import ExitProfile, checkpoint_profile
-from modular_star_encoder.search.hits import Answer, Hit, printable
+from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.index import LONGEST_QUESTION, CodeIndex
 from modular_star_encoder.search.ranking import Cascade
 from modular_star_encoder.search.vector_store import LONGEST_PATH, readable_path
 from modular_star_encoder.utils.errors import UserError, naming_extra
+from modular_star_encoder.utils.reports import printable
 
 TOP_K = 5
 MOST_WAITING = 100  # largest number of questions that wait for an answer; more are refused (HTTP status 503)

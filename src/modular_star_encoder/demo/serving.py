@@ -27,10 +27,11 @@ from modular_star_encoder.demo.page import (
     highlighted,
     import_gradio,
 )
-from modular_star_encoder.search.hits import Hit, printable
+from modular_star_encoder.search.hits import Hit
 from modular_star_encoder.search.index import CodeIndex, file_inside
 from modular_star_encoder.search.pieces import LINE_END
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.reports import printable
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -18,7 +18,6 @@ from modular_star_encoder.data.sources import FileFilters, SourceFile
 from modular_star_encoder.data.sources.ignore_files import beginning
 from modular_star_encoder.data.sources.repositories import FileReader, SourcePath, folder_repositories
 from modular_star_encoder.search.embedder import Embedder
-from modular_star_encoder.search.hits import printable
 from modular_star_encoder.search.pieces import Snippet, file_pieces, is_boilerplate, question_stems, snippet_words
 from modular_star_encoder.search.vector_store import (
     IndexSettings,
@@ -30,6 +29,7 @@ from modular_star_encoder.search.vector_store import (
     readable_path,
 )
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.reports import printable
 
 _FILES_PER_CHUNK = 8
 _ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an interruption loses seconds of work

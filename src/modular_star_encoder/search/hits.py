@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from modular_star_encoder.utils.reports import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -76,9 +78,3 @@ def score_bar(share: float, width: int = 10) -> str:
     eighths = round(min(max(0.0, share), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)
-
-
-def printable(text: str) -> str:
-    """Return `text` with `�` for each unprintable character, which could control the terminal, and spaces for tabs."""
-    text = text.replace("\t", _INDENT)
-    return text if text.isprintable() else "".join(one if one.isprintable() else "�" for one in text)

@@ -16,11 +16,12 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import Field
 
-from modular_star_encoder.search.hits import Hit, printable
+from modular_star_encoder.search.hits import Hit
 from modular_star_encoder.search.index import LONGEST_QUESTION, CodeIndex
 from modular_star_encoder.search.pieces import LINE_END
 from modular_star_encoder.search.vector_store import LONGEST_PATH, readable_path
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.reports import printable
 
 MOST_CHARACTERS = 12_000  # largest number of characters of an answer: about 3,000 tokens
 MOST_HITS = 20

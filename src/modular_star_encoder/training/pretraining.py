@@ -23,6 +23,7 @@ from modular_star_encoder.training.starting_points import check_vocabulary, star
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import staged_folder
+from modular_star_encoder.utils.reports import printable
 
 # Number of characters to train a tokenizer on: enough for a large vocabulary; more text only takes longer.
 TOKENIZER_CHARACTERS = 100_000_000
@@ -95,7 +96,7 @@ def pretrain(
         for part, use in ((train, "to train on"), (held_out, "held out")):
             names, more = part.repositories[:5], ", …" * (len(part.repositories) > 5)
             size = f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories"
-            print(f"{size}: {', '.join(names)}{more}")
+            print(printable(f"{size}: {', '.join(names)}{more}"))
         if len(held_out.repositories) == 2 > round(recipe.eval_fraction * len(store.repositories)):
             print("two repositories are held out, the fewest that give pairs of snippets from different repositories")
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}

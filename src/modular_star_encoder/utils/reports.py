@@ -115,5 +115,11 @@ def cell(value: Any) -> str:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    text = "".join(one if one.isprintable() else "�" for one in " ".join(str(value).split()))
+    text = printable(" ".join(str(value).split()))
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def printable(text: str) -> str:
+    """Return `text` with `�` for each unprintable character, which could control the terminal, and spaces for tabs."""
+    text = text.replace("\t", "    ")
+    return text if text.isprintable() else "".join(one if one.isprintable() else "�" for one in text)
