@@ -119,9 +119,18 @@ def test_killed_before_every_renaming_nothing_is_lost_doubled_or_mismatched(corp
     build_quietly(small_recipe(corpus, server.base_url), out)
     assert_rows_are_their_own(out)
     assert published(out) == published(finished)
-    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
+    names, expected = ({str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (out, finished))
+    assert names == expected
     # The stage of translation starts as often as it is killed, with at most four requests under way.
     assert len(server.bodies) - asked <= 35 + 4 * deaths[1]
+
+
+def test_what_a_killed_process_left_in_a_finished_stage_is_removed(corpus, finished, server, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for stage in ("translations", "near_duplicates"):
+        (out / stage / ".report.json.1.tmp").touch()  # of a report that was being written again
+    build_quietly(small_recipe(corpus, server.base_url), out)
+    assert not [*out.rglob(".*.tmp")]
 
 
 @pytest.mark.slow

@@ -162,8 +162,9 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     with folder_lock(build.out):
         log = _read_log(build)
         # Remove the temporary files of a killed process.
-        for path in (*build.out.glob(".*.tmp"), *build.out.glob("translations/.*.tmp")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for place in ("", *(f"{stage.__name__}/" for stage in _CONTINUED)):
+            for path in build.out.glob(f"{place}.*.tmp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for stage in STAGES:
             if not build.is_done(stage.__name__):
                 _run(build, stage, log)
