@@ -98,10 +98,13 @@ def test_held_out_rows_of_every_source_share_nothing_with_those_trained_on(tmp_p
         assert ("eval_fraction=0.2 holds out more" in capsys.readouterr().out) is said
 
 
-@pytest.mark.parametrize(("copied", "warned"), [(30, True), (10, False)])
-def test_descriptions_that_stand_in_their_code_give_a_warning(tmp_path, capsys, copied, warned):
+@pytest.mark.parametrize(
+    ("query", "copied", "warned"),
+    [("Adds the number {i}, then returns.", 30, True), ("Adds the number {i}.", 10, False), ("adds_{i}", 40, False)],
+)
+def test_descriptions_that_stand_in_their_code_give_a_warning(tmp_path, capsys, query, copied, warned):
     rows = [
-        {"query": f"Adds the number {i}, then returns.", "code": f"def f{i}(x):\n" + note * (i < copied) + "    ..."}
+        {"query": query.format(i=i), "code": f"def adds_{i}(x):\n" + note * (i < copied) + "    ..."}
         for i, note in enumerate(f"    # Adds the  number\n    # {i}, then returns\n" for i in range(40))
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))

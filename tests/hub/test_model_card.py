@@ -157,8 +157,18 @@ def test_training_is_described_from_the_log_without_places_of_this_machine(stage
     for line in ("| steps | 150 |", "| repositories held out | 2 |", "corpus: (a local path)\nseed: 0"):
         assert line in text
     assert "/home/me" not in text
-    hidden = dict.fromkeys(("~/x", "/x", "./x", "pairs=/home/me/x", "file:///home/me/x"), "(a local path)")
-    kept = ("bigcode/data", 1, "a/b at exit 1/2", "https://host/v1")
+    paths = (
+        "~/x",
+        "/x",
+        "./x",
+        "pairs=/home/me/x",
+        "file:///home/me/x",
+        "pairs:/home/me/x.csv",
+        "[/home/me/a]",
+        "~me/x",
+    )
+    hidden = dict.fromkeys(paths, "(a local path)")
+    kept = ("bigcode/data", 1, "a/b at exit 1/2", "https://host/v1", "the query / the code", "a ~5 b")
     assert without_paths([*hidden, *kept]) == [*hidden.values(), *kept]
 
 

@@ -185,8 +185,9 @@ def test_an_answer_without_a_completion_is_an_error_of_its_prompt_alone_with_a_r
     assert {one.finish_reason for one in others} == {"stop"}
 
 
-def test_an_error_in_place_of_null_choices_is_temporary():
-    overloaded = {"choices": None, "error": {"message": "Overloaded."}}
+@pytest.mark.parametrize("choices", [None, []])
+def test_an_error_in_place_of_choices_is_temporary(choices):
+    overloaded = {"choices": choices, "error": {"message": "Overloaded."}}
     with OpenAIServer(echo, first_times(1, 200, overloaded)) as server:
         assert [one.finish_reason for one in complete(server)] == ["stop"]
 

@@ -300,6 +300,7 @@ def some_rows(count):
 def test_rows_are_read_as_they_were_written_and_a_split_is_numbered_out_of_its_files(tmp_path, monkeypatch, count):
     monkeypatch.setattr(row_files, "ROWS_PER_FILE", 3)
     monkeypatch.setattr(row_files, "ROWS_PER_PUBLISHED_FILE", 6)
+    monkeypatch.setattr(row_files, "_ROWS_PER_PUBLISHED_GROUP", 3)
     assert write_rows(tmp_path, iter(some_rows(count)), IDS) == count_rows(tmp_path) == count
     assert list(read_rows(tmp_path)) == some_rows(count)
     assert len(list(tmp_path.iterdir())) == -(-count // 3)

@@ -312,7 +312,8 @@ def test_addresses_settings_and_tokens_are_checked(monkeypatch):
     for wrong in ("file:///etc/passwd", "api.example/v1", "https://", "http://h:0", "http://a b/", "http://☃.com"):
         with raises("http.url", wrong):
             check_url(wrong)
-    for secret in ("http://user:s3cret@host/v1", "htp://user:s3cret@host", "user:s3cret@host"):
+    secrets = "http://user:s3cret@host/v1", "htp://user:s3cret@host", "user:s3cret@host", "http://me:12/s3cret@host/v1"
+    for secret in secrets:
         with raises("http.url", "***@host") as caught:
             check_url(secret)
         assert "s3cret" not in str(caught.value)

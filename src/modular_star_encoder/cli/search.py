@@ -23,7 +23,8 @@ _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "d
 
 
 _RELATED = """Find code that resembles the code at a line, by the index in the file's folder or a folder above.
-Without such an index, the nearest folder above with .git or a cached index is searched, else the working folder."""
+Without such an index, the nearest folder above with .git or a cached index is searched, else the working folder if it
+holds the file, else the file's folder."""
 
 
 def add_search_commands(commands: Any) -> None:
@@ -249,7 +250,8 @@ def _take_folder(arguments: argparse.Namespace) -> None:
     if questions and os.path.isdir(path):
         if others := [one for one in questions[1:] if os.path.isdir(os.path.expanduser(one))]:
             fault = f"{others[0]!r} and {last!r} are folders, and one command searches one folder"
-            raise UserError("cli.search.folders", f'{fault}. Write: mose search "QUESTION" {last}')
+            advice = f'Write: mose search "QUESTION" {last}. If {others[0]!r} is a question, add --folder before {last}'
+            raise UserError("cli.search.folders", f"{fault}. {advice}.")
         arguments.questions, arguments.folder = questions, last
         return
     near = []

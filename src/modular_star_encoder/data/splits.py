@@ -112,7 +112,7 @@ def _warn_of_copies(held_out: Sequence[RetrievalExample]) -> None:
     """Print a warning if most descriptions stand in their own code, as docstrings do."""
     described = [row for row in held_out if row.description]
     texts = ((_words(row.description), _words(row.snippets[0].code)) for row in described)
-    if (copies := sum(description in code for description, code in texts)) > len(described) / 2:
+    if (copies := sum(len(one.split()) > 2 and one in code for one, code in texts)) > len(described) / 2:
         print(
             f"warning: {copies:,} of {len(described):,} held-out descriptions stand word for word in their code, so\n"
             "the scores measure copying, in which BM25 is best. Remove docstrings and comments from the code."
@@ -120,7 +120,7 @@ def _warn_of_copies(held_out: Sequence[RetrievalExample]) -> None:
 
 
 def _words(text: str) -> str:
-    return " ".join(["", *re.findall(r"[^\W_]+", text), ""])  # compared without comment marks and punctuation
+    return " ".join(["", *re.findall(r"\w+", text), ""])  # compared without comment marks and punctuation
 
 
 def _print_counts(report: Mapping[str, Any]) -> None:

@@ -87,8 +87,11 @@ class RepositorySettings:
             key, fault = "checkpoint", "needs either `checkpoint` or `slice_of`"
         elif (self.slice_of is None) != (self.exit_layer is None):
             key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
-        elif not re.fullmatch(r"(?!.*(\.\.|--|//))\w[\w./-]*", self.branch):
-            key, fault = "branch", f"has {self.branch!r} as `branch`; use letters, digits and single `.`, `-` and `/`"
+        elif not re.fullmatch(r"(?!.*(\.\.|--))\w[\w.+-]*(/\w[\w.+-]*)*", self.branch):
+            key, fault = (
+                "branch",
+                f"has {self.branch!r} as `branch`; use letters, digits and single `.`, `-`, `+`; `/` between names",
+            )
         elif outside:
             key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
         elif odd:

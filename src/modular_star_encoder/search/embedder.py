@@ -185,8 +185,8 @@ class Embedder:
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode
             return lambda texts: {0: encode(texts)}
-        is_short = expected is not None and expected <= _FEW_TEXTS and self._device in (None, "cpu")
-        if is_short and self._model is None and has_layers(self._facts):
+        is_short = expected is not None and expected <= _FEW_TEXTS
+        if is_short and self._device in (None, "cpu") and self._model is None and has_layers(self._facts):
             return partial(self._numpy.encode_exits, exit_layers=exit_layers)
         import torch
 
@@ -196,7 +196,7 @@ class Embedder:
         if self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
             _hide_loading_bars()
             self._model, self._tokenizer = load_checkpoint(self._folder, max(exit_layers), self._device)
-        # Of many texts only: questions must give the same scores on every machine.
+        # Of many texts only: a few questions must give the same scores on every machine.
         dtype = torch.bfloat16 if not is_short and bf16_is_faster(self._device) else None
         return partial(encode_exits, self._model, self._tokenizer, exit_layers=exit_layers, progress=False, dtype=dtype)
 

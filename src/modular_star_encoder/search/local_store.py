@@ -191,7 +191,7 @@ class LocalStore:
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
         unit = (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)
         chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
-        if sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
+        if limit <= _BEST_BY_SIGNS and sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
             chosen = _best_by_signs(chosen, unit, exit_layer)
         scored = [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen]
         return _best(scored, limit)

@@ -182,8 +182,9 @@ class Build:
     def report(self, stage: str) -> dict[str, Any]:
         """Return the content of a finished stage's `report.json`; UserError if it lacks a value in `_USED`."""
         path = self.out / stage / REPORT
-        # `translate` keeps the answers, which were paid for, and writes its report again.
+        # `translate` keeps the answers, which were paid for, and writes its report again. They answer these functions.
         remedy = f"Remove {path if stage == 'translations' else path.parent}, and build again"
+        remedy = "Restore it, or build in another folder" if stage == "functions" else remedy
         return _read(path, lambda report: all(fits(report[name], kind) for name, kind in _USED[stage].items()), remedy)
 
     def is_done(self, stage: str) -> bool:

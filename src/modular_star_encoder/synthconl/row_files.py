@@ -16,7 +16,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import files_below, staged_file
 
 ROWS_PER_FILE = 250  # so many of the longest answers of a model are fewer characters than `open_parquet` allows
-ROWS_PER_PUBLISHED_FILE = 100_000
+ROWS_PER_PUBLISHED_FILE, _ROWS_PER_PUBLISHED_GROUP = 100_000, 1000
 _ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26  # the size of a row group, whichever is reached first
 
 Item = TypeVar("Item")
@@ -53,9 +53,9 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
 
 def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write the rows of split `name` to `{name}-00000-of-00002.parquet`, …, as the Hub names the files of a split."""
-    tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
+    tables = (pa.Table.from_pylist(batch, schema) for batch in batches(rows, _ROWS_PER_PUBLISHED_GROUP))
     written: list[Path] = []
-    for some in batches(tables, ROWS_PER_PUBLISHED_FILE // ROWS_PER_FILE):
+    for some in batches(tables, ROWS_PER_PUBLISHED_FILE // _ROWS_PER_PUBLISHED_GROUP):
         written.append(folder / f"{name}-{len(written):05d}.parquet")
         write_parquet(written[-1], some, schema)
     for number, path in enumerate(written):

@@ -169,7 +169,7 @@ class OpenAIBackend:
 
 def _is_an_error(response: Response) -> bool:  # some gateways send errors with status 200
     content = response.json()
-    return isinstance(content, dict) and content.get("choices") is None and "error" in content
+    return isinstance(content, dict) and not content.get("choices") and bool(content.get("error"))
 
 
 LANGUAGE_NAMES = {name: name.title() for name in LANGUAGES} | {"javascript": "JavaScript", "php": "PHP", "cpp": "C++"}

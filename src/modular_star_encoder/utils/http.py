@@ -326,11 +326,11 @@ def is_web_address(url: str, schemes: Sequence[str] = _WEB) -> bool:
 
 def check_url(url: str) -> str:
     """Return `url` without slashes at its end; UserError (`http.url`) if it is no web address, or has a password."""
-    if is_web_address(url) and "@" not in urlsplit(url).netloc:  # reports and cards show addresses
+    if is_web_address(url) and "@" not in url.partition("?")[0]:  # reports and cards show addresses
         return url.rstrip("/")
-    shown = re.sub(r"[^/]*@", "***@", url) if isinstance(url, str) else url
-    message = f"{shown!r:.200} is not an http or https address such as https://api.openai.com/v1, without a user name"
-    raise UserError("http.url", f"{message}. The key of an endpoint is read from an environment variable.")
+    shown = re.sub(r"((?<=://)|^).*@", "***@", url, count=1) if isinstance(url, str) and "@" in url else url
+    message = "must be an http or https address without user name and password, such as https://api.openai.com/v1"
+    raise UserError("http.url", f"{shown!r:.200} {message}. An environment variable holds the key of an endpoint.")
 
 
 def url_host(url: str) -> str:
@@ -408,6 +408,9 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
         raise OSError(f"{url.hostname} can't be reached ({reasons[0]}): {how}.")
 
 
+_NOT_OF_THE_HUB = (OSError, MemoryError, ImportError, AssertionError, ArithmeticError, UserError)
+
+
 @contextlib.contextmanager
 def wrap_hub_errors(repository: str) -> Iterator[None]:
     """Context manager for an upload: turn errors of the Hub and the network into an OSError without the token."""
@@ -433,8 +436,10 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         elif isinstance(error, HfHubHTTPError | RuntimeError):
             reason = reason.partition("\n")[0]
             message = f"The Hub refuses the upload to {repository}: {reason}"
-        elif isinstance(error, OSError) or not any(name.startswith("huggingface_hub") for name in modules_passed):
-            raise  # a fault of a local file, or of ours
+        elif isinstance(error, _NOT_OF_THE_HUB) or not any(
+            name.startswith("huggingface_hub") for name in modules_passed
+        ):
+            raise  # a fault of a local file, of this machine, or of ours
         elif isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             message = f"The exchange with the Hub about {repository} fails: {' '.join(reason.split())}"
         else:

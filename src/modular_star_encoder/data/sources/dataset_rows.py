@@ -214,6 +214,8 @@ def parquet_rows(
     for batch in parquet_batches(file, columns, most_rows):
         try:
             rows = batch.to_pylist()
+        except MemoryError:
+            raise
         except Exception as error:  # for example for a date after the year 9999, or an unknown time zone
             raise _RowsError(f"it has a value that can't be read ({error})") from error
         yield from rows
