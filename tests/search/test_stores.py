@@ -130,6 +130,7 @@ def test_many_rows_are_searched_by_signs_first_and_almost_the_same_are_found(mon
         exact = {f"text {place}" for place in np.argsort(-(vectors @ query))[:10]}
         right += len(exact & set(found_texts(store.nearest(query, 1, 10, Filter()))))
     assert 0.8 * 500 <= right < 500  # the signs alone lose some
+    assert len(store.nearest(vectors[0], 1, 5000, Filter())) == 3000  # `related` asks for all rows of a file
     rare = rows("b.go", ["new"], language="go", seed=1, width=64)
     store.replace_files([], rare)
     assert found_texts(store.nearest(-rare[0].vectors[1], 1, 1, Filter(("go",)))) == ["new"]
