@@ -1,6 +1,9 @@
+import errno
+import io
 import json
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +30,7 @@ from modular_star_encoder.training.runs import (
     final_metrics,
     format_log,
     last_checkpoint,
+    train_to_the_end,
 )
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
@@ -102,7 +106,6 @@ def write_training_checkpoint(folder, step):
     ("file", "content"),
     [
         *(("trainer_state.json", text) for text in ("[]", '{"global_step": null}', '{"global_step": 4}', "{", "")),
-        ("trainer_state.json", '{"global_step": 4, "max_steps": 6, "foo": 1}'),
         *((name, text) for name in ("optimizer.pt", "model.safetensors") for text in ("", None)),
         ("../checkpoint-9", ""),
     ],
@@ -114,6 +117,59 @@ def test_a_run_continues_from_the_newest_checkpoint_whose_files_are_whole(tmp_pa
     path = tmp_path / "checkpoint-4" / file
     path.write_bytes(path.read_bytes()[:-20] if content is None else content.encode())
     assert last_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-4" if "checkpoint-9" in file else "checkpoint-2"))
+
+
+def continued_from(folder):
+    """Name of the checkpoint in `folder` from which `train_to_the_end` continues; None from the start."""
+    found, arguments = [], MultiExitTrainingArguments("never written", use_cpu=True)
+    options = {"args": arguments, "state": TrainerState(), "is_world_process_zero": lambda: True, "add_callback": print}
+    trainer = SimpleNamespace(**options, train=lambda resume_from_checkpoint: found.append(resume_from_checkpoint))
+    train_to_the_end(trainer, folder, progress=False)
+    return found[0] and Path(found[0]).name
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "model.safetensors"])
+def test_nothing_is_deleted_or_passed_over_because_a_file_cannot_be_read_now(tmp_path, monkeypatch, name):
+    for step in (2, 4):
+        write_training_checkpoint(tmp_path / f"checkpoint-{step}", step)
+    before, read = sorted(tmp_path.rglob("*")), io.open
+
+    def fail(path, *rest, **options):
+        if str(path).endswith(f"checkpoint-4/{name}"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            continued_from(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert continued_from(tmp_path) == "checkpoint-4"
+
+
+def test_checkpoints_of_another_transformers_are_kept(tmp_path):
+    for step in (2, 4):
+        write_training_checkpoint(tmp_path / f"checkpoint-{step}", step)
+        state = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"unknown": 1}))
+    before = sorted(tmp_path.rglob("*"))
+    assert continued_from(tmp_path) == "checkpoint-4"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_checkpoints_are_kept_under_another_name_and_unfinished_ones_removed(tmp_path, capsys):
+    (tmp_path / "checkpoint-6").mkdir()
+    for number in range(2):
+        for step in (2, 4):
+            write_training_checkpoint(tmp_path / f"checkpoint-{step}", step)
+            (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_text(f"damaged {number}")
+        assert continued_from(tmp_path) is None
+        lines = capsys.readouterr().err.splitlines()
+        assert [sum(f"checkpoint-{step} " in line for line in lines) for step in (2, 4, 6)] == [1, 1, 0]
+    kept = {path.parent.name: path.read_text() for path in tmp_path.rglob("model.safetensors")}
+    assert {path.name for path in tmp_path.iterdir()} == kept.keys()
+    assert sorted(kept.values()) == ["damaged 0"] * 2 + ["damaged 1"] * 2
+    assert not any(name.startswith("checkpoint-") for name in kept)
 
 
 def recipe_of(model, **settings):

@@ -32,7 +32,7 @@ from modular_star_encoder.modeling import (
 from modular_star_encoder.training import starting_source
 from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, StartingRecipe, TrainingSettings
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import folder_lock, read_record, write_json, write_text
+from modular_star_encoder.utils.files import fits, folder_lock, read_record, write_json, write_text
 from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS, REPORT = "model", "adapter", "checkpoints", "report.md"
@@ -243,10 +243,10 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
         checkpoint = last_checkpoint(folder)
         resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
         if trainer.is_world_process_zero():
-            # Remove incomplete checkpoints, because `Trainer` would count them among the checkpoints to keep.
+            # `Trainer` would count the newer ones among the checkpoints to keep.
             for step, path in _checkpoints(folder).items():
                 if step > (resumed_from or 0):
-                    shutil.rmtree(path)
+                    _pass_over(path)
             if checkpoint:
                 _find_best_checkpoint(Path(checkpoint, TRAINER_STATE_NAME))
     if checkpoint and progress and trainer.is_world_process_zero():
@@ -331,14 +331,33 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _is_whole(folder: Path, step: int) -> bool:
-    with contextlib.suppress(OSError, ValueError, TypeError, SafetensorError):
-        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # written last
+    """Return whether a checkpoint is complete and none of its files is cut short; OSError if a file can't be read."""
+    # A file that is missing, or is a folder, is damage; after other OSErrors, the file may be whole.
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, SafetensorError):
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in folder.glob("*.safetensors"):
+            weights.open("rb").close()  # `safe_open` calls a file that can't be opened missing
             with safe_open(weights, "pt"):  # an error if the file is cut short
                 pass
-        # torch's files are archives that end with a directory.
-        return state.global_step == step <= state.max_steps and all(map(zipfile.is_zipfile, folder.glob("*.pt*")))
+        for archive in folder.glob("*.pt*"):
+            with archive.open("rb") as file:
+                if not zipfile.is_zipfile(file):  # torch's files are archives that end with a directory
+                    return False
+        known = isinstance(state, dict) and fits([state.get("global_step"), state.get("max_steps")], list[int])
+        return known and state["global_step"] == step <= state["max_steps"]
     return False
+
+
+def _pass_over(checkpoint: Path) -> None:
+    """Remove an unfinished checkpoint; rename a damaged one, of which a part may still be of use."""
+    if TRAINER_STATE_NAME not in os.listdir(checkpoint):
+        shutil.rmtree(checkpoint)
+        return
+    kept = checkpoint
+    while kept.exists():
+        kept = kept.with_name(f"damaged-{kept.name}")
+    checkpoint.rename(kept)
+    print(f"mose: {checkpoint} is damaged and is passed over; it is now {kept.name}", file=sys.stderr)
 
 
 def format_log(logs: dict[str, float]) -> str:
