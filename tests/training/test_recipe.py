@@ -122,7 +122,12 @@ def test_a_run_continues_from_the_newest_checkpoint_whose_files_are_whole(tmp_pa
 def continued_from(folder):
     """Name of the checkpoint in `folder` from which `train_to_the_end` continues; None from the start."""
     found, arguments = [], MultiExitTrainingArguments("never written", use_cpu=True)
-    options = {"args": arguments, "state": TrainerState(), "is_world_process_zero": lambda: True, "add_callback": print}
+    options = {
+        "args": arguments,
+        "state": TrainerState(),
+        "is_world_process_zero": lambda: True,
+        "add_callback": [].append,
+    }
     trainer = SimpleNamespace(**options, train=lambda resume_from_checkpoint: found.append(resume_from_checkpoint))
     train_to_the_end(trainer, folder, progress=False)
     return found[0] and Path(found[0]).name
@@ -192,16 +197,50 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content):
         Run(tmp_path, recipe_of("model"), "fine-tuning")
 
 
+FINISHED = {"steps": 6, "evaluation": {}}
+
+
 def test_adapters_are_trained_further_only_on_the_weights_they_were_trained_on(tmp_path):
     start, out = save_tiny_checkpoint(tmp_path / "start"), tmp_path / "run"
     recipe = recipe_of(start, lora={})
-    Run(out, recipe, "fine-tuning").begin()
+    run = Run(out, recipe, "fine-tuning")
+    run.begin()
     write_training_checkpoint(out / "checkpoints" / "checkpoint-2", 2)
     assert Run(out, recipe, "fine-tuning").settings == json.loads(json.dumps(recipe.to_dict()))
+    assert load_recipe(FinetuningRecipe, out / "recipe.json").lora == {}
     shutil.rmtree(start)
     save_tiny_checkpoint(start, pooling="lasttoken")
-    with raises("training.run.other_settings", "starting_weights"):
+    with raises("training.run.other_settings", f"was trained from other weights of {start}"):
         Run(out, recipe, "fine-tuning")
+    (out / "model").mkdir()
+    run.end(FINISHED)
+    assert Run(out, recipe, "fine-tuning").log == FINISHED
+
+
+def test_only_a_finished_run_of_other_settings_advises_to_train_its_model_further(tmp_path):
+    run, advice = Run(tmp_path, recipe_of("model"), "fine-tuning"), f"set model={tmp_path / 'model'}."
+    run.begin()
+    write_training_checkpoint(tmp_path / "checkpoints" / "checkpoint-2", 2)
+    for finished in (False, True):
+        if finished:
+            (tmp_path / "model").mkdir()
+            run.end(FINISHED)
+        with raises("training.run.other_settings", "values of seed; choose another folder") as caught:
+            Run(tmp_path, recipe_of("model", seed=5), "fine-tuning")
+        assert str(caught.value).endswith(advice) == finished
+
+
+def test_a_moved_run_finds_its_best_checkpoint_although_a_later_step_without_checkpoint_was_better(tmp_path):
+    for step in (2, 4):
+        write_training_checkpoint(tmp_path / f"checkpoint-{step}", step)
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    moved = {"best_global_step": 3, "best_model_checkpoint": "moved/checkpoint-2"}
+    state.write_text(json.dumps(json.loads(state.read_text()) | moved))
+    assert continued_from(tmp_path) == "checkpoint-4"
+    assert json.loads(state.read_text())["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+    written = state.stat().st_ino
+    assert continued_from(tmp_path) == "checkpoint-4"
+    assert state.stat().st_ino == written
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from modular_star_encoder.training.recipes import ClassificationRecipe, Finetuni
 from modular_star_encoder.training.starting_points import StartingPoint, add_adapters
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import read_record, write_json, write_text
+from modular_star_encoder.utils.files import write_text
 from modular_star_encoder.utils.settings import load_settings, read_mapping
 
 logger = logging.get_logger(__name__)
@@ -175,12 +175,9 @@ def finetune_classifier(
         for part in (repr(chosen.codes).encode(), chosen.pairs.tobytes(), chosen.labels.tobytes()):
             digest.update(part)
         splits[split] = ClassificationRows(chosen, tokenizer, max_tokens=recipe.max_tokens, progress=shown)
-    file, found = out / "rows.json", {"rows of `data`": digest.hexdigest()}
-    if file.is_file() and runs.last_checkpoint(out / runs.CHECKPOINTS):
-        runs.check_same(out, read_record(file, "training.run.damaged"), found, found)
+    run.check_start("rows", digest.hexdigest(), "on other rows of `data`")
     if state.is_main_process:
         run.begin()
-        write_json(file, found)
     collator = ClassificationCollator(tokenizer)
     trainer = MultiExitTrainer(
         add_adapters(model, recipe.lora),

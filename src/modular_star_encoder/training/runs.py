@@ -190,35 +190,45 @@ class Run:
     """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
     `log` is the log of a finished run, else None. A run with a model or checkpoint is continued with the same settings
-    (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must be equal. With `lora`,
-    `recipe.json` also has a checksum of the starting model, because checkpoints have only the adapters.
+    (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must be equal. `start.json`
+    has checksums that must be equal in a run with a checkpoint; with `lora`, one of the starting model, because
+    checkpoints have only the adapters.
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
         check_folder(out, "recipe.json", f"run of {kind}")
         self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
-        self._start: dict[str, Any] = {}
-        if isinstance(recipe, StartingRecipe) and recipe.lora is not None:
-            source, has_weights = starting_source(recipe.model)
-            self._start["starting_weights"] = checkpoint_checksum(source) if has_weights else None
-        if self._written.is_file():
-            before = read_record(self._written, "training.run.damaged")
-            start = {name: before.pop(name) for name in self._start if name in before}
-            with contextlib.suppress(UserError):  # adds defaults for settings that did not exist when the run began
-                before = _plain(build_settings(type(recipe), before, str(self._written)))
-            trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
-            begun = any(path != self._written and not path.name.startswith(".") for path in out.iterdir())
-            names = {*self.settings, *before, *start} if trained else set(until_trained) if begun else set()
-            advice = f" (model={out}/model trains its model further)"
-            check_same(out, before | start, self.settings | self._start, names - MAY_CHANGE, advice)
         log, kinds = out / LOG, {"steps": int, "evaluation": dict}
         self.log = read_record(log, "training.run.damaged", **kinds) if log.is_file() else None
+        self._trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
+        if self._written.is_file():
+            before = read_record(self._written, "training.run.damaged")
+            with contextlib.suppress(UserError):  # adds defaults for settings that did not exist when the run began
+                before = _plain(build_settings(type(recipe), before, str(self._written)))
+            begun = any(path.suffix != ".json" and not path.name.startswith(".") for path in out.iterdir())
+            names = {*self.settings, *before} if self._trained else set(until_trained) if begun else set()
+            advice = f". To train the finished model further, set model={out / MODEL}" if self.log is not None else ""
+            check_same(out, before, self.settings, names - MAY_CHANGE, advice)
+        self._start: dict[str, str | None] = {}
+        if self.log is None and isinstance(recipe, StartingRecipe) and recipe.lora is not None:
+            source, has_weights = starting_source(recipe.model)
+            checksum = checkpoint_checksum(source) if has_weights else None
+            self.check_start("weights", checksum, f"from other weights of {recipe.model}")
         self._held = hold(out) if self._written.is_file() and self.log is None else None
 
+    def check_start(self, name: str, checksum: str | None, other: str) -> None:
+        """Keep a checksum for `begin`; UserError (`training.run.other_settings`) if a run with a checkpoint differs."""
+        self._start[name], file = checksum, self._out / "start.json"
+        before = read_record(file, "training.run.damaged") if self._trained and file.is_file() else {}
+        if before.get(name, checksum) != checksum:
+            raise UserError("training.run.other_settings", f"{self._out} was trained {other}; choose another folder.")
+
     def begin(self) -> None:
-        """Create the folder and write `recipe.json`; call this when all checks have passed."""
+        """Create the folder and write `recipe.json` and `start.json`; call this when all checks have passed."""
         self._held = self._held or hold(self._out)
-        write_json(self._written, self.settings | self._start)
+        write_json(self._written, self.settings)
+        if self._start:
+            write_json(self._out / "start.json", self._start)
 
     def end(self, log: Mapping[str, Any]) -> None:
         """Write `log` to the file `LOG`, with null in place of infinities and NaN, which JSON does not have."""
@@ -314,7 +324,8 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
 def _find_best_checkpoint(state: Path) -> None:
     """Correct the path of the best checkpoint in a `trainer_state.json`, because the run may have been moved."""
     content = json.loads(state.read_text(encoding="utf-8"))
-    if (best := state.parent.with_name(f"checkpoint-{content.get('best_global_step')}")).is_dir():
+    old = content.get("best_model_checkpoint")
+    if old and (best := state.parent.with_name(Path(old).name)).is_dir() and str(best) != old:
         write_text(state, json.dumps({**content, "best_model_checkpoint": str(best)}, indent=2))
 
 
