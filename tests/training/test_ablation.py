@@ -112,6 +112,21 @@ def test_an_interrupted_cell_is_trained_again_from_its_start_if_the_recipe_chang
     assert [(log["resumed_from"], log["steps"]) for log in logs] == [(None, 1), (None, 1)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_recipe", [True, False])
+def test_a_cell_says_that_it_removes_checkpoints_of_another_recipe_or_version(
+    recipe_file, tmp_path, monkeypatch, has_recipe
+):
+    monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
+    begun, name = ["finetuning.max_steps=3", "finetuning.save_steps=1"], "start/exit-1/rate-0.003-seed-0"
+    with retrieval_runs.interrupt(monkeypatch, 2):
+        run(recipe_file, tmp_path / "run", *begun)
+    if not has_recipe:
+        (tmp_path / "run" / "training" / name / "recipe.json").unlink()
+    _, lines = run(recipe_file, tmp_path / "run", *([] if has_recipe else begun))
+    assert [name in lines[0], "checkpoints" in lines[0], lines[1]] == [True, True, name]
+
+
 def test_too_few_held_out_repositories_are_refused_before_training(recipe_file, tmp_path):
     rows = [json.loads(line) for line in (recipe_file.parent / "triplets.jsonl").read_text().splitlines()]
     few = [json.dumps(row | {"repository_name": f"repository{place % 3}"}) for place, row in enumerate(rows)]

@@ -3,16 +3,18 @@ import io
 import json
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.inference.encode import bf16_is_faster
+from modular_star_encoder.objectives.contrastive import ContrastiveObjective
 from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, check_arguments
@@ -32,9 +34,10 @@ from modular_star_encoder.training.runs import (
     last_checkpoint,
     train_to_the_end,
 )
+from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
-from tests.tiny import save_tiny_checkpoint
+from tests.tiny import save_tiny_checkpoint, tiny_model
 
 
 @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe, ClassificationRecipe, AblationRecipe])
@@ -251,6 +254,19 @@ def test_the_best_checkpoint_has_the_lowest_loss_of_an_exit_or_the_highest_accur
     options = {"use_cpu": True, "metric_for_best_model": metric}
     assert MultiExitTrainingArguments("never written", **options).greater_is_better is greater
     assert MultiExitTrainingArguments("never written", **options, greater_is_better=True).greater_is_better
+
+
+@pytest.mark.parametrize("greater", [None, True, False])
+def test_plain_arguments_do_not_keep_the_checkpoint_with_the_highest_loss_of_an_exit(tmp_path, greater):
+    metric = {"metric_for_best_model": "clip_loss_exit_4", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    options = {"use_cpu": True, "greater_is_better": greater, "report_to": "none", "eval_steps": 500}
+    plain = TrainingArguments(str(tmp_path), **metric, **options)
+    make = partial(MultiExitTrainer, tiny_model(), plain, ContrastiveObjective(), eval_dataset=[])
+    if greater is False:
+        assert make().args.greater_is_better is False
+    else:
+        with raises("training.greater_is_better", "clip_loss_exit_4", "greater_is_better=False"):
+            make()
 
 
 def test_the_best_model_is_not_replaced_by_an_average():

@@ -197,7 +197,7 @@ def ablate(
     *,
     command: str = "",
     progress: bool = True,
-    announce: Callable[[str], None] = print,  # called before each training run
+    announce: Callable[[str], None] = print,  # called before each training run, and if checkpoints are removed
 ) -> dict[str, Any]:
     """Train and evaluate the models whose results are missing in the folder `out`, then compare all models.
 
@@ -411,12 +411,15 @@ class _Cells:
                 content["recipe"][part] = {name: {e: len(of[e]) for e in of} for name, of in ranks.items()}
             runs.check_same(path, {**made_from, **content["recipe"]}, made_from, made_from)
         else:
-            begun = self.out / "training" / cell.name / "recipe.json"
-            if not begun.is_file() or read_json(begun) != made_from:  # its checkpoints are those of another recipe
-                shutil.rmtree(begun.parent, ignore_errors=True)
+            begun, now = self.out / "training" / cell.name / "recipe.json", time.strftime("%H:%M:%S")
+            if not begun.is_file() or read_json(begun) != made_from:
+                if any(begun.parent.glob("checkpoint-*")):
+                    self.announce(f"{now} {cell.name}: removes checkpoints of another recipe or of an older version")
+                if begun.parent.exists():
+                    shutil.rmtree(begun.parent)
                 begun.parent.mkdir(parents=True)
                 write_json(begun, made_from)
-            self.announce(f"{time.strftime('%H:%M:%S')} {cell.name}")
+            self.announce(f"{now} {cell.name}")
             content = {"recipe": made_from, **self._train(cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)

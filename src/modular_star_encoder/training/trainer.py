@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,8 +62,8 @@ class MultiExitTrainer(Trainer):
     Raises:
         UserError: the model lacks one of `exit_layers`; the model lacks projection heads for `detach_shallow_exits` or
             `share_heads`; `exit_weights` is wrong for the exits; the objective is incompatible with the model,
-            `exit_schedule` or `log_gradient_norms`; or an argument of `Trainer`, such as `compute_metrics`, would have
-            no effect.
+            `exit_schedule` or `log_gradient_norms`; an argument of `Trainer`, such as `compute_metrics`, would have
+            no effect; or plain `TrainingArguments` would keep the checkpoint with the highest loss of an exit.
 
     Example:
         >>> import tempfile
@@ -89,6 +90,11 @@ class MultiExitTrainer(Trainer):
                 f"Leave out {given[0]}: losses and metrics come from the objective, other metrics from `evaluator`."
             )
             raise UserError("training.no_effect", message)
+        # Plain arguments don't show whether True is the user's or the default, which is wrong for an exit's loss.
+        plain, metric = not isinstance(args, MultiExitTrainingArguments), args.metric_for_best_model or ""
+        if plain and args.greater_is_better and re.search(r"loss_exit_\d+$", metric):
+            message = f"The lowest {metric} is the best: set greater_is_better=False or use MultiExitTrainingArguments."
+            raise UserError("training.greater_is_better", message)
         args.remove_unused_columns = False
         self._folder = str(args.output_dir)
         self.evaluator = evaluator
