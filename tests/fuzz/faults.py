@@ -26,7 +26,7 @@ import torch
 
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from tests.fuzz.harness import End, make_world, run, temporary_files
-from tests.fuzz.readers import CHECKPOINT, READERS, Reader, seed_rows
+from tests.fuzz.readers import CHECKPOINT, READERS, Reader, from_above, seed_rows
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import translation
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -161,7 +161,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     counts = {}
-    grown = partial(save_retrieval_checkpoint, tiny_model(**EXIT_0), tiny_tokenizer())
+    grown = partial(from_above, partial(save_retrieval_checkpoint, tiny_model(**EXIT_0), tiny_tokenizer()))
     more = READERS | {"parquet": Reader(seed_parquet, ()), "grown": Reader(grown, ())}
     names = ["config", "static", "parquet", "grown", *(COMMANDS[name][0] for name in arguments.commands)]
     with tempfile.TemporaryDirectory(prefix="mose-faults-") as temporary:

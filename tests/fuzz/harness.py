@@ -88,6 +88,5 @@ def make_world(root: Path, seeds: Iterable[tuple[str, Step]]) -> None:
     for name, seed in seeds:
         folder = root / name
         folder.mkdir(parents=True)
-        # From the folder above, because a checkpoint is not written to the current folder.
-        if (end := run(root, lambda _, seed=seed, folder=folder: seed(folder))).status:
+        if (end := run(folder, seed)).status:
             raise RuntimeError(f"{name} ended with {end.status}: {end.errors}")

@@ -1,6 +1,7 @@
 """All readers of data from strangers: a function that writes tiny files of each kind, and what reads them."""
 
 import base64
+import contextlib
 import gzip
 import importlib
 import json
@@ -69,8 +70,14 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 # Checkpoints
 
 
+def from_above(write: Step, folder: Path) -> None:
+    """Call `write` in the folder above, because a checkpoint is not written to the current folder."""
+    with contextlib.chdir(folder.parent):
+        write(folder)
+
+
 def with_code(write: Step, folder: Path) -> None:
-    write(folder)
+    from_above(write, folder)
     write_code(folder / "code")
 
 
