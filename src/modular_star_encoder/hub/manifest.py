@@ -39,7 +39,7 @@ class RepositorySettings:
         slice_of: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model is cut.
         exit_layer: with `slice_of`, the exit at which the model is cut.
         only_exit: whether a slice keeps only the projection head of its last exit, as the published slices do.
-        branch: branch of the repository: letters, digits, `_`, and single `.`, `-` and `/`.
+        branch: branch of the repository: letters, digits, `_`, and single `.`, `-`, `+` and `/`.
         trained_from: NAME or NAME@BRANCH of the earlier entry from whose model this entry's model was trained.
         tokenizer: folder of the tokenizer; by default the folder of the checkpoint.
         evaluation: files of results, from `mose evaluate` (report.json, or --json) or `mose finetune`
@@ -88,10 +88,8 @@ class RepositorySettings:
         elif (self.slice_of is None) != (self.exit_layer is None):
             key, fault = "exit_layer", "needs both `slice_of` and `exit_layer`, or neither"
         elif not re.fullmatch(r"(?!.*(\.\.|--))\w[\w.+-]*(/\w[\w.+-]*)*", self.branch):
-            key, fault = (
-                "branch",
-                f"has {self.branch!r} as `branch`; use letters, digits and single `.`, `-`, `+`; `/` between names",
-            )
+            allowed = "letters, digits and single `.`, `-`, `+`, with `/` between names"
+            key, fault = "branch", f"has {self.branch!r} as `branch`; use {allowed}"
         elif outside:
             key, fault = "files", f"has {outside[0]!r} in `files`; use a relative path in the repository"
         elif odd:

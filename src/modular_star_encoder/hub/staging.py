@@ -220,9 +220,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-_PATH = re.compile(
-    r"(^|[=:,\s\"'(\[])(~?/\w|~\w*/|file:)"
-)  # also a path inside a text, such as `pairs=/home/me/pairs.csv`
+# Also a path inside a text, such as `pairs=/home/me/pairs.csv`.
+_PATH = re.compile(r"(^|[=:,\s\"'(\[])(~?/\w|~\w*/|file:)")
 
 
 def without_paths(settings: Any) -> Any:

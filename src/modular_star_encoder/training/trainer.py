@@ -325,15 +325,14 @@ def check_objective(
     """Return the weights (E,) of the exits' losses; UserError if objective, arguments and `config` are incompatible."""
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "exit_schedule") != "all")
+    key = fault = ""
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
-        raise UserError(
-            "training.log_gradient_norms.cached",
-            "`log_gradient_norms` needs the autograd graph, which `mini_batch_tokens` discards; set only one of them.",
-        )
-    if args.label_smoothing_factor:
-        raise UserError(
-            "training.no_effect", "label_smoothing_factor does not change the objective's loss; leave it out."
-        )
+        key, fault = "log_gradient_norms.cached", "`log_gradient_norms` needs the autograd graph, which"
+        fault += " `mini_batch_tokens` discards; set only one of them."
+    elif args.label_smoothing_factor:
+        key, fault = "no_effect", "label_smoothing_factor does not change the objective's loss; leave it out."
+    if fault:
+        raise UserError(f"training.{key}", fault)
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
 
