@@ -56,7 +56,7 @@ def test_doctor_prints_versions_devices_folders_and_the_missing_packages_of_an_e
     assert lines["torch"].split()[1] == metadata.version("torch")
     assert "hub_configs/mose-code" in lines["mose-code"]
     folder = tmp_path.parent / "code"
-    assert lines["abc"].split(None, 1)[1] == f"{folder} (0 MB); exit 0, 2 of mine, languages: 1"
+    assert lines["abc"].split(None, 1)[1] == f"{folder} (0 MB); exit 0, 2 of /models/mine, languages: 1"
     assert all("gradio" in lines[extra] for extra in ("demo", "all"))
     assert "[demo]" in lines["demo"]
     assert "gradio" not in lines["search"]
@@ -185,7 +185,10 @@ def test_card_says_which_licence_it_took_or_that_there_is_none(mose, checkpoint,
     assert "mose: note: the card names no licence; --upload needs --license NAME" in errors
     _, card, errors = mose("card", "mose-code", "--repository", "me/model")
     assert "\nlicense: apache-2.0\n" in card
-    assert "mose: note: license: apache-2.0, from the card of mose-code or of its parent; --license NAME" in errors
+    assert (
+        "mose: note: license: apache-2.0, as the card in mose-code or, without one, its parent's says; --license NAME"
+        in errors
+    )
 
 
 def test_an_upload_without_a_hub_or_a_token_fails_before_anything_heavy(mose, checkpoint, monkeypatch):

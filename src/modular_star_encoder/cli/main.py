@@ -308,6 +308,7 @@ def folders() -> dict[str, str]:
 
 def indexes() -> dict[str, str]:
     """Return {name of an index in the user's cache: the indexed folder, size of the index, exits and checkpoint}."""
+    from modular_star_encoder.inference import shipped_model
     from modular_star_encoder.utils.files import cache_folder, read_json
 
     found = {}
@@ -317,7 +318,8 @@ def indexes() -> dict[str, str]:
             settings, size = read_json(file)["settings"], folder_size(file.parent).rpartition(" (")[2]
             indexed = os.path.normpath(file.parent / settings["folder"])  # relative if the cache is in this folder
             exits = ", ".join(map(str, settings["exit_layers"]))
-            model, languages = Path(settings["checkpoint"]).name, len(settings["languages"])
+            model, languages = settings["checkpoint"], len(settings["languages"])
+            model = "mose-code" if model == shipped_model() else model
             made = f"exit {exits} of {model}, languages: {languages}"
             found[file.parent.name] = printable(f"{indexed} ({size}; {made}")
     return found

@@ -112,6 +112,9 @@ def run_publish(arguments: argparse.Namespace) -> None:
         message = f"{source} {kind}, so remove {misplaced[0]}: {forms}."
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
+    if is_folder and os.path.isfile(os.path.join(resolve_checkpoint(source), "README.md")):
+        note = "a new card replaces README.md of the folder; a manifest's `sections` add text of yours"
+        print(f"mose: note: {note}", file=sys.stderr)
     if arguments.upload:  # before torch is imported and the repositories are verified
         from huggingface_hub import get_token
 
@@ -197,7 +200,7 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
     license, evaluation = arguments.license, arguments.evaluation
     manifest = folder_manifest(folder, arguments.repository, license=license, evaluation=evaluation)
     if manifest.license and not license:
-        found = f"license: {manifest.license}, from the card of {folder} or of its parent"
+        found = f"license: {manifest.license}, as the card in {folder} or, without one, its parent's says"
         print(f"mose: note: {found}; --license NAME sets another", file=sys.stderr)
     return manifest
 

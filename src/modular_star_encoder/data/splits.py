@@ -129,7 +129,7 @@ def _print_counts(report: Mapping[str, Any]) -> None:
         if name == "pairs":
             named = report["settings"]["data"][name]["columns"]
             columns = [f"{role}: {column}" for role, column in named.items() if column]
-            print(f"  columns {', '.join(columns)}; to change them: data.columns={{query: NAME, positive: NAME}}")
+            print(f'  columns {", ".join(columns)}; to change them: "data.columns={{query: NAME, positive: NAME}}"')
         for reason, count in source["skipped"].items():
             print(f"  skipped {count:,}: {reason}")
             for example in source["examples"].get(reason, ()):
