@@ -136,6 +136,8 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     file = tmp_path / "results.json"
     results_file(file, None, ("a", "mrr", 0.5), ("b", "f1", 0.2))
     assert [read_quality(file, benchmark=one) for one in ("a", "b", "c")] == [{4: x, 9: x} for x in (0.5, 0.2, 0.5)]
+    with raises("evaluation.report.no_exits", "cosqa"):  # the scores of another benchmark would get its name
+        read_quality(file, benchmark="cosqa")
     profile = made_up_profile().with_quality("csn", read_quality(file))
     assert [dict(profiled.quality) for profiled in profile.exits.values()] == [{"csn": 0.5}, {"csn": 0.5}, {}]
     with raises("profile.quality.other_exits", "csn", "exits 5,", "4, 9, 18"):

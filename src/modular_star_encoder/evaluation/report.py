@@ -275,12 +275,19 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 
 
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
-    """Read {exit_layer: mean of the main metric} from the table of `benchmark`, or, if missing, the first table."""
+    """Read {exit_layer: mean of the main metric} from the table of `benchmark`.
+
+    If `benchmark` is none of `BENCHMARKS`, but a name of the user's own, a file without its table gives the first one.
+    """
     tables = read_tables(path, checkpoint)
-    table = next((one for one in tables if one.benchmark == benchmark), tables[0])
-    quality = {row.exit_layer: row.mean.value for row in table.rows if row.exit_layer is not None}
+    first = [] if benchmark in BENCHMARKS else tables[:1]
+    chosen = [one for one in tables if one.benchmark == benchmark][:1] or first
+    quality = {row.exit_layer: row.mean.value for one in chosen for row in one.rows if row.exit_layer is not None}
     if not quality:
-        raise UserError("evaluation.report.no_exits", f"{path} has no results of exits: evaluate a model with exits.")
+        of = f" on {benchmark}" * (benchmark in BENCHMARKS)
+        raise UserError(
+            "evaluation.report.no_exits", f"{path} has no results of exits{of}: evaluate a model with exits."
+        )
     return quality
 
 
