@@ -325,7 +325,7 @@ def is_web_address(url: str, schemes: Sequence[str] = _WEB) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Return `url` without slashes at its end; UserError (`http.url`) if it is no web address, or has a password."""
+    """Return an http or https address without slashes at its end; UserError (`http.url`) for others, or with an `@`."""
     if is_web_address(url) and "@" not in url.partition("?")[0]:  # reports and cards show addresses
         return url.rstrip("/")
     shown = re.sub(r"((?<=://)|^).*@", "***@", url, count=1) if isinstance(url, str) and "@" in url else url
