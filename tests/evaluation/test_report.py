@@ -77,15 +77,24 @@ def test_each_exit_is_compared_with_the_same_exit_before(tmp_path, results):
 
 
 def test_markdown_shows_values_intervals_command_and_notes(report, tables):
-    text = report.to_markdown()
+    text, mean = report.to_markdown(), tables[0].rows[1].mean
     row = next(line for line in text.splitlines() if line.startswith("| given, exit 2 "))
-    mean = tables[0].rows[1].mean
     assert f"{100 * mean.value:.1f}" in row
     assert f"{100 * mean.low:.1f}–{100 * mean.high:.1f}" in row
-    for part in ("    mose evaluate MODEL", "torch ", "Note: half of it.", "ties count", "paired permutation"):
+    for part in ("    mose evaluate MODEL", "torch ", "Note: half of it.", "paired permutation"):
         assert part in text
     widths = {len(line) for line in text.split("## pairs")[0].splitlines() if line.startswith("|")}
     assert len(widths) == 1
+
+
+def test_the_heading_and_the_text_below_a_table_say_what_its_numbers_are(report, tables):
+    ranked, pairs = report.to_markdown().split("## pairs")
+    assert ranked.count("| MRR × 100 ") == pairs.count("| F1 × 100 ") == 1
+    for part in ("All scores × 100; 60 queries, 20 to 40 candidates each; among equal scores, relevant documents rank",
+                 " MRR: mean of 1 / rank of", " R@k: share of", " NDCG@k: gain of", "from given, exit 3,"):  # fmt: skip
+        assert ranked.count(part) == to_latex(tables[:1]).replace(r"$\times$", "×").count(part) == 1
+    assert "All scores × 100; 15 pairs. F1: harmonic mean of precision and recall. Intervals:" in pairs
+    assert "share of" not in pairs  # recall is that of pairs
 
 
 def test_latex_is_escaped_and_has_as_many_cells_as_columns(tables):

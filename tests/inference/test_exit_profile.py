@@ -1,8 +1,10 @@
 import dataclasses
+import fcntl
 import inspect
 import json
 import platform
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,25 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.evaluation.report import read_quality
+from modular_star_encoder import load_at_budget, select_exit
+from modular_star_encoder.evaluation.report import add_quality, read_quality
 from modular_star_encoder.inference import profile as profile_exits
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum
-from modular_star_encoder.inference.exit_profile import (
-    ExitProfile,
-    Measurement,
-    ProfiledExit,
-    checkpoint_profile,
-    load_at_budget,
-    select_exit,
-)
-from modular_star_encoder.inference.profile import (
-    ProfilePlan,
-    flops_per_token,
-    measure_memory,
-    peak_memory_mb,
-    profile_checkpoint,
-    profile_to_file,
-)
+from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit, checkpoint_profile
+from modular_star_encoder.inference.profile import ProfilePlan, measure_memory, profile_checkpoint, profile_to_file
+from modular_star_encoder.utils.files import LOCK
 from tests.errors import raises
 from tests.processes import python
 from tests.tiny import EXIT_LAYERS, REPOSITORY, cache_repository, save_tiny_checkpoint, tiny_batch, tiny_model
@@ -145,6 +135,48 @@ def test_quality_comes_from_the_results_of_an_evaluation(tmp_path):
     results_file(file, None, ("a", "mrr", float("nan")))
     with raises("evaluation.report.unreadable", "results.json"):
         read_quality(file)
+
+
+def test_a_profile_says_what_its_numbers_are():
+    text = profile_exits.format_profile(made_up_profile({4: 0.5}))
+    first, second, legend, machine = (text.split("\n\n")[place] for place in (0, 2, -2, -1))
+    assert (first, second) == ("Batches of 1 text of 128 tokens", "Batches of 8 texts of 128 tokens")
+    assert text.count("| median ms | p95 ms | texts/s | peak MB |   mrr |") == 2
+    assert legend == (
+        "Times are those of a batch: the median and the 95th percentile (p95). 1 MB is 10^6 bytes. "
+        "Scores (mrr) are fractions from 0 to 1."
+    )
+    assert machine == "cpu, float32, made up, 2 threads, 2026-11-21"
+    one = dataclasses.replace(made_up_profile(), machine={"processor": "p", "threads": 1})
+    assert profile_exits.format_profile(one).endswith(
+        "(p95). 1 MB is 10^6 bytes.\n\ncpu, float32, p, 1 thread, 2026-11-21"
+    )
+
+
+def test_a_profile_is_changed_by_one_process_at_a_time(checkpoint, tmp_path, monkeypatch):
+    """Scores that another process adds between the reading and the writing of a profile would be lost."""
+    file, path, locked = tmp_path / "results.json", tmp_path / "profile.json", []
+
+    def spied(name):
+        method = getattr(ExitProfile, name)
+
+        def call(*arguments):
+            with path.with_name(".profile.json.lock").joinpath(LOCK).open("a") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return locked.append((name, False)) or method(*arguments)
+            return locked.append((name, True)) or method(*arguments)
+
+        return call
+
+    profile_to_file(checkpoint, PLAN, out=path, device="cpu", progress=False)
+    results_file(file, None, ("a", "mrr", 0.5), exits=(1,))
+    for name in ("load", "save"):
+        monkeypatch.setattr(ExitProfile, name, spied(name))
+    assert add_quality(path, "a", file).benchmarks == ("a",)
+    assert locked == [("load", True), ("save", True)]
+    profile, _ = profile_to_file(checkpoint, PLAN, out=path, device="cpu", progress=False)
+    assert locked[2:] == [("load", False), ("load", True), ("save", True)]  # the first before the long measurement
+    assert profile.benchmarks == ("a",)
 
 
 def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
@@ -338,7 +370,7 @@ def test_a_process_that_cannot_measure_memory_is_reported_in_a_sentence(tmp_path
 
 def test_peak_memory_is_the_most_that_was_ever_resident():
     imports = "import sys\nfrom contextlib import suppress\nfrom pathlib import Path"
-    program = f"{imports}\n{inspect.getsource(peak_memory_mb)}\n"
+    program = f"{imports}\n{inspect.getsource(profile_exits.peak_memory_mb)}\n"
     program += "before = peak_memory_mb(); block = b'x' * 64_000_000; during = peak_memory_mb(); del block\n"
     program += "print(during - before, peak_memory_mb() - before)"
     assert [float(word) for word in python("-c", program).stdout.split()] == pytest.approx([64, 64], abs=4)
@@ -367,4 +399,5 @@ def test_the_formula_counts_what_torch_counts(attention, order):
             with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), exit_layer=exit_layer)
             expected = counter.get_total_flops() / (batch * length)
-            assert flops_per_token(model.config, exit_layer, length) == pytest.approx(expected, rel=1e-12)
+            counted = profile_exits.flops_per_token(model.config, exit_layer, length)
+            assert counted == pytest.approx(expected, rel=1e-12)

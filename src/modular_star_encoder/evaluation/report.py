@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +21,20 @@ from pydantic import TypeAdapter
 from modular_star_encoder.evaluation import metrics
 from modular_star_encoder.evaluation.benchmarks import BENCHMARKS
 from modular_star_encoder.evaluation.tasks import Estimate, Task, TaskResult
-from modular_star_encoder.inference.exit_profile import ExitProfile
+from modular_star_encoder.inference.exit_profile import ExitProfile, profile_lock
 from modular_star_encoder.utils.errors import UserError, naming_extra
 from modular_star_encoder.utils.files import read_json, staged_file, write_json, write_text
 from modular_star_encoder.utils.reports import library_versions, markdown_table, metric_label, percent
 
 PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transformers", "bm25s", "scikit-learn")
 
+_MEANINGS = {
+    "mrr": "mean of 1 / rank of the first relevant document",
+    "recall@": "share of the relevant documents among the first k",
+    "ndcg": "gain of the ranking relative to the best order, with weights 1 / log2(rank + 1)",
+    "map@r": "mean precision at the ranks of the R relevant documents, 0 at ranks above R",
+    "f1": "harmonic mean of precision and recall",
+}
 _Key = tuple[str, int | None, int | None]  # the retriever, exit and dimensions of one row of a table
 _TEX = str.maketrans(
     {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "→": r"$\to$", "–": "--"}
@@ -45,10 +53,8 @@ class Difference:
     high: float | None = None
 
     def __str__(self) -> str:
-        change = f"{100 * self.value:+.1f}"
-        if self.low is None or self.high is None:
-            return change
-        return f"{change} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        bounds = "" if self.low is None or self.high is None else f" ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        return f"{100 * self.value:+.1f}{bounds}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class Table:
     benchmark: str
     metric: str  # the main metric
     rows: Annotated[Sequence[Row], Constraint(max_length=1000)]  # by retriever, then exit
-    reference: str  # what rows are compared with: the label of the reference row, or "the same exit (RETRIEVER)"
+    reference: str  # label of the row with which others are compared, or "the same exit (RETRIEVER)"
     size: str  # the numbers of queries (or pairs) and candidates, in words
     notes: Sequence[str]  # caveats, shown below the table
 
@@ -111,8 +117,8 @@ class Report:
         """Return the tables as Markdown with aligned columns; scores are multiplied by 100."""
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         parts = ["# Evaluation", *([f"    {self.command}"] if self.command else []), installed]
-        for table in self.tables:
-            parts.append("\n".join([f"## {table.title}", "", *markdown_table(_cells(table)), "", *_explain(table)]))
+        for one in self.tables:
+            parts.append("\n".join([f"## {one.title}", "", *markdown_table(_cells(one)), "", *_explain(one)]))
         return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def make_report(
     results: Sequence[TaskResult],
     command: str = "",
     checksum: str | None = None,
-    before: str | None = None,  # name of a model: exits are compared with its exits, not with the first's deepest exit
+    before: str | None = None,  # a model, with whose same exit an exit is compared; None: the first's deepest exit
 ) -> Report:
     """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
@@ -150,35 +156,31 @@ def _table(benchmark: str, tasks: Sequence[Task], results: Sequence[TaskResult],
     own = [key for key in groups if key[1] is not None]
     own = [key for key in own if key[0] == own[0][0]]
     reference = max(own, key=lambda key: (key[1] or 0, key[2] or 0)) if own else next(iter(groups))
-    first = groups[reference]
-    compared = {key: (before, *key[1:]) if before else reference for key in groups}
-    rows = [
-        _row(key, tasks, group, None if compared[key] == key else groups.get(compared[key]))
-        for key, group in groups.items()
-    ]
+    rows = []
+    for key, group in groups.items():
+        other = (before, *key[1:]) if before else reference
+        rows.append(_row(key, tasks, group, None if other == key else groups.get(other)))
     label = f"the same exit ({before})" if before else next(row.label for row in rows if row.difference is None)
     notes = list(dict.fromkeys(note for task in tasks for note in task.notes))
+    first = groups[reference]
     size = f"{sum(len(result.values) for result in first):,} {'queries' if first[0].candidates else 'pairs'}"
     if first[0].candidates:
-        bounds = sorted({min(one.candidates for one in first), max(one.candidates for one in first)})
-        size += f", {' to '.join(f'{bound:,}' for bound in bounds)} candidates each"
+        counts = [one.candidates for one in first]
+        size += f", {' to '.join(f'{bound:,}' for bound in sorted({min(counts), max(counts)}))} candidates each"
     return Table(benchmark, first[0].main, rows, label, size, notes)
 
 
 def _row(
     key: _Key, tasks: Sequence[Task], results: Sequence[TaskResult], reference: Sequence[TaskResult] | None
 ) -> Row:
-    columns: dict[str, list[TaskResult]] = {}
+    groups: dict[str, list[TaskResult]] = {}
     for task, result in zip(tasks, results, strict=True):
-        columns.setdefault(task.column or task.name, []).append(result)
-    others = [metric for metric in results[0].estimates if metric != results[0].main]
-    return Row(
-        *key,
-        columns={column: _mean_estimate(group) for column, group in columns.items()},
-        mean=_mean_estimate(results),
-        others={metric: float(np.mean([one.estimates[metric].value for one in results])) for metric in others},
-        difference=None if reference is None else _difference(results, reference),
-    )
+        groups.setdefault(task.column or task.name, []).append(result)
+    columns = {column: _mean_estimate(group) for column, group in groups.items()}
+    names = [metric for metric in results[0].estimates if metric != results[0].main]
+    others = {metric: float(np.mean([one.estimates[metric].value for one in results])) for metric in names}
+    difference = None if reference is None else _difference(results, reference)
+    return Row(*key, columns, _mean_estimate(results), others, difference)
 
 
 def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
@@ -205,12 +207,11 @@ def to_latex(tables: Sequence[Table]) -> str:
     """Return LaTeX code with one `table` environment per table; the code needs the LaTeX package booktabs."""
     parts = []
     for table in tables:
-        caption = " ".join([f"{table.title}.", *_explain(table)])
-        header, *lines = [" & ".join(cell.translate(_TEX) for cell in row) + r" \\" for row in _cells(table)]
-        columns = "r" * (len(_cells(table)[0]) - 1)
+        caption, cells = " ".join([f"{table.title}.", *_explain(table)]), _cells(table)
+        header, *lines = [" & ".join(cell.translate(_TEX) for cell in row) + r" \\" for row in cells]
         parts += [r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(_TEX)}}}"]
-        parts += [rf"\begin{{tabular}}{{l{columns}}}", r"\toprule", header, r"\midrule", *lines, r"\bottomrule"]
-        parts += [r"\end{tabular}", r"\end{table}", ""]
+        parts += [rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}", r"\toprule", header, r"\midrule", *lines]
+        parts += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(parts)
 
 
@@ -218,13 +219,12 @@ def to_csv(results: Sequence[TaskResult]) -> str:
     """Return CSV: a header, then one line for each metric of each result; scores are fractions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    names = ["benchmark", "task", "retriever", "exit_layer", "dimensions", "metric", "value", "low", "high"]
-    writer.writerow([*names, "queries", "candidates"])
+    place = ["benchmark", "task", "retriever", "exit_layer", "dimensions"]
+    writer.writerow([*place, "metric", "value", "low", "high", "queries", "candidates"])
     for one in results:
-        place = [one.benchmark, one.task, one.retriever, one.exit_layer, one.dimensions]
         for metric, estimate in one.estimates.items():
             numbers = (estimate.value, estimate.low, estimate.high, len(one.values), one.candidates)
-            writer.writerow([*place, metric, *numbers])
+            writer.writerow([*(getattr(one, name) for name in place), metric, *numbers])
     return file.getvalue()
 
 
@@ -234,21 +234,25 @@ def interval(estimate: Estimate) -> str:
 
 
 def _cells(table: Table) -> list[list[str]]:
-    columns, others = list(table.rows[0].columns), map(metric_label, table.rows[0].others)
-    mean = ["mean"] if len(columns) > 1 else []
-    cells = [["", *columns, *mean, "95 % interval", *others, f"Δ {metric_label(table.metric)}", "p"]]
+    """Return the header and the rows of a table, whose first columns have the main metric of tasks, and its mean."""
+    columns, others, main = list(table.rows[0].columns), list(table.rows[0].others), metric_label(table.metric)
+    named = [*columns, "mean"] if len(columns) > 1 else columns
+    cells = [[f"{main} × 100", *named, "95 % interval", *map(metric_label, others), f"Δ {main}", "p"]]
     for row in table.rows:
-        means = [percent(row.mean.value)] if mean else []
-        one = row.difference
-        changed = ["", ""] if one is None else [str(one), f"{one.p:.4f}"]
-        values = [percent(estimate.value) for estimate in row.columns.values()]
-        cells.append([row.label, *values, *means, interval(row.mean), *map(percent, row.others.values()), *changed])
+        values = [*row.columns.values(), row.mean][: len(named)]
+        changed = ["", ""] if row.difference is None else [str(row.difference), f"{row.difference.p:.4f}"]
+        scores = [percent(estimate.value) for estimate in values]
+        cells.append([row.label, *scores, interval(row.mean), *map(percent, row.others.values()), *changed])
     return cells
 
 
 def _explain(table: Table) -> list[str]:
-    ties = "" if table.metric == "f1" else "; ties count against the retriever"
-    values = f"{metric_label(table.metric)} × 100; {table.size}{ties}. Intervals: bootstrap over queries."
+    """Return the sentences below a table: its size, metrics, intervals and tests, and notes."""
+    shown = [(re.sub(r"@\d+", "@k", metric_label(one)), one) for one in (table.metric, *table.rows[0].others)]
+    known = {label: text for label, one in shown for start, text in _MEANINGS.items() if one.startswith(start)}
+    meanings = "".join(f" {label}: {text}." for label, text in known.items())
+    ties = "" if table.metric == "f1" else "; among equal scores, relevant documents rank last"
+    values = f"All scores × 100; {table.size}{ties}.{meanings} Intervals: bootstrap over queries."
     tests = f"Δ: difference from {table.reference}, with its interval; p: paired permutation test."
     return [f"{values} {tests}", *(f"Note: {note}." for note in table.notes)]
 
@@ -275,30 +279,36 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 
 
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
-    """Read {exit_layer: mean of the main metric} from the table of `benchmark`.
+    """Read {exit_layer: mean of the main metric} from the table of `benchmark` in a results file (see `read_tables`).
 
-    If `benchmark` is none of `BENCHMARKS`, but a name of the user's own, a file without its table gives the first one.
+    If `benchmark` is not in `BENCHMARKS` but a name that the user gives, and no table has this name, read the first.
     """
     tables = read_tables(path, checkpoint)
-    first = [] if benchmark in BENCHMARKS else tables[:1]
-    chosen = [one for one in tables if one.benchmark == benchmark][:1] or first
+    is_known = benchmark in BENCHMARKS
+    chosen = [one for one in tables if one.benchmark == benchmark][:1] or ([] if is_known else tables[:1])
     quality = {row.exit_layer: row.mean.value for one in chosen for row in one.rows if row.exit_layer is not None}
     if not quality:
-        of = f" on {benchmark}" * (benchmark in BENCHMARKS)
-        raise UserError(
-            "evaluation.report.no_exits", f"{path} has no results of exits{of}: evaluate a model with exits."
-        )
+        message = f"{path} has no results of exits{f' on {benchmark}' * is_known}: evaluate a model with exits."
+        raise UserError("evaluation.report.no_exits", message)
     return quality
+
+
+def add_quality(path: Path, benchmark: str, results: str | os.PathLike[str]) -> ExitProfile:
+    """Add the scores in the file `results` (see `read_quality`) to the exit profile in the file `path`; return it."""
+    with profile_lock(path):
+        profile = ExitProfile.load(path)
+        profile = profile.with_quality(benchmark, read_quality(results, profile.checkpoint, benchmark))
+        profile.save(path)
+    return profile
 
 
 def _evaluated_model(table: Table) -> Table:
     """Return `table` with only the first model's exits, at the largest embedding size, and retrievers without exits."""
     own = next((row.retriever for row in table.rows if row.exit_layer is not None), None)
-    rows = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
-    largest = {row.exit_layer: row for row in rows if row.retriever == own}
-    return replace(
-        table, rows=[row for row in table.rows if row.exit_layer is None or row is largest.get(row.exit_layer)]
-    )
+    by_size = sorted(table.rows, key=lambda row: (row.dimensions is None, row.dimensions or 0))
+    largest = {row.exit_layer: row for row in by_size if row.retriever == own}
+    rows = [row for row in table.rows if row.exit_layer is None or row is largest.get(row.exit_layer)]
+    return replace(table, rows=rows)
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
@@ -312,8 +322,8 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     found = {name: ExitProfile.load(path) for name, path in profiles.items() if path.is_file()}
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
-        message = "Repeat `mose profile` for all models, on one machine, with the same device, threads and batches."
-        message = f"Exit profiles of {' and '.join(found)} are not comparable. {message}"
+        how = "Repeat `mose profile` for all models, on one machine, with the same device, threads and batches."
+        message = f"Exit profiles of {' and '.join(found)} are not comparable. {how}"
         raise UserError("evaluation.plots.other_machines", message)
     if found:
         plot_quality(tables, by_latency, {name: median_latencies(one) for name, one in found.items()})
@@ -334,8 +344,8 @@ def plot_quality(
     """
     with naming_extra():
         from matplotlib.figure import Figure
-    height, width, drawn = -(-len(tables) // 3), min(3, len(tables)), False
-    figure = Figure(figsize=(4.2 * width, 3.2 * height), layout="constrained")
+    height, width = -(-len(tables) // 3), min(3, len(tables))
+    figure, drawn = Figure(figsize=(4.2 * width, 3.2 * height), layout="constrained"), False
     for number, table in enumerate(tables, start=1):
         axes = figure.add_subplot(height, width, number)
         for name, exits in _exits_by_name(table).items():
@@ -344,20 +354,18 @@ def plot_quality(
             placed = {times[k]: row for k, row in exits.items() if k in times}
             if not placed:
                 continue
-            drawn = True
-            estimates = [row.mean for row in placed.values()]
-            value, low, high = ([100 * getattr(one, bound) for one in estimates] for bound in ("value", "low", "high"))
+            drawn, means = True, [row.mean for row in placed.values()]
+            value, low, high = ([100 * getattr(one, bound) for one in means] for bound in ("value", "low", "high"))
             (line,) = axes.plot(list(placed), value, marker="o", markersize=4, label=_plain(name))
             axes.fill_between(list(placed), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
             for place, row in placed.items() if latencies is not None else ():
                 axes.annotate(str(row.exit_layer), (place, 100 * row.mean.value), fontsize="small")
         if latencies is not None:
-            axes.set(xlabel="median latency, ms", xscale="log")
+            axes.set(xlabel="median time of a batch, ms", xscale="log")
         else:
             for place, row in enumerate(row for row in table.rows if row.exit_layer is None):
-                axes.axhline(
-                    100 * row.mean.value, linestyle="--", linewidth=1, color=f"C{7 + place}", label=_plain(row.label)
-                )
+                style: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "color": f"C{7 + place}"}
+                axes.axhline(100 * row.mean.value, label=_plain(row.label), **style)
             ticks = sorted({row.exit_layer for row in table.rows if row.exit_layer is not None})
             axes.set(xlabel="layers executed", xticks=ticks)
         axes.set_title(_plain(table.title), fontsize="medium")

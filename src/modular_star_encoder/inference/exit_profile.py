@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from transformers import AutoModel
 from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_file
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, read_json, user_path, write_json
+from modular_star_encoder.utils.files import check_types, folder_lock, read_json, user_path, write_json
 from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ class ExitProfile:
         raise UserError("profile.file.unreadable", f"{path} is not a valid exit profile: {fault}.")
 
 
+def profile_lock(path: Path) -> AbstractContextManager[None]:
+    """Context manager: let no other process change the profile in the file `path`. Read and write the file inside."""
+    return folder_lock(path.with_name(f".{path.name}.lock"))
+
+
 def select_exit(
     profile: ExitProfile,
     *,
@@ -173,6 +179,8 @@ def select_exit(
     """
     given = {"latency_ms": latency_ms, "memory_mb": memory_mb, "min_quality": min_quality}
     limits = {name: limit for name, limit in given.items() if limit is not None}
+    if not limits:
+        raise UserError("budget.missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`.")
     shape = _shape(profile, batch_size, length)
     quality = _quality(profile, benchmark, needed=min_quality is not None)
     values: dict[int, dict[str, float | None]] = {}
@@ -182,13 +190,9 @@ def select_exit(
         values[k] = {name: of_exit[name] for name in limits}
     exits = [k for k, of_exit in values.items() if all(_keeps(name, of_exit[name], limits[name]) for name in limits)]
     wanted = " and ".join(f"{name}={limit:g}" for name, limit in limits.items())
-    key = "" if exits else "too_small"
-    where = f"{wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
-    message = f"No exit meets {where}. Give a limit that an exit meets. Measured: {_listed_values(values)}."
-    if not limits:
-        key, message = "missing", "Give at least one of `latency_ms`, `memory_mb` and `min_quality`."
-    if key:
-        raise UserError(f"budget.{key}", message)
+    if not exits:
+        message = f"No exit meets {wanted} for batches of {shape[0]} × {shape[1]} (texts × tokens)"
+        raise UserError("budget.too_small", f"{message}. Give a limit that an exit meets: {_listed_values(values)}.")
     is_known = set(exits) <= set(quality)
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
     why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
@@ -223,15 +227,12 @@ def _quality(profile: ExitProfile, benchmark: str | None, needed: bool) -> dict[
     known = profile.benchmarks
     if benchmark is None and len(known) == 1:
         benchmark = known[0]
-    fault = message = ""
     if benchmark is None and needed:
-        how = f"one of {_listed(known)}" if known else "which `mose profile --quality` adds to the profile"
-        fault, message = "missing", f"`min_quality` needs a `benchmark`, {how}."
-    elif benchmark is not None and benchmark not in known:
-        fault = "unknown"
+        how = f"one of {_listed(known)}" if known else "whose scores `mose profile --quality` adds to the profile"
+        raise UserError("budget.benchmark.missing", f"`min_quality` needs a `benchmark`, {how}.")
+    if benchmark not in (None, *known):
         message = f"The profile lacks the benchmark {benchmark}. It has: {_listed(known) or 'none'}."
-    if fault:
-        raise UserError(f"budget.benchmark.{fault}", message)
+        raise UserError("budget.benchmark.unknown", message)
     return {k: one.quality[benchmark] for k, one in profile.exits.items() if benchmark and benchmark in one.quality}
 
 

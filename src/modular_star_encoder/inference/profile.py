@@ -1,7 +1,7 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency is timed on random tokens, with the exits in random order, so that other programs slow all exits alike. Memory
-is measured in a process per exit, which runs this module as a script.
+Latency is timed on random tokens, with the exits in random order, so that other programs slow all exits alike. For
+each exit, a process of its own, which runs this module as a script, measures memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.inference import profile_path, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_checksum, load_checkpoint, load_config
-from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit
+from modular_star_encoder.inference.exit_profile import ExitProfile, Measurement, ProfiledExit, profile_lock
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_writable
@@ -97,15 +97,13 @@ def profile_checkpoint(
     config = load_config(path)
     config.resolve_exits(exit_layers=exit_layers or None)
     longest, limit = max(plan.lengths), config.max_position_embeddings
-    key, fault = "", ""
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        key, fault = "device", f"device={device!r} is not available: use 'cpu', or 'cuda' with a GPU."
-    elif dtype not in (None, *DTYPES):
-        key, fault = "dtype", f"dtype={dtype!r}, but it must be one of {', '.join(DTYPES)}."
-    elif longest > limit:
-        key, fault = "length", f"The model reads texts of at most {limit} tokens, not {longest}. Give shorter lengths."
-    if key:
-        raise UserError(f"profile.{key}", fault)
+        raise UserError("profile.device", f"device={device!r} is not available: use 'cpu', or 'cuda' with a GPU.")
+    if dtype not in (None, *DTYPES):
+        raise UserError("profile.dtype", f"dtype={dtype!r}, but it must be one of {', '.join(DTYPES)}.")
+    if longest > limit:
+        message = f"The model reads texts of at most {limit} tokens, not {longest}. Give shorter lengths."
+        raise UserError("profile.length", message)
     model, _ = load_checkpoint(path, max(exit_layers) if exit_layers else None, device, dtype)
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     exits = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
@@ -118,23 +116,11 @@ def profile_checkpoint(
         memory[k] = measure_memory(path, k, device, dtype, plan.shapes, torch.get_num_threads())
     profiled = {}
     for k in exits:
-        measurements = []
-        for (size, length), peak in zip(plan.shapes, memory[k][1], strict=True):
-            seconds = times[k, (size, length)]
-            median, late = np.percentile(seconds, [50, 95])
-            measurement = Measurement(
-                batch_size=size,
-                length=length,
-                flops_per_token=flops_per_token(config, k, length),
-                latency_ms_p50=round(1000 * median, 4),
-                latency_ms_p95=round(1000 * late, 4),
-                texts_per_second=round(size / median, 2),
-                tokens_per_second=round(size * length / median, 1),
-                peak_memory_mb=None if peak is None else round(peak, 1),
-                runs=len(seconds),
-            )
-            measurements.append(measurement)
-        profiled[k] = ProfiledExit(parameters[k], parameters[k] * bytes_each / 1e6, tuple(measurements))
+        measurements = tuple(
+            _measurement(shape, flops_per_token(config, k, shape[1]), times[k, shape], peak)
+            for shape, peak in zip(plan.shapes, memory[k][1], strict=True)
+        )
+        profiled[k] = ProfiledExit(parameters[k], parameters[k] * bytes_each / 1e6, measurements)
     return ExitProfile(
         exits=profiled,
         device=device,
@@ -148,6 +134,14 @@ def profile_checkpoint(
     )
 
 
+def _measurement(shape: Shape, flops_per_token: float, seconds: list[float], peak: float | None) -> Measurement:
+    (size, length), (median, late) = shape, np.percentile(seconds, [50, 95])
+    latencies = round(1000 * median, 4), round(1000 * late, 4)
+    rates = round(size / median, 2), round(size * length / median, 1)
+    peak = None if peak is None else round(peak, 1)
+    return Measurement(size, length, flops_per_token, *latencies, *rates, peak, len(seconds))
+
+
 def profile_to_file(
     checkpoint: str | os.PathLike[str],
     plan: ProfilePlan | None = None,
@@ -157,18 +151,19 @@ def profile_to_file(
 ) -> tuple[ExitProfile, Path]:
     """Measure a checkpoint's profile (see `profile_checkpoint`), write it to a file, and return (profile, file).
 
-    Older quality scores of the same weights stay in the file. UserError if the older file has exits not measured now.
+    Quality scores of the same weights stay in the file. UserError if the file has exits that are not to be measured.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
     _older_profile(path, options.get("exit_layers"))
     profile = profile_checkpoint(checkpoint, plan, **options)
-    older = _older_profile(path, options.get("exit_layers"))  # again: `--quality` may have changed it meanwhile
-    if older is not None and older.checkpoint == profile.checkpoint:
-        for name in older.benchmarks:
-            known = {k: one.quality[name] for k, one in older.exits.items() if name in one.quality}
-            profile = profile.with_quality(name, known)
-    profile.save(path)
+    with profile_lock(path):
+        older = _older_profile(path, options.get("exit_layers"))  # again: another process may have changed it meanwhile
+        if older is not None and older.checkpoint == profile.checkpoint:
+            for name in older.benchmarks:
+                known = {k: one.quality[name] for k, one in older.exits.items() if name in one.quality}
+                profile = profile.with_quality(name, known)
+        profile.save(path)
     return profile, path
 
 
@@ -199,21 +194,27 @@ def embed(model: ModularStarEncoderForRetrieval, batch: dict[str, torch.Tensor],
 
 
 def format_profile(profile: ExitProfile) -> str:
-    """Return a profile as Markdown: one table per batch shape, and a line with device, dtype, machine and date."""
-    blocks = []
+    """Return a profile as Markdown: a table per batch shape, an explanation, and device, dtype, machine and date."""
+    blocks, scores = [], profile.benchmarks
     for shape in profile.shapes:
-        rows = [["exit", "parameters", "MFLOP/token", "p50 ms", "p95 ms", "texts/s", "peak MB", *profile.benchmarks]]
+        rows = [["exit", "parameters", "MFLOP/token", "median ms", "p95 ms", "texts/s", "peak MB", *scores]]
         for k, one in profile.exits.items():
             cost = profile.measurement(k, shape)
             times = (f"{cost.latency_ms_p50:.2f}", f"{cost.latency_ms_p95:.2f}", f"{cost.texts_per_second:,.1f}")
             peak = "–" if cost.peak_memory_mb is None else f"{cost.peak_memory_mb:,.0f}"
-            qualities = [f"{one.quality[name]:.3f}" if name in one.quality else "–" for name in profile.benchmarks]
+            qualities = [f"{one.quality[name]:.3f}" if name in one.quality else "–" for name in scores]
             rows.append([f"{k}", f"{one.parameters:,}", f"{cost.flops_per_token / 1e6:,.1f}", *times, peak, *qualities])
-        blocks.append("\n".join([f"{shape[0]} × {shape[1]} tokens", "", *markdown_table(rows)]))
-    machine = profile.machine.get("gpu") or ", ".join(
-        str(profile.machine.get(name)) for name in ("processor", "threads")
-    )
-    return "\n\n".join([*blocks, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
+        title = f"Batches of {_count(shape[0], 'text')} of {_count(shape[1], 'token')}"
+        blocks.append("\n".join([title, "", *markdown_table(rows)]))
+    legend = "Times are those of a batch: the median and the 95th percentile (p95). 1 MB is 10^6 bytes."
+    legend += f" Scores ({', '.join(scores)}) are fractions from 0 to 1." * bool(scores)
+    processor, threads = profile.machine.get("processor"), profile.machine.get("threads")
+    machine = profile.machine.get("gpu") or f"{processor}, {_count(threads, 'thread')}"
+    return "\n\n".join([*blocks, legend, f"{profile.device}, {profile.dtype}, {machine}, {profile.date}"])
+
+
+def _count(number: Any, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _measure_times(
