@@ -22,17 +22,10 @@ STAND_INS = {
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     # Values that differ from every default, so that `ConfigTester` sees whether a configuration keeps them.
     "utils/test_configuration_utils.py": """config_common_kwargs = {
-    "architectures": ["SomeModel"],
-    "chunk_size_feed_forward": 7,
-    "dtype": "float16",
-    "id2label": {0: "no", 1: "maybe", 2: "yes"},
-    "is_encoder_decoder": True,
-    "label2id": {"no": 0, "maybe": 1, "yes": 2},
-    "name_or_path": "some/model",
-    "output_attentions": True,
-    "output_hidden_states": True,
-    "problem_type": "regression",
-    "return_dict": False,
+    "architectures": ["SomeModel"], "chunk_size_feed_forward": 7, "dtype": "float16", "is_encoder_decoder": True,
+    "id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2},
+    "name_or_path": "some/model", "output_attentions": True, "output_hidden_states": True,
+    "problem_type": "regression", "return_dict": False,
 }
 """,
 }

@@ -5,20 +5,9 @@ import evaluate
 import numpy as np
 import pytest
 
-from modular_star_encoder.evaluation import evaluate_metric
+from modular_star_encoder.evaluation import evaluate_metric, metrics
 from modular_star_encoder.evaluation.evaluate_metric import RetrievalMetric
-from modular_star_encoder.evaluation.metrics import (
-    best_f1_threshold,
-    bootstrap_f1_interval,
-    bootstrap_interval,
-    f1,
-    f1_permutation_test,
-    outcomes,
-    permutation_test,
-    query_values,
-    shares,
-    spread,
-)
+from modular_star_encoder.evaluation.metrics import bootstrap_interval, f1, outcomes, query_values, spread
 from tests.errors import raises
 from tests.evaluation import brute_force
 from tests.evaluation.brute_force import METRICS
@@ -66,7 +55,7 @@ def test_f1_and_its_best_threshold_are_those_of_trying_all(ties):
         labels[0] = 1
         scores = (labels + generator.normal(size=40)).round(0 if ties else 9).astype(np.float32)
         tried = {t: brute_force.f1((scores >= t).astype(int).tolist(), labels.tolist()) for t in scores.tolist()}
-        threshold = best_f1_threshold(scores, labels)
+        threshold = metrics.best_f1_threshold(scores, labels)
         assert tried[threshold] == pytest.approx(max(tried.values()), abs=1e-12)
         counts = np.bincount(outcomes((scores >= threshold).astype(int), labels), minlength=4)
         assert f1(counts) == pytest.approx(tried[threshold], abs=1e-9)
@@ -87,16 +76,16 @@ def test_the_f1_interval_is_that_of_resampling_pairs():
     decisions = np.where(generator.random(400) < 0.8, labels, 1 - labels)
     results = outcomes(decisions, labels)
     figures = [f1(np.bincount(generator.choice(results, size=400), minlength=4)) for _ in range(2000)]
-    assert bootstrap_f1_interval(results, 0) == pytest.approx(np.quantile(figures, [0.025, 0.975]), abs=0.01)
+    assert metrics.bootstrap_f1_interval(results, 0) == pytest.approx(np.quantile(figures, [0.025, 0.975]), abs=0.01)
 
 
 def test_the_p_value_is_the_share_of_signs_that_are_as_extreme():
-    assert permutation_test(np.zeros(10), 0) == 1
-    assert permutation_test(np.full(40, 0.1), 0) == pytest.approx(1 / 10_001)
+    assert metrics.permutation_test(np.zeros(10), 0) == 1
+    assert metrics.permutation_test(np.full(40, 0.1), 0) == pytest.approx(1 / 10_001)
     differences = np.array([0.5, 0.2, -0.1, 0.4, 0.0, 0.3, 0.2, -0.2])
     sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=len(differences))]
     exact = np.mean(np.array(sums) >= differences.sum() - 1e-12)
-    assert permutation_test(differences, 0, resamples=40_000) == pytest.approx(exact, abs=0.01)
+    assert metrics.permutation_test(differences, 0, resamples=40_000) == pytest.approx(exact, abs=0.01)
 
 
 def test_the_p_value_of_f1_is_that_of_swapping_pairs():
@@ -111,15 +100,15 @@ def test_the_p_value_of_f1_is_that_of_swapping_pairs():
     for _ in range(4000):
         swap = generator.random(60) < 0.5
         extreme += gap(np.where(swap, second, first), np.where(swap, first, second)) >= gap(first, second) - 1e-12
-    assert f1_permutation_test(first, second, 0) == pytest.approx(extreme / 4000, abs=0.02)
-    assert f1_permutation_test(first, first, 0) == 1
+    assert metrics.f1_permutation_test(first, second, 0) == pytest.approx(extreme / 4000, abs=0.02)
+    assert metrics.f1_permutation_test(first, first, 0) == 1
 
 
 def test_the_mean_of_tasks_weighs_tasks_alike_whatever_their_size():
     small, large = {"a": 1.0, "b": 0.5}, {str(i): 0.25 for i in range(50)}
     assert spread([small]) == pytest.approx([1.0, 0.5])
     assert spread([small, large]).mean() == pytest.approx((0.75 + 0.25) / 2)
-    assert shares([small, {"a": 0.4, "c": 0.0}]).tolist() == pytest.approx([0.35, 0.125, 0.0])
+    assert metrics.shares([small, {"a": 0.4, "c": 0.0}]).tolist() == pytest.approx([0.35, 0.125, 0.0])
 
 
 def test_tasks_that_share_their_queries_do_not_narrow_the_interval():

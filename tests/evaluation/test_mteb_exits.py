@@ -46,10 +46,10 @@ def task(rows=ROWS):
 
 def expected_mrr(exit_layer):
     queries, documents = (
-        encode_exits(tiny_model(), tiny_tokenizer(), texts, prompt=prompt, progress=False)[exit_layer]
-        for texts, prompt in (([row[0] for row in ROWS], text_prompt()), ([row[1] for row in ROWS], code_prompt()))
+        encode_exits(tiny_model(), tiny_tokenizer(), [row[side] for row in ROWS], prompt=prompt, progress=False)
+        for side, prompt in enumerate((text_prompt(), code_prompt()))
     )
-    values = reciprocal_ranks(queries, documents, size=None)
+    values = reciprocal_ranks(queries[exit_layer], documents[exit_layer], size=None)
     return pytest.approx(values.mean(), abs=1e-4)  # mteb rounds
 
 

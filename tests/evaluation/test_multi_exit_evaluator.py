@@ -22,19 +22,9 @@ from tests.tiny import EXIT_LAYERS, tiny_model
 LANGUAGES = {"file": "python", "socket": "python", "user": "ruby", "header": "sql"}
 ROWS = code_rows(("add", "remove", "find", "print"), LANGUAGES)
 EXAMPLES = [RetrievalExample(description, (Snippet(language, code),)) for description, code, language in ROWS]
-TRAINING = {
-    "max_steps": 2,
-    "per_device_train_batch_size": len(ROWS),
-    "learning_rate": 3e-3,
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "save_steps": 1,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_mrr_mean",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": len(ROWS), "learning_rate": 3e-3, "use_cpu": True}
+TRAINING |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "disable_tqdm": True, "report_to": "none"}
+TRAINING |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_mrr_mean"}
 
 
 class SpoilLastStep(TrainerCallback):
@@ -53,16 +43,11 @@ def sentence_transformer(checkpoint):
 
 
 def trainer(folder, tokenizer, **changes):
-    model = tiny_model(instruction_prompts=False)
-    options = {"evaluator": MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer)} | changes
+    arguments, model = TrainingArguments(str(folder), **TRAINING), tiny_model(instruction_prompts=False)
+    options = {"evaluator": MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer), "callbacks": [SpoilLastStep()]}
+    options |= {"train_dataset": RetrievalTexts(EXAMPLES, tokenizer, prompts=False, progress=False)} | changes
     return MultiExitTrainer(
-        model,
-        TrainingArguments(str(folder), **TRAINING),
-        ContrastiveObjective(),
-        train_dataset=RetrievalTexts(EXAMPLES, tokenizer, prompts=False, progress=False),
-        data_collator=RetrievalCollator(tokenizer),
-        callbacks=[SpoilLastStep()],
-        **options,
+        model, arguments, ContrastiveObjective(), data_collator=RetrievalCollator(tokenizer), **options
     )
 
 

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.data.in_context import InContextPairs
-from modular_star_encoder.evaluation import retrievers
-from modular_star_encoder.evaluation.lexical import (
-    BM25,
-    TfIdf,
-    identifier_overlap,
-    identifier_overlap_accuracy,
-    identifier_tokens,
-)
+from modular_star_encoder.evaluation import lexical, retrievers
+from modular_star_encoder.evaluation.lexical import BM25, TfIdf, identifier_overlap
 from modular_star_encoder.evaluation.metrics import query_values, rank_judged
 from modular_star_encoder.evaluation.retrievers import CosineScores, EmbeddingCache, ExitVariant, similarities
 from modular_star_encoder.evaluation.tasks import Judgements
@@ -176,9 +170,9 @@ def test_processes_that_write_the_same_at_once_leave_a_whole_cache(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def bm25_scores(queries, documents):
-    queries, documents = ([Text(text) for text in texts] for texts in (queries, documents))
-    return np.concatenate([block.scores for block in BM25().scores(queries, documents, ExitVariant()).blocks()])
+def bm25_scores(*texts):
+    scores = BM25().scores(*([Text(text) for text in side] for side in texts), ExitVariant())
+    return np.concatenate([block.scores for block in scores.blocks()])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +187,7 @@ def bm25_scores(queries, documents):
     ],
 )
 def test_identifiers_are_split_at_case_underscores_and_digits(text, tokens):
-    assert identifier_tokens(text) == tokens.split()
+    assert lexical.identifier_tokens(text) == tokens.split()
 
 
 def test_scores_are_lucenes_bm25_and_zero_without_words():
@@ -227,8 +221,10 @@ def pairs(tokenizer, same_words, seed):
 
 
 def test_repositories_with_words_of_their_own_are_distinguished_and_others_are_not(tokenizer):
-    clear = identifier_overlap_accuracy(pairs(tokenizer, True, 0), pairs(tokenizer, True, 1), tokenizer)
+    clear, blind = (
+        lexical.identifier_overlap_accuracy(*(pairs(tokenizer, same_words, seed) for seed in (0, 1)), tokenizer)
+        for same_words in (True, False)
+    )
     assert clear["accuracy"] > 0.95
     assert 0 <= clear["threshold"] < 1
-    blind = identifier_overlap_accuracy(pairs(tokenizer, False, 0), pairs(tokenizer, False, 1), tokenizer)
     assert blind["accuracy"] < 0.7

@@ -22,12 +22,16 @@ def run(tasks, retrievers, out=None):
     return evaluate_tasks(tasks, retrievers, out=out, progress=False)
 
 
+def run_one(task, out=None, exit_layer=3, **options):
+    (result,) = run([task], [given_retriever(exit_layers=(exit_layer,), **options)], out)
+    return result
+
+
 def test_a_result_holds_every_metric_of_the_task_and_the_values_of_its_main_one():
     task = retrieval_task(metrics=("ndcg@10", "mrr"))
-    (result,) = run([task], [given_retriever(exit_layers=(2,))])
-    scores = given_retriever(exit_layers=(2,))
-    scores.prepare(task.texts(), scores.variants, progress=False)
-    ranking = rank_judged(scores.scores(task.queries, task.documents, ExitVariant(2)), task.judgements)
+    result, retriever = run_one(task, exit_layer=2), given_retriever(exit_layers=(2,))
+    retriever.prepare(task.texts(), retriever.variants, progress=False)
+    ranking = rank_judged(retriever.scores(task.queries, task.documents, ExitVariant(2)), task.judgements)
     assert result.main == "ndcg@10"
     assert result.values == query_values(ranking, "ndcg@10").tolist()
     assert result.estimates["mrr"].value == query_values(ranking, "mrr").mean()
@@ -39,7 +43,7 @@ def test_a_result_holds_every_metric_of_the_task_and_the_values_of_its_main_one(
 def test_each_query_is_ranked_in_its_own_pool():
     pools = (Pool(np.array([3, 5]), np.array([5, 3])), Pool(np.array([0, 1]), np.array([0, 1, 2])))
     task = retrieval_task(pools=pools)
-    (result,) = run([task], [given_retriever(exit_layers=(3,))])
+    result = run_one(task)
     assert result.ids == ["q3", "q5", "q0", "q1"]
     for value, query in zip(result.values, (3, 5, 0, 1), strict=True):
         documents = next(pool.documents for pool in pools if query in pool.queries)
@@ -73,25 +77,16 @@ def test_finished_results_are_kept_and_only_missing_ones_computed(tmp_path, monk
 )
 def test_another_task_or_other_weights_of_the_same_name_are_evaluated_again(tmp_path, change):
     task = retrieval_task()
-    run([task], [given_retriever(exit_layers=(3,))], tmp_path)
-    run([change(task)], [given_retriever(exit_layers=(3,))], tmp_path)
-    run([task], [given_retriever(exit_layers=(3,), noise=0.5)], tmp_path)
+    run_one(task, tmp_path)
+    run_one(change(task), tmp_path)
+    run_one(task, tmp_path, noise=0.5)
     assert len(list(tmp_path.glob("cells/*.json"))) == 3
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"estimates": {"mrr": 1}}', "[]"])
-def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path, content):
-    task = retrieval_task()
-    run([task], [given_retriever(exit_layers=(3,))], tmp_path)
-    (path,) = tmp_path.glob("cells/*.json")
-    path.write_text(content)
-    with raises("evaluation.result.damaged", path.name):
-        run([task], [given_retriever(exit_layers=(3,))], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("task", "change"),
     [
+        *((retrieval_task(), text) for text in ("", "{}", '{"estimates": {"mrr": 1}}', "[]", "a folder")),
         (retrieval_task(), {"exit_layer": 2}),
         (retrieval_task(), {"dimensions": -5}),
         (retrieval_task(), {"candidates": -3}),
@@ -113,27 +108,22 @@ def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path, content):
         (pair_task(), {"threshold": "nan"}),
     ],
 )
-def test_a_result_that_does_not_fit_its_task_is_damaged(tmp_path, task, change):
-    (first,) = run([task], [given_retriever(exit_layers=(3,))], tmp_path)
+def test_a_result_that_is_damaged_or_does_not_fit_its_task_is_an_error_that_names_the_file(tmp_path, task, change):
+    first = run_one(task, tmp_path)
     (path,) = tmp_path.glob("cells/*.json")
-    assert run([task], [given_retriever(exit_layers=(3,))], tmp_path) == [first]
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert run_one(task, tmp_path) == first
+    if change == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with raises("evaluation.result.damaged", path.name):
-        run([task], [given_retriever(exit_layers=(3,))], tmp_path)
-
-
-def test_a_folder_in_place_of_a_result_is_damaged(tmp_path):
-    run([retrieval_task()], [given_retriever(exit_layers=(3,))], tmp_path)
-    (path,) = tmp_path.glob("cells/*.json")
-    path.unlink()
-    path.mkdir()
-    with raises("evaluation.result.damaged", path.name):
-        run([retrieval_task()], [given_retriever(exit_layers=(3,))], tmp_path)
+        run_one(task, tmp_path)
 
 
 def test_the_threshold_is_chosen_on_one_half_and_used_on_the_other():
     task = pair_task(60)
-    (result,) = run([task], [given_retriever(exit_layers=(3,))])
+    result = run_one(task)
     numbers = [[float(x) for x in text.text.split()] for text in task.documents]
     parts = (task.valid_pairs, task.pairs)
     valid, test = ([brute_force.cosine(numbers[i], numbers[j]) for i, j in pairs] for pairs in parts)

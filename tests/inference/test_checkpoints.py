@@ -27,6 +27,10 @@ def copy(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
 def load(folder, **options):
     return SentenceTransformer(str(folder), device="cpu", **options)
 
@@ -53,14 +57,14 @@ def test_a_slice_has_its_shallower_exits_names_its_parent_and_a_slice_of_it_is_t
     assert np.array_equal(load(sliced).encode(TEXTS, exit_layer=1), load(checkpoint).encode(TEXTS, exit_layer=1))
     twice = slice_checkpoint(sliced, 1, tmp_path / "twice")
     assert (direct / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
-    first, second = (json.loads((folder / "config.json").read_text()) for folder in (sliced, twice))
+    first, second = config(sliced), config(twice)
     assert (first["num_hidden_layers"], first["exit_layers"], first["exit_norm"]) == (2, [1, 2], "none")
     assert (first["parent_num_hidden_layers"], first["parent_exit_layers"]) == (4, [1, 2, 4])
     assert (first["exit_layer"], first["parent_model"], second["parent_model"]) == (None, "model", "model")
     trained = shutil.copytree(checkpoint, tmp_path / "run" / "model")
     (trained / "training_log.json").write_text("{}")
     named = slice_checkpoint(trained, 1, tmp_path / "named")  # after the run, not after its folder model/
-    assert json.loads((named / "config.json").read_text())["parent_model"] == "run"
+    assert config(named)["parent_model"] == "run"
     assert first["auto_map"] == second["auto_map"]
 
 
@@ -103,8 +107,7 @@ def test_a_slice_of_a_slice_has_the_licence_in_the_card_or_the_configuration_of_
 
 def test_only_exit_keeps_one_head_and_the_same_embedding(checkpoint, tmp_path):
     sliced = slice_checkpoint(checkpoint, 2, tmp_path / "slice", only_exit=True)
-    model = AutoModel.from_pretrained(sliced)
-    assert set(model.projection_heads) == {"2"}
+    assert set(AutoModel.from_pretrained(sliced).projection_heads) == {"2"}
     assert np.array_equal(load(sliced).encode(TEXTS), load(checkpoint).encode(TEXTS, exit_layer=2))
 
 
@@ -136,8 +139,7 @@ DAMAGES = [
     (write("model.safetensors", "not a tensor"), "damaged", ""),
     (lambda folder: change_tensors(folder, drop=[HEAD]), "tensors", f"4 tensors are missing, such as {HEAD}"),
     (lambda folder: change_tensors(folder, **{LAYER: torch.ones(2)}), "tensors", f"left over, such as {LAYER}"),
-    (change(vocab_size=2**16), "shapes", ""),
-    (change(intermediate_size=2**16), "shapes", ""),
+    *((change(**{size: 2**16}), "shapes", "") for size in ("vocab_size", "intermediate_size")),
     (change(num_hidden_layers=2, exit_layers=[1, 2]), "tensors", "left over"),
     (change(exit_layers=[2, 1]), "damaged", "[2, 1]"),
     (change(exit_norm="lst"), "damaged", "('last', 'all', 'none'), got lst"),
@@ -283,15 +285,15 @@ def test_files_too_large_to_read_in_seconds_pipes_and_files_outside_the_folder_a
         load_checkpoint(copy)
 
 
-def test_a_link_to_the_blobs_of_the_hub_s_cache_is_followed(copy):
-    (copy.parent / "blobs").mkdir()
-    (copy.parent / "snapshots").mkdir()
-    snapshot = copy.rename(copy.parent / "snapshots" / "1")
-    (snapshot / "config.json").rename(copy.parent / "blobs" / "1")
+def test_a_link_to_the_blobs_of_the_hub_s_cache_is_followed_and_to_other_blobs_is_not(copy):
+    root = copy.parent
+    for name in ("blobs", "snapshots", "other"):
+        (root / name).mkdir()
+    snapshot = copy.rename(root / "snapshots" / "1")
+    (snapshot / "config.json").rename(root / "blobs" / "1")
     (snapshot / "config.json").symlink_to("../../blobs/1")
     load_checkpoint(snapshot)
-    (copy.parent / "other").mkdir()
-    (copy.parent / "blobs").rename(copy.parent / "other" / "blobs")
+    (root / "blobs").rename(root / "other" / "blobs")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to("../../other/blobs/1")
     with pytest.raises(FileNotFoundError, match="outside"):

@@ -14,13 +14,7 @@ from modular_star_encoder.evaluation.retrievers import EmbeddingCache, Embedding
 from modular_star_encoder.evaluation.run import open_retriever
 from modular_star_encoder.inference import encoders
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.inference.encoders import (
-    EndpointEncoder,
-    ExitEncoder,
-    SentenceTransformerEncoder,
-    Text,
-    load_encoder,
-)
+from modular_star_encoder.inference.encoders import ExitEncoder, SentenceTransformerEncoder, Text, load_encoder
 from modular_star_encoder.utils.errors import UserError
 from tests.errors import raises
 from tests.tiny import change_json, tiny_model, tiny_tokenizer
@@ -198,9 +192,10 @@ def server(monkeypatch):
         yield server
 
 
-def encode(server, texts):
-    encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0)
-    return encoder.encode([("", text) for text in texts], (None,), progress=False)[None]
+def encode(server, *calls):
+    """The embeddings of the last of several calls, each with a list of texts."""
+    encoder = encoders.EndpointEncoder("large", f"{server.url}/v1", pause=0)
+    return [encoder.encode([("", text) for text in texts], (None,), progress=False)[None] for texts in calls][-1]
 
 
 def test_texts_go_in_batches_and_embeddings_come_back_in_order(server, monkeypatch):
@@ -220,13 +215,14 @@ def test_texts_go_in_batches_and_embeddings_come_back_in_order(server, monkeypat
     ("answer", "key", "value"),
     [
         ((401, {"error": {"message": f"Incorrect API key: {KEY}."}}, {}), "http.status", "401, Incorrect API key"),
-        ((200, b"<html>", {}), "encoder.endpoint.answer", "1 texts"),
-        ((200, {"data": []}, {}), "encoder.endpoint.answer", "1 texts"),
-        ((200, {"data": [{"index": 1, "embedding": [1]}]}, {}), "encoder.endpoint.answer", "1 texts"),
-        ((200, {"data": [{"index": 0, "embedding": ["x"]}]}, {}), "encoder.endpoint.answer", "1 texts"),
-        ((200, {"data": [{"index": 0, "embedding": [10**400]}]}, {}), "encoder.endpoint.answer", "1 texts"),
-        ((200, {"data": [{"index": 0, "embedding": []}]}, {}), "encoder.endpoint.answer", "1 texts"),
-        ((200, [], {}), "encoder.endpoint.answer", "1 texts"),
+        *(
+            ((200, answer, {}), "encoder.endpoint.answer", "1 texts")
+            for answer in (b"<html>", [], {"data": []}, {"data": [{"index": 1, "embedding": [1]}]})
+        ),
+        *(
+            ((200, {"data": [{"index": 0, "embedding": embedding}]}, {}), "encoder.endpoint.answer", "1 texts")
+            for embedding in (["x"], [10**400], [])
+        ),
     ],
 )
 def test_refusals_and_wrong_answers_are_not_retried_and_never_show_the_key(server, answer, key, value):
@@ -244,11 +240,10 @@ def test_numbers_too_large_for_float32_are_infinite_without_a_warning(server, re
 
 
 def test_all_answers_have_embeddings_of_one_size(server):
-    server.replies = [(200, {"data": [{"index": 0, "embedding": [1] * size}]}, {}) for size in (2, 3)]
-    encoder = EndpointEncoder("large", f"{server.url}/v1", pause=0)
-    encoder.encode([("", "a")], (None,), progress=False)
+    server.replies = [(200, {"data": [{"index": 0, "embedding": [1] * size}]}, {}) for size in (2, 2, 2, 3)]
+    encode(server, ["a"], ["a"])
     with raises("encoder.endpoint.answer"):
-        encoder.encode([("", "a")], (None,), progress=False)
+        encode(server, ["a"], ["a"])
 
 
 def test_the_key_of_openai_is_sent_to_no_other_address(server, monkeypatch):

@@ -22,16 +22,8 @@ REMOTE_CODE = Path(__file__).parent / "remote_code"
 END_OF_TEXT = "<|endoftext|>"
 SEP, CLS, MASK = "<SEP>", "<CLS>", "<MASK>"
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "conditional_size": 4,
-    "matryoshka_layers": [1, 2, 3, 5, 6],
-}
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "matryoshka_layers": [1, 2, 3, 5, 6]}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "conditional_size": 4}
 
 # What the remote code does and how it names its tensors; the values are the likeliest reading of the published ones.
 VARIANT = {
@@ -157,16 +149,10 @@ def tensor_shapes(shape, variant):
     """Published names → shapes of every tensor of a repository."""
     hidden, inner, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     grouped = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (grouped, hidden),
-        "self_attn.v_proj": (grouped, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.c_fc": (inner, hidden),
-        "mlp.c_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
+    layer = dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), (hidden, hidden))
+    layer |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (grouped, hidden))
+    layer |= {"mlp.c_fc": (inner, hidden), "mlp.c_proj": (hidden, inner)}
+    layer |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
     depth = variant["exit_layers"][-1]
     weights = {f"starEncoder2.layers.{index}.{name}": size for index in range(depth) for name, size in layer.items()}
     if variant["final_norm"] != "absent":

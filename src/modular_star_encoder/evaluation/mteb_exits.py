@@ -36,7 +36,7 @@ with naming_extra():
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 
-PROSE, CODE = None, ""  # CODE: code in the language that is the name of mteb's subset, or else in any language
+PROSE, CODE = None, ""  # CODE: code in the language that mteb's subset names, or in any language
 
 TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
     "AppsRetrieval": (PROSE, "python"),
@@ -116,7 +116,7 @@ def run_mteb(
     encoder = ExitEncoder(model, tokenizer, name, exit_layers=exit_layers, **encode_options)
     retriever = EmbeddingRetriever(encoder, EmbeddingCache(out / "embeddings"))
     common = {"revision": checkpoint_checksum(path), "adapted_from": None if is_local else path}
-    metas = {k: _model_meta(model, name, k, common) for k in encoder.exit_layers if k is not None}
+    metas = {k: _model_meta(model.config, name, k, common) for k in encoder.exit_layers if k is not None}
     cache = mteb.ResultCache(out)
     options: dict[str, Any] = {"cache": cache, "co2_tracker": False, "show_progress_bar": False}
     options["encode_kwargs"] = {"show_progress_bar": progress}
@@ -138,22 +138,13 @@ def run_mteb(
     return scores
 
 
-def _model_meta(
-    model: ModularStarEncoderForRetrieval, name: str, exit_layer: int, common: Mapping[str, Any]
-) -> ModelMeta:
-    config = model.config
+def _model_meta(config: Any, name: str, exit_layer: int, common: Mapping[str, Any]) -> ModelMeta:
     with torch.device("meta"):
         parameters = ModularStarEncoderForRetrieval(config.cut(exit_layer)).num_parameters()
-    values = {
-        "name": f"{name}-exit-{exit_layer}",
-        "n_parameters": parameters,
-        "n_embedding_parameters": config.vocab_size * config.hidden_size,
-        "max_tokens": config.max_position_embeddings,
-        "embed_dim": config.projection_size,
-        "framework": ["PyTorch", "Transformers"],
-        "similarity_fn_name": "cosine",
-        "use_instructions": config.instruction_prompts,
-    }
+    values = {"name": f"{name}-exit-{exit_layer}", "n_parameters": parameters, "embed_dim": config.projection_size}
+    values |= {"n_embedding_parameters": config.vocab_size * config.hidden_size}
+    values |= {"max_tokens": config.max_position_embeddings, "use_instructions": config.instruction_prompts}
+    values |= {"framework": ["PyTorch", "Transformers"], "similarity_fn_name": "cosine"}
     return ModelMeta(**{**dict(ModelMeta.create_empty()), **values, **common})
 
 
@@ -187,15 +178,16 @@ def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTas
             code_of[description] = code
             codes.add(code)
     candidate_batches(len(code_of))  # checks the number of pairs
-    texts = json.dumps([list(code_of), list(code_of.values())])
-    queries = [{"id": f"q{row}", "text": text} for row, text in enumerate(code_of)]
+    revision = hashlib.sha256(json.dumps([list(code_of), list(code_of.values())]).encode()).hexdigest()[:16]
+    queries = Dataset.from_list([{"id": f"q{row}", "text": text} for row, text in enumerate(code_of)])
     documents = [{"id": f"d{row}", "text": text, "title": ""} for row, text in enumerate(code_of.values())]
+    relevant = {f"q{row}": {f"d{row}": 1} for row in range(len(code_of))}
 
     class LocalTask(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name=name,
             description="Descriptions of code and the code that they describe.",
-            dataset={"path": f"local/{name}", "revision": hashlib.sha256(texts.encode()).hexdigest()[:16]},
+            dataset={"path": f"local/{name}", "revision": revision},
             type="Retrieval",
             category="t2t",
             eval_splits=["test"],
@@ -204,12 +196,7 @@ def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTas
             modalities=["text"],
         )
 
-    task = LocalTask()
-    data = RetrievalSplitData(
-        queries=Dataset.from_list(queries),
-        corpus=Dataset.from_list(documents),
-        relevant_docs={f"q{row}": {f"d{row}": 1} for row in range(len(code_of))},
-        top_ranked=None,
-    )
+    task, corpus = LocalTask(), Dataset.from_list(documents)
+    data = RetrievalSplitData(queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None)
     task.dataset, task.data_loaded = {"default": {"test": data}}, True
     return task

@@ -223,15 +223,12 @@ class EmbeddingCache:
             embeddings = np.ascontiguousarray(embeddings, dtype=self._dtype)
         shards = self._space(space).shards
         size = shards[0].shape[1] if shards else embeddings.shape[-1]
-        key = fault = ""
         if embeddings.shape != (len(texts), size):
-            key, needed = "shape", f"need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}"
-            fault = f"{len(texts)} texts {needed}"
-        elif not np.isfinite(embeddings).all():
-            key = "not_finite"
-            fault = f"{model} computed a vector with NaN or infinity: check its weights or use float32"
-        if key:
-            raise UserError(f"evaluation.embeddings.{key}", f"{fault}.")
+            message = f"{len(texts)} texts need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}."
+            raise UserError("evaluation.embeddings.shape", message)
+        if not np.isfinite(embeddings).all():
+            message = f"{model} computed a vector with NaN or infinity: check its weights or use float32."
+            raise UserError("evaluation.embeddings.not_finite", message)
         shard = np.empty(len(texts), dtype=[("key", "V32"), ("embedding", self._dtype, (size,))])
         shard["key"], shard["embedding"] = [np.void(_key(text)) for text in texts], embeddings
         if self.folder is not None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,7 @@ def evaluate_tasks(
             for task, checksum in zip(tasks, checksums, strict=True)
             for variant in retriever.variants
         ]
-        missing = [(task, variant) for task, variant, path in runs if path is None or not path.exists()]
-        if missing:
+        if missing := [(task, variant) for task, variant, path in runs if path is None or not path.exists()]:
             texts = dict.fromkeys(text for task in dict.fromkeys(task for task, _ in missing) for text in task.texts())
             retriever.prepare(list(texts), list(dict.fromkeys(one for _, one in missing)), progress=progress)
         bar = tqdm(runs, desc=f"scoring, {retriever.name}", unit="task", disable=not progress, leave=False)
@@ -112,13 +112,9 @@ def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> Tas
         return TaskResult(*names, *_evaluate_pairs(task, retriever, variant))
 
     ranking, _ = metrics.rank_task(task, lambda pool: retriever.scores(*task.texts_of(pool), variant))
-    estimates: dict[str, Estimate] = {}
-    main: list[float] = []
-    for metric in task.metrics:
-        values = metrics.query_values(ranking, metric)
-        estimates[metric] = Estimate(float(values.mean()), *metrics.bootstrap_interval(values))
-        main = main or values.tolist()
-    return TaskResult(*names, estimates, main, *_shape(task)[1:])
+    values = {metric: metrics.query_values(ranking, metric) for metric in task.metrics}
+    estimates = {name: Estimate(float(one.mean()), *metrics.bootstrap_interval(one)) for name, one in values.items()}
+    return TaskResult(*names, estimates, values[task.metrics[0]].tolist(), *_shape(task)[1:])
 
 
 def _shape(task: Task) -> tuple[list[str], list[str], int]:
@@ -149,14 +145,12 @@ def _evaluate_pairs(
 
 def read_result(path: Path, task: Task, variant: ExitVariant) -> TaskResult:
     """Read a stored result of a variant on a task, perhaps of other names; UserError if the file is damaged."""
-    try:
+    with suppress(TypeError, ValueError):
         result = TypeAdapter(TaskResult).validate_python(read_json(path))
         check_types(result)  # TypeAdapter accepts "nan"
         shape = (list(result.estimates), list(result.ids), result.candidates)
         if shape == _shape(task) and (result.exit_layer, result.dimensions) == variant and _in_range(result, task):
             return result
-    except (TypeError, ValueError):
-        pass
     raise UserError("evaluation.result.damaged", f"{path} is damaged: delete it, then evaluate again.")
 
 
@@ -167,10 +161,8 @@ def _in_range(result: TaskResult, task: Task) -> bool:
         fits = result.threshold is not None and np.array_equal(values % 2, task.labels) and (values < 4).all()
     else:
         fits = result.threshold is None and len(values) == len(result.ids) and (values <= most).all()
-    scores = result.estimates.values()
-    return bool(fits and (values >= 0).all()) and all(
-        0 <= one.value <= most and 0 <= one.low <= one.high <= most for one in scores
-    )
+    bounds = [(one.value, one.low, one.high) for one in result.estimates.values()]
+    return bool(fits and (values >= 0).all()) and all(0 <= v <= most and 0 <= a <= b <= most for v, a, b in bounds)
 
 
 def _path(out: str | Path | None, task: str, retriever: Retriever, variant: ExitVariant) -> Path | None:
@@ -195,9 +187,7 @@ def _open_all(
     model: str, baselines: Sequence[str], store: EmbeddingCache, exit_layers: Sequence[int] | None
 ) -> dict[str, Retriever]:
     retrievers = {model: open_retriever(model, store, exit_layers)}
-    for name in baselines:
-        if name not in retrievers:
-            retrievers[name] = open_retriever(name, store)
+    retrievers |= {name: open_retriever(name, store) for name in dict.fromkeys(baselines) if name != model}
     names = [retriever.name for retriever in retrievers.values()]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         message = f"Two models have the name {repeated[0]!r} in the tables: rename the folder of one of them."
@@ -216,10 +206,9 @@ def classification_scores(
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         decisions.append(model(**inputs, exit_layers=exits).exit_logits.argmax(dim=-1).cpu().numpy())
         labels.append(batch["labels"].numpy())
-    found, truth = np.concatenate(decisions, axis=1), np.concatenate(labels)
-    scores = {}
+    found, truth, scores = np.concatenate(decisions, axis=1), np.concatenate(labels), {}
     for k, of_exit in zip(exits, found, strict=True):  # as in BigCloneBench's evaluator since 2021-09-13
-        precision, recall, f1, _ = precision_recall_fscore_support(truth, of_exit, average="binary", zero_division=0)
-        values = {"accuracy": np.mean(of_exit == truth), "precision": precision, "recall": recall, "f1": f1}
-        scores[k] = {name: float(value) for name, value in values.items()}
+        others = precision_recall_fscore_support(truth, of_exit, average="binary", zero_division=0)[:3]
+        values = map(float, (np.mean(of_exit == truth), *others))
+        scores[k] = dict(zip(("accuracy", "precision", "recall", "f1"), values, strict=True))
     return scores

@@ -167,7 +167,7 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Return shuffled row numbers below `n` in batches of `size`; an incomplete batch is dropped unless it is alone."""
+    """Return shuffled row numbers below `n` in batches of `size`; an incomplete batch is dropped if others exist."""
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
         raise UserError("evaluation.candidates.too_few", message)
@@ -201,23 +201,20 @@ def task_from_mappings(
     """Build a task from the arguments of `MultiExitEvaluator.from_mappings` and other fields of `RetrievalTask`."""
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
-    key = fault = ""
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
-        names = f"{len(unknown)} ids that are not in `corpus`, such as {unknown[0]!r}"
-        key, fault = "task.unknown_document", f"`relevant` names {names}: remove them"
-    elif not answered or len(places) < 2:
+        message = f"`relevant` names {len(unknown)} ids that are not in `corpus`, such as {unknown[0]!r}: remove them."
+        raise UserError("evaluation.task.unknown_document", message)
+    if not answered or len(places) < 2:
         needed = "1 or more queries with relevant documents, and 2 or more documents"
-        key, fault = "candidates.too_few", f"A task needs {needed}, not {len(answered)} and {len(places)}"
-    if key:
-        raise UserError(f"evaluation.{key}", f"{fault}.")
-    judged = [sorted(places[document] for document in relevant[name]) for name in answered]
-    judgements = Judgements.of(judged)
+        message = f"A task needs {needed}, not {len(answered)} and {len(places)}."
+        raise UserError("evaluation.candidates.too_few", message)
+    judgements = Judgements.of([sorted(places[document] for document in relevant[name]) for name in answered])
     asked, documents = [Text(queries[name]) for name in answered], [Text(text, language) for text in corpus.values()]
     return ranking_task("mappings", "all", asked, documents, answered, judgements, **options)
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Return one task of text → code and one of code → code pairs, up to `limit` pairs each; one pair is no task."""
+    """Return a task of text → code pairs and one of code → code pairs, each with 2 to `limit` pairs, or no task."""
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))
@@ -232,8 +229,7 @@ def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed
             if kind == TEXT_TO_CODE:
                 pairs.append((Text(example.description), snippets[0]))
             else:  # two random snippets
-                first, second = generator.choice(len(snippets), size=2, replace=False)
-                pairs.append((snippets[first], snippets[second]))
+                pairs.append(tuple(snippets[one] for one in generator.choice(len(snippets), size=2, replace=False)))
         queries, documents = map(list, zip(*pairs, strict=True))
         batches = candidate_batches(len(pairs), POOL)
         tasks.append(ranking_task(HELD_OUT[kind], "all languages", queries, documents, batches=batches))

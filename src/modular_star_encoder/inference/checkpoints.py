@@ -1,6 +1,6 @@
 """Load a checkpoint or only its configuration, cut a checkpoint at an exit, and compute its checksum.
 
-A checkpoint is a local folder, a repository on the Hub, or a model of this package. Errors are one sentence each.
+A checkpoint is a local folder, a repository on the Hub, or a model of this package. An error has one sentence.
 """
 
 from __future__ import annotations
@@ -120,14 +120,11 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
         # A published model may lack the bias of the head that predicts tokens; this bias is then zero.
         missing = sorted(set(info["missing_keys"]) - {"heads.decoder.bias"})
-        key, fault = "", ""
         if wrong := missing or sorted(filter(_TRUNK.search, info["unexpected_keys"])):
             tensors = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
-            key, fault = "tensors", f"The weights of {path} do not fit its configuration: {tensors}"
-        elif model_class is AutoModel and not isinstance(model, ModularStarEncoderForRetrieval):
-            key, fault = "not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it."
-        if key:
-            raise UserError(f"checkpoint.{key}", fault)
+            raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {tensors}")
+        if model_class is AutoModel and not isinstance(model, ModularStarEncoderForRetrieval):
+            raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it.")
     return model
 
 
@@ -168,18 +165,15 @@ def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
     """Return an error of one sentence to raise in place of `error`; None if `error` itself is to be raised."""
+    reason = " ".join(str(error).split())
     if isinstance(error, OSError):
-        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {_one_line(error)}"
+        message = f"{path} is not a local folder and cannot be downloaded from the Hub: {reason}"
         return None if os.path.isdir(path) else OSError(message)
     if isinstance(error, _DAMAGED):
-        message = f"{path} cannot be loaded: {_one_line(error)}"
+        message = f"{path} cannot be loaded: {reason}"
         return None if isinstance(error, UserError) else UserError("checkpoint.damaged", message)
     message = f"{path} cannot be loaded: its weights do not fit its configuration."
     return UserError("checkpoint.shapes", message) if "mismatch" in str(error) else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def slice_checkpoint(
@@ -247,12 +241,10 @@ def stored_prompts(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
     """Return {name: prompt} from a checkpoint's config_sentence_transformers.json; {} if it has no prompts."""
     if (file := checkpoint_file(checkpoint, "config_sentence_transformers.json")) is None:
         return {}
-    try:
+    with suppress(ValueError, TypeError, AttributeError):
         prompts = dict(read_json(file).get("prompts") or {})
         if all(isinstance(text, str) for text in prompts.values()):
             return prompts
-    except (ValueError, TypeError, AttributeError):
-        pass
     raise UserError("checkpoint.prompts", f'{file} must be JSON with prompts like {{"prompts": {{"NAME": "TEXT"}}}}.')
 
 
@@ -280,7 +272,7 @@ def write_checkpoint(
     if only_exit and exit_layer is not None:
         keep_only_exit(model, exit_layer)
     model.save_pretrained(out)
-    model.config.dtype = config.dtype  # that in which the weights are loaded
+    model.config.dtype = config.dtype  # the dtype in which users load the weights
     model.config.save_pretrained(out)
     save_tokenizer(own_tokenizer, model.config, out)
     _copy_sentence_transformer_files(path, out)
@@ -288,7 +280,7 @@ def write_checkpoint(
 
 def _copy_sentence_transformer_files(checkpoint: str | os.PathLike[str], out: Path) -> None:
     for name in SENTENCE_TRANSFORMER_FILES:
-        if (source := checkpoint_file(checkpoint, name)) is not None:
+        if source := checkpoint_file(checkpoint, name):
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
 
@@ -300,7 +292,7 @@ def _stored_dtype(path: str) -> torch.dtype | None:
         with safe_open(file, framework="pt") as tensors:
             names |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    return known.get(names.pop()) if len(names) == 1 else None
+    return known.get(*names) if len(names) == 1 else None
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
@@ -332,13 +324,14 @@ def save_retrieval_checkpoint(
 
     `parent` is a checkpoint whose prompts and licence are kept.
     """
+    config = model.config
     with staged_folder(out) as staging:
         if parent is not None:
-            note_parent(model.config, parent)
+            note_parent(config, parent)
         model.save_pretrained(staging)
-        save_tokenizer(tokenizer, model.config, staging)
-        prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
-        write_sentence_transformer_files(staging, model.config, prompts)
+        save_tokenizer(tokenizer, config, staging)
+        prompts = sentence_transformer_prompts(instructions=config.instruction_prompts)
+        write_sentence_transformer_files(staging, config, prompts)
         if parent is not None:
             _copy_sentence_transformer_files(parent, staging)
     return Path(out)
@@ -370,19 +363,12 @@ def write_sentence_transformer_files(
     mode = {"mean": "mean_tokens", "lasttoken": "lasttoken"}[pooling or config.pooling]
     # All three modes are written, because text-embeddings-inference requires the first two (router/src/lib.rs).
     modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
-    contents: tuple[Any, ...] = (
-        list(modules),
-        # Padding is on the right, because `encode(output_value="token_embeddings")` removes only that.
-        {
-            "max_seq_length": config.max_position_embeddings,
-            "do_lower_case": False,
-            "processor_kwargs": {"padding_side": "right"},
-        },
-        {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
-        {"word_embedding_dimension": dimension or config.projection_size, **modes},
-        {},
-    )
-    for name, content in zip(SENTENCE_TRANSFORMER_FILES, contents, strict=True):
+    texts: dict[str, Any] = {"max_seq_length": config.max_position_embeddings, "do_lower_case": False}
+    # Padding is on the right, because `encode(output_value="token_embeddings")` removes only that.
+    texts["processor_kwargs"] = {"padding_side": "right"}
+    model = {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    pooled = {"word_embedding_dimension": dimension or config.projection_size} | modes
+    for name, content in zip(SENTENCE_TRANSFORMER_FILES, (list(modules), texts, model, pooled, {}), strict=True):
         path = Path(folder, name)
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
@@ -408,5 +394,7 @@ def check_servable(config: ModularStarEncoderConfig) -> None:
     known = {"pooling": ("mean", "lasttoken"), "projection_order": orders, "embedding_normalization": ("l2",)}
     for name, allowed in known.items():
         if (value := getattr(config, name)) not in allowed:
-            message = f"A SentenceTransformer does not support {name}={value!r}, only"
-            raise UserError("checkpoint.not_servable", f"{message} {' or '.join(map(repr, allowed))}.")
+            message = (
+                f"A SentenceTransformer does not support {name}={value!r}, only {' or '.join(map(repr, allowed))}."
+            )
+            raise UserError("checkpoint.not_servable", message)

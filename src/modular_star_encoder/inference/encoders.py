@@ -31,6 +31,7 @@ ENDPOINT_PREFIX = "openai:"
 MAX_CHARACTERS, TEXTS_PER_REQUEST = 16_000, 128  # longer texts are cut, because endpoints reject too long texts
 
 Prompted = tuple[str, str]  # (prompt, text that follows it)
+ByExit = Mapping[int | None, np.ndarray]  # {exit_layer, or None for a model without exits: embeddings (N, D) float32}
 
 _NONE = np.empty((0, 1), dtype=np.float32)
 
@@ -48,15 +49,13 @@ class Encoder(Protocol):
     name: str  # name in tables
     checksum: str  # changes if any embedding may change; key of cached embeddings
     exit_layers: tuple[int | None, ...] = (None,)  # the model's exits; (None,) if it has no exits
-    dimensions: tuple[int | None, ...] = (None,)  # sizes to which embeddings can be cut; (None,) for one size only
+    dimensions: tuple[int | None, ...] = (None,)  # sizes to which embeddings can be cut; (None,) if they are not cut
 
     def prompt(self, text: Text) -> str:
         """Return the prompt to put before a text; empty by default."""
         return ""
 
-    def encode(
-        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
-    ) -> Mapping[int | None, np.ndarray]:
+    def encode(self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True) -> ByExit:
         """Return {exit_layer: embeddings (N, D) float32} of N pairs (prompt, text), computed in one pass."""
         ...
 
@@ -133,19 +132,14 @@ class ExitEncoder(Encoder):
 
     def prompt(self, text: Text) -> str:
         """Return the published prompt for `text` (prose or code), with an instruction if the model expects it."""
-        instructions = self.model.config.instruction_prompts
-        if text.language is None:
-            return text_prompt(instructions=instructions)
-        return code_prompt(text.language, instructions=instructions)
+        options = {"instructions": self.model.config.instruction_prompts}
+        return text_prompt(**options) if text.language is None else code_prompt(text.language, **options)
 
-    def encode(
-        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
-    ) -> Mapping[int | None, np.ndarray]:
+    def encode(self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True) -> ByExit:
         prompted = [prompt + text for prompt, text in texts]
         exits = tuple(exit_layer for exit_layer in exit_layers if exit_layer is not None)
         options = {"exit_layers": exits, "progress": progress, **self._options}
-        embeddings = encode_exits(self.model, self.tokenizer, prompted, **options)
-        return {exit_layer: embeddings[exit_layer] for exit_layer in exits}
+        return {**encode_exits(self.model, self.tokenizer, prompted, **options)}
 
 
 class SentenceTransformerEncoder(Encoder):
@@ -160,9 +154,7 @@ class SentenceTransformerEncoder(Encoder):
         """Return the model's prompt named "query" for prose or "document" for code; empty if it has no such prompt."""
         return self.model.prompts.get("query" if text.language is None else "document") or ""
 
-    def encode(
-        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
-    ) -> Mapping[int | None, np.ndarray]:
+    def encode(self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True) -> ByExit:
         # One call per prompt, because some models leave the prompt's tokens out of the mean, and must know the prompt.
         parts, order = [], sorted(range(len(texts)), key=lambda row: texts[row][0])
         for prompt, rows in groupby(order, key=lambda row: texts[row][0]):
@@ -205,9 +197,7 @@ class EndpointEncoder(Encoder):
         identity = json.dumps([model, self.base_url, MAX_CHARACTERS])
         self.checksum = "endpoint-" + hashlib.sha256(identity.encode()).hexdigest()[:32]
 
-    def encode(
-        self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True
-    ) -> Mapping[int | None, np.ndarray]:
+    def encode(self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True) -> ByExit:
         # Endpoints reject empty inputs.
         inputs = [(prompt + text)[:MAX_CHARACTERS] or " " for prompt, text in texts]
         parts, batches = [], range(0, len(inputs), TEXTS_PER_REQUEST)

@@ -24,12 +24,8 @@ from modular_star_encoder.utils.errors import UserError, is_panic
 from modular_star_encoder.utils.files import read_json, scratch_folder, staged_folder, user_path, write_json
 
 _NEEDED: dict[str, Any] = {"projection_head": "linear", "projection_order": "pool_then_project", "pooling": "mean"}
-_NEEDED |= {
-    "model_type": "ModularStarEncoder",
-    "embedding_normalization": "l2",
-    "exit_norm": "none",
-    "token_weights": True,
-}
+_NEEDED |= {"model_type": "ModularStarEncoder", "embedding_normalization": "l2", "exit_norm": "none"}
+_NEEDED |= {"token_weights": True}
 _NEEDED_BY_LAYERS = {"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "is_causal": False}
 _TEXTS_PER_BATCH = 512
 
@@ -168,7 +164,7 @@ class NumpyEncoder:
         size = states.shape[1] // self._config["num_attention_heads"]
         rates = self._config["rope_parameters"]["rope_theta"] ** (-np.arange(0, size, 2, dtype=np.float32) / size)
         angles = np.tile(np.arange(len(ids), dtype=np.float32)[:, None, None] * rates, 2)
-        rotation = np.cos(angles), np.sin(angles)
+        rotation = np.cos(angles), np.sin(angles) * np.repeat(np.array([-1, 1], dtype=np.float32), size // 2)
         for layer in range(layers):
             name = f"model.layers.{layer}"
             states = states + self._attention(name, self._normalised(f"{name}.input_layernorm", states), rotation)
@@ -177,14 +173,15 @@ class NumpyEncoder:
             yield states
 
     def _attention(self, layer: str, states: np.ndarray, rotation: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        tokens, groups, (cos, sin) = len(states), self._config["num_key_value_heads"], rotation
+        (cos, sin), tokens, groups = rotation, len(states), self._config["num_key_value_heads"]
+        size = cos.shape[-1]
         query, key, value = (
-            self._linear(f"{layer}.self_attn.{one}_proj", states).reshape(tokens, -1, cos.shape[-1]) for one in "qkv"
+            self._linear(f"{layer}.self_attn.{one}_proj", states).reshape(tokens, -1, size) for one in "qkv"
         )
-        query, key = (one * cos + _half_turned(one) * sin for one in (query / math.sqrt(cos.shape[-1]), key))
+        query, key = (one * cos + np.roll(one, size // 2, -1) * sin for one in (query / math.sqrt(size), key))
         # Heads that share keys and values become rows of one matrix: (groups, heads of a group × T, head size).
-        query = query.reshape(tokens, groups, -1, cos.shape[-1]).transpose(1, 2, 0, 3)
-        scores = query.reshape(groups, -1, cos.shape[-1]) @ key.transpose(1, 2, 0)
+        query = query.reshape(tokens, groups, -1, size).transpose(1, 2, 0, 3)
+        scores = query.reshape(groups, -1, size) @ key.transpose(1, 2, 0)
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)
         mixed = scores @ value.transpose(1, 0, 2) / scores.sum(-1, keepdims=True)
@@ -235,11 +232,6 @@ def _gelu(values: np.ndarray) -> np.ndarray:
     gate *= 0.5
     values *= gate
     return values
-
-
-def _half_turned(values: np.ndarray) -> np.ndarray:
-    first, second = np.split(values, 2, axis=-1)
-    return np.concatenate([-second, first], axis=-1)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -313,18 +305,16 @@ def export_static(
     from modular_star_encoder.inference import resolve_checkpoint
     from modular_star_encoder.inference.checkpoints import load_config, slice_checkpoint, stored_prompts
 
-    config, key, fault = load_config(checkpoint), "", ""
+    config = load_config(checkpoint)
     config.check_exit(0)
     if format not in TENSORS:
-        key, fault = "format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}."
-    elif not has_exit_zero(config.to_dict()):
+        raise UserError("static.format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}.")
+    if not has_exit_zero(config.to_dict()):
         needed = "it needs `token_weights` and a linear head after pooling"
-        key, fault = "exit_zero", f"Exit 0 of {checkpoint} can't be a static model: {needed}."
-    elif added := load_tokenizer(resolve_checkpoint(checkpoint)).num_special_tokens_to_add():
-        key = "special_tokens"
-        fault = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
-    if key:
-        raise UserError(f"static.{key}", fault)
+        raise UserError("static.exit_zero", f"Exit 0 of {checkpoint} can't be a static model: {needed}.")
+    if added := load_tokenizer(resolve_checkpoint(checkpoint)).num_special_tokens_to_add():
+        message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
+        raise UserError("static.special_tokens", message)
     with scratch_folder("static") as scratch:
         encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
         tokenizer, table = encoder.tokenizer, encoder.table

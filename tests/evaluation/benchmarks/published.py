@@ -28,26 +28,23 @@ def python_code(name):
     return f'def {name}(file):\n    """{name.title()} a file.\n\n    Slowly.\n    """\n    return {name}er(file)'
 
 
-def hub_rows(language):
-    code = {"python": python_code}.get(language, lambda name: f"func {name.title()}() {{}}")
-    names = ("func_code_string", "func_documentation_string", "func_code_url", "repository_name", "language")
-    rest = ("someone/files", language)
-    return [
-        dict(zip(names, (code(one), f"{one.title()} a file.\n\nSlowly.", url_of(one), *rest), strict=True))
-        for one in NAMES
-    ]
-
-
 def url_of(name):
     return f"https://github.com/someone/files/{name}#L1"
 
 
-def original_rows(language):
-    renamed = {"func_code_string": "code", "func_documentation_string": "docstring", "func_code_url": "url"}
+def hub_rows(language, names=("func_code_string", "func_documentation_string", "func_code_url")):
+    code = {"python": python_code}.get(language, lambda name: f"func {name.title()}() {{}}")
     return [
-        {renamed.get(key, key): value for key, value in row.items()}
-        | {"code_tokens": ["func", name, "(", ")"], "docstring_tokens": [name.title(), "a", "file", "."]}
-        for name, row in zip(NAMES, hub_rows(language), strict=True)
+        dict(zip(names, (code(one), f"{one.title()} a file.\n\nSlowly.", url_of(one)), strict=True))
+        | {"repository_name": "someone/files", "language": language}
+        for one in NAMES
+    ]
+
+
+def original_rows(language):
+    return [
+        row | {"code_tokens": ["func", name, "(", ")"], "docstring_tokens": [name.title(), "a", "file", "."]}
+        for name, row in zip(NAMES, hub_rows(language, ("code", "docstring", "url")), strict=True)
     ]
 
 
@@ -66,17 +63,17 @@ def codesearchnet_full(folder):
 
 
 def translation(folder):
-    java = [f"public void {name}(File file) {{ }}" for name in NAMES]
-    write_lines(folder / "test.java-cs.txt.java", java)
-    cs = [f"public void {name.title()}(File file) {{ }}" for name in NAMES]
-    write_lines(folder / "test.java-cs.txt.cs", cs, "\r\n")
+    for suffix, names, end in (("java", NAMES, "\n"), ("cs", map(str.title, NAMES), "\r\n")):
+        write_lines(
+            folder / f"test.java-cs.txt.{suffix}", [f"public void {one}(File file) {{ }}" for one in names], end
+        )
 
 
 def poj104(folder):
-    rows = []
-    for label, number in itertools.product((81, 95, 104), range(3)):
-        code = f"int main() {{ return {label}; }} // é{number}"
-        rows.append({"label": str(label), "index": str(40_000 + 3 * label + number), "code": code})
+    rows = [
+        {"label": f"{label}", "index": f"{40_000 + 3 * label + n}", "code": f"int main() {{ return {label}; }} // é{n}"}
+        for label, n in itertools.product((81, 95, 104), range(3))
+    ]
     write_rows(folder / "test.jsonl", rows)
 
 
@@ -88,12 +85,11 @@ def bigclonebench(folder):
 
 
 def advtest(folder):
-    rows = [
-        {**row, "idx": i, "function": "def Func(arg_0): pass", "function_tokens": ["def", "Func", "(", name, ")"]}
-        for i, (name, row) in enumerate(zip(NAMES, original_rows("python"), strict=True))
-    ]
-    for row in rows:
+    rows = []
+    for i, (name, row) in enumerate(zip(NAMES, original_rows("python"), strict=True)):
         del row["code_tokens"]
+        tokens = ["def", "Func", "(", name, ")"]
+        rows.append({**row, "idx": i, "function": "def Func(arg_0): pass", "function_tokens": tokens})
     write_rows(folder / "test.jsonl", rows)
 
 

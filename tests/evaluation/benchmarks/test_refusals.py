@@ -115,32 +115,26 @@ def test_a_folder_without_the_files_says_what_was_expected(tmp_path, name):
         load_benchmark(name, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [b"x" * 3000, b"{}\n" * 2000, b"[" * 900])
-def test_lines_without_end_and_files_that_unpack_to_more_than_their_share_are_not_read(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(content))
-    with raises("benchmark.file.unexpected", path):
-        rows.read_jsonl(path, dict)
-
-
 READERS = (rows.read_json, lambda path: rows.read_jsonl(path, list))
 LONG_LIST = "[" + "0," * 2000 + "0]"
 
 
 @pytest.mark.parametrize(
-    ("read", "limit", "lines"),
+    ("read", "limit", "lines", "message"),
     [
-        (READERS[0], "files.MAX_JSON_VALUES", [LONG_LIST]),
-        (READERS[1], "MAX_LINE_VALUES", [LONG_LIST]),
-        (READERS[1], "files.MAX_JSON_VALUES", ["[0]"] * 2000),
+        *((READERS[1], "MAX_LINE_BYTES", lines, "") for lines in (["x" * 3000], ["[]"] * 2000, ["[" * 900])),
+        (READERS[0], "files.MAX_JSON_VALUES", [LONG_LIST], "values"),
+        (READERS[1], "MAX_LINE_VALUES", [LONG_LIST], "values"),
+        (READERS[1], "files.MAX_JSON_VALUES", ["[0]"] * 2000, "values"),
     ],
 )
-def test_json_files_and_lines_with_more_values_than_allowed_are_not_read(tmp_path, monkeypatch, read, limit, lines):
+def test_lines_without_end_and_files_that_unpack_to_more_bytes_or_values_than_allowed_are_not_read(
+    tmp_path, monkeypatch, read, limit, lines, message
+):
     monkeypatch.setattr(f"{rows.__name__}.{limit}", 1000)
     path = tmp_path / ("rows.json" if read is rows.read_json else "rows.jsonl.gz")
     published.write_lines(path, lines)
-    with raises("benchmark.file.unexpected", path, "values"):
+    with raises("benchmark.file.unexpected", path, message):
         read(path)
 
 

@@ -68,16 +68,13 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
     unknown = [name for name in names if name not in (*BENCHMARKS, ALL)]
     possible = [one for one in _BENCHMARKS if one.in_all]
     found = [one.name for one in possible if not _is_on_hub(data) and user_path(data, one.folder).is_dir()]
-    key = fault = ""
     if unknown or not names:
         key, what = ("unknown", f"Unknown benchmark {unknown[0]!r}") if names else ("missing", "Name a benchmark")
-        fault = f"{what}. Available: {', '.join([*BENCHMARKS, ALL])}"
-    elif ALL in names and not found:
+        raise UserError(f"benchmark.{key}", f"{what}. Available: {', '.join([*BENCHMARKS, ALL])}.")
+    if ALL in names and not found:
         folders = ", ".join(sorted({one.folder for one in possible}))
-        key = "all.none"
-        fault = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} has none of these folders"
-    if key:
-        raise UserError(f"benchmark.{key}", f"{fault}.")
+        message = f"`{ALL}` needs a local folder that contains one or more of {folders}; {data} contains none of them."
+        raise UserError("benchmark.all.none", message)
     return list(dict.fromkeys(one for name in names for one in (found if name == ALL else [name])))
 
 

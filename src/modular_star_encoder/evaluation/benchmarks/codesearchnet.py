@@ -68,7 +68,7 @@ class _Candidate(FileRow):
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return `languages` with files in `folder`; FileNotFoundError if no file. In `patterns`, `{0}` is a language."""
+    """Return those of `languages` that have files in `folder`; FileNotFoundError if none has. `{0}` is a language."""
     files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
     return [language for language, of_language in files.items() if find_files(folder, of_language)]
@@ -76,7 +76,7 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
 
 def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load a task per language with a test file in `folder`; if `leaky`, only Python, with docstrings in the code."""
-    name, tasks = "codesearchnet-999-leaky" if leaky else "codesearchnet-999", []
+    name, tasks = f"codesearchnet-999{'-leaky' * leaky}", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = find_files(folder, language_patterns("test", language))
         rows = read_functions(paths, language, leaky=leaky)

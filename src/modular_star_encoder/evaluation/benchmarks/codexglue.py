@@ -113,7 +113,7 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load two tasks: find the C# version of a Java method, and vice versa. `masked` hides names in the code."""
     (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
-    texts = {"java": _read_translation(first, "java", masked), "c#": _read_translation(second, "c#", masked)}
+    texts = {name: _read_translation(path, name, masked) for name, path in (("java", first), ("c#", second))}
     size = len(texts["java"])
     notes = check_size(first, size, TRANSLATION_LINES, "lines", allow_subset=allow_subset)
     if size != len(texts["c#"]):
@@ -130,8 +130,12 @@ def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
     for number, line in read_lines(path):
         if not line.strip():
             refuse(path, number, "a function", "an empty line")
-        texts.append(Text(mask_names(line, language) if masked else line, language))
+        texts.append(_code(line, language, masked))
     return texts or refuse(path, 1, "a function", "an empty file")
+
+
+def _code(code: str, language: str, masked: bool) -> Text:
+    return Text(mask_names(code, language) if masked else code, language)
 
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
@@ -164,8 +168,7 @@ def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Return (pairs (P, 2) of numbers in `places`, labels (P,), notes on missing pairs); repeats replace labels."""
-    labels: dict[tuple[int, int], int] = {}
-    number = 0
+    labels, number = dict[tuple[int, int], int](), 0
     for number, line in read_lines(path):
         parts = line.split()
         if len(parts) != 3 or parts[2] not in ("0", "1"):
@@ -174,8 +177,7 @@ def _read_bigclonebench(
             refuse(path, number, "ids that are in data.jsonl", missing[0])
         labels[places[parts[0]], places[parts[1]]] = int(parts[2])
     notes = check_size(path, number, BIGCLONEBENCH_PAIRS, "pairs", allow_subset=allow_subset)
-    values = np.array(list(labels.values()))
-    return np.array(list(labels)), values, notes
+    return np.array(list(labels)), np.array(list(labels.values())), notes
 
 
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
@@ -186,17 +188,14 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
     languages = sorted({language for texts in exercises.values() for language in texts} - {DESCRIPTION})
-    pairs = [(source, target) for target in languages for source in languages if source != target]
-    if not from_code:
-        pairs = [(DESCRIPTION, language) for language in languages]
+    sources = languages if from_code else [DESCRIPTION]
     benchmark = f"exercism-{'code' if from_code else 'text'}{'-masked' if masked else ''}"
     tasks = []
-    for source, target in pairs:
+    for source, target in [(source, target) for target in languages for source in sources if source != target]:
         shared = [slug for slug, texts in exercises.items() if source in texts and target in texts]
         if len(shared) > 1:
-            queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
-            name = f"{source} → {target}"
-            tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
+            texts = ([exercises[slug][side] for slug in shared] for side in (source, target))
+            tasks.append(ranking_task(benchmark, f"{source} → {target}", *texts, shared, column=f"→ {target}"))
     return tasks or refuse(path, None, "two or more exercises with the same languages")
 
 
@@ -206,11 +205,8 @@ def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
     check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
     for row in rows:
-        texts = {DESCRIPTION: Text(row.description)}
-        for language, code in row.code.items():
-            name = PROMPT_NAMES.get(language, language)
-            texts[language] = Text(mask_names(code, name) if masked else code, name)
-        exercises[row.slug] = texts
+        texts = {name: _code(code, PROMPT_NAMES.get(name, name), masked) for name, code in row.code.items()}
+        exercises[row.slug] = {DESCRIPTION: Text(row.description)} | texts
     return exercises
 
 

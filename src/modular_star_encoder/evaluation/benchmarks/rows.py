@@ -37,16 +37,13 @@ def refuse(path: Path, line: int | None, expected: str, found: str = "") -> NoRe
 
 
 def _report(path: Path, line: int | None, fault: str) -> NoReturn:
-    place = f"{path}, line {line}" if line is not None else f"{path}"
-    raise UserError("benchmark.file.unexpected", f"{place}: {fault}.")
+    raise UserError("benchmark.file.unexpected", f"{path}{'' if line is None else f', line {line}'}: {fault}.")
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Return the files, sorted by name, that match the first pattern with a match; [] if no pattern matches."""
-    for pattern in patterns:
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return found
-    return []
+    matches = (sorted(filter(Path.is_file, folder.glob(pattern))) for pattern in patterns)
+    return next(filter(None, matches), [])
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -124,12 +121,10 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
     """Return notes on a file with `found` of `expected` rows; UserError if more, or if fewer and not `allow_subset`."""
-    if found == expected:
-        return ()
-    if found > expected or not allow_subset:
-        hint = "; set allow_subset to accept fewer" if found < expected else ""
+    if found > expected or (found < expected and not allow_subset):
+        hint = "; `allow_subset` (--allow-subset) accepts fewer" if found < expected else ""
         refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
-    return (f"{path.name}: {found:,} of {expected:,} {what}",)
+    return (f"{path.name}: {found:,} of {expected:,} {what}",) if found < expected else ()
 
 
 def check_unique(path: Path, values: Sequence[Any], what: str) -> dict[Any, int]:
