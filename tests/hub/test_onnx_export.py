@@ -37,6 +37,7 @@ from modular_star_encoder.inference.encoders import ExitEncoder, Text, load_enco
 from modular_star_encoder.search.embedder import Embedder
 from tests.errors import raises
 from tests.evaluation.benchmarks.published import code_folder
+from tests.processes import python
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -218,6 +219,15 @@ def test_a_file_that_disagrees_leaves_nothing_behind(folders, checkpoint, tmp_pa
     with raises(DIFFERS if found_by == "check_onnx" else "hub.onnx.rankings"):
         export_onnx_folder(checkpoint, 2, tmp_path / "out", tasks=[TASK], progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_leaves_no_file_of_a_library_in_the_temporary_folder(checkpoint, tmp_path, monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "ORT_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "tmp").mkdir()
+    command = "import sys; from modular_star_encoder.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = python("-c", command, "export", checkpoint, "--out", tmp_path / "out", TMPDIR=str(tmp_path / "tmp"))
+    assert (done.returncode, os.listdir(tmp_path / "tmp")) == (0, []), done.stderr
 
 
 def test_weights_that_do_not_fit_into_one_file_are_stored_next_to_it(folders, tmp_path, monkeypatch):

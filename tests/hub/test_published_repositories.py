@@ -122,7 +122,8 @@ def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sou
     assert capsys.readouterr().out.endswith("a dry run; --upload uploads the changes\n")
     assert "me/new" not in hub.repositories
     assert cli.main(["publish", *folder, "--upload", "--public"]) == 0
-    assert f"revision {hub.commits('me/new')[0]}" in capsys.readouterr().out
+    place = f"revision {hub.commits('me/new')[0]} to the public repository {hub.endpoint}/me/new\n"
+    assert capsys.readouterr().out.endswith(f"uploaded {place}")
     assert not hub.repositories["me/new"].private
     assert cli.main(["card", *folder]) == 0
     assert capsys.readouterr().out == hub.files("me/new")["README.md"].decode()

@@ -51,7 +51,8 @@ def test_an_upload_is_one_commit_and_the_same_again_is_none(hub, api, staged):
     assert hub.files("me/tiny") == contents(first.folder)
     assert hub.repositories["me/tiny"].private
     assert hub.commits("me/tiny")[:-1] == [done.revision]
-    assert f"{hub.endpoint}/me/tiny\n" in str(done)
+    last = str(done).splitlines()[-1]
+    assert last == f"uploaded revision {done.revision} to the private repository {hub.endpoint}/me/tiny"
     for name in ("AutoModel.from_pretrained", "SentenceTransformer"):
         assert f'{name}("me/tiny", revision="{done.revision}"' in str(done)
     again = push(first, api, upload=True)

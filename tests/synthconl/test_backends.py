@@ -157,31 +157,31 @@ def test_another_protocol_is_one_sentence(content):
         complete(server)
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [({"content": None, "refusal": "I can't do that."}, ("", "content_filter")), ({"content": "x"}, ("x", "length"))],
-)
-def test_refusals_and_missing_counts_are_understood(message, expected):
-    reply = {"choices": [{"message": message, "finish_reason": "length"}]}
-    with OpenAIServer(echo, first_times(1, 200, reply)) as server:
-        (completion,) = complete(server)
-    assert (completion.text, completion.finish_reason) == expected
-    assert completion.prompt_tokens == completion.completion_tokens == 0
+PARTS = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("message", "text", "finish_reason"),
     [
-        {"choices": []},
-        {"choices": [{"message": {"content": "x"}, "finish_reason": "error"}]},
-        {"choices": [{"message": {"content": "x"}, "finish_reason": "too_long"}]},
+        ({"content": None, "refusal": "I can't do that."}, "", "content_filter"),
+        ({"content": "x"}, "x", "length"),
+        ({"content": PARTS}, "ab", "length"),
     ],
 )
-def test_an_answer_without_a_completion_is_an_error_of_its_prompt_alone_with_a_reason(content):
-    with OpenAIServer(echo, first_times(1, 200, content)) as server:
+def test_refusals_missing_counts_and_parts_of_a_text_are_understood(message, text, finish_reason):
+    reply = {"choices": [{"message": message, "finish_reason": "length"}]}
+    with OpenAIServer(echo, first_times(1, 200, reply)) as server:
+        assert complete(server) == [Completion("row 0", text, finish_reason, 0, 0)]
+
+
+CHOICES = [[], *([{"message": {"content": "x"}, "finish_reason": reason}] for reason in ("error", "too_long"))]
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_an_answer_without_a_completion_is_an_error_of_its_prompt_alone_with_a_reason(choices):
+    with OpenAIServer(echo, first_times(1, 200, {"choices": choices})) as server:
         failed, *others = sorted(complete(server, 3), key=lambda one: one.finish_reason)
-    assert (failed.finish_reason, failed.text) == ("error", "")
-    assert failed.error
+    assert (failed.finish_reason, failed.text, bool(failed.error)) == ("error", "", True)
     assert {one.finish_reason for one in others} == {"stop"}
 
 
@@ -190,9 +190,3 @@ def test_an_error_in_place_of_choices_is_temporary(choices):
     overloaded = {"choices": choices, "error": {"message": "Overloaded."}}
     with OpenAIServer(echo, first_times(1, 200, overloaded)) as server:
         assert [one.finish_reason for one in complete(server)] == ["stop"]
-
-
-def test_parts_of_a_text_are_joined():
-    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    with OpenAIServer(echo, first_times(1, 200, {"choices": [{"message": {"content": parts}}]})) as server:
-        assert [one.text for one in complete(server)] == ["ab"]

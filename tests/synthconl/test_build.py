@@ -16,7 +16,7 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.synthconl import build, near_duplicate_job, row_files
 from modular_star_encoder.synthconl.build import SPLITS, STAGES, DatasetRecipe
-from modular_star_encoder.synthconl.corpus import build_corpus, read_packages
+from modular_star_encoder.synthconl.corpus import EvaluationTexts, build_corpus, check_corpus, read_packages
 from modular_star_encoder.synthconl.near_duplicate_job import drop_near_duplicates
 from modular_star_encoder.synthconl.publishing import MEANINGS
 from modular_star_encoder.synthconl.row_files import count_rows, read_rows, write_rows, write_split
@@ -26,7 +26,7 @@ from tests.errors import raises
 from tests.processes import ended_by_sigkill, start_process
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import build_and_die, marker, small_recipe, translation, write_corpus
-from tests.synthconl.test_corpus import write_packages
+from tests.synthconl.test_corpus import CLEAN, write_packages, write_sets
 from tests.synthconl.test_near_duplicate_job import write_shards
 
 SEED = 3
@@ -207,15 +207,17 @@ def test_wrong_folders_and_those_of_a_running_build_are_refused_and_left_alone(c
             dedup()  # interrupted
     (tmp_path / "corpus").mkdir()
     corpus_at = partial(build_corpus, read_packages(write_packages(tmp_path / "corpus")))
-    for folder, second in (
-        (tmp_path / "out", lambda: build_quietly(recipe, tmp_path / "out")),
-        (tmp_path / "dedup", dedup),
-        (tmp_path / "pairs", lambda: corpus_at(tmp_path / "corpus" / "raw", tmp_path / "pairs", processes=0)),
-    ):
-        folder.mkdir(exist_ok=True)
+    sets = EvaluationTexts(write_sets(tmp_path, CLEAN))
+    for name, second in {
+        "out": lambda: build_quietly(recipe, tmp_path / "out"),
+        "dedup": dedup,
+        "pairs": lambda: corpus_at(tmp_path / "corpus" / "raw", tmp_path / "pairs", processes=0),
+        "left": lambda: check_corpus([tmp_path / "pairs.jsonl"], sets, tmp_path / "left"),
+    }.items():
+        (folder := tmp_path / name).mkdir(exist_ok=True)
         with FileLock(folder / ".lock"), raises("files.locked", folder):
             second()
-        if folder != tmp_path / "out":
+        if name != "out":
             second()  # nothing is left behind that a later run minds
 
 

@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 import modular_star_encoder.cli.main as cli
 from modular_star_encoder.synthconl.corpus import (
@@ -102,16 +101,13 @@ def test_fetch_calls_each_client_once_and_reports_what_is_missing(tmp_path, monk
     assert "npm is not installed: npm gone 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["--registry=x 1 MIT", "name 1", "name --option MIT", "../x 1 MIT", "a/../x 1 MIT"])
-def test_a_line_that_is_no_package_is_refused(tmp_path, line):
-    (tmp_path / "corpus.yaml").write_text(f"npm: |\n  {line}\n")
+NO_PACKAGES = ["--registry=x 1 MIT", "name 1", "name --option MIT", "../x 1 MIT", "a/../x 1 MIT"]
+
+
+@pytest.mark.parametrize("line", [*NO_PACKAGES, "a 1 BSD"])
+def test_a_line_that_is_no_package_or_lists_one_twice_is_refused(tmp_path, line):
+    (tmp_path / "corpus.yaml").write_text(f"npm: |\n  a 1 MIT\n  a 2 MIT\n  {line}\n")
     with raises("corpus.package", line):
-        read_packages(tmp_path / "corpus.yaml")
-
-
-def test_a_package_that_is_listed_twice_is_refused(tmp_path):
-    (tmp_path / "corpus.yaml").write_text("npm: |\n  a 1 MIT\n  a 2 MIT\n  a 1 BSD\n")
-    with raises("corpus.package", "a 1 BSD"):
         read_packages(tmp_path / "corpus.yaml")
 
 
@@ -248,14 +244,6 @@ def test_check_reports_files_of_one_name_and_refuses_copies_that_would_replace_a
         with raises("corpus.drop"):
             check_corpus(files, sets, tmp_path / drop)
     assert not lines_of(packed)
-
-
-def test_one_process_at_a_time_writes_cleaned_copies(tmp_path, monkeypatch):
-    sets = EvaluationTexts(write_sets(tmp_path, CLEAN))
-    monkeypatch.setattr("modular_star_encoder.utils.files.LOCK_SECONDS", 0.0)
-    (tmp_path / "left").mkdir()
-    with FileLock(tmp_path / "left" / ".lock"), raises("files.locked", tmp_path / "left"):
-        check_corpus([tmp_path / "pairs.jsonl"], sets, tmp_path / "left")
 
 
 def test_the_shipped_models_corpus_is_listed_with_licences_and_holds_no_evaluation_code():

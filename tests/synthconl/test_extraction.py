@@ -78,7 +78,7 @@ def codesearchnet_row(**changes):
     return row | changes
 
 
-def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path):
+def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url_and_must_be_json(tmp_path):
     go = {"language": "go", "func_code_string": "func A() int {\n\treturn 1\n}", "func_code_url": "https://b.org"}
     lines = [
         codesearchnet_row(),
@@ -102,9 +102,6 @@ def test_rows_of_codesearchnet_lose_their_docstring_and_keep_their_url(tmp_path)
         "dropped: its docstring can't be taken out": 1,
         "dropped: characters that no file can hold": 2,
     }
-
-
-def test_a_row_that_is_not_json_is_one_sentence(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"language": "python"')
     with raises("synthconl.codesearchnet", "line 1", "(not JSON)"):
         rows_of({"codesearchnet": str(tmp_path / "rows.jsonl")})

@@ -329,6 +329,13 @@ def test_folders_of_other_files_or_another_job_are_not_written(source, rows, fin
     for out in (tmp_path, source, source / "out"):
         with raises("synthconl.near_duplicates.out", out):
             drop(source, out)
+    (tmp_path / "inside").symlink_to(source / "part-0")
+    (tmp_path / "source").symlink_to(source)
+    links = [(source, "inside/out"), (source, "source"), (tmp_path / "source", source / "out")]
+    for folder, out in (*links, (tmp_path / "source/part-0", source / "part-0/out")):
+        with raises("synthconl.near_duplicates.out", tmp_path / out, folder):
+            drop(folder, tmp_path / out)
+    assert not list(source.rglob("out"))
     for options, changed in (
         ({"against": {"bench": ["x = 1", "y"]}}, "against"),
         ({"settings": DuplicateSettings(threshold=0.8)}, "settings"),

@@ -29,6 +29,7 @@ def hub(monkeypatch):
     """An `HfApi` that checks the names of its arguments."""
     api = create_autospec(HfApi, instance=True)
     api.create_repo.return_value = "https://hub.example/datasets/owner/name"
+    api.dataset_info.return_value.private = True
     monkeypatch.setattr(publishing, "HfApi", lambda: api)
     return api
 
@@ -53,7 +54,9 @@ def test_an_upload_sends_these_files_alone_to_a_private_repository(finished, hub
     assert (options["repo_id"], options["repo_type"]) == ("owner/name", "dataset")
     assert options["folder_path"] == finished / "dataset"
     assert set(options["allow_patterns"]) == FILES
-    assert str(upload).endswith("uploaded to https://hub.example/datasets/owner/name")
+    assert str(upload).endswith("\nuploaded to the private repository https://hub.example/datasets/owner/name")
+    hub.dataset_info.return_value.private = False  # of a repository that existed before
+    assert "\nuploaded to the public repository https://" in str(push_dataset(finished, "owner/name", upload=True))
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

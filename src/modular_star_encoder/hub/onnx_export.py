@@ -22,7 +22,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +75,8 @@ _LARGEST_FILE = 2**31 - 2**27  # a protobuf file has at most 2 GiB; this limit o
 
 
 _ATTENTION = "mose_onnx"
+# onnxruntime reads this when it is imported. It would report its use to Microsoft, and leave `.ses` in TMPDIR.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def _attend(
@@ -180,7 +182,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Context manager: hide all warnings, such as irrelevant ones of torch's exporter and ONNX's quantiser."""
+    """Context manager for torch's exporter and ONNX's quantiser: hide all warnings, and remove torch's empty cache."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -189,6 +191,11 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        # torch makes this folder when parts of it are imported. Unless a model was compiled, the folder is empty.
+        cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+        if cache.parent == Path(tempfile.gettempdir()) and cache.name.startswith("torchinductor_"):
+            with suppress(OSError):
+                cache.rmdir()
 
 
 def check_onnx(

@@ -84,6 +84,7 @@ class Publication:
     uploaded: bool = False  # whether the changes were uploaded
     difference: float | None = None  # largest difference between embeddings of repository and source checkpoint
     url: str = ""  # web address of the branch; empty if nothing was uploaded
+    private: bool = True  # whether the repository is private; only meaningful after an upload
     unreachable: str = ""  # why a dry run could not compare the files with the Hub; `changes` then has all files
 
     def __str__(self) -> str:
@@ -100,9 +101,11 @@ class Publication:
             lines.append(f"nothing differs from revision {self.revision}")
         elif self.uploaded:
             arguments = f'"{self.repository}", revision="{self.revision}", trust_remote_code=True'
-            lines += [f"revision {self.revision} of {self.url}", "load it with transformers or sentence-transformers:"]
+            lines.append("load it with transformers or sentence-transformers:")
             lines += [f"  {name}({arguments})" for name in ("AutoModel.from_pretrained", "SentenceTransformer")]
-            lines.append("`mose` takes its name too, for example as --model of `mose search`")
+            lines.append("`mose` accepts the repository's name too, for example as --model of `mose search`")
+            kind = "private" if self.private else "public"
+            lines.append(f"uploaded revision {self.revision} to the {kind} repository {self.url}")
         else:
             lines.append("nothing was uploaded: a dry run; --upload uploads the changes")
         return "\n".join([f"{name}:", *lines])
@@ -290,7 +293,7 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
     """Return a `Publication` of what differs from the Hub; if `upload`, commit it; OSError if the branch moves."""
     repository, branch = staged.repository, staged.settings.branch
     with wrap_hub_errors(repository):
-        head, there = _remote(api, repository, branch)
+        head, there, _ = _remote(api, repository, branch)
         changes = compare(staged.folder, there)
         if not upload or not changes:
             return Publication(repository, branch, changes, head)
@@ -299,17 +302,18 @@ def push(staged: StagedRepository, api: HfApi, *, upload: bool = False, private:
             if branch != MAIN:  # a new branch starts at the first, empty commit
                 first = api.list_repo_commits(repository)[-1].commit_id
                 api.create_branch(repository, branch=branch, revision=first, exist_ok=True)
-            head, there = _remote(api, repository, branch)
+            head, there, _ = _remote(api, repository, branch)
             changes = compare(staged.folder, there)
         deleted = [change.path for change in changes if change.kind == DELETED]
         written = [CommitOperationAdd(one.path, staged.folder / one.path) for one in changes if one.kind != DELETED]
         edits: list[CommitOperationDelete | CommitOperationAdd] = [*map(CommitOperationDelete, deleted), *written]
         commit = api.create_commit(repository, edits, commit_message="Publish", revision=branch, parent_commit=head)
-        left = compare(staged.folder, _remote(api, repository, commit.oid)[1])
+        _, there, is_private = _remote(api, repository, commit.oid)
+        left = compare(staged.folder, there)
     if left:
         raise OSError(f"{left[0].path} in {repository} differs from the local file after the upload. Publish again.")
     url = f"{api.endpoint}/{repository}{'' if branch == MAIN else f'/tree/{branch}'}"
-    return Publication(repository, branch, changes, commit.oid, uploaded=True, url=url)
+    return Publication(repository, branch, changes, commit.oid, uploaded=True, url=url, private=is_private)
 
 
 def compare(folder: Path, there: dict[str, RepoFile]) -> tuple[Change, ...]:
@@ -334,14 +338,14 @@ def _same(file: Path, there: RepoFile) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == there.blob_id
 
 
-def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile]]:
-    """Return the latest commit of a branch on the Hub and {path: file}; (None, {}) if the branch does not exist."""
+def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile], bool]:
+    """Return (a branch's latest commit, {path: file}, whether the repository is private); the commit may be None."""
     try:
-        head = api.model_info(repository, revision=revision).sha
-        tree = api.list_repo_tree(repository, revision=head, recursive=True)
+        info = api.model_info(repository, revision=revision)
+        tree = api.list_repo_tree(repository, revision=info.sha, recursive=True)
         files = [entry for entry in tree if isinstance(entry, RepoFile)]
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return None, {}
+        return None, {}, True
     if not fits([one.path for one in files], list[str]) or not fits([one.size for one in files], list[int]):
         raise OSError(f"The Hub sent a list of the files of {repository} of an unknown form. Check HF_ENDPOINT.")
-    return head, {one.path: one for one in files}
+    return info.sha, {one.path: one for one in files}, bool(info.private)

@@ -54,7 +54,7 @@ _USES = {"train": "to train on", "held_out": "held out"}
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write and return a manifest's repositories, each in `folder/KEY`, KEY being its `key` with `--` for `/`."""
+    """Write and return a manifest's repositories, each in `folder/KEY`: its `key`, with `--` in place of `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None
@@ -113,9 +113,7 @@ def _stage(
     for path, file in entry.files.items():
         target = folder / path
         if target.exists() or any(one.is_file() or one == folder / CARD for one in (target, *target.parents)):
-            message = (
-                f"{entry.key}: remove {path} from `files`: the repository has another file or folder in its place."
-            )
+            message = f"{entry.key}: remove {path} from `files`: the repository has another file or folder there."
             raise UserError("hub.staging.files", message)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(user_path(file), target)

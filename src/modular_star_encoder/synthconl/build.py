@@ -39,7 +39,7 @@ from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STAT
 from modular_star_encoder.synthconl.row_files import read_file, read_rows, row_files, write_rows, write_split
 from modular_star_encoder.synthconl.translation import Languages, TranslationSettings, target_language, translate
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, fits, folder_lock, read_json, staged_folder, write_json
+from modular_star_encoder.utils.files import LOCK, folder_lock, read_record, staged_folder, write_json
 from modular_star_encoder.utils.settings import Count, Float, Int, Probability, settings_class
 
 SPLITS = ("train", "validation")
@@ -180,12 +180,12 @@ class Build:
     progress: bool = True
 
     def report(self, stage: str) -> dict[str, Any]:
-        """Return the content of a finished stage's `report.json`; UserError if it lacks a value in `_USED`."""
+        """Return the content of a finished stage's `report.json`; UserError if it is damaged."""
         path = self.out / stage / REPORT
         # `translate` keeps the answers, which were paid for, and writes its report again. They answer these functions.
         remedy = f"Remove {path if stage == 'translations' else path.parent}, and build again"
         remedy = "Restore it, or build in another folder" if stage == "functions" else remedy
-        return _read(path, lambda report: all(fits(report[name], kind) for name, kind in _USED[stage].items()), remedy)
+        return read_record(path, "synthconl.build.damaged", remedy, **_USED[stage])
 
     def is_done(self, stage: str) -> bool:
         return (self.out / stage / REPORT).is_file()
@@ -205,10 +205,11 @@ def functions(build: Build, out: Path) -> Report:
     write_rows(out, rows, FUNCTION_SCHEMA)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
-        key, fault = "empty", f"`corpus` has no documented function to translate ({_listed(counts)})"
         for name in repositories:
-            key, fault = "one_repository", f"All functions are in {name!r}; validation needs a second repository"
-        raise UserError(f"synthconl.build.{key}", f"{fault}.")
+            message = f"All functions are in {name!r}; validation needs a second repository."
+            raise UserError("synthconl.build.one_repository", message)
+        message = f"`corpus` has no documented function to translate ({_listed(counts)})."
+        raise UserError("synthconl.build.empty", message)
     return {"counts": dict(sorted(counts.items(), key=_place))}
 
 
@@ -377,34 +378,20 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 def _read_log(build: Build) -> dict[str, Any]:
     """Return the log of earlier calls; UserError if a setting has changed, or the folder has unrelated files."""
-    out, key, fault = build.out, "", ""
-    remedy, kinds = "Build in another folder", {"settings": dict[str, Any], "seconds": float}
-    log = {}
+    out, log, kinds = build.out, {}, {"settings": dict[str, Any], "seconds": float}
     if (out / LOG).is_file():
-        log = _read(out / LOG, lambda log: all(fits(one[k], kinds[k]) for one in log.values() for k in kinds), remedy)
+        log = read_record(out / LOG, "synthconl.build.damaged", "Build in another folder", each=True, **kinds)
     ours = (LOCK, f".{LOG}.")
     if not log and out.exists() and not (out.is_dir() and all(one.name.startswith(ours) for one in out.iterdir())):
-        key, fault = "out", f"{out} contains files that no dataset build wrote; choose an empty or new folder"
+        message = f"{out} contains files that no dataset build wrote; choose an empty or new folder."
+        raise UserError("synthconl.build.out", message)
     for name in (stage.__name__ for stage in STAGES if stage.__name__ in log):
         other = _differences(log[name]["settings"], build.recipe.stage_settings(name))
-        if other and (out / name).exists() and not key:
+        if other and (out / name).exists():
             made = f"{out / name} was made with other values of {', '.join(other)}"
-            key = "other_settings"
-            fault = f"{made}. Build in another folder, or remove {out / name} and the folders of later stages"
-    if key:
-        raise UserError(f"synthconl.build.{key}", f"{fault}.")
+            remedy = f"Build in another folder, or remove {out / name} and the folders of later stages"
+            raise UserError("synthconl.build.other_settings", f"{made}. {remedy}.")
     return log
-
-
-def _read(path: Path, is_whole: Callable[[dict[str, Any]], bool], remedy: str) -> dict[str, Any]:
-    """Return the content of one of a build's JSON files; UserError with `remedy` unless `is_whole(content)`."""
-    try:
-        content = read_json(path)
-        if is_whole(content):
-            return content
-    except (ValueError, TypeError, LookupError, AttributeError):
-        pass
-    raise UserError("synthconl.build.damaged", f"{path} is damaged. {remedy}.")
 
 
 def _differences(before: Any, now: Any, place: str = "") -> list[str]:

@@ -30,7 +30,15 @@ from modular_star_encoder.synthconl.near_duplicates import (
 )
 from modular_star_encoder.synthconl.row_files import Shard, check_columns, find_shards, read_ids, read_texts, write_kept
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import LOCK, fits, folder_lock, leads_outside, read_json, staged_file, write_json
+from modular_star_encoder.utils.files import (
+    LOCK,
+    folder_lock,
+    leads_outside,
+    read_json,
+    read_record,
+    staged_file,
+    write_json,
+)
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _LARGEST_CLUSTERS = 20
@@ -55,13 +63,12 @@ def drop_near_duplicates(
     """
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
-    key, fault = "", ""
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
-        key, fault = "columns", f"`columns` must be a list of names, none of them twice, not {columns!r}"
-    elif reserved := [one.path for one in shards if one.name.split("/")[0] in (REPORT, DROPPED)]:
-        key, fault = "name", f"{reserved[0]} would be written where {REPORT} or {DROPPED} is; rename it"
-    if key:
-        raise UserError(f"synthconl.near_duplicates.{key}", f"{fault}.")
+        message = f"`columns` must be a list of names, none of them twice, not {columns!r}."
+        raise UserError("synthconl.near_duplicates.columns", message)
+    if reserved := [one.path for one in shards if one.name.split("/")[0] in (REPORT, DROPPED)]:
+        message = f"{reserved[0]} would be written where {REPORT} or {DROPPED} is; rename it."
+        raise UserError("synthconl.near_duplicates.name", message)
     check_columns(shards, columns, id_column)
     other_sets = {name: list(texts) for name, texts in (against or {}).items()}
     job = {
@@ -104,30 +111,26 @@ def drop_near_duplicates(
 
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; UserError if `out` can't be used for this job."""
-    begun = [path for path in (out / REPORT, out / WORK / "job.json") if path.exists()]
+    begun = next((path for path in (out / REPORT, out / WORK / "job.json") if path.exists()), None)
     used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
+    places = ((source, out), (source.resolve(), out.resolve()))  # a link may lead from one folder into the other
+    overlap = any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in places)
     work, key, fault = out / WORK, "", ""
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         key, fault = "damaged", f"has a {WORK} that is no folder; remove the folder and start again"
-    elif (used and not begun) or out == source or out in source.parents or source in out.parents:
-        key, fault = "out", f"must be new or empty, and must neither be in {source} nor contain it"
+    elif (used and not begun) or overlap:
+        key, fault = "out", f"must be new or empty, and must neither be in {source} nor contain it, also not by a link"
     elif begun:
-        try:
-            content = read_json(begun[0])
-            is_report = begun[0].name == REPORT
-            before = content.get("job", {}) if is_report else content
-            if changed := [name for name in job if before.get(name) != job[name]]:
-                changes = f"other values of {', '.join(changed)}. Use another folder, or remove this one to start again"
-                key, fault = "other_job", f"was begun with {changes}"
-            cause = "`counts` must be numbers of rows"
-            is_damaged = is_report and not fits(content.get("counts"), dict[str, int])
-        except (ValueError, AttributeError) as error:
-            is_damaged, cause = True, str(error)
-        if is_damaged:
-            key, fault = "damaged", f"has a damaged {begun[0].name} ({cause}); remove the folder and start again"
+        kinds = {"counts": dict[str, int], "job": dict} if begun.name == REPORT else {}
+        remedy = f"Remove the folder {out} and start again"
+        content = read_record(begun, "synthconl.near_duplicates.damaged", remedy, **kinds)
+        before = content["job"] if kinds else content
+        if changed := [name for name in job if before.get(name) != job[name]]:
+            changes = f"other values of {', '.join(changed)}. Use another folder, or remove this one to start again"
+            key, fault = "other_job", f"was begun with {changes}"
     if key:
         raise UserError(f"synthconl.near_duplicates.{key}", f"The folder to write, {out}, {fault}.")
-    return bool(begun)
+    return begun is not None
 
 
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:

@@ -177,13 +177,15 @@ class Upload:
     repository: str  # id of the dataset repository
     files: tuple[tuple[str, int], ...]  # (path in the repository, number of bytes) for each file
     url: str = ""  # web address of the dataset; empty if nothing was uploaded
+    private: bool = True  # whether the repository is private; only meaningful after an upload
 
     def __str__(self) -> str:
         """Return lines with the size and path of each file, the total size, and whether the files were uploaded."""
         lines = [f"{size:>14,}  {name}" for name, size in self.files]
         total = f"{sum(size for _, size in self.files):>14,}  bytes in {len(self.files)} files"
         dry = f"nothing was uploaded to {self.repository}: a dry run; --upload uploads these files"
-        end = f"uploaded to {self.url}" if self.url else dry
+        kind = "private" if self.private else "public"
+        end = f"uploaded to the {kind} repository {self.url}" if self.url else dry
         return "\n".join([*lines, total, end])
 
 
@@ -194,14 +196,12 @@ def push_dataset(
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]
-    key = fault = ""
     if len(paths) == 2 or not all(map(Path.is_file, paths[:2])):
-        key, fault = "no_dataset", f"{folder} contains no finished dataset; build one with `mose dataset build`"
-    elif wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
-        fault = f"{wrong[0]} must be a regular file, not a link out of {folder}. Move it away, or copy its target"
-        key = "file"
-    if key:
-        raise UserError(f"synthconl.push.{key}", f"{fault}.")
+        message = f"{folder} contains no finished dataset; build one with `mose dataset build`."
+        raise UserError("synthconl.push.no_dataset", message)
+    if wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
+        message = f"{wrong[0]} must be a regular file, not a link out of {folder}. Move it away, or copy its target."
+        raise UserError("synthconl.push.file", message)
     for path in paths[2:]:
         open_shard(path)
     required = ("license", "task_categories", "configs", "size_categories")
@@ -221,4 +221,5 @@ def push_dataset(
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",
         )
-    return Upload(repository, files, str(url))
+        is_private = bool(api.dataset_info(repository).private)
+    return Upload(repository, files, str(url), is_private)

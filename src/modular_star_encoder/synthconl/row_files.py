@@ -15,9 +15,9 @@ from modular_star_encoder.data.sources.dataset_rows import open_parquet, parquet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import files_below, staged_file
 
-ROWS_PER_FILE = 250  # so many of the longest answers of a model are fewer characters than `open_parquet` allows
+ROWS_PER_FILE = 250  # `open_parquet` can read a file with this number of the longest answers of a model
 ROWS_PER_PUBLISHED_FILE, _ROWS_PER_PUBLISHED_GROUP = 100_000, 1000
-_ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26  # the size of a row group, whichever is reached first
+_ROWS_PER_GROUP, _GROUP_BYTES = 8192, 2**26  # a row group ends at this number of rows or of bytes
 
 Item = TypeVar("Item")
 
@@ -44,11 +44,8 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
     """Write rows to an empty folder, `ROWS_PER_FILE` each to `rows-00000.parquet`, …; return their total number."""
-    total = 0
-    for number, batch in enumerate(batches(rows, ROWS_PER_FILE)):
-        table = pa.Table.from_pylist(batch, schema)
-        total += write_parquet(folder / f"rows-{number:05d}.parquet", [table], schema)
-    return total
+    tables = enumerate(pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
+    return sum(write_parquet(folder / f"rows-{number:05d}.parquet", [table], schema) for number, table in tables)
 
 
 def write_split(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -111,14 +108,13 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
     for shard in shards:
         schema = open_shard(shard.path).schema_arrow
         for name in (*columns, *([] if id_column is None else [id_column])):
-            key, fault = "", ""
+            column = f"Column {name!r} of {shard.name}"
             if name not in schema.names:
-                key, fault = "missing", f"is missing. The columns are: {', '.join(schema.names)}"
-            elif not _is_text(kind := schema.field(name).type) and (name in columns or not pa.types.is_integer(kind)):
+                message = f"{column} is missing. The columns are: {', '.join(schema.names)}."
+                raise UserError("synthconl.shards.column_missing", message)
+            if not _is_text(kind := schema.field(name).type) and (name in columns or not pa.types.is_integer(kind)):
                 wanted = "text" if name in columns else "text or integers"
-                key, fault = "type", f"contains {kind}; it must contain {wanted}"
-            if key:
-                raise UserError(f"synthconl.shards.column_{key}", f"Column {name!r} of {shard.name} {fault}.")
+                raise UserError("synthconl.shards.column_type", f"{column} contains {kind}; it must contain {wanted}.")
 
 
 def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:

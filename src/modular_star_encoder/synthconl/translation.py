@@ -88,18 +88,17 @@ class OpenAIBackend:
         timeout: Positive = 300.0,
         body: Mapping[str, Any] | None = None,  # fields to add to or replace in each request; None: not sent
     ) -> None:
-        key, fault = "", ""
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
-            key, fault = "synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it"
-        elif api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
-            fault = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}: set MOSE_API_KEY to the"
-            key, fault = "http.token.variable", f"{fault} server's key and name that variable"
+            raise UserError("synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it.")
+        if api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
+            must = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}"
+            message = f"{must}: set MOSE_API_KEY to the server's key and name that variable."
+            raise UserError("http.token.variable", message)
         try:
             json.dumps(body, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            key, fault = "synthconl.backend.body", f"`body` can't be sent as JSON ({str(error).rstrip('.')}); change it"
-        if key:
-            raise UserError(key, f"{fault}.")
+            message = f"`body` can't be sent as JSON ({str(error).rstrip('.')}); change it."
+            raise UserError("synthconl.backend.body", message) from error
         self._url = check_url(base_url) + "/chat/completions"
         http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
         http |= {"token": token_from_environment(api_key_variable), "max_bytes": 2**24}

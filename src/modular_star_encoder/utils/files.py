@@ -90,21 +90,16 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
     Without `links`, links to files are left out. With `links`, UserError (`files.folder.links`) if a link leads out of
     `folder`. UserError (`files.folder.too_deep`) if folders are nested more than `MAX_FOLDER_DEPTH` deep.
     """
-    found, key, fault = [], "", ""
+    found = []
     for parent, folders, names in os.walk(folder):
         if folders and len(Path(parent).relative_to(folder).parts) >= MAX_FOLDER_DEPTH:
-            key = "too_deep"
-            fault = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
-            break
-        found += [Path(parent, name) for name in fnmatch.filter(names, pattern)]
-    linked = {path for path in found if path.is_symlink()}
-    if not links:
-        found = [path for path in found if path not in linked]
-    elif outside := sorted(path for path in linked if leads_outside(path, folder)):
-        key = "links"
-        fault = f"{len(outside)} links, such as {outside[0]}, lead out of the folder. Name their targets instead."
-    if key:
-        raise UserError(f"files.folder.{key}", fault)
+            message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
+            raise UserError("files.folder.too_deep", message)
+        paths = (Path(parent, name) for name in fnmatch.filter(names, pattern))
+        found += [path for path in paths if links or not path.is_symlink()]
+    if outside := sorted(path for path in found if path.is_symlink() and leads_outside(path, folder)):
+        message = f"{len(outside)} links, such as {outside[0]}, lead out of the folder. Name their targets instead."
+        raise UserError("files.folder.links", message)
     return sorted(found)
 
 
@@ -126,18 +121,24 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
     return parse_json(path.read_text(encoding="utf-8"), finite=finite)
 
 
-def read_record(path: str | os.PathLike[str], key: str, **kinds: Any) -> dict[str, Any]:
-    """Return the mapping in a JSON file; UserError `key` if it is damaged, or an entry of `kinds` lacks its type."""
+def read_record(path: Path, key: str, remedy: str = "", *, each: bool = False, **kinds: Any) -> dict[str, Any]:
+    """Return the mapping in a JSON file; UserError `key` with `remedy` if the file is damaged or lacks an entry.
+
+    `kinds` are the needed entries, {name: type}. If `each`, every value of the mapping is a mapping that needs them.
+    """
+    fault = "not a mapping"
     try:
-        content, fault = read_json(path, finite=False), "not a mapping"
-        if isinstance(content, dict):
-            wrong = [name for name, kind in kinds.items() if not fits(content.get(name), kind)]
-            if not wrong:
-                return content
-            fault = f"{wrong[0]} is missing or has a wrong type"
+        content = read_json(path, finite=False)
+        records = [*content.values()] if each else [content]
+        wrong = [name for one in records for name, kind in kinds.items() if not fits(one.get(name), kind)]
+        if isinstance(content, dict) and not wrong:
+            return content
+        fault = f"{wrong[0]} is missing or has a wrong type" if wrong else fault
+    except AttributeError:
+        pass
     except ValueError as error:
         fault = str(error)
-    raise UserError(key, f"{path} is damaged ({fault}). Restore it, or name another folder.")
+    raise UserError(key, f"{path} is damaged ({fault}). {remedy or 'Restore it, or name another folder'}.")
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:

@@ -178,14 +178,14 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
     UserError (`settings.override`), which begins with `where`, if a part of the key is empty or a parent is no mapping.
     """
     *parents, last = names = key.split(".")
-    fault = "" if all(names) else "must have the form key=value with a YAML value, such as seed=1 or data=null"
-    for parent in parents if not fault else ():
+    if not all(names):
+        form = "must have the form key=value with a YAML value, such as seed=1 or data=null"
+        raise UserError("settings.override", f"{where} {form}.")
+    for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            fault = f"cannot set {key}, because {parent} is not a mapping of settings"
-            break
-    if fault:
-        raise UserError("settings.override", f"{where} {fault}.")
+            cause = f"because {parent} is not a mapping of settings"
+            raise UserError("settings.override", f"{where} cannot set {key}, {cause}.")
     content[last] = value
 
 
