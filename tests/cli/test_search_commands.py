@@ -148,11 +148,13 @@ def test_a_request_is_checked_before_a_folder_is_indexed(code, mose, cache, opti
     assert not cache.exists()
 
 
-def test_the_index_of_the_named_folder_is_searched_unless_it_is_of_another_folder(
+def test_the_index_of_the_named_folder_is_searched_and_its_own_model_named_unless_it_is_of_another_folder(
     indexed, checkpoint, mose, cache, tmp_path
 ):
-    status, out, err = mose("search", "push", "--json", indexed)
-    assert (status, json.loads(out)[0]["hits"][0]["exit_layer"], err) == (0, 4, "")
+    said = f"mose: note: exit 4 of {checkpoint}, the index's own model, ranked the hits\n"
+    for options, expected in (((), said), (("--model", checkpoint), "")):
+        status, out, err = mose("search", "push", "--json", indexed, *options)
+        assert (status, json.loads(out)[0]["hits"][0]["exit_layer"], err) == (0, 4, expected)
     assert not cache.exists()
     moved = write_code(tmp_path / "other", {"one.py": "def only_here():\n    return 1\n"})
     build(indexed, moved / ".mose", checkpoint)
@@ -241,7 +243,7 @@ def test_what_changed_is_reported_as_json_and_what_is_left_out_listed_on_request
     assert report["skipped_files"] == {"huge.py": "too large", "li\x1bst.py": "symbolic link"}
     monkeypatch.chdir(indexed)
     _, out, err = mose("search", "push", "--show-skipped", "--json")
-    assert (err.splitlines(), len(json.loads(out))) == (listed, 1)
+    assert (err.splitlines()[:-1], len(json.loads(out))) == (listed, 1)  # the last names the model
     shutil.rmtree(indexed / ".mose")
     _, _, err = mose("search", "push", "--folder", ".", "--model", checkpoint)
     assert "mose: note: 2 files left out: 1 symbolic link, 1 too large; --show-skipped lists them" in err

@@ -22,6 +22,7 @@ from tests.search.conftest import FILES, build, stored_rows
 
 ODD_NAMES = [
     b"caf\xe9.py",
+    b"na\xefve.py",
     b"line\nbreak.py",
     b'it\'s "quoted"; DROP TABLE.py',
     "größe 🐍.py".encode(),
@@ -77,7 +78,7 @@ def test_nothing_in_a_folder_crashes_the_index_or_leads_out_of_it(hostile, tmp_p
     assert not any("secret" in hit.text for hit in index.search(["secret"], top_k=50)[0].hits)
 
 
-def test_names_in_any_encoding_are_indexed_once_and_found(tmp_path, checkpoint):
+def test_names_in_any_encoding_are_indexed_once_and_found_each_by_its_own_name(tmp_path, checkpoint):
     folder = os.fsencode(tmp_path) + b"/f\xffolder"
     os.mkdir(folder)
     names = {name: f"number_{number}" for number, name in enumerate(ODD_NAMES)}
@@ -85,16 +86,18 @@ def test_names_in_any_encoding_are_indexed_once_and_found(tmp_path, checkpoint):
     for name, defined in names.items():
         Path(os.fsdecode(os.path.join(folder, name))).write_text(function(defined))
     index = build(os.fsdecode(folder), tmp_path / "index", checkpoint)
-    assert index.report.embedded_files == index.report.rows == 6
+    assert index.report.embedded_files == index.report.rows == 7
     assert index.update(processes=1, progress=False).embedded_files == 0
     hits = CodeIndex.open(tmp_path / "index").search(["number"], top_k=50)[0].hits
     assert {hit.name for hit in hits} == set(names.values())
-    for hit in hits:
-        hit.path.encode("utf-8")
+    for name, defined in [*names.items(), (b"na\\xefve.py", names[b"na\xefve.py"])]:  # the last as hits show it
+        found = index.related(os.fsdecode(name), 1, top_k=50)
+        assert {hit.name for hit in found} == set(names.values()) - {defined}
+        assert all(hit.path.encode("utf-8") for hit in found)
     assert len(index.search(["number"], path='it\'s "quoted"; DROP TABLE.py')[0].hits) == 1
     os.unlink(os.path.join(folder, ODD_NAMES[0]))
     report = index.update(processes=1, progress=False)
-    assert (report.removed_files, report.embedded_files, report.rows) == (1, 0, 5)
+    assert (report.removed_files, report.embedded_files, report.rows) == (1, 0, 6)
     assert "escaped" in {row["name"] for row in stored_rows(tmp_path / "index")}
 
 

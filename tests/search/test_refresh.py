@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -43,15 +44,29 @@ def found(index, question="pushing an item"):
     return {os.path.basename(hit.path) for hit in index.search([question], top_k=99)[0].hits}
 
 
-def test_a_file_of_an_archive_with_the_size_and_time_of_the_file_before_it_is_read_again(
-    old_code, tmp_path, checkpoint
+@pytest.mark.parametrize("fact", ["an old time", "a time to come", "the inode"])
+def test_a_file_of_an_archive_with_the_size_and_time_of_the_file_before_it_is_read_again_but_once(
+    old_code, tmp_path, checkpoint, monkeypatch, read, fact
 ):
+    path, other, real = old_code / "stack.py", tmp_path / "other.py", os.stat
+    changed = LONG_AGO + 10**9 * (fact == "a time to come")
+
+    def without_time_of_status_change(*given, **options):  # as on a platform that has none
+        status = real(*given, **options)
+        facts = {name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+        return SimpleNamespace(**facts | {"st_ctime_ns": 0})
+
+    if fact == "the inode":
+        monkeypatch.setattr(os, "stat", without_time_of_status_change)
+    os.utime(path, (changed, changed))
     index = build(old_code, tmp_path / "index", checkpoint)
-    text = (old_code / "stack.py").read_text()
-    (old_code / "stack.py").unlink()
-    (old_code / "stack.py").write_text(text.replace("push", "shov"))
-    os.utime(old_code / "stack.py", (LONG_AGO, LONG_AGO))
-    assert index.refresh().embedded_files == 1
+    for embedded_files in (1, 0):  # first with another text, then with the same
+        other.write_text(FILES["stack.py"].replace("push", "shov"))
+        os.utime(other, (changed, changed))
+        other.replace(path)
+        read.clear()
+        assert (index.refresh().embedded_files, read) == (embedded_files, ["stack.py"])
+        assert (index.refresh().embedded_files, read) == (0, ["stack.py"])
 
 
 def test_only_files_of_another_size_or_time_are_read_again(old_code, tmp_path, checkpoint, read):

@@ -1,9 +1,12 @@
+import warnings
 from dataclasses import replace
+from unittest.mock import Mock
 
 import bm25s
 import numpy as np
 import pytest
 from qdrant_client import QdrantClient
+from qdrant_client.common.client_warnings import SEEN_MESSAGES
 
 from modular_star_encoder.search import local_store
 from modular_star_encoder.search.index import open_store
@@ -243,6 +246,18 @@ def test_a_folder_of_other_things_than_a_killed_first_indexing_left_is_no_index(
     (tmp_path / ".thesis.tex.7.tmp").touch()
     with raises("search.index.foreign"):
         LocalStore(tmp_path)
+
+
+def test_of_the_warnings_of_qdrant_only_that_of_its_local_mode_about_indexes_is_silent():
+    SEEN_MESSAGES.clear()  # it warns once
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        QdrantStore(QdrantClient(":memory:"), "i").create(SETTINGS)
+    assert caught == []
+    client = Mock(collection_exists=lambda _: False)
+    client.create_payload_index = lambda *_: warnings.warn("another", UserWarning, stacklevel=1)
+    with pytest.warns(UserWarning, match="another"):
+        QdrantStore(client, "i").create(SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,20 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from modular_star_encoder.inference import check_checkpoint, is_repository
+from modular_star_encoder.utils.reports import printable
 
 CHECKPOINT_HELP = "a checkpoint: a folder, a Hub repository, or mose-code, the model in this package"
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, without characters that control a terminal."""
+    print(printable(f"mose: note: {text}"), file=sys.stderr)
 
 
 def argument_type(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -88,6 +95,15 @@ def checkpoint(text: str) -> str:
             constants.HF_HUB_OFFLINE = True
             os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
     return text
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, /, **defaults: Any
+) -> argparse.ArgumentParser:
+    """Add a command to the subparsers `commands` and return its parser; `run` gets the arguments and `defaults`."""
+    parser = commands.add_parser(name, help=help)
+    parser.set_defaults(run=run, **defaults)
+    return parser
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, setting: str, out: str) -> None:

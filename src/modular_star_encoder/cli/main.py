@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
 from io import TextIOWrapper
 from pathlib import Path
@@ -26,8 +27,10 @@ from modular_star_encoder.cli.evaluate import add_evaluate_commands
 from modular_star_encoder.cli.publish import add_publish_commands
 from modular_star_encoder.cli.search import add_search_commands
 from modular_star_encoder.cli.train import add_train_commands
+from modular_star_encoder.inference import shipped_model
 from modular_star_encoder.utils.errors import is_panic, missing_extra
-from modular_star_encoder.utils.reports import printable
+from modular_star_encoder.utils.files import cache_folder, check_writable, read_json
+from modular_star_encoder.utils.reports import library_versions, machine_kind, printable
 
 EXPECTED_ERRORS = (ValueError, OSError, MemoryError)
 DISTRIBUTION = "modular-star-encoder"
@@ -137,8 +140,6 @@ def check_current_folder() -> None:
 
 def check_folders(arguments: argparse.Namespace) -> None:
     """Raise UserError (`files.not_writable`) if a command can't write the folder or JSON file in its arguments."""
-    from modular_star_encoder.utils.files import check_writable
-
     if isinstance(file := getattr(arguments, "json", None), str):  # `search` and `index` have a switch of this name
         check_writable(file)
     for folder in (getattr(arguments, "out", None), getattr(arguments, "drop", None)):
@@ -201,8 +202,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    from difflib import get_close_matches
-
     near = get_close_matches(name, known, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -256,8 +255,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_doctor(arguments: argparse.Namespace) -> None:
     """Print versions, devices, folders, and which extras are installed or lack a package."""
-    from modular_star_encoder.utils.reports import library_versions
-
     versions = library_versions(CORE)
     sections = {
         "Versions": {name: version or "not installed" for name, version in versions.items()},
@@ -278,8 +275,6 @@ def devices() -> dict[str, str]:
     """Return name → description of each device that torch can use: the processor, and GPUs with their memory."""
     import torch
 
-    from modular_star_encoder.utils.reports import machine_kind
-
     cpu = machine_kind()
     found = {"cpu": f"{cpu['processor']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_gb']} GB"}
     for number in range(torch.cuda.device_count()):
@@ -294,9 +289,6 @@ def folders() -> dict[str, str]:
     """Return {name: text} for the folder of mose-code, the caches with their sizes, and the connection to the Hub."""
     from huggingface_hub import constants
 
-    from modular_star_encoder.inference import shipped_model
-    from modular_star_encoder.utils.files import cache_folder
-
     return {
         "mose-code": shipped_model(),
         "indexes of mose search": folder_size(cache_folder("search")),
@@ -308,9 +300,6 @@ def folders() -> dict[str, str]:
 
 def indexes() -> dict[str, str]:
     """Return {name of an index in the user's cache: the indexed folder, size of the index, exits and checkpoint}."""
-    from modular_star_encoder.inference import shipped_model
-    from modular_star_encoder.utils.files import cache_folder, read_json
-
     found = {}
     folder = cache_folder("search")
     for file in sorted(folder.glob("*/index.json")) if folder else ():

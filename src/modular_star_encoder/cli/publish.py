@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from modular_star_encoder.cli import CHECKPOINT_HELP, at_least, checkpoint
+from modular_star_encoder.cli import CHECKPOINT_HELP, add_command, at_least, checkpoint, note
 from modular_star_encoder.inference import resolve_checkpoint
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import read_json
@@ -18,64 +17,58 @@ from modular_star_encoder.utils.reports import printable
 
 def add_publish_commands(commands: Any) -> None:
     """Add `mose slice`, `mose grow`, `mose card`, `mose publish` and `mose export` to the subparsers of `mose`."""
-    cut = commands.add_parser("slice", help="write the first layers of a checkpoint as a checkpoint of its own")
-    cut.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
-    cut.add_argument(
-        "--exit-layer", metavar="K", type=at_least(0), required=True, help="exit to keep: its number of layers"
-    )
-    cut.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
-    cut.set_defaults(run=run_slice)
+    about = "write the first layers of a checkpoint as a checkpoint of its own"
+    add = add_command(commands, "slice", run_slice, about).add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
+    add("--exit-layer", metavar="K", type=at_least(0), required=True, help="exit to keep: its number of layers")
+    add("out", metavar="OUT", help="folder to write; it must be empty or not exist")
 
-    grow = commands.add_parser("grow", help="add layers, to be trained, to a checkpoint that has only exit 0")
-    grow.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
+    about = "add layers, to be trained, to a checkpoint that has only exit 0"
+    add = add_command(commands, "grow", run_grow, about).add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help="a checkpoint that has only exit 0")
     exits = "exits of the new checkpoint, such as 0 1 2 4 6"
-    grow.add_argument("--exit-layers", metavar="K", type=at_least(0), nargs="+", required=True, help=exits)
-    grow.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
-    grow.set_defaults(run=run_grow)
+    add("--exit-layers", metavar="K", type=at_least(0), nargs="+", required=True, help=exits)
+    add("out", metavar="OUT", help="folder to write; it must be empty or not exist")
 
-    card = commands.add_parser("card", help="print the model card of a checkpoint: usage and measurements")
-    card.add_argument("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
-    _add_folder_options(card, required=True)
-    card.add_argument("--out", metavar="FOLDER", help="write README.md and the figure to FOLDER, not to stdout")
-    card.set_defaults(run=run_card)
+    about = "print the model card of a checkpoint: usage and measurements"
+    add = add_command(commands, "card", run_card, about).add_argument
+    add("folder", metavar="FOLDER", help="a checkpoint's folder, or a manifest (its first repository)")
+    _add_folder_options(add, required=True)
+    add("--out", metavar="FOLDER", help="write README.md and the figure to FOLDER, not to stdout")
 
-    publish = commands.add_parser("publish", help="verify repositories, and list what --upload would change on the Hub")
+    about = "verify repositories, and list what --upload would change on the Hub"
+    add = add_command(commands, "publish", run_publish, about).add_argument
     source = "a manifest, such as a copy of small/publish (`mose recipes copy`), or a checkpoint's folder"
-    publish.add_argument("source", metavar="MANIFEST", help=source)
+    add("source", metavar="MANIFEST", help=source)
     settings = "settings of the manifest to change, such as namespace=NAME"
-    publish.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=settings)
-    _add_folder_options(publish)
-    publish.add_argument("--upload", action="store_true", help="upload, in one commit for each repository that differs")
-    publish.add_argument("--public", action="store_true", help="make new repositories public (default: private)")
-    publish.add_argument("--out", metavar="FOLDER", help="keep the prepared repositories in this new or empty folder")
-    publish.set_defaults(run=run_publish)
+    add("overrides", metavar="KEY=VALUE", nargs="*", help=settings)
+    _add_folder_options(add)
+    add("--upload", action="store_true", help="upload, in one commit for each repository that differs")
+    add("--public", action="store_true", help="make new repositories public (default: private)")
+    add("--out", metavar="FOLDER", help="keep the prepared repositories in this new or empty folder")
 
-    export = commands.add_parser("export", help="write one exit as an ONNX folder, or exit 0 as an embedding table")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
-    export.add_argument(
-        "--format",
-        choices=("onnx", "static", "model2vec"),
-        default="onnx",
-        help="onnx (default); or exit 0 as a table: static, for sentence-transformers' StaticEmbedding, or model2vec",
-    )
-    export.add_argument("--exit-layer", metavar="K", type=at_least(0), help="exit to export (default: the deepest)")
-    export.add_argument("--out", metavar="FOLDER", help="new or empty folder to write (default: CHECKPOINT-K-FORMAT)")
-    export.add_argument("--int8", action="store_true", help="also write 8-bit weights, and measure them on --data")
+    about = "write one exit as an ONNX folder, or exit 0 as an embedding table"
+    add = add_command(commands, "export", run_export, about).add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
+    format = "onnx (default); or exit 0 as a table: static, for sentence-transformers' StaticEmbedding, or model2vec"
+    add("--format", choices=("onnx", "static", "model2vec"), default="onnx", help=format)
+    add("--exit-layer", metavar="K", type=at_least(0), help="exit to export (default: the deepest)")
+    add("--out", metavar="FOLDER", help="new or empty folder to write (default: CHECKPOINT-K-FORMAT)")
+    add("--int8", action="store_true", help="also write 8-bit weights, and measure them on --data")
     data = "source code or benchmark files, to compare the quality of the export with the checkpoint's"
-    export.add_argument("--data", metavar="FOLDER", help=data)
+    add("--data", metavar="FOLDER", help=data)
     name = "benchmark whose files are in --data (default: folder, for source code)"
-    export.add_argument("--benchmark", metavar="NAME", default="folder", help=name)
-    export.add_argument("--allow-subset", action="store_true", help="accept benchmark files that lack rows")
-    export.set_defaults(run=run_export)
+    add("--benchmark", metavar="NAME", default="folder", help=name)
+    add("--allow-subset", action="store_true", help="accept benchmark files that lack rows")
 
 
-def _add_folder_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def _add_folder_options(add: Callable[..., Any], *, required: bool = False) -> None:
     name = "repository on the Hub to publish a folder to"
-    parser.add_argument("--repository", metavar="OWNER/NAME", required=required, help=name)
+    add("--repository", metavar="OWNER/NAME", required=required, help=name)
     license = "for a folder: its licence, as the Hub names it (default: that in its card, or its parent's if known)"
-    parser.add_argument("--license", metavar="NAME", help=license)
+    add("--license", metavar="NAME", help=license)
     results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
-    parser.add_argument("--evaluation", metavar="FILE", action="append", default=[], help=results)
+    add("--evaluation", metavar="FILE", action="append", default=[], help=results)
 
 
 def run_slice(arguments: argparse.Namespace) -> None:
@@ -113,8 +106,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
         raise UserError(f"cli.publish.{'folder' if is_folder else 'manifest'}", message)
     manifest = _folder_manifest(arguments, source) if is_folder else load_manifest(source, overrides)
     if is_folder and os.path.isfile(os.path.join(resolve_checkpoint(source), "README.md")):
-        note = "a new card replaces README.md of the folder; a manifest's `sections` add text of yours"
-        print(f"mose: note: {note}", file=sys.stderr)
+        note("a new card replaces README.md of the folder; `sections` of a manifest add your own text")
     if arguments.upload:  # before torch is imported and the repositories are verified
         from huggingface_hub import get_token
 
@@ -134,33 +126,33 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    is_onnx, fault = arguments.format == "onnx", ""
-    if not is_onnx and (arguments.exit_layer or arguments.int8 or arguments.data):
-        fault = f"--format {arguments.format} writes exit 0 as float32 only: remove --exit-layer, --int8 and --data."
+    checkpoint, format, fault = arguments.checkpoint, arguments.format, ""
     needs_data = arguments.int8 or arguments.allow_subset or arguments.benchmark != "folder"
-    if is_onnx and needs_data and not arguments.data:
+    if format != "onnx" and (arguments.exit_layer or arguments.int8 or arguments.data):
+        fault = f"--format {format} writes exit 0 as float32 only: remove --exit-layer, --int8 and --data."
+    elif format == "onnx" and needs_data and not arguments.data:
         fault = "--int8, --benchmark and --allow-subset need --data FOLDER, with source code or a benchmark's files."
     if fault:
         raise UserError("cli.export.options", fault)
-    if not is_onnx:
-        return run_static_export(arguments)
-    from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, export_onnx_folder
+    from modular_star_encoder.hub.onnx_export import EXPORT_REPORT, default_folder, export_onnx_folder
+    from modular_star_encoder.inference.exit_zero import export_static
 
-    tasks = _ranking_tasks(arguments) if arguments.data else []
-    written = export_onnx_folder(
-        arguments.checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks
-    )
-    if written.report:
-        print(written.report.to_markdown())
-    print(written.folder)
-    facts = read_json(written.folder / EXPORT_REPORT)
-    load = f'SentenceTransformer("{written.folder}", backend="onnx") in an environment with optimum-onnx, see the FAQ'
-    _note_export(facts["exit_layer"], "ONNX", facts["bytes"], load)
-
-
-def _note_export(exit_layer: int, format: str, sizes: Mapping[str, int], load: str) -> None:
+    if format == "onnx":
+        tasks = _ranking_tasks(arguments) if arguments.data else []
+        written = export_onnx_folder(checkpoint, arguments.exit_layer, arguments.out, int8=arguments.int8, tasks=tasks)
+        if written.report:
+            print(written.report.to_markdown())
+        folder, facts = written.folder, read_json(written.folder / EXPORT_REPORT)
+        kind, exit_layer, sizes = "ONNX", facts["exit_layer"], facts["bytes"]
+        load = f'SentenceTransformer("{folder}", backend="onnx") in an environment with optimum-onnx, see the FAQ'
+    else:
+        is_model2vec, out = format == "model2vec", arguments.out or default_folder(checkpoint, 0, format)
+        folder = export_static(checkpoint, out, format="model2vec" if is_model2vec else "sentence-transformers")
+        kind, exit_layer, sizes = f"{format} table", 0, {"float32": (folder / "model.safetensors").stat().st_size}
+        load = f'{"model2vec.StaticModel.from_pretrained" if is_model2vec else "SentenceTransformer"}("{folder}")'
+    print(folder)
     shown = ", ".join(f"{dtype} {size / 1e6:,.0f} MB" for dtype, size in sizes.items())
-    print(f"mose: note: exit {exit_layer} as {format}: {shown}; load it with {load}", file=sys.stderr)
+    note(f"exit {exit_layer} as {kind}: {shown}; load it with {load}")
 
 
 def _ranking_tasks(arguments: argparse.Namespace) -> list[Any]:
@@ -169,43 +161,28 @@ def _ranking_tasks(arguments: argparse.Namespace) -> list[Any]:
 
     tasks = []
     for name in choose_benchmarks([arguments.benchmark], arguments.data):
-        for task in load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset):
-            if not isinstance(task, RetrievalTask):
-                message = f"--benchmark {name} ranks no documents, so it can't compare exports. Name another benchmark."
-                raise UserError("cli.export.benchmark", message)
-            tasks.append(task)
+        tasks += load_benchmark(name, arguments.data, allow_subset=arguments.allow_subset)
+        if not all(isinstance(task, RetrievalTask) for task in tasks):
+            message = f"--benchmark {name} ranks no documents, so it can't compare exports. Name another benchmark."
+            raise UserError("cli.export.benchmark", message)
     return tasks
-
-
-def run_static_export(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.hub.onnx_export import default_folder
-    from modular_star_encoder.inference.exit_zero import export_static
-
-    out = arguments.out or default_folder(arguments.checkpoint, 0, arguments.format)
-    kind: Any = "model2vec" if arguments.format == "model2vec" else "sentence-transformers"
-    folder = export_static(arguments.checkpoint, out, format=kind)
-    print(folder)
-    loader = "model2vec.StaticModel.from_pretrained" if kind == "model2vec" else "SentenceTransformer"
-    sizes = {"float32": (folder / "model.safetensors").stat().st_size}
-    _note_export(0, f"{arguments.format} table", sizes, f'{loader}("{folder}")')
 
 
 def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
     from modular_star_encoder.hub.manifest import folder_manifest, load_manifest
 
-    if not arguments.repository:
+    repository, license = arguments.repository, arguments.license
+    if not repository:
         raise UserError("cli.publish.repository", f"Name the Hub repository for {folder}: --repository OWNER/NAME.")
     if os.path.isfile(folder):
-        return load_manifest(folder, [f"namespace={arguments.repository.partition('/')[0]}"])
-    license, evaluation = arguments.license, arguments.evaluation
-    manifest = folder_manifest(folder, arguments.repository, license=license, evaluation=evaluation)
+        return load_manifest(folder, [f"namespace={repository.partition('/')[0]}"])
+    manifest = folder_manifest(folder, repository, license=license, evaluation=arguments.evaluation)
     if manifest.license and not license:
         found = f"license: {manifest.license}, as the card in {folder} or, without one, its parent's says"
-        print(f"mose: note: {found}; --license NAME sets another", file=sys.stderr)
+        note(f"{found}; --license NAME sets another")
     return manifest
 
 
 def _warn_without_license(manifest: Any) -> None:
     if manifest.license is None:
-        note = "the card names no licence; --upload needs --license NAME, or `license:` in publish.yaml"
-        print(f"mose: note: {note}", file=sys.stderr)
+        note("the card names no licence; --upload needs --license NAME, or `license:` in publish.yaml")

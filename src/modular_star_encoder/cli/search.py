@@ -7,11 +7,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from modular_star_encoder.cli import at_least, checkpoint, exit_list, name_list, of_form, positive
+from modular_star_encoder.cli import add_command, at_least, checkpoint, exit_list, name_list, note, of_form, positive
 from modular_star_encoder.utils.errors import UserError
+from modular_star_encoder.utils.reports import printable
 
 if TYPE_CHECKING:
     from modular_star_encoder.search.index import CodeIndex
@@ -21,117 +24,97 @@ _DEFAULTS: dict[str, Any] = {"exit_layers": (), "docs": False, "tests": True, "v
 _DEFAULTS |= dict.fromkeys(("model", "exit_layer", "latency_ms", "memory_mb", "dimension", "languages"))
 """Defaults of the options of `mose index` that are settings of a new index."""
 
-
-_RELATED = """Find code that resembles the code at a line, by the index in the file's folder or a folder above.
-Without such an index, the nearest folder above with .git or a cached index is searched, else the working folder if it
-holds the file, else the file's folder."""
+_RELATED = """Find code that resembles the code at a line. The index in the file's folder or a folder above is searched.
+Without such an index, mose searches the nearest folder above that has .git or a cached index; else the working folder,
+if the file is in it; else the file's folder."""
 
 
 def add_search_commands(commands: Any) -> None:
     """Add `mose index`, `search`, `related`, `mcp` and `demo` to the subparsers of `mose`."""
-    index = commands.add_parser("index", help="index a code folder, or bring its index up to date")
-    index.add_argument("folder", metavar="FOLDER", help="a folder of source code")
-    index.add_argument("--out", metavar="INDEX", help="index: a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")
-    _add_checkpoint_options(index, "mose-code, which is built in")
-    index.add_argument(
-        "--exit-layers", metavar="LIST", type=exit_list, default=(), help="exits to embed at: 4,9 or all"
-    )
-    dimension = "number of components of a vector to keep (default: all)"
-    index.add_argument("--dimension", metavar="D", type=at_least(1), help=dimension)
-    languages = "languages to read, separated by commas (default: all)"
-    index.add_argument("--languages", metavar="LIST", type=name_list, help=languages)
-    index.add_argument("--docs", action="store_true", help="also read Markdown files, split at headings")
-    index.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
-    index.add_argument("--vendored", action="store_true", help="also read vendored libraries and generated code")
-    _add_show_skipped(index)
-    index.add_argument("--rebuild", action="store_true", help="replace an existing index, whatever its settings")
-    index.add_argument("--json", action="store_true", help="print the report as JSON")
-    index.set_defaults(run=run_index)
+    add = add_command(commands, "index", run_index, "index a code folder, or bring its index up to date").add_argument
+    add("folder", metavar="FOLDER", help="a folder of source code")
+    add("--out", metavar="INDEX", help="index: a folder, or qdrant:NAME@URL (default: .mose in FOLDER)")
+    _add_checkpoint_options(add, "mose-code, which is built in")
+    add("--exit-layers", metavar="LIST", type=exit_list, default=(), help="exits to embed at: 4,9 or all")
+    add("--dimension", metavar="D", type=at_least(1), help="number of components of a vector to keep (default: all)")
+    add("--languages", metavar="LIST", type=name_list, help="languages to read, separated by commas (default: all)")
+    add("--docs", action="store_true", help="also read Markdown files, split at headings")
+    add("--tests", action=argparse.BooleanOptionalAction, default=True, help="read test code")
+    add("--vendored", action="store_true", help="also read vendored libraries and generated code")
+    _add_show_skipped(add)
+    add("--rebuild", action="store_true", help="replace an existing index, whatever its settings")
+    add("--json", action="store_true", help="print the report as JSON")
 
-    search = commands.add_parser("search", help="find functions of a code folder by questions in prose")
+    search = add_command(commands, "search", run_search, "find functions of a code folder by questions in prose")
+    add, where = search.add_argument, search.add_mutually_exclusive_group()
     question = 'such as "parse an HTTP header"; the last one may be the folder to search'
-    search.add_argument("questions", metavar="QUESTION", nargs="+", help=question)
-    where = search.add_mutually_exclusive_group()
-    _add_index(where)
-    where.add_argument("--folder", metavar="FOLDER", help="the folder to search, if it does not follow the questions")
-    _add_checkpoint_options(search, "the index's, or mose-code for a new index")
-    only = "search only code in these languages, separated by commas"
-    search.add_argument("--languages", metavar="LIST", type=name_list, help=only)
-    search.add_argument(
-        "--path", metavar="PATTERN", help="search only files whose path in FOLDER fits: '*.py', 'src/**'"
-    )
-    search.add_argument(
-        "--method",
-        choices=("hybrid", "vector", "lexical"),
-        default="hybrid",
-        help="hybrid (default): vectors, words and ranking rules; vector: vectors alone; lexical: no model",
-    )
-    deeper = "rank the best hits again at this deeper exit"
-    search.add_argument("--rerank-exit-layer", metavar="K", type=at_least(1), help=deeper)
-    search.add_argument("--candidates", metavar="N", type=at_least(2), help="hits to rank again (default: 20)")
+    add("questions", metavar="QUESTION", nargs="+", help=question)
+    _add_index(where.add_argument)
+    where.add_argument("--folder", metavar="FOLDER", help="folder to search, if it does not follow the questions")
+    _add_checkpoint_options(add, "the index's, or mose-code for a new index")
+    add("--languages", metavar="LIST", type=name_list, help="search only these languages, separated by commas")
+    add("--path", metavar="PATTERN", help="search only files whose path in FOLDER fits: '*.py', 'src/**'")
+    method = "hybrid (default): vectors, words and ranking rules; vector: vectors alone; lexical: no model"
+    add("--method", choices=("hybrid", "vector", "lexical"), default="hybrid", help=method)
+    add("--rerank-exit-layer", metavar="K", type=at_least(1), help="rank the best hits again at this deeper exit")
+    add("--candidates", metavar="N", type=at_least(2), help="number of hits to rank again (default: 20)")
     margin = "rank again only if the two best similarities differ by less than X"
-    search.add_argument("--margin", metavar="X", type=float, help=margin)
-    _add_show_skipped(search)
+    add("--margin", metavar="X", type=float, help=margin)
+    _add_show_skipped(add)
     stale = "search the index as it is, without updating it first"
-    search.add_argument("--no-refresh", action="store_false", dest="refresh", help=stale)
-    search.add_argument("--explain", action="store_true", help="show what each ranking rule adds to a hit's score")
-    _add_output_options(search)
-    search.set_defaults(run=run_search)
+    add("--no-refresh", action="store_false", dest="refresh", help=stale)
+    add("--explain", action="store_true", help="show what each ranking rule adds to a hit's score")
+    _add_output_options(add)
 
-    related = commands.add_parser("related", help="find code that resembles the code at a line")
-    related.description = _RELATED
+    related = add_command(commands, "related", run_related, "find code that resembles the code at a line")
+    related.description, add = _RELATED, related.add_argument
     place = of_form("FILE:LINE", r"(.+):(\d{1,9})")
-    related.add_argument("place", metavar="FILE:LINE", type=place, help="a line of code, such as src/app.py:120")
-    _add_index(related)
-    _add_output_options(related)
-    related.set_defaults(run=run_related)
+    add("place", metavar="FILE:LINE", type=place, help="a line of code, such as src/app.py:120")
+    _add_index(add)
+    _add_output_options(add)
 
-    mcp = commands.add_parser("mcp", help="serve an index to agents (Model Context Protocol, stdin and stdout)")
-    mcp.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="code folder (default: this folder)")
-    mcp.set_defaults(run=run_mcp)
+    about = "serve an index to agents (Model Context Protocol, stdin and stdout)"
+    add = add_command(commands, "mcp", run_mcp, about).add_argument
+    add("folder", metavar="FOLDER", nargs="?", default=".", help="code folder (default: this folder)")
 
-    demo = commands.add_parser("demo", help="search an index on a page in the browser, two exits side by side")
-    _add_index(demo)
-    demo.add_argument("--model", metavar="CHECKPOINT", help="checkpoint of the index, if it has moved since the build")
-    host = "127.0.0.1"
-    demo.add_argument("--host", default=host, help="address to serve on (default: 127.0.0.1, only for this machine)")
-    port = "port to serve on (default: the first free from 7860 on)"
-    demo.add_argument("--port", metavar="N", type=at_least(0), help=port)
+    about = "search an index on a page in the browser, two exits side by side"
+    add = add_command(commands, "demo", run_demo, about).add_argument
+    _add_index(add)
+    add("--model", metavar="CHECKPOINT", help="checkpoint of the index, if it has moved since the build")
+    add("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, only for this machine)")
+    add("--port", metavar="N", type=at_least(0), help="port to serve on (default: the first free from 7860 on)")
     source = "web address of the indexed folder, for links: https://github.com/OWNER/NAME/blob/REVISION/src"
-    demo.add_argument("--source", metavar="URL", help=source)
-    demo.set_defaults(run=run_demo)
+    add("--source", metavar="URL", help=source)
 
 
-def _add_checkpoint_options(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_checkpoint_options(add: Callable[..., Any], default: str) -> None:
     what = f"checkpoint to embed with: a folder or Hub repository (default: {default})"
-    parser.add_argument("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
+    add("--model", metavar="CHECKPOINT", type=checkpoint, help=what)
     exit_layer = "exit to embed at (default: 0 if the checkpoint has it, else the deepest)"
-    parser.add_argument("--exit-layer", metavar="K", type=at_least(0), help=exit_layer)
-    best = "use the best exit"
-    parser.add_argument("--latency-ms", metavar="MS", type=positive, help=f"{best} that embeds within this time")
-    parser.add_argument("--memory-mb", metavar="MB", type=positive, help=f"{best} with at most this peak memory")
+    add("--exit-layer", metavar="K", type=at_least(0), help=exit_layer)
+    add("--latency-ms", metavar="MS", type=positive, help="use the best exit that embeds within this time")
+    add("--memory-mb", metavar="MB", type=positive, help="use the best exit with at most this peak memory")
     profile = "times and memory of the exits, from `mose profile` (default: exit_profile.json of the checkpoint)"
-    parser.add_argument("--profile", metavar="FILE", help=profile)
+    add("--profile", metavar="FILE", help=profile)
 
 
-def _add_index(parser: Any) -> None:
-    parser.add_argument("--index", metavar="INDEX", help="index to search (default: .mose in this folder or one above)")
+def _add_index(add: Callable[..., Any]) -> None:
+    add("--index", metavar="INDEX", help="index to search (default: .mose in this folder or one above)")
 
 
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--top-k", metavar="N", type=at_least(1), default=5, help="number of hits (default: 5)")
-    parser.add_argument("--lines", metavar="N", type=at_least(0), default=3, help="lines shown of a hit (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print the hits as JSON")
+def _add_output_options(add: Callable[..., Any]) -> None:
+    add("--top-k", metavar="N", type=at_least(1), default=5, help="number of hits (default: 5)")
+    add("--lines", metavar="N", type=at_least(0), default=3, help="number of lines shown of a hit (default: 3)")
+    add("--json", action="store_true", help="print the hits as JSON")
 
 
-def _add_show_skipped(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--show-skipped", action="store_true", help="list the files that are not indexed, and why")
+def _add_show_skipped(add: Callable[..., Any]) -> None:
+    add("--show-skipped", action="store_true", help="list the files that are not indexed, and why")
 
 
 def run_index(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import CodeIndex, open_store
     from modular_star_encoder.search.vector_store import INDEX_FOLDER, readable_path
-    from modular_star_encoder.utils.reports import printable
 
     folder = os.path.expanduser(arguments.folder)
     store = open_store(arguments.out or os.path.join(folder, INDEX_FOLDER))
@@ -166,14 +149,13 @@ def _built(arguments: argparse.Namespace, store: VectorStore) -> CodeIndex:
     from modular_star_encoder.search.index import CodeIndex
     from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
-    checkpoint, budget = arguments.model or DEFAULT_CHECKPOINT, _budget(arguments)
+    budget, embedder = _budget(arguments), Embedder(arguments.model or DEFAULT_CHECKPOINT)
     if arguments.docs:
         arguments.languages = (*(arguments.languages or SEARCH_LANGUAGES), "markdown")
     options = {name: getattr(arguments, name) for name in ("dimension", "languages", "tests", "vendored", "rebuild")}
-    embedder = Embedder(checkpoint)
     several = embedder.trained_exits if arguments.exit_layers is None else arguments.exit_layers
     exits = embedder.exits(arguments.exit_layer, several or None, budget)
-    return CodeIndex.build(arguments.folder, store, checkpoint=checkpoint, exit_layers=exits, **options)
+    return CodeIndex.build(arguments.folder, store, checkpoint=embedder, exit_layers=exits, **options)
 
 
 def _budget(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -196,7 +178,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.hits import format_answer
     from modular_star_encoder.search.index import SECONDS_TO_REFRESH, check_search, open_for_search
     from modular_star_encoder.search.ranking import Cascade
-    from modular_star_encoder.utils.reports import printable
+    from modular_star_encoder.search.vector_store import DEFAULT_CHECKPOINT
 
     budget, cascade = _budget(arguments), None
     if arguments.rerank_exit_layer is not None:
@@ -221,24 +203,24 @@ def run_search(arguments: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     index.refuse_empty()
     if cascade and cascade.exit_layer not in index.settings.exit_layers and sys.stderr and sys.stderr.isatty():
-        print(f"mose: note: embedding up to {cascade.candidates} hits at exit {cascade.exit_layer} …", file=sys.stderr)
+        note(f"embedding up to {cascade.candidates} hits at exit {cascade.exit_layer} …")
     answers = index.search(arguments.questions, exit_layer=exit_layer, cascade=cascade, **options)
     if not any(answer.hits for answer in answers):
         index.check_filter(arguments.languages, arguments.path)
     if arguments.json:
-        shown = [answer.to_dict(explain=arguments.explain) for answer in answers]
-        print(json.dumps(shown, indent=2))
-        return
-    for answer in answers:
-        if len(answers) > 1:
-            print(printable(f"# {answer.question}"))
-        print(format_answer(answer, lines=arguments.lines, explain=arguments.explain))
-    if cascade is not None:
-        deep = sum(answer.reranked for answer in answers)
-        print(
-            f"mose: note: exit {cascade.exit_layer} ranked again for {deep} of {len(answers)} questions",
-            file=sys.stderr,
-        )
+        print(json.dumps([answer.to_dict(explain=arguments.explain) for answer in answers], indent=2))
+    else:
+        for answer in answers:
+            if len(answers) > 1:
+                print(printable(f"# {answer.question}"))
+            print(format_answer(answer, lines=arguments.lines, explain=arguments.explain))
+    model = index.settings.checkpoint
+    exits = sorted({hit.exit_layer for answer in answers for hit in answer.hits if hit.exit_layer is not None})
+    if exits and arguments.model is None and model != DEFAULT_CHECKPOINT:
+        note(f"exit {', '.join(map(str, exits))} of {model}, the index's own model, ranked the hits")
+    if cascade is not None and not arguments.json:
+        deep = f"{sum(answer.reranked for answer in answers)} of {len(answers)}"
+        note(f"exit {cascade.exit_layer} ranked again for {deep} questions")
 
 
 def _take_folder(arguments: argparse.Namespace) -> None:
@@ -247,37 +229,31 @@ def _take_folder(arguments: argparse.Namespace) -> None:
     if arguments.index is not None or arguments.folder is not None:
         return
     path = os.path.expanduser(last)
-    if questions and os.path.isdir(path):
-        if others := [one for one in questions[1:] if os.path.isdir(os.path.expanduser(one))]:
-            fault = f"{others[0]!r} and {last!r} are folders, and one command searches one folder"
-            advice = f'Write: mose search "QUESTION" {last}. If {others[0]!r} is a question, add --folder before {last}'
-            raise UserError("cli.search.folders", f"{fault}. {advice}.")
+    is_path, is_folder = re.match(r"(~|\.{0,2})/\S*$", last), os.path.isdir(path)
+    here = [one.name for one in os.scandir() if one.is_dir()] if questions else []
+    others = questions[1:] if is_folder else questions
+    folders = [one for one in others if os.path.isdir(os.path.expanduser(one))]
+    key, fault, end = "folder", "", '. Write: mose search "QUESTION" FOLDER'
+    if questions and is_folder and folders:
+        key, fault = "folders", f"{folders[0]!r} and {last!r} are folders, and one command searches one folder"
+        end = f'. Write: mose search "QUESTION" {last}. If {folders[0]!r} is a question, add --folder before {last}.'
+    elif questions and is_folder:
         arguments.questions, arguments.folder = questions, last
-        return
-    near = []
-    if questions:
-        from difflib import get_close_matches
-
-        near = get_close_matches(last, [one.name for one in os.scandir() if one.is_dir()], 1, 0.8)
-    is_path, is_word = re.match(r"(~|\.{0,2})/\S*$", last), questions and len(last.split()) == 1
-    if folders := [one for one in questions if os.path.isdir(os.path.expanduser(one))]:
+    elif folders:
         fault = f"The folder {folders[0]!r} must come after the question"
     elif (is_path or questions) and os.path.isfile(path):
         fault = f"{last!r} is a file, and only a folder can be searched; --path PATTERN selects its files"
-    elif is_path and os.path.isdir(path):
+    elif is_path and is_folder:
         fault = f"A question is missing before the folder {last!r}"
-    elif near:
-        fault = f"There is no folder {last!r}. Did you mean {near[0]!r}?"
-    elif is_path or is_word:
+    elif near := get_close_matches(last, here, 1, 0.8):
+        fault, end = f"There is no folder {last!r}. Did you mean {near[0]!r}?", end[1:]
+    elif is_path or (questions and len(last.split()) == 1):
         advice = "" if "/" in last else ". If it belongs to the question, put quotes around the question"
         fault = f"There is no folder {last!r}{advice}"
-    else:
-        if os.path.isdir(path):
-            here = f"searching for {last!r} in this folder; to search in the folder {last!r}"
-            print(f"mose: note: {here}: mose search QUESTION {last!r}", file=sys.stderr)
-        return
-    end = "" if fault.endswith("?") else "."
-    raise UserError("cli.search.folder", f'{fault}{end} Write: mose search "QUESTION" FOLDER')
+    elif is_folder:
+        note(f"searching for {last!r} in this folder; to search in the folder {last!r}: mose search QUESTION {last!r}")
+    if fault:
+        raise UserError(f"cli.search.{key}", fault + end)
 
 
 def run_related(arguments: argparse.Namespace) -> None:
@@ -285,21 +261,18 @@ def run_related(arguments: argparse.Namespace) -> None:
     from modular_star_encoder.search.index import find_index, folder_of, open_for_search
     from modular_star_encoder.search.vector_store import readable_path
 
-    path, line = arguments.place
+    path, number = arguments.place
     if not os.path.isfile(path):
         raise UserError("cli.related.file", f"{path!r} is not a file. Name a file and a line, such as src/app.py:120.")
     location = arguments.index or find_index(os.path.dirname(os.path.realpath(path)))
     index, _ = open_for_search(folder_of(path), location, seconds=None)  # the file may not have been read yet
-    for note in index.report.news():
-        print(note, file=sys.stderr)
+    for line in index.report.news():
+        print(line, file=sys.stderr)
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
-    answer = Answer(
-        readable_path(f"{path}:{line}"), index.related(inside, int(line), top_k=arguments.top_k), method="vector"
-    )
-    if arguments.json:
-        print(json.dumps(answer.to_dict(), indent=2))
-    else:
-        print(format_answer(answer, lines=arguments.lines))
+    hits = index.related(inside, int(number), top_k=arguments.top_k)
+    answer = Answer(readable_path(f"{path}:{number}"), hits, method="vector")
+    shown = json.dumps(answer.to_dict(), indent=2) if arguments.json else format_answer(answer, lines=arguments.lines)
+    print(shown)
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:

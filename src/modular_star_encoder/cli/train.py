@@ -9,40 +9,37 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modular_star_encoder.cli import add_recipe_options
+from modular_star_encoder.cli import add_command, add_recipe_options, note
+from modular_star_encoder.training import find_recipe, packaged_recipes, starting_source
 from modular_star_encoder.utils.errors import UserError, missing_extra
+from modular_star_encoder.utils.files import check_writable, write_text
+from modular_star_encoder.utils.reports import markdown_table, percent
 
 
 def add_train_commands(commands: Any) -> None:
     """Add the training commands and `mose recipes` to the subparsers of `mose`."""
     recipe, run_folder = "a YAML file or a packaged recipe, such as", "folder of the run; a stopped run is continued"
 
-    pretrain = commands.add_parser("pretrain", help="pre-train a model on repositories of code, with a recipe")
+    about = "pre-train a model on repositories of code, with a recipe"
+    pretrain = add_command(commands, "pretrain", run_pretrain, about)
     add_recipe_options(pretrain, f"{recipe} small", "corpus.folder=~/code", run_folder)
-    pretrain.set_defaults(run=run_pretrain)
 
-    finetune = commands.add_parser("finetune", help="fine-tune a model on pairs of texts, with a recipe")
+    finetune = add_command(commands, "finetune", run_finetune, "fine-tune a model on pairs of texts, with a recipe")
     add_recipe_options(finetune, f"{recipe} mose-code", "data.pairs=pairs.csv", run_folder)
-    finetune.set_defaults(run=run_finetune)
 
-    ablate = commands.add_parser("ablate", help="compare exits trained together with exits trained alone")
+    ablate = add_command(commands, "ablate", run_ablate, "compare exits trained together with exits trained alone")
     folder = "folder of runs and reports; an unfinished ablation is continued"
     add_recipe_options(ablate, f"{recipe} small", "finetuning.data.functions.folder=~/code", folder)
-    ablate.set_defaults(run=run_ablate)
 
-    recipes = commands.add_parser("recipes", help="list, print or copy the packaged recipes")
-    recipes.set_defaults(run=run_recipes, name=None, file=None)
+    about = "list, print or copy the packaged recipes"
+    recipes = add_command(commands, "recipes", run_recipes, about, name=None, file=None)
     actions = recipes.add_subparsers(metavar="ACTION")
-    for action, meaning in (("list", "list all recipes"), ("show", "print a recipe"), ("copy", "copy a recipe")):
-        parser = actions.add_parser(action, help=meaning)
-        if action != "list":
-            parser.add_argument(
-                "name",
-                metavar="NAME",
-                help="such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small",
-            )
-        if action == "copy":
-            parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
+    actions.add_parser("list", help="list all recipes")
+    name = "such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small"
+    for action in ("show", "copy"):
+        parser = actions.add_parser(action, help=f"{'print' if action == 'show' else action} a recipe")
+        parser.add_argument("name", metavar="NAME", help=name)
+    parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
 
     for parser in (pretrain, finetune, ablate):
         _end_help_with_keys(parser)
@@ -63,9 +60,6 @@ def _end_help_with_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def run_recipes(arguments: argparse.Namespace) -> None:
-    from modular_star_encoder.training import find_recipe, packaged_recipes
-    from modular_star_encoder.utils.files import check_writable, write_text
-
     if arguments.name is None:
         recipes = packaged_recipes()
         width = max(len(one.name) for one in recipes)
@@ -77,7 +71,7 @@ def run_recipes(arguments: argparse.Namespace) -> None:
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]
     if len(in_folder) > 1:
         shown, *others = [f"{one.name} (mose {one.command})" for one in in_folder]
-        print(f"mose: note: this is {shown}; there are also {', '.join(others)}", file=sys.stderr)
+        note(f"this is {shown}; there are also {', '.join(others)}")
     text = path.read_text(encoding="utf-8")
     if arguments.file is None:
         print(text, end="")
@@ -92,7 +86,6 @@ def run_recipes(arguments: argparse.Namespace) -> None:
 def _check_early(arguments: argparse.Namespace, command: str) -> None:
     """Check the recipe, KEY=VALUE, the model's name and the files of pairs before torch is imported, which is slow."""
     from modular_star_encoder.data.pairs import check_sources
-    from modular_star_encoder.training import find_recipe, starting_source
     from modular_star_encoder.utils.settings import read_mapping
 
     content = read_mapping(find_recipe(arguments.recipe, command), arguments.overrides)
@@ -110,7 +103,6 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "pretrain")
     from modular_star_encoder.training.pretraining import pretrain
     from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
-    from modular_star_encoder.utils.reports import markdown_table, percent
 
     recipe = load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides)
     log, prefix = pretrain(recipe, arguments.out), "eval_mlm_loss_exit_"
@@ -126,7 +118,7 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
         better = "much better" if best < entropy else "better"
         print(f"No exit is {better} than such a guess: train on more repositories, or for more steps in another --out.")
     model = os.path.join(arguments.out, "model")
-    print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or own pairs")
+    print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or your pairs")
     print("(1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
     command = ["mose", "finetune", "small", "--out", f"{os.path.normpath(arguments.out)}-retrieval", f"model={model}"]
     for data in (f"data.functions.folder={recipe.corpus.get('folder', 'FOLDER')}", "data.pairs=pairs.csv"):
@@ -137,7 +129,6 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "finetune")
     from modular_star_encoder.training.finetuning import load_finetuning
     from modular_star_encoder.training.runs import REPORT
-    from modular_star_encoder.utils.reports import markdown_table, percent
 
     recipe, finetune = load_finetuning(arguments.recipe, arguments.overrides)
     log = finetune(recipe, arguments.out)

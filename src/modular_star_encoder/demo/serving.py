@@ -88,23 +88,12 @@ def served(
     links = repository_links(source) if source else LocalFiles(index)
     gradio = import_gradio()
     blocks = build_blocks(SearchPage(index, links, checkpoint))
+    options: dict[str, Any] = {"share": False, "prevent_thread_lock": True, "quiet": True, "footer_links": []}
+    options |= {"run_history": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "max_file_size": 0}
+    options |= {"app_kwargs": _app_options(host, links, blocks), "css": code_styles() + _css("page.css")}
+    theme = gradio.themes.Base(primary_hue="teal", neutral_hue="slate", **_FONTS)
     try:
-        _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            max_file_size=0,
-            app_kwargs=_app_options(host, links, blocks),
-            theme=gradio.themes.Base(primary_hue="teal", neutral_hue="slate", **_FONTS),
-            css=code_styles() + _css("page.css"),
-        )
+        _, address, _ = blocks.launch(server_name=host, server_port=port, theme=theme, **options)
     except OSError as error:
         blocks.close()
         message = f"{f'Port {port}' if port else 'Each port tried'} on {host} is taken or not allowed. Use --port N."

@@ -55,7 +55,7 @@ class UpdateReport:
     rows: int = 0  # rows in the index after the update
     postponed_files: int = 0  # files that may have changed but were not embedded, for lack of time
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of each file left out
-    guessed_files: list[str] = field(default_factory=list)  # paths of files read as Latin-1: not UTF-8, none declared
+    guessed_files: list[str] = field(default_factory=list)  # files read as Latin-1: not UTF-8, no encoding declared
     seconds: float = 0.0  # duration of the update
 
     @property
@@ -79,14 +79,13 @@ class UpdateReport:
             parts += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
             lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists them"] if parts else []
         if self.postponed_files:
-            late = f"{_files(self.postponed_files)} not read yet, those with fewest words of the question"
-            lines.append(f"mose: note: {late}; the next searches go on, `mose index` reads all")
+            late = f"{_files(self.postponed_files)} not read yet: those that share the fewest words with the question"
+            lines.append(f"mose: note: {late}; later searches read on, `mose index` reads all")
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
         """Return `lines(show_skipped)`; but [] if `show_skipped` is false and no file was embedded or postponed."""
-        has_news = show_skipped or self.embedded_files or self.postponed_files
-        return self.lines(show_skipped) if has_news else []
+        return self.lines(show_skipped) if show_skipped or self.embedded_files or self.postponed_files else []
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report's numbers as JSON values. The key `skipped` has {reason: number of files left out}."""
@@ -117,9 +116,9 @@ def update_store(
 ) -> UpdateReport:
     """Bring `store`, which has these `settings`, up to date with `settings.folder`; UserError if the folder is gone.
 
-    A file is not read again if its size and time of change are as before. After `seconds`, unread files keep their old
-    rows and count as postponed; if many files are new, files with words of `questions` are read first. A new index
-    of up to 1,000 files has no time limit. With 0 or 1 `processes`, a crash of the parser ends the calling process.
+    A file is not read again if its size, times of change and inode are as before. After `seconds`, unread files keep
+    their old rows and count as postponed; if many files are new, files with words of `questions` are read first. A new
+    index of up to 1,000 files has no time limit. With 0 or 1 `processes`, a crash of the parser ends this process.
     """
     start = time.perf_counter()
     reader = folder_repositories(
@@ -193,9 +192,7 @@ def _divided(
 class _Writer:
     """Collects the pieces of changed files, embeds them, and writes all rows of a file in one transaction."""
 
-    def __init__(
-        self, store: VectorStore, settings: IndexSettings, embedder: Embedder, seconds: float | None = None
-    ) -> None:
+    def __init__(self, store: VectorStore, settings: IndexSettings, embedder: Embedder, seconds: float | None) -> None:
         self.report = UpdateReport()
         self.end = None if seconds is None else time.monotonic() + seconds
         self._store, self._settings, self._embedder = store, settings, embedder
@@ -217,18 +214,19 @@ class _Writer:
             status = os.stat(location)
         except OSError:
             return False
-        # Archives and copies may restore the time of the content's change, but not that of the file's status.
-        stamp = [status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)]
-        *before, content = self._stamps_before.get(key, (None,))
+        # An archive may restore size and time of change; then the time of the status change or the inode differs.
+        facts = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        stamp = content_hash(repr(facts))[:16]
+        before, content = self._stamps_before.get(key, (None, None))
         is_same = content == self._held.get(key) if content else key not in self._held and self.end is not None
         if before == stamp and is_same:
-            self._stamps[key] = [*stamp, content]
+            self._stamps[key] = [stamp, content]
             self.report.files += content is not None
         elif self._is_late():
             self.report.postponed_files += 1
         else:
-            if status.st_mtime_ns < time.time_ns() - _FRESH_NS:
-                self._stamps[key] = [*stamp, None]
+            if abs(time.time_ns() - status.st_mtime_ns) > _FRESH_NS:
+                self._stamps[key] = [stamp, None]
             return False
         self._seen.add(key)
         return True
@@ -289,7 +287,7 @@ class _Writer:
         self._files, self._pieces = [], 0
 
     def finish(self) -> None:
-        """Write the collected rows, remove deleted files from the index, and store the files' sizes and times."""
+        """Write the collected rows, remove deleted files from the index, and store the stamps of the files."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])

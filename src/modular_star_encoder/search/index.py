@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -82,7 +83,7 @@ class CodeIndex:
         folder: str | os.PathLike[str],
         location: str | os.PathLike[str] | VectorStore | None = None,
         *,
-        checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT,
+        checkpoint: str | os.PathLike[str] | Embedder = DEFAULT_CHECKPOINT,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
         dimension: int | None = None,
@@ -105,7 +106,7 @@ class CodeIndex:
             folder: a folder of source code; `data.sources.repositories.folder_repositories` describes which files are
                 read. Links are not followed.
             location: a folder for the index or a URI (see `open_store`), or a store; `.mose` in `folder` if None.
-            checkpoint: folder or Hub repository; by default mose-code, the model in this package.
+            checkpoint: folder or Hub repository, or its `Embedder`; by default mose-code, the model in this package.
             exit_layer: the exit to embed at; by default exit 0 if the checkpoint has it, else the deepest.
             exit_layers: several exits to embed at in one pass, instead of `exit_layer`; `search` then uses one of them.
             dimension: size of the embeddings to keep, one of the sizes that the model supports; the largest if None.
@@ -128,7 +129,7 @@ class CodeIndex:
         if not os.path.isdir(folder):
             raise UserError("search.folder.missing", f"{folder!r} is not a folder. Name a folder with source code.")
         store = open_store(os.path.join(folder, INDEX_FOLDER) if location is None else location)
-        embedder = Embedder(checkpoint, device)
+        embedder = checkpoint if isinstance(checkpoint, Embedder) else Embedder(checkpoint, device)
         settings = IndexSettings(
             checkpoint=embedder.checkpoint,
             checksum=embedder.checksum,
@@ -141,14 +142,13 @@ class CodeIndex:
             vendored=vendored,
         )
         with store.locked():
-            stored = None if rebuild else store.settings()
-            if stored is None:
+            own = None if rebuild else IndexSettings.stored_in(store)
+            if own is None:
                 embedder.encoder(settings.exit_layers)  # fails on unreadable weights before `create` deletes an index
                 store.create(settings.to_dict(store.location))
             else:
-                asked, settings = settings, IndexSettings.from_dict(stored, store.location)
-                settings.refuse_others(asked, store.location)
-            index = cls(store, settings, embedder)
+                own.refuse_others(settings, store.location)
+            index = cls(store, own or settings, embedder)
             index._update(processes=processes, progress=progress, seconds=seconds, questions=questions)
         return index
 
@@ -157,7 +157,7 @@ class CodeIndex:
         cls,
         location: str | os.PathLike[str] | VectorStore,
         *,
-        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | Embedder | None = None,
         device: str | None = None,
     ) -> Self:
         """Open an index to search it; `location` is its folder, its URI (see `open_store`) or its store.
@@ -167,11 +167,10 @@ class CodeIndex:
         or another checkpoint built it; OSError if the checkpoint does not exist.
         """
         store = open_store(location)
-        stored = store.settings()
-        if stored is None:
+        if (settings := IndexSettings.stored_in(store)) is None:
             message = f"There is no index in {store.location}. Make one with `mose index FOLDER`."
             raise UserError("search.index.missing", message)
-        index = cls(store, IndexSettings.from_dict(stored, store.location))
+        index = cls(store, settings)
         index._device = device
         if checkpoint is not None:
             index._embedder = index._checked(checkpoint)
@@ -189,18 +188,18 @@ class CodeIndex:
         The checkpoint must be on this machine, so that a stranger's index can't make a search download a model.
         """
         if self._embedder is None:
-            name, commit = self.settings.checkpoint, self.settings.checksum
-            if name in shipped_models() or os.path.realpath(name) == name:
-                self._embedder = self._checked(name)
-                return self._embedder
-            from huggingface_hub import try_to_load_from_cache
+            name, commit = self.settings.checkpoint, None
+            if name not in shipped_models() and os.path.realpath(name) != name:
+                from huggingface_hub import try_to_load_from_cache
 
-            config = try_to_load_from_cache(name, "config.json", revision=commit) if is_repository(name) else None
-            if not isinstance(config, str):
-                message = f"The index {self.store.location} needs version {commit} of the model {name}, which is not on"
-                advice = f"this machine. If you trust this model, run `mose search` with --model {name}."
-                raise UserError("search.index.model", f"{message} {advice}")
-            self._embedder = self._checked(os.path.dirname(config), commit)
+                commit = self.settings.checksum
+                config = try_to_load_from_cache(name, "config.json", revision=commit) if is_repository(name) else None
+                if not isinstance(config, str):
+                    message = f"The index {self.store.location} needs version {commit} of the model {name}, which is"
+                    advice = f"not on this machine. If you trust this model, run `mose search` with --model {name}."
+                    raise UserError("search.index.model", f"{message} {advice}")
+                name = os.path.dirname(config)
+            self._embedder = self._checked(name, commit)
         return self._embedder
 
     def update(self, *, processes: int = 2, progress: bool = True) -> UpdateReport:
@@ -293,11 +292,13 @@ class CodeIndex:
         _check_number("line", line, 1)
         _check_number("top_k", top_k, 1)
         zeros = np.zeros(self.settings.dimension, dtype=np.float32)
-        this_file = re.compile(re.escape(readable_path(path).encode()) + rb"\Z")
         with self._lock, self.store.snapshot():
             self._check_unchanged()
             exit_layer = self.settings.check_exit(exit_layer, self.store.location)
-            pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=this_file))
+            pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(file=file_id(path)))
+            if not pieces:  # the path of a hit, which shows bytes that are not UTF-8 as `\x..`
+                shown = re.compile(re.escape(readable_path(path).encode()) + rb"\Z")
+                pieces = self.store.nearest(zeros, exit_layer, _MOST_PIECES, Filter(path=shown))
             here = [one for one in pieces if one.snippet.first_line <= line <= one.snippet.last_line]
             if not here:
                 message = f"The index has no code at line {line} of {path!r}. Name a line of code in an indexed file."
@@ -370,34 +371,24 @@ class CodeIndex:
         return Ranker(self.store, self.settings, self.embedder, exit_layer, cascade)
 
     def _hits(self, found: Sequence[Found], question: str = "") -> list[Hit]:
-        relative = os.path.relpath(self.folder)
+        relative, hits = os.path.relpath(self.folder), []
         root = readable_path(self.folder if relative.startswith("..") else relative)
-        return [
-            Hit(
-                path=os.path.normpath(os.path.join(root, row.path)),
-                line=piece.line,
-                name=piece.name,
-                score=row.score,
-                exit_layer=row.exit_layer,
-                last_line=piece.last_line,
-                language=piece.language,
-                text="\n".join(piece.text.split("\n")[piece.line - piece.first_line :]),
-                reasons=row.reasons,
-                best_line=best_line(piece, question),
-            )
-            for row, piece in ((row, row.snippet) for row in found)
-        ]
+        for row in found:
+            piece, path = row.snippet, os.path.normpath(os.path.join(root, row.path))
+            text = "\n".join(piece.text.split("\n")[piece.line - piece.first_line :])
+            hit = Hit(path, piece.line, piece.name, row.score, row.exit_layer, piece.last_line, piece.language, text)
+            hits.append(replace(hit, reasons=row.reasons, best_line=best_line(piece, question)))
+        return hits
 
     def _check_unchanged(self) -> None:
         """Raise UserError if the settings of the index, such as its checkpoint, have changed since it was opened."""
-        stored = self.store.settings()
-        if stored is None or IndexSettings.from_dict(stored, self.store.location) != self.settings:
+        if IndexSettings.stored_in(self.store) != self.settings:
             message = f"The index {self.store.location} was rebuilt since it was opened. Open it again."
             raise UserError("search.index.rebuilt", message)
 
-    def _checked(self, checkpoint: str | os.PathLike[str], checksum: str | None = None) -> Embedder:
+    def _checked(self, checkpoint: str | os.PathLike[str] | Embedder, checksum: str | None = None) -> Embedder:
         """Return the `Embedder` of a checkpoint; UserError if the index was built with other weights or prompts."""
-        embedder = Embedder(checkpoint, self._device)
+        embedder = checkpoint if isinstance(checkpoint, Embedder) else Embedder(checkpoint, self._device)
         self.settings.refuse_checkpoint(embedder.checkpoint, checksum or embedder.checksum, self.store.location)
         for exit_layer in self.settings.exit_layers:  # damaged settings may name exits that do not exist
             embedder.check_exit(exit_layer)
@@ -495,12 +486,14 @@ def open_for_search(
     `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` and
     `questions` see `CodeIndex.refresh`; if either is missing, an index is built without a time limit.
     """
-    index = None if location is None else CodeIndex.open(location, checkpoint=checkpoint)
-    if index is None and (found := find_index() if folder is None else _own_index(folder)):
+    index, found = None, location
+    if found is None:
+        found = find_index() if folder is None else _own_index(folder)
+    if found is not None:
         try:
             index = CodeIndex.open(found, checkpoint=checkpoint)
         except UserError as error:
-            if error.key != "search.index.other_model":
+            if location is not None or error.key != "search.index.other_model":
                 raise
             folder = _indexed_folder(found)
     if index is not None:
@@ -514,7 +507,7 @@ def open_for_search(
         (exit_layer,) = embedder.exits(exit_layer, budget=budget)
         limit = _SECONDS_FOR_THE_FIRST_ANSWER if questions and seconds is not None else None
         building = {"seconds": limit, "questions": questions, "progress": progress}
-        index = _cached_index(folder or ".", embedder.checkpoint, exit_layer, languages, building)
+        index = _cached_index(folder or ".", embedder, exit_layer, languages, **building)
     if refresh and not index.report.files:
         index.refresh(seconds, questions)
     return index, exit_layer
@@ -522,34 +515,33 @@ def open_for_search(
 
 def _own_index(folder: str) -> str | None:
     """Return the path of the index in a folder; None if the folder has no index, or the index of another folder."""
-    folder = os.path.expanduser(folder)
-    location = os.path.join(folder, INDEX_FOLDER)
-    is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(folder)
+    location = os.path.join(os.path.expanduser(folder), INDEX_FOLDER)
+    is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(os.path.expanduser(folder))
     return location if is_own else None
 
 
 def _indexed_folder(location: str) -> str | None:
-    stored = open_store(location).settings()
-    return None if stored is None else os.path.realpath(IndexSettings.from_dict(stored, location).folder)
+    settings = IndexSettings.stored_in(open_store(location))
+    return None if settings is None else os.path.realpath(settings.folder)
 
 
 def _cached_index(
-    folder: str, checkpoint: str, exit_layer: int, languages: Sequence[str] | None, building: Mapping[str, Any]
+    folder: str, embedder: Embedder, exit_layer: int, languages: Sequence[str] | None, **building: Any
 ) -> CodeIndex:
     """Open the index of `folder` in the user's cache; if it is missing, unfinished or of an older version, build it."""
-    location = _cached_location(folder, checkpoint, exit_layer, languages)
+    location = _cached_location(folder, embedder.checkpoint, exit_layer, languages)
     rebuild = False
     try:
-        index = CodeIndex.open(location, checkpoint=checkpoint)
+        index = CodeIndex.open(location, checkpoint=embedder)
         if index.store.stamps():  # stored at the end of a build
             return index
     except UserError as error:
         rebuild = error.key != "search.index.missing"
+    if location == MEMORY:  # no later search would read on
+        building["seconds"] = None
+    building |= {"checkpoint": embedder, "exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
     with open_store(location).locked(_SECONDS_FOR_THE_FIRST_BUILD):  # another process may be building it
-        options: dict[str, Any] = {"exit_layer": exit_layer, "languages": languages, "rebuild": rebuild}
-        if location == MEMORY:  # no later search would read on
-            building = {**building, "seconds": None}
-        return CodeIndex.build(folder, location, checkpoint=checkpoint, **options, **building)
+        return CodeIndex.build(folder, location, **building)
 
 
 def folder_of(file: str | os.PathLike[str]) -> str:
@@ -566,12 +558,10 @@ def folder_of(file: str | os.PathLike[str]) -> str:
 
 def _cached_location(folder: str, *options: Any) -> str:
     """Return where in the user's cache the index of `folder` is stored; `memory://` if the cache can't be written."""
-    cache = cache_folder("search")
-    if cache is None:
-        return MEMORY
-    key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return MEMORY
-    return str(cache / content_hash(key)[:16]) if os.access(cache, os.W_OK) else MEMORY
+    if (cache := cache_folder("search")) is not None:
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
+            return str(cache / content_hash(key)[:16])
+    return MEMORY

@@ -44,7 +44,7 @@ _SMALL_SEGMENTS = 32  # an update merges the segments below `LARGE_SEGMENT` if i
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _STAMPS = "stamps.json"
-_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+\.tmp)?")  # whole or half written
+_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+\.tmp)?")  # half-written ones too
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
 _SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}")
@@ -146,7 +146,7 @@ class LocalStore:
             stamps = dict(read_json(self.folder / _STAMPS)) if self.folder is not None else self._stamps
         except (OSError, ValueError, TypeError):
             return {}
-        return {file: one for file, one in stamps.items() if isinstance(one, list) and len(one) == 3}
+        return {file: one for file, one in stamps.items() if isinstance(one, list) and len(one) == 2}
 
     def keep_stamps(self, stamps: Stamps) -> None:
         self._stamps = stamps
@@ -334,9 +334,10 @@ class _Segment:
 
     def chosen(self, where: Filter) -> np.ndarray:
         """Return a boolean mask (N,): True for each row that the filter accepts and that is not deleted."""
-        if not where.languages and where.path is None:
+        if where == Filter():
             return self.alive
-        return self.alive & self._of_files([where.fits_file(one["path"], one["language"]) for one in self.files])
+        fitting = [where.fits_file(one["id"], one["path"], one["language"]) for one in self.files]
+        return self.alive & self._of_files(fitting)
 
     def _of_files(self, values: Sequence[bool]) -> np.ndarray:
         return np.array(values, dtype=bool)[self["file_of_row"]]

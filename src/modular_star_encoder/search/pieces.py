@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Generic, TypeVar
+from typing import Any
 
 from modular_star_encoder.data.languages.function_finder import Definition, outline
 from modular_star_encoder.data.languages.parsing import MAX_LINE_BYTES, UnparsableSourceError
@@ -64,7 +64,9 @@ def file_pieces(path: str, language: str, text: str) -> list[Snippet]:
         definitions = outline(text, language) if language else []
     except UnparsableSourceError:
         definitions = []
-    return list(_Divider(path, language, lines, definitions).pieces(0, len(lines), definitions, ""))
+    # Names that a statement defines besides its first would each count as an inner definition of the one before.
+    statements = [one for one in definitions if not one.repeats]
+    return list(_Divider(path, language, lines, definitions).pieces(0, len(lines), statements, ""))
 
 
 class _Divider:
@@ -98,11 +100,9 @@ class _Divider:
         yield from self._block(at, end, outer)
 
     def _definition(self, first: int, one: Definition, name: str) -> Iterator[Snippet]:
-        if one.end - first <= _LONGEST_FUNCTION:
-            yield self._snippet(first, one.end, name, one.line)
-            return
-        for start in range(first, one.end, MOST_LINES):
-            yield self._snippet(start, min(start + MOST_LINES, one.end), name, max(start, one.line))
+        step = MOST_LINES if one.end - first > _LONGEST_FUNCTION else one.end - first
+        for start in range(first, one.end, step):
+            yield self._snippet(start, min(start + step, one.end), name, max(start, one.line))
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
         """Yield the lines from `start` to `end` in pieces, without pieces of few letters and digits."""
@@ -154,18 +154,17 @@ _STOP_WORD = re.compile(
 )
 _SHORTEST_STEM = 3
 
-_Value = TypeVar("_Value")
 _LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
 
 
-class Memo(dict[str, _Value], Generic[_Value]):
+class Memo(dict[str, Any]):
     """A dictionary that computes and caches a function's values, with texts as keys; faster than `lru_cache`."""
 
-    def __init__(self, function: Callable[[str], _Value]) -> None:
+    def __init__(self, function: Callable[[str], Any]) -> None:
         super().__init__()
         self._function = function
 
-    def __missing__(self, key: str) -> _Value:
+    def __missing__(self, key: str) -> Any:
         value = self._function(key)
         if len(key) <= _LONGEST_REMEMBERED:
             if len(self) >= _MOST_REMEMBERED:

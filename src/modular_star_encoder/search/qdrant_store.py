@@ -6,6 +6,7 @@ many rows its file has. A search by words uses sparse vectors with BM25 weights 
 
 import hashlib
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -85,8 +86,10 @@ class QdrantStore(VectorStore):
             sparse_vectors_config={"words": models.SparseVectorParams(modifier=models.Modifier.IDF)},
             metadata={_SETTINGS_KEY: dict(settings)},
         )
-        for field in ("file_id", "path", "language"):
-            self._client.create_payload_index(self._name, field, models.PayloadSchemaType.KEYWORD)
+        with warnings.catch_warnings():  # a client in local mode has no such indexes, and needs none
+            warnings.filterwarnings("ignore", "Payload indexes have no effect", UserWarning)
+            for field in ("file_id", "path", "language"):
+                self._client.create_payload_index(self._name, field, models.PayloadSchemaType.KEYWORD)
 
     @_wrap_errors
     def files(self) -> dict[str, str | None]:
@@ -155,6 +158,8 @@ class QdrantStore(VectorStore):
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))
+        if where.file is not None:
+            must.append(models.FieldCondition(key="file_id", match=models.MatchValue(value=where.file)))
         if where.path is not None:  # the server can't match patterns, so all its paths are matched here
             paths = [hit.value for hit in self._client.facet(self._name, "path", limit=_MOST_PATHS).hits]
             chosen = [path for path in paths if where.path.match(path.encode())]

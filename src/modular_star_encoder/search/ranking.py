@@ -174,7 +174,7 @@ _SIDE_FILE = re.compile(
     r"(^|/)(_?examples?|samples?|demo|docs?(_src)?|legacy|compat|deprecated|bench(marks?)?|fixtures|mocks?|testdata"
     r"|testing|__tests__|test_suite|tests?|specs?)(/|$)"
     r"|(^|/)(test_[^/]*|conftest\.py)$|[._-](tests?|specs?|bench|stories)\.[^/]*$"
-    r"|[a-z0-9](Tests?|Spec|TestCase)\.\w+$",
+    r"|[a-z0-9](Tests?|Spec|TestCase)\.\w+$"
 )
 _ABOUT_TESTS = re.compile(r"\b(tests?|specs?|testing|examples?|benchmarks?|mocks?)", re.IGNORECASE)
 _INITIAL_FILE = re.compile(r"(^|/)(__init__\.py|package-info\.java)$")

@@ -62,14 +62,16 @@ class Filter:
 
     languages: tuple[str, ...] = ()  # names of languages; empty for all
     path: re.Pattern[bytes] | None = None  # regular expression that the bytes of a path must match, or None
+    file: str | None = None  # id of the only file to search, or None
 
-    def fits_file(self, path: str, language: str) -> bool:
-        """Return whether the filter accepts a file with this path and language."""
+    def fits_file(self, key: str, path: str, language: str) -> bool:
+        """Return whether the filter accepts a file with this id, path and language."""
         fits_path = self.path is None or self.path.match(path.encode()) is not None
-        return fits_path and (not self.languages or language in self.languages)
+        return fits_path and self.file in (None, key) and (not self.languages or language in self.languages)
 
 
-Stamps = dict[str, list[Any]]  # {file_id: [size, time of change in ns, hash of content; None if it was left out]}
+Stamps = dict[str, list[Any]]
+"""{file_id: [hash of size, times and inode; hash of the content, or None if the file was left out]}."""
 
 
 class VectorStore(Protocol):
@@ -100,7 +102,7 @@ class VectorStore(Protocol):
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
-        """Store the size and time of change that each file had when it was last read."""
+        """Store the stamp that each file had when it was last read."""
         return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
@@ -165,7 +167,7 @@ class IndexSettings:
     exit_layers: tuple[int, ...]  # exits at which code was embedded, ascending
     dimension: int  # number of components of an embedding
     prompts: Mapping[str, str]  # `query` and `document`, the prompts put before questions and code
-    folder: str  # absolute path of the indexed folder; an index in this folder stores a relative path, and can be moved
+    folder: str  # absolute path of the indexed folder; an index inside it stores a relative path, so both move together
     languages: tuple[str, ...]  # languages that are read, in the order of `ALL_LANGUAGES`
     tests: bool = True  # whether test code is read
     vendored: bool = False  # whether copied and generated code is read
@@ -184,6 +186,12 @@ class IndexSettings:
         return values
 
     @classmethod
+    def stored_in(cls, store: VectorStore) -> IndexSettings | None:
+        """Return the settings of the index in `store`, or None if there is no index; for errors see `from_dict`."""
+        values = store.settings()
+        return None if values is None else cls.from_dict(values, store.location)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
         """Restore settings from the result of `to_dict`; UserError if they are damaged or of another version."""
         key, fault = "format", f"The index {location} has format {values.get('format')}, not {FORMAT}"
@@ -199,7 +207,7 @@ class IndexSettings:
         raise UserError(f"search.index.{key}", f"{fault}. Rebuild it: {REBUILD}.")
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError, with the differences, if `asked`, the settings of an update, are not those of the index."""
+        """Raise UserError, which names the differences, if `asked`, the settings of an update, are not the index's."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         pairs = [(label, getattr(self, name), getattr(asked, name)) for name, label in _LABELS.items()]
         differences = [
@@ -233,14 +241,8 @@ class IndexSettings:
         return exit_layer
 
 
-_LABELS = {
-    "folder": "the folder",
-    "exit_layers": "exit",
-    "dimension": "dimension",
-    "prompts": "prompts",
-    "tests": "tests read:",
-    "vendored": "vendored code read:",
-}
+_LABELS = {"folder": "the folder", "exit_layers": "exit", "dimension": "dimension", "prompts": "prompts"}
+_LABELS |= {"tests": "tests read:", "vendored": "vendored code read:"}
 
 
 def _real_path(location: str) -> str | None:
