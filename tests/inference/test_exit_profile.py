@@ -168,15 +168,14 @@ def test_a_profile_is_changed_by_one_process_at_a_time(checkpoint, tmp_path, mon
 
         return call
 
-    profile_to_file(checkpoint, PLAN, out=path, device="cpu", progress=False)
+    measured(checkpoint, out=path)
     results_file(file, None, ("a", "mrr", 0.5), exits=(1,))
     for name in ("load", "save"):
         monkeypatch.setattr(ExitProfile, name, spied(name))
     assert add_quality(path, "a", file).benchmarks == ("a",)
     assert locked == [("load", True), ("save", True)]
-    profile, _ = profile_to_file(checkpoint, PLAN, out=path, device="cpu", progress=False)
+    assert measured(checkpoint, out=path).benchmarks == ("a",)
     assert locked[2:] == [("load", False), ("load", True), ("save", True)]  # the first before the long measurement
-    assert profile.benchmarks == ("a",)
 
 
 def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
@@ -259,6 +258,10 @@ def test_a_repository_of_the_hub_brings_its_profile(profiled, tmp_path, monkeypa
 PLAN = ProfilePlan(batch_sizes=(2, 1), lengths=(8, 64), rounds=6, memory=False)
 
 
+def measured(checkpoint, **options):
+    return profile_to_file(checkpoint, PLAN, device="cpu", progress=False, **options)[0]
+
+
 @pytest.mark.slow
 def test_mose_profile_measures_a_checkpoint_and_adds_its_quality(capsys, checkpoint, tmp_path):
     file, results = tmp_path / "profile.json", tmp_path / "results.json"
@@ -321,24 +324,24 @@ def test_percentiles_are_of_the_timed_rounds_and_slow_shapes_end_early(checkpoin
 
 
 def test_a_new_profile_keeps_the_quality_of_the_same_weights_alone(checkpoint, tmp_path):
-    options = {"out": tmp_path / "profile.json", "device": "cpu", "progress": False, "exit_layers": (1,)}
-    known = profile_to_file(checkpoint, PLAN, **options)[0].with_quality("csn", {1: 0.5})
+    options = {"out": tmp_path / "profile.json", "exit_layers": (1,)}
+    known = measured(checkpoint, **options).with_quality("csn", {1: 0.5})
     for older, quality in ((known, {"csn": 0.5}), (dataclasses.replace(known, checkpoint="4567"), {})):
         older.save(options["out"])
-        assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == quality
+        assert measured(checkpoint, **options).exits[1].quality == quality
 
 
 def test_scores_that_are_added_during_a_measurement_stay(checkpoint, tmp_path, monkeypatch):
-    options = {"out": tmp_path / "profile.json", "device": "cpu", "progress": False}
-    profile, path = profile_to_file(checkpoint, PLAN, **options)
+    path = tmp_path / "profile.json"
+    profile = measured(checkpoint, out=path)
     measure = lambda *_, **__: profile.with_quality("csn", {1: 0.5}).save(path) or profile  # noqa: E731
     monkeypatch.setattr(profile_exits, "profile_checkpoint", measure)
-    assert profile_to_file(checkpoint, PLAN, **options)[0].exits[1].quality == {"csn": 0.5}
+    assert measured(checkpoint, out=path).exits[1].quality == {"csn": 0.5}
 
 
 def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_path, capsys):
     out = tmp_path / "profile.json"
-    full, _ = profile_to_file(checkpoint, PLAN, out=out, device="cpu", progress=False)
+    full = measured(checkpoint, out=out)
     assert cli.main(["profile", str(checkpoint), "--out", str(out), "--exit-layers", "1"]) == 2
     assert "a profile of exits 2, 4, which would be overwritten" in capsys.readouterr().err
     assert ExitProfile.load(out) == full
@@ -346,10 +349,9 @@ def test_a_profile_of_fewer_exits_does_not_replace_a_fuller_one(checkpoint, tmp_
 
 def test_the_profile_is_stored_with_the_checkpoint_by_default(tmp_path):
     checkpoint = save_tiny_checkpoint(tmp_path / "model")
-    _, path = profile_to_file(checkpoint, PLAN, device="cpu", progress=False)
-    assert path == checkpoint / "exit_profile.json"
+    assert measured(checkpoint) == ExitProfile.load(checkpoint / "exit_profile.json")
     before = checkpoint_checksum(checkpoint)
-    assert before == ExitProfile.load(path).checkpoint
+    assert before == ExitProfile.load(checkpoint / "exit_profile.json").checkpoint
     weights = bytearray((checkpoint / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (checkpoint / "model.safetensors").write_bytes(weights)

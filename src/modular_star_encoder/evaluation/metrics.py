@@ -112,13 +112,11 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
     """Return the ranks of J relevant documents; `above[j]` counts the documents that score at least as high as j."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
-    first = np.searchsorted(query, query, side="left")
-    place = np.arange(len(order)) - first
-    # The last document with the same query and score: all relevant documents up to it score as high or higher.
+    # Relevant documents with equal scores get successive ranks: those that follow in `order` don't count.
     run = np.cumsum(np.append(True, (query[1:] != query[:-1]) | (ordered[1:] != ordered[:-1]))[: len(order)])
     last = np.searchsorted(run, run, side="right") - 1
     rank = np.empty(len(order))
-    rank[order] = above[order] - (last - first + 1) + place + 1
+    rank[order] = above[order] - (last - np.arange(len(order)))
     return Ranking(queries, judgements.query, rank)
 
 

@@ -6,6 +6,8 @@ A name is a folder, a Hub repository (OWNER/NAME), or a model that comes with th
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -68,48 +70,38 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
     has_modules = of_modules and (folder / "modules.json").is_file()
     if not folder.is_dir():
         known = f"a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
-        fault = f"There is no checkpoint folder {name}: give a folder that exists, {known}."
-    elif not has_modules and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"There is no checkpoint folder {name}: give a folder that exists, {known}.")
+    if not has_modules and not (folder / "config.json").is_file():
         inner = Path(name, "model") if (folder / "model" / "config.json").is_file() else None  # of a training run
         advice = f"Name {inner}." if inner else "Name a folder that has config.json and weights."
         if (folder / "adapter_config.json").is_file():
             advice = "It has only adapters: name the merged model, the folder model/ of `mose finetune`."
-        fault = f"{name} is not a checkpoint: it has no config.json. {advice}"
-    elif not has_modules and not any((folder / file).is_file() for file in WEIGHT_FILES):
-        fault = f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists."
-    else:
-        fault = _unsafe_file(folder)
-    for place in (folder, *folder.glob("*/")) if of_modules else (folder,):
-        fault = fault or _unsafe_weights(place) or (of_modules and _huge_number(place)) or ""
-    if fault:
-        raise FileNotFoundError(fault if str(name) in fault else f"{name} is not a checkpoint: {fault}.")
+        raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json. {advice}")
+    if not has_modules and not any((folder / file).is_file() for file in WEIGHT_FILES):
+        raise FileNotFoundError(f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists.")
+    if fault := next(_faults(folder, of_modules), ""):
+        raise FileNotFoundError(f"{name} is not a checkpoint: {fault}.")
 
 
-def _unsafe_file(folder: Path) -> str:
-    """Return which file is unsafe to read and why, for example "its config.json is not a file"; "" if all are safe."""
+def _faults(folder: Path, of_modules: bool) -> Iterator[str]:
+    """Yield the files that are unsafe to read, with the reason, for example "its config.json is not a file"."""
     for file in (path for pattern in _READ for place in ("", "*/") for path in folder.glob(place + pattern)):
-        if not file.is_file():  # reading a pipe would never end
-            return f"its {file.name} is not a file"
-        if file.suffix == ".safetensors":
-            if fault := _weights_fault(file):
-                return f"its {file.name} {fault}"
-            continue
-        if leads_outside(file, folder):  # it would be copied
-            return f"its {file.name} is a link to a file outside the folder"
         is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
-        if is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond
-            return f"its {file.name} has more than {_MAX_CONFIG:,} bytes, the limit"
-    return ""
-
-
-def _huge_number(folder: Path) -> str:
-    """Return which number in config.json is so large that transformers would fill the memory; "" if no number is."""
-    try:
-        config = read_json(folder / "config.json")
-        huge = [name for name, most in _MOST.items() if isinstance(config.get(name), int) and config[name] > most]
-    except (OSError, ValueError, AttributeError):  # the loader reports it
-        return ""
-    return f"its config.json has {huge[0]} above {_MOST[huge[0]]:,}, the limit" if huge else ""
+        if not file.is_file():  # reading a pipe would never end
+            yield f"its {file.name} is not a file"
+        elif file.suffix == ".safetensors":
+            yield from (f"its {file.name} {fault}" for fault in _weights_faults(file))
+        elif leads_outside(file, folder):  # it would be copied
+            yield f"its {file.name} is a link to a file outside the folder"
+        elif is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond
+            yield f"its {file.name} has more than {_MAX_CONFIG:,} bytes, the limit"
+    for place in (folder, *folder.glob("*/")) if of_modules else (folder,):
+        yield from _index_faults(place)
+        with suppress(OSError, ValueError, AttributeError):  # the loader reports it
+            config = read_json(place / "config.json") if of_modules else {}
+            for name, most in _MOST.items():  # larger numbers let transformers fill the memory
+                if isinstance(config.get(name), int) and config[name] > most:
+                    yield f"its config.json has {name} above {most:,}, the limit"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -120,39 +112,37 @@ def weight_files(folder: Path) -> list[Path]:
     return [index, *sorted(folder / name for name in set(read_json(index)["weight_map"].values()))]
 
 
-def _unsafe_weights(folder: Path) -> str:
-    """Return what is wrong with the weights of a checkpoint or of one of its modules; "" if nothing is wrong."""
+def _index_faults(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the choice of weight files of a checkpoint or of one of its modules."""
+    whole, index = (folder / name for name in WEIGHT_FILES)
     if (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
-        return ADAPTER
-    if (folder / WEIGHT_FILES[0]).is_file():
-        return ""
-    if not (folder / WEIGHT_FILES[1]).exists():
-        pickled = next(folder.glob("pytorch_model*.bin"), None)
-        return f"its {pickled.name} is pickled: store the weights in {WEIGHT_FILES[0]}" if pickled else ""
-    try:
-        index = read_json(folder / WEIGHT_FILES[1], most_bytes=_MAX_INDEX)
-        shards = {str(shard) for shard in index["weight_map"].values()}
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return f"its {WEIGHT_FILES[1]} does not list its weight files"
-    if odd := sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
-        return f"its weights {odd[0]} are not a file in its folder"
-    return ""
+        yield ADAPTER
+    if not whole.is_file() and not index.exists():
+        for pickled in folder.glob("pytorch_model*.bin"):
+            yield f"its {pickled.name} is pickled: store the weights in {whole.name}"
+    elif not whole.is_file():
+        try:
+            shards = {str(shard) for shard in read_json(index, most_bytes=_MAX_INDEX)["weight_map"].values()}
+        except (ValueError, TypeError, LookupError, AttributeError):
+            shards = set()
+            yield f"its {index.name} does not list its weight files"
+        for odd in sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
+            yield f"its weights {odd} are not a file in its folder"
 
 
-def _weights_fault(file: Path) -> str:
-    """Return why a safetensors file is too large to read, else ""; safetensors itself reports damaged headers."""
+def _weights_faults(file: Path) -> Iterator[str]:
+    """Yield why a safetensors file is too large to read; safetensors itself reports damaged headers."""
     with file.open("rb") as opened:
         header = opened.read(min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER + 1))
     if len(header) > _MAX_HEADER:
-        return f"has a header of more than {_MAX_HEADER:,} bytes, the limit"
+        yield f"has a header of more than {_MAX_HEADER:,} bytes, the limit"
     try:
         tensors = [one for name, one in json.loads(header).items() if name != "__metadata__"]
         size = 8 + len(header) + max(one["data_offsets"][1] for one in tensors)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # safetensors reports it
         size = _MAX_WEIGHTS
     if file.stat().st_size > min(size, _MAX_WEIGHTS):
-        return f"has more bytes than its header says, or more than {_MAX_WEIGHTS:,}, the limit"
-    return ""
+        yield f"has more bytes than its header says, or more than {_MAX_WEIGHTS:,}, the limit"
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:

@@ -263,9 +263,7 @@ def peak_memory_mb() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def _measure_own_memory(
-    checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
-) -> tuple[float | None, list[float | None]]:
+def _measure_own_memory(checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Any, threads: int) -> Any:
     torch.set_num_threads(threads)
     on_gpu, peaks = device == "cuda", []
     base = None if on_gpu else peak_memory_mb()

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H hidden size, C conditional size, V vocabulary.
 """
 
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
@@ -21,13 +22,6 @@ def scalar(value):
     return scalar(value[-1]) if isinstance(value, list | tuple) else value
 
 
-class IdleLayerNorm(nn.LayerNorm):
-    """Weights that are kept in the file and take no part."""
-
-    def forward(self, states):
-        return states
-
-
 class Pooler(nn.Module):
     """tanh(W x) of one token of each row."""
 
@@ -37,28 +31,16 @@ class Pooler(nn.Module):
 
     def forward(self, states, attention_mask):
         # Padding on the left leaves the last token at the end of every row.
-        first = attention_mask.argmax(dim=1)
-        last = torch.full_like(first, states.shape[1] - 1)
-        position = last if VARIANT["pooler_position"] == "last" else first
+        position = -1 if VARIANT["pooler_position"] == "last" else attention_mask.argmax(dim=1)
         return torch.tanh(self.dense(states[torch.arange(len(states)), position]))
-
-
-class Transform(nn.Module):
-    def __init__(self, config, width):
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.act = ACT2FN[config.hidden_act]
-        self.add_module(VARIANT["transform_norm"], nn.LayerNorm(width, eps=config.layer_norm_eps))
-
-    def forward(self, states):
-        return self.get_submodule(VARIANT["transform_norm"])(self.act(self.dense(states)))
 
 
 class Predictions(nn.Module):
     def __init__(self, config, width):
         super().__init__()
-        bias = VARIANT["vocabulary_bias"]
-        self.transform = Transform(config, width)
+        bias, norm = VARIANT["vocabulary_bias"], nn.LayerNorm(width, eps=config.layer_norm_eps)
+        modules = {"dense": nn.Linear(width, width), "act": ACT2FN[config.hidden_act], VARIANT["transform_norm"]: norm}
+        self.transform = nn.Sequential(OrderedDict(modules))
         self.decoder = nn.Linear(width, config.vocab_size, bias=bias == "predictions.decoder.bias")
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if bias == "predictions.bias" else 0.0
 
@@ -115,11 +97,9 @@ class ModularStarEncoder(PreTrainedModel):
         mask = attention_mask.bool()[:, None, None, :].expand(rows, 1, tokens, tokens)
         if VARIANT["is_causal"]:
             # The diagonal, so that a padding token has something to attend to.
-            itself = torch.eye(tokens, dtype=torch.bool, device=mask.device)
-            mask = mask.tril() | itself
-        encoded = self.starEncoder2(
-            input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True
-        )
+            mask = mask.tril() | torch.eye(tokens, dtype=torch.bool, device=mask.device)
+        options = {"use_cache": False, "output_hidden_states": True}
+        encoded = self.starEncoder2(input_ids=input_ids, attention_mask=mask, **options)
         if VARIANT["kind"] == "pretrained":
             return self.pretraining_output(encoded, attention_mask)
         return self.embeddings(encoded.hidden_states, input_ids, attention_mask)
@@ -141,13 +121,10 @@ class ModularStarEncoder(PreTrainedModel):
 
     def pretraining_output(self, encoded, attention_mask):
         """States (B, T, H), token logits (B, T, V), relationship logits (B, 2)."""
-        heads = self.get_submodule(VARIANT["heads"])
-        states = encoded.last_hidden_state
+        heads, states = self.get_submodule(VARIANT["heads"]), encoded.last_hidden_state
         pooler = heads.pooler if VARIANT["pooler_in_heads"] else self.pooler
-        predictions, relationship = heads(states, pooler(states, attention_mask))
-        return SimpleNamespace(
-            last_hidden_state=states, prediction_logits=predictions, seq_relationship_logits=relationship
-        )
+        tokens, pairs = heads(states, pooler(states, attention_mask))
+        return SimpleNamespace(last_hidden_state=states, prediction_logits=tokens, seq_relationship_logits=pairs)
 
 
 def bidirectional_starcoder2(config):
@@ -168,8 +145,8 @@ def bidirectional_starcoder2(config):
         layer.self_attn.is_causal = False
     if VARIANT["final_norm"] == "absent":
         trunk.norm = nn.Identity()
-    elif VARIANT["final_norm"] == "idle":
-        trunk.norm = IdleLayerNorm(config.hidden_size, eps=config.norm_epsilon)
+    elif VARIANT["final_norm"] == "idle":  # its weights are in the file and take no part
+        trunk.norm.forward = lambda states: states
     return trunk
 
 

@@ -20,26 +20,9 @@ from pygments.token import Text as TextToken
 
 from modular_star_encoder.data.functions import collect_functions, documentation_summary, without_docstring
 from modular_star_encoder.data.sources.repositories import folder_repositories
-from modular_star_encoder.evaluation.benchmarks.rows import (
-    FileRow,
-    Filled,
-    Tokens,
-    check_size,
-    check_unique,
-    find_files,
-    read_jsonl,
-    read_table,
-    refuse,
-    require_files,
-)
-from modular_star_encoder.evaluation.tasks import (
-    POOL,
-    Judgements,
-    RetrievalRow,
-    RetrievalTask,
-    pairs_task,
-    ranking_task,
-)
+from modular_star_encoder.evaluation.benchmarks import rows as files
+from modular_star_encoder.evaluation.benchmarks.rows import FileRow, Filled, Tokens
+from modular_star_encoder.evaluation.tasks import POOL, Judgements, RetrievalRow, Task, pairs_task, ranking_task
 from modular_star_encoder.inference.encoders import Text
 
 LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
@@ -69,18 +52,18 @@ class _Candidate(FileRow):
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
     """Return those of `languages` that have files in `folder`; FileNotFoundError if none has. `{0}` is a language."""
-    files = {language: [pattern.format(language) for pattern in patterns] for language in languages}
-    require_files(folder, [pattern for of_language in files.values() for pattern in of_language])
-    return [language for language, of_language in files.items() if find_files(folder, of_language)]
+    names = {language: [pattern.format(language) for pattern in patterns] for language in languages}
+    files.require_files(folder, [pattern for of_language in names.values() for pattern in of_language])
+    return [language for language, of_language in names.items() if files.find_files(folder, of_language)]
 
 
-def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
+def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[Task]:
     """Load a task per language with a test file in `folder`; if `leaky`, only Python, with docstrings in the code."""
     name, tasks = f"codesearchnet-999{'-leaky' * leaky}", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
-        paths = find_files(folder, language_patterns("test", language))
+        paths = files.find_files(folder, language_patterns("test", language))
         rows = read_functions(paths, language, leaky=leaky)
-        notes = check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
+        notes = files.check_size(paths[0], len(rows), TEST_SIZES[language], "functions", allow_subset=allow_subset)
         notes += ("docstrings are in the code",) if leaky else ()
         tasks.append(pairs_task(name, language, rows.values(), ids=list(rows), size=POOL, notes=notes))
     return tasks
@@ -101,11 +84,11 @@ def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> 
     """Return {url: documented function} of `language`, in the files' order; Python code keeps docstrings if `leaky`."""
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
-        for number, row in enumerate(read_table(path, _Function), start=1):
+        for number, row in enumerate(files.read_table(path, _Function), start=1):
             if row.language != language:
-                refuse(path, number, f"a row of {language}", row.language)
+                files.refuse(path, number, f"a row of {language}", row.language)
             if row.url in functions:
-                refuse(path, number, "a url that no earlier row has", row.url)
+                files.refuse(path, number, "a url that no earlier row has", row.url)
             code = strip_docstring(row.code) if language == "python" and not leaky else row.code
             functions[row.url] = RetrievalRow(query_of(row.documentation), code, language)
     return functions
@@ -133,19 +116,21 @@ def strip_docstring(code: str) -> str:
     return "".join(pieces)
 
 
-def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
+def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Task]:
     """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all functions as candidates."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
-        test, codebase = (require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
-        queries, candidates = read_jsonl(test, _Query), read_jsonl(codebase, _Candidate)
-        notes = check_size(test, len(queries), QUERIES[language], "queries", allow_subset=allow_subset)
-        notes += check_size(codebase, len(candidates), CANDIDATES[language], "candidates", allow_subset=allow_subset)
-        urls = list(check_unique(test, [row.url for row in queries], "url"))
-        places = check_unique(codebase, [row.url for row in candidates], "url")
+        test, codebase = (files.require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))
+        queries, candidates = files.read_jsonl(test, _Query), files.read_jsonl(codebase, _Candidate)
+        notes = files.check_size(test, len(queries), QUERIES[language], "queries", allow_subset=allow_subset)
+        notes += files.check_size(
+            codebase, len(candidates), CANDIDATES[language], "candidates", allow_subset=allow_subset
+        )
+        urls = list(files.check_unique(test, [row.url for row in queries], "url"))
+        places = files.check_unique(codebase, [row.url for row in candidates], "url")
         for number, url in enumerate(urls, start=1):
             if url not in places:
-                refuse(test, number, f"a url that is in {codebase.name}", url)
+                files.refuse(test, number, f"a url that is in {codebase.name}", url)
         texts = [Text(" ".join(row.docstring_tokens)) for row in queries]
         codes = [Text(" ".join(row.code_tokens), language) for row in candidates]
         judgements = Judgements.one_each([places[url] for url in urls])
@@ -154,11 +139,11 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Retrieva
     return tasks
 
 
-def load_code_folder(folder: Path) -> list[RetrievalTask]:
+def load_code_folder(folder: Path) -> list[Task]:
     """Build a task from the documented functions in a folder of code; each query has up to 1000 random candidates."""
     functions, _ = collect_functions(folder_repositories(folder))
     if len(functions) < 2:
-        refuse(folder, None, "2 or more documented functions that pass the filters", str(len(functions)))
+        files.refuse(folder, None, "2 or more documented functions that pass the filters", str(len(functions)))
     rows = [RetrievalRow(function.description, function.code, function.language) for function in functions]
     notes = (f"only {len(rows)} documented functions, so fewer than 999 distractors",) if len(rows) < POOL else ()
     return [pairs_task("folder", "all", rows, notes=notes)]

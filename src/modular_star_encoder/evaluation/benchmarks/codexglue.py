@@ -20,18 +20,8 @@ from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
 from pygments.token import Comment, Name, String
 
-from modular_star_encoder.evaluation.benchmarks.rows import (
-    FileRow,
-    Filled,
-    Tokens,
-    check_size,
-    check_unique,
-    read_json,
-    read_jsonl,
-    read_lines,
-    refuse,
-    require_files,
-)
+from modular_star_encoder.evaluation.benchmarks import rows as files
+from modular_star_encoder.evaluation.benchmarks.rows import FileRow, Filled, Tokens
 from modular_star_encoder.evaluation.tasks import Judgements, PairTask, RetrievalTask, ranking_task
 from modular_star_encoder.inference.encoders import Text
 from modular_star_encoder.utils.errors import UserError
@@ -85,10 +75,10 @@ class _Exercise(FileRow):
 
 def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load AdvTest: one task to find functions by documentation. The authors' preprocess.py makes test.jsonl."""
-    (path, *_) = require_files(folder, ("test.jsonl", "test.jsonl.gz"))
-    rows = read_jsonl(path, _AdvTestRow)
-    ids = check_unique(path, [row.idx for row in rows], "idx")
-    notes = check_size(path, len(rows), ADVTEST_ROWS, "rows", allow_subset=allow_subset)
+    (path, *_) = files.require_files(folder, ("test.jsonl", "test.jsonl.gz"))
+    rows = files.read_jsonl(path, _AdvTestRow)
+    ids = files.check_unique(path, [row.idx for row in rows], "idx")
+    notes = files.check_size(path, len(rows), ADVTEST_ROWS, "rows", allow_subset=allow_subset)
     queries = [Text(" ".join(row.docstring_tokens)) for row in rows]
     documents = [Text(" ".join(row.function_tokens), "python") for row in rows]
     return [ranking_task("advtest", "test", queries, documents, [str(name) for name in ids], notes=notes)]
@@ -96,15 +86,17 @@ def load_advtest(folder: Path, *, allow_subset: bool = False) -> list[RetrievalT
 
 def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load CoSQA: one task to find Python functions that answer a query from web search."""
-    base, test = (require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json"))
-    codes = read_json(base, Annotated[dict[str, int], Constraint(min_length=1)])
-    places = check_unique(base, list(codes.values()), "index")
-    rows = read_json(test, Annotated[list[_WebQuery], Constraint(min_length=1)])
-    notes = check_size(base, len(codes), COSQA_CODES, "codes", allow_subset=allow_subset)
-    notes += check_size(test, len(rows), COSQA_QUERIES, "queries", allow_subset=allow_subset)
+    base, test = (
+        files.require_files(folder, [name])[0] for name in ("code_idx_map.txt", "cosqa-retrieval-test-500.json")
+    )
+    codes = files.read_json(base, Annotated[dict[str, int], Constraint(min_length=1)])
+    places = files.check_unique(base, list(codes.values()), "index")
+    rows = files.read_json(test, Annotated[list[_WebQuery], Constraint(min_length=1)])
+    notes = files.check_size(base, len(codes), COSQA_CODES, "codes", allow_subset=allow_subset)
+    notes += files.check_size(test, len(rows), COSQA_QUERIES, "queries", allow_subset=allow_subset)
     for number, row in enumerate(rows, start=1):
         if row.retrieval_idx not in places:
-            refuse(test, number, f"a retrieval_idx that is in {base.name}", str(row.retrieval_idx))
+            files.refuse(test, number, f"a retrieval_idx that is in {base.name}", str(row.retrieval_idx))
     queries, documents = [Text(row.doc) for row in rows], [Text(code, "python") for code in codes]
     judgements = Judgements.one_each([places[row.retrieval_idx] for row in rows])
     return [ranking_task("cosqa", "test", queries, documents, [row.idx for row in rows], judgements, notes=notes)]
@@ -112,12 +104,14 @@ def load_cosqa(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTas
 
 def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load two tasks: find the C# version of a Java method, and vice versa. `masked` hides names in the code."""
-    (first, *_), (second, *_) = (require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs"))
+    (first, *_), (second, *_) = (
+        files.require_files(folder, [f"test.java-cs.txt.{ending}"]) for ending in ("java", "cs")
+    )
     texts = {name: _read_translation(path, name, masked) for name, path in (("java", first), ("c#", second))}
     size = len(texts["java"])
-    notes = check_size(first, size, TRANSLATION_LINES, "lines", allow_subset=allow_subset)
+    notes = files.check_size(first, size, TRANSLATION_LINES, "lines", allow_subset=allow_subset)
     if size != len(texts["c#"]):
-        refuse(second, None, f"{size:,} lines, as in {first.name}", f"{len(texts['c#']):,}")
+        files.refuse(second, None, f"{size:,} lines, as in {first.name}", f"{len(texts['c#']):,}")
     name, ids = "translation-masked" if masked else "translation", [f"line {number}" for number in range(1, size + 1)]
     return [
         ranking_task(name, f"{source} → {target}", texts[source], texts[target], ids, notes=notes)
@@ -127,11 +121,11 @@ def load_translation(folder: Path, *, masked: bool = False, allow_subset: bool =
 
 def _read_translation(path: Path, language: str, masked: bool) -> list[Text]:
     texts = []
-    for number, line in read_lines(path):
+    for number, line in files.read_lines(path):
         if not line.strip():
-            refuse(path, number, "a function", "an empty line")
+            files.refuse(path, number, "a function", "an empty line")
         texts.append(_code(line, language, masked))
-    return texts or refuse(path, 1, "a function", "an empty file")
+    return texts or files.refuse(path, 1, "a function", "an empty file")
 
 
 def _code(code: str, language: str, masked: bool) -> Text:
@@ -140,10 +134,13 @@ def _code(code: str, language: str, masked: bool) -> Text:
 
 def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTask]:
     """Load POJ-104: one task to find, for each program, the other programs that solve the same problem."""
-    (path,) = require_files(folder, ("test.jsonl",))
-    rows = read_jsonl(path, _Program)
-    names, labels = list(check_unique(path, [row.index for row in rows], "index")), [int(row.label) for row in rows]
-    notes = check_size(path, len(labels), POJ_PROGRAMS, "programs", allow_subset=allow_subset)
+    (path,) = files.require_files(folder, ("test.jsonl",))
+    rows = files.read_jsonl(path, _Program)
+    names, labels = (
+        list(files.check_unique(path, [row.index for row in rows], "index")),
+        [int(row.label) for row in rows],
+    )
+    notes = files.check_size(path, len(labels), POJ_PROGRAMS, "programs", allow_subset=allow_subset)
     is_relevant = np.equal.outer(labels, labels)  # every other program for the same problem
     np.fill_diagonal(is_relevant, False)
     judgements = Judgements(*np.nonzero(is_relevant))
@@ -154,9 +151,11 @@ def load_poj104(folder: Path, *, allow_subset: bool = False) -> list[RetrievalTa
 
 def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[PairTask]:
     """Load BigCloneBench: one task to decide which pairs of Java functions are clones."""
-    functions, valid, test = (require_files(folder, [name])[0] for name in ("data.jsonl", "valid.txt", "test.txt"))
-    rows = read_jsonl(functions, _JavaFunction)
-    places = check_unique(functions, [str(row.idx) for row in rows], "idx")
+    functions, valid, test = (
+        files.require_files(folder, [name])[0] for name in ("data.jsonl", "valid.txt", "test.txt")
+    )
+    rows = files.read_jsonl(functions, _JavaFunction)
+    places = files.check_unique(functions, [str(row.idx) for row in rows], "idx")
     valid_pairs, valid_labels, notes = _read_bigclonebench(valid, places, allow_subset)
     pairs, labels, more_notes = _read_bigclonebench(test, places, allow_subset)
     texts = [Text(row.func, "java") for row in rows]
@@ -169,14 +168,14 @@ def _read_bigclonebench(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Return (pairs (P, 2) of numbers in `places`, labels (P,), notes on missing pairs); repeats replace labels."""
     labels, number = dict[tuple[int, int], int](), 0
-    for number, line in read_lines(path):
+    for number, line in files.read_lines(path):
         parts = line.split()
         if len(parts) != 3 or parts[2] not in ("0", "1"):
-            refuse(path, number, "two ids and a label 0 or 1", repr(line[:40]))
+            files.refuse(path, number, "two ids and a label 0 or 1", repr(line[:40]))
         if missing := [name for name in parts[:2] if name not in places]:
-            refuse(path, number, "ids that are in data.jsonl", missing[0])
+            files.refuse(path, number, "ids that are in data.jsonl", missing[0])
         labels[places[parts[0]], places[parts[1]]] = int(parts[2])
-    notes = check_size(path, number, BIGCLONEBENCH_PAIRS, "pairs", allow_subset=allow_subset)
+    notes = files.check_size(path, number, BIGCLONEBENCH_PAIRS, "pairs", allow_subset=allow_subset)
     return np.array(list(labels)), np.array(list(labels.values())), notes
 
 
@@ -185,7 +184,7 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
 
     With `from_code`, the query is the solution in another language. Exercises without query or answer are left out.
     """
-    (path, *_) = require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
+    (path, *_) = files.require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
     languages = sorted({language for texts in exercises.values() for language in texts} - {DESCRIPTION})
     sources = languages if from_code else [DESCRIPTION]
@@ -196,13 +195,13 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
         if len(shared) > 1:
             texts = ([exercises[slug][side] for slug in shared] for side in (source, target))
             tasks.append(ranking_task(benchmark, f"{source} → {target}", *texts, shared, column=f"→ {target}"))
-    return tasks or refuse(path, None, "two or more exercises with the same languages")
+    return tasks or files.refuse(path, None, "two or more exercises with the same languages")
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
     """Read {slug of an exercise: {language or `DESCRIPTION`: text}}, with names in code replaced if `masked` is set."""
-    rows = read_jsonl(path, _Exercise)
-    check_unique(path, [row.slug for row in rows], "slug")
+    rows = files.read_jsonl(path, _Exercise)
+    files.check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
     for row in rows:
         texts = {name: _code(code, PROMPT_NAMES.get(name, name), masked) for name, code in row.code.items()}
