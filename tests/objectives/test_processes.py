@@ -6,6 +6,7 @@ It writes the gradients of each variant, averaged over the processes, to the fol
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,6 @@ def sharded(model):
     return fully_shard(model)
 
 
-def one_step(model, wrapped, batch, settings):
-    weighted_loss(wrapped, batch, settings).backward()
-
-
 def accumulated(model, wrapped, batch, settings):
     """Two equal halves of the gradient, of which only the second is synchronised."""
     with wrapped.no_sync():
@@ -100,15 +97,12 @@ def accumulated(model, wrapped, batch, settings):
 
 def two_steps(model, wrapped, batch, settings):
     """Whatever a first step leaves in the wrapper must not disturb the second."""
-    one_step(model, wrapped, batch, settings)
-    model.zero_grad()
-    one_step(model, wrapped, batch, settings)
+    for _ in range(2):
+        model.zero_grad()
+        weighted_loss(wrapped, batch, settings).backward()
 
 
-def unused_parameters_looked_for(model):
-    return DistributedDataParallel(model, find_unused_parameters=True)
-
-
+unused_parameters_looked_for = partial(DistributedDataParallel, find_unused_parameters=True)
 VARIANTS = {
     "ddp": (DistributedDataParallel, None, two_steps),
     "ddp_cached": (DistributedDataParallel, 13, two_steps),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partialmethod
 
 import pytest
 import torch
@@ -50,20 +51,9 @@ def write_checkpoint(folder, model_class=ModularStarEncoderForPreTraining, **cha
 
 def finetuning_settings(checkpoint, triplets):
     """A recipe of six steps."""
-    return {
-        "model": str(checkpoint),
-        "data": {"triplets": str(triplets)},
-        "max_steps": 6,
-        "batch_size": 8,
-        "learning_rate": 3e-3,
-        "max_text_tokens": 96,
-        "max_code_tokens": 96,
-        "eval_fraction": 0.2,
-        "eval_pairs": 8,
-        "logging_steps": 1,
-        "eval_steps": 3,
-        "save_steps": 2,
-    }
+    settings = {"model": str(checkpoint), "data": {"triplets": str(triplets)}, "max_steps": 6, "batch_size": 8}
+    settings |= {"learning_rate": 3e-3, "max_text_tokens": 96, "max_code_tokens": 96, "eval_fraction": 0.2}
+    return settings | {"eval_pairs": 8, "logging_steps": 1, "eval_steps": 3, "save_steps": 2}
 
 
 def write_recipe(file, settings):
@@ -80,13 +70,8 @@ def interrupt(monkeypatch, step):
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    original = MultiExitTrainer.__init__
-
-    def with_interrupt(self, *args, **kwargs):
-        original(self, *args, callbacks=[Interrupt()], **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(MultiExitTrainer, "__init__", with_interrupt)
+        patch.setattr(MultiExitTrainer, "__init__", partialmethod(MultiExitTrainer.__init__, callbacks=[Interrupt()]))
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -97,9 +82,8 @@ def saved_figures(monkeypatch):
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **keys: figures.append(self) or save(self, *args, **keys)
-    )
+    kept = lambda self, *args, **keys: figures.append(self) or save(self, *args, **keys)  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", kept)
     return figures
 
 

@@ -1,19 +1,13 @@
 import json
 import os
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from modular_star_encoder.training import ablation as ablation_module
-from modular_star_encoder.training.ablation import (
-    AblationRecipe,
-    Results,
-    ablate,
-    estimate,
-    plot_ablation,
-    to_markdown,
-)
+from modular_star_encoder.training.ablation import AblationRecipe, Results, ablate, estimate, plot_ablation, to_markdown
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
 from tests.training import retrieval_runs
@@ -38,6 +32,14 @@ def run(recipe_file, out, *overrides):
     recipe = load_recipe(AblationRecipe, recipe_file, overrides)
     results = ablate(recipe, out, command="mose ablate", progress=False, announce=lines.append)
     return results, [line.partition(" ")[2] for line in lines]
+
+
+def kept_logs(monkeypatch):
+    """A list that gets the log of every training from now on."""
+    logs, to_the_end = [], ablation_module.runs.train_to_the_end
+    kept = lambda *rest, **options: logs.append(to_the_end(*rest, **options)) or logs[-1]  # noqa: E731
+    monkeypatch.setattr(ablation_module.runs, "train_to_the_end", kept)
+    return logs
 
 
 @pytest.mark.slow
@@ -72,20 +74,13 @@ def test_an_interrupted_evaluation_costs_no_training_and_cells_of_other_rows_or_
     recipe_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
-    out, trained = tmp_path / "run", []
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
+    out = tmp_path / "run"
     with monkeypatch.context() as context:
-        context.setattr(ablation_module, "evaluate_tasks", interrupted)
+        context.setattr(ablation_module, "evaluate_tasks", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(recipe_file, out)
-    to_the_end = ablation_module.runs.train_to_the_end
-    with monkeypatch.context() as context:
-        known = lambda *rest, **options: trained.append(to_the_end(*rest, **options)) or trained[-1]  # noqa: E731
-        context.setattr(ablation_module.runs, "train_to_the_end", known)
-        run(recipe_file, out)
+    trained = kept_logs(monkeypatch)
+    run(recipe_file, out)
     assert [log["resumed_from"] for log in trained] == [1, None]
     assert not list(out.glob("training/*/*/*"))
     path = out / "cells/start/exit-4/rate-0.003-seed-0.json"
@@ -100,21 +95,8 @@ def test_an_interrupted_evaluation_costs_no_training_and_cells_of_other_rows_or_
 
 
 @pytest.mark.slow
-def test_an_interrupted_cell_is_trained_again_from_its_start_if_the_recipe_changes(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
-    for overrides, step in ((["finetuning.max_steps=3", "finetuning.save_steps=1"], 2), ([], 1)):
-        with retrieval_runs.interrupt(monkeypatch, step):
-            run(recipe_file, tmp_path / "run", *overrides)
-    changed, logs, to_the_end = ["finetuning.weight_decay=0"], [], ablation_module.runs.train_to_the_end
-    known = lambda *rest, **options: logs.append(to_the_end(*rest, **options)) or logs[-1]  # noqa: E731
-    monkeypatch.setattr(ablation_module.runs, "train_to_the_end", known)
-    run(recipe_file, tmp_path / "run", *changed)
-    assert [(log["resumed_from"], log["steps"]) for log in logs] == [(None, 1), (None, 1)]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("has_recipe", [True, False])
-def test_a_cell_says_that_it_removes_checkpoints_of_another_recipe_or_version(
+def test_an_interrupted_cell_of_another_recipe_or_version_is_trained_again_from_its_start_and_says_so(
     recipe_file, tmp_path, monkeypatch, has_recipe
 ):
     monkeypatch.setattr(Results, "gate", lambda *_: {"passed": False})
@@ -123,8 +105,10 @@ def test_a_cell_says_that_it_removes_checkpoints_of_another_recipe_or_version(
         run(recipe_file, tmp_path / "run", *begun)
     if not has_recipe:
         (tmp_path / "run" / "training" / name / "recipe.json").unlink()
+    logs = kept_logs(monkeypatch)
     _, lines = run(recipe_file, tmp_path / "run", *([] if has_recipe else begun))
     assert [name in lines[0], "checkpoints" in lines[0], lines[1]] == [True, True, name]
+    assert [(log["resumed_from"], log["steps"]) for log in logs] == [(None, 1 if has_recipe else 3)] * 2
 
 
 def test_too_few_held_out_repositories_are_refused_before_training(recipe_file, tmp_path):
@@ -234,7 +218,7 @@ def test_the_report_shows_gate_differences_and_variants(results):
     assert ["other", *["+5.0 (+5.0 to +5.0)"] * 3] in rows
     assert ["missing", *["not run"] * 3] in rows
     assert "    mose ablate x" in text
-    assert "Cells are missing" in text
+    assert "Training runs are missing" in text
 
 
 def test_the_picture_has_a_line_together_alone_and_for_the_best_variant(tmp_path, monkeypatch, results):

@@ -38,19 +38,10 @@ def write_bigclonebench(folder, pairs=60):
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classification")
-    settings = {
-        "task": "classification",
-        "model": str(write_checkpoint(folder / "checkpoint", residual_dropout=0.1)),
-        "data": {"bigclonebench": str(write_bigclonebench(folder / "data"))},
-        "max_steps": 6,
-        "batch_size": 8,
-        "learning_rate": 3e-3,
-        "max_tokens": 96,
-        "logging_steps": 1,
-        "eval_steps": 3,
-        "save_steps": 4,
-        "max_eval_samples": 20,
-    }
+    model, data = write_checkpoint(folder / "checkpoint", residual_dropout=0.1), write_bigclonebench(folder / "data")
+    settings = {"task": "classification", "model": str(model), "data": {"bigclonebench": str(data)}, "max_steps": 6}
+    settings |= {"batch_size": 8, "learning_rate": 3e-3, "max_tokens": 96, "max_eval_samples": 20}
+    settings |= {"logging_steps": 1, "eval_steps": 3, "save_steps": 4}
     return write_recipe(folder / "recipe.yaml", settings)
 
 

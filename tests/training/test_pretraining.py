@@ -1,3 +1,4 @@
+import math
 import re
 import shutil
 
@@ -37,22 +38,9 @@ def corpus(tmp_path_factory):
 def recipe_file(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("recipe")
     tiny_config(vocab_size=400, residual_dropout=0.1).save_pretrained(folder)
-    settings = {
-        "model": str(folder),
-        "corpus": {"folder": str(corpus)},
-        "max_steps": 6,
-        "tokens_per_step": 256,
-        "rows_per_device": 2,
-        "max_tokens": 64,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "start_from_corpus": True,
-        "eval_fraction": 0.3,
-        "eval_rows": 8,
-        "logging_steps": 1,
-        "eval_steps": 3,
-        "save_steps": 2,
-    }
+    settings = {"model": str(folder), "corpus": {"folder": str(corpus)}, "start_from_corpus": True, "max_tokens": 64}
+    settings |= {"max_steps": 6, "warmup_steps": 2, "tokens_per_step": 256, "rows_per_device": 2, "learning_rate": 1e-2}
+    settings |= {"eval_fraction": 0.3, "eval_rows": 8, "logging_steps": 1, "eval_steps": 3, "save_steps": 2}
     return write_recipe(folder / "recipe.yaml", settings)
 
 
@@ -75,6 +63,12 @@ def test_a_recipe_makes_a_checkpoint_that_loads_and_a_log_of_every_exit(recipe_f
     evaluations = [entry for entry in log["log_history"] if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == list(range(3, 31, 3))
     assert log["evaluation"] == evaluations[-1]
+    lines = (tmp_path / "run" / "report.md").read_text().splitlines()
+    quality = {cells[1]: cells[2:-1] for line in lines if (cells := [cell.strip() for cell in line.split("|")])[1:]}
+    loss, accuracy = (log["evaluation"][f"eval_{name}_exit_4"] for name in ("mlm_loss", "icc_accuracy"))
+    assert quality["4"] == [f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{100 * accuracy:.1f}"]
+    assert {"1", "2", "guess by common identifiers"} < quality.keys()
+    assert quality["guess"][::2] == [f"{log['unigram_entropy']:.3f}", "50.0"]
     for kind in ("mlm_loss", "icc_accuracy"):
         assert {f"{kind}_exit_{exit_layer}" for exit_layer in (1, 2, 4)} <= set(training[0])
         assert f"eval_{kind}_exit_4" in log["evaluation"]
@@ -109,14 +103,11 @@ def test_wrong_settings_are_refused_before_anything_is_written(recipe_file, tmp_
 
 
 def test_the_accuracy_by_identifiers_is_measured_on_a_part_of_many_held_out_rows(recipe_file, tmp_path, monkeypatch):
-    class Drawn(Exception):
-        pass
-
-    def measured(*rows, tokenizer=None):
-        raise Drawn([sum(1 for _ in part) for part in rows[:2]])
+    def measured(fitted, unseen, tokenizer):
+        raise InterruptedError(f"{len(list(fitted))} and {len(list(unseen))} rows")
 
     monkeypatch.setattr(pretraining, "identifier_overlap_accuracy", measured)
-    with pytest.raises(Drawn, match=re.escape("[2048, 2048]")):
+    with pytest.raises(InterruptedError, match="2048 and 2048 rows"):
         run(recipe_file, tmp_path / "run", "eval_rows=100000")
 
 

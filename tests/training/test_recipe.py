@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,25 +16,11 @@ from transformers import TrainerState, TrainingArguments
 from modular_star_encoder.cli.main import main
 from modular_star_encoder.inference.encode import bf16_is_faster
 from modular_star_encoder.objectives.contrastive import ContrastiveObjective
-from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes
+from modular_star_encoder.training import find_recipe, hub_config_folder, packaged_recipes, runs
 from modular_star_encoder.training.ablation import AblationRecipe
 from modular_star_encoder.training.arguments import MultiExitTrainingArguments, check_arguments
-from modular_star_encoder.training.recipes import (
-    ClassificationRecipe,
-    FinetuningRecipe,
-    PretrainingRecipe,
-    load_config,
-    load_recipe,
-)
-from modular_star_encoder.training.runs import (
-    ExitProgressCallback,
-    Run,
-    evaluation_notice,
-    final_metrics,
-    format_log,
-    last_checkpoint,
-    train_to_the_end,
-)
+from modular_star_encoder.training.recipes import ClassificationRecipe, FinetuningRecipe, PretrainingRecipe, load_recipe
+from modular_star_encoder.training.runs import Run, last_checkpoint
 from modular_star_encoder.training.trainer import MultiExitTrainer
 from modular_star_encoder.utils.settings import format_reference
 from tests.errors import raises
@@ -46,14 +33,9 @@ def test_the_reference_names_every_key_with_its_type_default_and_meaning(kind):
     assert all(";" in line for line in lines.values()), [line for line in lines.values() if ";" not in line]
 
 
-def test_a_configuration_that_is_not_packaged_is_named():
-    with raises("config.unknown", "'nowhere'"):
-        load_config("nowhere")
-
-
 def test_a_log_line_is_short_and_names_each_exit():
     logs = {"loss": 1.5, "learning_rate": 1e-3, "clip_loss_exit_1": 2.0, "clip_loss_exit_12": 1.0, "epoch": 1}
-    assert format_log(logs) == "loss 1.500 · learning_rate 1.0e-03 · clip_loss 1: 2.000, 12: 1.000"
+    assert runs.format_log(logs) == "loss 1.500 · learning_rate 1.0e-03 · clip_loss 1: 2.000, 12: 1.000"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +53,7 @@ def test_a_long_run_on_a_cpu_names_the_number_of_steps_that_shortens_it(
     monkeypatch, capsys, device, seconds, warmup, announced, said
 ):
     arguments = SimpleNamespace(device=SimpleNamespace(type=device), warmup_steps=warmup)
-    bar, lines = ExitProgressCallback(), []
+    bar, lines = runs.ExitProgressCallback(), []
     state = TrainerState(global_step=40, max_steps=100)  # resumed from step 40
     monkeypatch.setattr("time.perf_counter", lambda: state.global_step * seconds)
     bar.on_train_begin(arguments, state, None)
@@ -94,13 +76,14 @@ def test_the_last_step_is_evaluated_once_unless_the_weights_have_changed_since(c
     state = TrainerState(global_step=step, log_history=[{"eval_loss": 3.0, "step": 6}, logged, {"step": step}])
     arguments = SimpleNamespace(**{"ema_decay": 0.0, "load_best_model_at_end": False} | changes)
     trainer = SimpleNamespace(args=arguments, state=state, evaluate=lambda: new)
-    assert final_metrics(trainer, "evaluation") is (new if again else logged)
+    assert runs.final_metrics(trainer, "evaluation") is (new if again else logged)
     assert capsys.readouterr().out == ("evaluation\n" if again else "")
 
 
 def write_training_checkpoint(folder, step):
     folder.mkdir(parents=True)
-    torch.save({"step": step}, folder / "optimizer.pt")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": step}, folder / name)
     save_file({"weight": torch.ones(9)}, folder / "model.safetensors")
     TrainerState(global_step=step, max_steps=6, epoch=1.0).save_to_json(str(folder / "trainer_state.json"))
 
@@ -109,30 +92,29 @@ def write_training_checkpoint(folder, step):
     ("file", "content"),
     [
         *(("trainer_state.json", text) for text in ("[]", '{"global_step": null}', '{"global_step": 4}', "{", "")),
-        *((name, text) for name in ("optimizer.pt", "model.safetensors") for text in ("", None)),
+        *((name, text) for name in ("optimizer.pt", "model.safetensors") for text in ("", "half")),
+        *((name, "missing") for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")),
         ("../checkpoint-9", ""),
     ],
 )
-def test_a_run_continues_from_the_newest_checkpoint_whose_files_are_whole(tmp_path, file, content):
+def test_a_run_continues_from_the_newest_checkpoint_whose_files_are_all_there_and_whole(tmp_path, file, content):
     for name, step in (("2", 2), ("4", 4), ("4-backup", 4), ("final", 6), ("5", 4)):
         write_training_checkpoint(tmp_path / f"checkpoint-{name}", step)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / file
-    path.write_bytes(path.read_bytes()[:-20] if content is None else content.encode())
+    if content == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20] if content == "half" else content.encode())
     assert last_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-4" if "checkpoint-9" in file else "checkpoint-2"))
 
 
-def continued_from(folder):
+def continued_from(folder, **options):
     """Name of the checkpoint in `folder` from which `train_to_the_end` continues; None from the start."""
-    found, arguments = [], MultiExitTrainingArguments("never written", use_cpu=True)
-    options = {
-        "args": arguments,
-        "state": TrainerState(),
-        "is_world_process_zero": lambda: True,
-        "add_callback": [].append,
-    }
-    trainer = SimpleNamespace(**options, train=lambda resume_from_checkpoint: found.append(resume_from_checkpoint))
-    train_to_the_end(trainer, folder, progress=False)
+    found, arguments = [], MultiExitTrainingArguments("never written", use_cpu=True, **options)
+    options = {"is_world_process_zero": lambda: True, "add_callback": [].append, "state": TrainerState()}
+    options["train"] = lambda resume_from_checkpoint: found.append(resume_from_checkpoint)
+    runs.train_to_the_end(SimpleNamespace(args=arguments, **options), folder, progress=False)
     return found[0] and Path(found[0]).name
 
 
@@ -163,6 +145,26 @@ def test_checkpoints_of_another_transformers_are_kept(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert continued_from(tmp_path) == "checkpoint-4"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_needs_the_average_if_one_is_trained_and_no_states_if_only_the_model_is_saved(tmp_path):
+    write_training_checkpoint(tmp_path / "checkpoint-2", 2)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    assert continued_from(tmp_path, save_only_model=True) == "checkpoint-2"
+    assert continued_from(tmp_path, save_only_model=True, ema_decay=0.9) is None
+    assert (tmp_path / "damaged-checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [({}, True), ({"warmup_steps": 7}, False), ({"lr_scheduler_type": "constant"}, False), ({"max_steps": -1}, False)],
+)
+def test_a_warm_up_that_does_not_end_before_training_is_warned_about(monkeypatch, changes, warned):
+    lines = []
+    monkeypatch.setattr("modular_star_encoder.training.arguments.logger.warning_once", lines.append)
+    MultiExitTrainingArguments("never written", use_cpu=True, **({"max_steps": 8, "warmup_steps": 8} | changes))
+    assert ["warmup_steps=8 is not below max_steps=8" in line for line in lines] == [True] * warned
 
 
 def test_damaged_checkpoints_are_kept_under_another_name_and_unfinished_ones_removed(tmp_path, capsys):
@@ -269,15 +271,10 @@ def test_plain_arguments_do_not_keep_the_checkpoint_with_the_highest_loss_of_an_
             make()
 
 
-def test_the_best_model_is_not_replaced_by_an_average():
-    with raises("training.ema_decay", "load_best_model_at_end"):
-        MultiExitTrainingArguments("never written", use_cpu=True, ema_decay=0.9, load_best_model_at_end=True)
-
-
 @pytest.mark.parametrize(("resumed_from", "duration"), [(None, ", about 2 min"), (6, ", about 4 min"), (12, "")])
 def test_an_evaluation_is_announced_with_a_duration_measured_in_training(resumed_from, duration):
     log = {"steps": 12, "resumed_from": resumed_from, "seconds": 720.0}
-    assert evaluation_notice(log, "200 pairs at 5 exits", 6.0) == f"evaluation: 200 pairs at 5 exits{duration}"
+    assert runs.evaluation_notice(log, "200 pairs at 5 exits", 6.0) == f"evaluation: 200 pairs at 5 exits{duration}"
 
 
 @pytest.mark.parametrize(
@@ -389,19 +386,11 @@ def test_the_papers_recipes_hold_its_figures(name):
     ("plan", "tried"), [({}, True), ({"fsdp": True}, False), ({"deepspeed_plugin": object()}, False)]
 )
 def test_arguments_are_tried_on_a_tiny_model_unless_deepspeed_or_fsdp_would_hold_it(monkeypatch, tmp_path, plan, tried):
-    models = []
-
-    class Stopped(Exception):
-        """Raised in place of making a trainer."""
-
-    def make_trainer(model, *_, **__):
-        models.append(model)
-        raise Stopped
-
-    monkeypatch.setattr("modular_star_encoder.training.arguments.Trainer", make_trainer)
+    trainer = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("modular_star_encoder.training.arguments.Trainer", trainer)
     arguments = MultiExitTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     for name, value in plan.items():
         setattr(arguments, name, value)
-    with suppress(Stopped):
+    with suppress(InterruptedError):
         check_arguments(arguments)
-    assert bool(models) is tried
+    assert trainer.called is tried

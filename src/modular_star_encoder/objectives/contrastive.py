@@ -42,10 +42,7 @@ def losses_from_embeddings(
         gathered = gather_stacks(stacks)
         sums = {pair: _pair_sums(pair, stacks, gathered, scoring) for pair in settings.pairs}
         rows = {pair: stacks[pair[0]].shape[1] for pair in settings.pairs}
-        means: dict[str, torch.Tensor] = {
-            name: reduce(torch.add, [of_pair[name] for of_pair in sums.values()]) / sum(rows.values())
-            for name in sums[settings.pairs[0]]
-        }
+        means = {name: total / sum(rows.values()) for name, total in _add(list(sums.values())).items()}
         terms = {"clip": means["clip"]}
         if settings.distillation_weight:
             terms["distillation"] = means["distillation"]
@@ -133,7 +130,10 @@ def _row_sums(rows: torch.Tensor, columns: torch.Tensor, scoring: _Scoring) -> d
     if per_chunk < count:
         sums_of = partial(checkpoint, _chunk_sums, use_reentrant=False, preserve_rng_state=False)
     chunks = zip(rows.split(per_chunk, dim=1), own.split(per_chunk), strict=True)
-    parts = [sums_of(chunk, columns, chunk_own, scoring) for chunk, chunk_own in chunks]
+    return _add([sums_of(chunk, columns, chunk_own, scoring) for chunk, chunk_own in chunks])
+
+
+def _add(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
 
 
@@ -167,10 +167,8 @@ def _chunk_sums(
     sums["clip"] = scoring.mean_over_sizes(entropies)
     if divergences:
         sums["distillation"] = scoring.mean_over_sizes(divergences)
-    hits = {
-        cut: dict(zip(places, (scores[cut].argmax(dim=-1) == own).sum(dim=1), strict=True))
-        for cut, places in scoring.places.items()
-    }
+    found = {cut: (scores[cut].argmax(dim=-1) == own).sum(dim=1) for cut in scoring.places}
+    hits = {cut: dict(zip(places, found[cut], strict=True)) for cut, places in scoring.places.items()}
     for name, end in (("hits", -1), ("hits_smallest", 0)):
         sums[name] = torch.stack([hits[sizes[end]][e] for e, sizes in enumerate(scoring.sizes)]).to(rows.dtype)
     return sums

@@ -125,29 +125,24 @@ class ContrastiveSettings:
         """Raise UserError if a setting or `named` has an exit not in `exit_layers`, or `dimensions` is too large."""
         used = [*self._guides(), *(("dimensions", exit_layer) for exit_layer in named)]
         unknown = [f"`{name}` names exit {k}" for name, k in used if isinstance(k, int) and k not in exit_layers]
-        largest = max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)
-        key = fault = ""
         if unknown:
-            key, fault = "exit", f"{unknown[0]}, but the trained exits are {', '.join(map(str, exit_layers))}"
-        elif largest > embedding_size:
-            key = "dimensions"
-            fault = f"`dimensions` must be at most the embedding size {embedding_size}, not {largest}"
-        if key:
-            raise UserError(f"contrastive.{key}", f"{fault}.")
+            message = f"{unknown[0]}, but the trained exits are {', '.join(map(str, exit_layers))}."
+            raise UserError("contrastive.exit", message)
+        if (largest := max(self.sizes(exit_layer, 1)[-1] for exit_layer in exit_layers)) > embedding_size:
+            message = f"`dimensions` must be at most the embedding size {embedding_size}, not {largest}."
+            raise UserError("contrastive.dimensions", message)
 
     def check_sides(self, rows: Mapping[str, int]) -> None:
         """Raise UserError if the sides of a batch and their numbers of `rows`, {side: number}, do not fit `pairs`."""
-        key = fault = ""
-        for pair in self.pairs:
-            numbers = [rows.get(side, 0) for side in pair]
-            if len(set(numbers)) > 1 or not numbers[0]:
-                key = "rows"
-                fault = f"The sides {', '.join(pair)} have {numbers} rows; give all sides the same number, at least 1"
         if set(rows) != set(self.sides):
             found, used = (", ".join(sorted(sides)) for sides in (rows, self.sides))
-            key, fault = "sides", f"The batch has the sides {found}, but the objective's `pairs` use {used}"
-        if key:
-            raise UserError(f"contrastive.{key}", f"{fault}.")
+            message = f"The batch has the sides {found}, but the objective's `pairs` use {used}."
+            raise UserError("contrastive.sides", message)
+        for pair in self.pairs:
+            numbers = [rows[side] for side in pair]
+            if len(set(numbers)) > 1 or not numbers[0]:
+                message = f"The sides {', '.join(pair)} have {numbers} rows; give all the same number, at least 1."
+                raise UserError("contrastive.rows", message)
 
 
 def rank_and_count() -> tuple[int, int]:

@@ -81,22 +81,21 @@ def embed_sides(
 
     `embed` gets the inputs of some rows of a side. Under DDP, gradients are synchronised in the last mini-batch only.
     """
-    tokens, key, fault = settings.mini_batch_tokens, "", ""
-    if packed := [side for side, inputs in sides.items() if "cu_seq_lens_q" in inputs]:
-        key, fault = "packed", f"needs one row per text, but side {packed[0]!r} is packed into one row"
-    elif getattr(getattr(model, "_orig_mod", model), "static_graph", False):
-        key, fault = "static_graph", "does not work with DDP's static_graph; set static_graph=False"
-    if key and tokens is not None:
-        raise UserError(f"contrastive.mini_batches.{key}", f"`mini_batch_tokens` {fault}.")
-    mini_batches = None if tokens is None else cut_mini_batches(sides, tokens)
     device = next(iter(sides.values()))["input_ids"].device
-    count = _check_processes(sides, len(mini_batches or ()), device)
-    if mini_batches is None:
+    if settings.mini_batch_tokens is None:
+        _check_processes(sides, 0, device)
         whole = {side: embed(dict(inputs)) for side, inputs in sides.items()}
         return {side: stack for side, (stack, _) in whole.items()}, next(iter(whole.values()))[1]
     model = getattr(model, "_orig_mod", model)
+    if packed := [side for side, inputs in sides.items() if "cu_seq_lens_q" in inputs]:
+        message = f"`mini_batch_tokens` needs one row per text, but side {packed[0]!r} is packed into one row."
+        raise UserError("contrastive.mini_batches.packed", message)
+    if getattr(model, "static_graph", False):
+        message = "`mini_batch_tokens` does not work with DDP's static_graph; set static_graph=False."
+        raise UserError("contrastive.mini_batches.static_graph", message)
+    mini_batches = cut_mini_batches(sides, settings.mini_batch_tokens)
     # FSDP's collectives need the same number of forward passes in each process.
-    mini_batches = split_further(mini_batches, count)
+    mini_batches = split_further(mini_batches, _check_processes(sides, len(mini_batches), device))
     left = len(mini_batches)
     mps_states: dict[int, Any] = {}  # mini-batch → random state of MPS, the only device whose state torch does not keep
 

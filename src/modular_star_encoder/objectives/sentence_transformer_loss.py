@@ -57,14 +57,12 @@ class MultiExitContrastiveLoss(nn.Module):
         self.settings = as_settings(ContrastiveSettings, settings)
         self.weighting, self.normalize_weights = weights, normalize_weights
         names = [type(module).__name__ for module in self._sentence_transformer()]
-        key = fault = ""
         if self.settings.pairs != ContrastiveSettings().pairs:
-            fault = "Leave `pairs` at its default: the dataset's columns are anchor, positive and negatives"
-            key = "pairs"
-        elif others := [name for name in names[1:] if name not in ("Pooling", "Normalize")]:
-            key, fault = "modules", f"After the encoder, only Pooling and Normalize are allowed, not {others[0]}"
-        if key:
-            raise UserError(f"contrastive.{key}", f"{fault}.")
+            message = "Leave `pairs` at its default: the dataset's columns are anchor, positive and negatives."
+            raise UserError("contrastive.pairs", message)
+        if others := [name for name in names[1:] if name not in ("Pooling", "Normalize")]:
+            message = f"After the encoder, only Pooling and Normalize are allowed, not {others[0]}."
+            raise UserError("contrastive.modules", message)
         config = self._encoder().config
         self.exit_layers = config.resolve_exits(exit_layers=exit_layers or config.exit_layers)
         self.settings.check(self.exit_layers, config.projection_size)

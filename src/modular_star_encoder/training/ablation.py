@@ -140,14 +140,12 @@ class AblationRecipe:
 
     def __post_init__(self) -> None:
         changed = {key for changes in (*self.starts.values(), *self.variants.values()) for key in changes}
-        key = fault = ""
         if fixed := sorted(name for name in changed if name.partition(".")[0] in _FIXED):
-            key, fault = "variants", f"`starts` and `variants` can't change {', '.join(fixed)}: remove these settings"
-        elif unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
-            key, starts = "starts", ", ".join(self.starts)
-            fault = f"`variants_on` names {', '.join(unknown)}, but `starts` has only {starts}"
-        if key:
-            raise UserError(f"ablation.{key}", f"{fault}.")
+            message = f"`starts` and `variants` can't change {', '.join(fixed)}: remove these settings."
+            raise UserError("ablation.variants", message)
+        if unknown := sorted(set(self.variants_on or ()) - set(self.starts)):
+            message = f"`variants_on` names {', '.join(unknown)}, but `starts` has only {', '.join(self.starts)}."
+            raise UserError("ablation.starts", message)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -163,13 +161,9 @@ class AblationRecipe:
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
             # Switch off all weights, schedules and terms of the loss that involve other exits.
-            changes |= {
-                "exit_layer": int(kind.removeprefix("exit-")),
-                "exit_weights": "uniform",
-                "exit_schedule": "all",
-            }
-            changes |= {"detach_shallow_exits": False, "share_heads": False, "objective.alignment_weight": 0.0}
-            changes |= {"objective.distillation_weight": 0.0}
+            changes |= {"exit_layer": int(kind[5:]), "exit_weights": "uniform", "exit_schedule": "all"}
+            changes |= dict.fromkeys(("detach_shallow_exits", "share_heads"), False)
+            changes |= dict.fromkeys(("objective.alignment_weight", "objective.distillation_weight"), 0.0)
         for key, value in changes.items():
             set_dotted(settings, key, value, kind)
         return AblationCell(start, kind, build_settings(FinetuningRecipe, settings, f"{start}/{kind}"))
@@ -366,22 +360,21 @@ class _Cells:
                     models[f"{start}/{kind}"] = list(self._start(cell, out)[0].config.exit_layers)
                 except UserError as error:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
-        exits, key, fault = next(iter(models.values())), "", ""
+        exits = next(iter(models.values()))
         if other := next((name for name, own in models.items() if own != exits), ""):
-            key, fault = "exits", f"All models must have the same exits. {other} has {models[other]}, not {exits}"
-        elif unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
-            key, fault = "exit_layers", f"`exit_layers` names {unknown}, but the model's exits are {exits}"
-        if key:
-            raise UserError(f"ablation.{key}", f"{fault}.")
+            message = f"All models must have the same exits. {other} has {models[other]}, not {exits}."
+            raise UserError("ablation.exits", message)
+        if unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
+            message = f"`exit_layers` names {unknown}, but the model's exits are {exits}."
+            raise UserError("ablation.exit_layers", message)
         self.results = Results(recipe, exits)
         if not (out / "cells").is_dir():  # `cells` may have been copied from another machine, without `data`
             runs.check_folder(out, "data", "ablation")
         self._held = runs.hold(out)
         self.data = prepare_retrieval_data(**base.rows(), folder=out / "data", progress=progress)
         self.groups = PairGroups(self.data.train)
-        self.tasks = {
-            part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in _parts(self.data.held_out).items()
-        }
+        parts = _parts(self.data.held_out)
+        self.tasks = {part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in parts.items()}
         if not all(self.tasks.values()):
             fault = "The held-out rows need 2 pairs for validation, and 2 pairs of another repository for the test"
             raise UserError("ablation.held_out", f"{fault}: add rows, or raise `eval_fraction` (at most 0.2).")
@@ -440,9 +433,8 @@ class _Cells:
         if key not in self._texts:
             self._texts[key] = RetrievalTexts(self.data.train, tokenizer, prompts=prompts, progress=False, **lengths)
         plan = BatchPlan(self.groups, recipe.batch_size, recipe.seed)
-        rows: Any = RetrievalBatches(
-            self._texts[key], plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob
-        )
+        renamed, texts = recipe.identifier_rename_prob, self._texts[key]
+        rows: Any = RetrievalBatches(texts, plan, recipe.max_steps, identifier_rename_prob=renamed)
         if settings := recipe.distillation:
             teacher = load_teacher(settings, model.config.projection_size)
             rows, _, _ = teach(settings, teacher, model, tokenizer, rows, rows, max(lengths.values()), False)
@@ -460,15 +452,10 @@ class _Cells:
                 of_task[str(result.exit_layer)] = [round(float(value), 5) for value in result.values]
         history = [line for line in log["log_history"] if "loss" in line]
         cosines = {name for line in history for name in line if name.startswith("gradient_cosine")}
-        return {
-            "seconds": log["seconds"],
-            "loss": history[-1]["loss"] if history else None,
-            "cosines": {
-                name.rpartition("_")[2]: float(np.mean([line[name] for line in history if name in line]))
-                for name in cosines
-            },
-            **scores,
-        }
+        means = {name: float(np.mean([line[name] for line in history if name in line])) for name in cosines}
+        by_layer = {name.rpartition("_")[2]: mean for name, mean in means.items()}
+        loss = history[-1]["loss"] if history else None
+        return {"seconds": log["seconds"], "loss": loss, "cosines": by_layer, **scores}
 
 
 def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]]:
@@ -513,23 +500,19 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
 def to_markdown(results: Mapping[str, Any]) -> str:
     """Return the report in Markdown; `results` is what `ablate` returns."""
     recipe, exits = results["recipe"]["finetuning"], results["exits"]
+    rows = [["start", "difference", "interval", "depth pays"]]
+    for name, one in results["starts"].items():
+        passed = {True: "yes", False: "no", None: "not run"}[one["gate"]["passed"]]
+        rows.append([name, *_signed(one["gate"]), passed])
     parts = [
         "# Ablation: exits trained together and alone",
         *([f"    {results['command']}"] if results["command"] else []),
         f"MRR × 100 on test rows, means over seeds {', '.join(map(str, results['seeds']))}; {recipe['max_steps']} "
         f"steps of {recipe['batch_size']} pairs. Intervals: 95 % together (Bonferroni), bootstrap over queries and "
         "seeds, paired. The learning rate of each kind was chosen on validation rows.",
-        *([] if results["finished"] else ["Cells are missing; the same command continues."]),
+        *([] if results["finished"] else ["Training runs are missing; the same command continues with them."]),
         "## Gate: deepest exit alone − shallowest exit alone",
-        "\n".join(
-            markdown_table(
-                [["start", "difference", "interval", "depth pays"]]
-                + [
-                    [name, *_signed(one["gate"]), {True: "yes", False: "no", None: "not run"}[one["gate"]["passed"]]]
-                    for name, one in results["starts"].items()
-                ]
-            )
-        ),
+        "\n".join(markdown_table(rows)),
     ]
     for name, found in results["starts"].items():
         if not found["rates"]:
@@ -568,9 +551,8 @@ def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of MRR × 100 by depth, a panel per start: exits trained together, exits alone, the best variant."""
     tables = []
     for name, found in results["starts"].items():
-        lines = {
-            kind: {e: one[kind] for e, one in found["exits"].items() if kind in one} for kind in (TOGETHER, "alone")
-        }
+        of_exits = found["exits"].items()
+        lines = {kind: {e: one[kind] for e, one in of_exits if kind in one} for kind in (TOGETHER, "alone")}
         variants = {kind: one["exits"] for kind, one in found["variants"].items()}
         if variants and all("alone" in one for one in found["exits"].values()):
             best = max(variants, key=lambda kind: min(one["from_alone"]["value"] for one in variants[kind].values()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
 from modular_star_encoder.utils.errors import UserError
@@ -16,6 +17,9 @@ from modular_star_encoder.utils.files import scratch_folder
 from modular_star_encoder.utils.settings import Int, NonNegative
 
 EXIT_SCHEDULES = ("all", "rotate", "alternate", "deepest_first")
+_WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")  # values of `lr_scheduler_type`
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -71,31 +75,32 @@ class MultiExitTrainingArguments(TrainingArguments):
     fractions: list[float] = field(default_factory=list, metadata={"help": "learning rates / the peak rate"})
 
     def __post_init__(self) -> None:
+        decay, other_weights = self.ema_decay, self.fsdp or self.load_best_model_at_end
         try:
-            self.milestones = TypeAdapter(list[Int]).validate_python(self.milestones)
+            steps = self.milestones = TypeAdapter(list[Int]).validate_python(self.milestones)
             self.fractions = TypeAdapter(list[NonNegative]).validate_python(self.fractions)
-            fits = len(self.milestones) == len(self.fractions)
-            fits = fits and (not self.milestones or isinstance(self.warmup_steps, int | float))
-        except ValidationError:
+            fits = len(steps) == len(self.fractions) and steps == sorted(set(steps))
+            fits = fits and (not steps or steps[0] >= self.warmup_steps)
+        except (ValidationError, TypeError):  # TypeError: `warmup_steps` is not a number
             fits = False
-        other_weights = self.fsdp or self.load_best_model_at_end
-        steps, decay, key, message = list(self.milestones) if fits else [], self.ema_decay, "", ""
-        if not fits or steps != sorted(set(steps)) or (steps and steps[0] < self.warmup_steps):
-            key, first = "schedule", f"warmup_steps={self.warmup_steps}"
-            message = f"milestones={self.milestones!r} must be ascending steps, from {first} on, and "
-            message += f"fractions={self.fractions!r} must have one number of at least 0 for each milestone."
-        elif not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and other_weights):
-            key = "ema_decay"
+        if not fits:
+            message = f"milestones={self.milestones!r} must ascend from warmup_steps={self.warmup_steps} on, "
+            message += f"and fractions={self.fractions!r} must have one number of at least 0 for each milestone."
+            raise UserError("training.schedule", message)
+        if not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and other_weights):
             message = f"ema_decay={decay!r} must be at least 0 and below 1, and 0 with fsdp or load_best_model_at_end."
-        elif self.exit_schedule not in EXIT_SCHEDULES:
-            key, allowed = "exit_schedule", ", ".join(EXIT_SCHEDULES)
-            message = f"exit_schedule={self.exit_schedule!r} must be one of {allowed}."
-        if key:
-            raise UserError(f"training.{key}", message)
+            raise UserError("training.ema_decay", message)
+        if self.exit_schedule not in EXIT_SCHEDULES:
+            message = f"exit_schedule={self.exit_schedule!r} must be one of {', '.join(EXIT_SCHEDULES)}."
+            raise UserError("training.exit_schedule", message)
         if self.greater_is_better is None and self.metric_for_best_model:
             # transformers looks only for names that end with `loss`; those of our losses end with `loss_exit_4`.
             self.greater_is_better = not re.search(r"loss(_exit_\d+)?$", self.metric_for_best_model)
         super().__post_init__()
+        rises = self.milestones or self.lr_scheduler_type not in _WITHOUT_WARM_UP
+        if rises and 0 < self.max_steps <= self.warmup_steps:
+            message = f"warmup_steps={self.warmup_steps:g} is not below max_steps={self.max_steps}: the learning rate "
+            logger.warning_once(f"{message}never reaches learning_rate. Lower warmup_steps.")
 
     def rate_fraction(self, step: int) -> float:
         """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak.
@@ -114,7 +119,7 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def check_arguments(arguments: MultiExitTrainingArguments) -> None:
-    """Raise now, with a tiny model, the errors that transformers or torch would raise only once training begins."""
+    """Train a tiny model for a moment: errors of transformers or torch then occur now, not when training begins."""
     if arguments.deepspeed_plugin is not None or arguments.fsdp:  # a process can set up each of them only once
         return
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "projection_size"), 8)

@@ -108,11 +108,8 @@ def teach(
 
 def _texts_by_kind(examples: Sequence[RetrievalExample]) -> dict[str, list[str]]:
     """Return {"query": all descriptions, "document": all code snippets, hard negatives included}."""
-    codes = [[*one.snippets, *([one.negative] if one.negative else [])] for one in examples]
-    return {
-        "query": [one.description for one in examples if one.description],
-        "document": [snippet.code for of_example in codes for snippet in of_example],
-    }
+    codes = [one.code for example in examples for one in (*example.snippets, example.negative) if one]
+    return {"query": [one.description for one in examples if one.description], "document": codes}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -79,10 +79,9 @@ def finetune(
     objective = recipe.make_objective()
     check_objective(objective, arguments, start.config, start.config.exit_layers)
     if not is_servable(start.config):
-        logger.warning_once(
-            "SentenceTransformer's modules cannot compute this model's embeddings because of its pooling, "
-            "projection_order or embedding_normalization. The model is saved for AutoModel alone."
-        )
+        message = "SentenceTransformer's modules cannot compute this model's embeddings because of its pooling, "
+        message += "projection_order or embedding_normalization. The model is saved for AutoModel alone."
+        logger.warning_once(message)
     run = runs.Run(out, recipe, "fine-tuning", until_trained=("data", *recipe.rows()))
     if run.log is not None:
         return run.log
@@ -93,9 +92,8 @@ def finetune(
         rows = data or prepare_retrieval_data(folder=out / "data", progress=shown, store=False, **recipe.rows())
         groups, unseen = PairGroups(rows.train), PairGroups(rows.held_out)
         plan = BatchPlan(groups, recipe.batch_size, recipe.seed)
-        eval_plan, eval_steps = evaluation_plan(
-            unseen, recipe.batch_size, recipe.eval_pairs, processes, recipe.seed + 1
-        )
+        sizes = (recipe.batch_size, recipe.eval_pairs, processes)
+        eval_plan, eval_steps = evaluation_plan(unseen, *sizes, recipe.seed + 1)
         options: dict[str, Any] = {"prompts": model.config.instruction_prompts, "progress": False, **recipe.lengths()}
         texts, unseen_texts = (RetrievalTexts(part, tokenizer, **options) for part in (rows.train, rows.held_out))
         train = RetrievalBatches(texts, plan, recipe.max_steps, identifier_rename_prob=recipe.identifier_rename_prob)
@@ -111,14 +109,8 @@ def finetune(
     if teaching and teacher:
         with state.main_process_first():
             batches = teach(teaching, teacher, model, tokenizer, train, held_out, longest, shown)
-    trainer = MultiExitTrainer(
-        trained,
-        arguments,
-        objective,
-        train_dataset=batches[0],
-        eval_dataset=batches[1],
-        data_collator=RetrievalCollator(tokenizer),
-    )
+    datasets: dict[str, Any] = {"train_dataset": batches[0], "eval_dataset": batches[1]}
+    trainer = MultiExitTrainer(trained, arguments, objective, data_collator=RetrievalCollator(tokenizer), **datasets)
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     tasks = held_out_tasks(rows.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
     if shown:
@@ -130,9 +122,8 @@ def finetune(
     log |= {"preflight": asdict(estimate), **batches[2]}
     start.save(trainer, out)
     if state.is_main_process:
-        models: dict[str, tuple[Any, Any]] = {"trained": load_checkpoint(out / runs.MODEL)} | (
-            {"before training": start.load()} if before else {}
-        )
+        models: dict[str, tuple[Any, Any]] = {"trained": load_checkpoint(out / runs.MODEL)}
+        models |= {"before training": start.load()} if before else {}
         encoders = [exit_encoder(*loaded, name, longest) for name, loaded in models.items()]
         results = evaluate_tasks(tasks, [*map(EmbeddingRetriever, encoders), BM25()], progress=progress)
         checksum, first = checkpoint_checksum(out / runs.MODEL), "before training" if before else None
@@ -178,15 +169,9 @@ def finetune_classifier(
     run.check_start("rows", digest.hexdigest(), "on other rows of `data`")
     if state.is_main_process:
         run.begin()
-    collator = ClassificationCollator(tokenizer)
-    trainer = MultiExitTrainer(
-        add_adapters(model, recipe.lora),
-        arguments,
-        objective,
-        train_dataset=splits["train"],
-        eval_dataset=splits["valid"],
-        data_collator=collator,
-    )
+    collator, model = ClassificationCollator(tokenizer), add_adapters(model, recipe.lora)
+    datasets: dict[str, Any] = {"train_dataset": splits["train"], "eval_dataset": splits["valid"]}
+    trainer = MultiExitTrainer(model, arguments, objective, data_collator=collator, **datasets)
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     if progress and state.is_main_process:
         count = sum(len(one) for split, one in splits.items() if split != "train")

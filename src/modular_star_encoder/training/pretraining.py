@@ -22,8 +22,8 @@ from modular_star_encoder.training.recipes import PretrainingRecipe, check_lengt
 from modular_star_encoder.training.starting_points import check_vocabulary, start_from_spellings, start_from_unigrams
 from modular_star_encoder.training.trainer import MultiExitTrainer, check_objective
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import staged_folder
-from modular_star_encoder.utils.reports import printable
+from modular_star_encoder.utils.files import staged_folder, write_text
+from modular_star_encoder.utils.reports import markdown_table, percent, printable
 
 # Number of characters to train a tokenizer on: enough for a large vocabulary; more text only takes longer.
 TOKENIZER_CHARACTERS = 100_000_000
@@ -39,8 +39,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train a model; if `out` has an interrupted run of this recipe, continue that run.
 
-    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `model/`, a checkpoint
-    with `training_log.json`; this log is returned. With several processes, every process calls this function.
+    `out` gets `tokenizer/`, `tokens/` (the tokenized corpus), `checkpoints/`, and at the end `report.md` (quality of
+    all exits) and `model/`, a checkpoint with `training_log.json`; this log is returned. With several processes, every
+    process calls this function.
     """
     out, state, objective = Path(out), runs.processes_of_run(), InContextObjective()
     progress_here, processes = progress and state.is_main_process, state.num_processes
@@ -54,11 +55,9 @@ def pretrain(
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
     if repositories is not None and len(repositories) < 4:  # None: not known before the whole corpus is read
-        raise UserError(
-            "training.corpus.too_few_repositories",
-            f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs at least four: two "
-            "to train on and two to hold out, so that both sets have pairs of snippets from different repositories.",
-        )
+        message = f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs at least "
+        message += "four: two to train on and two to hold out, to pair snippets of different repositories in both sets."
+        raise UserError("training.corpus.too_few_repositories", message)
     run = runs.Run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
     if run.log is not None:
         return run.log
@@ -114,24 +113,35 @@ def pretrain(
         start_from_unigrams(model.heads.decoder, torch.nn.functional.pad(counts, (0, len(unused))))
     known, new = (map(part.__getitem__, range(min(eval_rows, OVERLAP_ROWS))) for part in (fitted, unseen))
     overlap = identifier_overlap_accuracy(known, new, tokenizer)
-    trainer = MultiExitTrainer(
-        model, arguments, objective, train_dataset=pairs, eval_dataset=unseen, data_collator=collator
-    )
+    data: dict[str, Any] = {"train_dataset": pairs, "eval_dataset": unseen, "data_collator": collator}
+    trainer = MultiExitTrainer(model, arguments, objective, **data)
     log = runs.train_to_the_end(trainer, out / runs.CHECKPOINTS, progress=progress)
     what, steps = f"{eval_rows:,} rows at {len(config.exit_layers)} exits", eval_rows / estimate.rows_per_step
     notice = runs.evaluation_notice(log, what, steps) if progress_here else ""
-    log |= {
-        "evaluation": runs.final_metrics(trainer, notice),
-        "recipe": run.settings,
-        "preflight": asdict(estimate),
-        "unigram_entropy": torch.special.entr(counts.double() / counts.sum()).sum().item(),
-        "identifier_overlap": overlap,
-        "held_out_repositories": list(held_out.repositories),
-    }
+    log |= {"evaluation": runs.final_metrics(trainer, notice), "recipe": run.settings, "preflight": asdict(estimate)}
+    log |= {"identifier_overlap": overlap, "held_out_repositories": list(held_out.repositories)}
+    log["unigram_entropy"] = torch.special.entr(counts.double() / counts.sum()).sum().item()
     trainer.save_model(os.fspath(out / runs.MODEL))
     if state.is_main_process:
+        write_text(out / runs.REPORT, exit_report(log))
         run.end(log)
     return log
+
+
+def exit_report(log: Mapping[str, Any]) -> str:
+    """Return a Markdown table of each exit's quality on held-out rows, beside that of guesses; `log`: of `pretrain`."""
+    found, prefix = log["evaluation"], "eval_mlm_loss_exit_"
+    losses = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
+    accuracies: dict[str, float] = {k: found[f"eval_icc_accuracy_exit_{k}"] for k in losses}
+    accuracies |= {"guess": 0.5, "guess by common identifiers": log["identifier_overlap"]["accuracy"]}
+    losses["guess"] = log["unigram_entropy"]
+    rows = [["held out, exit", "MLM loss", "MLM perplexity", "ICC accuracy (%)"]]
+    for name, accuracy in accuracies.items():
+        loss = losses.get(name)
+        shown = ["", ""] if loss is None else [f"{loss:.3f}", f"{torch.tensor(loss).exp():.1f}"]
+        rows.append([name, *shown, percent(accuracy)])
+    table = "\n".join(markdown_table(rows))
+    return f"{table}\n\nguess: MLM by how often each token occurs, ICC by chance. Steps: {log['steps']:,}.\n"
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:

@@ -94,17 +94,16 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, value in self.training.items():
-            fault = message = ""
             if name.startswith(("push_to_hub", "hub_", "trackio_")):
-                fault, message = "upload", f"A recipe can't upload: leave out {name}, and publish with `mose publish`."
-            elif name == "parallelism_config":
+                message = f"A recipe can't upload: leave out {name}, and publish with `mose publish`."
+                raise UserError("training.arguments.upload", message)
+            if name == "parallelism_config":
                 message = f"Leave out {name}: give `accelerate launch` its options --parallelism_config_… instead."
-                fault = "decided"
+                raise UserError("training.arguments.decided", message)
             # transformers takes a string for the name of a JSON file and reads it.
-            elif name in _MAPPINGS and not isinstance(value, Mapping | None):
-                fault, message = "mapping", f"{name} must be a mapping of settings, not {value!r}."
-            if fault:
-                raise UserError(f"training.arguments.{fault}", message)
+            if name in _MAPPINGS and not isinstance(value, Mapping | None):
+                message = f"{name} must be a mapping of settings, not {value!r}."
+                raise UserError("training.arguments.mapping", message)
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
@@ -125,13 +124,8 @@ class TrainingSettings:
         if twice := sorted(set(given) & set(decided)):
             message = f"Leave out {', '.join(twice)}, which follows from the recipe's other settings."
             raise UserError("training.arguments.decided", message)
-        defaults: dict[str, Any] = {
-            "eval_strategy": "steps",
-            "bf16": bf16_is_faster(),
-            "use_cpu": not torch.cuda.is_available(),
-            "disable_tqdm": not progress,
-            "report_to": "none",
-        }
+        defaults: dict[str, Any] = {"eval_strategy": "steps", "report_to": "none", "disable_tqdm": not progress}
+        defaults |= {"bf16": bf16_is_faster(), "use_cpu": not torch.cuda.is_available()}
         try:
             arguments = MultiExitTrainingArguments(**(defaults | decided | given))
             check_arguments(arguments)
@@ -219,7 +213,8 @@ class StartingRecipe(TrainingRecipe):
 
     def lengths(self) -> dict[str, int]:
         """Return {name: value} of the settings that limit the number of tokens of a text."""
-        return {}
+        names = ("max_text_tokens", "max_code_tokens", "max_tokens")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -288,15 +283,12 @@ class FinetuningRecipe(StartingRecipe):
         object.__setattr__(self, "data", resolve_pairs(self.data))
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
-        key = message = ""
         if self.objective.pairs not in (default, pairs):
             message = "Leave out `objective.pairs`: the data decides whether there are negatives."
-            key = "objective.pairs"
-        elif self.lora is not None and self.distillation and self.distillation.start_from_teacher:
+            raise UserError("training.objective.pairs", message)
+        if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
             message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave out one of them."
-            key = "lora"
-        if key:
-            raise UserError(f"training.{key}", message)
+            raise UserError("training.lora", message)
         object.__setattr__(self, "objective", replace(self.objective, pairs=pairs))
 
     def make_objective(self) -> ContrastiveObjective:
@@ -309,9 +301,6 @@ class FinetuningRecipe(StartingRecipe):
         """Return this recipe's arguments for `prepare_retrieval_data`."""
         names = ("eval_fraction", "seed", "max_train_samples")
         return {"settings": self.data} | {name: getattr(self, name) for name in names}
-
-    def lengths(self) -> dict[str, int]:
-        return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
 
     def batches(self, processes: int) -> dict[str, Any]:
         pairs = 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
@@ -339,9 +328,6 @@ class ClassificationRecipe(StartingRecipe):
     max_tokens: Count = 1024
     max_train_samples: Count | None = None
     max_eval_samples: Count | None = None
-
-    def lengths(self) -> dict[str, int]:
-        return {"max_tokens": self.max_tokens}
 
     def batches(self, processes: int) -> dict[str, Any]:
         pairs = self.pairs_per_device or max(1, self.batch_size // processes)

@@ -31,6 +31,7 @@ from modular_star_encoder.modeling import (
 )
 from modular_star_encoder.training import starting_source
 from modular_star_encoder.training.recipes import FinetuningRecipe, PretrainingRecipe, StartingRecipe, TrainingSettings
+from modular_star_encoder.training.trainer import AVERAGE, STATES, checkpoints, missing_files
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import fits, folder_lock, read_record, write_json, write_text
 from modular_star_encoder.utils.settings import build_settings
@@ -43,7 +44,7 @@ MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
 """Settings that may differ when a run is continued, because they do not influence what is learned."""
 
 LONG_RUN = 15 * 60  # seconds; a message announces the duration of a longer run on a CPU
-LONG_STEP = 20  # seconds; if the first step takes longer, it is enough to estimate the duration, else it takes three
+LONG_STEP = 20  # seconds; a longer first step is enough to estimate the duration, otherwise three steps are needed
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ def _preflight(
 ) -> Preflight:
     """Return the estimated size of a training run; `model` may be on the meta device."""
     config, groups, steps = model.config, groups or {}, recipe.max_steps
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    parameters, layers = (sum(one.numel() for one in part.parameters()) for part in (model, model.model.layers))
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     # FLOPs by Chowdhery et al., arXiv 2204.02311, appendix B: 6 per parameter and token, and for attention 12 × T × H.
     attention = 12.0 * config.num_hidden_layers * config.hidden_size
     lengths = [length for row in texts for length in row]
@@ -137,23 +137,14 @@ def finetuning_preflight(
     tokens: tuple[float, float],  # mean lengths of a description and of a code snippet
 ) -> Preflight:
     """Return a `Preflight` with the estimated size of a fine-tuning run."""
-    text, code = tokens
-    mini_batch, sides = recipe.objective.mini_batch_tokens, len(recipe.objective.sides)
-    negatives = [code] * (sides - 2)
-    kinds = {TEXT_TO_CODE: [text, code, *negatives], CODE_TO_CODE: [code, code, *negatives]}
+    (text, code), mini_batch, sides = tokens, recipe.objective.mini_batch_tokens, len(recipe.objective.sides)
+    kinds = {kind: [first] + [code] * (sides - 1) for kind, first in ((TEXT_TO_CODE, text), (CODE_TO_CODE, code))}
     in_batch = sides * recipe.batch_size // processes * max(recipe.lengths().values())
     embeddings = len(model.config.exit_layers) * sides * recipe.batch_size * model.config.projection_size
-    return _preflight(
-        model,
-        recipe,
-        processes,
-        recipe.batch_size,
-        [kinds[kind] for kind in groups],
-        min(mini_batch or in_batch, in_batch),
-        passes=1.0 if mini_batch is None else 4 / 3,  # cached gradients need a second forward pass
-        other_bytes=2 * 4 * embeddings,
-        groups={kind: groups.get(kind, 0) for kind in kinds},
-    )
+    sizes = recipe.batch_size, [kinds[kind] for kind in groups], min(mini_batch or in_batch, in_batch)
+    passes = 1.0 if mini_batch is None else 4 / 3  # cached gradients need a second forward pass
+    counts = {kind: groups.get(kind, 0) for kind in kinds}
+    return _preflight(model, recipe, processes, *sizes, passes=passes, other_bytes=2 * 4 * embeddings, groups=counts)
 
 
 def processes_of_run() -> PartialState:
@@ -163,10 +154,11 @@ def processes_of_run() -> PartialState:
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
     """Raise UserError (`training.run.not_a_run`) if `out` is a file, or has visible entries but no entry `mark`."""
+    if out.is_file():
+        raise UserError("training.run.not_a_run", f"{out} is a file; name a folder.")
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
-    fault = f"is not empty and has no {kind}; choose another folder" if names and mark not in names else ""
-    if fault := "is a file; name a folder" if out.is_file() else fault:
-        raise UserError("training.run.not_a_run", f"{out} {fault}.")
+    if names and mark not in names:
+        raise UserError("training.run.not_a_run", f"{out} is not empty and has no {kind}; choose another folder.")
 
 
 def check_same(
@@ -198,9 +190,10 @@ class Run:
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
         check_folder(out, "recipe.json", f"run of {kind}")
         self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
-        log, kinds = out / LOG, {"steps": int, "evaluation": dict}
-        self.log = read_record(log, "training.run.damaged", **kinds) if log.is_file() else None
-        self._trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS) is not None
+        has_log = (out / LOG).is_file()
+        self.log = read_record(out / LOG, "training.run.damaged", steps=int, evaluation=dict) if has_log else None
+        needed = () if recipe.training.get("save_only_model") else STATES
+        self._trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS, needed) is not None
         if self._written.is_file():
             before = read_record(self._written, "training.run.damaged")
             with contextlib.suppress(UserError):  # adds defaults for settings that did not exist when the run began
@@ -249,12 +242,14 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     if progress:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ExitProgressCallback())
+    needed: tuple[str, ...] = () if trainer.args.save_only_model else STATES
+    needed += (AVERAGE,) if getattr(trainer.args, "ema_decay", 0) else ()
     with trainer.args.main_process_first(local=False):
-        checkpoint = last_checkpoint(folder)
+        checkpoint = last_checkpoint(folder, needed)
         resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
         if trainer.is_world_process_zero():
             # `Trainer` would count the newer ones among the checkpoints to keep.
-            for step, path in _checkpoints(folder).items():
+            for step, path in checkpoints(folder).items():
                 if step > (resumed_from or 0):
                     _pass_over(path)
             if checkpoint:
@@ -264,16 +259,16 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     start = time.perf_counter()
     with _stopping_after_a_step(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
-    return {
-        "log_history": trainer.state.log_history,
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - start, 1),  # of this call
-        "resumed_from": resumed_from,
-    }
+    seconds = round(time.perf_counter() - start, 1)  # of this call
+    log = {"log_history": trainer.state.log_history, "steps": trainer.state.global_step}
+    return log | {"seconds": seconds, "resumed_from": resumed_from}
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line on an evaluation, `what`, of as many rows as `steps` training steps, and its duration if known."""
+    """Return a line that announces an evaluation of `what`; its duration, if known, is that of `steps` forward passes.
+
+    `steps` is the number of evaluated rows divided by the number of rows in a training step.
+    """
     trained = log["steps"] - (log["resumed_from"] or 0)
     # Without a backward pass, a row takes about a third of its time in training.
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
@@ -281,11 +276,11 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return the trained model's {metric: value}. Without current values in the log, print `notice` and evaluate."""
+    """Return the trained model's {metric: value}. If the log has none of its weights, print `notice` and evaluate."""
     args, state = trainer.args, trainer.state
-    changed = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the weights, after the last step
+    replaced = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the last step's weights
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
-    if found and not changed:
+    if found and not replaced:
         return found[-1]
     if notice:
         print(notice)
@@ -329,19 +324,13 @@ def _find_best_checkpoint(state: Path) -> None:
         write_text(state, json.dumps({**content, "best_model_checkpoint": str(best)}, indent=2))
 
 
-def _checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
-    """Return {step: folder} of all checkpoints, complete or not."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
-    return {int(path.name[11:]): path for path in found if re.fullmatch(r"0|[1-9][0-9]*", path.name[11:])}
+def last_checkpoint(output_dir: str | os.PathLike[str], needed: Sequence[str] = STATES) -> str | None:
+    """Return the folder of the newest checkpoint that is whole and has files of the patterns `needed`, or None."""
+    found = sorted(checkpoints(output_dir).items(), reverse=True)
+    return next((str(folder) for step, folder in found if _is_whole(folder, step, needed)), None)
 
 
-def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the folder of the newest checkpoint that is complete and can be read; None without such a folder."""
-    found = sorted(_checkpoints(output_dir).items(), reverse=True)
-    return next((str(folder) for step, folder in found if _is_whole(folder, step)), None)
-
-
-def _is_whole(folder: Path, step: int) -> bool:
+def _is_whole(folder: Path, step: int, needed: Sequence[str]) -> bool:
     """Return whether a checkpoint is complete and none of its files is cut short; OSError if a file can't be read."""
     # A file that is missing, or is a folder, is damage; after other OSErrors, the file may be whole.
     with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, SafetensorError):
@@ -355,7 +344,7 @@ def _is_whole(folder: Path, step: int) -> bool:
                 if not zipfile.is_zipfile(file):  # torch's files are archives that end with a directory
                     return False
         known = isinstance(state, dict) and fits([state.get("global_step"), state.get("max_steps")], list[int])
-        return known and state["global_step"] == step <= state["max_steps"]
+        return known and state["global_step"] == step <= state["max_steps"] and not missing_files(folder, needed)
     return False
 
 
@@ -368,7 +357,7 @@ def _pass_over(checkpoint: Path) -> None:
     while kept.exists():
         kept = kept.with_name(f"damaged-{kept.name}")
     checkpoint.rename(kept)
-    print(f"mose: {checkpoint} is damaged and is passed over; it is now {kept.name}", file=sys.stderr)
+    print(f"mose: {checkpoint} is damaged or incomplete and is passed over; it is now {kept.name}", file=sys.stderr)
 
 
 def format_log(logs: dict[str, float]) -> str:
@@ -414,11 +403,8 @@ class ExitProgressCallback(ProgressCallback):
                 settings += f" warmup_steps={max(1, round(args.warmup_steps * short / state.max_steps))}"
             duration = f"{left / 3600:.1f} hours" if left > 5400 else f"{left / 60:.0f} minutes"
             message = f"mose: training will take about {duration} if steps take as long as so far. To train for only "
-            message += (
-                f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out; the model "
-            )
-            message += "then learns less."
-            self.training_bar.write(message, file=sys.stderr)
+            message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out; the model"
+            self.training_bar.write(f"{message} then learns less.", file=sys.stderr)
 
     def on_prediction_step(
         self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any

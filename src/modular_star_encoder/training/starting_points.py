@@ -209,23 +209,21 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     heads equal the head of exit 0. Token embeddings are scaled to a standard deviation of 1. Otherwise the output of
     the new layers would outweigh the embeddings after the first training steps.
     """
-    config, exits, fault = model.config, list(exit_layers), ""
-    if exits != sorted({0, *exits}) or len(exits) < 2:
-        fault = f"The new exits must begin with 0 and ascend, such as [0, 2, 4], not {exits}."
+    config, exits = {**model.config.to_dict(), "exit_layers": list(model.config.exit_layers)}, list(exit_layers)
     for name, needed in (("projection_head", "linear"), ("exit_norm", "none"), ("exit_layers", [0])):
-        found = getattr(config, name)
-        if (list(found) if needed == [0] else found) != needed:
+        if (found := config[name]) != needed:
             fault = f"Only a model with {name}={needed!r} can grow; this model has {name}={found!r}."
             fault += " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
+            raise UserError("training.grow", fault)
+    if exits != sorted({0, *exits}) or len(exits) < 2:
+        raise UserError("training.grow", f"The new exits must begin with 0 and ascend, such as [0, 2, 4], not {exits}.")
     changes: dict[str, Any] = dict.fromkeys(("exit_layers", "parent_exit_layers"), exits)
-    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), max(exits, default=0))
+    changes |= dict.fromkeys(("num_hidden_layers", "parent_num_hidden_layers"), exits[-1])
     try:
-        if not fault:
-            config = type(config).from_dict({**config.to_dict(), **changes, "exit_embedding_rows": len(exits)})
+        config = type(model.config).from_dict({**config, **changes, "exit_embedding_rows": len(exits)})
     except StrictDataclassError as error:
-        fault = f"The model can't have the exits {exits}: {' '.join(str(error.__cause__ or error).split())}"
-    if fault:
-        raise UserError("training.grow", fault)
+        message = f"The model can't have the exits {exits}: {' '.join(str(error.__cause__ or error).split())}"
+        raise UserError("training.grow", message) from error
     grown = type(model)(config)
     grown.load_state_dict(model.state_dict(), strict=False)
     for layer in grown.model.layers:

@@ -1,5 +1,6 @@
 """`MultiExitTrainer`, a subclass of `Trainer` for objectives that return one loss per exit, and its callbacks."""
 
+import fnmatch
 import math
 import os
 import re
@@ -34,6 +35,11 @@ logger = logging.get_logger(__name__)
 MOST_MASKED_NEGATIVES = 0.1
 
 _WITHOUT_EFFECT = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+
+STATES = ("optimizer*", "scheduler.pt", "rng_state*.pth")
+"""Patterns of the files, besides the weights, that a checkpoint needs to continue a run exactly."""
+
+AVERAGE = "average.safetensors"
 
 
 class MultiExitTrainer(Trainer):
@@ -86,11 +92,9 @@ class MultiExitTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if given := [name for name in _WITHOUT_EFFECT if kwargs.get(name) is not None]:
-            message = (
-                f"Leave out {given[0]}: losses and metrics come from the objective, other metrics from `evaluator`."
-            )
+            message = f"Leave out {given[0]}: the objective gives losses and metrics, `evaluator` other metrics."
             raise UserError("training.no_effect", message)
-        # Plain arguments don't show whether True is the user's or the default, which is wrong for an exit's loss.
+        # Plain arguments don't show whether the user chose True or it is the default, which is wrong for losses.
         plain, metric = not isinstance(args, MultiExitTrainingArguments), args.metric_for_best_model or ""
         if plain and args.greater_is_better and re.search(r"loss_exit_\d+$", metric):
             message = f"The lowest {metric} is the best: set greater_is_better=False or use MultiExitTrainingArguments."
@@ -204,10 +208,7 @@ class MultiExitTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint; first correct old checkpoints' dates in the future, because `Trainer` keeps the newest."""
-        now, steps = time.time(), {}
-        for folder in Path(self._folder).glob("checkpoint-*") if self.args.should_save else ():
-            if (step := folder.name.rpartition("-")[2]).isdecimal():
-                steps[int(step)] = folder
+        now, steps = time.time(), checkpoints(self._folder) if self.args.should_save else {}
         if any(folder.stat().st_mtime > now for folder in steps.values()):
             for age, number in enumerate(sorted(steps, reverse=True), start=1):
                 os.utime(steps[number], (now - age, now - age))
@@ -217,9 +218,16 @@ class MultiExitTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both as `Trainer` does, and have the average of the weights read from the same checkpoint."""
+        """Load both as `Trainer` does, but warn of missing states; have the average read from the same checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._average is not None and checkpoint is not None:
+        if checkpoint is None:
+            return
+        own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if missing := missing_files(checkpoint, (*STATES[:-1], own)):
+            message = f"{checkpoint} has no {', '.join(missing)} (save_only_model, or another number of processes): "
+            message += "training continues with new states, so its weights will differ from an uninterrupted run's."
+            logger.warning_once(message)
+        if self._average is not None:
             self._average.resumed_from = Path(checkpoint)
 
     def _exits_of_this_step(self, model: nn.Module) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -275,10 +283,9 @@ class MultiExitTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
-                logger.warning_once(
-                    "The deepest exit masks more than a tenth of all negatives as false negatives: it is not trained "
-                    "well enough. First fine-tune without `false_negative_margin` and `false_negative_factor`."
-                )
+                message = "The deepest exit masks more than a tenth of all negatives as false negatives: train it "
+                message += "better first, by fine-tuning without `false_negative_margin` and `false_negative_factor`."
+                logger.warning_once(message)
         super().log(logs, start_time)
 
     def prediction_step(
@@ -325,14 +332,12 @@ def check_objective(
     """Return the weights (E,) of the exits' losses; UserError if objective, arguments and `config` are incompatible."""
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "exit_schedule") != "all")
-    key = fault = ""
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
-        key, fault = "log_gradient_norms.cached", "`log_gradient_norms` needs the autograd graph, which"
-        fault += " `mini_batch_tokens` discards; set only one of them."
-    elif args.label_smoothing_factor:
-        key, fault = "no_effect", "label_smoothing_factor does not change the objective's loss; leave it out."
-    if fault:
-        raise UserError(f"training.{key}", fault)
+        message = "`mini_batch_tokens` discards the autograd graph that `log_gradient_norms` needs; set only one."
+        raise UserError("training.log_gradient_norms.cached", message)
+    if args.label_smoothing_factor:
+        message = "label_smoothing_factor does not change the objective's loss; leave it out."
+        raise UserError("training.no_effect", message)
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
 
@@ -354,6 +359,19 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return {step: folder} of all checkpoints, complete or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    return {int(path.name[11:]): path for path in found if re.fullmatch(r"0|[1-9][0-9]*", path.name[11:])}
+
+
+def missing_files(checkpoint: str | os.PathLike[str], needed: Sequence[str]) -> list[str]:
+    """Return the patterns in `needed` that no file of a checkpoint matches."""
+    names = os.listdir(checkpoint)
+    # DeepSpeed keeps the states in folders of its own.
+    return [] if fnmatch.filter(names, "global_step*") else [one for one in needed if not fnmatch.filter(names, one)]
+
+
 def write_serving_files(model: nn.Module, folder: Path) -> None:
     """Write the files that `SentenceTransformer` needs, if SentenceTransformer can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
@@ -370,7 +388,7 @@ class SharedHeads(TrainerCallback):
         self.parameters: list[tuple[nn.Parameter, ...]] = []  # the parameters that are equal; none until `share`
 
     def share(self, heads: Sequence[nn.Module]) -> None:
-        """Keep these heads equal, in place of others."""
+        """Keep these heads equal, and no longer those of an earlier call."""
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
 
     @torch.no_grad()
@@ -401,14 +419,14 @@ class AveragedWeights(TrainerCallback):
         trained = [(name, one) for name, one in kwargs["model"].named_parameters() if one.requires_grad]
         self.parameters, self.average = dict(trained), {name: one.detach().clone() for name, one in trained}
         if self.resumed_from is not None:
-            stored = load_file(self.resumed_from / "average.safetensors")
+            stored = load_file(self.resumed_from / AVERAGE)
             self.average = {name: stored[name].to(one) for name, one in self.average.items()}
             self.resumed_from = None
 
     def save(self, folder: str) -> None:
-        """Write the average of the weights to `average.safetensors` in the folder of a checkpoint."""
+        """Write the average of the weights to `AVERAGE` in the folder of a checkpoint."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with staged_file(Path(folder, "average.safetensors")) as temporary:
+        with staged_file(Path(folder, AVERAGE)) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, temporary)
 
     @torch.no_grad()
