@@ -15,7 +15,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plan(sources):
-    """A manifest of both, with a repository of its own for every exit, and a branch."""
+    """A manifest of both checkpoints, with a repository for each exit and a branch."""
     slices = [{"name": f"tiny-{k}", "slice_of": "tiny", "exit_layer": k, "only_exit": True} for k in EXIT_LAYERS]
     entries = [
         {"name": "tiny-pretrained", "checkpoint": str(sources["pretrained"]), "training_data": "Files."},
@@ -28,7 +28,7 @@ def plan(sources):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub of this test's own; uploads are not by Xet, and what is retried is retried at once."""
+    """A Hub for one test; uploads do not use Xet, and clients retry without a pause."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     with StandInHub() as hub:

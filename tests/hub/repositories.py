@@ -1,4 +1,4 @@
-"""Checkpoints to publish, with figures such as the measuring commands write."""
+"""Checkpoints to publish, with the files of results that `mose profile` and `mose evaluate` write."""
 
 import json
 

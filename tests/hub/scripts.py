@@ -1,4 +1,4 @@
-"""What tests run in processes of their own, where no library remembers another Hub: scripts.py COMMAND ARGUMENT…"""
+"""Functions that tests run in new processes, where no library remembers another Hub: scripts.py COMMAND ARGUMENT…"""
 
 import importlib.util
 import json

@@ -20,7 +20,7 @@ from tests.loopback import LoopbackHandler, LoopbackServer
 
 TOKEN = "hf_" + "standin" * 4
 DROP, DROP_REPLY = "drop", "drop reply"
-"""Faults: close the connection without a word, before or after doing what was asked."""
+"""Faults: close the connection without an answer, before or after the request is carried out."""
 
 Fault = Callable[[str, str], int | str | None]
 LFS = re.compile(r"\.(safetensors|png|onnx|bin)$")
@@ -28,7 +28,7 @@ LFS = re.compile(r"\.(safetensors|png|onnx|bin)$")
 
 @dataclass
 class Repository:
-    """Branches and commits; a commit's files are path → (content, whether it is stored by LFS)."""
+    """Branches and commits; the files of a commit are {path: (content, whether it is stored by LFS)}."""
 
     private: bool
     branches: dict[str, str] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Repository:
 
     def commit(self, branch: str, files: dict[str, tuple[bytes, bool]], title: str) -> str:
         parent = self.branches.get(branch)
-        sums = {path: hashlib.sha1(content).hexdigest() for path, (content, _) in sorted(files.items())}
+        sums = sorted((path, hashlib.sha1(content).hexdigest()) for path, (content, _) in files.items())
         name = hashlib.sha1(json.dumps([parent, sums, title, len(self.commits)]).encode()).hexdigest()
         self.commits[name] = {"parent": parent, "files": files, "title": title}
         self.branches[branch] = name
@@ -76,7 +76,7 @@ class StandInHub(LoopbackServer):
         return {**settings, "HF_HUB_CACHE": f"{home}/hub", "HF_HUB_OFFLINE": "0"}
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
-        """Contents by path at the head of a branch, without what the Hub writes itself."""
+        """{path: content} at the head of a branch, without the file that the Hub writes itself."""
         found = self.repositories[repository]
         files = found.commits[found.branches[branch]]["files"]
         return {path: content for path, (content, _) in files.items() if path != ".gitattributes"}
@@ -241,7 +241,7 @@ def _resolve(hub: StandInHub, repository: Repository, revision: str, path: str, 
     if not large:
         return 200, content, {**headers, "ETag": f'"{sums["oid"]}"'}
     oid = sums["lfs"]["oid"]
-    # Storage is another host than the Hub, and clients ask only the Hub who it is that they get.
+    # As on the real Hub, large files are on another host; clients read the checksum in the Hub's headers.
     storage = hub.endpoint.replace("127.0.0.1", "localhost")
     linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": len(content), "Location": f"{storage}/lfs/{oid}"}
     return 302, b"", {**headers, **linked}

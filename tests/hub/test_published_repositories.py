@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def hub(plan, sources):
-    """A Hub that holds what one call published, and what a Trainer pushed."""
+    """A Hub with the repositories that one call published, and one that a Trainer pushed."""
     with StandInHub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -37,7 +37,7 @@ def hub(plan, sources):
 
 
 def run_script(hub, home, name, *arguments):
-    """The output of a function of scripts.py, run by a process that knows no other Hub."""
+    """Run a function of scripts.py in a process whose only Hub is `hub`; return its output."""
     command = [sys.executable, "-P", Path(__file__).with_name("scripts.py"), name, *arguments]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     result = subprocess.run(command, env=hub.environment(home), check=False, **options)
@@ -61,7 +61,7 @@ choose one."""
 
 @pytest.fixture(scope="module")
 def stranger(hub, tmp_path_factory):
-    """What a stranger saw who ran every snippet of every card, and then was cut off from the network."""
+    """The output of all snippets of all cards, and embeddings computed offline after them."""
     folder = tmp_path_factory.mktemp("stranger")
     cards = {
         f"{name} {branch}": snippets(hub.files(name, branch)["README.md"].decode())
@@ -104,7 +104,7 @@ def test_strangers_get_the_embeddings_of_the_source_offline_from_the_cache(stran
 
 
 def embeddings(source):
-    """By our own code, from the folder that was published."""
+    """Embed with this package, from the folder that was published."""
     model = ModularStarEncoderForRetrieval.from_pretrained(source).eval()
     batch = load_tokenizer(source)([text_prompt() + text for text in TEXTS], padding=True, return_tensors="pt")
     with torch.inference_mode():

@@ -22,7 +22,7 @@ LARGE = {"model.safetensors", "quality_by_latency.png"}
 
 @pytest.fixture(scope="module")
 def staged(plan, tmp_path_factory):
-    """The repositories, in the versions of two days: every large file and the card differ."""
+    """Two versions of a repository, which differ in every large file and in the card."""
     first = stage_repositories(plan, tmp_path_factory.mktemp("first"))[1]
     folder = shutil.copytree(first.folder, tmp_path_factory.mktemp("second") / "tiny")
     for name in LARGE:
@@ -66,7 +66,7 @@ def test_an_upload_is_one_commit_and_the_same_again_is_none(hub, api, staged):
 
 
 def nth(number, method, words, fault):
-    """That fault at the request of this number (from 0) of these; a negative number means all."""
+    """Return `fault` for request `number` (from 0) of those with `method` and `words`; for all if it is negative."""
     seen = []
 
     def answer(asked, path):

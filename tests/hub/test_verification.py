@@ -175,14 +175,8 @@ def test_a_damaged_log_or_recipe_is_one_sentence(staged, tmp_path, setting, name
 
 def test_odd_values_of_a_log_are_left_out_and_a_damaged_configuration_is_named(staged, tmp_path):
     copy = shutil.copytree(staged.source, tmp_path / "copy")
-    log = {
-        "steps": "\ud800\x1b",
-        "data": [1],
-        "held_out_repositories": 5,
-        "recipe": "\x1b",
-        "retrieval": [],
-        "seconds": 1,
-    }
+    log = {"steps": "\ud800\x1b", "data": [1], "held_out_repositories": 5, "recipe": "\x1b"}
+    log |= {"retrieval": [], "seconds": 1}
     (copy / "training_log.json").write_text(json.dumps(log))
     (one,) = stage(copy, tmp_path / "staged")
     assert one.training_rows == []

@@ -29,8 +29,7 @@ def embeddings(backend, batch, **changes):
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_padding_on_either_side_or_none_gives_the_same_embeddings(backend, pooling):
-    left = embeddings(backend, tiny_batch("left"), pooling=pooling)
-    batch = tiny_batch("right")
+    left, batch = embeddings(backend, tiny_batch("left"), pooling=pooling), tiny_batch("right")
     close(left, embeddings(backend, batch, pooling=pooling))
     for row, length in enumerate((12, 7, 3)):
         alone = {name: values[row : row + 1, :length] for name, values in batch.items()}
@@ -58,11 +57,8 @@ BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
 RECORDED = {"output_hidden_states": True}
 # Two ways to mark the texts of a row.
 BY_POSITIONS = {"input_ids": PACKED, "position_ids": POSITIONS}
-BY_BOUNDS = {
-    "input_ids": PACKED,
-    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), BOUNDS),
-    **dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS)),
-}
+BY_BOUNDS = {"input_ids": PACKED, "cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}
+BY_BOUNDS |= {"max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)}
 PACKINGS = pytest.mark.parametrize("packing", [BY_POSITIONS, BY_BOUNDS], ids=["positions", "bounds"])
 
 

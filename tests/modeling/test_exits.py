@@ -1,4 +1,5 @@
 import re
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -58,22 +59,18 @@ def test_one_pass_gives_every_exit_bit_for_bit_shallowest_first(form, unpad_inpu
     assert all(not torch.allclose(first, second, atol=1e-2) for first, second in pairwise(together))
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("model_class", "form"),
     [
         (ModularStarEncoderForRetrieval, {"exit_norm": "last"}),
         (ModularStarEncoderForRetrieval, ZERO),
         (ModularStarEncoderForPreTraining, {}),
-        *(
-            pytest.param(model_class, form, marks=pytest.mark.slow)
-            for model_class, form in [
-                (ModularStarEncoderForRetrieval, {"exit_norm": "all"}),
-                (ModularStarEncoderForRetrieval, {"exit_norm": "none"}),
-                (ModularStarEncoderModel, {"exit_norm": "last"}),
-                (ModularStarEncoderModel, {"exit_norm": "all"}),
-                (ModularStarEncoderForSequenceClassification, {}),
-            ]
-        ),
+        *(slow(ModularStarEncoderForRetrieval, {"exit_norm": norm}) for norm in ("all", "none")),
+        *(slow(ModularStarEncoderModel, {"exit_norm": norm}) for norm in ("last", "all")),
+        slow(ModularStarEncoderForSequenceClassification, {}),
     ],
 )
 def test_slices_and_cuts_equal_the_full_model_bit_for_bit(tmp_path, model_class, form):
@@ -155,11 +152,11 @@ def test_arguments_that_contradict_the_model_or_each_other_are_refused(model, ar
 
 
 def test_a_configuration_may_ask_for_tuples(model):
-    tokens = torch.tensor([[5, 6, 7]])
-    expected = model(tokens, exit_layers=[1, 2]).exit_embeddings
+    tokens, exits = torch.tensor([[5, 6, 7]]), {"exit_layers": [1, 2]}
+    expected = model(tokens, **exits).exit_embeddings
     model.config.return_dict = False
-    assert any(torch.equal(one, expected) for one in model(tokens, exit_layers=[1, 2]) if one.shape == expected.shape)
-    assert torch.equal(model(tokens, exit_layers=[1, 2], return_dict=True).exit_embeddings, expected)
+    assert any(torch.equal(one, expected) for one in model(tokens, **exits))
+    assert torch.equal(model(tokens, **exits, return_dict=True).exit_embeddings, expected)
 
 
 def test_an_empty_batch_has_an_empty_result(model):

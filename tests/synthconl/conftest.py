@@ -19,13 +19,13 @@ def server():
 
 @pytest.fixture(scope="session")
 def card_arguments():
-    """What the card of `finished` is made of."""
+    """The arguments of `dataset_card` in the build `finished`."""
     return {}
 
 
 @pytest.fixture(scope="session")
 def finished(corpus, server, card_arguments, tmp_path_factory):
-    """A build that nothing interrupted and no test changes."""
+    """The folder of a build without interruptions; no test changes it."""
     out = tmp_path_factory.mktemp("build") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "dataset_card", lambda **given: card_arguments.update(given) or dataset_card(**given))

@@ -20,7 +20,7 @@ FUNCTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "language1_C
 
 
 def function_rows(count):
-    """Functions in all languages, each with its number in it, some of them twice or three times."""
+    """Functions in all languages. The code contains the function's number; some functions occur two or three times."""
     numbers = [number - max(number % 5 - 2, 0) for number in range(count)]
     return [
         {"id": f"id{row}", "language1_CSN": LANGUAGES[number % len(LANGUAGES)], "func1_CSN": f"function {number}"}
@@ -59,7 +59,7 @@ def _names(rng, count):
 
 
 def write_corpus(folder, repositories=6, functions=5):
-    """Repositories of Python files; the last function of each but the first is nearly one of the repository before."""
+    """Repositories of Python files. Except in the first, the last function is nearly one of the repository before."""
     last = ""
     for r in range(repositories):
         rng = random.Random(r)
@@ -78,12 +78,12 @@ def write_corpus(folder, repositories=6, functions=5):
 
 
 def marker(code):
-    """A word that is different for each function."""
+    """A word that depends on the code of a function."""
     return "m" + hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def translation(prompt):
-    """An answer in the target language that names its function; about one in six is refused, and one in six cut."""
+    """An answer in the target language with the function's marker; a sixth of the answers refuse, a sixth are cut."""
     (language,) = re.findall(r"^Target language: (.*)$", prompt, re.MULTILINE)
     code = prompt.partition("\nCode:\n")[2].removesuffix("\n")
     target = next(name for name in LANGUAGES if LANGUAGE_NAMES[name] == language)
@@ -114,7 +114,7 @@ def small_recipe(corpus, base_url, **changes):
 
 
 def die_before_renaming(number):
-    """Kill -9 this process just before its renaming of this number, from 1."""
+    """Send SIGKILL to this process just before its renaming number `number`, counted from 1."""
     count = 0
 
     def deadly(real):
@@ -148,7 +148,7 @@ CODE_WORDS = [
 
 
 def shingle_set(text):
-    """Character 5-grams; a shorter text is one, a blank text none."""
+    """The character 5-grams of a text; a shorter text is its only shingle, and a blank text has none."""
     if not text.strip():
         return set()
     return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
@@ -169,7 +169,7 @@ def code(rng, lines=12):
 
 
 def mutated(text, similarity, rng):
-    """A text whose similarity to `text` is the given one, or just below it."""
+    """`text` with replaced characters, so that its similarity to `text` is `similarity` or just below."""
     characters = list(text)
     # Each replaced character takes at most five shingles away and brings five others.
     at_once = int(len(shingle_set(text)) * (1 - similarity) / (1 + similarity) / 5)
@@ -194,7 +194,7 @@ def rows_with_near_duplicates(count, seed=0):
 
 
 def sliding_windows(count, lines=40, step=3, seed=0):
-    """Windows over one long text: neighbours are near-duplicates, those far apart have nothing in common."""
+    """Windows over one long text: neighbours are near-duplicates, and distant windows share nothing."""
     rng = random.Random(seed)
     text = code(rng, lines + step * count).split("\n")
     return ["\n".join(text[step * i : step * i + lines]) for i in range(count)]

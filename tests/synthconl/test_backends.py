@@ -24,7 +24,7 @@ KEY = "sk-a-very-secret-key"
 
 
 def requests(count):
-    """Prompts of many lengths, every third one the same as an earlier one."""
+    """Prompts of many lengths; every third prompt repeats an earlier one."""
     numbers = [i - i % 3 // 2 for i in range(count)]
     return [CompletionRequest(f"row {i}", "add " * (7 * n % 23) + str(n)) for i, n in enumerate(numbers)]
 

@@ -41,7 +41,7 @@ def report(out, stage):
 
 
 def published(out):
-    """Split and row by id, as the Hub's library reads them by the card's metadata."""
+    """{id: (split, row)}, read by `datasets` with the card's metadata."""
     rows = {}
     for split, part in datasets.load_dataset(str(out / "dataset"), cache_dir=str(out.parent / "cache")).items():
         for row in part:
@@ -51,7 +51,7 @@ def published(out):
 
 
 def assert_rows_are_their_own(out):
-    """Every row has its own function's translation, into the language that its id draws."""
+    """Check that every row has the translation of its own function, in the language drawn for its id."""
     functions = {row["id"]: row for row in read_rows(out / "functions")}
     for split, row in published(out).values():
         function = functions[row["id"]]

@@ -41,7 +41,7 @@ def tar_of(name, text, mode):
 
 
 def write_packages(folder):
-    """The packages of `LIST` but `gone`, in `folder / "raw"`; returns the path of the list."""
+    """Write the packages of `LIST`, except `gone`, to `folder / "raw"`; return the path of the list."""
     (folder / "corpus.yaml").write_text(LIST)
     deb, bad, js, _, py, more = (folder / "raw" / one.place for one in read_packages(folder / "corpus.yaml"))
     for one in (deb, bad, js, py, more):
@@ -176,7 +176,7 @@ CLEAN = {"package": "npm:a", "code": "let x = 1", "description": "Something else
 
 
 def write_sets(folder, row):
-    """Evaluation sets of each form, and `pairs.jsonl` of `CLEAN` and `row`; returns the names of the sets."""
+    """Write evaluation sets of each form, and `pairs.jsonl` with `CLEAN` and `row`; return the paths of the sets."""
     codes = {"go": CODE, "c": "int main(void) { return 42; }"}
     (folder / "exercises.jsonl").write_text(json.dumps({"code": codes, "description": f"{PROSE}\n\n{CODE}"}))
     (folder / "queries").mkdir()

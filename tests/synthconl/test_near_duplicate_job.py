@@ -27,7 +27,7 @@ AGAINST = {"bench": ["x = 1", ""]}
 
 @pytest.fixture(scope="module")
 def rows():
-    """Rows of two columns of text, in no order of their ids, some of them blank or null."""
+    """Shuffled rows with two columns of text; some texts are blank or null."""
     rng = random.Random(0)
     first, second = samples.rows_with_near_duplicates(300, seed=1), samples.rows_with_near_duplicates(300, seed=2)
     first[7], second[8], second[9], first[10], second[10] = "", None, "x = 1", None, None
@@ -226,7 +226,7 @@ def move_out(path):
 
 @pytest.fixture
 def begun(source, tmp_path, monkeypatch):
-    """The folder of a job that was interrupted after its first file of rows."""
+    """The folder of a job that was interrupted after it wrote its first file of rows."""
     write_kept, out = near_duplicate_job.write_kept, tmp_path / "out"
 
     def interrupted(shard, target, kept):

@@ -68,7 +68,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def brute_force(texts):
-    """All pairs of different texts at 0.7 or more, by the strings themselves."""
+    """{pair: similarity} of all pairs of different texts with a similarity of at least 0.7, from sets of strings."""
     sets = [shingle_set(text) for text in texts]
     number = {shingle: place for place, shingle in enumerate(sorted(set().union(*sets)))}
     holds = np.zeros((len(texts), len(number)), np.float32)

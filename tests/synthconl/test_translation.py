@@ -47,7 +47,7 @@ def prompt_of(row):
 
 
 def assert_complete(folder):
-    """Every function has one completion, its own, at its place."""
+    """Check that each function's completion is its own, and is stored once and in the order of the functions."""
     expected = [(row["id"], f"<{prompt_of(row)}>") for row in function_rows(ROWS)]
     assert [(row["id"], row["text"]) for row in read_rows(folder)] == expected
     assert {path.suffix for path in folder.iterdir()} == {".parquet", ".json"}
@@ -109,7 +109,7 @@ def test_an_endpoint_that_stops_answering_loses_nothing(folders, answered):
 
 @pytest.fixture
 def interrupted(folders):
-    """A run whose endpoint gave up after 5 answers, and the journal that they are in."""
+    """The server of a run that failed after 5 answers, and the journal with these answers."""
     with OpenAIServer(echo, lambda number, *_: (401, {}, {}) if number >= 5 else None) as server:
         with raises("http.status"):
             run(folders, server)

@@ -179,7 +179,7 @@ def mapped(numbers, processes=2, **options):
     return [result for results in crash_safe_map(squares, iter(numbers), **options) for result in results]
 
 
-def test_results_come_in_order_whatever_the_number_of_processes_and_an_error_is_that_of_the_caller():
+def test_results_come_in_order_for_any_number_of_processes_and_the_caller_gets_an_error():
     assert mapped(range(24)) == mapped(range(24), processes=1) == [number * number for number in range(24)]
     with pytest.raises(ValueError, match="a thousand"):
         mapped([1, 2, 1000])

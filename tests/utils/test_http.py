@@ -32,7 +32,7 @@ INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @contextlib.contextmanager
 def raw_server(write):
-    """The address of a server that answers by `write(send)`, where `send` takes bytes, until the client leaves."""
+    """Context manager: the address of a server that answers by `write(send)`; `send` takes bytes."""
 
     class Handler(LoopbackHandler):
         wbufsize = 0  # a buffer would join the parts
@@ -47,7 +47,7 @@ def raw_server(write):
 
 
 def send(answers, *, method="POST", body=None, retry_if=None, **options):
-    """(Response to one request, the requests that arrived); the last answer repeats."""
+    """Return (the response to one request, all requests that arrived); the server repeats the last of `answers`."""
     with (
         LocalServer(lambda request: answers[min(request.number, len(answers) - 1)]) as server,
         HTTPClient(**{"pause": 0.001, "attempts": 3} | options) as client,
@@ -148,13 +148,10 @@ def test_a_body_that_may_unpack_to_gigabytes_is_not_read(encoding):
         send([(200, bomb, {"Content-Encoding": "gzip"})], max_bytes=10**6)
 
 
-@pytest.mark.parametrize(
-    "parts", [[INTERIM * 1000], [INTERIM[:9], INTERIM[9:]]], ids=["many in a read", "in two reads"]
-)
+@pytest.mark.parametrize("parts", [[INTERIM * 1000], [INTERIM[:9], INTERIM[9:]]], ids=["many", "in two reads"])
 def test_a_server_that_says_continue_for_ever_is_left(monkeypatch, parts):
-    monkeypatch.setattr(
-        "modular_star_encoder.utils.http._MAX_INTERIM", limit := 30 * len(b"".join(parts)) // len(INTERIM)
-    )
+    limit = 30 * len(b"".join(parts)) // len(INTERIM)
+    monkeypatch.setattr("modular_star_encoder.utils.http._MAX_INTERIM", limit)
 
     def write(send):
         for part in parts * 60:
@@ -250,16 +247,9 @@ def test_a_proxy_that_can_not_be_used_is_named_by_its_variable(monkeypatch, vari
 
 
 def test_a_client_that_was_not_closed_does_not_delay_the_end_of_the_process():
-    lines = (
-        "from modular_star_encoder.utils.http import HTTPClient",
-        "def pages():",
-        "    with HTTPClient():",
-        "        yield",
-        "cycle = [pages()]",
-        "next(cycle[0])",
-        "cycle.append(cycle)",
-        "del cycle",
-    )
+    imported = "from modular_star_encoder.utils.http import HTTPClient"
+    pages = "def pages():\n    with HTTPClient():\n        yield"
+    lines = (imported, pages, "cycle = [pages()]", "next(cycle[0])", "cycle.append(cycle)", "del cycle")
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], timeout=30, capture_output=True, check=True)
     assert done.stderr == b""
 

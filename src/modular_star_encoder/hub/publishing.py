@@ -131,7 +131,7 @@ def publish(
     Args:
         manifest: the repositories; see `load_manifest` (a YAML file) and `folder_manifest` (one checkpoint folder).
         upload: whether to upload; if False, nothing is sent, and the call works without a connection to the Hub.
-        private: whether new repositories are private.
+        private: whether new repositories are private; existing repositories stay as they are.
         staging: folder that keeps the staged repositories; it must be empty or not exist. By default, the staged
             repositories are removed.
         api: client of the Hub; by default one for `HF_ENDPOINT`, with the token of `hf auth login` or `HF_TOKEN`.

@@ -182,7 +182,7 @@ class Build:
     def report(self, stage: str) -> dict[str, Any]:
         """Return the content of a finished stage's `report.json`; UserError if it is damaged."""
         path = self.out / stage / REPORT
-        # `translate` keeps the answers, which were paid for, and writes its report again. They answer these functions.
+        # Answers cost money: with their functions in place, `translate` keeps them and only writes its report again.
         remedy = f"Remove {path if stage == 'translations' else path.parent}, and build again"
         remedy = "Restore it, or build in another folder" if stage == "functions" else remedy
         return read_record(path, "synthconl.build.damaged", remedy, **_USED[stage])

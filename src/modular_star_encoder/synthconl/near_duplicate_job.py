@@ -1,7 +1,7 @@
 """Drop near-duplicate rows of parquet files; a repeated call continues an interrupted call.
 
-A call writes a file of fingerprints for each file of rows to the folder `WORK`, then kept rows, and last the report.
-A file gets its name once it is complete. The fingerprints alone decide, so a repeated call keeps the same rows.
+A call writes a file of fingerprints for each source file to the folder `WORK`, then the files of kept rows, and last
+the report. A file gets its name when it is complete. Repeated calls read the same fingerprints and keep the same rows.
 """
 
 import json
@@ -121,7 +121,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     elif (used and not begun) or overlap:
         key, fault = "out", f"must be new or empty, and must neither be in {source} nor contain it, also not by a link"
     elif begun:
-        kinds = {"counts": dict[str, int], "job": dict} if begun.name == REPORT else {}
+        kinds: dict[str, Any] = {"counts": dict[str, int], "job": dict} if begun.name == REPORT else {}
         remedy = f"Remove the folder {out} and start again"
         content = read_record(begun, "synthconl.near_duplicates.damaged", remedy, **kinds)
         before = content["job"] if kinds else content

@@ -300,9 +300,9 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return (pairs of rows with an equal key, size of the largest bucket, largest number of rows cut in one band).
 
-    Each band gives a row one key; the row's bucket is the rows of `others` with this key. If `others` is `column`, only
-    rows before the row, so that no pair comes twice. A row is paired with the first `limit` rows of its bucket, and is
-    cut if the bucket has more.
+    Each band gives a row one key; the row's bucket is the rows of `others` with this key. If `others` is `column`, a
+    bucket has only rows before the row, so that no pair occurs twice. A row is paired with the first `limit` rows of
+    its bucket; it is cut if the bucket has more.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0

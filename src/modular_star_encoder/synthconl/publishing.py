@@ -192,7 +192,10 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Upload a built dataset if `upload` is true; return its files and its card. UserError if a file is unusable."""
+    """Return a built dataset's files, uploaded if `upload` is true; UserError if a file can't be used.
+
+    `private` says whether a new repository is private; an existing repository stays as it is.
+    """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
     paths = [root / CARD, root / STATISTICS, *sorted(root.glob("data/*.parquet"))]

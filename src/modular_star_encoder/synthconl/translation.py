@@ -427,7 +427,7 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
         try:
             completion = Completion(**json.loads(line))
             check_types(completion)
-            pa.Table.from_pylist([asdict(completion)], SCHEMA)  # which holds no lone surrogates or huge numbers
+            pa.Table.from_pylist([asdict(completion)], SCHEMA)  # fails for lone surrogates and huge numbers
             known = completion.id in ids
         except (ValueError, TypeError, RecursionError, OverflowError):
             known = False
