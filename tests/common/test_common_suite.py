@@ -7,14 +7,8 @@ import torch
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderConfig,
-    ModularStarEncoderForMaskedLM,
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    ModularStarEncoderModel,
-)
+from modular_star_encoder import modeling
+from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForSequenceClassification
 from tests.common.prepare import import_suite, suite_folder
 
 if not suite_folder().is_dir():
@@ -35,15 +29,8 @@ NAMES = {
 class ModularStarEncoderTester:
     """What the common tests ask of a model: a small configuration and a batch for it."""
 
-    batch_size = 3
-    seq_length = 7
-    is_training = True
-    vocab_size = 99
-    hidden_size = 32
-    intermediate_size = 37
-    num_hidden_layers = 2
-    num_attention_heads = 4
-    num_labels = 3
+    batch_size, seq_length, num_labels, is_training = 3, 7, 3, True
+    vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = 99, 32, 37, 2, 4
 
     def get_config(self):
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -52,11 +39,8 @@ class ModularStarEncoderTester:
 
     def prepare_config_and_inputs_for_common(self):
         shape = (self.batch_size, self.seq_length)
-        inputs = {
-            "input_ids": common.ids_tensor(shape, self.vocab_size - 1) + 1,
-            "attention_mask": common.random_attention_mask(shape),
-        }
-        return self.get_config(), inputs
+        ids, mask = common.ids_tensor(shape, self.vocab_size - 1) + 1, common.random_attention_mask(shape)
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,10 +53,8 @@ def _names_known_to_the_suite():
 
 class TestModularStarEncoder(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (
-        ModularStarEncoderModel,
-        ModularStarEncoderForMaskedLM,
-        ModularStarEncoderForPreTraining,
-        ModularStarEncoderForRetrieval,
+        *(modeling.ModularStarEncoderModel, modeling.ModularStarEncoderForRetrieval),
+        *(modeling.ModularStarEncoderForMaskedLM, modeling.ModularStarEncoderForPreTraining),
         ModularStarEncoderForSequenceClassification,
     )
     # Read by test_torch_compile_for_training, which wants an accelerator and RUN_SLOW=1.
@@ -84,7 +66,7 @@ class TestModularStarEncoder(common.ModelTesterMixin, unittest.TestCase):
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
-        if return_labels and model_class is ModularStarEncoderForPreTraining:
+        if return_labels and model_class is modeling.ModularStarEncoderForPreTraining:
             inputs["icc_labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long, device=torch_device)
         return inputs
 

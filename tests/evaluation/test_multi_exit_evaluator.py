@@ -42,6 +42,10 @@ def sentence_transformer(checkpoint):
     return SentenceTransformer(str(checkpoint), device="cpu")
 
 
+def scores(model, **options):
+    return MultiExitEvaluator.from_pairs(ROWS, **options)(model)
+
+
 def trainer(folder, tokenizer, **changes):
     arguments, model = TrainingArguments(str(folder), **TRAINING), tiny_model(instruction_prompts=False)
     options = {"evaluator": MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer), "callbacks": [SpoilLastStep()]}
@@ -103,7 +107,7 @@ def test_sentence_transformer_trainer_keeps_the_best_checkpoint_too(tmp_path, se
 
 
 def test_metrics_are_those_of_encode_at_each_exit_with_the_published_prompts(sentence_transformer):
-    found = MultiExitEvaluator.from_pairs(ROWS, candidates=8, seed=1)(sentence_transformer)
+    found = scores(sentence_transformer, candidates=8, seed=1)
     languages = {"python": "python", "ruby": "ruby", "sql": None}  # the published prompts don't know SQL
     codes = [code_prompt(languages[language]) + code for _, code, language in ROWS]
     texts = ([text_prompt() + row[0] for row in ROWS], codes)
@@ -114,26 +118,21 @@ def test_metrics_are_those_of_encode_at_each_exit_with_the_published_prompts(sen
 
 
 def test_a_model_alone_scores_as_the_sentence_transformer_around_it(sentence_transformer, tokenizer):
-    network = sentence_transformer[0].auto_model
-    wrapped = MultiExitEvaluator.from_pairs(ROWS, exit_layers=(2,))(sentence_transformer)
-    alone = MultiExitEvaluator.from_pairs(ROWS, exit_layers=(2,), tokenizer=tokenizer)(network)
-    assert wrapped == alone
+    alone = scores(sentence_transformer[0].auto_model, exit_layers=(2,), tokenizer=tokenizer)
+    assert scores(sentence_transformer, exit_layers=(2,)) == alone
     assert {name for name in alone if name.startswith("mrr")} == {"mrr_exit_2", "mrr_mean", "mrr_worst"}
 
 
 def test_the_example_of_the_documentation_scores_every_exit_of_the_shipped_model():
-    wrapped = MultiExitEvaluator.from_pairs(ROWS)(SentenceTransformer(shipped_model()))
-    model, tokenizer = load_checkpoint(shipped_model())
-    assert wrapped == pytest.approx(MultiExitEvaluator.from_pairs(ROWS, tokenizer=tokenizer)(model), abs=1e-6)
+    wrapped, (model, tokenizer) = scores(SentenceTransformer(shipped_model())), load_checkpoint(shipped_model())
+    assert wrapped == pytest.approx(scores(model, tokenizer=tokenizer), abs=1e-6)
     assert {f"mrr_exit_{k}" for k in (0, 1, 2, 4, 6)} < wrapped.keys()
 
 
 def test_prompts_can_be_given_and_a_name_tells_evaluators_apart(sentence_transformer):
-    plain = MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer)
-    bare = MultiExitEvaluator.from_pairs(ROWS, prompts={})(sentence_transformer)
+    plain, bare = scores(sentence_transformer), scores(sentence_transformer, prompts={})
     sentence_transformer.prompts = {}
-    assert MultiExitEvaluator.from_pairs(ROWS)(sentence_transformer) == bare
-    assert bare != plain
+    assert scores(sentence_transformer) == bare != plain
     texts = ({"q": "add"}, {"a": "def add", "b": "def find"}, {"q": ["a"]})
     evaluator = MultiExitEvaluator.from_mappings(*texts, name="small")
     assert evaluator.primary_metric == "small_mrr_mean"
@@ -141,14 +140,13 @@ def test_prompts_can_be_given_and_a_name_tells_evaluators_apart(sentence_transfo
 
 
 def test_other_models_and_embeddings_are_an_error(sentence_transformer, model):
-    evaluator = MultiExitEvaluator.from_pairs(ROWS)
     with raises("evaluator.tokenizer.missing"):
-        evaluator(model)
+        scores(model)
     with raises("evaluator.model.other", "Dense"):
-        evaluator(SentenceTransformer(modules=[*sentence_transformer, Dense(16, 4)]))
+        scores(SentenceTransformer(modules=[*sentence_transformer, Dense(16, 4)]))
     with raises("evaluator.model.other"):
-        evaluator(SentenceTransformer(modules=[sentence_transformer[0], Pooling(16, pooling_mode="max")]))
+        scores(SentenceTransformer(modules=[sentence_transformer[0], Pooling(16, pooling_mode="max")]))
     with pytest.raises(ValueError, match="its exits are 1, 2, 4"):
-        MultiExitEvaluator.from_pairs(ROWS, exit_layers=(3,))(sentence_transformer)
+        scores(sentence_transformer, exit_layers=(3,))
     with raises("evaluation.candidates.too_few", 1):
         MultiExitEvaluator.from_pairs(ROWS, candidates=1)

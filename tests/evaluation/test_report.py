@@ -6,15 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from modular_star_encoder.evaluation import report as report_module
 from modular_star_encoder.evaluation.lexical import BM25
-from modular_star_encoder.evaluation.report import (
-    make_report,
-    median_latencies,
-    plot_quality,
-    read_quality,
-    read_tables,
-    to_latex,
-)
+from modular_star_encoder.evaluation.report import make_report, plot_quality, read_quality, read_tables, to_latex
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from tests.errors import raises
 from tests.evaluation.samples import given_retriever, pair_task, retrieval_task
@@ -31,11 +25,6 @@ def results():
 @pytest.fixture(scope="module")
 def report(results):
     return make_report(TASKS, results, command="mose evaluate MODEL")
-
-
-@pytest.fixture(scope="module")
-def tables(report):
-    return report.tables
 
 
 def test_a_table_has_a_row_for_each_exit_and_retriever_and_the_mean_of_its_columns(report, results):
@@ -76,8 +65,8 @@ def test_each_exit_is_compared_with_the_same_exit_before(tmp_path, results):
     assert read_quality(tmp_path / "report.json") == {1: one, 2: two, 3: three}  # not those of `before`
 
 
-def test_markdown_shows_values_intervals_command_and_notes(report, tables):
-    text, mean = report.to_markdown(), tables[0].rows[1].mean
+def test_markdown_shows_values_intervals_command_and_notes(report):
+    text, mean = report.to_markdown(), report.tables[0].rows[1].mean
     row = next(line for line in text.splitlines() if line.startswith("| given, exit 2 "))
     assert f"{100 * mean.value:.1f}" in row
     assert f"{100 * mean.low:.1f}–{100 * mean.high:.1f}" in row
@@ -87,18 +76,18 @@ def test_markdown_shows_values_intervals_command_and_notes(report, tables):
     assert len(widths) == 1
 
 
-def test_the_heading_and_the_text_below_a_table_say_what_its_numbers_are(report, tables):
+def test_the_heading_and_the_text_below_a_table_say_what_its_numbers_are(report):
     ranked, pairs = report.to_markdown().split("## pairs")
     assert ranked.count("| MRR × 100 ") == pairs.count("| F1 × 100 ") == 1
     for part in ("All scores × 100; 60 queries, 20 to 40 candidates each; among equal scores, relevant documents rank",
-                 " MRR: mean of 1 / rank of", " R@k: share of", " NDCG@k: gain of", "from given, exit 3,"):  # fmt: skip
-        assert ranked.count(part) == to_latex(tables[:1]).replace(r"$\times$", "×").count(part) == 1
-    assert "All scores × 100; 15 pairs. F1: harmonic mean of precision and recall. Intervals:" in pairs
+                 " MRR: mean of 1 / rank of", " R@k: share of", " NDCG@k: sum of", "from given, exit 3,"):  # fmt: skip
+        assert ranked.count(part) == to_latex(report.tables[:1]).replace(r"$\times$", "×").count(part) == 1
+    assert "; 15 pairs. F1: harmonic mean of precision and recall. Intervals: bootstrap over pairs." in pairs
     assert "share of" not in pairs  # recall is that of pairs
 
 
-def test_latex_is_escaped_and_has_as_many_cells_as_columns(tables):
-    text = to_latex(tables)
+def test_latex_is_escaped_and_has_as_many_cells_as_columns(report):
+    text = to_latex(report.tables)
     assert r"two\_b" in text
     assert not re.search(r"(?<!\\)[%_&#](?=[a-zA-Z])", text)
     for table in re.findall(r"\\begin\{tabular\}\{(lr+)\}(.*?)\\end", text, re.DOTALL):
@@ -106,12 +95,13 @@ def test_latex_is_escaped_and_has_as_many_cells_as_columns(tables):
         assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(table[0])}
 
 
-def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, report, tables, results):
+def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, report, results):
     report.write(tmp_path)
-    names = [path.name for path in tmp_path.iterdir()]
-    assert sorted(names) == ["report.csv", "report.json", "report.md", "report.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"report.{kind}" for kind in ("csv", "json", "md", "tex")
+    ]
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["tables"][0]["rows"][1]["mean"]["value"] == tables[0].rows[1].mean.value
+    assert data["tables"][0]["rows"][1]["mean"]["value"] == report.tables[0].rows[1].mean.value
     assert len(data["results"]) == len(results)
     assert "values" not in data["results"][0]
     rows = list(csv.DictReader((tmp_path / "report.csv").read_text().splitlines()))
@@ -119,10 +109,10 @@ def test_all_reports_are_written_and_json_holds_what_tables_show(tmp_path, repor
 
 
 @pytest.mark.slow
-def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeypatch):
+def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, report, monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn, plot = [], Axes.plot
+    drawn, plot, tables = [], Axes.plot, report.tables
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: drawn.append((x, y)) or plot(self, x, y, **k))
     plot_quality(tables, tmp_path / "depth.png")
     assert (tmp_path / "depth.png").stat().st_size > 5000
@@ -131,7 +121,7 @@ def test_plots_show_each_exit_at_its_depth_and_latency(tmp_path, tables, monkeyp
     plot_quality(tables, tmp_path / "latency.png", {"given": {1: 5.0, 3: 20.0}})
     assert drawn[-2] == ([5.0, 20.0], [means[0], means[2]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.png", "latency.png"]
-    assert median_latencies(made_up_profile()) == {4: 10.0, 9: 22.5, 18: 45.0}
+    assert report_module.median_latencies(made_up_profile()) == {4: 10.0, 9: 22.5, 18: 45.0}
     odd = [replace(row, retriever=f"$\\frac{{a$\0{row.retriever}") for row in tables[0].rows]
     plot_quality([replace(tables[0], benchmark=rf"${'{' * 400}$", metric="$^$", rows=odd)], tmp_path / "depth.png")
     with raises("evaluation.plots.empty", "none.png"):

@@ -24,6 +24,11 @@ PROSE = [Text(f"{verb} the file") for verb in ("open", "close", "read", "write")
 CODE = [Text(f"def {verb}(file):\n    return {verb}er", "python") for verb in ("open", "close", "read", "write")]
 
 
+def check_scores(retriever, queries, documents, expected, variant=None):
+    (block,) = retriever.scores(queries, documents, variant or ExitVariant()).blocks()
+    assert block.scores == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """An encoder of transformers without anything of sentence-transformers."""
@@ -74,11 +79,9 @@ def test_exits_and_nested_dimensions_are_variants_with_the_published_prompts(tok
     queries = encode_exits(model, tokenizer, [text_prompt() + text.text for text in PROSE], progress=False)
     codes = encode_exits(model, tokenizer, [code_prompt("python") + text.text for text in CODE], progress=False)
     for k in (2, 4):
-        block = next(retriever.scores(PROSE, CODE, ExitVariant(k, 16)).blocks())
-        assert block.scores == pytest.approx(queries[k] @ codes[k].T, abs=1e-5)
+        check_scores(retriever, PROSE, CODE, queries[k] @ codes[k].T, ExitVariant(k, 16))
     cut = queries[4][:, :4] / np.linalg.norm(queries[4][:, :4], axis=1, keepdims=True)
-    block = next(retriever.scores(PROSE, PROSE, ExitVariant(4, 4)).blocks())
-    assert block.scores == pytest.approx(cut @ cut.T, abs=1e-5)
+    check_scores(retriever, PROSE, PROSE, cut @ cut.T, ExitVariant(4, 4))
 
 
 def test_a_sentence_transformer_gets_its_own_prompts(plain):
@@ -87,8 +90,7 @@ def test_a_sentence_transformer_gets_its_own_prompts(plain):
     retriever.prepare([*PROSE, *CODE], retriever.variants, progress=False)
     queries = model.encode_query([text.text for text in PROSE], normalize_embeddings=True)
     codes = model.encode_document([text.text for text in CODE], normalize_embeddings=True)
-    block = next(retriever.scores(PROSE, CODE, ExitVariant()).blocks())
-    assert block.scores == pytest.approx(queries @ codes.T, abs=1e-5)
+    check_scores(retriever, PROSE, CODE, queries @ codes.T)
 
 
 @pytest.mark.parametrize(
@@ -257,10 +259,9 @@ def test_an_endpoint_is_a_retriever(server):
     retriever = open_retriever(f"openai:large@{server.url}/v1")
     texts = [Text("banana"), Text("a", "python")]
     retriever.prepare(texts, retriever.variants, progress=False)
-    scores = next(retriever.scores(texts, texts, ExitVariant()).blocks()).scores
     vectors = np.array([embedding(text.text) for text in texts])
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    assert scores == pytest.approx(units @ units.T, abs=1e-6)
+    check_scores(retriever, texts, texts, units @ units.T)
     assert retriever.name == "large"
     assert KEY not in repr(vars(retriever.encoder))
     with raises("http.url", "file:///etc/passwd"):

@@ -31,7 +31,7 @@ PACKAGES = ("modular-star-encoder", "torch", "transformers", "sentence-transform
 _MEANINGS = {
     "mrr": "mean of 1 / rank of the first relevant document",
     "recall@": "share of the relevant documents among the first k",
-    "ndcg": "gain of the ranking relative to the best order, with weights 1 / log2(rank + 1)",
+    "ndcg": "sum of 1 / log2(rank + 1) over the relevant documents found, divided by that of the best order",
     "map@r": "mean precision at the ranks of the R relevant documents, 0 at ranks above R",
     "f1": "harmonic mean of precision and recall",
 }
@@ -251,8 +251,9 @@ def _explain(table: Table) -> list[str]:
     shown = [(re.sub(r"@\d+", "@k", metric_label(one)), one) for one in (table.metric, *table.rows[0].others)]
     known = {label: text for label, one in shown for start, text in _MEANINGS.items() if one.startswith(start)}
     meanings = "".join(f" {label}: {text}." for label, text in known.items())
-    ties = "" if table.metric == "f1" else "; among equal scores, relevant documents rank last"
-    values = f"All scores × 100; {table.size}{ties}.{meanings} Intervals: bootstrap over queries."
+    of_pairs, ties = table.metric == "f1", "among equal scores, relevant documents rank last"
+    values = f"All scores × 100; {table.size}{'' if of_pairs else f'; {ties}'}.{meanings}"
+    values += f" Intervals: bootstrap over {'pairs' if of_pairs else 'queries'}."
     tests = f"Δ: difference from {table.reference}, with its interval; p: paired permutation test."
     return [f"{values} {tests}", *(f"Note: {note}." for note in table.notes)]
 

@@ -197,7 +197,7 @@ def select_exit(
     exit_layer = max(exits, key=lambda k: (quality[k], -k)) if is_known else max(exits)
     why = f"has the highest quality ({quality[exit_layer]:.3f})" if is_known else "is the deepest"
     found = f"{why} of exits {_listed(exits)} within {wanted}: {_listed_values({exit_layer: values[exit_layer]})}"
-    _logger.info("exit %s %s; batches of %s × %s tokens", exit_layer, found, *shape)
+    _logger.info("exit %s %s; batches of %s × %s (texts × tokens)", exit_layer, found, *shape)
     return exit_layer
 
 
