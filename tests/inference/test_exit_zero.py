@@ -148,6 +148,15 @@ def test_what_a_table_cannot_hold_is_refused_and_nothing_is_written(checkpoint, 
     assert not out.exists()
 
 
+def test_a_fault_found_in_the_temporary_slice_names_the_checkpoint(tmp_path, monkeypatch):
+    def find_fault(folder):
+        raise ValueError(f"{folder} is odd")
+
+    monkeypatch.setattr("modular_star_encoder.inference.exit_zero.check_tokenizer", find_fault)
+    with raises("checkpoint.damaged", "mose-code cannot be used", "(mose-code is odd)"):
+        export_static("mose-code", tmp_path / "out")
+
+
 def test_the_command_writes_a_static_model_and_refuses_what_is_for_onnx(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["export", "mose-code", "--format", "model2vec", "--out", str(out)]

@@ -316,7 +316,11 @@ def export_static(
         message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."
         raise UserError("static.special_tokens", message)
     with scratch_folder("static") as scratch:
-        encoder = NumpyEncoder(slice_checkpoint(checkpoint, 0, scratch / "slice"))
+        cut = slice_checkpoint(checkpoint, 0, scratch / "slice")
+        try:
+            encoder = NumpyEncoder(cut)
+        except UserError as error:  # the user knows the checkpoint, not its temporary slice
+            raise UserError(error.key, str(error).replace(str(cut), str(checkpoint))) from error
         tokenizer, table = encoder.tokenizer, encoder.table
     folder = user_path(folder)
     with staged_folder(folder) as staging:
