@@ -5,8 +5,8 @@
 The texts are the candidates of CodeSearchNet's test tasks (`--rows` from each pool of 1,000), cut to 256 tokens, the
 limit of all-MiniLM-L6-v2. Every contender embeds all of them in each round, tokenizing included:
 
-    torch float32, bfloat16    `SentenceTransformer.encode` of the other encoders; `encode_exits` of ours, in bfloat16
-                               after `compile_for_inference`; bfloat16 only where the processor has it
+    torch float32, bfloat16    `SentenceTransformer.encode` of the other encoders; ours by `encode_exits` in float32, by
+                               the encoder of `mose index` in bfloat16; bfloat16 only where the processor has it
     ONNX int8                  onnxruntime with weights of 8 bits, the same batches for every encoder
     numpy                      what `mose search` uses at exit 0, without torch
     model2vec                  its library with exit 0 of mose-code as `mose export --format model2vec` writes it
@@ -70,7 +70,7 @@ def contenders(encoders: Sequence[str], folder: Path) -> dict[str, Callable[[], 
         found |= {f"{label}, torch {dtype}": partial(stock, name, dtype) for dtype in dtypes}
         found[f"{label}, ONNX int8"] = partial(stock_onnx, name, folder / f"{label}.onnx")
     for k in (6, 2, 1):
-        found |= {f"exit {k}, torch {dtype}": partial(ours, k, dtype) for dtype in dtypes}
+        found |= {f"exit {k}, torch float32": partial(ours, k), f"exit {k}, mose index": partial(ours_indexing, k)}
         found[f"exit {k}, ONNX int8"] = partial(ours_onnx, k, folder / f"exit-{k}.onnx")
     return found | {"exit 0, numpy": exit_zero, "exit 0, model2vec": partial(model2vec, folder / "model2vec")}
 
@@ -111,18 +111,22 @@ def stock_onnx(name: str, path: Path) -> Encode:
     return by_onnxruntime(path, model.tokenizer)
 
 
-def ours(exit_layer: int, dtype: str) -> Encode:
+def ours(exit_layer: int) -> Encode:
     """`encode_exits` at one exit."""
-    from models import compile_for_inference
-
     from modular_star_encoder.inference.checkpoints import load_checkpoint
     from modular_star_encoder.inference.encode import encode_exits
 
-    model, tokenizer = load_checkpoint(CHECKPOINT, exit_layer=exit_layer, device="cpu", dtype=dtype)
-    model.config.max_position_embeddings = MAX_TOKENS
-    model = compile_for_inference(model) if dtype == "bfloat16" else model
-    options: dict[str, Any] = {"exit_layers": [exit_layer], "progress": False}
-    return lambda texts: encode_exits(model, tokenizer, list(texts), **options)[exit_layer]
+    options: dict[str, Any] = {"exit_layers": [exit_layer], "progress": False, "max_length": MAX_TOKENS}
+    encode = partial(encode_exits, *load_checkpoint(CHECKPOINT, exit_layer, "cpu"), **options)
+    return lambda texts: encode(list(texts))[exit_layer]
+
+
+def ours_indexing(exit_layer: int) -> Encode:
+    """As `mose index` embeds many pieces: in bfloat16 where that is faster."""
+    from modular_star_encoder.search.embedder import Embedder
+
+    encode = Embedder(CHECKPOINT, "cpu").encoder([exit_layer])
+    return lambda texts: encode(list(texts), max_length=MAX_TOKENS)[exit_layer]
 
 
 def ours_onnx(exit_layer: int, path: Path) -> Encode:

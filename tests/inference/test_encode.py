@@ -128,7 +128,7 @@ def test_texts_and_exits_that_cannot_be_encoded_are_an_error(model, tokenizer):
         ("texts", (None, 5, [None], [1], [b"a"], b"a", {"a": 1}, {"a"}, ["a", ["b"]])),
         ("exit_layers", (2,)),
         ("max_length", (0, -1, "9", 2.5, True)),
-        ("tokens_per_batch", (0, "9", None)),
+        ("tokens_per_batch", (0, "9")),
         ("prompt", (None, 5)),
         ("tokenizer", (None, "mose-code")),
         ("model", (None, "mose-code")),

@@ -33,7 +33,7 @@ class MultiExitEvaluator(BaseEvaluator):
     The metrics are `mrr_exit_4` and so on for each exit, `mrr_mean` and `mrr_worst` for the mean and the minimum over
     the exits, and likewise `ndcg_at_10_…` and `recall_at_{k}_…`. Trainers add the prefix `eval_`.
     `TrainingArguments(metric_for_best_model="eval_mrr_mean", load_best_model_at_end=True)` keeps the checkpoint with
-    the best mean over the exits; `"eval_mrr_worst"` keeps the checkpoint with the best worst exit.
+    the best mean over the exits; `"eval_mrr_worst"` keeps the checkpoint whose worst exit is best.
 
     With several processes, each process of `MultiExitTrainer` embeds a share of the texts (all texts if FSDP splits the
     parameters), and then every process ranks all documents. With `SentenceTransformerTrainer` (sentence-transformers
@@ -47,7 +47,7 @@ class MultiExitEvaluator(BaseEvaluator):
         prompts: {`query`, `document` or `document_{language}`: prefix of texts}. If None, a SentenceTransformer has its
             own prompts; other models have the published prompts (none if `config.instruction_prompts` is false).
         max_length: longer texts are cut to this number of tokens; the model's limit if None.
-        tokens_per_batch: largest number of tokens in a batch, padding included; see `encode_exits`.
+        tokens_per_batch: maximum number of tokens in a batch, padding included; see `encode_exits` for the default.
         name: prefix of the names of the metrics, to tell several evaluators apart.
         progress: whether to show progress bars.
 
@@ -68,7 +68,7 @@ class MultiExitEvaluator(BaseEvaluator):
         recall_at: Sequence[int] = (1, 10),
         prompts: Mapping[str, str] | None = None,
         max_length: int | None = None,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int | None = None,
         name: str = "",
         progress: bool = False,
     ) -> None:

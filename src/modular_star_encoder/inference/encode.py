@@ -39,7 +39,7 @@ def encode_exits(
     exit_layers: Sequence[int] | None = None,
     prompt: str = "",
     max_length: int | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> dict[int, np.ndarray]:
@@ -57,6 +57,7 @@ def encode_exits(
         max_length: maximum number of tokens of a text, special tokens included; longer texts are cut. If None, the
             `max_position_embeddings` of the model.
         tokens_per_batch: maximum number of tokens in a batch, padding included; a longer text is a batch of its own.
+            If None, 2,048 on a CPU, whose caches hold that many, and 8,192 elsewhere.
         progress: show progress bars.
         dtype: compute under autocast in this dtype; if None, in the dtype of the model.
 
@@ -87,6 +88,8 @@ def encode_exits(
         return model(**inputs, exit_layers=exits).exit_embeddings.float().cpu().numpy()
 
     max_length = config.max_position_embeddings if max_length is None else max_length
+    if tokens_per_batch is None:
+        tokens_per_batch = 2048 if device.type == "cpu" else 8192
     options: dict[str, Any] = {"prompt": prompt, "tokens_per_batch": tokens_per_batch, "progress": progress}
     autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
     with _inference(model), autocast:
@@ -103,7 +106,7 @@ def encode_batches(
     *,
     max_length: int,
     prompt: str = "",
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> np.ndarray:
     """Return the embeddings (E exits, N, D) float32 of N texts, in their order; a batch has texts of similar length.

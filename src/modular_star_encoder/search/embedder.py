@@ -18,7 +18,7 @@ from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
 
-_KEPT_EMBEDDINGS = 20_000
+_KEPT_EMBEDDINGS = 4096
 _FEW_TEXTS = 64  # numpy embeds at most this many at exits above 0: for so few, importing torch would take longer
 
 # Files of a repository that a search may read.
@@ -40,8 +40,7 @@ class Embedder:
         folder = local_folder(checkpoint)
         self.checkpoint = os.fspath(checkpoint) if folder is None else str(folder.resolve())
         self._device = device
-        self._model: Any = None
-        self._tokenizer: Any = None
+        self._loaded: dict[Any, tuple[Any, Any]] = {}  # dtype or None → (model, tokenizer)
         self._known: OrderedDict[_Key, np.ndarray] = OrderedDict()
 
     @cached_property
@@ -186,19 +185,28 @@ class Embedder:
             encode = self._numpy.encode
             return lambda texts: {0: encode(texts)}
         is_short = expected is not None and expected <= _FEW_TEXTS
-        if is_short and self._device in (None, "cpu") and self._model is None and has_layers(self._facts):
+        if is_short and self._device in (None, "cpu") and None not in self._loaded and has_layers(self._facts):
             return partial(self._numpy.encode_exits, exit_layers=exit_layers)
         import torch
 
-        from modular_star_encoder.inference.checkpoints import load_checkpoint
         from modular_star_encoder.inference.encode import bf16_is_faster, encode_exits
 
-        if self._model is None or self._model.config.num_hidden_layers < max(exit_layers):
-            _hide_loading_bars()
-            self._model, self._tokenizer = load_checkpoint(self._folder, max(exit_layers), self._device)
         # Of many texts only: a few questions must give the same scores on every machine.
         dtype = torch.bfloat16 if not is_short and bf16_is_faster(self._device) else None
-        return partial(encode_exits, self._model, self._tokenizer, exit_layers=exit_layers, progress=False, dtype=dtype)
+        return partial(encode_exits, *self._load(max(exit_layers), dtype), exit_layers=exit_layers, progress=False)
+
+    def _load(self, exit_layer: int, dtype: Any) -> tuple[Any, Any]:
+        """Return (model, tokenizer) in `dtype`, with at least the layers up to `exit_layer`; one is kept per dtype."""
+        from modular_star_encoder.inference.checkpoints import load_checkpoint
+
+        if dtype not in self._loaded or self._loaded[dtype][0].config.num_hidden_layers < exit_layer:
+            _hide_loading_bars()
+            model, tokenizer = load_checkpoint(self._folder, exit_layer, self._device, dtype)
+            if dtype is not None and model.device.type == "cpu":
+                # In bfloat16, torch's CPU kernel for attention takes twice as long as plain products on short texts.
+                model.set_attn_implementation("eager")
+            self._loaded[dtype] = model, tokenizer
+        return self._loaded[dtype]
 
     @cached_property
     def _numpy(self) -> NumpyEncoder:
