@@ -54,8 +54,7 @@ def test_stats_prints_the_table_and_writes_the_same_figures(mose, built, tmp_pat
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (status, err) == (0, "")
     assert f"| all | {figures['rows']} |" in out
-    assert figures["rows"] >= 4
-    assert set(figures["original"]) == {"python"}
+    assert (figures["rows"] >= 4, set(figures["original"])) == (True, {"python"})
 
 
 def test_stats_says_what_it_left_out(mose, tmp_path):
@@ -63,10 +62,8 @@ def test_stats_says_what_it_left_out(mose, tmp_path):
     rows = [row | {"func2": "y", "language2": "c"}, row | {"func2": "", "language2": "c"}]
     (tmp_path / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "\x1b[2J"]))
     status, out, err = mose("dataset", "stats", tmp_path / "rows.jsonl")
-    assert (status, "�[2J" in err) == (0, True)
-    assert "| all | 1 | 1 | 1 | 1 |" in out
-    assert "1 rows left out (empty func2), such as" in err
-    assert "line 2" in err
+    assert (status, "| all | 1 | 1 | 1 | 1 |" in out) == (0, True)
+    assert all(one in err for one in ("�[2J", "1 rows left out (empty func2), such as", "line 2"))
 
 
 def test_dedup_writes_the_rows_that_are_kept(mose, built, tmp_path):

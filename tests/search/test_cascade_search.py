@@ -53,8 +53,7 @@ def test_the_best_of_the_shallow_exit_are_ranked_by_the_deep_one(indexes, checkp
     assert expected != candidates
     assert [hit.score for hit in answer.hits[:6]] == pytest.approx([deep[text] for text in expected], abs=1e-5)
     assert [hit.text for hit in answer.hits[6:]] == sorted(shallow, key=lambda text: -shallow[text])[6:8]
-    assert answer.reranked
-    assert [hit.exit_layer for hit in answer.hits] == [4] * 6 + [1] * 2
+    assert (answer.reranked, [hit.exit_layer for hit in answer.hits]) == (True, [4] * 6 + [1] * 2)
 
 
 @pytest.mark.parametrize(("way", "passes"), [("text", [[1, 4], [4]]), ("stored", [[1, 4]])])
@@ -77,8 +76,7 @@ def test_the_deep_exit_runs_only_below_the_margin(indexes):
     index = indexes["text"]
     (plain,) = index.search([QUESTION], method="vector")
     (sure,) = index.search([QUESTION], method="vector", cascade=Cascade(4, 6, margin=plain.margin))
-    assert not sure.reranked
-    assert sure.hits == plain.hits
+    assert (sure.reranked, sure.hits) == (False, plain.hits)
     (unsure,) = index.search([QUESTION], method="vector", cascade=Cascade(4, 6, margin=plain.margin + 1e-4))
     assert unsure.reranked
     assert sure.margin == unsure.margin == pytest.approx(plain.margin)

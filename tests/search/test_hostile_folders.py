@@ -168,9 +168,7 @@ def test_an_index_that_came_with_a_folder_reads_nothing_outside_it(hostile, tmp_
 
 
 @pytest.mark.parametrize("model", ["owner/model", "sub/model"])
-def test_an_index_that_came_with_a_folder_loads_no_model_from_it_or_from_the_hub(
-    tmp_path, checkpoint, monkeypatch, model
-):
+def test_the_index_of_a_folder_loads_no_model_from_the_folder_or_the_hub(tmp_path, checkpoint, monkeypatch, model):
     """A model of the Hub is found in this machine's cache, in the version of the index."""
     asked = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *place, **_: asked.append(place) or [])
@@ -213,7 +211,7 @@ def test_an_update_follows_no_link_in_its_index_removes_only_its_own_files_and_r
 
 @pytest.mark.parametrize("content", ["gone", "link", "folder"])
 @pytest.mark.parametrize(("module", "moment"), [(building, "_divided"), (search_index, "update_store")])
-def test_an_index_that_is_replaced_while_it_is_written_is_not_written_through(
+def test_an_index_replaced_during_an_update_is_not_written(
     code, tmp_path, checkpoint, change_before, content, module, moment
 ):
     (outside := tmp_path / "outside").mkdir()

@@ -142,9 +142,7 @@ def test_files_of_a_folder_that_becomes_a_link_after_the_walk_are_not_read(folde
 
 @pytest.mark.parametrize("by_link", [True, False])
 @pytest.mark.parametrize("moment", ["beginning", "folder_repositories"])
-def test_a_folder_that_is_moved_or_becomes_a_link_while_it_is_read_is_named(
-    folder, tmp_path, change_before, moment, by_link
-):
+def test_a_folder_that_is_replaced_while_it_is_read_is_named(folder, tmp_path, change_before, moment, by_link):
     (outside := tmp_path / "outside").mkdir()
     (outside / "good.py").write_text("secret = 'mine'\n")
     module = repositories if moment == "beginning" else building

@@ -45,7 +45,7 @@ def found(index, question="pushing an item"):
 
 
 @pytest.mark.parametrize("fact", ["an old time", "a time to come", "the inode"])
-def test_a_file_of_an_archive_with_the_size_and_time_of_the_file_before_it_is_read_again_but_once(
+def test_a_file_replaced_by_one_of_its_size_and_time_is_read_once(
     old_code, tmp_path, checkpoint, monkeypatch, read, fact
 ):
     path, other, real = old_code / "stack.py", tmp_path / "other.py", os.stat
@@ -111,9 +111,7 @@ def test_files_for_which_there_is_no_time_stay_as_they_were(old_code, index, rea
     assert (report.postponed_files, report.embedded_files, found(index) >= {"stack.py", "new.py"}) == (0, 2, True)
 
 
-def test_of_many_new_files_those_with_the_questions_words_are_read_first(
-    old_code, tmp_path, checkpoint, monkeypatch, read
-):
+def test_new_files_with_words_of_the_question_are_read_first(old_code, tmp_path, checkpoint, monkeypatch, read):
     few = build(old_code, tmp_path / "few", checkpoint, seconds=0, questions=["add"])
     assert few.report.postponed_files == 0
     few.refuse_empty()

@@ -15,7 +15,7 @@ def piece(path, *defines, text="x"):
 def order(question, snippets, similarities=None, words=None):
     words = np.ones(len(snippets)) if words is None else np.array(words, dtype=float)
     similarities = None if similarities is None else np.array(similarities, dtype=float)
-    return [one.candidate for one in placed(Question.of(question), snippets, similarities, words)]
+    return [candidate for candidate, *_ in placed(Question.of(question), snippets, similarities, words)]
 
 
 def placed(question, snippets, similarities, words):
@@ -99,8 +99,8 @@ def test_further_pieces_of_a_file_give_way_to_other_files():
 
 def test_reasons_add_up_to_the_score():
     snippets = [piece("tests/stack.py", "Stack"), piece("stack.py"), piece("stack.py", "push")]
-    for one in placed(Question.of("where Stack is"), snippets, np.array([0.5, 0.2, 0.1]), np.array([1.0, 0, 2])):
-        assert one.score == pytest.approx(sum(one.reasons.values()))
+    found = placed(Question.of("where Stack is"), snippets, np.array([0.5, 0.2, 0.1]), np.array([1.0, 0, 2]))
+    assert [score for _, score, _ in found] == pytest.approx([sum(reasons.values()) for *_, reasons in found])
     assert placed(Question.of("x"), [], None, np.zeros(0)) == []
 
 

@@ -88,8 +88,7 @@ def checkpoint(text: str) -> str:
 
                 cached = try_to_load_from_cache(text, "config.json")
             if not isinstance(cached, str):
-                message = f"{text} is neither a local folder nor in the Hub's cache, and {error}"
-                raise OSError(message) from None
+                raise OSError(f"{text} is neither a local folder nor in the Hub's cache, and {error}") from None
             from huggingface_hub import constants
 
             constants.HF_HUB_OFFLINE = True

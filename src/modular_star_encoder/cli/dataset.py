@@ -64,8 +64,7 @@ def add_dataset_commands(commands: Any) -> None:
     about = "extract functions of packages, drop duplicates, and split by packages"
     add = add_command(commands, "build", run_corpus_build, about, resumes=True).add_argument
     add("corpus", metavar="FILE", type=existing, help=packages)
-    fetched = "folder that `mose dataset corpus fetch` wrote"
-    add("--packages", metavar="FOLDER", type=existing, required=True, help=fetched)
+    add("--packages", metavar="FOLDER", type=existing, required=True, help="folder of `mose dataset corpus fetch`")
     add("--out", metavar="FOLDER", required=True, help="folder to write; a stopped build is continued")
     processes = "number of processes that extract functions (default: 2)"
     add("--processes", metavar="N", type=at_least(0), default=2, help=processes)

@@ -40,8 +40,7 @@ def add_publish_commands(commands: Any) -> None:
     add = add_command(commands, "publish", run_publish, about).add_argument
     source = "a manifest, such as a copy of small/publish (`mose recipes copy`), or a checkpoint's folder"
     add("source", metavar="MANIFEST", help=source)
-    settings = "settings of the manifest to change, such as namespace=NAME"
-    add("overrides", metavar="KEY=VALUE", nargs="*", help=settings)
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="settings of the manifest to change, such as namespace=NAME")
     _add_folder_options(add)
     add("--upload", action="store_true", help="upload, in one commit for each repository that differs")
     add("--public", action="store_true", help="make new repositories public (default: private)")
@@ -63,8 +62,7 @@ def add_publish_commands(commands: Any) -> None:
 
 
 def _add_folder_options(add: Callable[..., Any], *, required: bool = False) -> None:
-    name = "repository on the Hub to publish a folder to"
-    add("--repository", metavar="OWNER/NAME", required=required, help=name)
+    add("--repository", metavar="OWNER/NAME", required=required, help="repository on the Hub to publish a folder to")
     license = "for a folder: its licence, as the Hub names it (default: that in its card, or its parent's if known)"
     add("--license", metavar="NAME", help=license)
     results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
@@ -178,7 +176,7 @@ def _folder_manifest(arguments: argparse.Namespace, folder: str) -> Any:
         return load_manifest(folder, [f"namespace={repository.partition('/')[0]}"])
     manifest = folder_manifest(folder, repository, license=license, evaluation=arguments.evaluation)
     if manifest.license and not license:
-        found = f"license: {manifest.license}, as the card in {folder} or, without one, its parent's says"
+        found = f"license: {manifest.license}, from the card in {folder} or, without one, from its parent's"
         note(f"{found}; --license NAME sets another")
     return manifest
 

@@ -61,8 +61,7 @@ def add_search_commands(commands: Any) -> None:
     margin = "rank again only if the two best similarities differ by less than X"
     add("--margin", metavar="X", type=float, help=margin)
     _add_show_skipped(add)
-    stale = "search the index as it is, without updating it first"
-    add("--no-refresh", action="store_false", dest="refresh", help=stale)
+    add("--no-refresh", action="store_false", dest="refresh", help="search the index without updating it first")
     add("--explain", action="store_true", help="show what each ranking rule adds to a hit's score")
     _add_output_options(add)
 
@@ -271,8 +270,7 @@ def run_related(arguments: argparse.Namespace) -> None:
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(index.folder)).replace(os.sep, "/")
     hits = index.related(inside, int(number), top_k=arguments.top_k)
     answer = Answer(readable_path(f"{path}:{number}"), hits, method="vector")
-    shown = json.dumps(answer.to_dict(), indent=2) if arguments.json else format_answer(answer, lines=arguments.lines)
-    print(shown)
+    print(json.dumps(answer.to_dict(), indent=2) if arguments.json else format_answer(answer, lines=arguments.lines))
 
 
 def run_mcp(arguments: argparse.Namespace) -> None:

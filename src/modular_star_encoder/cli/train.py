@@ -20,8 +20,7 @@ def add_train_commands(commands: Any) -> None:
     """Add the training commands and `mose recipes` to the subparsers of `mose`."""
     recipe, run_folder = "a YAML file or a packaged recipe, such as", "folder of the run; a stopped run is continued"
 
-    about = "pre-train a model on repositories of code, with a recipe"
-    pretrain = add_command(commands, "pretrain", run_pretrain, about)
+    pretrain = add_command(commands, "pretrain", run_pretrain, "pre-train a model on code repositories, with a recipe")
     add_recipe_options(pretrain, f"{recipe} small", "corpus.folder=~/code", run_folder)
 
     finetune = add_command(commands, "finetune", run_finetune, "fine-tune a model on pairs of texts, with a recipe")
@@ -143,8 +142,7 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     model = os.path.join(arguments.out, "model")
     print(f"{log['steps']} steps; result in {model}{also}")
     if report.is_file():
-        name = shlex.quote(model)
-        print(f"search with it: mose search QUESTION FOLDER --model {name}")
+        print(f"search with it: mose search QUESTION FOLDER --model {shlex.quote(model)}")
         print(f"in Python: import modular_star_encoder, sentence_transformers as st; st.SentenceTransformer({model!r})")
 
 

@@ -75,16 +75,14 @@ def served(
     the web address of the indexed folder, for links. UserError if an argument is invalid.
     """
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
-    key, fault = "", ""
     if port is not None and not 1 <= port <= 65535:
-        key, fault = "port", f"--port must be from 1 to 65535, not {port}."
+        raise UserError("demo.port", f"--port must be from 1 to 65535, not {port}.")
     try:  # without this check, Gradio would try a hundred ports
         with socket.socket(socket.AF_INET) as trial:
             trial.bind((host, 0))
-    except (OSError, UnicodeError):
-        key, fault = "host", f"--host must be an IPv4 address or a name of this machine, not {host!r}."
-    if key:
-        raise UserError(f"demo.{key}", fault)
+    except (OSError, UnicodeError) as error:
+        fault = f"--host must be an IPv4 address or a name of this machine, not {host!r}."
+        raise UserError("demo.host", fault) from error
     links = repository_links(source) if source else LocalFiles(index)
     gradio = import_gradio()
     blocks = build_blocks(SearchPage(index, links, checkpoint))

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -104,6 +104,12 @@ SEARCH_FILTERS = FileFilters(
 """The filters of the files that search reads. Search also leaves out files that git ignores."""
 
 
+def search_files(folder: str, languages: Collection[str], **kinds: bool) -> FileReader:
+    """Return a reader of the files of a folder that search reads; `kinds` are fields of `FileFilters` to change."""
+    options: dict[str, Any] = {"filters": replace(SEARCH_FILTERS, **kinds), "depth": 0, "may_be_empty": True}
+    return folder_repositories(folder, languages=languages, obey_ignore_files=True, **options)
+
+
 def update_store(
     store: VectorStore,
     settings: IndexSettings,
@@ -120,17 +126,9 @@ def update_store(
     their old rows and count as postponed; if many files are new, files with words of `questions` are read first. A new
     index of up to 1,000 files has no time limit. With 0 or 1 `processes`, a crash of the parser ends this process.
     """
-    start = time.perf_counter()
-    reader = folder_repositories(
-        settings.folder,
-        languages=settings.languages,
-        depth=0,
-        filters=replace(
-            SEARCH_FILTERS, tests=settings.tests, vendored=settings.vendored, marked_generated=settings.vendored
-        ),
-        may_be_empty=True,
-        obey_ignore_files=True,
-    )
+    start, vendored = time.perf_counter(), settings.vendored
+    kinds = {"tests": settings.tests, "vendored": vendored, "marked_generated": vendored}
+    reader = search_files(settings.folder, settings.languages, **kinds)
     _check_in_place(settings.folder)
     known = store.stamps()
     has_many = length_hint(reader) - len(known) > FEW_NEW_FILES
@@ -164,13 +162,13 @@ def _check_in_place(folder: str) -> None:
 
 @contextmanager
 def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
-    if not is_shown:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm  # imported here, because it imports asyncio, which searches without a bar do not need
+    if is_shown:
+        from tqdm.auto import tqdm  # imports asyncio, which searches without a bar do not need
 
-    with tqdm(total=total, desc="indexing", unit="file", leave=False) as bar:
-        yield bar.update
+        with tqdm(total=total, desc="indexing", unit="file", leave=False) as bar:
+            yield bar.update
+    else:
+        yield lambda: None
 
 
 def _divided(
@@ -215,8 +213,7 @@ class _Writer:
         except OSError:
             return False
         # An archive may restore size and time of change; then the time of the status change or the inode differs.
-        facts = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        stamp = content_hash(repr(facts))[:16]
+        stamp = content_hash(repr((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)))[:16]
         before, content = self._stamps_before.get(key, (None, None))
         is_same = content == self._held.get(key) if content else key not in self._held and self.end is not None
         if before == stamp and is_same:
@@ -299,9 +296,7 @@ class _Writer:
             self._store.keep_stamps(self._stamps)
 
 
-def _keys(
-    files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float
-) -> list[tuple[bool, bool, float]]:
+def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float) -> list[tuple[Any, ...]]:
     """Return a sort key for each file: known files come first, then small files with rare words of `questions`.
 
     Large files come last, because one file may take all the time. After time `end`, only paths are searched.

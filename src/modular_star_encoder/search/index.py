@@ -16,9 +16,9 @@ import numpy as np
 
 from modular_star_encoder.data.languages.registry import SEARCH_LANGUAGES, check_languages
 from modular_star_encoder.data.sources.ignore_files import beginning
-from modular_star_encoder.data.sources.repositories import folder_repositories, is_source_file
+from modular_star_encoder.data.sources.repositories import is_source_file
 from modular_star_encoder.inference import is_repository, shipped_models
-from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, update_store
+from modular_star_encoder.search.building import SEARCH_FILTERS, UpdateReport, search_files, update_store
 from modular_star_encoder.search.embedder import Embedder
 from modular_star_encoder.search.hits import Answer, Hit
 from modular_star_encoder.search.local_store import LocalStore
@@ -333,17 +333,14 @@ class CodeIndex:
         kind, advice = "source", "Name another folder"
         if missing := {*SEARCH_LANGUAGES} - {*self.settings.languages}:
             kind = " or ".join(self.settings.languages)
-            options: dict[str, Any] = {"depth": 0, "may_be_empty": True, "obey_ignore_files": True}
-            for other in folder_repositories(self.folder, languages=missing, filters=SEARCH_FILTERS, **options):
+            if other := next(iter(search_files(self.folder, missing)), None):
                 advice = f"It has other code, such as {other.path} ({other.language})"
-                break
         raise UserError("search.folder.empty", f"{self.folder} holds no {kind} code. {advice}.")
 
     def read_file(self, path: str) -> str:
         """Return the current text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
 
-        Raises UserError if the file is not in the index, or is now a link, unreadable or to be left out, such as
-        `.env`.
+        Raises UserError if the file is not in the index, or if it is now a link, unreadable, or left out, as `.env` is.
         """
         file = file_inside(self.folder, path)
         with self._lock:

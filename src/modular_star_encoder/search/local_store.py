@@ -193,8 +193,7 @@ class LocalStore:
         chosen = [(one, np.flatnonzero(one.chosen(where))) for one in self._alive()]
         if limit <= _BEST_BY_SIGNS and sum(len(places) for _, places in chosen) > APPROXIMATE_ROWS:
             chosen = _best_by_signs(chosen, unit, exit_layer)
-        scored = [(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen]
-        return _best(scored, limit)
+        return _best([(one, places, one.similarities(unit, exit_layer, places)) for one, places in chosen], limit)
 
     @_reading
     def lexical(self, words: Sequence[str], limit: int, where: Filter) -> list[Found]:
@@ -308,8 +307,7 @@ class LocalStore:
 
     def _segment(self, name: str) -> "_Segment":
         if name not in self._segments and self.folder is not None:
-            path = self.folder / f"{name}.safetensors"
-            self._segments[name] = _Segment(name, *_mapped(path), location=self.location)
+            self._segments[name] = _Segment(name, *_mapped(self.folder / f"{name}.safetensors"), location=self.location)
         return self._segments[name]
 
 

@@ -31,13 +31,12 @@ _MOST_PATHS = 1_000_000
 def connect(location: str) -> tuple[Any, str]:
     """Return a client and the collection's name for a location `qdrant:NAME@URL`; UserError for another form."""
     name, _, url = location.removeprefix(QDRANT).partition("@")
-    key = fault = ""
     if not name or not url.startswith(("http://", "https://")):
-        key, fault = "location", f"{location!r} is no Qdrant index. Write qdrant:NAME@URL with an http URL."
-    elif "@" in urlsplit(url).netloc:  # messages show locations, and would show the password
-        key, fault = "password", "A Qdrant URL must have no password. Set the environment variable QDRANT_API_KEY."
-    if fault:
-        raise UserError(f"search.qdrant.{key}", fault)
+        fault = f"{location!r} is not a Qdrant index. Write qdrant:NAME@URL with an http URL."
+        raise UserError("search.qdrant.location", fault)
+    if "@" in urlsplit(url).netloc:  # messages show locations, and would show the password
+        fault = "A Qdrant URL must have no password. Set the environment variable QDRANT_API_KEY."
+        raise UserError("search.qdrant.password", fault)
     api_key = os.environ.get("QDRANT_API_KEY") or None
     return _import_client().QdrantClient(url=url, api_key=api_key, check_compatibility=False), name
 

@@ -90,7 +90,7 @@ class Ranker:
         margin = _lead(nearest)
         if cascade := self._cascade_for(margin):
             placed = place(read, [row.path for row in candidates], definers, similarities, words, cascade.candidates)
-            best = [one.candidate for one in placed]
+            best = [one for one, *_ in placed]
             for one in best:
                 candidates[one].exit_layer = cascade.exit_layer
             deep = self._similarities([candidates[one] for one in best], vectors, cascade.exit_layer)
@@ -147,8 +147,8 @@ def _candidates(
 def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
     """Return the best candidates, with their scores and what each rule adds; `given` are more arguments of `place`."""
     return [
-        replace(candidates[one.candidate], score=one.score, reasons=one.reasons)
-        for one in place(question, [row.path for row in candidates], *given)
+        replace(candidates[one], score=score, reasons=reasons)
+        for one, score, reasons in place(question, [row.path for row in candidates], *given)
     ]
 
 
@@ -196,8 +196,7 @@ class Question:
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
         names = {}
         for match in _NAME_IN_SENTENCE.finditer(plain):
-            is_first = match.start() == 0
-            if _SIGN_OF_NAME.search(match[0]) or (_CAPITALISED.fullmatch(match[0]) and not is_first):
+            if _SIGN_OF_NAME.search(match[0]) or (_CAPITALISED.fullmatch(match[0]) and match.start() > 0):
                 names[match[0].lower().rstrip("!?")] = INSIDE_A_SENTENCE
         return cls(text, False, names)
 
@@ -293,15 +292,6 @@ def diversity(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
     return FURTHER_PIECE ** _place_in_file(scores, file_of)
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A ranked candidate: its index in the list of candidates, its score, and {rule: addition to the score}."""
-
-    candidate: int
-    score: float
-    reasons: Mapping[str, float]
-
-
 def place(
     question: Question,
     candidates: Sequence[str],
@@ -309,11 +299,12 @@ def place(
     similarities: np.ndarray | None,
     words: np.ndarray,
     limit: int,
-) -> list[Placed]:
-    """Rank N pieces of code, the candidates, for a question by all rules; return the best `limit`, best first.
+) -> list[tuple[int, float, dict[str, float]]]:
+    """Rank N pieces of code, the candidates, for a question by all rules.
 
-    `candidates` are the pieces' file paths. `definers` is {name in the question: indices of candidates that define
-    it}. `similarities` (N,) are None without a model. `words` (N,) are BM25 scores.
+    Return the best `limit`, best first, as (index of the candidate, score, {rule: addition to the score}).
+    `candidates` are the pieces' file paths. `definers` is {name in the question: indices of candidates that define it}.
+    `similarities` (N,) are None without a model. `words` (N,) are BM25 scores.
     """
     if not candidates:
         return []
@@ -333,6 +324,6 @@ def place(
     factors = diversity(total, file_of)
     reasons["diversity"], total = total * (factors - 1), total * factors
     return [
-        Placed(int(one), float(total[one]), {name: float(gains[one]) for name, gains in reasons.items() if gains[one]})
+        (int(one), float(total[one]), {name: float(gains[one]) for name, gains in reasons.items() if gains[one]})
         for one in np.argsort(-total, kind="stable")[:limit]
     ]
