@@ -51,8 +51,7 @@ def test_f1_and_its_best_threshold_are_those_of_trying_all(ties):
     assert f1([5, 0, 0, 0]) == 0
     generator = np.random.default_rng(1)
     for _ in range(20):
-        labels = generator.integers(0, 2, size=40)
-        labels[0] = 1
+        labels = np.append(1, generator.integers(0, 2, size=39))
         scores = (labels + generator.normal(size=40)).round(0 if ties else 9).astype(np.float32)
         tried = {t: brute_force.f1((scores >= t).astype(int).tolist(), labels.tolist()) for t in scores.tolist()}
         threshold = metrics.best_f1_threshold(scores, labels)

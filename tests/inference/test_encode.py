@@ -12,7 +12,7 @@ from modular_star_encoder.data.prompts import code_prompt, text_prompt
 from modular_star_encoder.inference.checkpoints import load_checkpoint, save_retrieval_checkpoint
 from modular_star_encoder.inference.encode import encode_exits, tokenize
 from tests.errors import raises
-from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, save_tiny_checkpoint, tiny_model
+from tests.tiny import EXIT_LAYERS, PROJECTION_SIZE, run, save_tiny_checkpoint, tiny_model
 
 TEXTS = ["return x", "def add(first, second):\n    return first + second", "", "x", "return first + second - third"]
 
@@ -37,14 +37,12 @@ class Spy(torch.nn.Module):
 def test_every_exit_equals_the_model_called_with_one_text(model, tokenizer):
     embeddings = encode(model, tokenizer, TEXTS, tokens_per_batch=60)
     assert tuple(embeddings) == EXIT_LAYERS
-    model.eval()
     for exit_layer, stack in embeddings.items():
         assert stack.shape == (len(TEXTS), PROJECTION_SIZE)
         assert stack.dtype == np.float32
         for text, embedding in zip(TEXTS, stack, strict=True):
-            inputs = tokenizer(text, return_tensors="pt")
-            with torch.no_grad():
-                alone = model(inputs["input_ids"], inputs["attention_mask"], exit_layer=exit_layer).sentence_embedding
+            inputs = {name: tokenizer(text, return_tensors="pt")[name] for name in ("input_ids", "attention_mask")}
+            alone = run(model, **inputs, exit_layer=exit_layer).sentence_embedding
             assert np.allclose(alone[0].numpy(), embedding, atol=1e-5)
     assert not np.allclose(embeddings[1], embeddings[4], atol=0.1)
 
@@ -196,13 +194,8 @@ def test_a_special_token_spelled_in_a_text_is_text_in_training_search_and_evalua
     folder = save_tiny_checkpoint(tmp_path / "model", instruction_prompts=instructions)
     own, tokenizer = load_checkpoint(folder, device="cpu")
     code = 'def pad():\n    return "<pad>", "<mask>", "<cls>", "<sep>"\n'
-    rows = RetrievalTexts(
-        [RetrievalExample("About <sep>", (Snippet("python", code),))],
-        tokenizer,
-        max_code_tokens=128,
-        prompts=instructions,
-        progress=False,
-    )
+    examples = [RetrievalExample("About <sep>", (Snippet("python", code),))]
+    rows = RetrievalTexts(examples, tokenizer, max_code_tokens=128, prompts=instructions, progress=False)
     trained = [rows.tokens(0, None).tolist(), rows.tokens(0, 0).tolist()]
     prompts = text_prompt(instructions=instructions), code_prompt("python", instructions=instructions)
     for prompt, text, ids in zip(prompts, ("About <sep>", code), trained, strict=True):

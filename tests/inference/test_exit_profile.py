@@ -23,7 +23,7 @@ from modular_star_encoder.inference.profile import ProfilePlan, measure_memory, 
 from modular_star_encoder.utils.files import LOCK
 from tests.errors import raises
 from tests.processes import python
-from tests.tiny import EXIT_LAYERS, REPOSITORY, cache_repository, save_tiny_checkpoint, tiny_batch, tiny_model
+from tests.tiny import EXIT_LAYERS, REPOSITORY, cache_repository, run, save_tiny_checkpoint, tiny_batch, tiny_model
 
 
 def made_up_profile(quality=None, memory=True):
@@ -178,13 +178,17 @@ def test_a_profile_is_changed_by_one_process_at_a_time(checkpoint, tmp_path, mon
     assert locked[2:] == [("load", False), ("load", True), ("save", True)]  # the first before the long measurement
 
 
+def command_for_quality(folder, profile, checksum):
+    """Let `mose profile` add results of the weights `checksum` to a profile; return its status."""
+    profile.save(folder / "profile.json")
+    results_file(folder / "results.json", checksum, ("csn", "mrr", 0.5))
+    words = ["--out", str(folder / "profile.json"), "--quality", f"csn={folder / 'results.json'}"]
+    return cli.main(["profile", "mose-code", *words])
+
+
 def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
-    made_up_profile().save(tmp_path / "profile.json")
-    file = tmp_path / "results.json"
-    command = ["profile", "mose-code", "--out", str(tmp_path / "profile.json"), "--quality", f"csn={file}"]
     for checksum, status, benchmarks in (("4567", 2, ()), ("0123", 0, ("csn",))):
-        results_file(file, checksum, ("csn", "mrr", 0.5))
-        assert cli.main(command) == status
+        assert command_for_quality(tmp_path, made_up_profile(), checksum) == status
         assert ExitProfile.load(tmp_path / "profile.json").benchmarks == benchmarks
     assert "4567, not 0123" in capsys.readouterr().err
 
@@ -192,10 +196,7 @@ def test_quality_of_other_weights_is_an_error(tmp_path, capsys):
 def test_a_stranger_s_profile_does_not_control_the_terminal(tmp_path, capsys):
     odd = made_up_profile().with_quality("\x1b[31mq", {4: 0.5, 9: 0.5, 18: 0.5})
     odd = dataclasses.replace(odd, machine={"processor": "\x1b]0;a\x07"}, date="\x1b[2J")
-    odd.save(tmp_path / "profile.json")
-    results_file(tmp_path / "results.json", "0123", ("csn", "mrr", 0.5))
-    command = ["profile", "mose-code", "--out", str(tmp_path / "profile.json")]
-    assert cli.main([*command, "--quality", f"csn={tmp_path / 'results.json'}"]) == 0
+    assert command_for_quality(tmp_path, odd, "0123") == 0
     assert capsys.readouterr().out.replace("\n", "").isprintable()
 
 
@@ -213,9 +214,8 @@ def test_the_model_is_the_checkpoint_cut_at_the_exit_chosen_which_is_logged(prof
         model = load_at_budget(profiled, min_quality=0.3)
     assert "exit 2 " in next(one.getMessage() for one in caplog.records if one.name.endswith("exit_profile"))
     assert model.config.num_hidden_layers == 2
-    with torch.inference_mode():
-        expected = tiny_model().eval()(**tiny_batch(), exit_layer=2).sentence_embedding
-        assert torch.equal(model(**tiny_batch()).sentence_embedding, expected)
+    expected = run(tiny_model(), **tiny_batch(), exit_layer=2).sentence_embedding
+    assert torch.equal(run(model, **tiny_batch()).sentence_embedding, expected)
 
 
 def test_a_profile_may_be_the_name_of_a_file_and_must_be_there(profiled, tmp_path):
