@@ -1,9 +1,9 @@
-"""Ends every command that writes by a fault, repeats the command, and compares its files with those of a whole run.
+"""Interrupts each writing command by a fault, repeats it, and compares its files with those of an undisturbed run.
 
     python -m tests.fuzz.faults --tries 10 --commands slice,index     (or make faults ARGS="…")
 
-A fault is at a numbered write: from then on the disk is full, or the process gets SIGTERM or SIGKILL. Or the folder is
-read-only. A command must end without a traceback, and its repetition must leave the same files and no hidden ones.
+A fault begins at a numbered write: the disk is full from then on, or the process gets SIGTERM or SIGKILL. Or the folder
+is read-only. A command must end without a traceback, and its repetition must leave the same files and no hidden files.
 """
 
 import argparse
@@ -69,11 +69,8 @@ def begin(folder: Path, fault: str, at: int, writes: RawValue) -> None:
             is_write = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             is_write = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
-        if (
-            not is_write
-            or os.getpid() != me
-            or not os.path.abspath(os.fsdecode(str(arguments[0]))).startswith(f"{folder}")
-        ):
+        is_below = is_write and os.path.abspath(os.fsdecode(str(arguments[0]))).startswith(f"{folder}")
+        if not is_below or os.getpid() != me:
             return
         writes.value += 1
         if writes.value == at and fault in ("term", "kill"):
@@ -97,7 +94,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def strange(folder: Path, expected: set[str]) -> list[str]:
-    """Return the files that a whole run does not leave and that are hidden, temporary or in the temporary folder."""
+    """Return the files, not in `expected`, that are hidden, temporary or in the temporary folder."""
     names = set(contents(folder)) - expected
     names = {name for name in names if "/." in f"/{name}" or name.endswith(".tmp")}
     return sorted(names | set(os.listdir(temporary_files(folder))))
@@ -121,7 +118,7 @@ def try_command(name: str, tries: int, root: Path, url: str) -> Counter[str]:
         return end
 
     def fault_of(fault: str, at: int) -> str:
-        """Return what was wrong with a command that a fault ended or with its repetition, or an empty text."""
+        """Interrupt the command, and repeat it; return a description of what was wrong, or an empty text."""
         end = attempt(fault, at)
         allowed = {"full": (0, 2), "read-only": (0, 2), "term": (0, 130, 143), "kill": (-signal.SIGKILL,)}[fault]
         if "Traceback" in end.errors or end.status not in allowed:

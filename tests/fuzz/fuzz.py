@@ -1,7 +1,7 @@
 """Reads changed files with every reader, in processes with limits of time and memory, and counts how each read ends.
 
     python -m tests.fuzz.fuzz --count 20000 --readers config,index     (or make fuzz ARGS="…")
-    python -m tests.fuzz.fuzz --count 1 --readers config --first 17     again what ended badly
+    python -m tests.fuzz.fuzz --count 1 --readers config --first 17     repeat an input that ended badly
 
 An input is a function of (--seed, reader, number).
 """
@@ -34,8 +34,6 @@ OUTCOMES = (*GOOD, "traceback", "crash", "time", "memory", "leftover")
 
 
 class _Raw(float):
-    """A number that JSON writes as `1e999`."""
-
     def __repr__(self) -> str:
         return "1e999"
 

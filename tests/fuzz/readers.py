@@ -1,4 +1,4 @@
-"""All readers of data from strangers: a function that writes tiny files of each kind, and what reads them."""
+"""All readers of data from strangers: for each, a function that writes tiny files, and the commands that read them."""
 
 import base64
 import contextlib
@@ -44,7 +44,7 @@ CHECKPOINT = "../../world/config"
 
 
 def import_everything() -> None:
-    """Import all modules now, so that no process has to do it again."""
+    """Import all modules now, so that forked processes need not import them."""
     for module in pkgutil.walk_packages(modular_star_encoder.__path__, "modular_star_encoder."):
         importlib.import_module(module.name)
 
@@ -110,7 +110,7 @@ def seed_wordpiece(folder: Path) -> None:
 
 
 def seed_tokenizer(folder: Path, model: Callable[[dict[str, int]], dict], steps: dict) -> None:
-    """Write a checkpoint whose tokenizer is of another kind, with the same tokens."""
+    """Write a checkpoint with a tokenizer of another kind that has the same tokens."""
     with_code(save_tiny_checkpoint, folder)
     known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     vocab = dict(sorted(known.items(), key=lambda item: item[1]))

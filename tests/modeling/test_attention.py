@@ -63,7 +63,7 @@ PACKINGS = pytest.mark.parametrize("packing", [BY_POSITIONS, BY_BOUNDS], ids=["p
 
 
 def alone(model, name, dim=1, **kwargs):
-    """One output of the model for each text by itself, without padding, concatenated."""
+    """Run the model on each text by itself, without padding; return one of its outputs, concatenated."""
     rows = [ids[mask].unsqueeze(0) for ids, mask in zip(TEXTS["input_ids"], REAL, strict=True)]
     return torch.cat([getattr(run(model, input_ids=ids, **kwargs), name) for ids in rows], dim=dim)
 
@@ -100,7 +100,7 @@ def test_several_packed_rows_are_kept_apart_too(options):
 
 
 def flash_attention_stand_in(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs):
-    """What flash attention computes from bounds, text by text."""
+    """Compute text by text what flash attention computes from the bounds of the texts."""
     assert attention_mask is None
     assert kwargs["max_length_q"] == kwargs["max_length_k"] == cu_seq_lens_q.diff().max()
     assert cu_seq_lens_q.dtype == kwargs["cu_seq_lens_k"].dtype == torch.int32
@@ -114,7 +114,7 @@ def flash_attention_stand_in(module, query, key, value, attention_mask, scaling,
 
 @pytest.mark.parametrize("inputs", [BY_POSITIONS, BY_BOUNDS, TEXTS], ids=["positions", "bounds", "unpadded"])
 def test_flash_attention_is_given_the_bounds_of_the_texts(monkeypatch, inputs):
-    """Everything but the kernel, which needs a GPU."""
+    # Without flash attention's kernel, which needs a GPU.
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_attention_stand_in)
     expected = alone(tiny_model(), "sentence_embedding", dim=0)
     model = tiny_model(unpad_inputs=inputs is TEXTS)

@@ -140,7 +140,7 @@ def test_a_masked_lm_has_the_logits_and_loss_of_a_pre_training_checkpoint_at_eve
 
 
 def send_inputs(device):
-    """A hook like accelerate's: move what a module is called with to the module's device."""
+    """Return a hook like accelerate's, which moves the arguments of a module's call to the module's device."""
 
     def move(one):
         if isinstance(one, dict | tuple | list):

@@ -1,4 +1,4 @@
-"""Published repositories load as they are, or are refused by name; `tests/published` compares their outputs."""
+"""Published repositories load unmodified, or an error names the tensor; `tests/published` compares their outputs."""
 
 import json
 
@@ -199,7 +199,7 @@ def safetensors_size(shapes):
 
 
 def paper_shapes(kind, **variant):
-    """Names and shapes of a published file, once our loader has found that our model fits them."""
+    """Return the names and shapes of a published file's tensors; check first that they fit our model."""
     config = ModularStarEncoderConfig.from_pretrained(hub_config_folder(kind.partition("-")[0]))
     shape = {name: getattr(config, name) for name in (*SHAPE, "vocab_size") if hasattr(config, name)}
     shape |= {"conditional_size": config.exit_embedding_size, "matryoshka_layers": config.exit_layers}

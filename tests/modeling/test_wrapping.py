@@ -59,7 +59,7 @@ def base(tmp_path):
 # Projection heads are in a `ModuleDict`, which peft does not take whole: name its entries, or the layers in them.
 @pytest.fixture(params=[["dense", "out_proj"], [f"projection_heads.{exit_layer}" for exit_layer in EXIT_LAYERS]])
 def adapted(base, request):
-    """That checkpoint after one step of LoRA on every linear layer of the trunk, with its heads trained in full."""
+    """The model in `base` after a step of LoRA on every linear layer of the trunk; its heads are trained in full."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, modules_to_save=request.param)
     model = get_peft_model(AutoModel.from_pretrained(base), lora).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)

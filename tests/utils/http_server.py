@@ -1,4 +1,4 @@
-"""A local HTTP server that answers as a test says."""
+"""A local HTTP server whose answers come from a function of the test."""
 
 import json
 import threading

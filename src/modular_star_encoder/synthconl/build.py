@@ -194,15 +194,9 @@ class Build:
 def functions(build: Build, out: Path) -> Report:
     """Extract the documented functions of the recipe's corpora to Parquet files in `out`; return counts."""
     recipe, counts = build.recipe, Counter[str]()
-    rows = function_rows(
-        recipe.corpus,
-        languages=recipe.languages,
-        max_characters=recipe.max_characters,
-        counts=counts,
-        processes=recipe.processes,
-        progress=build.progress,
-    )
-    write_rows(out, rows, FUNCTION_SCHEMA)
+    options: dict[str, Any] = {"languages": recipe.languages, "max_characters": recipe.max_characters, "counts": counts}
+    options |= {"processes": recipe.processes, "progress": build.progress}
+    write_rows(out, function_rows(recipe.corpus, **options), FUNCTION_SCHEMA)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
         for name in repositories:
@@ -259,15 +253,9 @@ def triplets(build: Build, out: Path) -> Report:
 def near_duplicates(build: Build, out: Path) -> Report:
     """Copy the triplets to `out` without near-duplicates; return the report of `drop_near_duplicates`."""
     settings = build.recipe.near_duplicates
-    return drop_near_duplicates(
-        build.out / "triplets",
-        out,
-        columns=settings.columns,
-        id_column="id",
-        against={name: open_texts(**one) for name, one in build.recipe.against.items()},
-        settings=settings,
-        progress=build.progress,
-    )
+    options: dict[str, Any] = {"columns": settings.columns, "settings": settings, "progress": build.progress}
+    against = {name: open_texts(**one) for name, one in build.recipe.against.items()}
+    return drop_near_duplicates(build.out / "triplets", out, id_column="id", against=against, **options)
 
 
 def split(build: Build, out: Path) -> Report:

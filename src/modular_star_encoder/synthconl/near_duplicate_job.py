@@ -135,19 +135,17 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
 
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
     """Return `read(path)`, None if `path` is missing; UserError if `path` is damaged or does not have `rows` rows."""
-    found: Any = None
-    fault = ""
     try:
         if leads_outside(path, out) or (path.exists() and not path.is_file()):
-            fault = "it leads out of the folder or is not a regular file"
-        elif path.exists() and (found := read(path)).num_rows != rows:
-            fault = f"it has {found.num_rows} rows, not {rows}"
+            raise ValueError("it leads out of the folder or is not a regular file")
+        found = read(path) if path.exists() else None
+        if found is not None and found.num_rows != rows:
+            raise ValueError(f"it has {found.num_rows} rows, not {rows}")
+        return found
     except (OSError, ValueError) as error:
         fault = str(error) or type(error).__name__
-    if fault:
         message = f"{path} is not as this job wrote it ({fault}); remove the folder {out} and start again."
-        raise UserError("synthconl.near_duplicates.damaged", message)
-    return found
+        raise UserError("synthconl.near_duplicates.damaged", message) from error
 
 
 def _read_output(record: Path, path: Path) -> pq.FileMetaData:

@@ -347,12 +347,11 @@ class _Session:
         self._start, self._next_note = time.monotonic(), 0.0
         try:
             self.sessions = self._earlier = read_json(path) if path.is_file() else []
-            valid = all(isfinite(one["seconds"] + one["completions"]) and one["backend"] for one in self.sessions)
-        except (ValueError, TypeError, LookupError):
-            valid = False
-        if not valid:
+            if not all(isfinite(one["seconds"] + one["completions"]) and one["backend"] for one in self.sessions):
+                raise ValueError("infinite or missing values")
+        except (ValueError, TypeError, LookupError) as error:
             message = f"{path} is damaged. Remove it: it holds counts and times, but no answers."
-            raise UserError("synthconl.journal", message)
+            raise UserError("synthconl.journal", message) from error
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
@@ -428,11 +427,10 @@ def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
             completion = Completion(**json.loads(line))
             check_types(completion)
             pa.Table.from_pylist([asdict(completion)], SCHEMA)  # fails for lone surrogates and huge numbers
-            known = completion.id in ids
-        except (ValueError, TypeError, RecursionError, OverflowError):
-            known = False
-        if not known:
+            if completion.id not in ids:
+                raise ValueError("an unknown id")
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
             message = f"Line {number} of {path} is damaged or has an unknown id: delete the line, and build again."
-            raise UserError("synthconl.journal", message)
+            raise UserError("synthconl.journal", message) from error
         answered[completion.id] = completion
     return answered

@@ -126,19 +126,17 @@ def read_record(path: Path, key: str, remedy: str = "", *, each: bool = False, *
 
     `kinds` are the needed entries, {name: type}. If `each`, every value of the mapping is a mapping that needs them.
     """
-    fault = "not a mapping"
     try:
         content = read_json(path, finite=False)
-        records = [*content.values()] if each else [content]
-        wrong = [name for one in records for name, kind in kinds.items() if not fits(one.get(name), kind)]
-        if isinstance(content, dict) and not wrong:
-            return content
-        fault = f"{wrong[0]} is missing or has a wrong type" if wrong else fault
-    except AttributeError:
-        pass
+        if not fits(content, dict[str, dict] if each else dict):
+            raise ValueError("not a mapping")
+        records = content.values() if each else [content]
+        if wrong := [name for one in records for name, kind in kinds.items() if not fits(one.get(name), kind)]:
+            raise ValueError(f"{wrong[0]} is missing or has a wrong type")
+        return content
     except ValueError as error:
-        fault = str(error)
-    raise UserError(key, f"{path} is damaged ({fault}). {remedy or 'Restore it, or name another folder'}.")
+        remedy = remedy or "Restore it, or name another folder"
+        raise UserError(key, f"{path} is damaged ({error}). {remedy}.") from error
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
