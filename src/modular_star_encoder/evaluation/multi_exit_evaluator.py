@@ -142,9 +142,8 @@ class MultiExitEvaluator(BaseEvaluator):
         if across_processes:
             encode = partial(_encode_share, network, encode)
         queries = encode([prompts.get("query", "") + query.text for query in self.task.queries])
-        names = [f"document_{one.language}" for one in self.task.documents]
-        prefixes = [prompts.get(name, prompts.get("document", "")) for name in names]
-        documents = encode([prefix + one.text for prefix, one in zip(prefixes, self.task.documents, strict=True)])
+        default = prompts.get("document", "")
+        documents = encode([prompts.get(f"document_{one.language}", default) + one.text for one in self.task.documents])
         scores = {k: self._score(embeddings, documents[k]) for k, embeddings in queries.items()}
         metrics: dict[str, float] = {}
         for name in next(iter(scores.values())):
@@ -188,18 +187,13 @@ def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
     """Return the retrieval model in a SentenceTransformer; raise UserError if other modules change its embeddings."""
     network: Any = getattr(model[0], "auto_model", None)  # its class differs if AutoModel ran remote code
     names = [type(module).__name__ for module in model]
-    pools_alike = (
-        names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-        and hasattr(network, "projection_heads")
-        and is_servable(network.config)
-        and model[1].pooling_mode == network.config.pooling
-        and model[1].include_prompt
-    )
-    if not pools_alike:
-        needed = "a ModularStarEncoderForRetrieval, the Pooling of its configuration, and optionally Normalize"
-        message = f"The SentenceTransformer must consist of {needed}; its modules are {', '.join(names)}."
-        raise UserError("evaluator.model.other", message)
-    return network
+    is_known = names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+    is_ours = is_known and hasattr(network, "projection_heads") and is_servable(network.config)
+    if is_ours and model[1].pooling_mode == network.config.pooling and model[1].include_prompt:
+        return network
+    needed = "a ModularStarEncoderForRetrieval, the Pooling of its configuration, and optionally Normalize"
+    message = f"The SentenceTransformer must consist of {needed}; its modules are {', '.join(names)}."
+    raise UserError("evaluator.model.other", message)
 
 
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:

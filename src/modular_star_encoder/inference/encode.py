@@ -115,9 +115,8 @@ def encode_batches(
     """
     is_list = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
     _check("texts", texts, is_list, "a list of strings")
-    texts = list(texts)
-    wrong = next((text for text in texts if not isinstance(text, str)), "")
-    _check("texts", wrong, isinstance(wrong, str), "a list of strings")
+    for text in (texts := list(texts)):
+        _check("texts", text, isinstance(text, str), "a list of strings")
     _check("tokenizer", tokenizer, callable(tokenizer), "the model's tokenizer")
     _check("prompt", prompt, isinstance(prompt, str), "a string")
     _check("tokens_per_batch", tokens_per_batch, _is_count(tokens_per_batch), "a whole number above 0")
@@ -175,14 +174,11 @@ def tokenize(
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Yield the indices of the texts in each batch, longest texts first, so that a lack of memory shows at once."""
-    rows: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if rows and lengths[rows[0]] * (len(rows) + 1) > tokens_per_batch:
-            yield rows
-            rows = []
-        rows.append(row)
-    if rows:
-        yield rows
+    rows, start = sorted(range(len(lengths)), key=lambda row: -lengths[row]), 0
+    while start < len(rows):
+        size = max(1, tokens_per_batch // max(1, lengths[rows[start]]))
+        yield rows[start : start + size]
+        start += size
 
 
 @contextmanager

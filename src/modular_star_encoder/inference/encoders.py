@@ -139,7 +139,7 @@ class ExitEncoder(Encoder):
         prompted = [prompt + text for prompt, text in texts]
         exits = tuple(exit_layer for exit_layer in exit_layers if exit_layer is not None)
         options = {"exit_layers": exits, "progress": progress, **self._options}
-        return {**encode_exits(self.model, self.tokenizer, prompted, **options)}
+        return dict[int | None, np.ndarray](encode_exits(self.model, self.tokenizer, prompted, **options).items())
 
 
 class SentenceTransformerEncoder(Encoder):

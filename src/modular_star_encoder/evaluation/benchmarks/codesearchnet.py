@@ -57,7 +57,7 @@ def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] =
     return [language for language, of_language in names.items() if files.find_files(folder, of_language)]
 
 
-def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> list[Task]:
+def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> Sequence[Task]:
     """Load a task per language with a test file in `folder`; if `leaky`, only Python, with docstrings in the code."""
     name, tasks = f"codesearchnet-999{'-leaky' * leaky}", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
@@ -116,7 +116,7 @@ def strip_docstring(code: str) -> str:
     return "".join(pieces)
 
 
-def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Task]:
+def load_full_pool(folder: Path, *, allow_subset: bool = False) -> Sequence[Task]:
     """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all functions as candidates."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
@@ -139,7 +139,7 @@ def load_full_pool(folder: Path, *, allow_subset: bool = False) -> list[Task]:
     return tasks
 
 
-def load_code_folder(folder: Path) -> list[Task]:
+def load_code_folder(folder: Path) -> Sequence[Task]:
     """Build a task from the documented functions in a folder of code; each query has up to 1000 random candidates."""
     functions, _ = collect_functions(folder_repositories(folder))
     if len(functions) < 2:

@@ -193,8 +193,9 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
     for source, target in [(source, target) for target in languages for source in sources if source != target]:
         shared = [slug for slug, texts in exercises.items() if source in texts and target in texts]
         if len(shared) > 1:
-            texts = ([exercises[slug][side] for slug in shared] for side in (source, target))
-            tasks.append(ranking_task(benchmark, f"{source} → {target}", *texts, shared, column=f"→ {target}"))
+            queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
+            name = f"{source} → {target}"
+            tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
     return tasks or files.refuse(path, None, "two or more exercises with the same languages")
 
 
