@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from modular_star_encoder.data.languages.documentation import (
@@ -30,6 +32,7 @@ from modular_star_encoder.data.languages.documentation import (
         ("javascript", "/** Adds {@link A|the first} to {@linkcode B}. */", "Adds the first to B."),
         ("c", "/*\n * ======\n * Adds x.\n * ------\n * Slowly.\n */", "Adds x."),
         ("c", "/* Adds x\n   to y. */", "Adds x to y."),
+        ("c", "/* Adds a * b. */", "Adds a * b."),
         ("c", "/* Adds x.\n * Copyright 2020 Me */", ""),
         ("c", "/* Adds x.\n * Licensed under the MIT */", ""),
         ("c", "/* Adds x.\n * SPDX-License-Identifier: MIT */", ""),
@@ -78,6 +81,26 @@ def test_prose_is_recognised_and_code_is_not_taken_for_it():
 )
 def test_the_description_of_a_docstring_ends_at_a_blank_line_or_a_field(docstring, description):
     assert docstring_description(docstring) == description
+
+
+N = 100_000
+HOSTILE = {
+    "blank lines": lambda: reads_as_prose("Adds two numbers" + "\n" * N + "x"),
+    "brackets": lambda: reads_as_prose("Adds two numbers. " + "a(" * N),
+    "blanks": lambda: reads_as_prose("Adds two numbers by f()" + " " * N + "x"),
+    "tag in prose": lambda: reads_as_prose("Adds two numbers {@" + "a" * N),
+    "tag": lambda: comment_description(["/** {@" + "a" * N + " */"], "java"),
+    "margin": lambda: comment_description(["/*\n" + " " * N + "x\n*/"], "java"),
+    "line comment": lambda: comment_description(["# " + " " * N + "x"], "php"),
+    "docstring": lambda: docstring_description("\n" * 5 * N + "x"),
+}
+
+
+@pytest.mark.parametrize("call", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_texts_take_linear_time(call):
+    start = time.process_time()
+    call()
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import contextlib
 import os
 import random
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from modular_star_encoder.data.functions import extract_functions
-from modular_star_encoder.data.languages import parsing
+from modular_star_encoder.data.languages import function_finder, parsing
 from modular_star_encoder.data.languages.function_finder import MAX_NESTING, find_functions, outline
 from modular_star_encoder.data.languages.parsing import UnparsableSourceError
 from modular_star_encoder.data.languages.registry import language_of_text
 from modular_star_encoder.data.sources import SourceFile
+from modular_star_encoder.search.pieces import file_pieces
 from tests.data.polyglot import MARKED, NAMES, SOURCES, marked
 
 
@@ -119,6 +121,37 @@ def test_texts_and_functions_beyond_a_limit_are_refused(monkeypatch):
         with pytest.raises(UnparsableSourceError, match="takes longer"):
             find_functions("int f() { return 1; }\n" * 5000, "c")
     assert [one.name for one in find_functions("int g() { return 1; }", "c")] == ["g"]  # the next is not disturbed
+
+
+STATEMENTS = {"go": ("package a\ntype (\n", "T% int\n", ")\n"), "c": ("typedef int z,\n", "f%,\n", "y;\n")}
+STATEMENTS["typescript"] = ("const z = 1,\n", "f% = () => 1,\n", "y = 2\n")
+
+
+@pytest.mark.parametrize("language", STATEMENTS)
+def test_the_work_for_a_statement_grows_in_proportion_to_the_names_that_it_defines(monkeypatch, language):
+    (before, each, after), children, line = STATEMENTS[language], [], function_finder._line
+    monkeypatch.setattr(function_finder, "_line", lambda node: children.append(node.child_count) or line(node))
+    for number in (2000, 4000):
+        children.clear()
+        text = before + "".join(each.replace("%", str(one)) for one in range(number)) + after
+        names = {name for piece in file_pieces("a", language, text) for name in piece.defines}
+        assert len(names) >= number
+        assert sum(children) < 10 * number
+
+
+HOSTILE = {
+    "line comments": ("go", "package a\n" + "//\n" * 300_000 + "func F() {\n}\n"),
+    "templates in templates": ("javascript", "`${\n" * 60_000 + "1" + "}`\n" * 60_000),
+    "functions in names": ("javascript", "(function(){\n" * 20_000 + "x" + "\n}).x = function(){}" * 20_000),
+}
+
+
+@pytest.mark.parametrize(("language", "text"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_take_seconds(language, text):
+    start = time.process_time()
+    with contextlib.suppress(UnparsableSourceError):
+        find_functions(text, language)
+    assert time.process_time() - start < 8
 
 
 @pytest.mark.parametrize(("seconds", "passes"), [(1, 3), (3, 1)])

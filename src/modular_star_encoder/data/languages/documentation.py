@@ -5,7 +5,6 @@ The description ends at the first blank line or the first tag, such as `@param`,
 
 import ast
 import html
-import inspect
 import re
 import warnings
 from bisect import bisect_right
@@ -13,10 +12,6 @@ from collections.abc import Iterator
 
 from modular_star_encoder.data.languages.parsing import SourceText
 from modular_star_encoder.data.languages.registry import Language, language_entry
-
-_BLOCK_START = re.compile(r"/\*[*!]*<?")
-_BLOCK_MARGIN = re.compile(r"\s*\*+")
-_RUBY_BLOCK_MARKER = re.compile(r"=begin\b.*|=end\b.*")
 
 # Comments that instruct tools; they are not prose.
 _DIRECTIVE = re.compile(
@@ -37,7 +32,7 @@ _LEGAL_NOTICE = re.compile(
     re.IGNORECASE,
 )
 
-_INLINE_TAG = re.compile(r"\{@(?P<name>\w+)\s*(?P<text>[^{}]*)\}")
+_INLINE_TAG = re.compile(r"\{@(?P<name>\w++)\s*+(?P<text>[^{}]*+)\}")
 _HTML_BREAK = re.compile(r"<(?:p|ul|ol|li|dl|pre|table|blockquote|h[1-6]|hr|div)\b[^<>]*>", re.IGNORECASE)
 _HTML_TAG = re.compile(
     r"(?<![`\"'])</?(?:a|abbr|b|big|br|cite|code|dd|del|dfn|dt|em|font|i|img|ins|kbd|q|s|samp|small|span|strike|strong"
@@ -61,23 +56,20 @@ def docstring_of(literal: str) -> str | None:
 
 def docstring_description(docstring: str) -> str:
     """Return the first paragraph of a Python docstring, up to its first field (`:param x:`), as one line."""
-    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip(), maxsplit=1)[0]
+    paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return _one_line(_DOCSTRING_FIELD.split("\n" + paragraph, maxsplit=1)[0])
 
 
 def comment_description(comments: list[str], language: str) -> str:
-    """Return the first paragraph of a function's comments, without markup; "" if there is none or a licence."""
+    """Return the first paragraph of a function's comments, without markup; "" if it has no prose, or is a licence."""
     entry, text = language_entry(language), "\n".join(comments)
     if _LEGAL_NOTICE.search(text):
         return ""
     text = "\n".join(comment for comment in comments if not re.match(entry.directive, comment))
+    marker = r"=begin\b.*|=end\b.*" if text.startswith("=begin") else entry.line_comment
     if text.startswith("/*"):
-        inside = _BLOCK_START.sub("", text, count=1).removesuffix("/").rstrip("*")
-        lines = [_BLOCK_MARGIN.sub("", line, count=1) for line in inside.split("\n")]
-    else:
-        marker = _RUBY_BLOCK_MARKER if text.startswith("=begin") else entry.line_comment
-        lines = [re.sub(marker, "", line, count=1) for line in text.split("\n")]
-    prose = " ".join(_first_paragraph(lines, entry))
+        text, marker = re.sub(r"^/\*[*!]*<?", "", text).removesuffix("/").rstrip("*"), r"\s*\*+"
+    prose = " ".join(_first_paragraph([re.sub(f"^(?:{marker})", "", line) for line in text.split("\n")], entry))
     if "html" in entry.markup:
         prose = _HTML_TAG.sub("", _INLINE_TAG.sub(_shown_text, prose))
     if "doxygen" in entry.markup:
@@ -144,8 +136,8 @@ def description_before(start: int, comments: list[tuple[int, int]], source: Sour
             run = run or [comment]
             break
         if not blocks_only:
-            run.insert(0, comment)
-    return comment_description(run, language.name) if run else ""
+            run.append(comment)
+    return comment_description(run[::-1], language.name) if run else ""
 
 
 def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceText, language: Language) -> Iterator[str]:
@@ -153,7 +145,7 @@ def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceTex
     may_follow = language.gap.encode()
     for index in range(bisect_right(spans, (start, start)) - 1, -1, -1):
         first, last = spans[index]
-        gap = source.bytes[last:start]
+        gap = source.bytes[max(last, start - _MAX_GAP_BYTES - 1) : start]
         if len(gap) > _MAX_GAP_BYTES or gap.count(b"\n") > 1 or not re.fullmatch(may_follow, gap):
             break
         comment = source.bytes[first:last].decode()
@@ -164,8 +156,12 @@ def _comments_before(start: int, spans: list[tuple[int, int]], source: SourceTex
         start, may_follow = first, rb"\s*"
 
 
-_TAGS = re.compile(r"^\s*@.*$|\{@\w+[^{}]*\}|`[^`\n]*`", re.MULTILINE)
-_CODE = re.compile(r"[{}]|;\s*$|\s=\s|\w\(.*\)\s*:?\s*$|^\s*(?:def|func|function|class|end|return)\b", re.MULTILINE)
+# Atomic groups and possessive quantifiers, here and above, keep the time linear for hostile texts.
+_TAGS = re.compile(r"^[^\S\n]*+@.*$|\{@\w++[^{}]*+\}|`[^`\n]*`", re.MULTILINE)
+_CODE = re.compile(
+    r"[{}]|;\s*$|\s=\s|^(?>.*?\w\().*\)[^\S\n]*+(?::[^\S\n]*+)?$|^[^\S\n]*+(?:def|func|function|class|end|return)\b",
+    re.MULTILINE,
+)
 _WORD = re.compile(r"[^\W\d_]+")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-from tree_sitter import Node, QueryCursor, Tree
+from tree_sitter import Node, Tree
 
 from modular_star_encoder.data.languages import parsing
 from modular_star_encoder.data.languages.documentation import description_before, docstring_description, docstring_of
@@ -15,13 +15,12 @@ from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
 MAX_DEFINITIONS = 20_000  # a file with more is data: an index has better rows of its blocks of lines
-_MAX_DEPTH = 200  # of a definition in the syntax tree: to find a node's parent takes time proportional to its depth
-_MAX_NAME_LENGTH = 200
+_MAX_NAME_LENGTH, _MAX_NAME_BYTES = 200, 10_000  # of a name, and of its source, such as `get("stack").push`
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFunction:
-    """A function in a source text. Each field means the same as the field with this name in `DocumentedFunction`."""
+    """A function in a source text. The fields are those of `DocumentedFunction`."""
 
     line: int
     name: str
@@ -37,8 +36,8 @@ def find_functions(
 ) -> list[FoundFunction]:
     """Return the functions of `text` that have a body and no syntax error, in order, with methods and nested functions.
 
-    If `documented_only`, only functions with a description. `counts` gets the numbers of files and functions left out.
-    Raises UnparsableSourceError if `text` can't be parsed, or if it has a syntax error and no intact function.
+    If `documented_only`, return only functions with a description. Files with a syntax error and functions left out are
+    counted in `counts`. UnparsableSourceError if `text` can't be parsed, or has a syntax error and no intact function.
     """
     grammar, source = load_grammar(language), SourceText(text)
     tree = parsing.parse(source.bytes, grammar)
@@ -62,6 +61,7 @@ class Definition:
     start: int  # first line, counted from 0
     end: int  # line after the last
     line: int  # first line after decorators, annotations and attributes
+    repeats: bool = False  # whether an earlier definition is the same statement, as for `B` in `type (A int; B int)`
 
 
 _KINDS = ("function", "scope", "type", "extension")
@@ -71,14 +71,10 @@ def outline(text: str, language: str) -> list[Definition]:
     """Return functions, classes and other definitions, outer ones first; UnparsableSourceError if parsing fails."""
     grammar, source = load_grammar(language), SourceText(text)
     found: dict[tuple[int, int, str], Definition] = {}
-    tree = parsing.parse(source.bytes, grammar)
-    cursor = QueryCursor(grammar.definitions)
-    cursor.set_max_start_depth(_MAX_DEPTH)
-    is_wide = parsing.has_wide_error(tree)
-    if is_wide or len(matches := cursor.matches(tree.root_node)) > MAX_DEFINITIONS:
-        fault = "thousands of unclosed brackets" if is_wide else f"more than {MAX_DEFINITIONS:,} definitions"
-        raise UnparsableSourceError(f"The text has {fault}.")
-    for _, captures in matches:
+    statements: dict[int, tuple[str, int]] = {}  # id of a node → name of its first definition, and `line`
+    if len(matches := parsing.matches(grammar.definitions, parsing.parse(source.bytes, grammar))) > MAX_DEFINITIONS:
+        raise UnparsableSourceError(f"The text has more than {MAX_DEFINITIONS:,} definitions.")
+    for captures in matches:
         kind = next((kind for kind in _KINDS if kind in captures), None)
         if kind is None or not (name := _name(captures, source.bytes, grammar.language)):
             continue
@@ -89,9 +85,11 @@ def outline(text: str, language: str) -> list[Definition]:
         while (before := first.prev_sibling) is not None and before.type in _DECORATIONS_BEFORE:
             first = before
         span = (first.start_point.row, node.end_point.row + (node.end_point.column > 0))
-        known = found.get((*span, name))
+        if node.id not in statements:  # one statement may define thousands of names
+            statements[node.id] = name, _line(node)
+        known, (first_name, line) = found.get((*span, name)), statements[node.id]
         if known is None or _KINDS.index(kind) < _KINDS.index(known.kind):
-            found[*span, name] = Definition(kind, name, *span, _line(node))
+            found[*span, name] = Definition(kind, name, *span, line, name != first_name)
     return sorted(found.values(), key=lambda one: (one.start, -one.end))
 
 
@@ -128,7 +126,7 @@ class _Finder:
         scopes: list[_Definition] = []
         functions: dict[int, _Definition] = {}
         strings: list[Node] = []
-        for _, captures in QueryCursor(grammar.query).matches(tree.root_node):
+        for captures in parsing.matches(grammar.query, tree):
             if "comment" in captures:
                 self._comments += [node.byte_range for node in captures["comment"]]
             elif "verbatim" in captures:
@@ -149,9 +147,11 @@ class _Finder:
         self._definitions = sorted(found, key=lambda one: (one.node.start_byte, -one.node.end_byte))
         self._comments.sort()
         self._heredocs = {node.start_byte: node.end_byte for node in strings if node.type == "heredoc_body"}
-        # The starts of the lines whose white space is part of a string.
-        spans = (node.byte_range for node in strings if node.start_point.row < node.end_point.row)
-        self._fixed_lines = {at for start, end in spans for at in source.line_starts_between(start, end)}
+        # The starts of the lines whose white space is part of a string; strings inside a string add none.
+        self._fixed_lines, at = set[int](), 0
+        for start, end in sorted(node.byte_range for node in strings if node.start_point.row < node.end_point.row):
+            self._fixed_lines.update(source.line_starts_between(max(start, at), end))
+            at = max(at, end)
 
     def functions(self, documented_only: bool) -> Iterator[FoundFunction]:
         enclosing: list[_Definition] = []
@@ -195,7 +195,8 @@ class _Finder:
         lines = [at for at in self._source.line_starts_between(start, end) if at not in self._fixed_lines]
         cuts = [(at, at + len(indent), b"") for at in lines if indent and self._source.bytes.startswith(indent, at)]
         if self._language.has_docstrings:
-            inside = takewhile(lambda one: one.node.start_byte < end, self._definitions[index:])
+            following = map(self._definitions.__getitem__, range(index, len(self._definitions)))
+            inside = takewhile(lambda one: one.node.start_byte < end, following)
             cuts += [cut for one in inside if one.body and (cut := _docstring_cut(one.body, self._source))]
         code = _cut_out(self._source.bytes, start, end, cuts)
         first, last, text = self._source.original_span(start, end)
@@ -227,7 +228,10 @@ def _name(captures: dict[str, list[Node]], source: bytes, language: Language) ->
 
 
 def _text(node: Node | None, source: bytes) -> str:
-    return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split()) if node else ""
+    """Return the source of a node with single spaces; "" for None and for a node too long to be a name."""
+    if node is None or node.end_byte - node.start_byte > _MAX_NAME_BYTES:
+        return ""
+    return " ".join(source[node.start_byte : node.end_byte].decode(errors="replace").split())
 
 
 def _declared_name(declarator: Node, source: bytes, language: Language) -> str | None:
@@ -244,7 +248,7 @@ def _declared_name(declarator: Node, source: bytes, language: Language) -> str |
             return name if is_function or "operator" in name else None
         else:
             is_function = is_function or node.type == "function_declarator"
-            # Inside parentheses or behind `&`, the declarator has no field name.
+            # Inside parentheses or after `&`, the declarator has no field name.
             inner = (one for one in node.named_children if one.type.endswith("declarator") or one.type in _C_NAMES)
             node = node.child_by_field_name("declarator") or next(inner, None)
     name = _text(node, source)

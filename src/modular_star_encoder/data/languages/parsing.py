@@ -11,13 +11,14 @@ from itertools import accumulate
 from pathlib import Path
 
 from tree_sitter import Language as TreeSitterLanguage
-from tree_sitter import Parser, Point, Query, QueryCursor, Tree
+from tree_sitter import Node, Parser, Point, Query, QueryCursor, Tree
 
 from modular_star_encoder.data.languages.registry import Language, language_entry
 
 MAX_PARSE_SECONDS = 5.0  # of processor time; a file of 1 MB takes about half a second on one core
 MAX_NODES = 1_500_000  # of a syntax tree: that of 6 MB of usual code; a query over so many takes up to 5 s
 MAX_LINE_BYTES = 10_000  # longer lines are data or minified code, nested deeply enough to exhaust the memory
+_MAX_DEPTH = 200  # of a match in the syntax tree: a query, and finding a node's parent, take time in proportion to it
 
 
 class UnparsableSourceError(ValueError):
@@ -156,6 +157,8 @@ def parse(source: bytes, grammar: Grammar) -> Tree:
         source, tree = blanked, parse_once(blanked, grammar)
         if (errors := error_bytes(tree, grammar)) < fewest:
             best, fewest = tree, errors
+    if _has_wide_error(best):
+        raise UnparsableSourceError("The text has thousands of unclosed brackets.")
     return best
 
 
@@ -167,6 +170,13 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
             return tree
         fault = f"Parsing takes longer than {MAX_PARSE_SECONDS:g} s, or the tree has more than {MAX_NODES:,} nodes."
     raise UnparsableSourceError(fault)
+
+
+def matches(query: Query, tree: Tree) -> list[dict[str, list[Node]]]:
+    """Return the captures of each match of `query`, by name, except matches that begin over 200 levels deep."""
+    cursor = QueryCursor(query)
+    cursor.set_max_start_depth(_MAX_DEPTH)
+    return [captures for _, captures in cursor.matches(tree.root_node)]
 
 
 def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = None) -> int:
@@ -181,7 +191,7 @@ def error_bytes(tree: Tree, grammar: Grammar, start: int = 0, end: int | None = 
     return total + len(captures.get("missing", []))
 
 
-def has_wide_error(tree: Tree) -> bool:
+def _has_wide_error(tree: Tree) -> bool:
     """Return whether an ERROR node has over 10,000 tokens as children, which makes queries take minutes."""
     nodes = [tree.root_node] if tree.root_node.has_error else []
     while nodes:
@@ -237,7 +247,7 @@ def check_syntax(code: str, language: str) -> tuple[float, bool]:
             continue
         # An error may be only in the text around the code, for example if a brace is missing.
         errors = max(int(tree.root_node.has_error), error_bytes(tree, grammar, len(before), len(before) + len(body)))
-        found = "function" in QueryCursor(grammar.query).captures(tree.root_node)
+        found = any("function" in captures for captures in matches(grammar.query, tree))
         best = min(best, (min(1.0, errors / len(body)), found), key=lambda one: (one[0], not one[1]))
         if best == (0.0, True):
             break

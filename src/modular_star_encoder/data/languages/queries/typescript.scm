@@ -2,12 +2,15 @@
 [(function_declaration name: (_) @name body: (_) @body)
  (generator_function_declaration name: (_) @name body: (_) @body)
  (method_definition name: (_) @name body: (_) @body)] @function
-[(lexical_declaration (variable_declarator
+[(variable_declarator
     name: (identifier) @name
-    value: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)]))
- (variable_declaration (variable_declarator
+    value: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)])
+ (lexical_declaration . (variable_declarator
     name: (identifier) @name
-    value: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)]))
+    value: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)]) .)
+ (variable_declaration . (variable_declarator
+    name: (identifier) @name
+    value: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)]) .)
  (assignment_expression
     left: [(identifier) (member_expression)] @name
     right: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)])
