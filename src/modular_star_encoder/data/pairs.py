@@ -118,14 +118,12 @@ class TripletColumns:
     negative_language: str | None = None
 
     def __post_init__(self) -> None:
-        fault = message = ""
         if None in (self.description, self.code, self.language):
-            fault, message = "columns", "`columns` needs names for `description`, `code` and `language`."
-        elif self.negative_language is not None and self.negative is None:
+            message = "`columns` needs names for `description`, `code` and `language`."
+            raise UserError("data.triplets.columns", message)
+        if self.negative_language is not None and self.negative is None:
             message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
-            fault = "negative_language"
-        if fault:
-            raise UserError(f"data.triplets.{fault}", message)
+            raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
         """Return the names of the columns to read."""
@@ -194,12 +192,12 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
     With `strict: true`, an option of all keys except `functions`, such a row raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
-    fault = "" if settings else f"`data` must name one or several of {', '.join(_SOURCES)}; not none."
+    if not settings:
+        raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not none.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        fault = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
-    if fault:
-        raise UserError("data.sources.negatives" if settings else "data.sources", fault)
+        message = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
+        raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
         default = "folder" if name == "functions" else "source"
@@ -263,24 +261,20 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
         for role, names in _PAIR_COLUMNS.items():
             if role not in columns:
                 columns[role] = next((by_name.pop(name) for name in names.split() if name in by_name), None)
-        words = {column: set(re.split(r"[^a-z]+", name)) - {"text"} for name, column in by_name.items()}
-        for role in ("query", "positive"):
-            fit = [
-                column
-                for column, own in words.items()
-                if [other for other, names in _PAIR_COLUMNS.items() if own & set(names.split())] == [role]
-                and "id" not in own
-            ]
-            if columns[role] is None and len(fit) == 1:
-                columns[role] = fit[0]
-        key, fault = "", ""
+        fit: dict[str, list[str]] = {role: [] for role in _PAIR_COLUMNS}
+        for name, column in by_name.items():
+            words = set(re.split(r"[^a-z]+", name)) - {"text"}
+            roles = [role for role, names in _PAIR_COLUMNS.items() if words & set(names.split())]
+            if len(roles) == 1 and "id" not in words:
+                fit[roles[0]].append(column)
+        for role in (one for one in ("query", "positive") if columns[one] is None and len(fit[one]) == 1):
+            columns[role] = fit[role][0]
         if missing:
-            key, fault = "source.column", f"{source} has no column {', '.join(missing)}; its columns are"
-        elif unknown := [role for role in ("query", "positive") if columns[role] is None]:
-            fault = f"Set data.columns={{query: NAME, positive: NAME}}, because no column of {source} looks like the"
-            key, fault = "pairs.columns", f"{fault} {' and the '.join(unknown)}. It has"
-        if key:
-            raise UserError(f"data.{key}", f"{fault} {', '.join(there)}.")
+            message = f"{source} has no column {', '.join(missing)}; its columns are {', '.join(there)}."
+            raise UserError("data.source.column", message)
+        if unknown := " and the ".join(role for role in ("query", "positive") if columns[role] is None):
+            message = f"because no column of {source} looks like the {unknown}. It has {', '.join(there)}."
+            raise UserError("data.pairs.columns", f"Set data.columns={{query: NAME, positive: NAME}}, {message}")
     return {"pairs": options | {"columns": columns}}
 
 
@@ -309,7 +303,7 @@ def _pairs(
     strict: bool = False,
     **options: Any,
 ) -> SourceExamples:
-    rows = open_dataset_rows(source, [name for name in columns.values() if name is not None], **options)
+    rows = open_dataset_rows(source, list(_without_none(columns).values()), **options)
     found = ExampleReader(rows, lambda row: [_pair(row, columns, min_score)], strict).read("pairs", progress)
     if len({text.repository for text in found.texts}) == 1:  # a single repository can't be split: hold out single rows
         found = found._replace(texts=[replace(text, repository="") for text in found.texts])
@@ -455,7 +449,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) like `open_dataset_rows` for each line of a BigCloneBench split; `functions` is {id: code}."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()
             first, second, label = parts if len(parts) == 3 else ("", "", "")

@@ -34,20 +34,17 @@ from modular_star_encoder.utils.http import (
     is_web_address,
 )
 
-_ROWS_PER_BATCH = 16
+_ROWS_PER_BATCH, _AHEAD_PER_THREAD, _MAX_FAILURES_AT_FIRST = 16, 4, 200
 _BLOB_ID = re.compile(r"[0-9a-f]{40}")
 _HTTP = ("http:", "https:")  # fetched with `HTTPClient`; fsspec would need aiohttp
-_GZIP_MAGIC = b"\x1f\x8b"
-_AHEAD_PER_THREAD = 4
-_GZIP_OVERHEAD = 65_536
+_GZIP_MAGIC, _GZIP_OVERHEAD = b"\x1f\x8b", 65_536
 _NOT_AVAILABLE = (401, 403, 404, 410)
-_MAX_FAILURES_AT_FIRST = 200
 _TEXT: Any = str | None
 _TERMS: Any = str | Sequence[str] | None
 _STACK_ROW = {"repo_name": _TEXT, "files": Sequence[Mapping[str, Any]] | None}
 _STACK_FILE = dict.fromkeys(("path", "language", "blob_id"), _TEXT)
-_STACK_FILE_MORE = dict.fromkeys(("src_encoding", "license_type"), _TEXT)
-_STACK_FILE_MORE |= {"detected_licenses": _TERMS, "length_bytes": float | None}
+_STACK_FILE_MORE = {"src_encoding": _TEXT, "license_type": _TEXT, "detected_licenses": _TERMS}
+_STACK_FILE_MORE |= {"length_bytes": float | None}
 _MISSING, _NOT_FETCHED = "content missing or forbidden", "content not fetched"
 
 
@@ -94,10 +91,9 @@ def _received(future: Future[Any]) -> tuple[bytes, str | None, str]:
     try:
         content = future.result()
     except HTTPRequestError as error:
-        if error.key == "http.too_large":
-            return b"", "too large", ""
+        reason = _MISSING if error.status in _NOT_AVAILABLE else _NOT_FETCHED
         kind = f"status {error.status}" if error.status else error.reason
-        return b"", _MISSING if error.status in _NOT_AVAILABLE else _NOT_FETCHED, kind
+        return b"", "too large" if error.key == "http.too_large" else reason, kind
     except Exception as error:  # every protocol raises its own exceptions
         missing = isinstance(error, FileNotFoundError | PermissionError)
         return b"", _MISSING if missing else _NOT_FETCHED, type(error).__name__
@@ -202,9 +198,8 @@ def the_stack_repositories(
                     text, damage = filters.decode(unpack(content, filters.max_bytes), encoding)
                 except zlib.error:
                     text, damage = "", "damaged content"
-                reason = reason or damage
                 bar.update()
-                if reason:
+                if reason := reason or damage:
                     skipped[reason] += 1
                 else:
                     yield replace(file, text=text)

@@ -8,11 +8,12 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_json_values, files_below, similar_files, user_path
@@ -37,8 +38,6 @@ _SPLITS = ("train", "validation", "test")
 _NO_ROWS = "dropped.jsonl"  # report of near-deduplication on the rows that it dropped; in a folder of parquet files
 _HUB_OPTIONS = ("config", "revision", "data_dir")
 _NOT_FOUND = "no file or Hub dataset has this name, or the dataset is gated (accept its terms, run `hf auth login`)."
-
-Item = TypeVar("Item")
 
 # A file, a list of files, a folder, or the name of a dataset of the Hub.
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -81,15 +80,12 @@ def open_rows(
     rows: Any = None
     try:
         if local:
-            schemas = []
-            for file in files:
-                schemas.append(open_parquet(file).schema_arrow.names)
-            known = [name for name in schemas[0] if all(name in names for names in schemas)]
+            known = _common_names(files)
         else:
             rows = _streamed(source, files, config, split=split, revision=revision, data_dir=data_dir)
             known = rows.column_names or list(next(iter(rows), {}))
-    except _RowsError as error:
-        raise UserError("data.source.damaged", f"{file} can't be read: {error}.") from error
+    except UserError:
+        raise
     except Exception as error:  # the Hub, the network and the formats raise many kinds of errors
         there = files and all(map(os.path.isfile, files))
         is_local = there or (isinstance(source, str | os.PathLike) and os.path.exists(source))
@@ -126,17 +122,17 @@ def _streamed(source: Source, urls: Sequence[str], config: str | None, **options
 
 
 @dataclass(frozen=True, slots=True)
-class _Repeatable(Generic[Item]):
+class _Repeatable:
     """An iterable that calls `read` for each iteration."""
 
-    read: Callable[[], Iterator[Item]]
+    read: Callable[[], Iterator[Any]]
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Any]:
         return self.read()
 
 
 class _RowsError(OSError):
-    """Raised if a file of rows exceeds a limit; the message names the limit."""
+    """Raised if a file of rows exceeds a limit or can't be decoded; the message says which limit or line."""
 
 
 def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
@@ -147,15 +143,12 @@ def open_parquet(file: str | os.PathLike[str]) -> parquet.ParquetFile:
         raise _RowsError("it is not a regular file")
     opened = parquet.ParquetFile(file)
     data, names = opened.metadata, opened.schema_arrow.names
-    fault = ""
     if data.num_columns > _MAX_COLUMNS:
-        fault = f"it has {data.num_columns:,} columns; at most {_MAX_COLUMNS:,} are allowed"
-    elif data.num_row_groups > _MAX_ROW_GROUPS + data.num_rows // _MIN_GROUP_ROWS:
-        fault = f"it has {data.num_row_groups:,} row groups, too many for {data.num_rows:,} rows"
-    elif repeated := [name for name in names if names.count(name) > 1]:
-        fault = f"it has two columns named {repeated[0]!r}"
-    if fault:
-        raise _RowsError(fault)
+        raise _RowsError(f"it has {data.num_columns:,} columns; at most {_MAX_COLUMNS:,} are allowed")
+    if data.num_row_groups > _MAX_ROW_GROUPS + data.num_rows // _MIN_GROUP_ROWS:
+        raise _RowsError(f"it has {data.num_row_groups:,} row groups, too many for {data.num_rows:,} rows")
+    if repeated := [name for name, number in Counter(names).items() if number > 1]:
+        raise _RowsError(f"it has two columns named {repeated[0]!r}")
     chunks = [[group.column(one).num_values for one in range(data.num_columns)] for group in _groups(data)]
     values = max([data.num_rows, *map(sum, zip(*chunks, strict=True))])
     _check_size(file, values, sum(group.total_byte_size for group in _groups(data)))
@@ -221,19 +214,19 @@ def parquet_rows(
         yield from rows
 
 
-def _undamaged(name: str, read: Callable[[], Iterator[Item]], *, is_remote: bool = False) -> Iterator[Item]:
+def _undamaged(name: str, read: Callable[[], Iterator[Any]], *, is_remote: bool = False) -> Iterator[Any]:
     """Yield the rows, or pairs (place such as `a.jsonl, line 3`, row), of `read()`. UserError if a file is damaged."""
-    place = name
+    place = ""
     try:
         for number, item in enumerate(read(), 1):
-            place = item[0] if isinstance(item, tuple) else f"row {number}"
+            place = f" beyond {item[0] if isinstance(item, tuple) else f'row {number}'}"
             yield item
     except Exception as error:
         # pyarrow is slow to import, so its errors (ValueErrors and others) are recognised by their module's name.
         known = is_remote or type(error).__module__.startswith("pyarrow")
         if not known and not isinstance(error, OSError | EOFError | UnicodeError | zlib.error | csv.Error):
             raise
-        message = f"The data set {name} can't be read beyond {place}: {' '.join(str(error).split())}"
+        message = f"The data set {name} can't be read{place}: {' '.join(str(error).split())}"
         raise UserError("data.source.damaged", message) from error
 
 
@@ -277,15 +270,25 @@ def column_names(source: Source, **options: Any) -> list[str]:
         rows = _undamaged(files[0], partial(_csv_names, files[0]))
     else:
         rows = open_dataset_rows(source, [], **options)
-    if are_local and files[0].endswith(_PARQUET):  # without its values, which may be unreadable in columns not used
-        names = [open_parquet(file).schema_arrow.names for file in files]
-        return [name for name in names[0] if all(name in other for other in names)]
+        if are_local and files[0].endswith(_PARQUET):  # unused columns may have values that can't be read
+            return _common_names(files)
     read = list(islice(rows, _ROWS_WITH_NAMES))
     if names := list(dict.fromkeys(name for _, row in read if isinstance(row, dict) for name in row)):
         return names
     fault = f"{read[0][0]}: {read[0][1]}" if read else "it is empty"
     message = f"{_shown(source)} has no row with named columns ({fault}). Name the columns in the first line of a CSV"
     raise UserError("data.source.empty", f"{message} file or, in JSON Lines, in each row: {{NAME: VALUE, …}}.")
+
+
+def _common_names(files: Sequence[str]) -> list[str]:
+    """Return the names of the columns that all of these parquet files have; UserError if a file exceeds a limit."""
+    schemas: list[list[str]] = []
+    for file in files:
+        try:
+            schemas.append(open_parquet(file).schema_arrow.names)
+        except _RowsError as error:
+            raise UserError("data.source.damaged", f"{file} can't be read: {error}.") from error
+    return [name for name in schemas[0] if all(name in names for names in schemas)]
 
 
 def open_texts(source: Source, column: str, **options: Any) -> Iterator[str]:
@@ -319,17 +322,14 @@ def _files(source: Any, suffixes: tuple[str, ...], split: str | None = None) -> 
     if any(file.suffix == ".parquet" for file in found):
         found = [file for file in found if file.name != _NO_ROWS]
     splits = {one: [file for file in found if file.name.startswith((f"{one}-", f"{one}."))] for one in _SPLITS}
-    key, fault = "", ""
     if split is not None and any(splits.values()) and not (found := splits.get(split, [])):
         there = ", ".join(one for one, files in splits.items() if files)
-        key, fault = "split", f"has no split {split!r}; it has {there}"
-    kinds = [kind for kind in (_PARQUET, _JSON_LINES, _CSV) if any(file.name.endswith(kind) for file in found)]
-    if len(kinds) != 1 and not key:
-        several = " and ".join(kind[0] for kind in kinds)
-        what = f"{several} files: name those to read" if found else f"no {', '.join(suffixes)} file: name other data"
-        key, fault = "no_files", f"holds {what}"
-    if key:
-        raise UserError(f"data.source.{key}", f"{name!r} {fault}.")
+        raise UserError("data.source.split", f"{name!r} has no split {split!r}; it has {there}.")
+    kinds = [kind[0] for kind in (_PARQUET, _JSON_LINES, _CSV) if any(file.name.endswith(kind) for file in found)]
+    if len(kinds) != 1:
+        several, none = " and ".join(kinds), f"no {', '.join(suffixes)} file: name other data"
+        what = f"{several} files: name those to read" if found else none
+        raise UserError("data.source.no_files", f"{name!r} holds {what}.")
     return [str(file) for file in found]
 
 
@@ -340,16 +340,16 @@ def _text_lines(file: str) -> Iterator[str]:
     """
     characters = 0
     opener: Any = gzip.open if file.endswith(".gz") else open
-    errors = "strict" if file.endswith(_CSV) else "replace"
+    # The decoder reads ahead: an error of its own would not say in which line the damaged byte is.
+    errors = "surrogateescape" if file.endswith(_CSV) else "replace"
     with opener(file, "rt", encoding="utf-8-sig", errors=errors, newline="") as text:
         for number in count(1):
-            try:
-                line = text.readline(_MAX_LINE)
-            except UnicodeDecodeError as error:
-                raise _RowsError("it is not in UTF-8; save it as CSV in UTF-8") from error
+            line = text.readline(_MAX_LINE)
             characters += len(line)
             if len(line) == _MAX_LINE:
-                raise _RowsError(f"a line has {_MAX_LINE:,} characters or more")
+                raise _RowsError(f"line {number} has {_MAX_LINE:,} characters or more")
+            if errors != "replace" and not_unicode(line):
+                raise _RowsError(f"line {number} is not in UTF-8; save the file as CSV in UTF-8")
             _check_size(file, number, characters)
             if not line:
                 return
@@ -374,7 +374,7 @@ def _csv_header(lines: Iterator[str]) -> tuple[list[str], str]:
     if header.count(delimiter) >= _MAX_COLUMNS:
         raise OSError(f"the first line names more than {_MAX_COLUMNS:,} columns")
     names = next(csv.reader([header], delimiter=delimiter), [])
-    if twice := [name for name in names if name and names.count(name) > 1]:
+    if twice := [name for name, number in Counter(names).items() if name and number > 1]:
         raise OSError(f"the first line names the column {twice[0]} twice")
     return names, delimiter
 
@@ -411,8 +411,7 @@ def _json_lines(files: Sequence[str]) -> Iterator[tuple[str, Row]]:
             try:
                 check_json_values(line, _MAX_LINE_VALUES)
                 fault = "not JSON"  # also if brackets are nested too deeply
-                row = json.loads(line)
-                fault = "not a JSON object"
+                row, fault = json.loads(line), "not a JSON object"
             except (ValueError, RecursionError) as error:
                 fault = fault or str(error)
             yield f"{file}, line {number}", row if isinstance(row, dict) else BadLine(fault, line.strip())

@@ -278,10 +278,7 @@ def _set(glob: bytes, at: int) -> tuple[list[int], int]:
 
 def _ranges(values: list[int]) -> bytes:
     """Return ascending byte values as ranges, to be written inside the `[]` of a regular expression."""
-    ends = [[values[0], values[0]]]
-    for value in values[1:]:
-        if value == ends[-1][1] + 1:
-            ends[-1][1] = value
-        else:
-            ends.append([value, value])
-    return b"".join(b"\\x%02x-\\x%02x" % (low, high) for low, high in ends)
+    known = set(values)
+    lows = [value for value in values if value - 1 not in known]
+    highs = [value for value in values if value + 1 not in known]
+    return b"".join(b"\\x%02x-\\x%02x" % ends for ends in zip(lows, highs, strict=True))

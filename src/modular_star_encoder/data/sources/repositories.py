@@ -78,8 +78,7 @@ class FileReader(SourceReader):
 
     def sort(self, keys: Callable[[Sequence[SourcePath]], Iterable[Any]]) -> None:
         """From now on, read files in ascending order of `keys(files)`, a sort key for each file."""
-        ordered = sorted(zip(keys(self._files), self._files, strict=True))
-        self._files = [file for _, file in ordered]
+        self._files = [file for _, file in sorted(zip(keys(self._files), self._files, strict=True))]
 
 
 def installed_repositories(
@@ -101,15 +100,14 @@ def installed_repositories(
     for distribution in metadata.distributions():
         name = canonicalize_name(distribution.name or "")
         # Of two distributions with one name, Python imports the first on sys.path. One without a name is broken.
-        if name and name not in seen:
-            seen.add(name)
-            for file in distribution.files or []:
-                # A path that climbs out of site-packages is a script or a data file; `__editable__` is an import hook.
-                is_inside = ".." not in file.parts and not file.name.startswith("__editable__")
-                if is_inside and (language := language_of(file)) in chosen:
-                    found.append(
-                        SourcePath(name, file.as_posix(), Path(str(distribution.locate_file(file))), str(language))
-                    )
+        if not name or name in seen:
+            continue
+        seen.add(name)
+        for file in distribution.files or []:
+            # A path that climbs out of site-packages is a script or a data file; `__editable__` is an import hook.
+            is_inside = ".." not in file.parts and not file.name.startswith("__editable__")
+            if is_inside and (language := language_of(file) or "") in chosen:
+                found.append(SourcePath(name, file.as_posix(), Path(str(distribution.locate_file(file))), language))
     if STANDARD_LIBRARY not in seen:
         library = _source_files(Path(sysconfig.get_path("stdlib")), chosen)
         found += [file._replace(repository=STANDARD_LIBRARY) for file, reason in library if not reason]
@@ -139,31 +137,27 @@ def folder_repositories(
             unreadable folders as left out.
     """
     root = user_path(folder).resolve()
-    key, fault = "", ""
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        key, fault = "source.missing", f"{os.fspath(folder)!r} {what}: pass a folder of source code."
-    elif depth is None:
+        raise UserError("data.source.missing", f"{os.fspath(folder)!r} {what}: pass a folder of source code.")
+    if depth is None:
         depth = 0 if any((root / marker).exists() for marker in CHECKOUT_MARKERS) else 1
-    elif depth < 0:
-        key, fault = "folder.depth", f"`depth` must be 0 or more, not {depth}."
-    if key:
-        raise UserError(f"data.{key}", fault)
+    if depth < 0:
+        raise UserError("data.folder.depth", f"`depth` must be 0 or more, not {depth}.")
     chosen, filters = check_languages(languages), filters or FileFilters()
 
-    def found() -> _Found:
-        for file, reason in _source_files(root, set(chosen), obey_ignore_files):
-            path = PurePath(file.path)
-            name = "/".join(path.parts[:-1][:depth]) if depth else root.name
-            own_path = path.relative_to(name).as_posix() if depth else file.path
-            # Filters get paths relative to `root`: a top folder `tests` then counts as tests, not as a repository.
-            reason = reason or filters.reason_by_path(path, file.language)
-            yield file._replace(repository=name or ".", path=own_path), reason
-
-    reader = FileReader(found(), filters)
+    found: list[tuple[SourcePath, str | None]] = []
+    for file, reason in _source_files(root, set(chosen), obey_ignore_files):
+        path = PurePath(file.path)
+        name = "/".join(path.parts[:-1][:depth]) if depth else root.name
+        own_path = path.relative_to(name).as_posix() if depth else file.path
+        # Filters get paths relative to `root`: a top folder `tests` then counts as tests, not as a repository.
+        reason = reason or filters.reason_by_path(path, file.language)
+        found.append((file._replace(repository=name or ".", path=own_path), reason))
+    reader = FileReader(found, filters)
     if not may_be_empty and not reader.repositories:
-        left_out = Counter(reason for _, reason in reader.skipped_files)
-        aside = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
+        left_out = sorted(Counter(reason for _, reason in reader.skipped_files).items())
+        aside = ", ".join(f"{count} left out as {reason}" for reason, count in left_out)
         what = chosen[0].capitalize() if len(chosen) == 1 else "source"
         message = f"{os.fspath(folder)!r} holds no {what} file to read{f' ({aside})' if aside else ''}."
         raise UserError("data.source.no_files", f"{message} Name another folder.")
@@ -200,14 +194,10 @@ def _source_files(root: Path, languages: set[str], obey: bool = False) -> Iterat
         if is_deep or "pyvenv.cfg" in files:  # a virtual environment, whatever its name
             folders.clear()
             continue
-        folders[:] = [
-            name
-            for name in folders
-            if not is_closed(PurePath(name, "file"))
-            and not (ignored and ignored.ignores(os.path.join(parent, name), is_folder=True))
-        ]
-        for name in files:
-            location = Path(parent, name)
+        folders[:] = [name for name in folders if not is_closed(PurePath(name, "file"))]
+        if ignored:
+            folders[:] = [one for one in folders if not ignored.ignores(os.path.join(parent, one), is_folder=True)]
+        for location in (Path(parent, name) for name in files):
             # Unlike Path.is_symlink, this raises nothing where a folder may be listed but not entered.
             is_link = os.path.islink(location)
             language = _language(location) if obey else language_of(location)
@@ -232,10 +222,10 @@ class _XzFile:
         while not content:
             if self._decoder.eof:  # another stream may follow, after zeros
                 packed = self._decoder.unused_data.lstrip(b"\0")
-                while not packed:
-                    if not (more := self._file.read(size)):
-                        return b""
+                while not packed and (more := self._file.read(size)):
                     packed = more.lstrip(b"\0")
+                if not packed:
+                    return b""
                 self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
             elif self._decoder.needs_input and not (packed := self._file.read(size)):
                 raise EOFError("the .xz file ends early")
@@ -260,10 +250,10 @@ _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _HEADER_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *_LONG_NAMES)
 _DIRECTORY_BYTES_PER_MEMBER, _ZIP_ENTRY = 256, b"PK\1\2"
 # RuntimeError: encrypted members, unknown compression.
-_PLAIN_ERRORS = (OSError, EOFError, RuntimeError, ValueError, LookupError, struct.error, zlib.error)
-BROKEN_ARCHIVE = (*_PLAIN_ERRORS, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
-_HUGE_HEADERS = "rest of an archive with huge headers"
-_TOO_MANY, _TOO_LARGE = "rest of an archive with too many members", "rest of an archive that unpacks to too many bytes"
+BROKEN_ARCHIVE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, RuntimeError)
+BROKEN_ARCHIVE += (struct.error, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+_HUGE_HEADERS, _TOO_MANY = "rest of an archive with huge headers", "rest of an archive with too many members"
+_TOO_LARGE = "rest of an archive that unpacks to too many bytes"
 MAX_ARCHIVE_MEMBERS = 200_000
 MAX_ARCHIVE_BYTES = 8_000_000_000  # unpacked; in a zip, only of the members that are read
 FREE_BYTES, MAX_RATIO = 2**24, 50  # beyond the free bytes, each byte of the archive may unpack to 50: code to 3 to 20
@@ -401,11 +391,9 @@ def archive_repositories(
 ) -> SourceReader:
     """Return a reader of an archive or a folder's archives, one repository each; UserError if there is no archive."""
     root = user_path(source)
-    if root.is_dir():
-        files = {path.relative_to(root).as_posix(): path for path in files_below(root, links=False)}
-    else:
-        files = {root.name: root}
-    found = {name: path for name, path in files.items() if _archive_suffix(path) and path.is_file()}
+    files = files_below(root, links=False) if root.is_dir() else [root]
+    folder = root if root.is_dir() else root.parent
+    found = {one.relative_to(folder).as_posix(): one for one in files if _archive_suffix(one) and one.is_file()}
     if not found:
         message = f"{os.fspath(source)!r} is neither an archive nor a folder with an archive."
         raise UserError("data.source.no_files", f"{message} Names of archives end in {', '.join(ARCHIVE_SUFFIXES)}.")
