@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from modular_star_encoder.data.tokenizer import check_special_tokens
@@ -12,22 +13,6 @@ from modular_star_encoder.utils.errors import UserError
 IGNORED_LABEL = -100
 
 Row = Mapping[str, torch.Tensor]
-
-
-def pad_rows(rows: Sequence[torch.Tensor], value: int, side: str) -> torch.Tensor:
-    """Return the rows as one tensor, padded with `value` on `side` ("left" or "right"): int64 (rows, longest row)."""
-    length = max(len(row) for row in rows)
-    padded = torch.full((len(rows), length), value, dtype=torch.int64)
-    for target, row in zip(padded, rows, strict=True):
-        span = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        target[span] = row
-    return padded
-
-
-def pad_inputs(rows: Sequence[torch.Tensor], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Pad rows of token ids; return `input_ids` and `attention_mask`, both int64 (rows, longest row)."""
-    mask = pad_rows([torch.ones_like(row) for row in rows], 0, side)
-    return {"input_ids": pad_rows(rows, pad_token_id, side), "attention_mask": mask}
 
 
 def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -50,8 +35,14 @@ class _Padding:
         self._pad_token_id: int = tokenizer.pad_token_id
         self._side: str = tokenizer.padding_side
 
+    def _padded(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        """Return the rows as one tensor, padded with `value` on the tokenizer's side: int64 (rows, longest row)."""
+        return pad_sequence([row.long() for row in rows], True, value, self._side)
+
     def _inputs(self, rows: Sequence[Row], name: str = "input_ids") -> dict[str, torch.Tensor]:
-        return pad_inputs([row[name] for row in rows], self._pad_token_id, self._side)
+        ids = [row[name] for row in rows]
+        mask = self._padded([torch.ones_like(one) for one in ids], 0)
+        return {"input_ids": self._padded(ids, self._pad_token_id), "attention_mask": mask}
 
 
 class PaddingCollator(_Padding):
@@ -59,7 +50,7 @@ class PaddingCollator(_Padding):
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels", "icc_label"))
-        labels = pad_rows([row["labels"] for row in rows], IGNORED_LABEL, self._side)
+        labels = self._padded([row["labels"] for row in rows], IGNORED_LABEL)
         return self._inputs(rows) | {"labels": labels, "icc_labels": torch.stack([row["icc_label"] for row in rows])}
 
 

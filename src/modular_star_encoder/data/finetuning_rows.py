@@ -168,14 +168,11 @@ def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, arg
     """Return (ids before a text with this prompt, ids after it); UserError if `max_tokens` has no room for a text."""
     ids = tokenizer(prompt)["input_ids"]
     is_closed = ids[-1:] == [tokenizer.cls_token_id]
-    key, fault = "", ""
     if not is_closed and not adds_no_tokens(tokenizer):
-        key, fault = "tokenizer.template", "The tokenizer must end every text with its cls_token."
-    elif max_tokens <= len(ids):
-        key = "retrieval.max_tokens"
-        fault = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
-    if key:
-        raise UserError(f"data.{key}", fault)
+        raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
+    if max_tokens <= len(ids):
+        message = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
+        raise UserError("data.retrieval.max_tokens", message)
     return (ids[:-1], ids[-1:]) if is_closed else (ids, [])
 
 

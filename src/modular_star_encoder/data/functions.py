@@ -221,14 +221,12 @@ def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     snippets = options.pop("snippets", "files")
-    key = fault = ""
     if len(named) != 1 or options.get("installed", True) is not True:
-        key, needed = "source", f"exactly one of {', '.join(_OPENERS)}"
-        fault = f"`corpus` needs {needed}, not {dict(settings)}. The only value of `installed` is true."
-    elif snippets not in SNIPPETS:
-        key, fault = "snippets", f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}."
-    if fault:
-        raise UserError(f"data.corpus.{key}", fault)
+        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {dict(settings)}."
+        raise UserError("data.corpus.source", f"{message} The only value of `installed` is true.")
+    if snippets not in SNIPPETS:
+        message = f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}."
+        raise UserError("data.corpus.snippets", message)
     (kind,) = named
     source, (module, opener) = options.pop(kind), _OPENERS[kind]
     readers = import_module(f"modular_star_encoder.data.sources.{module}")
@@ -268,7 +266,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
             raise UserError("data.codesearchnet.column", message)
         texts[what] = found[0] if found else ""
     language = language_entry(language_named(texts["language"]) or texts["language"]).name
-    line = re.search(r"#L(\d+)", texts["url"])
+    line = re.search(r"#L(\d{1,9})", texts["url"])
     code = texts["code"].replace("\r\n", "\n").replace("\r", "\n")
     stripped = without_docstring(code) if language == "python" else code
     if stripped is None:

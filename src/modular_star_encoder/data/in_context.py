@@ -66,13 +66,12 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or not made by `tokenizer`."""
         check_special_tokens(tokenizer)
-        key = fault = ""
         if max_tokens < MIN_ROW_TOKENS:
-            key, fault = "arguments", f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
-        elif corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            key, fault = "other_tokenizer", "Another tokenizer made `corpus`: pass that tokenizer."
-        if key:
-            raise UserError(f"data.in_context.{key}", fault)
+            message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
+            raise UserError("data.in_context.arguments", message)
+        if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
+            message = "Another tokenizer made `corpus`: pass that tokenizer."
+            raise UserError("data.in_context.other_tokenizer", message)
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
         self._vocab_size = len(tokenizer)

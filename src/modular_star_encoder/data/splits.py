@@ -31,8 +31,7 @@ REPORT = "report.json"
 FEW_HELD_OUT = 100  # with fewer, the interval of an MRR of 0.8 is more than about 0.07 on each side
 TEXT_TO_CODE, CODE_TO_CODE = "text → code", "code → code"
 
-# Numbers of random streams; the two kinds of pairs have 0 and 1.
-_REPLACEMENTS, _NEGATIVES = 2, 3
+_REPLACEMENTS, _NEGATIVES = 2, 3  # numbers of random streams; the two kinds of pairs have 0 and 1
 
 
 def hashed_order(names: Iterable[str], seed: int) -> list[str]:
@@ -148,27 +147,27 @@ def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
     """Write the rows and the report in `data` to `folder`, all files at once; do nothing if `folder` has a report."""
     if not (folder / REPORT).is_file():
         with staged_folder(folder) as staging:
-            for name, rows in (("train", data.train), ("held_out", data.held_out)):
-                pyarrow.parquet.write_table(_table(rows), staging / f"{name}.parquet")
+            for name in ("train", "held_out"):
+                pyarrow.parquet.write_table(_table(getattr(data, name)), staging / f"{name}.parquet")
             write_json(staging / REPORT, data.report)
 
 
 def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, Any]) -> RetrievalData:
     seed, limit = requested["seed"], requested["max_train_samples"]
     texts = [text for found in sources.values() for text in found.texts]
-    held_out = np.array([], dtype=bool)
-    for rows in (found.texts for found in sources.values()):
+    drawn_rows: list[bool] = []
+    for found in sources.values():
         # A row without a repository is drawn by itself.
-        names = [text.repository or f"row {row}" for row, text in enumerate(rows)]
-        least = max(2, round(requested["eval_fraction"] * len(rows)))
+        names = [text.repository or f"row {row}" for row, text in enumerate(found.texts)]
+        least = max(2, round(requested["eval_fraction"] * len(names)))
         drawn = draw_repositories(Counter(names), seed=seed, min_test=least)
-        held_out = np.append(held_out, [name in drawn for name in names])
+        drawn_rows += [name in drawn for name in names]
+    held_out = np.array(drawn_rows, dtype=bool)
     unseen, groups = np.flatnonzero(held_out), same_content_groups(texts)
     # Each source draws its own repositories to hold out, so one that is held out in one source may be in another.
     repositories = {texts[row].repository for row in unseen} - {""}
     leaked = np.isin(groups, groups[unseen]) | np.array([text.repository in repositories for text in texts])
-    negatives = groups_of_negatives(texts, groups)
-    if negatives is not None:
+    if (negatives := groups_of_negatives(texts, groups)) is not None:
         leaked |= np.isin(negatives, groups[unseen])
     leaked &= ~held_out
     train = np.flatnonzero(~held_out & ~leaked)
@@ -314,8 +313,7 @@ class BatchPlan:
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
         if batch_size > largest or batch_size < 2 or batch_size % len(self._kinds):
-            plurals = {kind: f"{count} group{'s' * (count != 1)}" for kind, count in groups.counts.items()}
-            listed = " and ".join(f"{count} of {kind} pairs" for kind, count in plurals.items())
+            counted = [f"{n} group{'s' * (n != 1)} of {kind} pairs" for kind, n in groups.counts.items()]
             even = ", an even number" if len(self._kinds) > 1 else ""
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size or add"
@@ -323,7 +321,8 @@ class BatchPlan:
                 message = f"Rows to train on, without held-out rows: {len(groups.of_rows)}. At least 2 rows that share"
                 message += " no text are needed: add"
             message += " rows. Rows that share a text form a group, which gives a batch at most one pair."
-            raise UserError("data.batch_size", f"{message} The data has {listed or 'no pairs'}{negatives}.")
+            there = " and ".join(counted) or "no pairs"
+            raise UserError("data.batch_size", f"{message} The data has {there}{negatives}.")
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
@@ -336,14 +335,12 @@ class BatchPlan:
     def _with_negatives(self, draws: list[Draw], step: int, groups: np.ndarray) -> list[Draw]:
         used = set(self._groups.of_rows[[draw.row for draw in draws]].tolist())
         generator = np.random.default_rng((self.seed, _NEGATIVES, step))
-        found = []
-        for draw in draws:
-            row = draw.row
+        rows = [draw.row for draw in draws]
+        for place, row in enumerate(rows):
             # `PairGroups.largest_batch` guarantees that some row's hard negative is in no used group.
             while int(groups[row]) in used:
-                row = int(generator.integers(len(groups)))
-            found.append(draw._replace(negative=row))
-        return found
+                rows[place] = row = int(generator.integers(len(groups)))
+        return [draw._replace(negative=row) for draw, row in zip(draws, rows, strict=True)]
 
     def _make_batch(self, step: int) -> list[Draw]:
         share = self.batch_size // len(self._kinds)
@@ -357,7 +354,7 @@ class BatchPlan:
             chosen[CODE_TO_CODE] = self._replace_taken(places, taken, step), epoch
         by_kind = []
         for kind, (places, epoch) in chosen.items():
-            groups = [self._groups.rows[kind][place] for place in places]
+            groups = (self._groups.rows[kind][place] for place in places)
             by_kind.append([Draw(rows[epoch % len(rows)], kind) for rows in groups])
         draws = [draw for together in zip(*by_kind, strict=True) for draw in together]
         negatives = self._groups.negatives

@@ -63,11 +63,11 @@ class TokenCorpus:
         is_drawn = np.array([name in drawn for name in self.repository_names])
         held_out = is_drawn[self.repository_of[self.row_numbers]]
         whole = {one.name: getattr(self, one.name) for one in fields(TokenCorpus)}
-        parts = [TokenCorpus(**whole | {"row_numbers": self.row_numbers[part]}) for part in (~held_out, held_out)]
-        return parts[0], parts[1]
+        left, out = (TokenCorpus(**whole | {"row_numbers": self.row_numbers[part]}) for part in (~held_out, held_out))
+        return left, out
 
 
-_STATE, _NAMES = "state.json", "repositories.jsonl"
+_STATE, _NAMES, _INDEX_FILES = "state.json", "repositories.jsonl", ("repositories.bin", "languages.bin")
 _BOUND, _INDEX = np.dtype("<i8"), np.dtype("<i4")
 _FILES_PER_COMMIT = 4096
 
@@ -90,8 +90,7 @@ class _State:
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
-            "repositories.bin": self.files * _INDEX.itemsize,
-            "languages.bin": self.files * _INDEX.itemsize,
+            **dict.fromkeys(_INDEX_FILES, self.files * _INDEX.itemsize),
             _NAMES: self.name_bytes,
         }
 
@@ -104,16 +103,10 @@ class TokenStore(TokenCorpus):
         folder = Path(folder)
         rows = _MappedRows(folder.absolute())
         state = rows.state
-        names = (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()
-        super().__init__(
-            rows=rows,
-            row_numbers=np.arange(state.files),
-            repository_names=tuple(json.loads(line) for line in names),
-            repository_of=_mapped(folder / "repositories.bin", _INDEX, state.files),
-            language_names=tuple(state.languages),
-            language_of=_mapped(folder / "languages.bin", _INDEX, state.files),
-            tokenizer_checksum=state.tokenizer,
-        )
+        names = tuple(map(json.loads, (folder / _NAMES).read_bytes()[: state.name_bytes].splitlines()))
+        repository_of, language_of = (_mapped(folder / name, _INDEX, state.files) for name in _INDEX_FILES)
+        columns = (names, repository_of, tuple(state.languages), language_of)
+        super().__init__(rows, np.arange(state.files), *columns, state.tokenizer)
 
 
 class _MappedRows(TokenRows):
@@ -189,7 +182,8 @@ class _Writer:
         bounds = state.tokens + np.cumsum([len(row) for row in rows])
         known = len(self._repositories)
         repository_of = [self._repositories.setdefault(file.repository, len(self._repositories)) for file in files]
-        names = "".join(json.dumps(name) + "\n" for name in list(self._repositories)[known:]).encode()
+        added = list(islice(reversed(self._repositories), len(self._repositories) - known))[::-1]
+        names = "".join(json.dumps(name) + "\n" for name in added).encode()
         language_of = [self._languages.setdefault(file.language, len(self._languages)) for file in files]
         for name, values, dtype in (
             ("tokens.bin", np.concatenate(rows), state.dtype),
@@ -199,10 +193,8 @@ class _Writer:
         ):
             self._outputs[name].write(np.asarray(values).astype(dtype).tobytes())
         self._outputs[_NAMES].write(names)
-        state.files += len(files)
-        state.tokens = int(bounds[-1])
-        state.name_bytes += len(names)
-        state.languages = list(self._languages)
+        state.files, state.tokens = state.files + len(files), int(bounds[-1])
+        state.name_bytes, state.languages = state.name_bytes + len(names), list(self._languages)
         for file in files:
             state.files_digest = _digest(state.files_digest, file)
         return len(files)

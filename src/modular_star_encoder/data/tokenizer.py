@@ -22,6 +22,7 @@ from modular_star_encoder.utils.errors import UserError, is_panic
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 TEXTS_PER_BATCH = 256
+_OURS = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
 _TOKENS_PER_COUNT = 2**22
 
 
@@ -51,9 +52,8 @@ def train_tokenizer(
         raise UserError("data.tokenizer.no_text", "A tokenizer needs at least one text to train on; `texts` is empty.")
     tokenizer.train_from_iterator(chain([first], texts), trainer)
     tokenizer.post_processor = _template(tokenizer)
-    roles = {"pad_token": PAD_TOKEN, "sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
-    sides = {"padding_side": "left", "truncation_side": "right"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **roles, **sides)
+    settings: dict[str, Any] = {"model_max_length": max_length, "padding_side": "left", "truncation_side": "right"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings, **_OURS, pad_token=PAD_TOKEN)
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -84,26 +84,23 @@ def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Return a copy that encodes a text as `<sep> text <cls>`; the published tokenizer adds no special tokens."""
     check_special_tokens(tokenizer, "sep", "cls")
-    ours = {"sep_token": SEP_TOKEN, "cls_token": CLS_TOKEN, "mask_token": MASK_TOKEN}
-    theirs = {role: getattr(tokenizer, role) for role in ours if getattr(tokenizer, role) is not None}
+    theirs = {role: getattr(tokenizer, role) for role in _OURS if getattr(tokenizer, role) is not None}
     framed = [tokenizer.sep_token_id, tokenizer.cls_token_id]
-    if theirs.items() <= ours.items() and tokenizer("")["input_ids"] == framed:
+    if theirs.items() <= _OURS.items() and tokenizer("")["input_ids"] == framed:
         return tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    spellings = {theirs[role]: ours[role] for role in theirs}
-    vocabulary = state["model"]["vocab"]
+    spellings = {theirs[role]: _OURS[role] for role in theirs}
+    known = {*(vocabulary := state["model"]["vocab"]), *(entry["content"] for entry in state["added_tokens"])}
+    if taken := [name for old, name in spellings.items() if old != name and name in known]:
+        raise UserError("data.tokenizer.spelling", f"The tokenizer already has a token {taken[0]}: rename that token.")
     for entry in state["added_tokens"]:
         entry["content"] = spellings.get(entry["content"], entry["content"])
-    known = [entry["content"] for entry in state["added_tokens"]]
-    taken = [name for old, name in spellings.items() if old != name and (known.count(name) > 1 or name in vocabulary)]
-    if taken:
-        raise UserError("data.tokenizer.spelling", f"The tokenizer already has a token {taken[0]}: rename that token.")
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.post_processor = _template(backend)
-    roles = {role: ours[role] for role in theirs} | {"pad_token": tokenizer.pad_token}
-    sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side", "model_max_length")}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **sides)
+    names = ("padding_side", "truncation_side", "model_max_length", "pad_token")
+    kept: dict[str, Any] = {name: getattr(tokenizer, name) for name in names}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{role: _OURS[role] for role in theirs}, **kept)
 
 
 def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -122,9 +119,9 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return each token's letters and digits in lower case, or a unique text if the token is special or lacks both."""
-    spellings = []
+    spellings, special = [], set(tokenizer.all_special_ids)
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        text = "" if index in tokenizer.all_special_ids else str(tokenizer.decode([index]))
+        text = "" if index in special else str(tokenizer.decode([index]))
         spellings.append("".join(filter(str.isalnum, text.lower())) or f"<{index}> {token}")
     return spellings
 

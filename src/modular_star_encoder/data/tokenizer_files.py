@@ -84,16 +84,16 @@ def _settings_fault(settings: dict[str, Any]) -> str:
     lists["added_tokens_decoder"] = len(settings.get("added_tokens_decoder") or ()) * _MAX_SPECIAL // _MAX_ADDED
     if max(lists.values()) > _MAX_SPECIAL or len(settings) > _MAX_ADDED:
         return f"it has more than {_MAX_SPECIAL:,} special tokens or more than {_MAX_ADDED:,} added tokens"
-    texts = _texts({name: one for name, one in settings.items() if name != "chat_template"})
-    return _size_fault(texts, _MAX_TOKEN, _MAX_SETTINGS)
+    values = _values({name: one for name, one in settings.items() if name != "chat_template"})
+    return _size_fault((one for one in values if isinstance(one, str)), _MAX_TOKEN, _MAX_SETTINGS)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every string in a JSON value, including the keys of mappings."""
-    if isinstance(value, str):
-        yield value
-    for one in chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(one)
+def _values(value: Any) -> Iterator[Any]:
+    """Yield a JSON value and all values and keys inside it; not recursive, so that deep nesting costs nothing more."""
+    waiting = [value]
+    while waiting:
+        yield (value := waiting.pop())
+        waiting += chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _size_fault(tokens: Iterable[str], most: int, total: int) -> str:
@@ -110,8 +110,8 @@ def _state_fault(state: dict[str, Any]) -> str:
     if max(len(vocabulary), len(merges)) > _MAX_ENTRIES or len(added) > _MAX_ADDED:
         return f"it has more than {_MAX_ENTRIES:,} tokens or merges, or {_MAX_ADDED:,} added tokens"
     is_map = isinstance(vocabulary, dict)
-    ids = [one["id"] for one in added] + list(vocabulary.values() if is_map else range(len(vocabulary)))
-    if not all(type(one) is int for one in ids) or not 0 <= min(ids, default=0) <= max(ids, default=0) < MAX_TOKEN_ID:
+    ids = [0, *(one["id"] for one in added), *(vocabulary.values() if is_map else range(len(vocabulary)))]
+    if not all(type(one) is int for one in ids) or min(ids) < 0 or (largest := max(ids)) >= MAX_TOKEN_ID:
         return f"token ids must be from 0 to {MAX_TOKEN_ID - 1:,}"
     words = vocabulary if is_map else [one[0] for one in vocabulary]
     pairs = (" ".join(one) if isinstance(one, list) else one for one in merges)
@@ -135,25 +135,18 @@ def _state_fault(state: dict[str, Any]) -> str:
     if truncation and not 0 <= truncation["stride"] < max(truncation["max_length"], 1):
         return f"its truncation has the stride {truncation['stride']}, which must be from 0 to max_length - 1"
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if fault := _step_fault(list(_parts(state.get(name))), is_text=name != "post_processor"):
+        parts = [one for one in _values(state.get(name)) if isinstance(one, dict)]
+        if fault := _step_fault(parts, is_text=name != "post_processor"):
             return f"its {name} {fault}"
-    for part in _parts(state.get("post_processor")):
-        ends = [part[name][1] for name in ("sep", "cls") if isinstance(part.get(name), list)]
-        if max(*part.get("ids", ()), *ends, 0, 0) > max(ids):
-            return f"its post_processor adds a token id above {max(ids)}, the largest"
+        for part in parts if name == "post_processor" else ():
+            ends = [part[end][1] for end in ("sep", "cls") if isinstance(part.get(end), list)]
+            if max(*part.get("ids", ()), *ends, 0, 0) > largest:
+                return f"its post_processor adds a token id above {largest}, the largest"
     return ""
 
 
-def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every mapping in a JSON value, each mapping before the mappings inside it."""
-    if isinstance(value, dict):
-        yield value
-    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _parts(one)
-
-
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return a fault of one step of a tokenizer, or ""; `parts`: mappings in its JSON; `is_text`: it changes texts."""
+    """Return what is wrong with one step of a tokenizer, or "". `parts`: mappings in its JSON; `is_text`: for texts."""
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"
