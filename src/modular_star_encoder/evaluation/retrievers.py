@@ -52,11 +52,9 @@ class Scores(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """Yield blocks of scores in any order; the blocks together hold each (query, document) pair exactly once."""
-        ...
 
     def of_pairs(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Return the scores (P,) float32 of P pairs; pair i is query `queries[i]` and document `documents[i]`."""
-        ...
 
 
 class RowScores:
@@ -87,11 +85,9 @@ class Retriever(Protocol):
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Prepare all texts for later calls of `scores`, for example by embedding them; by default, do nothing."""
-        return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
         """Return the scores (Q, D) of a variant, such as one exit; call `prepare` with all texts first."""
-        ...
 
 
 class EmbeddingRetriever(Retriever):

@@ -57,7 +57,6 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True) -> ByExit:
         """Return {exit_layer: embeddings (N, D) float32} of N pairs (prompt, text), computed in one pass."""
-        ...
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
