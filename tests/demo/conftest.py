@@ -1,6 +1,6 @@
 import pytest
 
-from tests.search.conftest import build, write_code
+from tests.search.conftest import FILES, build, write_code
 
 HOSTILE_NAME = "<img src=x onerror='window.attacked=1'>.py"
 HOSTILE_CODE = """\
@@ -16,6 +16,5 @@ def render(page):
 def index(tmp_path_factory, checkpoint):
     """An index at exits 1 and 4, with a file whose name and code are HTML; no test changes it."""
     folder = tmp_path_factory.mktemp("demo")
-    code = write_code(folder / "code")
-    (code / HOSTILE_NAME).write_text(HOSTILE_CODE)
+    code = write_code(folder / "code", FILES | {HOSTILE_NAME: HOSTILE_CODE})
     return build(code, folder / "index", checkpoint, exit_layers=(1, 4))

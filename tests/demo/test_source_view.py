@@ -15,6 +15,7 @@ from modular_star_encoder.search.index import CodeIndex
 from modular_star_encoder.search.vector_store import file_id
 from tests.demo.conftest import HOSTILE_NAME
 from tests.errors import raises
+from tests.search.conftest import write_code
 
 CLOSED = [".env", ".git/config", ".git/hook.py", "ignored.py", "private/key.py", "sub/.hidden/a.py"]
 HIT = Hit(path="", line=2, name="", score=0.0, exit_layer=1, last_line=4)
@@ -23,15 +24,9 @@ HIT = Hit(path="", line=2, name="", score=0.0, exit_layer=1, last_line=4)
 @pytest.fixture
 def folder(tmp_path):
     """An indexed folder next to a secret; `known` are the paths in its index."""
-    folder = tmp_path / "code"
-    (folder / "sub").mkdir(parents=True)
-    (tmp_path / "secret.py").write_text("SECRET = 1\n")
-    (folder / "sub" / "a b.py").write_text("one = 1\ntwo = 2\nthree = '<script>'\n")
-    (folder / "unindexed.env").write_text("SECRET = 2\n")
-    for name in CLOSED:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("SECRET = 3\n")
-    (folder / ".gitignore").write_text("ignored.py\nprivate/\n")
+    files = dict.fromkeys([*CLOSED, "unindexed.env", "../secret.py"], "SECRET = 1\n")
+    files |= {"sub/a b.py": "one = 1\ntwo = 2\nthree = '<script>'\n", ".gitignore": "ignored.py\nprivate/\n"}
+    folder = write_code(tmp_path / "code", files)
     os.symlink(tmp_path / "secret.py", folder / "link.py")
     os.symlink(tmp_path, folder / "linked")
     return folder

@@ -18,7 +18,7 @@ from modular_star_encoder.search.index import CodeIndex, open_for_search
 from modular_star_encoder.search.qdrant_store import QdrantStore
 from modular_star_encoder.search.vector_store import file_id
 from tests.errors import raises
-from tests.search.conftest import FILES, build, stored_rows
+from tests.search.conftest import FILES, build, stored_rows, write_code
 
 ODD_NAMES = [
     b"caf\xe9.py",
@@ -37,18 +37,13 @@ def function(name):
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
     """A folder with one good file, whose function is called `good`, and much that isn't."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "secret.py").write_text(function("secret"))
-    folder = tmp_path / "folder"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "good.py").write_text(function("good"))
+    outside = write_code(tmp_path / "outside", {"secret.py": function("secret")})
+    folder = write_code(tmp_path / "folder", {"good.py": function("good"), "locked/hidden.py": function("hidden")})
+    (folder / "sub").mkdir()
     os.symlink("..", folder / "sub" / "loop")
     os.symlink(outside, folder / "linked")
     os.symlink(outside / "secret.py", folder / "linked.py")
     (folder / "folder.py").mkdir()
-    (folder / "locked").mkdir()
-    (folder / "locked" / "hidden.py").write_text(function("hidden"))
     with monkeypatch.context() as context:  # folders with paths up to the longest, and beyond
         context.chdir(folder)
         for _ in range(25):
@@ -148,9 +143,7 @@ def test_what_is_no_index_of_ours_is_never_replaced(tmp_path, code, checkpoint, 
 
 def forged(clone, model, **settings):
     """A folder with an index that has these settings, but was built with others."""
-    clone.mkdir()
-    (clone / "a.py").write_text(function("good"))
-    build(clone, clone / ".mose", model)
+    build(write_code(clone, {"a.py": function("good")}), clone / ".mose", model)
     manifest = clone / ".mose" / "index.json"
     content = json.loads(manifest.read_text())
     content["settings"] |= settings

@@ -11,6 +11,7 @@ from modular_star_encoder.search.building import update_store
 from modular_star_encoder.search.local_store import LocalStore
 from modular_star_encoder.search.vector_store import Filter, IndexSettings, file_id, path_expression
 from tests.errors import raises
+from tests.search.conftest import write_code
 
 CODE = "def größe(text):\n    return len(text)\n"
 READ = "read"
@@ -77,9 +78,7 @@ class Ones:
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "good.py").write_text(CODE)
-    return tmp_path / "code"
+    return write_code(tmp_path / "code", {"good.py": CODE})
 
 
 def indexed(folder):
@@ -134,8 +133,7 @@ def replace(folder, old, new=None):
 def test_files_of_a_folder_that_becomes_a_link_after_the_walk_are_not_read(folder, tmp_path, change_before):
     sub, outside = folder / "sub", tmp_path / "outside"
     for parent in (sub, outside):
-        parent.mkdir()
-        (parent / "odd.py").write_text(CODE)
+        write_code(parent, {"odd.py": CODE})
     change_before(lambda: replace(sub, tmp_path / "old", outside), repositories, "beginning")
     assert outcome(folder, "sub/odd.py") == "unreadable"
 
@@ -143,8 +141,7 @@ def test_files_of_a_folder_that_becomes_a_link_after_the_walk_are_not_read(folde
 @pytest.mark.parametrize("by_link", [True, False])
 @pytest.mark.parametrize("moment", ["beginning", "folder_repositories"])
 def test_a_folder_that_is_replaced_while_it_is_read_is_named(folder, tmp_path, change_before, moment, by_link):
-    (outside := tmp_path / "outside").mkdir()
-    (outside / "good.py").write_text("secret = 'mine'\n")
+    outside = write_code(tmp_path / "outside", {"good.py": "secret = 'mine'\n"})
     module = repositories if moment == "beginning" else building
     change_before(lambda: replace(folder, tmp_path / "old", outside if by_link else None), module, moment)
     with raises("search.folder.replaced" if by_link or moment == "beginning" else "data.source.missing", folder):

@@ -28,7 +28,7 @@ def add_dataset_commands(commands: Any) -> None:
     add("source", metavar="SOURCE", type=existing, help="a folder of parquet files")
     add("--out", metavar="FOLDER", required=True, help="folder to write; a stopped run is continued")
     add("--columns", metavar="LIST", default="func1_CSN,func2", help="columns to compare: NAME,NAME")
-    match = "two rows are near-duplicates if one of their columns is similar (either, the default), or if both are"
+    match = "rows are near-duplicates if either column is similar (either, the default), or if both columns are (both)"
     add("--match", choices=("either", "both"), default="either", help=match)
     ids = "column of ids; of near-duplicates, the row with the smallest id is kept (default: the first row)"
     add("--id-column", metavar="NAME", help=ids)

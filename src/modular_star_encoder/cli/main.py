@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # For a full disk, safetensors raises an error of its own class; for some texts, tokenizers panics.
         is_known = isinstance(error, (*EXPECTED_ERRORS, ImportError)) or is_panic(error)
         shown = error if is_known or type(error).__name__ == "SafetensorError" else None
-        if isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error)):  # of torch
-            shown = MemoryError(f"Not enough memory: {str(error).partition('. GPU')[0]}")  # then torch's own advice
+        if isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error)):  # torch's
+            shown = MemoryError(f"Not enough memory: {str(error).partition('. GPU')[0]}")  # the rest is torch's advice
         if isinstance(error, ImportError) and error.name:  # a module can't be imported: a missing extra, or a bug
             shown = missing_extra(error, room) if isinstance(error, ModuleNotFoundError) else None
         if shown is None:

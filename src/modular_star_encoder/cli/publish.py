@@ -20,7 +20,7 @@ def add_publish_commands(commands: Any) -> None:
     about = "write the first layers of a checkpoint as a checkpoint of its own"
     add = add_command(commands, "slice", run_slice, about).add_argument
     add("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=CHECKPOINT_HELP)
-    add("--exit-layer", metavar="K", type=at_least(0), required=True, help="exit to keep: its number of layers")
+    add("--exit-layer", metavar="K", type=at_least(0), required=True, help="exit to keep, as a number of layers")
     add("out", metavar="OUT", help="folder to write; it must be empty or not exist")
 
     about = "add layers, to be trained, to a checkpoint that has only exit 0"
@@ -63,7 +63,7 @@ def add_publish_commands(commands: Any) -> None:
 
 def _add_folder_options(add: Callable[..., Any], *, required: bool = False) -> None:
     add("--repository", metavar="OWNER/NAME", required=required, help="repository on the Hub to publish a folder to")
-    license = "for a folder: its licence, as the Hub names it (default: that in its card, or its parent's if known)"
+    license = "for a folder: the Hub's name of its licence (default: the licence in its card, or its parent's if known)"
     add("--license", metavar="NAME", help=license)
     results = "for a folder: results to show in the card, a FILE of mose evaluate --json; may be repeated"
     add("--evaluation", metavar="FILE", action="append", default=[], help=results)

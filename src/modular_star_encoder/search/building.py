@@ -32,12 +32,12 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.reports import printable
 
 _FILES_PER_CHUNK = 8
-_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # written at once: an interruption loses seconds of work
+_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # rows written at once: few, to lose little work
 _ROWS_PER_BATCH_IN_A_HURRY = 32
-_ROWS_PER_EMBEDDING = 256  # embedded at once: few, so that the processes that parse files don't wait for this one
+_ROWS_PER_EMBEDDING = 256  # rows embedded at once: few, so that the parsing processes don't wait for this one
 _FILES_PER_REMOVAL = 1000
-FEW_NEW_FILES = 1000  # so few new files are all read by a first search, whatever time it takes
-_SMALL_FILE, _MOST_STEMS = 100_000, 64  # bytes of a file, stems of questions: limits of what is compared to sort files
+FEW_NEW_FILES = 1000  # a first search reads up to this many new files, however long it takes
+_SMALL_FILE, _MOST_STEMS = 100_000, 64  # most bytes of a file and stems of questions that sorting compares
 _FRESH_NS = 2_000_000_000  # a file that changed less than 2 s ago may change again without a new time of change
 
 _Piece = tuple[Snippet, str]  # a piece and its words, with spaces between
@@ -175,7 +175,7 @@ def _divided(
     files: Iterator[SourceFile], processes: int, settings: IndexSettings, end: float | None
 ) -> Generator[list[_Changed]]:
     """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
-    for first in files:  # once, as the rest is read below; without a file, the imports are not needed
+    for first in files:  # runs once, because `rest` takes the others; without files, nothing is imported
         from threadpoolctl import threadpool_limits
 
         from modular_star_encoder.utils.crash_safe import crash_safe_map
@@ -232,7 +232,7 @@ class _Writer:
         return self.end is not None and time.monotonic() > self.end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
-        """Yield the new or changed files of `reader`, compared with the store; call `advance` for unchanged files."""
+        """Yield the files of `reader` that are new or differ from the store; call `advance` for each other file."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)
@@ -297,10 +297,7 @@ class _Writer:
 
 
 def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float) -> list[tuple[Any, ...]]:
-    """Return a sort key for each file: known files come first, then small files with rare words of `questions`.
-
-    Large files come last, because one file may take all the time. After time `end`, only paths are searched.
-    """
+    """Return sort keys: known files, then small ones with rare words of `questions`; after time `end`, by path only."""
     stems = sorted(question_stems(" ".join(questions)), key=len)[-_MOST_STEMS:]
     found: list[tuple[bool, bool, list[str]]] = []  # (is new, is large, stems in the file)
     for file in files:
@@ -308,6 +305,7 @@ def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], 
         is_read = is_new and time.monotonic() < end
         content = (beginning(file.location, _SMALL_FILE + 1, links=False) if is_read else None) or b""
         text = f"{file.path}\n{content.decode(errors='replace')}".lower() if is_new else ""
+        # Large files come last, because one file may take all the time.
         found.append((is_new, len(content) > _SMALL_FILE, [stem for stem in stems if stem in text]))
     counts = Counter(chain.from_iterable(some for *_, some in found))
     rarity = {stem: math.log(len(files) / count) for stem, count in counts.items()}

@@ -59,7 +59,7 @@ _INDENT = "    "
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
     """Return text: per hit, a line (path, line number, bar, score, name), then up to `lines` lines of its code.
 
-    A full bar is the best hit's score, or 1 with the method `vector`. `explain` shows what each rule adds.
+    A full bar means the best hit's score or, with the method `vector`, 1. `explain` shows what each rule adds.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []

@@ -44,7 +44,7 @@ _SMALL_SEGMENTS = 32  # an update merges the segments below `LARGE_SEGMENT` if i
 _K1, _B = 1.2, 0.75
 _NO_INDEX: dict[str, Any] = {"settings": None, "segments": {}}
 _STAMPS = "stamps.json"
-_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+\.tmp)?")  # half-written ones too
+_OWN_FILE = re.compile(rf"\.?(rows-.*|\.gitignore|\.lock|{_STAMPS}|{MANIFEST})(\.\d+\.tmp)?")  # also half-written files
 
 _OTHER_DAMAGE = (zlib.error, RecursionError, MemoryError)
 _SEGMENT_NAME = re.compile(r"rows-[0-9a-f]{32}")
@@ -107,7 +107,7 @@ class LocalStore:
             try:
                 yield
             except BaseException:
-                # The disk may have been full before the first rows.
+                # A new index without rows, perhaps because the disk is full, is removed.
                 if self._is_new and self._is_in_place() and not self._read()["segments"]:
                     for name in (MANIFEST, ".gitignore"):
                         (self.folder / name).unlink(missing_ok=True)
@@ -162,7 +162,7 @@ class LocalStore:
         }
         for start in range(0, len(rows), MOST_ROWS):
             part = rows[start : start + MOST_ROWS]
-            segments[self._add(_arrays_of(part), _files_of(part))] = []
+            segments[self._add(*_of_rows(part))] = []
         self._write({**manifest, "segments": segments})
         if sum(self._segment(name).size < LARGE_SEGMENT for name in segments) >= _SMALL_SEGMENTS:
             self.finish()
@@ -418,7 +418,8 @@ def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int)
     ]
 
 
-def _arrays_of(rows: Sequence[Row]) -> _Arrays:
+def _of_rows(rows: Sequence[Row]) -> tuple[_Arrays, list[dict[str, Any]]]:
+    """Return the arrays of a new segment, and its files: a dictionary with id, hash, path and language for each."""
     arrays: _Arrays = {}
     for exit_layer in rows[0].vectors:
         vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)
@@ -429,7 +430,8 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
     blobs = [zlib.compress(json.dumps(_values(row.snippet)).encode(), 6) for row in rows]
     arrays["rows"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
     arrays["row_starts"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(row.file_id for row in rows))}
+    files = dict.fromkeys((row.file_id, row.file_hash, row.snippet.path, row.snippet.language) for row in rows)
+    numbers = {key: number for number, (key, *_) in enumerate(files)}
     arrays["file_of_row"] = np.array([numbers[row.file_id] for row in rows], dtype=np.uint32)
     words = [row.words.split() for row in rows]
     arrays["lengths"] = np.array([len(one) for one in words], dtype=np.uint32)
@@ -439,7 +441,8 @@ def _arrays_of(rows: Sequence[Row]) -> _Arrays:
     key, place = key[order], place[order]
     first = np.flatnonzero(np.append([True], (np.diff(key) != 0) | (np.diff(place) != 0))[: len(key)])
     counts = np.minimum(np.diff(np.append(first, len(key))), 255)
-    return arrays | _postings(key[first], place[first], counts)
+    arrays |= _postings(key[first], place[first], counts)
+    return arrays, [dict(zip(("id", "hash", "path", "language"), file, strict=True)) for file in files]
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
@@ -450,31 +453,21 @@ def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
     return {"words": words, "word_starts": word_starts, "word_rows": rows, "word_counts": counts}
 
 
-def _files_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return a dictionary for each file that `rows` come from, with its id, hash, path and language."""
-    keys = "id", "hash", "path", "language"
-    files = dict.fromkeys((row.file_id, row.file_hash, row.snippet.path, row.snippet.language) for row in rows)
-    return [dict(zip(keys, file, strict=True)) for file in files]
-
-
 def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]]:
     """Merge segments: return the arrays and files of a new segment with all rows that are not deleted."""
     arrays: _Arrays = {}
-    kept = [np.flatnonzero(one.alive) for one in segments]
     exits = segments[0].exits
     for name in ("lengths", *(f"{kind}_{exit_layer}" for exit_layer in exits for kind in ("vectors", "scales"))):
-        arrays[name] = np.concatenate([one[name][places] for one, places in zip(segments, kept, strict=True)])
+        arrays[name] = np.concatenate([one[name][one.alive] for one in segments])
     for exit_layer in exits:
         arrays[f"signs_{exit_layer}"] = _signs(arrays[f"vectors_{exit_layer}"])
-    sizes = [np.diff(one["row_starts"]) for one in segments]
-    blobs = [one["rows"][np.repeat(one.alive, size)] for one, size in zip(segments, sizes, strict=True)]
-    arrays["rows"] = np.concatenate(blobs)
-    alive_sizes = [size[places] for size, places in zip(sizes, kept, strict=True)]
-    arrays["row_starts"] = np.concatenate([[0], *alive_sizes]).cumsum(dtype=np.int64)
     files: list[dict[str, Any]] = []
-    numbers, keys, rows, counts = [], [], [], []
+    blobs, sizes, numbers, keys, rows, counts = [], [np.zeros(1, np.int64)], [], [], [], []
     first = 0
-    for one, places in zip(segments, kept, strict=True):
+    for one in segments:
+        places, row_sizes = np.flatnonzero(one.alive), np.diff(one["row_starts"])
+        blobs.append(one["rows"][np.repeat(one.alive, row_sizes)])
+        sizes.append(row_sizes[places])
         new_file = np.cumsum([len(files), *(file["id"] not in one.dead for file in one.files)])
         numbers.append(new_file[one["file_of_row"][places]])
         files += [file for file in one.files if file["id"] not in one.dead]
@@ -486,6 +479,7 @@ def _merged(segments: Sequence[_Segment]) -> tuple[_Arrays, list[dict[str, Any]]
         rows.append(moved[stays])
         counts.append(one["word_counts"][stays])
         first += len(places)
+    arrays |= {"rows": np.concatenate(blobs), "row_starts": np.concatenate(sizes).cumsum(dtype=np.int64)}
     arrays["file_of_row"] = np.concatenate(numbers).astype(np.uint32)
     key, row, count = np.concatenate(keys), np.concatenate(rows), np.concatenate(counts)
     order = np.argsort(key, kind="stable")  # the rows of each word ascend already

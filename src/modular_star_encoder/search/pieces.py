@@ -92,17 +92,14 @@ class _Divider:
             yield from self._block(at, first, outer)
             name = f"{outer}.{one.name}" if outer else one.name
             is_small = one.end - first <= SMALL_CLASS and (one.kind != "extension" or len(inner) < 2)
-            if one.kind == "function" or is_small or not inner:
-                yield from self._definition(first, one, name)
-            else:
+            if one.kind != "function" and inner and not is_small:
                 yield from self.pieces(first, one.end, inner, name)
+            else:
+                step = MOST_LINES if one.end - first > _LONGEST_FUNCTION else one.end - first
+                for start in range(first, one.end, step):
+                    yield self._snippet(start, min(start + step, one.end), name, max(start, one.line))
             at = one.end
         yield from self._block(at, end, outer)
-
-    def _definition(self, first: int, one: Definition, name: str) -> Iterator[Snippet]:
-        step = MOST_LINES if one.end - first > _LONGEST_FUNCTION else one.end - first
-        for start in range(first, one.end, step):
-            yield self._snippet(start, min(start + step, one.end), name, max(start, one.line))
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
         """Yield the lines from `start` to `end` in pieces, without pieces of few letters and digits."""

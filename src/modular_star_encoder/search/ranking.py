@@ -215,7 +215,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to scores: > 0 if a piece defines a name in the question, more if its file is named so."""
+    """Return additions (N,) to scores: > 0 if a piece defines a name of the question, more if its file has it."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -259,7 +259,7 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return score additions (N,): for a file's best piece by `gained`, more if the file has high `scores`; else 0."""
+    """Return additions (N,) to scores: for a file's best piece by `gained`, more if its pieces have high `scores`."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)

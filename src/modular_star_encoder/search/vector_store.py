@@ -102,15 +102,13 @@ class VectorStore(Protocol):
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
-        """Store the stamp that each file had when it was last read."""
-        return None
+        """Store the stamp that each file had when it was last read; by default, do nothing."""
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Delete all rows of the files with the ids `known`, and add `rows`: all rows of each new or changed file."""
 
     def finish(self) -> None:
-        """Optimise the store for searching, and free the space of replaced rows."""
-        return None
+        """Optimise the store for searching, and free the space of replaced rows; by default, do nothing."""
 
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
         """Return the `limit` rows that fit `where` and are nearest to `vector` by cosine at an exit, best first."""
