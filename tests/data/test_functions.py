@@ -7,17 +7,7 @@ from dataclasses import replace
 import pytest
 
 from modular_star_encoder.data import functions
-from modular_star_encoder.data.functions import (
-    DocumentedFunction,
-    code_key,
-    codesearchnet_function,
-    collect_functions,
-    description_key,
-    drop_reason,
-    extract_functions,
-    function_id,
-    open_corpus,
-)
+from modular_star_encoder.data.functions import code_key, description_key, drop_reason, extract_functions, function_id
 from modular_star_encoder.data.languages.function_finder import find_functions
 from modular_star_encoder.data.sources import SourceFile
 from tests.data.polyglot import NAMES, SOURCES
@@ -132,7 +122,7 @@ def test_collecting_filters_drops_repeated_code_and_counts_everything():
         source("def f(:", path="broken.py"),
         replace(source("x"), language="cobol"),
     ]
-    found, counts = collect_functions(files, processes=1, progress=False)
+    found, counts = functions.collect_functions(files, processes=1, progress=False)
     assert [one.name for one in found] == ["a"]
     assert counts == {
         "files": 4,
@@ -156,10 +146,10 @@ def test_a_file_that_kills_its_process_is_counted_and_costs_no_other(monkeypatch
     monkeypatch.setattr(functions, "_FILES_PER_CHUNK", 4)
     monkeypatch.setattr(functions, "find_functions", find_or_die)
     files = [source(good(f"f{i}", number=i), path=f"{i}.py") for i in range(40)]
-    expected, counts = collect_functions(files, processes=1, progress=False)
+    expected, counts = functions.collect_functions(files, processes=1, progress=False)
     files[7:7] = [source("# DEADLY\n", path="deadly.py")]
     counts += Counter({"files": 1, "files that crash the parser": 1})
-    assert collect_functions(files, processes=2, progress=False) == (expected, counts)
+    assert functions.collect_functions(files, processes=2, progress=False) == (expected, counts)
 
 
 def test_keys_ignore_layout_and_punctuation_only_and_an_identifier_is_the_same_in_every_run():
@@ -220,7 +210,7 @@ ADD = "func Add(a int, b int) int {\n\treturn a + b\n}"
 def test_each_outermost_function_is_a_text_of_a_corpus_of_functions(tmp_path):
     files = {"a/one.py": f"import os\n\n# Licence: any.\n\n\n{OUTER}\n\n\nx = 1\n", "b/broken.py": "def (:\n" * 20}
     write_files(tmp_path, files | {"b/two.go": f"package one\n\n// Add adds.\n{ADD}\n"})
-    corpus = open_corpus({"folder": str(tmp_path), "snippets": "functions"})
+    corpus = functions.open_corpus({"folder": str(tmp_path), "snippets": "functions"})
     found = {(file.repository, file.path, file.language): file.text for file in corpus}
     assert found == {("a", "one.py#L6", "python"): OUTER, ("b", "two.go#L4", "go"): ADD}
     assert corpus.skipped["does not parse"] == 1
@@ -243,8 +233,8 @@ LINES = dict(zip(FIELDS, HUB.values(), strict=True)) | {"code_tokens": ["func"]}
 
 def test_both_published_formats_give_the_same_function():
     code = "func A() {}"
-    expected = DocumentedFunction("owner/name", "a.go", 37, "go", "A", "Does it well.", code, code)
-    assert codesearchnet_function(HUB) == codesearchnet_function(LINES) == expected
+    expected = functions.DocumentedFunction("owner/name", "a.go", 37, "go", "A", "Does it well.", code, code)
+    assert functions.codesearchnet_function(HUB) == functions.codesearchnet_function(LINES) == expected
 
 
 @pytest.mark.parametrize(
@@ -263,13 +253,13 @@ def test_both_published_formats_give_the_same_function():
 )
 def test_python_code_loses_its_docstring_and_the_source_keeps_it(code, stripped):
     row = {"language": "python", "func_code_string": code, "func_documentation_string": "Does it."}
-    function = codesearchnet_function(row)
+    function = functions.codesearchnet_function(row)
     assert (function and (function.code, function.source)) == (stripped and (stripped, code))
 
 
 def test_other_rows_are_refused():
     for column, shown in (("func_code_string", "func_code_string or code"), ("language", "language")):
         with raises("data.codesearchnet.column", shown):
-            codesearchnet_function({**HUB, column: None})
+            functions.codesearchnet_function({**HUB, column: None})
     with raises("data.language.unknown", "cobol"):
-        codesearchnet_function({**HUB, "language": "cobol"})
+        functions.codesearchnet_function({**HUB, "language": "cobol"})

@@ -8,15 +8,8 @@ import pyarrow.parquet
 import pytest
 from datasets import IterableDataset
 
-from modular_star_encoder.data.pairs import (
-    RetrievalExample,
-    Snippet,
-    TripletColumns,
-    have_negatives,
-    open_triplets,
-    read_retrieval_examples,
-    resolve_pairs,
-)
+from modular_star_encoder.data import pairs
+from modular_star_encoder.data.pairs import RetrievalExample, Snippet, TripletColumns, open_triplets, resolve_pairs
 from modular_star_encoder.data.sources import dataset_rows
 from modular_star_encoder.data.sources.dataset_rows import open_rows, open_texts
 from modular_star_encoder.utils.errors import UserError
@@ -257,7 +250,7 @@ def test_sources_without_rows_are_refused(tmp_path):
 
 
 def read(settings):
-    return read_retrieval_examples(settings, progress=False)
+    return pairs.read_retrieval_examples(settings, progress=False)
 
 
 BAD_FOR_TRAINING = {
@@ -361,7 +354,7 @@ def test_a_column_that_alone_has_a_known_word_in_its_name_is_guessed(tmp_path, h
 def test_negatives_of_pairs_are_texts_or_lists_and_a_lone_repository_separates_nothing(tmp_path):
     rows = [pair(negatives=["x = 1", "x = 2"], repo="me/mine"), pair(*SUBTRACT, negatives="x = 3", repo="me/mine")]
     settings = resolve_pairs({"pairs": str(write(tmp_path / "a.jsonl", rows))})
-    assert have_negatives(settings)
+    assert pairs.have_negatives(settings)
     found = read(settings)["pairs"].texts
     assert [(one.negative.code, one.repository) for one in found] == [("x = 1", ""), ("x = 3", "")]
 

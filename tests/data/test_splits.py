@@ -4,17 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from modular_star_encoder.data import splits
 from modular_star_encoder.data.functions import code_key, description_key
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet, resolve_pairs
-from modular_star_encoder.data.splits import (
-    CODE_TO_CODE,
-    TEXT_TO_CODE,
-    BatchPlan,
-    PairGroups,
-    draw_repositories,
-    prepare_retrieval_data,
-    same_content_groups,
-)
+from modular_star_encoder.data.splits import CODE_TO_CODE, TEXT_TO_CODE, BatchPlan, PairGroups, draw_repositories
 from tests.errors import raises
 
 
@@ -73,7 +66,7 @@ def write_rows(folder, triplets=60, exercises=20):
 
 def prepare(settings, folder, **changes):
     options = {"eval_fraction": 0.1, "seed": 0, "progress": False} | changes
-    return prepare_retrieval_data(settings, folder, **options)
+    return splits.prepare_retrieval_data(settings, folder, **options)
 
 
 def contents(texts):
@@ -109,8 +102,8 @@ def test_descriptions_that_stand_in_their_code_give_a_warning(tmp_path, capsys, 
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = resolve_pairs({"pairs": str(tmp_path / "pairs.jsonl")})
-    prepare_retrieval_data(pairs, tmp_path / "out", eval_fraction=0.2, seed=1)
-    assert ("held-out descriptions stand word for word in their code" in capsys.readouterr().out) is warned
+    splits.prepare_retrieval_data(pairs, tmp_path / "out", eval_fraction=0.2, seed=1)
+    assert ("held-out descriptions occur word for word in their code" in capsys.readouterr().out) is warned
 
 
 def test_a_repository_that_one_source_holds_out_is_not_trained_on_from_another(tmp_path):
@@ -216,7 +209,7 @@ def test_rows_that_share_a_text_with_a_third_one_are_one_group():
         exercise(4),
         exercise(5),  # an empty description is nobody's
     ]
-    assert same_content_groups(texts).tolist() == [0, 1, 0, 0, 2, 3]
+    assert splits.same_content_groups(texts).tolist() == [0, 1, 0, 0, 2, 3]
 
 
 def test_both_kinds_are_equally_present_and_no_text_is_twice_in_a_batch(monkeypatch):

@@ -60,7 +60,7 @@ class SourceExamples(NamedTuple):
 
     texts: list[RetrievalExample]  # in the order of the source
     skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for this reason
-    examples: dict[str, list[str]]  # reason → the first three of these: `FILE, line N: beginning of the text`
+    examples: dict[str, list[str]]  # reason → the first three of them, as `FILE, line N: beginning of the text`
 
 
 # An example, the reason why a whole row is left out, or (reason, the part of a row that is left out).

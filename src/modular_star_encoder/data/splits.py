@@ -90,7 +90,13 @@ def prepare_retrieval_data(
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
     requested = json.loads(json.dumps({"data": dict(settings), **arguments}, default=str))
     if (folder / REPORT).is_file():
-        kinds = {"settings": dict, "sources": dict, "shared_with_held_out": int, "train": int, "held_out": int}
+        kinds: dict[str, Any] = {
+            "settings": dict,
+            "sources": dict,
+            "shared_with_held_out": int,
+            "train": int,
+            "held_out": int,
+        }
         report = read_record(folder / REPORT, "data.split.damaged", **kinds)
         if report["settings"] != requested:
             other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
@@ -108,12 +114,12 @@ def prepare_retrieval_data(
 
 
 def _warn_of_copies(held_out: Sequence[RetrievalExample]) -> None:
-    """Print a warning if most descriptions stand in their own code, as docstrings do."""
+    """Print a warning if most descriptions occur in their own code, as docstrings do."""
     described = [row for row in held_out if row.description]
     texts = ((_words(row.description), _words(row.snippets[0].code)) for row in described)
     if (copies := sum(len(one.split()) > 2 and one in code for one, code in texts)) > len(described) / 2:
         print(
-            f"warning: {copies:,} of {len(described):,} held-out descriptions stand word for word in their code, so\n"
+            f"warning: {copies:,} of {len(described):,} held-out descriptions occur word for word in their code, so\n"
             "the scores measure copying, in which BM25 is best. Remove docstrings and comments from the code."
         )
 

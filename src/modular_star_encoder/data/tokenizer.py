@@ -104,7 +104,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether a tokenizer has `<sep>` and `<cls>` but adds no tokens to a text, as the tokenizer of mose-code.
+    """Return whether a tokenizer has `<sep>` and `<cls>` but adds no tokens to a text, like that of mose-code.
 
     The published tokenizer adds no tokens either, but its special tokens have other names, which users write in texts.
     """

@@ -1,4 +1,4 @@
-"""Checks a tokenizer's files, which are like a program, before `tokenizers` and transformers read these files."""
+"""Checks the files of a tokenizer before they are loaded, because they can demand any amount of time and memory."""
 
 from __future__ import annotations
 

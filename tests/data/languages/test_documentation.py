@@ -2,12 +2,8 @@ import time
 
 import pytest
 
-from modular_star_encoder.data.languages.documentation import (
-    comment_description,
-    docstring_description,
-    docstring_of,
-    reads_as_prose,
-)
+from modular_star_encoder.data.languages import documentation
+from modular_star_encoder.data.languages.documentation import comment_description, docstring_description, reads_as_prose
 
 
 @pytest.mark.parametrize(
@@ -118,4 +114,4 @@ def test_hostile_texts_take_linear_time(call):
     ],
 )
 def test_a_docstring_is_a_plain_string_of_any_spelling(literal, value):
-    assert docstring_of(literal) == value
+    assert documentation.docstring_of(literal) == value

@@ -3,18 +3,8 @@ from pathlib import PurePath
 
 import pytest
 
-from modular_star_encoder.data.sources import (
-    STARCODER2_FILTERS,
-    FileFilters,
-    alphabetic_share,
-    decode_source,
-    holds_encoded_data,
-    is_generated,
-    is_marked_generated,
-    is_minified,
-    is_test,
-    is_vendored,
-)
+from modular_star_encoder.data import sources
+from modular_star_encoder.data.sources import FileFilters, decode_source, is_test, is_vendored
 
 CODE = "def run(first, second):\n    return first + second\n"
 
@@ -80,7 +70,11 @@ OTHERS = ["a" * 1_000, CODE * 50 + "x" * 1_001, CODE * 50 + "x" * 500_000, "a" *
 
 @pytest.mark.parametrize(
     ("test", "texts", "others"),
-    [(is_generated, GENERATED, WRITTEN), (is_marked_generated, MARKED, UNMARKED), (is_minified, MINIFIED, OTHERS)],
+    [
+        (sources.is_generated, GENERATED, WRITTEN),
+        (sources.is_marked_generated, MARKED, UNMARKED),
+        (sources.is_minified, MINIFIED, OTHERS),
+    ],
 )
 def test_generated_files_say_so_fewer_ask_not_to_be_edited_and_minified_files_have_long_lines_only(test, texts, others):
     assert [text for text in texts + others if test(text)] == texts
@@ -96,7 +90,9 @@ def test_encoded_data_is_found_by_its_length_or_its_share():
     base64 = "QUJD" * 300
     data = [CODE * 200 + f'x = "{base64}"\n', f'x = "{base64[:200]}"\n', CODE * 99 + "x = " + "0x1f," * 300]
     data.append(CODE * 99 + 'x = "' + "\\u00e9" * 300 + '"')
-    assert [text for text in [*data, CODE, CODE * 200 + f'x = "{base64[:200]}"\n'] if holds_encoded_data(text)] == data
+    assert [
+        text for text in [*data, CODE, CODE * 200 + f'x = "{base64[:200]}"\n'] if sources.holds_encoded_data(text)
+    ] == data
 
 
 @pytest.mark.parametrize(
@@ -111,7 +107,7 @@ def test_encoded_data_is_found_by_its_length_or_its_share():
     ],
 )
 def test_the_rules_of_starcoder2_give_their_reason_and_the_default_keeps_ordinary_text(text, reason):
-    assert STARCODER2_FILTERS.reason_by_text(text) == reason
+    assert sources.STARCODER2_FILTERS.reason_by_text(text) == reason
     assert FileFilters().reason_by_text(text) == (reason if reason == "very long lines" else None)
 
 
@@ -119,7 +115,7 @@ def test_size_is_measured_in_bytes_and_letters_are_those_of_any_script():
     assert FileFilters(max_bytes=10).reason_by_text("é" * 6) == "too large"
     assert FileFilters(max_bytes=12).reason_by_text("é" * 6) is None
     assert FileFilters(max_bytes=10).decode(b"x" * 11) == ("", "too large")
-    assert [alphabetic_share(text) for text in ("ab12", "éß 1", "", "日本")] == [0.5, 0.5, 0, 1]
+    assert [sources.alphabetic_share(text) for text in ("ab12", "éß 1", "", "日本")] == [0.5, 0.5, 0, 1]
 
 
 def test_the_declared_encoding_decides_and_one_that_nobody_knows_is_a_reason():

@@ -14,7 +14,7 @@ from modular_star_encoder.data.languages.parsing import Grammar, SourceText, Unp
 from modular_star_encoder.data.languages.registry import Language
 
 MAX_NESTING = 16  # deeper functions are left out: each level repeats the text of the functions inside it
-MAX_DEFINITIONS = 20_000  # a file with more is data: an index has better rows of its blocks of lines
+MAX_DEFINITIONS = 20_000  # a file with more holds data, which an index divides into blocks of lines
 _MAX_NAME_LENGTH, _MAX_NAME_BYTES = 200, 10_000  # of a name, and of its source, such as `get("stack").push`
 
 
@@ -61,7 +61,7 @@ class Definition:
     start: int  # first line, counted from 0
     end: int  # line after the last
     line: int  # first line after decorators, annotations and attributes
-    repeats: bool = False  # whether an earlier definition is the same statement, as for `B` in `type (A int; B int)`
+    repeats: bool = False  # whether its statement defines another name first, as `B` in `type (A int; B int)`
 
 
 _KINDS = ("function", "scope", "type", "extension")

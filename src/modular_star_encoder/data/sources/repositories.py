@@ -273,7 +273,7 @@ class Member(NamedTuple):
 
 
 def archive_members(location: Path) -> Iterator[Member]:
-    """Yield an archive's members in order; read each before the next. ArchiveLimitError if a limit is exceeded."""
+    """Yield an archive's members in order; each must be read before the next. ArchiveLimitError beyond a limit."""
     members = _zip_members if _archive_suffix(location) in ZIP_SUFFIXES else _tar_members
     most_bytes = min(MAX_ARCHIVE_BYTES, FREE_BYTES + MAX_RATIO * location.stat().st_size)
     for number, member in enumerate(members(location, most_bytes)):
