@@ -63,9 +63,9 @@ def test_each_exits_loss_trains_its_own_head_and_the_layers_up_to_it():
         assert "model.embed_tokens.weight" in moved
 
 
-@pytest.mark.parametrize("tokens", [1, 20, 10_000])
-def test_mini_batches_give_the_losses_and_gradients_of_whole_sides_with_unpaired_texts_and_a_learned_scale(tokens):
-    model, batch, found = new_model(logit_scale_init_value=12.0), taught_batch(), []
+@pytest.mark.parametrize(("tokens", "unpad"), [(1, False), (20, False), (20, True), (10_000, False)])
+def test_mini_batches_give_what_whole_sides_give_with_unpaired_texts_and_a_learned_scale(tokens, unpad):
+    model, batch, found = new_model(logit_scale_init_value=12.0, unpad_inputs=unpad), taught_batch(), []
     for size in (None, tokens):
         model.zero_grad(set_to_none=True)
         contrastive = ContrastiveSettings(mini_batch_tokens=size, false_negative_margin=0.0)

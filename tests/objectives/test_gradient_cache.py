@@ -59,16 +59,6 @@ def test_any_mini_batch_size_gives_plain_autograds_losses_and_gradients_with_dro
         assert not ContrastiveObjective(settings)(model, batch, EXIT_LAYERS).losses.requires_grad
 
 
-@pytest.mark.parametrize("changes", [{}, {"unpad_inputs": True}])
-def test_without_dropout_mini_batches_give_what_whole_sides_give(changes):
-    model, batch = with_dropout(0.0, **changes), every_side()
-    expected_losses = cached_backward(model, batch, every_option())
-    expected = gradients(model)
-    losses = cached_backward(model, batch, every_option(mini_batch_tokens=20))
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
-    assert_same_gradients(gradients(model), expected, relative=1e-5)
-
-
 def test_two_forward_passes_before_the_first_backward_pass_do_not_mix():
     settings, model = ContrastiveSettings(mini_batch_tokens=13), with_dropout(0.2)
     sides = every_side()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -76,17 +76,6 @@ def interrupt(monkeypatch, step):
             yield
 
 
-def saved_figures(monkeypatch):
-    """The list that gets every figure that is saved."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    kept = lambda self, *args, **keys: figures.append(self) or save(self, *args, **keys)  # noqa: E731
-    monkeypatch.setattr(Figure, "savefig", kept)
-    return figures
-
-
 def end_by_signals(command, recipe, folder):
     """Run a command through, and again, killed when it has begun, then killed and terminated at a later checkpoint.
 
@@ -95,13 +84,7 @@ def end_by_signals(command, recipe, folder):
     words = [sys.executable, "-m", "modular_star_encoder.cli.main", command, str(recipe), "--out"]
     subprocess.run([*words, str(folder / "straight")], check=True, capture_output=True)
     out, generator = folder / "ended", random.Random(command)
-
-    def begun():
-        return (out / "recipe.json").exists()
-
-    def newest():
-        return last_checkpoint(out / "checkpoints")
-
+    begun, newest = (out / "recipe.json").exists, partial(last_checkpoint, out / "checkpoints")
     for number, progress in ((signal.SIGKILL, begun), (signal.SIGKILL, newest), (signal.SIGTERM, newest)):
         before = progress()
         process = subprocess.Popen([*words, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -11,7 +11,7 @@ from modular_star_encoder.training.ablation import AblationRecipe, Results, abla
 from modular_star_encoder.training.recipes import hub_config_folder, load_recipe
 from tests.errors import raises
 from tests.training import retrieval_runs
-from tests.training.retrieval_runs import saved_figures, write_recipe
+from tests.training.retrieval_runs import write_recipe
 
 TASK = "held-out, text → code"
 QUERIES = np.random.default_rng(0).random(200)
@@ -222,7 +222,11 @@ def test_the_report_shows_gate_differences_and_variants(results):
 
 
 def test_the_picture_has_a_line_together_alone_and_for_the_best_variant(tmp_path, monkeypatch, results):
-    figures = saved_figures(monkeypatch)
+    figure, figures = pytest.importorskip("matplotlib.figure").Figure, []
+    save = figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *rest, **keys: figures.append(self) or save(self, *rest, **keys)
+    )
     plot_ablation(results, tmp_path / "ablation.png")
     (axes,) = figures[0].axes
     assert [line.get_label() for line in axes.lines] == ["together", "alone", "other"]

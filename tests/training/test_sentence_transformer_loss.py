@@ -104,11 +104,10 @@ def test_their_trainer_logs_every_exit_and_resumes_with_the_learned_scale(checkp
     for prefix, log in [*(("", log) for log in logs), ("eval_", evaluation)]:
         parts = [log[f"{prefix}clip_exit_{exit_layer}"] for exit_layer in EXIT_LAYERS]
         assert log[f"{prefix}loss"] == pytest.approx(sum(parts), abs=2e-3)
-    untrained, half = SentenceTransformer(str(checkpoint), device="cpu"), tmp_path / "straight" / "checkpoint-2"
-    resumed = train(untrained, tmp_path / "resumed", 4, resume=str(half))
+    untrained, half = SentenceTransformer(str(checkpoint), device="cpu"), str(tmp_path / "straight" / "checkpoint-2")
+    resumed = train(untrained, tmp_path / "resumed", 4, resume=half)
     expected, found = (trainer.model[0].auto_model.state_dict() for trainer in (straight, resumed))
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     scale = expected["logit_scale.log_scale"]
     straight.model.save_pretrained(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")

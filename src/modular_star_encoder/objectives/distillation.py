@@ -86,10 +86,9 @@ class DistillationObjective(ContrastiveObjective):
         if self.settings.distillation_weight or self.settings.alignment_weight:
             message = "With a teacher model, distillation_weight and alignment_weight of the objective must be 0."
             raise UserError("distillation.contrastive", f"{message} Set relational_weight and cosine_weight instead.")
-        relational = self.distillation.relational_weight, self.distillation.relational_temperature
-        self._guided = replace(
-            self.settings, teacher="deepest", distillation_weight=relational[0], distillation_temperature=relational[1]
-        )
+        names = {"distillation_weight": "relational_weight", "distillation_temperature": "relational_temperature"}
+        relational: dict[str, Any] = {name: getattr(self.distillation, own) for name, own in names.items()}
+        self._guided = replace(self.settings, teacher="deepest", **relational)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:
         """Return the losses of one batch at each exit.

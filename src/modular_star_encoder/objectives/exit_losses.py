@@ -17,15 +17,15 @@ class ObjectiveOutput:
 
     losses: torch.Tensor  # (E,) float32 with gradient, one loss per exit, shallowest first
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: (E,) or ()}, detached
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: (E,) with gradient}, with the sum `losses`
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # {name: (E,) with gradient}; their sum is `losses`
 
 
 class Objective(Protocol):
     """A training objective: the trainer calls it with the model, one batch and the exits.
 
-    A method `check(exit_layers, embedding_size, rotates=…)`, if any, raises UserError if the objective does not fit the
-    model, or needs a shallow exit in every step although `rotates` is true (some steps skip exits). An attribute
-    `caches_gradients` is true if parameters get gradients by `losses.backward()`, but not by `torch.autograd.grad`.
+    An objective may have a method `check(exit_layers, embedding_size, rotates=…)`, which raises UserError if the
+    objective does not fit the model, or if `rotates` (some steps skip shallow exits) and it needs all exits in a step.
+    An attribute `caches_gradients` is true if only `losses.backward()`, not `torch.autograd.grad`, gives gradients.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], exit_layers: tuple[int, ...]) -> ObjectiveOutput:

@@ -41,7 +41,7 @@ class MiniBatch:
 def cut_mini_batches(sides: Mapping[str, Mapping[str, Any]], tokens: int) -> list[MiniBatch]:
     """Cut a batch's sides into mini-batches of at most `tokens` tokens with padding; a longer text is one mini-batch.
 
-    Longest texts come first, to save padding and show a lack of memory at once. Padding on the left counts as text.
+    The longest texts come first: this saves padding, and a lack of memory shows at once. Left padding counts as text.
     """
     mini_batches = []
     for side, inputs in sides.items():
@@ -121,7 +121,7 @@ def embed_sides(
     # `anchor` requires grad, so that the outputs do too: the parameters are not inputs of the checkpointed function.
     anchor = torch.zeros((), device=device, requires_grad=True)
     outputs = [checkpoint(run, anchor, number, use_reentrant=True) for number in range(len(mini_batches))]
-    # One tensor of all sides: a side that no loss uses has its part in the backward pass too.
+    # All sides are in one tensor, so that the backward pass also reaches a side that no loss uses.
     starts = dict(zip(sides, accumulate(map(number_of_texts, sides.values()), initial=0), strict=False))
     order = torch.cat([one.rows + starts[one.side] for one in mini_batches]).argsort()
     joint = torch.cat([stack for stack, _ in outputs], dim=1)[:, order]

@@ -52,7 +52,8 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     for one in recipes:
         if wanted in (one.name, one.name.partition("/")[0]):
             return one.path
-    if command is None and (other := _root() / f"{wanted}.yaml") in _root().glob("*/*.yaml"):  # a manifest, or packages
+    other = _root() / f"{wanted}.yaml"  # not a recipe: a manifest, or a list of packages
+    if command is None and other in _root().glob("*/*.yaml"):
         return other
     names = [one.name for one in recipes]
     others = [one.command for one in packaged_recipes() if wanted in (one.name, one.name.partition("/")[0])]

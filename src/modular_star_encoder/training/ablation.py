@@ -398,7 +398,7 @@ class _Cells:
         if known:
             content = read_json(path, _Content)
             exits = [cell.kind[5:]] if cell.kind.startswith("exit-") else [*map(str, self.results.exits)]
-            for part, tasks in self.tasks.items():  # of other held-out rows, there would be other numbers of queries
+            for part, tasks in self.tasks.items():  # other held-out rows would have other numbers of queries
                 made_from[part] = {one.benchmark: dict.fromkeys(exits, len(one.queries)) for one in tasks}
                 ranks: Any = content[part]
                 content["recipe"][part] = {name: {e: len(of[e]) for e in of} for name, of in ranks.items()}
@@ -416,7 +416,7 @@ class _Cells:
             content = {"recipe": made_from, **self._train(cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
-        # Only now: if the evaluation is interrupted, the model is not trained again.
+        # Removed only now, because an interrupted evaluation continues from the trained model.
         shutil.rmtree(self.out / "training" / cell.name, ignore_errors=True)
         self.results.found[cell.start, cell.kind, recipe.learning_rate, recipe.seed] = content
         return not known
@@ -521,7 +521,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         for e, one in found["exits"].items():
             difference = one.get("difference")
             seeds = ", ".join(f"{value:+.1f}" for value in difference["by_seed"]) if difference else ""
-            rows.append([e, *(_score(one.get(kind)) for kind in (TOGETHER, "alone")), *_signed(difference), seeds])
+            scores = [f"{one[kind]['value']:.1f}" if kind in one else "" for kind in (TOGETHER, "alone")]
+            rows.append([e, *scores, *_signed(difference), seeds])
         if "mean_difference" in found:
             rows.append(["mean", "", "", *_signed(found["mean_difference"]), ""])
         rates = ", ".join(f"{kind} {rate:g}" for kind, rate in found["rates"].items())
@@ -534,10 +535,6 @@ def to_markdown(results: Mapping[str, Any]) -> str:
                 rows.append([kind, *(f"{cell})" if cell else "not run" for cell in cells)])
             parts.append("\n".join(markdown_table(rows)))
     return "\n\n".join(parts) + "\n"
-
-
-def _score(found: Mapping[str, Any] | None) -> str:
-    return f"{found['value']:.1f}" if found else ""
 
 
 def _signed(found: Mapping[str, Any] | None) -> list[str]:
@@ -557,11 +554,9 @@ def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
         if variants and all("alone" in one for one in found["exits"].values()):
             best = max(variants, key=lambda kind: min(one["from_alone"]["value"] for one in variants[kind].values()))
             lines[best] = {e: one["score"] for e, one in variants[best].items()}
-        rows = [
-            Row(kind, int(e), None, {}, Estimate(*(one[bound] / 100 for bound in ("value", "low", "high"))), {}, None)
-            for kind, points in lines.items()
-            for e, one in points.items()
-        ]
+        points = [(kind, int(e), one) for kind, of_kind in lines.items() for e, one in of_kind.items()]
+        means = [Estimate(*(one[bound] / 100 for bound in ("value", "low", "high"))) for _, _, one in points]
+        rows = [Row(kind, e, None, {}, mean, {}, None) for (kind, e, _), mean in zip(points, means, strict=True)]
         if rows:
             tables.append(Table(name, "mrr", rows, "", "", ()))
     if tables:

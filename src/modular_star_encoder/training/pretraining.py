@@ -129,7 +129,7 @@ def pretrain(
 
 
 def exit_report(log: Mapping[str, Any]) -> str:
-    """Return a Markdown table of each exit's quality on held-out rows, beside that of guesses; `log`: of `pretrain`."""
+    """Return a Markdown table of the held-out quality of each exit and of guesses, from the log of `pretrain`."""
     found, prefix = log["evaluation"], "eval_mlm_loss_exit_"
     losses = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
     accuracies: dict[str, float] = {k: found[f"eval_icc_accuracy_exit_{k}"] for k in losses}
@@ -140,8 +140,12 @@ def exit_report(log: Mapping[str, Any]) -> str:
         loss = losses.get(name)
         shown = ["", ""] if loss is None else [f"{loss:.3f}", f"{torch.tensor(loss).exp():.1f}"]
         rows.append([name, *shown, percent(accuracy)])
-    table = "\n".join(markdown_table(rows))
-    return f"{table}\n\nguess: MLM by how often each token occurs, ICC by chance. Steps: {log['steps']:,}.\n"
+    table, steps = "\n".join(markdown_table(rows)), f"After {log['steps']:,} steps, on held-out rows."
+    guesses = (
+        "A guess knows how often each token occurs (MLM) or which share of identifiers two snippets have in common."
+    )
+    tasks = "MLM: masked language modelling. ICC: do two snippets come from one repository (in-context classification)?"
+    return f"{table}\n\n{steps} {tasks} {guesses}\n"
 
 
 def model_config(recipe: PretrainingRecipe) -> ModularStarEncoderConfig:

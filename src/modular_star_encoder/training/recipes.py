@@ -70,18 +70,11 @@ class TrainingSettings:
             `parallelism_config`, and for the name of a file in place of a mapping.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "warmup_steps": 0,
-        "lr_scheduler_type": "linear",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
-        "adam_epsilon": 1e-6,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "save_total_limit": 2,
-        "dataloader_num_workers": 0,
-        **{name: getattr(MultiExitTrainingArguments, name, ()) for name in MultiExitTrainingArguments.__annotations__},
-    }
+    DEFAULTS: ClassVar[dict[str, Any]] = (
+        {"warmup_steps": 0, "lr_scheduler_type": "linear", "save_total_limit": 2, "dataloader_num_workers": 0}
+        | {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.0}
+        | {name: getattr(MultiExitTrainingArguments, name, ()) for name in MultiExitTrainingArguments.__annotations__}
+    )
     OPEN_KEYS: ClassVar[tuple[str, type]] = ("training", MultiExitTrainingArguments)
 
     max_steps: Count

@@ -248,7 +248,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
         checkpoint = last_checkpoint(folder, needed)
         resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
         if trainer.is_world_process_zero():
-            # `Trainer` would count the newer ones among the checkpoints to keep.
+            # `Trainer` would count newer checkpoints among those to keep.
             for step, path in checkpoints(folder).items():
                 if step > (resumed_from or 0):
                     _pass_over(path)
@@ -265,10 +265,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line that announces an evaluation of `what`; its duration, if known, is that of `steps` forward passes.
-
-    `steps` is the number of evaluated rows divided by the number of rows in a training step.
-    """
+    """Return a line that announces an evaluation of `what` and its duration if known; `steps`: rows / rows per step."""
     trained = log["steps"] - (log["resumed_from"] or 0)
     # Without a backward pass, a row takes about a third of its time in training.
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
@@ -332,11 +329,11 @@ def last_checkpoint(output_dir: str | os.PathLike[str], needed: Sequence[str] = 
 
 def _is_whole(folder: Path, step: int, needed: Sequence[str]) -> bool:
     """Return whether a checkpoint is complete and none of its files is cut short; OSError if a file can't be read."""
-    # A file that is missing, or is a folder, is damage; after other OSErrors, the file may be whole.
+    # A missing file, or a folder in its place, means damage; after other OSErrors, the file may be whole.
     with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, SafetensorError):
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in folder.glob("*.safetensors"):
-            weights.open("rb").close()  # `safe_open` calls a file that can't be opened missing
+            weights.open("rb").close()  # `safe_open` would report a file that can't be opened as missing
             with safe_open(weights, "pt"):  # an error if the file is cut short
                 pass
         for archive in folder.glob("*.pt*"):
@@ -349,7 +346,7 @@ def _is_whole(folder: Path, step: int, needed: Sequence[str]) -> bool:
 
 
 def _pass_over(checkpoint: Path) -> None:
-    """Remove an unfinished checkpoint; rename a damaged one, of which a part may still be of use."""
+    """Remove a checkpoint that was never finished; rename a damaged one, because its other files may be of use."""
     if TRAINER_STATE_NAME not in os.listdir(checkpoint):
         shutil.rmtree(checkpoint)
         return
@@ -357,7 +354,7 @@ def _pass_over(checkpoint: Path) -> None:
     while kept.exists():
         kept = kept.with_name(f"damaged-{kept.name}")
     checkpoint.rename(kept)
-    print(f"mose: {checkpoint} is damaged or incomplete and is passed over; it is now {kept.name}", file=sys.stderr)
+    print(f"mose: {checkpoint} is damaged or incomplete: it is not used, and renamed to {kept.name}", file=sys.stderr)
 
 
 def format_log(logs: dict[str, float]) -> str:

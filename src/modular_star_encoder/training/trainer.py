@@ -314,7 +314,7 @@ class MultiExitTrainer(Trainer):
             folder = os.path.join(self._folder, "eval") if self.is_world_process_zero() else None
             model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
             found = self.evaluator(model, folder, self.state.epoch or 0, step, across_processes=True)
-            # All processes take the first one's metrics, so that they choose the same best checkpoint.
+            # All processes take the metrics of the first process, so that they choose the same best checkpoint.
             added |= {f"eval_{name}": value for name, value in broadcast_object_list([found])[0].items()}
         return output._replace(metrics={**(output.metrics or {}), **added})
 
