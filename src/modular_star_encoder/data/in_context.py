@@ -139,17 +139,13 @@ class WindowPair(NamedTuple):
     same_repository: bool
 
 
-class _Cell(NamedTuple):
-    first_language: int
-    first_length: int
-    second_language: int
-    second_length: int
-
-
 class _Proposals(NamedTuple):  # the repositories with texts in one language, in descending order of their longest text
     groups: np.ndarray
     negative_longest: np.ndarray
     cumulative_weights: np.ndarray
+
+
+_Cell = tuple[tuple[int, int], tuple[int, int]]  # (language, length in tokens) of each of two texts
 
 
 class PairSampler:
@@ -203,7 +199,7 @@ class PairSampler:
         """Return a random pair; RuntimeError if 10,000 draws find no two repositories with the same languages."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
-            any_length = cell._replace(first_length=0, second_length=0)
+            any_length = (cell[0][0], 0), (cell[1][0], 0)
             if found := self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length):
                 break
         else:
@@ -225,20 +221,15 @@ class PairSampler:
         texts = np.array([first, second + (second >= first)])
         languages = self._group_language[np.searchsorted(self._group_bounds, texts, side="right") - 1].tolist()
         lengths = np.minimum(self._lengths[texts], self.room).tolist()
-        return _Cell(languages[0], lengths[0], languages[1], lengths[1])
+        return (languages[0], lengths[0]), (languages[1], lengths[1])
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
         """Return two random repositories with texts of the languages and lengths of `cell`; None if 64 draws fail."""
         # Of the cell's two (language, length), draw by the one that fewer repositories have; then look up the other.
-        if cell.first_language == cell.second_language:
-            proposing = cell.first_language
-            length, other_length = sorted((cell.first_length, cell.second_length), reverse=True)
-            proposed = self._count(proposing, length)
-        else:
-            sides = [(self._count(cell[i], cell[i + 1]), i) for i in (0, 2)]
-            proposed, i = min(sides)
-            proposing, other, other_length = cell[i], cell[2 - i], cell[3 - i]
-        if proposed < 2:
+        same = cell[0][0] == cell[1][0]  # then draw by the longer one, even if as many repositories have the other
+        sides = sorted(cell, key=lambda side: (self._count(*side), -side[1] * same))
+        (proposing, length), (other, other_length) = sides
+        if (proposed := self._count(proposing, length)) < 2:
             return None
         table = self._proposals[proposing]
         cumulative = table.cumulative_weights[:proposed]
@@ -246,7 +237,7 @@ class PairSampler:
         for _ in range(_MAX_PROPOSALS):
             group = int(table.groups[_weighted(rng, cumulative)])
             repository = int(self._group_repository[group])
-            if cell.first_language == cell.second_language:
+            if same:
                 fits = self._second_longest[group] >= max(other_length, 1)
             else:
                 other_group = self._group(repository, other)
@@ -269,8 +260,7 @@ class PairSampler:
         return group if group < len(self._group_keys) and self._group_keys[group] == key else None
 
     def _draw_texts(self, rng: np.random.Generator, repository: int, cell: _Cell) -> tuple[int, int]:
-        first = self._candidates(repository, cell.first_language, cell.first_length)
-        second = self._candidates(repository, cell.second_language, cell.second_length)
+        first, second = (self._candidates(repository, *side) for side in cell)
         while True:
             texts = int(rng.integers(*first)), int(rng.integers(*second))
             if texts[0] != texts[1]:

@@ -90,14 +90,8 @@ def prepare_retrieval_data(
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
     requested = json.loads(json.dumps({"data": dict(settings), **arguments}, default=str))
     if (folder / REPORT).is_file():
-        kinds: dict[str, Any] = {
-            "settings": dict,
-            "sources": dict,
-            "shared_with_held_out": int,
-            "train": int,
-            "held_out": int,
-        }
-        report = read_record(folder / REPORT, "data.split.damaged", **kinds)
+        counts: dict[str, Any] = dict.fromkeys(("shared_with_held_out", "train", "held_out"), int)
+        report = read_record(folder / REPORT, "data.split.damaged", settings=dict, sources=dict, **counts)
         if report["settings"] != requested:
             other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
             message = f"The rows in {folder} were made with other values of {other}: name another folder."

@@ -118,13 +118,13 @@ class Grammar:
     @cached_property
     def query(self) -> Query:
         """The query that captures functions, other definitions, comments and strings."""
-        return Query(self._grammar, self._text)
+        return Query(self._grammar, "\n".join(self._lines))
 
     @cached_property
     def definitions(self) -> Query:
         """The query that captures functions and other definitions; runs in half the time of `query`."""
-        lines = self._text.splitlines()
-        return Query(self._grammar, "\n".join(one for one in lines if not one.endswith(("@comment", "@verbatim"))))
+        lines = (line for line in self._lines if not line.endswith(("@comment", "@verbatim")))
+        return Query(self._grammar, "\n".join(lines))
 
     @cached_property
     def errors(self) -> Query:
@@ -132,9 +132,9 @@ class Grammar:
         return Query(self._grammar, "(ERROR) @error (MISSING) @missing")
 
     @cached_property
-    def _text(self) -> str:
+    def _lines(self) -> list[str]:
         file = Path(__file__).parent / "queries" / f"{self.language.query or self.language.name}.scm"
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8").splitlines()
 
 
 @cache
