@@ -110,11 +110,10 @@ def test_the_norm_of_each_exits_gradient_and_cosines_by_layer_are_those_of_the_w
         trainer.model.zero_grad()
         (loss,) = ContrastiveObjective()(trainer.model, batch, (exit_layer,)).losses
         (loss * exit_layer / 4).backward()
-        trunk = {name: p.grad for name, p in trainer.model.named_parameters() if "projection_heads" not in name}
-        gradients = {name: gradient.flatten() for name, gradient in trunk.items() if gradient is not None}
-        norm = torch.cat([*gradients.values()]).norm().item()
+        trunk = {name: one.flatten() for name, one in gradients(trainer.model).items() if "heads" not in name}
+        norm = torch.cat([*trunk.values()]).norm().item()
         assert log[f"gradient_norm_exit_{exit_layer}"] == pytest.approx(norm, rel=1e-3)
-        of_layer_2[exit_layer] = [gradient for name, gradient in gradients.items() if "layers.1." in name]
+        of_layer_2[exit_layer] = [gradient for name, gradient in trunk.items() if "layers.1." in name]
     expected = torch.nn.functional.cosine_similarity(*(torch.cat(of_layer_2[k]) for k in (2, 4)), dim=0).item()
     assert log["gradient_cosine_layer_2"] == pytest.approx(expected, rel=1e-3)
     # Layers 3 and 4 belong to the deepest exit alone, and adapters are in layers only.
@@ -143,26 +142,21 @@ def test_a_schedule_of_steps_replaces_trainers_own(tmp_path):
     assert rates == pytest.approx([0.0, 0.0005, 0.001, 0.0005])
 
 
-def pretraining(model, folder, tokenizer, length, **changes):
-    """A trainer of in-context rows."""
-    files = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
-    rows = InContextPairs(corpus_of(files, tokenizer), tokenizer, length=length, max_tokens=48, seed=0)
-    options = {"train_dataset": rows, "data_collator": PaddingCollator(tokenizer)}
-    return MultiExitTrainer(model, arguments(folder, **changes), InContextObjective(), **options)
-
-
 def test_accumulated_gradients_are_those_of_the_mean_loss(tmp_path, tokenizer):
     """With pre-training's labels: for batches that have them, `Trainer` would leave the division to the model."""
     settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.0}
     settings |= {"gradient_accumulation_steps": 4, "max_grad_norm": 1e9}
     model = with_dropout(0.0, ModularStarEncoderForPreTraining)
-    trainer = pretraining(model, tmp_path, tokenizer, 8, **settings)
+    files = {f"repository {i}": [f"def f{i}_{j}(x): return x + {i * j} " * 4 for j in range(6)] for i in range(4)}
+    rows = InContextPairs(corpus_of(files, tokenizer), tokenizer, length=8, max_tokens=48, seed=0)
+    options = {"train_dataset": rows, "data_collator": PaddingCollator(tokenizer)}
+    trainer = MultiExitTrainer(model, arguments(tmp_path, **settings), InContextObjective(), **options)
     trainer.train()
-    losses = [trainer.compute_loss(model, batch) for batch in trainer.get_train_dataloader()]
-    (torch.stack(losses).mean()).backward()
-    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]).norm()
+    loss = torch.stack([trainer.compute_loss(model, batch) for batch in trainer.get_train_dataloader()]).mean()
+    loss.backward()
+    norm = torch.stack([gradient.norm() for gradient in gradients(model).values()]).norm()
     log = trainer.state.log_history[0]
-    assert log["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert log["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
