@@ -106,19 +106,13 @@ def write_tokenizer(folder, max_length):
     )
     backend.decoder = decoders.ByteLevel()
     texts = [TEXT_INSTRUCTION, *(CODE_INSTRUCTION.format(language=language) for language in LANGUAGES)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"vocab_size": 320, "special_tokens": [END_OF_TEXT], "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
     backend.train_from_iterator(texts * 2, trainer)
     backend.add_special_tokens([AddedToken(token, special=True) for token in (SEP, CLS, MASK)])
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
-    names |= {"sep_token": SEP, "cls_token": CLS, "mask_token": MASK}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **names, padding_side="left", model_max_length=max_length
-    )
+    names |= {"sep_token": SEP, "cls_token": CLS, "mask_token": MASK, "padding_side": "left"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **names)
     tokenizer.save_pretrained(folder)
     # The published repositories have the files of older tokenizers too.
     added = {token: tokenizer.convert_tokens_to_ids(token) for token in (SEP, CLS, MASK)}

@@ -77,6 +77,9 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
+    benchmark: str  # name of the benchmark; its tasks share a table
+    name: str  # unique within the benchmark, such as "ruby" or "java → python"
+
     def checksum(self) -> str:
         """Return the SHA-256 (hexadecimal) of all fields of the task that affect scores."""
         shown = ("benchmark", "name", "column", "notes")
@@ -88,8 +91,6 @@ class _Task:
 class RetrievalTask(_Task):
     """A task to rank documents for queries, with texts and judgements."""
 
-    benchmark: str  # name of the benchmark; its tasks share a table
-    name: str  # unique within the benchmark, such as "ruby" or "java → python"
     queries: Sequence[Text]
     documents: Sequence[Text]
     query_ids: Sequence[str]  # the same query has the same id in all tasks of a benchmark
@@ -113,8 +114,6 @@ class RetrievalTask(_Task):
 class PairTask(_Task):
     """A task to classify pairs of texts as matching or not, by a threshold on the similarity of a pair."""
 
-    benchmark: str
-    name: str
     documents: Sequence[Text]
     valid_pairs: np.ndarray  # (P, 2) int64 row numbers of documents; the threshold with the best F1 on them is used
     valid_labels: np.ndarray  # (P,), 0 or 1

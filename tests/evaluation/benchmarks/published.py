@@ -120,16 +120,7 @@ def code_folder(folder):
     (folder / "files.py").write_text("".join(code.format(name, name.title()) for name in NAMES))
 
 
-WRITERS = {
-    "codesearchnet-999": codesearchnet,
-    "codesearchnet-999-leaky": codesearchnet,
-    "codesearchnet-full": codesearchnet_full,
-    "translation": translation,
-    "translation-masked": translation,
-    "poj104": poj104,
-    "bigclonebench": bigclonebench,
-    "advtest": advtest,
-    "cosqa": cosqa,
-    **{f"exercism-{kind}": exercism for kind in ("text", "text-masked", "code", "code-masked")},
-    "folder": code_folder,
-}
+WRITERS = {"codesearchnet-999": codesearchnet, "codesearchnet-999-leaky": codesearchnet, "folder": code_folder}
+WRITERS |= {"codesearchnet-full": codesearchnet_full, "translation": translation, "translation-masked": translation}
+WRITERS |= {"poj104": poj104, "bigclonebench": bigclonebench, "advtest": advtest, "cosqa": cosqa}
+WRITERS |= {f"exercism-{kind}": exercism for kind in ("text", "text-masked", "code", "code-masked")}
