@@ -38,7 +38,7 @@ from modular_star_encoder.search.embedder import Embedder
 from tests.errors import raises
 from tests.evaluation.benchmarks.published import code_folder
 from tests.processes import python
-from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
+from tests.tiny import run, tiny_batch, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -94,8 +94,7 @@ def test_a_file_takes_any_batch_and_length_and_either_padding(folders, model, ex
     for lengths in ((12, 7, 3), (1,), (1, 1, 1, 1), (128, 2), (5, 5)):
         batch = tiny_batch(side, lengths)
         tokens, embedding = run_onnx(folders[exit_layer], batch)
-        with torch.inference_mode():
-            expected = model(**batch, exit_layer=exit_layer)
+        expected = run(model, **batch, exit_layer=exit_layer)
         real = batch["attention_mask"].bool().numpy()
         np.testing.assert_allclose(tokens[real], expected.last_hidden_state.numpy()[real], rtol=0, atol=2e-5)
         np.testing.assert_allclose(embedding, expected.sentence_embedding.numpy(), rtol=0, atol=2e-6)
@@ -304,8 +303,7 @@ def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
     assert {name for name, value in pooling.items() if value is True} == {"pooling_mode_lasttoken"}
     for side in ("left", "right"):
         batch = tiny_batch(side)
-        with torch.inference_mode():
-            expected = model(**batch, exit_layer=1).sentence_embedding.numpy()
+        expected = run(model, **batch, exit_layer=1).sentence_embedding.numpy()
         np.testing.assert_allclose(run_onnx(folder, batch)[1], expected, rtol=0, atol=2e-6)
     assert model.config.unpad_inputs
 

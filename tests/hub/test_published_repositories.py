@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from huggingface_hub import HfApi, constants
 
 import modular_star_encoder.cli.main as cli
@@ -19,7 +18,7 @@ from modular_star_encoder.hub.publishing import TEXTS, publish
 from modular_star_encoder.hub.subprocess_check import ReloadRequest
 from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from tests.hub.stand_in_hub import TOKEN, StandInHub
-from tests.tiny import EXIT_LAYERS
+from tests.tiny import EXIT_LAYERS, run
 
 pytestmark = pytest.mark.slow
 
@@ -105,10 +104,9 @@ def test_strangers_get_the_embeddings_of_the_source_offline_from_the_cache(stran
 
 def embeddings(source):
     """Embed with this package, from the folder that was published."""
-    model = ModularStarEncoderForRetrieval.from_pretrained(source).eval()
+    model = ModularStarEncoderForRetrieval.from_pretrained(source)
     batch = load_tokenizer(source)([text_prompt() + text for text in TEXTS], padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        return {k: model(**batch, exit_layer=k).sentence_embedding.numpy() for k in EXIT_LAYERS}
+    return {k: run(model, **batch, exit_layer=k).sentence_embedding.numpy() for k in EXIT_LAYERS}
 
 
 def test_the_command_says_what_would_change_and_uploads_when_told(hub, plan, sources, capsys, monkeypatch):

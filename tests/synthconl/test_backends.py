@@ -9,13 +9,8 @@ from itertools import islice
 
 import pytest
 
-from modular_star_encoder.synthconl.translation import (
-    PROMPT,
-    Completion,
-    CompletionRequest,
-    OpenAIBackend,
-    TranslationSettings,
-)
+from modular_star_encoder.synthconl import translation
+from modular_star_encoder.synthconl.translation import PROMPT, Completion, CompletionRequest, OpenAIBackend
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import echo
@@ -87,7 +82,7 @@ def test_requests_are_taken_as_they_are_needed():
 def test_settings_and_options_are_checked_before_anything_is_sent(options, changes, key, values):
     options = {name: value for name, value in {"base_url": "http://h/v1", **options}.items() if value is not None}
     with raises(key, *values):
-        TranslationSettings(**{"backend": "openai", "model": "model", "options": options, **changes}).open()
+        translation.TranslationSettings(**{"backend": "openai", "model": "model", "options": options, **changes}).open()
 
 
 def first_times(number, *reply):

@@ -10,13 +10,8 @@ from pathlib import Path
 import pytest
 
 import modular_star_encoder.cli.main as cli
-from modular_star_encoder.synthconl.corpus import (
-    EvaluationTexts,
-    build_corpus,
-    check_corpus,
-    fetch_packages,
-    read_packages,
-)
+from modular_star_encoder.synthconl import corpus
+from modular_star_encoder.synthconl.corpus import EvaluationTexts, build_corpus, check_corpus, read_packages
 from tests.errors import raises
 from tests.processes import ended_by_sigkill, start_process
 from tests.synthconl.samples import die_before_renaming
@@ -116,9 +111,9 @@ def test_a_client_whose_child_keeps_its_output_open_ends_in_time(tmp_path, monke
     (tmp_path / "apt-get").write_text("#!/bin/sh\nsleep 60 &\nsleep 60\n")
     (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr("modular_star_encoder.synthconl.corpus._FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(corpus, "_FETCH_SECONDS", 0.5)
     start = time.monotonic()
-    (outcome,) = fetch_packages(read_packages(path)[:1], tmp_path / "out")
+    (outcome,) = corpus.fetch_packages(read_packages(path)[:1], tmp_path / "out")
     assert (outcome, time.monotonic() - start < 20) == ("apt-get ended with status timeout", True)
 
 

@@ -211,17 +211,15 @@ def of_another_file(path):
     shutil.copy(next(one for one in path.parent.glob("*.arrow") if one.stat().st_size != path.stat().st_size), path)
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def move_out(path):
-    path.symlink_to(path.rename(path.parents[2] / "moved"))
+EVERYWHERE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "pipe": lambda path: path.unlink() or os.mkfifo(path),
+    "moved out": lambda path: path.symlink_to(path.rename(path.parents[2] / "moved")),
+}
+DAMAGES = {
+    ".near-duplicate-job/*.arrow": EVERYWHERE | {"flipped": flip, "of another file": of_another_file},
+    "part-0/0.parquet": EVERYWHERE | {"one row": one_row, "other text": other_text},
+}
 
 
 @pytest.fixture
@@ -241,19 +239,10 @@ def begun(source, tmp_path, monkeypatch):
     return out
 
 
-ARROW, PARQUET = ".near-duplicate-job/*.arrow", "part-0/0.parquet"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "change"),
-    [
-        *((ARROW, one) for one in (empty, pipe, move_out, flip, of_another_file)),
-        *((PARQUET, one) for one in (empty, pipe, move_out, one_row, other_text)),
-    ],
-)
-def test_a_damaged_or_foreign_file_of_a_begun_job_is_named_and_nothing_is_written(source, begun, pattern, change):
+@pytest.mark.parametrize(("pattern", "name"), [(pattern, name) for pattern, some in DAMAGES.items() for name in some])
+def test_a_damaged_or_foreign_file_of_a_begun_job_is_named_and_nothing_is_written(source, begun, pattern, name):
     path = max(begun.glob(pattern), key=lambda one: one.stat().st_size)
-    change(path)
+    DAMAGES[pattern][name](path)
     before = sorted(begun.rglob("*"))
     with raises("synthconl.near_duplicates.damaged", path, f"remove the folder {begun} and start again"):
         drop(source, begun)

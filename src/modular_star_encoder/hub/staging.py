@@ -208,14 +208,14 @@ def _section(path: Path) -> str:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    fault = "it must be a mapping"
     try:
         content = read_json(path) if path.suffix == ".json" else read_mapping(path)
+        if isinstance(content, dict):
+            return content
+        fault = "it must be a mapping"
     except (OSError, ValueError) as error:
-        content, fault = None, " ".join(str(error).split())
-    if not isinstance(content, dict):
-        raise UserError("hub.staging.settings", f"{path} can't be read as settings: {fault}.")
-    return content
+        fault = " ".join(str(error).split())
+    raise UserError("hub.staging.settings", f"{path} can't be read as settings: {fault}.")
 
 
 # Also a path inside a text, such as `pairs=/home/me/pairs.csv`.

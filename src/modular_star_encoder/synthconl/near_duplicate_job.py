@@ -113,21 +113,21 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; UserError if `out` can't be used for this job."""
     begun = next((path for path in (out / REPORT, out / WORK / "job.json") if path.exists()), None)
     used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
-    places = ((source, out), (source.resolve(), out.resolve()))  # a link may lead from one folder into the other
-    overlap = any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in places)
+    real = tuple(Path(os.path.realpath(path)) for path in (source, out))  # a link may lead into the other folder
+    overlap = any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in ((source, out), real))
     work, key, fault = out / WORK, "", ""
     if work.is_symlink() or (work.exists() and not work.is_dir()):
-        key, fault = "damaged", f"has a {WORK} that is no folder; remove the folder and start again"
+        key, fault = "damaged", f"has a file or link {WORK} in place of a folder; remove {out} and start again"
     elif (used and not begun) or overlap:
-        key, fault = "out", f"must be new or empty, and must neither be in {source} nor contain it, also not by a link"
+        key, fault = "out", f"must be new or empty, and neither in {source} nor above it, also if links are followed"
     elif begun:
         kinds: dict[str, Any] = {"counts": dict[str, int], "job": dict} if begun.name == REPORT else {}
         remedy = f"Remove the folder {out} and start again"
         content = read_record(begun, "synthconl.near_duplicates.damaged", remedy, **kinds)
         before = content["job"] if kinds else content
         if changed := [name for name in job if before.get(name) != job[name]]:
-            changes = f"other values of {', '.join(changed)}. Use another folder, or remove this one to start again"
-            key, fault = "other_job", f"was begun with {changes}"
+            changes = f"other values of {', '.join(changed)}. Use another folder, or remove this folder to start again"
+            key, fault = "other_job", f"has a job with {changes}"
     if key:
         raise UserError(f"synthconl.near_duplicates.{key}", f"The folder to write, {out}, {fault}.")
     return begun is not None

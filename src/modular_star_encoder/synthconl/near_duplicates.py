@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
 from itertools import chain
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,7 @@ _MIX, _HALF, _MIXING_SHIFT = np.uint64(0x9B05688C2B3E6C1F), np.uint64(32), np.ui
 _FILLER = "\U0010ffff"  # pads short texts; Unicode never assigns this code point
 
 
-@dataclass(frozen=True, slots=True)
-class Banding:
+class Banding(NamedTuple):
     """A split of a MinHash signature into `bands` bands of `rows` values; texts that agree in a band are compared."""
 
     bands: int

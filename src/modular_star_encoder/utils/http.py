@@ -379,33 +379,29 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not is_web_address(address):
         raise OSError("HF_ENDPOINT is not an address such as https://huggingface.co: correct or unset it.")
-    url, reasons = urlsplit(address), [f"no answer within {seconds:g} seconds"]
+    url, reason = urlsplit(address), ""
 
     def ask() -> None:
         kind = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
-        try:
-            with contextlib.closing(kind(url.hostname or "", url.port, timeout=seconds)) as connection:
-                connection.request("HEAD", url.path or "/")
-                connection.getresponse()
-            reasons.clear()
-        except (ssl.SSLError, http.client.HTTPException):  # the host answers; huggingface_hub has its own certificates
-            reasons.clear()
-        except TimeoutError:
-            pass
-        except (OSError, ValueError) as error:
-            reasons[:] = [getattr(error, "strerror", None) or str(error)]
+        with (  # after one of these errors, the host has answered; huggingface_hub has its own certificates
+            contextlib.suppress(ssl.SSLError, http.client.HTTPException),
+            contextlib.closing(kind(url.hostname or "", url.port, timeout=seconds)) as connection,
+        ):
+            connection.request("HEAD", url.path or "/")
+            connection.getresponse()
 
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        reasons = ["HF_HUB_OFFLINE is set"]
-    elif {url.scheme, "all"} & urllib.request.getproxies().keys():
-        return
-    else:
-        thread = threading.Thread(target=ask, daemon=True)  # `timeout` does not limit the look-up of the host's address
-        thread.start()
-        thread.join(seconds)
-    if reasons:
+        reason = "HF_HUB_OFFLINE is set"
+    elif not {url.scheme, "all"} & urllib.request.getproxies().keys():
+        try:
+            in_daemon_thread(ask).result(seconds)  # `timeout` does not limit the look-up of the host's address
+        except TimeoutError:
+            reason = f"no answer within {seconds:g} seconds"
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if reason:
         how = "check the network and the environment variables HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
-        raise OSError(f"{url.hostname} can't be reached ({reasons[0]}): {how}.")
+        raise OSError(f"{url.hostname} can't be reached ({reason}): {how}.")
 
 
 _NOT_OF_THE_HUB = (OSError, MemoryError, ImportError, AssertionError, ArithmeticError, UserError)

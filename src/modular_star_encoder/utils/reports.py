@@ -87,13 +87,12 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
     """Load a Hub card of the class `kind`; UserError (`key`) if the card is unreadable or lacks `required` metadata."""
     try:
         card = kind.load(path)
-        missing = [name for name in required if not card.data.to_dict().get(name)]
-        fault = f"lacks {', '.join(missing)}" if missing else ""
+        if not (missing := [name for name in required if not card.data.to_dict().get(name)]):
+            return card
+        fault = f"lacks {', '.join(missing)}"
     except (ValueError, OSError, KeyError, TypeError) as error:
         fault = f"can't be read: {' '.join(str(error).split())}"
-    if fault:
-        raise UserError(key, f"The metadata of {path} {fault}.")
-    return card
+    raise UserError(key, f"The metadata of {path} {fault}.")
 
 
 def render_card(template: str, **values: Any) -> str:
