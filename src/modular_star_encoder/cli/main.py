@@ -309,8 +309,7 @@ def indexes() -> dict[str, str]:
             exits = ", ".join(map(str, settings["exit_layers"]))
             model, languages = settings["checkpoint"], len(settings["languages"])
             model = "mose-code" if model == shipped_model() else model
-            made = f"exit {exits} of {model}, languages: {languages}"
-            found[file.parent.name] = printable(f"{indexed} ({size}; {made}")
+            found[file.parent.name] = printable(f"{indexed} ({size}; exit {exits} of {model}, languages: {languages}")
     return found
 
 

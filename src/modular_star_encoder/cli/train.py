@@ -30,8 +30,7 @@ def add_train_commands(commands: Any) -> None:
     folder = "folder of runs and reports; an unfinished ablation is continued"
     add_recipe_options(ablate, f"{recipe} small", "finetuning.data.functions.folder=~/code", folder)
 
-    about = "list, print or copy the packaged recipes"
-    recipes = add_command(commands, "recipes", run_recipes, about, name=None, file=None)
+    recipes = add_command(commands, "recipes", run_recipes, "list, print or copy recipes", name=None, file=None)
     actions = recipes.add_subparsers(metavar="ACTION")
     actions.add_parser("list", help="list all recipes")
     name = "such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small"

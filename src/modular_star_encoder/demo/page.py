@@ -92,8 +92,8 @@ def circumstances(costs: ExitCosts) -> str:
     size, length = profile.shapes[0]
     processor, threads = profile.machine.get("processor", "unknown processor"), profile.machine.get("threads", "?")
     machine = profile.machine.get("gpu") or f"{processor}, {threads} thread(s)"
-    text = f"Latency: median time to embed {size} × {length} tokens; memory: peak of a process. Exit profile of"
-    text = f"{text} {profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
+    text = f"Latency: median time to embed {size} × {length} tokens; memory: peak of a process. Exit profile of "
+    text += f"{profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
     return f'<p class="mose-note">{escape(text.strip())}</p>'
 
 

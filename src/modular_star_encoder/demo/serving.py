@@ -81,8 +81,7 @@ def served(
         with socket.socket(socket.AF_INET) as trial:
             trial.bind((host, 0))
     except (OSError, UnicodeError) as error:
-        fault = f"--host must be an IPv4 address or a name of this machine, not {host!r}."
-        raise UserError("demo.host", fault) from error
+        raise UserError("demo.host", f"--host must be a name or IPv4 address of this machine, not {host!r}.") from error
     links = repository_links(source) if source else LocalFiles(index)
     gradio = import_gradio()
     blocks = build_blocks(SearchPage(index, links, checkpoint))

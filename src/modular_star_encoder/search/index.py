@@ -380,8 +380,7 @@ class CodeIndex:
     def _check_unchanged(self) -> None:
         """Raise UserError if the settings of the index, such as its checkpoint, have changed since it was opened."""
         if IndexSettings.stored_in(self.store) != self.settings:
-            message = f"The index {self.store.location} was rebuilt since it was opened. Open it again."
-            raise UserError("search.index.rebuilt", message)
+            raise UserError("search.index.rebuilt", f"The index {self.store.location} was rebuilt: open it again.")
 
     def _checked(self, checkpoint: str | os.PathLike[str] | Embedder, checksum: str | None = None) -> Embedder:
         """Return the `Embedder` of a checkpoint; UserError if the index was built with other weights or prompts."""

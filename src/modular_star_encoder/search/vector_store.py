@@ -103,12 +103,14 @@ class VectorStore(Protocol):
 
     def keep_stamps(self, stamps: Stamps) -> None:
         """Store the stamp that each file had when it was last read; by default, do nothing."""
+        return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
         """Delete all rows of the files with the ids `known`, and add `rows`: all rows of each new or changed file."""
 
     def finish(self) -> None:
         """Optimise the store for searching, and free the space of replaced rows; by default, do nothing."""
+        return None
 
     def nearest(self, vector: np.ndarray, exit_layer: int, limit: int, where: Filter) -> list[Found]:
         """Return the `limit` rows that fit `where` and are nearest to `vector` by cosine at an exit, best first."""
@@ -151,8 +153,7 @@ def path_expression(pattern: str) -> re.Pattern[bytes]:
         except UnicodeEncodeError:
             fault = "surrogates", f"The path pattern {pattern!a} must be text without lone surrogates."
         except re.error as error:
-            advice = "To match the character '[', write '[[]'."
-            fault = "bracket", f"The path pattern {pattern!r} is invalid ({error}). {advice}"
+            fault = "bracket", f"The path pattern {pattern!r} is invalid ({error}). To match '[', write '[[]'."
     raise UserError(f"search.path.{fault[0]}", fault[1])
 
 
