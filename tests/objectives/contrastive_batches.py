@@ -6,21 +6,15 @@ from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from modular_star_encoder.objectives.contrastive_settings import ContrastiveSettings
 from tests.tiny import NO_DROPOUT, PROJECTION_SIZE, tiny_batch, tiny_model
 
-EVERY_OPTION = {
-    "pairs": (("query", "document", "negative"), ("document", "translation")),
-    "dimensions": {1: (4, 16), 2: (8,), 4: (4, 8, 16)},
-    "teacher": "ensemble",
-    "distillation_weight": 0.7,
-    "distillation_temperature": 2.0,
-    "alignment_weight": 0.5,
-    "false_negative_margin": 0.02,
-}
 # Weights that are no powers of two, so that forgetting one shows.
 WEIGHTS = torch.tensor([0.3, 0.5, 1.1])
 
 
 def every_option(**changes):
-    return ContrastiveSettings(**(EVERY_OPTION | changes))
+    settings = {"pairs": (("query", "document", "negative"), ("document", "translation")), "teacher": "ensemble"}
+    settings |= {"dimensions": {1: (4, 16), 2: (8,), 4: (4, 8, 16)}, "false_negative_margin": 0.02}
+    settings |= {"distillation_weight": 0.7, "distillation_temperature": 2.0, "alignment_weight": 0.5}
+    return ContrastiveSettings(**(settings | changes))
 
 
 def texts(lengths, seed, side="right"):
@@ -29,7 +23,7 @@ def texts(lengths, seed, side="right"):
 
 
 def every_side():
-    """Sides of `EVERY_OPTION`, six rows each, padded on the left and on the right."""
+    """Sides of `every_option`, six rows each, padded on the left and on the right."""
     return {
         "query": texts((3, 9, 2, 5, 4, 7), seed=1, side="left"),
         "document": texts((12, 5, 8, 3, 9, 6), seed=2),
