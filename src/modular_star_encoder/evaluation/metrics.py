@@ -60,8 +60,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
         raise UserError("evaluation.query.no_relevant", message)
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
-    above = np.zeros(len(judgements.query), dtype=np.int64)
-    known = False
+    above, known = np.zeros(len(judgements.query), dtype=np.int64), False
     for block in scores.blocks():
         check_scores(block.scores)
         if exclude_self:
@@ -85,7 +84,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
-    for members, named in ((pool.queries, judgements.query), (pool.documents, judgements.document)):
+    for members, named in zip(pool, (judgements.query, judgements.document), strict=True):
         place = np.full(max(members.max(), named.max()) + 1, -1)
         place[members] = np.arange(len(members))
         places.append(place[named])

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -236,11 +236,10 @@ def _gelu(values: np.ndarray) -> np.ndarray:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Return the content of a checkpoint's config.json without checks; {} if the file is missing or unreadable."""
-    try:
+    with suppress(OSError, ValueError):
         config = read_json(Path(folder) / "config.json")
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def has_exit_zero(config: dict[str, Any]) -> bool:
