@@ -141,9 +141,7 @@ def exit_report(log: Mapping[str, Any]) -> str:
         shown = ["", ""] if loss is None else [f"{loss:.3f}", f"{torch.tensor(loss).exp():.1f}"]
         rows.append([name, *shown, percent(accuracy)])
     table, steps = "\n".join(markdown_table(rows)), f"After {log['steps']:,} steps, on held-out rows."
-    guesses = (
-        "A guess knows how often each token occurs (MLM) or which share of identifiers two snippets have in common."
-    )
+    guesses = "`guess` goes by how often each token occurs (MLM) or by chance (ICC); the last row compares identifiers."
     tasks = "MLM: masked language modelling. ICC: do two snippets come from one repository (in-context classification)?"
     return f"{table}\n\n{steps} {tasks} {guesses}\n"
 
