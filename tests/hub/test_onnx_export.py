@@ -20,18 +20,7 @@ from modular_star_encoder.evaluation.retrievers import EmbeddingRetriever
 from modular_star_encoder.evaluation.run import evaluate_tasks
 from modular_star_encoder.evaluation.tasks import RetrievalRow, pairs_task
 from modular_star_encoder.hub import onnx_export
-from modular_star_encoder.hub.onnx_export import (
-    ONNX_FILE,
-    QUANTIZED_FILE,
-    OnnxEncoder,
-    check_onnx,
-    compare_scores,
-    export_onnx,
-    export_onnx_folder,
-    open_session,
-    quantize_onnx,
-    save_graph,
-)
+from modular_star_encoder.hub.onnx_export import ONNX_FILE, QUANTIZED_FILE, check_onnx, export_onnx, export_onnx_folder
 from modular_star_encoder.inference.checkpoints import save_retrieval_checkpoint
 from modular_star_encoder.inference.encoders import ExitEncoder, Text, load_encoder
 from modular_star_encoder.search.embedder import Embedder
@@ -85,7 +74,7 @@ def folders(checkpoint, code, tmp_path_factory):
 
 def run_onnx(folder, batch, file=ONNX_FILE):
     names = ["last_hidden_state", "sentence_embedding"]
-    return open_session(folder / file).run(names, {name: tensor.numpy() for name, tensor in batch.items()})
+    return onnx_export.open_session(folder / file).run(names, {name: tensor.numpy() for name, tensor in batch.items()})
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -188,7 +177,7 @@ def test_the_report_compares_the_model_with_both_files(folders, encoder):
     model, float32, int8 = table["rows"]
     assert [row["retriever"] for row in table["rows"]] == ["model", "float32", "int8"]
     assert model["mean"] == float32["mean"]
-    file = EmbeddingRetriever(OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
+    file = EmbeddingRetriever(onnx_export.OnnxEncoder(folders[2] / QUANTIZED_FILE, encoder, "int8"))
     results = evaluate_tasks([TASK], [EmbeddingRetriever(encoder), file], progress=False)
     assert [model["mean"]["value"], int8["mean"]["value"]] == [one.estimates["mrr"].value for one in results]
     assert int8["difference"]["value"] == pytest.approx(int8["mean"]["value"] - model["mean"]["value"])
@@ -233,13 +222,13 @@ def test_weights_that_do_not_fit_into_one_file_are_stored_next_to_it(folders, tm
     onnx_ir = pytest.importorskip("onnx_ir")
     expected = run_onnx(folders[2], tiny_batch())
     monkeypatch.setattr(onnx_export, "_LARGEST_FILE", 0)
-    save_graph(onnx_ir.load(folders[2] / ONNX_FILE), tmp_path / "model.onnx")
+    onnx_export.save_graph(onnx_ir.load(folders[2] / ONNX_FILE), tmp_path / "model.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data"}
     assert (tmp_path / "model.onnx_data").stat().st_size > (tmp_path / "model.onnx").stat().st_size
     for found, wanted in zip(run_onnx(tmp_path, tiny_batch(), "model.onnx"), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     monkeypatch.undo()
-    quantize_onnx(tmp_path / "model.onnx", tmp_path / "small.onnx")
+    onnx_export.quantize_onnx(tmp_path / "model.onnx", tmp_path / "small.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx_data", "small.onnx"}
     direct = run_onnx(folders[2], tiny_batch(), QUANTIZED_FILE)
     for found, wanted in zip(run_onnx(tmp_path, tiny_batch(), "small.onnx"), direct, strict=True):
@@ -275,7 +264,8 @@ def test_a_missing_extra_is_named(folders, tmp_path, monkeypatch):
     for module in ("onnxruntime", "onnxruntime.quantization", "onnxscript"):
         monkeypatch.setitem(sys.modules, module, None)
     export = partial(export_onnx, tiny_model(**SHAPE))
-    for function in (export, open_session, lambda path: quantize_onnx(path, tmp_path / "small.onnx")):
+    quantize = partial(onnx_export.quantize_onnx, target=tmp_path / "small.onnx")
+    for function in (export, onnx_export.open_session, quantize):
         with pytest.raises(ImportError, match=r"pip install 'modular-star-encoder\[onnx\]'"):
             function(folders[1] / ONNX_FILE)
 
@@ -283,7 +273,7 @@ def test_a_missing_extra_is_named(folders, tmp_path, monkeypatch):
 def test_the_command_prints_the_comparison_and_the_folder(folders, checkpoint, encoder, code, capsys, monkeypatch):
     def export_none(checkpoint, exit_layer, out, *, int8, tasks):
         files = {"float32": folders[2] / ONNX_FILE, "int8": folders[2] / QUANTIZED_FILE}
-        return onnx_export.OnnxFolder(folders[2], compare_scores(encoder, files, tasks, progress=False))
+        return onnx_export.OnnxFolder(folders[2], onnx_export.compare_scores(encoder, files, tasks, progress=False))
 
     monkeypatch.setattr(onnx_export, "export_onnx_folder", export_none)
     assert cli.main(["export", str(checkpoint), "--int8", "--data", str(code)]) == 0
@@ -313,9 +303,9 @@ def test_the_last_token_learned_scale_and_unpadding_export_too(tmp_path):
 def test_8_bit_weights_leave_no_matrix_in_float_and_attention_copies_no_keys(tmp_path, head, order):
     model = tiny_model(projection_head=head, projection_order=order, projection_size=24, pooling="mean").eval()
     export_onnx(model, tmp_path / "model.onnx")
-    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    onnx_export.quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
     inputs = {name: value.numpy() for name, value in tiny_batch().items()}
-    sessions = [open_session(tmp_path / file) for file in ("model.onnx", "int8.onnx")]
+    sessions = [onnx_export.open_session(tmp_path / file) for file in ("model.onnx", "int8.onnx")]
     exact, small = (session.run(["sentence_embedding"], inputs)[0] for session in sessions)
     assert ((exact * small).sum(axis=1) > 0.98).all()
     graph = onnx.load(tmp_path / "int8.onnx").graph

@@ -5,22 +5,12 @@ import numpy as np
 import pytest
 
 from modular_star_encoder.synthconl import near_duplicates
-from modular_star_encoder.synthconl.near_duplicates import (
-    Banding,
-    DuplicateSettings,
-    _Column,
-    _near_pairs,
-    find_near_duplicates,
-    fingerprint,
-    jaccard,
-    optimal_banding,
-    shingle_sets,
-)
+from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from tests.synthconl.samples import code, mutated, rows_with_near_duplicates, shingle_set, sliding_windows, true_jaccard
 
 
 def similarity(first, second):
-    return jaccard(*shingle_sets([first, second]))
+    return near_duplicates.jaccard(*near_duplicates.shingle_sets([first, second]))
 
 
 def find(*columns, against=None, ids=None, **settings):
@@ -32,10 +22,10 @@ def find(*columns, against=None, ids=None, **settings):
 
 def test_the_default_is_25_bands_of_10_and_high_recall_more_bands():
     default, high = DuplicateSettings().banding, DuplicateSettings(recall="high").banding
-    assert (default, high) == (Banding(25, 10), Banding(36, 7))
+    assert (default, high) == (near_duplicates.Banding(25, 10), near_duplicates.Banding(36, 7))
     assert [round(default.candidate_probability(s), 3) for s in (0.5, 0.7, 0.8)] == [0.024, 0.511, 0.942]
     assert round(high.candidate_probability(0.7), 2) == 0.95
-    rows = [optimal_banding(threshold).rows for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)]
+    rows = [near_duplicates.optimal_banding(threshold).rows for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)]
     assert rows == sorted(rows)
     assert rows[0] < rows[-1]
 
@@ -57,7 +47,8 @@ def test_a_short_text_is_its_own_shingle_and_a_blank_one_has_none():
     assert similarity("x=1", "x=1") == 1
     # Not by a common prefix, whatever fills it up.
     assert {similarity("x=1", other) for other in ("x=2", "x=10", "x=123", "x=1  ", "x=1\0\0")} == {0}
-    assert [len(one) for one in shingle_sets(["x", "x=12", "x=123", "x=1234", "", " \n\t"])] == [1, 1, 1, 2, 0, 0]
+    sets = near_duplicates.shingle_sets(["x", "x=12", "x=123", "x=1234", "", " \n\t"])
+    assert list(map(len, sets)) == [1, 1, 1, 2, 0, 0]
     assert similarity("", "") == similarity(" ", " ") == similarity("", "x = 1") == 0
 
 
@@ -119,9 +110,10 @@ def test_what_is_found_agrees_with_brute_force(texts, brute_force, recall, of_al
 def test_a_similarity_right_at_the_threshold_is_near():
     # Ten different shingles, of which the first text has seven.
     pair = "abcdefghijk", "abcdefghijklmn"
-    columns = [_Column([fingerprint(pair, DuplicateSettings().banding)], np.arange(2))]
+    columns = [near_duplicates._Column([fingerprint(pair, DuplicateSettings().banding)], np.arange(2))]
     for threshold, expected in ((0.7, [0.7]), (0.7000001, [])):
-        _, similarities = _near_pairs(np.array([1], "u8"), columns, columns, threshold=threshold, progress=False)
+        options = {"threshold": threshold, "progress": False}
+        _, similarities = near_duplicates._near_pairs(np.array([1], "u8"), columns, columns, **options)
         assert similarities.tolist() == expected
 
 

@@ -10,13 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from modular_star_encoder.data.pairs import RetrievalExample, Snippet
 from modular_star_encoder.synthconl import publishing
-from modular_star_encoder.synthconl.publishing import (
-    CodeCounts,
-    dataset_card,
-    dataset_statistics,
-    push_dataset,
-    size_category,
-)
+from modular_star_encoder.synthconl.publishing import CodeCounts, dataset_card, dataset_statistics, push_dataset
 from modular_star_encoder.utils.reports import cell
 from tests.errors import raises
 from tests.synthconl.samples import CARD
@@ -103,7 +97,7 @@ def test_the_card_has_the_metadata_of_the_hub(finished):
     (config,) = data["configs"]
     assert [one["split"] for one in config["data_files"]] == ["train", "validation"]
     sizes = {999: "n<1K", 1000: "1K<n<10K", 10**6: "1M<n<10M", 5 * 10**6: "1M<n<10M", 10**7: "10M<n<100M"}
-    assert {rows: size_category(rows) for rows in sizes} == sizes
+    assert {rows: publishing.size_category(rows) for rows in sizes} == sizes
 
 
 def test_values_of_others_bring_no_html_and_no_control_characters_into_a_card():

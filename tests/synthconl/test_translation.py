@@ -8,17 +8,10 @@ import pytest
 
 from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES
-from modular_star_encoder.synthconl import row_files
+from modular_star_encoder.synthconl import row_files, translation
 from modular_star_encoder.synthconl.extraction import REASONS, clean_translation
 from modular_star_encoder.synthconl.row_files import read_rows
-from modular_star_encoder.synthconl.translation import (
-    LANGUAGE_NAMES,
-    MAX_ANSWER_CHARACTERS,
-    Completion,
-    target_language,
-    translate,
-    translation_request,
-)
+from modular_star_encoder.synthconl.translation import MAX_ANSWER_CHARACTERS, Completion, target_language, translate
 from tests.errors import raises
 from tests.synthconl.openai_server import OpenAIServer
 from tests.synthconl.samples import FUNCTION_SCHEMA, echo, endpoint_settings, function_rows
@@ -43,7 +36,7 @@ def run(folders, server, **changes):
 def prompt_of(row):
     source = row["language1_CSN"]
     target = target_language(row["id"], source, seed=SEED)
-    return translation_request(row["id"], row["func1_CSN"], source, target).prompt
+    return translation.translation_request(row["id"], row["func1_CSN"], source, target).prompt
 
 
 def assert_complete(folder):
@@ -66,11 +59,11 @@ def test_the_target_is_one_of_the_other_seven_and_a_function_of_seed_and_id():
 
 
 def test_a_prompt_has_instruction_both_languages_and_the_code_as_it_is():
-    prompt = translation_request("id", "{x} = %s {code}", "javascript", "cpp").prompt
+    prompt = translation.translation_request("id", "{x} = %s {code}", "javascript", "cpp").prompt
     instruction, _, rest = prompt.partition("\n\n")
     assert "Translate" in instruction
     assert rest == "Source language: JavaScript\nTarget language: C++\nCode:\n{x} = %s {code}\n"
-    assert set(LANGUAGE_NAMES) == set(LANGUAGES)
+    assert set(translation.LANGUAGE_NAMES) == set(LANGUAGES)
 
 
 def test_every_function_gets_its_own_completion_once(folders):

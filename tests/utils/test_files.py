@@ -12,16 +12,7 @@ import pytest
 
 from modular_star_encoder.utils import files
 from modular_star_encoder.utils.crash_safe import crash_safe_map
-from modular_star_encoder.utils.files import (
-    check_types,
-    check_writable,
-    folder_lock,
-    read_json,
-    scratch_folder,
-    staged_file,
-    staged_folder,
-    write_json,
-)
+from modular_star_encoder.utils.files import folder_lock, staged_file, staged_folder, write_json
 from tests.errors import raises
 
 
@@ -79,11 +70,11 @@ def test_an_empty_folder_may_be_a_link_but_neither_current_nor_a_mount_point(tmp
 
 
 def test_a_file_that_could_not_be_written_is_reported_beforehand(tmp_path):
-    check_writable(tmp_path / "results.json")
+    files.check_writable(tmp_path / "results.json")
     with raises("files.not_writable", tmp_path / "no"):
-        check_writable(tmp_path / "no" / "results.json")
+        files.check_writable(tmp_path / "no" / "results.json")
     with raises("files.not_writable", "is a folder"):
-        check_writable(tmp_path)
+        files.check_writable(tmp_path)
 
 
 def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_running_one(tmp_path, monkeypatch):
@@ -93,7 +84,7 @@ def test_the_next_call_removes_what_a_process_that_ended_left_and_nothing_of_a_r
     for name in ("out", "mose-card"):
         for process in (ended.pid, os.getppid()):
             (tmp_path / f".{name}.{process}.tmp").mkdir()
-    with staged_folder(tmp_path / "out"), scratch_folder("card"):
+    with staged_folder(tmp_path / "out"), files.scratch_folder("card"):
         pass
     assert sorted(os.listdir(tmp_path)) == [f".mose-card.{os.getppid()}.tmp", f".out.{os.getppid()}.tmp", "out"]
 
@@ -143,10 +134,10 @@ def test_json_beyond_the_limits_is_a_value_error(tmp_path, text, monkeypatch):
     monkeypatch.setattr("modular_star_encoder.utils.files.MAX_JSON_VALUES", 1000)
     (tmp_path / "a.json").write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError):  # noqa: PT011 (the library's sentences differ)
-        read_json(tmp_path / "a.json")
+        files.read_json(tmp_path / "a.json")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"):
-        read_json(tmp_path / "pipe")
+        files.read_json(tmp_path / "pipe")
 
 
 @dataclass
@@ -157,10 +148,10 @@ class Record:
 
 
 def test_a_field_of_another_type_is_a_type_error():
-    check_types(Record(1, ("a",), 1))
+    files.check_types(Record(1, ("a",), 1))
     for wrong in (Record(True), Record(1.0), Record(1, ["a"]), Record(1, (2,)), Record(1, (), float("nan"))):
         with pytest.raises(TypeError):
-            check_types(wrong)
+            files.check_types(wrong)
 
 
 def squares(numbers):

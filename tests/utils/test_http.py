@@ -11,15 +11,8 @@ from email.utils import formatdate
 
 import pytest
 
-from modular_star_encoder.utils.http import (
-    HTTPClient,
-    HTTPRequestError,
-    check_hub,
-    check_url,
-    httpx,
-    token_from_environment,
-    wrap_hub_errors,
-)
+from modular_star_encoder.utils import http
+from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, check_url
 from tests.errors import raises
 from tests.loopback import LoopbackHandler, LoopbackServer
 from tests.utils.http_server import LocalServer
@@ -151,7 +144,7 @@ def test_a_body_that_may_unpack_to_gigabytes_is_not_read(encoding):
 @pytest.mark.parametrize("parts", [[INTERIM * 1000], [INTERIM[:9], INTERIM[9:]]], ids=["many", "in two reads"])
 def test_a_server_that_says_continue_for_ever_is_left(monkeypatch, parts):
     limit = 30 * len(b"".join(parts)) // len(INTERIM)
-    monkeypatch.setattr("modular_star_encoder.utils.http._MAX_INTERIM", limit)
+    monkeypatch.setattr(http, "_MAX_INTERIM", limit)
 
     def write(send):
         for part in parts * 60:
@@ -209,7 +202,7 @@ def test_redirects_are_few_and_only_to_web_addresses_and_another_host_gets_no_to
 
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"])
 def test_by_default_a_request_has_a_limit_of_time_that_fits_its_attempts(monkeypatch, head):
-    monkeypatch.setattr("modular_star_encoder.utils.http._LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(http, "_LONGEST_PAUSE", 0.2)
     client, fault = HTTPClient(attempts=2, timeout=0.3), raises("http.too_slow", "1 seconds")
     with raw_server(endless(head, b"x", 0.05)) as url, client, fault:
         client.request("GET", url)
@@ -237,7 +230,7 @@ def test_cookies_are_not_kept():
 def test_a_proxy_that_can_not_be_used_is_named_by_its_variable(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     if variable == "NO_PROXY":  # newer clients ignore a malformed host
-        monkeypatch.setattr("modular_star_encoder.utils.http.httpx.AsyncClient", lambda **_: httpx.URL("http://[::"))
+        monkeypatch.setattr(http.httpx, "AsyncClient", lambda **_: http.httpx.URL("http://[::"))
     with raises("http.proxy", variable) as caught:
         HTTPClient()
     assert "secret" not in str(caught.value)
@@ -315,35 +308,35 @@ def test_addresses_settings_and_tokens_are_checked(monkeypatch):
     with raises("http.settings", -1):
         HTTPClient(pause=-1)
     monkeypatch.setenv("A_KEY", f"{TOKEN}\r\n")  # files of keys end in a newline
-    assert token_from_environment("A_KEY") == TOKEN
-    assert token_from_environment(None) == token_from_environment("NO_KEY", required=False) == ""
+    assert http.token_from_environment("A_KEY") == TOKEN
+    assert http.token_from_environment(None) == http.token_from_environment("NO_KEY", required=False) == ""
     with raises("http.token.missing", "NO_KEY"):
-        token_from_environment("NO_KEY")
+        http.token_from_environment("NO_KEY")
     for wrong in (f"{TOKEN}\n{TOKEN}", f"{TOKEN}…"):
         monkeypatch.setenv("A_KEY", wrong)
         with raises("http.token.characters", "A_KEY") as caught:
-            token_from_environment("A_KEY")
+            http.token_from_environment("A_KEY")
         assert TOKEN not in str(caught.value)
 
 
 @pytest.mark.parametrize("client", ["httpx", "httpx2"])
 def test_network_errors_of_both_clients_of_the_hub_become_one_sentence(client):
     error = pytest.importorskip(client).ConnectError("refused")
-    with pytest.raises(OSError, match="can't be reached") as raised, wrap_hub_errors("me/tiny"):
+    with pytest.raises(OSError, match="can't be reached") as raised, http.wrap_hub_errors("me/tiny"):
         raise error
     assert raised.value.__cause__ is error
-    with pytest.raises(OSError, match="can't be reached"), wrap_hub_errors("me/tiny"):
+    with pytest.raises(OSError, match="can't be reached"), http.wrap_hub_errors("me/tiny"):
         raise RuntimeError("a file failed") from error
 
 
 def test_a_hub_that_is_switched_off_refuses_or_never_answers_is_named_in_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
-        check_hub("http://127.0.0.1:9")
+        http.check_hub("http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(OSError, match=r"127\.0\.0\.1 can't be reached .*refused"):
-        check_hub("http://127.0.0.1:9")
+        http.check_hub("http://127.0.0.1:9")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are made, but nobody reads
         for scheme in ("http", "https"):
             with pytest.raises(OSError, match=r"no answer within 0\.3 seconds"):
-                check_hub(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)
+                http.check_hub(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)

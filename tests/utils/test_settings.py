@@ -4,14 +4,8 @@ from typing import Any, Literal
 
 import pytest
 
-from modular_star_encoder.utils.settings import (
-    Count,
-    build_settings,
-    format_reference,
-    load_settings,
-    read_mapping,
-    settings_class,
-)
+from modular_star_encoder.utils import settings
+from modular_star_encoder.utils.settings import Count, build_settings, read_mapping, settings_class
 from tests.errors import raises
 
 
@@ -123,11 +117,11 @@ def test_a_fault_is_blamed_on_the_command_line_unless_the_file_has_it_too(tmp_pa
     for text, word, place in (("name: x", "nam=3", "command line"), ("nam: x", "sizes=[1]", file)):
         file.write_text(text)
         with raises("settings.unknown", f"{place}: unknown", "did you mean name?"):
-            load_settings(Outer, file, [word])
+            settings.load_settings(Outer, file, [word])
 
 
 def test_the_reference_lists_keys_with_type_default_and_meaning():
-    assert format_reference(Outer).splitlines() == [
+    assert settings.format_reference(Outer).splitlines() == [
         "  name        str, required; a word.",
         "  inner.size  int, default 3; how large.",
         "  inner.kind  'a' | 'b', default a; which one.",

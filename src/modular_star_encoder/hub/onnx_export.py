@@ -33,15 +33,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
-from modular_star_encoder.inference import local_folder
-from modular_star_encoder.inference.checkpoints import (
-    MODULES,
-    check_servable,
-    load_checkpoint,
-    save_tokenizer,
-    stored_prompts,
-    write_sentence_transformer_files,
-)
+from modular_star_encoder.inference import checkpoints, local_folder
+from modular_star_encoder.inference.checkpoints import load_checkpoint
 from modular_star_encoder.inference.encode import encode_batches
 from modular_star_encoder.inference.encoders import Encoder, ExitEncoder, Prompted, Text
 from modular_star_encoder.modeling import ModularStarEncoderConfig, ModularStarEncoderForRetrieval
@@ -290,11 +283,11 @@ def export_onnx_folder(
         raise UserError("hub.onnx.int8", "`int8` needs `tasks`, on which the loss of quality is measured.")
     model, tokenizer = load_checkpoint(checkpoint, exit_layer, device="cpu", dtype=torch.float32)
     exit_layer = model.config.num_hidden_layers
-    check_servable(model.config)
+    checkpoints.check_servable(model.config)
     out = default_folder(checkpoint, exit_layer) if out is None else user_path(out)
     with staged_folder(out) as staging, tqdm(bar_format="{desc}…", disable=not progress, leave=False) as bar:
         bar.set_description_str("exporting")
-        prompts = stored_prompts(checkpoint)
+        prompts = checkpoints.stored_prompts(checkpoint)
         prompts = prompts or sentence_transformer_prompts(instructions=model.config.instruction_prompts)
         _write_serving_files(staging, model.config, tokenizer, prompts)
         (staging / "onnx").mkdir()
@@ -346,13 +339,13 @@ def _write_serving_files(
         "torch_dtype": "float32",
     }
     write_json(folder / "config.json", settings)
-    save_tokenizer(tokenizer, config, folder)
+    checkpoints.save_tokenizer(tokenizer, config, folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(path, {name: value for name, value in settings.items() if name != "backend"})
     # An ONNX file has one exit, so the module takes no `exit_layer`.
-    modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in MODULES]
-    write_sentence_transformer_files(folder, config, prompts, modules)
+    modules = [{name: value for name, value in module.items() if name != "kwargs"} for module in checkpoints.MODULES]
+    checkpoints.write_sentence_transformer_files(folder, config, prompts, modules)
 
 
 class OnnxEncoder(Encoder):

@@ -18,15 +18,9 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 
 from modular_star_encoder.data.tokenizer import load_tokenizer
+from modular_star_encoder.hub import model_card
 from modular_star_encoder.hub.manifest import MAIN, Manifest
-from modular_star_encoder.hub.model_card import (
-    CARD,
-    DEPTH_FIGURE,
-    LATENCY_FIGURE,
-    StagedRepository,
-    check_card,
-    write_card,
-)
+from modular_star_encoder.hub.model_card import CARD, StagedRepository, check_card, write_card
 from modular_star_encoder.hub.staging import TOKENIZER, stage_repositories
 from modular_star_encoder.hub.subprocess_check import ReloadRequest, embed_batch, verify_reload
 from modular_star_encoder.inference import PROFILE_NAME
@@ -43,7 +37,7 @@ ADDED, CHANGED, DELETED = "+", "~", "-"
 EXPECTED = {
     *("configuration_modular_star_encoder.py", "modeling_modular_star_encoder.py", "config.json"),
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *(CARD, PROFILE_NAME, LATENCY_FIGURE, DEPTH_FIGURE),
+    *(CARD, PROFILE_NAME, model_card.LATENCY_FIGURE, model_card.DEPTH_FIGURE),
     *SENTENCE_TRANSFORMER_FILES,
 }
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")

@@ -16,26 +16,13 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from modular_star_encoder import inference
 from modular_star_encoder.data.prompts import sentence_transformer_prompts
 from modular_star_encoder.evaluation.report import read_tables
 from modular_star_encoder.hub.manifest import Manifest, RepositorySettings
 from modular_star_encoder.hub.model_card import CARD, Measurements, StagedRepository, draw, write_card
-from modular_star_encoder.inference import (
-    PROFILE_NAME,
-    check_checkpoint,
-    is_repository,
-    resolve_checkpoint,
-    shipped_models,
-    weight_files,
-)
-from modular_star_encoder.inference.checkpoints import (
-    checkpoint_checksum,
-    class_named,
-    load_config,
-    stored_prompts,
-    write_checkpoint,
-    write_sentence_transformer_files,
-)
+from modular_star_encoder.inference import PROFILE_NAME, checkpoints, resolve_checkpoint
+from modular_star_encoder.inference.checkpoints import load_config
 from modular_star_encoder.inference.exit_profile import ExitProfile
 from modular_star_encoder.modeling import (
     ModularStarEncoderForPreTraining,
@@ -80,11 +67,11 @@ def _stage(
         raise UserError("hub.staging.exit_layer", message)
     retrieval = issubclass(model_class, ModularStarEncoderForRetrieval)
     folder.mkdir(parents=True)
-    write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
+    checkpoints.write_checkpoint(source, folder, entry.exit_layer, only_exit=entry.only_exit, tokenizer=tokenizer)
     if not uncut:  # publish the original weights, because the loaded model may have another dtype than its files
         for weights in folder.glob(WEIGHTS):
             weights.unlink()
-        for weights in weight_files(source):
+        for weights in inference.weight_files(source):
             if leads_outside(weights, source):
                 message = f"{weights} is a link to a file outside the folder: put the weights in its place."
                 raise UserError("hub.staging.weights", message)
@@ -94,8 +81,8 @@ def _stage(
         published = sentence_transformer_prompts(instructions=config.instruction_prompts) if retrieval else {}
         # Use mean pooling for a pre-trained model, because the later check compares means of token states.
         own = {} if retrieval else {"dimension": config.hidden_size, "pooling": "mean"}
-        write_sentence_transformer_files(folder, config, published, **own)
-    prompts = stored_prompts(folder)
+        checkpoints.write_sentence_transformer_files(folder, config, published, **own)
+    prompts = checkpoints.stored_prompts(folder)
     if retrieval and not {"query", "document_python"} <= set(prompts):
         message = f"{source} lacks a prompt. Add `query` and `document_python` to config_sentence_transformers.json."
         raise UserError("hub.staging.prompts", message)
@@ -104,7 +91,7 @@ def _stage(
     measured = uncut.measurements.cut(parameters) if uncut else _measure(entry, source, parameters)
     if measured.profile is not None:
         # The copy's checksum may differ from the source's, which another version of this package may have written.
-        replace(measured.profile, checkpoint=checkpoint_checksum(folder)).save(folder / PROFILE_NAME)
+        replace(measured.profile, checkpoint=checkpoints.checkpoint_checksum(folder)).save(folder / PROFILE_NAME)
     try:
         figure = draw(measured, folder)
     except ImportError as error:
@@ -136,9 +123,9 @@ def _stage(
 
 
 def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularStarEncoderPreTrainedModel]:
-    check_checkpoint(source)
+    inference.check_checkpoint(source)
     architecture = str((load_config(source).architectures or [""])[0])
-    model_class = class_named(architecture, source)
+    model_class = checkpoints.class_named(architecture, source)
     if not user_path(tokenizer or source, TOKENIZER).is_file():
         fault = f"{tokenizer or source} has no {TOKENIZER}; set `tokenizer` to a folder that has one."
     elif model_class is ModularStarEncoderPreTrainedModel:
@@ -151,7 +138,7 @@ def _check_source(source: Path, tokenizer: str | Path | None) -> type[ModularSta
 
 
 def _measure(entry: RepositorySettings, source: Path, parameters: Mapping[int, int]) -> Measurements:
-    checksum = checkpoint_checksum(source)
+    checksum = checkpoints.checkpoint_checksum(source)
     path = user_path(entry.profile) if entry.profile else source / PROFILE_NAME
     profile = ExitProfile.load(path) if entry.profile or path.is_file() else None
     if profile is not None and profile.checkpoint != checksum:
@@ -187,7 +174,7 @@ def _read_training(entry: RepositorySettings, source: Path) -> tuple[list[tuple[
     tuned: dict[str, Any] = settings if log.get("retrieval") else {}
     start, limits = str(tuned.get("model")), [tuned.get(f"max_{kind}_tokens") for kind in ("text", "code")]
     values = {
-        "started from": start if start in shipped_models() or is_repository(start) else None,
+        "started from": start if start in inference.shipped_models() or inference.is_repository(start) else None,
         "steps": log.get("steps"),
         "rows per step": settings.get("batch_size"),
         **{f"rows {use}": data.get(name) for name, use in _USES.items() if isinstance(data, dict)},

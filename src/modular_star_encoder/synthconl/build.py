@@ -25,14 +25,8 @@ from modular_star_encoder.data.languages.registry import LANGUAGES
 from modular_star_encoder.data.pairs import open_triplets
 from modular_star_encoder.data.sources.dataset_rows import open_texts
 from modular_star_encoder.data.splits import draw_repositories
-from modular_star_encoder.synthconl.extraction import (
-    FUNCTION_SCHEMA,
-    MAX_SYNTAX_ERROR_SHARE,
-    REASONS,
-    clean_translation,
-    function_rows,
-    open_source,
-)
+from modular_star_encoder.synthconl import extraction
+from modular_star_encoder.synthconl.extraction import clean_translation, function_rows, open_source
 from modular_star_encoder.synthconl.near_duplicate_job import REPORT, drop_near_duplicates
 from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings
 from modular_star_encoder.synthconl.publishing import CARD, DATASET_SCHEMA, STATISTICS, dataset_card, dataset_statistics
@@ -119,7 +113,7 @@ class DatasetRecipe:
     translation: TranslationSettings
     languages: Languages = LANGUAGES
     max_characters: Count = 8000
-    max_syntax_error_share: Probability = MAX_SYNTAX_ERROR_SHARE
+    max_syntax_error_share: Probability = extraction.MAX_SYNTAX_ERROR_SHARE
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
     against: Mapping[str, TextColumn] = field(default_factory=dict)
     validation_rows: Count = 2000
@@ -196,7 +190,7 @@ def functions(build: Build, out: Path) -> Report:
     recipe, counts = build.recipe, Counter[str]()
     options: dict[str, Any] = {"languages": recipe.languages, "max_characters": recipe.max_characters, "counts": counts}
     options |= {"processes": recipe.processes, "progress": build.progress}
-    write_rows(out, function_rows(recipe.corpus, **options), FUNCTION_SCHEMA)
+    write_rows(out, function_rows(recipe.corpus, **options), extraction.FUNCTION_SCHEMA)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
         for name in repositories:
@@ -244,7 +238,7 @@ def triplets(build: Build, out: Path) -> Report:
         raise UserError("synthconl.build.empty", message)
     return {
         "accepted": count,
-        "rejected": {reason: rejected[reason] for reason in REASONS if rejected[reason]},
+        "rejected": {reason: rejected[reason] for reason in extraction.REASONS if rejected[reason]},
         "examples": examples,
         "pairs": {pair: {"accepted": counts["accepted"], **counts} for pair, counts in sorted(pairs.items())},
     }

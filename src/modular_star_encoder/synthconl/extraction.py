@@ -11,14 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from modular_star_encoder.data.functions import (
-    DocumentedFunction,
-    code_key,
-    codesearchnet_function,
-    filtered_functions,
-    function_id,
-    open_corpus,
-)
+from modular_star_encoder.data import functions
+from modular_star_encoder.data.functions import code_key, filtered_functions, function_id, open_corpus
 from modular_star_encoder.data.languages.parsing import check_syntax
 from modular_star_encoder.data.languages.registry import LANGUAGES, language_named, language_of
 from modular_star_encoder.data.sources import SourceReader
@@ -62,7 +56,7 @@ def function_rows(
     for corpus in corpora:
         source = open_source(corpus, languages)
         if isinstance(source, SourceReader):
-            rows: Iterator[Row] = (_row(one) for one in filtered_functions(source, counts, processes, progress))
+            rows: Iterator[Row] = map(_row, filtered_functions(source, counts, processes, progress))
         else:
             rows = _codesearchnet_rows(source, languages, counts)
         for row in rows:
@@ -83,13 +77,13 @@ def _codesearchnet_rows(
             raise UserError("synthconl.codesearchnet", f"{place} is not a row of CodeSearchNet ({row}).")
         if language_named(row.get("language")) not in languages:
             counts["dropped: another language"] += 1
-        elif function := codesearchnet_function(row):
+        elif function := functions.codesearchnet_function(row):
             yield _row(function, row.get("func_code_url"))
         else:
             counts["dropped: its docstring can't be taken out"] += 1
 
 
-def _row(function: DocumentedFunction, url: str | None = None) -> Row:
+def _row(function: functions.DocumentedFunction, url: str | None = None) -> Row:
     place = function_id(function), function.repository, function.path, url
     values = (*place, function.language, function.code, function.description, function.license)
     return dict(zip(_COLUMNS, values, strict=True))

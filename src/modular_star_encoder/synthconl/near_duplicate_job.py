@@ -20,25 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from modular_star_encoder.synthconl.near_duplicates import (
-    EQUAL,
-    NEAR,
-    DuplicateSettings,
-    NearDuplicates,
-    find_near_duplicates,
-    fingerprint,
-)
+from modular_star_encoder.synthconl import near_duplicates
+from modular_star_encoder.synthconl.near_duplicates import DuplicateSettings, find_near_duplicates, fingerprint
 from modular_star_encoder.synthconl.row_files import Shard, check_columns, find_shards, read_ids, read_texts, write_kept
+from modular_star_encoder.utils import files
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import (
-    LOCK,
-    folder_lock,
-    leads_outside,
-    read_json,
-    read_record,
-    staged_file,
-    write_json,
-)
+from modular_star_encoder.utils.files import folder_lock, read_json, read_record, staged_file, write_json
 
 WORK, REPORT, DROPPED = ".near-duplicate-job", "report.json", "dropped.jsonl"
 _LARGEST_CLUSTERS = 20
@@ -112,7 +99,7 @@ def drop_near_duplicates(
 def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     """Return whether an earlier call began this job in `out`; UserError if `out` can't be used for this job."""
     begun = next((path for path in (out / REPORT, out / WORK / "job.json") if path.exists()), None)
-    used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, LOCK) for one in out.iterdir()))
+    used = out.is_file() or (out.is_dir() and any(one.name not in (WORK, files.LOCK) for one in out.iterdir()))
     real = tuple(Path(os.path.realpath(path)) for path in (source, out))  # a link may lead into the other folder
     overlap = any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in ((source, out), real))
     work, key, fault = out / WORK, "", ""
@@ -136,7 +123,7 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
     """Return `read(path)`, None if `path` is missing; UserError if `path` is damaged or does not have `rows` rows."""
     try:
-        if leads_outside(path, out) or (path.exists() and not path.is_file()):
+        if files.leads_outside(path, out) or (path.exists() and not path.is_file()):
             raise ValueError("it leads out of the folder or is not a regular file")
         found = read(path) if path.exists() else None
         if found is not None and found.num_rows != rows:
@@ -197,7 +184,7 @@ def _read_fingerprints(path: Path) -> pa.Table:
     return pa.ipc.open_file(content[:-32]).read_all()
 
 
-def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
+def _report(result: near_duplicates.NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
     sizes = result.cluster_sizes
     return {
         "rows": len(result.kept),
@@ -212,14 +199,14 @@ def _report(result: NearDuplicates, ids: pa.ChunkedArray) -> dict[str, Any]:
     }
 
 
-def _dropped_lines(result: NearDuplicates, ids: pa.ChunkedArray) -> Iterator[bytes]:
+def _dropped_lines(result: near_duplicates.NearDuplicates, ids: pa.ChunkedArray) -> Iterator[bytes]:
     names = ids.to_pylist()
     for row in np.flatnonzero(~result.kept).tolist():
         reason, nearest = result.reasons[result.reason[row]], int(result.nearest[row])
         line = {
             "id": names[row],
             "cluster": names[result.clusters[row]],
-            "nearest": names[nearest] if reason in (EQUAL, NEAR) else nearest,
+            "nearest": names[nearest] if reason in (near_duplicates.EQUAL, near_duplicates.NEAR) else nearest,
             "reason": reason,
             "similarity": float(result.similarity[row]),
         }

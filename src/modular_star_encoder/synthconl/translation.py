@@ -28,16 +28,10 @@ from tqdm.auto import tqdm
 
 from modular_star_encoder.data.languages.registry import LANGUAGES, check_languages
 from modular_star_encoder.synthconl.row_files import count_rows, read_file, read_rows, row_files, write_parquet
+from modular_star_encoder.utils import http
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import check_types, read_json, write_json
-from modular_star_encoder.utils.http import (
-    HTTPClient,
-    HTTPRequestError,
-    Response,
-    check_url,
-    token_from_environment,
-    url_host,
-)
+from modular_star_encoder.utils.http import HTTPClient, HTTPRequestError, Response, check_url
 from modular_star_encoder.utils.settings import Count, NonNegative, Positive, settings_class
 
 ERROR, TOO_LONG = "error", "too_long"
@@ -100,9 +94,9 @@ class OpenAIBackend:
             message = f"`body` can't be sent as JSON ({str(error).rstrip('.')}); change it."
             raise UserError("synthconl.backend.body", message) from error
         self._url = check_url(base_url) + "/chat/completions"
-        http: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
-        http |= {"token": token_from_environment(api_key_variable), "max_bytes": 2**24}
-        self._open_client = partial(HTTPClient, **http)
+        options: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
+        options |= {"token": http.token_from_environment(api_key_variable), "max_bytes": 2**24}
+        self._open_client = partial(HTTPClient, **options)
         self._model, self._revision, self._concurrency = model, revision, concurrency
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(body or {})
         self._body = {name: value for name, value in body.items() if value is not None}
@@ -161,7 +155,7 @@ class OpenAIBackend:
             if len(self._served) < _MAX_SERVED:
                 self._served.add(str(content.get("model") or self._model)[:200])
         except (TypeError, LookupError, AttributeError, ValueError, OverflowError):
-            message = f"{url_host(self._url)} answers, but not in OpenAI's chat protocol; check `base_url`."
+            message = f"{http.url_host(self._url)} answers, but not in OpenAI's chat protocol; check `base_url`."
             raise UserError("synthconl.backend.protocol", message) from None
         return Completion(request.id, text, reason, asked, written)
 
