@@ -9,8 +9,6 @@ import pytest
 from modular_star_encoder.data import functions
 from modular_star_encoder.data.functions import code_key, description_key, drop_reason, extract_functions, function_id
 from modular_star_encoder.data.languages.function_finder import find_functions
-from modular_star_encoder.data.sources import SourceFile
-from tests.data.polyglot import NAMES, SOURCES
 from tests.data.samples import extract_one, function, source
 from tests.errors import raises
 from tests.tiny import write_files
@@ -89,15 +87,6 @@ def test_warnings_about_somebody_elses_code_are_silent():
         assert extract_one('def f():\n    "Doc \\d."\n    return 1 is 1\n').code
 
 
-def test_functions_carry_what_their_file_says():
-    file = SourceFile("owner/name", "src/a.go", "go", SOURCES["go"], license="MIT")
-    found = extract_functions(file)
-    assert [(one.name, one.description) for one in found] == [pair for pair in NAMES["go"].items() if pair[1]]
-    for one in found:
-        assert (one.repository, one.path, one.language, one.license) == ("owner/name", "src/a.go", "go", "MIT")
-        assert one.source.encode() == SOURCES["go"].encode()[one.start_byte : one.end_byte]
-
-
 BODY = "    # why\n    @cache\n    def g(): pass\n    return g"
 
 
@@ -117,13 +106,20 @@ def test_python_2_and_all_that_follows_a_docstring_are_read_and_trailing_comment
 
 def test_collecting_filters_drops_repeated_code_and_counts_everything():
     files = [
-        source(good("a") + good("b", doc="Short.") + "def c(): return 1\n"),
+        replace(source(good("a") + good("b", doc="Short.") + "def c(): return 1\n"), license="MIT"),
         source(good("a").replace("    ", "  "), path="copy.py"),
         source("def f(:", path="broken.py"),
         replace(source("x"), language="cobol"),
     ]
     found, counts = functions.collect_functions(files, processes=1, progress=False)
-    assert [one.name for one in found] == ["a"]
+    (one,) = found
+    assert (one.name, one.repository, one.path, one.language, one.license) == (
+        "a",
+        "repo",
+        "module.py",
+        "python",
+        "MIT",
+    )
     assert counts == {
         "files": 4,
         "files that do not parse": 1,

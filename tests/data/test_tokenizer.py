@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from modular_star_encoder.data import tokenizer as tokenizer_module
 from modular_star_encoder.data import tokenizer_files
 from modular_star_encoder.data.prompts import LANGUAGES, code_prompt, sentence_transformer_prompts, text_prompt
 from modular_star_encoder.data.tokenizer import encode_content, load_tokenizer, train_tokenizer, with_template
@@ -69,6 +70,17 @@ def test_rows_of_content_equal_the_tokenizers_ids_without_special_tokens_and_are
     assert len(rows[0]) == 0
     with pytest.raises(IndexError):
         rows[600]
+
+
+def test_the_work_for_spellings_and_settings_grows_in_proportion_to_them(tokenizer, monkeypatch):
+    calls, ids = [], tokenizer.all_special_ids
+    monkeypatch.setattr(type(tokenizer), "all_special_ids", property(lambda _: calls.append(1) or ids))
+    assert len(tokenizer_module.token_spellings(tokenizer)) == len(tokenizer)
+    assert len(calls) == 1
+    nested = []
+    for _ in range(5000):  # one generator within another would take time proportional to the depth for each value
+        nested = [nested]
+    assert len(list(tokenizer_files._values(nested))) == 5001
 
 
 def test_bad_arguments_and_tokenizers_without_the_tokens_are_refused_and_ours_stays(tokenizer, tmp_path):

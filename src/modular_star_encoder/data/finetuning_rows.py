@@ -205,7 +205,5 @@ class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
         first = first[: max(half, self._room - len(second))]
         second = second[: self._room - len(first)]
         ids = np.concatenate([[self._sep], first, [self._sep], second, [self._cls]])
-        return {
-            "input_ids": torch.from_numpy(ids.astype(np.int64)),
-            "labels": torch.tensor(int(self.pairs.labels[index])),
-        }
+        label = torch.tensor(int(self.pairs.labels[index]))
+        return {"input_ids": torch.from_numpy(ids.astype(np.int64)), "labels": label}

@@ -262,9 +262,10 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
             if role not in columns:
                 columns[role] = next((by_name.pop(name) for name in names.split() if name in by_name), None)
         fit: dict[str, list[str]] = {role: [] for role in _PAIR_COLUMNS}
+        known = {role: set(names.split()) - {"text"} for role, names in _PAIR_COLUMNS.items()}
         for name, column in by_name.items():
-            words = set(re.split(r"[^a-z]+", name)) - {"text"}
-            roles = [role for role, names in _PAIR_COLUMNS.items() if words & set(names.split())]
+            words = set(re.split(r"[^a-z]+", name))
+            roles = [role for role in known if words & known[role]]
             if len(roles) == 1 and "id" not in words:
                 fit[roles[0]].append(column)
         for role in (one for one in ("query", "positive") if columns[one] is None and len(fit[one]) == 1):

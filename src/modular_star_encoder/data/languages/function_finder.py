@@ -149,7 +149,8 @@ class _Finder:
         self._heredocs = {node.start_byte: node.end_byte for node in strings if node.type == "heredoc_body"}
         # The starts of the lines whose white space is part of a string; strings inside a string add none.
         self._fixed_lines, at = set[int](), 0
-        for start, end in sorted(node.byte_range for node in strings if node.start_point.row < node.end_point.row):
+        spans = (node.byte_range for node in strings if node.start_point.row < node.end_point.row)
+        for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
             self._fixed_lines.update(source.line_starts_between(max(start, at), end))
             at = max(at, end)
 
