@@ -4,12 +4,8 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    ModularStarEncoderModel,
-)
+from modular_star_encoder import modeling
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval
 from tests.tiny import EXIT_LAYERS, NO_DROPOUT, run, tiny_batch, tiny_model
 
 LENGTHS = (12, 7, 11, 3, 12)
@@ -75,8 +71,8 @@ def alone(model, name, dim=1, **kwargs):
     [
         (ModularStarEncoderForRetrieval, {"pooling": "mean"}, "exit_embeddings"),
         (ModularStarEncoderForRetrieval, {"pooling": "lasttoken"}, "exit_embeddings"),
-        (ModularStarEncoderForSequenceClassification, {}, "exit_logits"),
-        (ModularStarEncoderForPreTraining, {}, "icc_logits"),
+        (modeling.ModularStarEncoderForSequenceClassification, {}, "exit_logits"),
+        (modeling.ModularStarEncoderForPreTraining, {}, "icc_logits"),
     ],
 )
 def test_packed_texts_do_not_see_each_other(model_class, changes, name, packing, backend):
@@ -167,7 +163,7 @@ def test_leaving_padding_out_gives_the_same_gradients():
 @PACKINGS
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_only_a_causal_model_hides_later_tokens_in_every_form(packing, is_causal):
-    model = tiny_model(ModularStarEncoderModel, is_causal=is_causal)
+    model = tiny_model(modeling.ModularStarEncoderModel, is_causal=is_causal)
     expected = alone(model, "last_hidden_state")
     close(run(model, **packing).last_hidden_state, expected)
     assert (run(model, input_ids=PACKED).last_hidden_state - expected).abs().max() > 0.1  # without marks

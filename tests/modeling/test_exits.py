@@ -9,14 +9,10 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel
 
+from modular_star_encoder import modeling
 from modular_star_encoder.inference.checkpoints import check_servable, is_servable, save_retrieval_checkpoint
 from modular_star_encoder.inference.encode import encode_exits
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    ModularStarEncoderModel,
-)
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderModel
 from tests.errors import raises
 from tests.tiny import EXIT_LAYERS, NO_DROPOUT, VOCAB_SIZE, ZERO, equal, run, tiny_batch, tiny_config, tiny_model
 
@@ -67,10 +63,10 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
     [
         (ModularStarEncoderForRetrieval, {"exit_norm": "last"}),
         (ModularStarEncoderForRetrieval, ZERO),
-        (ModularStarEncoderForPreTraining, {}),
+        (modeling.ModularStarEncoderForPreTraining, {}),
         *(slow(ModularStarEncoderForRetrieval, {"exit_norm": norm}) for norm in ("all", "none")),
         *(slow(ModularStarEncoderModel, {"exit_norm": norm}) for norm in ("last", "all")),
-        slow(ModularStarEncoderForSequenceClassification, {}),
+        slow(modeling.ModularStarEncoderForSequenceClassification, {}),
     ],
 )
 def test_slices_and_cuts_equal_the_full_model_bit_for_bit(tmp_path, model_class, form):

@@ -7,13 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForMaskedLM,
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    modeling_modular_star_encoder,
-)
+from modular_star_encoder import modeling
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, modeling_modular_star_encoder
 from tests.tiny import EXIT_LAYERS, run, tiny_batch, tiny_model
 
 INPUTS = tiny_batch()
@@ -87,8 +82,8 @@ def test_every_parameter_is_trained_by_the_pretraining_loss(pretraining_model):
     ("model_class", "targets"),
     [
         *((ModularStarEncoderForPreTraining, targets) for targets in (("labels",), ("icc_labels",), ("none masked",))),
-        (ModularStarEncoderForMaskedLM, ("labels",)),
-        (ModularStarEncoderForSequenceClassification, ("icc_labels",)),
+        (modeling.ModularStarEncoderForMaskedLM, ("labels",)),
+        (modeling.ModularStarEncoderForSequenceClassification, ("icc_labels",)),
     ],
 )
 def test_ddp_finds_no_unused_parameter_whatever_labels_are_missing(model_class, targets, token_weights):
@@ -155,11 +150,11 @@ def send_inputs(device):
 @pytest.mark.parametrize(
     ("model_class", "arguments"),
     [
-        (ModularStarEncoderForRetrieval, {"exit_layers": EXIT_LAYERS}),
+        (modeling.ModularStarEncoderForRetrieval, {"exit_layers": EXIT_LAYERS}),
         (ModularStarEncoderForPreTraining, {"icc_labels": ICC_LABELS}),
         (ModularStarEncoderForPreTraining, {"labels": LABELS, "icc_labels": ICC_LABELS}),
-        (ModularStarEncoderForMaskedLM, {"labels": LABELS, "exit_layer": 4}),
-        (ModularStarEncoderForSequenceClassification, {"labels": ICC_LABELS, "exit_layers": EXIT_LAYERS}),
+        (modeling.ModularStarEncoderForMaskedLM, {"labels": LABELS, "exit_layer": 4}),
+        (modeling.ModularStarEncoderForSequenceClassification, {"labels": ICC_LABELS, "exit_layers": EXIT_LAYERS}),
     ],
 )
 def test_layers_and_heads_may_be_on_other_devices(model_class, arguments, unpad_inputs):
@@ -181,7 +176,7 @@ def test_layers_and_heads_may_be_on_other_devices(model_class, arguments, unpad_
     ("num_labels", "labels"), [(1, torch.tensor([0.1, 0.2, 0.3])), (3, torch.tensor([0, 2, 1])), (3, torch.eye(3))]
 )
 def test_classification_trains_any_exit(num_labels, labels):
-    model = tiny_model(ModularStarEncoderForSequenceClassification, num_labels=num_labels)
+    model = tiny_model(modeling.ModularStarEncoderForSequenceClassification, num_labels=num_labels)
     output = run(model, **INPUTS, labels=labels, exit_layers=(1, 4))
     assert output.logits.shape == (3, num_labels)
     assert output.exit_logits.shape == (2, 3, num_labels)

@@ -7,14 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSequenceClassification
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderConfig,
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    ModularStarEncoderModel,
-    ModularStarEncoderPreTrainedModel,
-)
+from modular_star_encoder import modeling
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderModel
 from modular_star_encoder.modeling.published_checkpoints import check_layout, describe
 from modular_star_encoder.training.recipes import hub_config_folder
 from tests.published.stand_in import SHAPE, describe_variant, tensor_shapes, write_stand_in
@@ -100,7 +94,7 @@ def test_a_pre_trained_checkpoint_loads_in_every_spelling(write, options):
     loaded, trunk = AutoModelForPreTraining.from_pretrained(folder), AutoModel.from_pretrained(folder)
     masked_lm, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    assert (type(loaded), type(trunk)) == (ModularStarEncoderForPreTraining, ModularStarEncoderModel)
+    assert (type(loaded), type(trunk)) == (modeling.ModularStarEncoderForPreTraining, ModularStarEncoderModel)
     output = run(loaded, **tiny_batch())
     assert output.prediction_logits is output.logits
     equal(run(masked_lm, **tiny_batch()).logits, output.logits)
@@ -128,8 +122,8 @@ def test_the_gaps_of_published_uploads_count_as_zeros(write, tmp_path, name, gap
     ("called", "kind", "loaded"),
     [
         (ModularStarEncoderModel, "finetuned", ModularStarEncoderModel),
-        (ModularStarEncoderPreTrainedModel, "finetuned", ModularStarEncoderForRetrieval),
-        (ModularStarEncoderPreTrainedModel, "pretrained", ModularStarEncoderForPreTraining),
+        (modeling.ModularStarEncoderPreTrainedModel, "finetuned", ModularStarEncoderForRetrieval),
+        (modeling.ModularStarEncoderPreTrainedModel, "pretrained", modeling.ModularStarEncoderForPreTraining),
     ],
 )
 def test_a_class_loads_itself_and_the_base_class_what_the_file_fits(write, called, kind, loaded):
@@ -142,7 +136,7 @@ def test_a_class_loads_itself_and_the_base_class_what_the_file_fits(write, calle
 
 def test_arguments_reach_the_configuration(write):
     folder = write("finetuned")
-    classifier = ModularStarEncoderForSequenceClassification.from_pretrained(folder, num_labels=3)
+    classifier = modeling.ModularStarEncoderForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert classifier.classifier.out_features == 3
     pretrained = AutoModelForSequenceClassification.from_pretrained(write("pretrained"), num_labels=3)
     assert run(pretrained, **tiny_batch()).logits.shape == (3, 3)
@@ -200,7 +194,7 @@ def safetensors_size(shapes):
 
 def paper_shapes(kind, **variant):
     """Return the names and shapes of a published file's tensors; check first that they fit our model."""
-    config = ModularStarEncoderConfig.from_pretrained(hub_config_folder(kind.partition("-")[0]))
+    config = modeling.ModularStarEncoderConfig.from_pretrained(hub_config_folder(kind.partition("-")[0]))
     shape = {name: getattr(config, name) for name in (*SHAPE, "vocab_size") if hasattr(config, name)}
     shape |= {"conditional_size": config.exit_embedding_size, "matryoshka_layers": config.exit_layers}
     shapes = tensor_shapes(shape, describe_variant(kind, shape, options=variant))

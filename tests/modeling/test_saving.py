@@ -16,14 +16,8 @@ from transformers import (
 )
 from transformers.utils import PushToHubMixin
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderConfig,
-    ModularStarEncoderForMaskedLM,
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    ModularStarEncoderModel,
-)
+from modular_star_encoder import modeling
+from modular_star_encoder.modeling import ModularStarEncoderForRetrieval, ModularStarEncoderModel
 from modular_star_encoder.utils.files import staged_folder
 from tests.tiny import contents, run, tiny_batch, tiny_model
 
@@ -38,12 +32,12 @@ class UserModel(ModularStarEncoderForRetrieval):
 @pytest.mark.parametrize(
     ("model_class", "auto_class", "auto_model"),
     [
-        (ModularStarEncoderModel, AutoModel, "ModularStarEncoderModel"),
-        (ModularStarEncoderForRetrieval, AutoModel, "ModularStarEncoderForRetrieval"),
-        (ModularStarEncoderForPreTraining, AutoModelForPreTraining, "ModularStarEncoderModel"),
-        (ModularStarEncoderForMaskedLM, AutoModelForMaskedLM, "ModularStarEncoderModel"),
-        (ModularStarEncoderForSequenceClassification, AutoModelForSequenceClassification, "ModularStarEncoderModel"),
-        (UserModel, None, "ModularStarEncoderForRetrieval"),
+        (ModularStarEncoderModel, AutoModel, "Model"),
+        (ModularStarEncoderForRetrieval, AutoModel, "ForRetrieval"),
+        (modeling.ModularStarEncoderForPreTraining, AutoModelForPreTraining, "Model"),
+        (modeling.ModularStarEncoderForMaskedLM, AutoModelForMaskedLM, "Model"),
+        (modeling.ModularStarEncoderForSequenceClassification, AutoModelForSequenceClassification, "Model"),
+        (UserModel, None, "ForRetrieval"),
     ],
 )
 def test_a_checkpoint_carries_weights_code_and_the_full_auto_map(tmp_path, model_class, auto_class, auto_model):
@@ -51,7 +45,7 @@ def test_a_checkpoint_carries_weights_code_and_the_full_auto_map(tmp_path, model
     model.save_pretrained(tmp_path)
     assert set(contents(tmp_path)) == CHECKPOINT_FILES
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModel"] == f"modeling_modular_star_encoder.{auto_model}"
+    assert auto_map["AutoModel"] == f"modeling_modular_star_encoder.ModularStarEncoder{auto_model}"
     assert {"AutoConfig", "AutoModelForPreTraining"} <= set(auto_map)
     assert auto_map["AutoModelForMaskedLM"].endswith(".ModularStarEncoderForMaskedLM")
     if auto_class:
@@ -78,7 +72,7 @@ def test_an_older_transformers_is_refused_by_the_version_that_is_needed(monkeypa
     found = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "5.2.0" if name == "transformers" else found(name))
     with pytest.raises(ImportError, match=rf"transformers>={needed}.*==5\.2\.0"):
-        runpy.run_module(ModularStarEncoderConfig.__module__)
+        runpy.run_module(modeling.ModularStarEncoderConfig.__module__)
     card = resources.files("modular_star_encoder.model_cards").joinpath("model.md.jinja").read_text()
     assert f"`transformers` {needed} or newer" in card
 

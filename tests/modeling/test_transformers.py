@@ -4,13 +4,8 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline
 from transformers.models.starcoder2 import Starcoder2Config
 
-from modular_star_encoder.modeling import (
-    ModularStarEncoderForMaskedLM,
-    ModularStarEncoderForPreTraining,
-    ModularStarEncoderForRetrieval,
-    ModularStarEncoderForSequenceClassification,
-    ModularStarEncoderModel,
-)
+from modular_star_encoder import modeling
+from modular_star_encoder.modeling import ModularStarEncoderForPreTraining, ModularStarEncoderForRetrieval
 from tests.tiny import EXIT_LAYERS, NO_DROPOUT, PROJECTION_SIZE, run, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -31,7 +26,7 @@ def _forget_compiled_code():
 
 
 @pytest.mark.parametrize("exits", [{"exit_layer": 2}, {"exit_layers": EXIT_LAYERS}])
-@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+@pytest.mark.parametrize("model_class", [modeling.ModularStarEncoderModel, ModularStarEncoderForRetrieval])
 def test_a_forward_compiles_to_one_graph_with_equal_outputs(model_class, exits):
     model, graphs = tiny_model(model_class).eval(), []
     assert model.config._attn_implementation == "sdpa"
@@ -92,7 +87,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(model_
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
-@pytest.mark.parametrize("model_class", [ModularStarEncoderModel, ModularStarEncoderForRetrieval])
+@pytest.mark.parametrize("model_class", [modeling.ModularStarEncoderModel, ModularStarEncoderForRetrieval])
 def test_a_cut_model_exports_for_any_batch_and_length(model_class, pooling):
     cut = tiny_model(model_class, exit_layer=2, pooling=pooling).eval()
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=128)}
@@ -106,7 +101,7 @@ def test_a_cut_model_exports_for_any_batch_and_length(model_class, pooling):
 
 
 def test_the_tensor_parallel_plan_is_starcoder2s_and_names_every_linear_layer_of_a_block():
-    model = tiny_model(ModularStarEncoderModel)
+    model = tiny_model(modeling.ModularStarEncoderModel)
     plan = model.config.base_model_tp_plan
     assert plan == Starcoder2Config.base_model_tp_plan
     linear = {name for name, module in model.layers[0].named_modules() if isinstance(module, nn.Linear)}
@@ -143,7 +138,7 @@ def test_fill_mask_names_the_most_likely_tokens_at_the_mask(serve, tokenizer):
 
 def test_text_classification_gives_every_label_its_probability_for_a_pair(serve):
     names = {0: "different", 1: "clone", 2: "unsure"}
-    served, direct = serve("text-classification", ModularStarEncoderForSequenceClassification, id2label=names)
+    served, direct = serve("text-classification", modeling.ModularStarEncoderForSequenceClassification, id2label=names)
     answers = served({"text": TEXT, "text_pair": "x = 1"}, top_k=None)
     expected = direct(TEXT, "x = 1").logits[0].softmax(-1)
     scores = {answer["label"]: answer["score"] for answer in answers}
@@ -168,9 +163,9 @@ def unequal_rows(kind):
 @pytest.mark.parametrize(
     ("model_class", "kind", "exact"),
     [
-        (ModularStarEncoderForMaskedLM, "tokens", True),
+        (modeling.ModularStarEncoderForMaskedLM, "tokens", True),
         (ModularStarEncoderForPreTraining, "both", False),
-        (ModularStarEncoderForSequenceClassification, "classes", True),
+        (modeling.ModularStarEncoderForSequenceClassification, "classes", True),
     ],
 )
 def test_accumulated_batches_train_the_stock_trainer_like_one(tmp_path, model_class, kind, exact):
@@ -206,7 +201,7 @@ def test_scripts_for_masked_lm_evaluate_predict_and_keep_the_best_model(tmp_path
     ("model_class", "shapes"),
     [
         (ModularStarEncoderForPreTraining, [(6, 12, 300)]),
-        (ModularStarEncoderForSequenceClassification, [(6, 2)]),
+        (modeling.ModularStarEncoderForSequenceClassification, [(6, 2)]),
         (ModularStarEncoderForRetrieval, [(6, 12, PROJECTION_SIZE), (6, PROJECTION_SIZE)]),
     ],
 )
