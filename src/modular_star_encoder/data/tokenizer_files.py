@@ -146,7 +146,7 @@ def _state_fault(state: dict[str, Any]) -> str:
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return what is wrong with one step of a tokenizer, or "". `parts`: mappings in its JSON; `is_text`: for texts."""
+    """Return the fault of a step of a tokenizer, or "". `parts`: its JSON objects; `is_text`: it changes texts."""
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"
@@ -188,7 +188,7 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _is_sound(units: np.ndarray, texts: bytes) -> bool:
-    """Return whether all references of a darts-clone trie to `units` and `texts` are valid; else tokenizers panics."""
+    """Return whether the references of a darts-clone trie to `units` and `texts` are valid; else `tokenizers` panics."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))
