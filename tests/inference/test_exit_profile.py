@@ -161,13 +161,14 @@ def test_a_profile_is_changed_by_one_process_at_a_time(checkpoint, tmp_path, mon
         method = getattr(ExitProfile, name)
 
         def call(*arguments):
-            with path.with_name(".profile.json.lock").joinpath(LOCK).open("a") as lock, suppress(BlockingIOError):
+            with (tmp_path / "modular-star-encoder" / "profiles" / LOCK).open("a") as lock, suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return locked.append((name, False)) or method(*arguments)
             return locked.append((name, True)) or method(*arguments)
 
         return call
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured(checkpoint, out=path)
     results_file(file, None, ("a", "mrr", 0.5), exits=(1,))
     for name in ("load", "save"):

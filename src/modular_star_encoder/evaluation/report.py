@@ -296,7 +296,7 @@ def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: 
 
 def add_quality(path: Path, benchmark: str, results: str | os.PathLike[str]) -> ExitProfile:
     """Add the scores in the file `results` (see `read_quality`) to the exit profile in the file `path`; return it."""
-    with profile_lock(path):
+    with profile_lock():
         profile = ExitProfile.load(path)
         profile = profile.with_quality(benchmark, read_quality(results, profile.checkpoint, benchmark))
         profile.save(path)

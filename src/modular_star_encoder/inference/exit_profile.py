@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from transformers import AutoModel
 from modular_star_encoder.inference import PROFILE_NAME, check_checkpoint, resolve_checkpoint
 from modular_star_encoder.inference.checkpoints import checkpoint_file
 from modular_star_encoder.utils.errors import UserError
-from modular_star_encoder.utils.files import check_types, folder_lock, read_json, user_path, write_json
+from modular_star_encoder.utils.files import cache_folder, check_types, folder_lock, read_json, user_path, write_json
 from modular_star_encoder.utils.reports import machine_kind
 
 if TYPE_CHECKING:
@@ -139,9 +139,13 @@ class ExitProfile:
         raise UserError("profile.file.unreadable", f"{path} is not a valid exit profile: {fault}.")
 
 
-def profile_lock(path: Path) -> AbstractContextManager[None]:
-    """Context manager: let no other process change the profile in the file `path`. Read and write the file inside."""
-    return folder_lock(path.with_name(f".{path.name}.lock"))
+def profile_lock() -> AbstractContextManager[None]:
+    """Context manager: let no other process of the user change a profile. Read and write the file inside.
+
+    The lock is in the user's cache, because one beside the profile would stay there; without a cache there is none.
+    """
+    cache = cache_folder("profiles", create=True)
+    return folder_lock(cache) if cache else nullcontext()
 
 
 def select_exit(

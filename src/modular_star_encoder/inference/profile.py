@@ -157,7 +157,7 @@ def profile_to_file(
     check_writable(path)
     _older_profile(path, options.get("exit_layers"))
     profile = profile_checkpoint(checkpoint, plan, **options)
-    with profile_lock(path):
+    with profile_lock():
         older = _older_profile(path, options.get("exit_layers"))  # again: another process may have changed it meanwhile
         if older is not None and older.checkpoint == profile.checkpoint:
             for name in older.benchmarks:

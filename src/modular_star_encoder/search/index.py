@@ -6,7 +6,6 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -554,10 +553,7 @@ def folder_of(file: str | os.PathLike[str]) -> str:
 
 def _cached_location(folder: str, *options: Any) -> str:
     """Return where in the user's cache the index of `folder` is stored; `memory://` if the cache can't be written."""
-    if (cache := cache_folder("search")) is not None:
-        with suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
-            return str(cache / content_hash(key)[:16])
-    return MEMORY
+    if (cache := cache_folder("search", create=True)) is None:
+        return MEMORY
+    key = "\n".join(map(str, [os.path.realpath(os.path.expanduser(folder)), *options]))
+    return str(cache / content_hash(key)[:16])

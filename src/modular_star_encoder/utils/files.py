@@ -70,10 +70,16 @@ def user_path(path: str | os.PathLike[str], *parts: str) -> Path:
     return Path(os.path.expanduser(Path(path, *parts)))
 
 
-def cache_folder(name: str) -> Path | None:
-    """Return the folder `name` in the user's cache, `$XDG_CACHE_HOME` or `~/.cache`; None if no home is known."""
+def cache_folder(name: str, *, create: bool = False) -> Path | None:
+    """Return the folder `name` in the user's cache, `$XDG_CACHE_HOME` or `~/.cache`; None if no home is known.
+
+    With `create`, make the folder if it is missing, and return None if it can't be written.
+    """
     path = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modular-star-encoder", name)
-    return path if path.is_absolute() else None
+    if create and path.is_absolute():
+        with suppress(OSError):
+            path.mkdir(parents=True, exist_ok=True)
+    return path if path.is_absolute() and (not create or os.access(path, os.W_OK)) else None
 
 
 def similar_files(path: str | os.PathLike[str]) -> str:
