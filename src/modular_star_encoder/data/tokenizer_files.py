@@ -188,7 +188,7 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _is_sound(units: np.ndarray, texts: bytes) -> bool:
-    """Return whether the references of a darts-clone trie to `units` and `texts` are valid; else `tokenizers` panics."""
+    """Return whether references of a darts-clone trie to `units` and `texts` are valid; else `tokenizers` panics."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))
