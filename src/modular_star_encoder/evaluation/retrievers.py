@@ -85,6 +85,7 @@ class Retriever(Protocol):
 
     def prepare(self, texts: Sequence[Text], variants: Sequence[ExitVariant], *, progress: bool = True) -> None:
         """Prepare all texts for later calls of `scores`, for example by embedding them; by default, do nothing."""
+        return None
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> Scores:
         """Return the scores (Q, D) of a variant, such as one exit; call `prepare` with all texts first."""
