@@ -167,3 +167,10 @@ def test_a_file_made_to_be_slow_is_divided_within_seconds(language, text):
 def test_imports_and_licences_alone_are_boilerplate(text, expected):
     (piece,) = file_pieces("a", "", text)
     assert is_boilerplate(piece) == expected
+
+
+def test_the_names_of_deeply_nested_classes_do_not_grow_with_their_depth():
+    classes = "".join(" " * depth + f"class {'A' * 150}{depth}:\n" for depth in range(90))
+    pieces = file_pieces("a", "python", classes + "".join(" " * 90 + f"def f{i}(x): return x\n" for i in range(60)))
+    assert pieces[-1].name.endswith("A89.f59")
+    assert max(len(piece.name) for piece in pieces) <= 400

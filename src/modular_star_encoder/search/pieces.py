@@ -17,6 +17,7 @@ EMBEDDED_CHARACTERS = 1600
 _WEIGHT_OF_NAME, _WEIGHT_OF_FILE_NAME = 4, 2  # how often a piece's name and its file's name count
 _LONGEST_FUNCTION = 2 * MOST_LINES  # a function with more lines is divided
 _LONGEST_LINE = MAX_LINE_BYTES // 4  # in characters (of up to four bytes); the rest of a longer line is left out
+_LONGEST_NAME = 400  # in characters; of a longer dotted name, the end is kept
 _FEWEST_LETTERS = 8
 LINE_END = re.compile(r"\r\n|\r|\n")
 # Lines before a definition that belong to it: comments, decorators and attributes.
@@ -90,7 +91,7 @@ class _Divider:
             while first > at and _LEADING.match(self._lines[first - 1]):
                 first -= 1
             yield from self._block(at, first, outer)
-            name = f"{outer}.{one.name}" if outer else one.name
+            name = f"{outer}.{one.name}"[-_LONGEST_NAME:] if outer else one.name
             is_small = one.end - first <= SMALL_CLASS and (one.kind != "extension" or len(inner) < 2)
             if one.kind != "function" and inner and not is_small:
                 yield from self.pieces(first, one.end, inner, name)
