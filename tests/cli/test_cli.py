@@ -317,17 +317,16 @@ def test_finetune_trains_what_the_recipe_says(mose, tmp_path):
 @pytest.mark.parametrize(("entropy", "is_poor"), [(3.6, True), (4.0, False)])
 def test_pretrain_ends_with_held_out_quality_and_the_next_command(mose, tmp_path, monkeypatch, entropy, is_poor):
     metrics = {"mlm_loss": 2.5, "icc_accuracy": 0.75}
-    evaluation = {f"eval_{name}_exit_{k}": value + k for k in (1, 12) for name, value in metrics.items()}
-    log = {"steps": 6, "evaluation": evaluation, "unigram_entropy": entropy}
+    evaluation = {f"eval_{name}_exit_{k}": value + k for k in (1, 2) for name, value in metrics.items()}
+    log = {"steps": 6, "evaluation": evaluation, "unigram_entropy": entropy, "identifier_overlap": {"accuracy": 0.6}}
     monkeypatch.setattr("modular_star_encoder.training.pretraining.pretrain", lambda recipe, out: log)
     status, out, _ = mose("pretrain", "mini", "--out", tmp_path / "a run", f"corpus.folder={tmp_path}")
     assert status == 0
-    _, header, _, *rows, guess, last, _, _, _ = [
-        line.replace(" ", "") for line in out.splitlines() if "No exit" not in line
-    ]
-    assert [header, *rows] == ["|heldout,exit|MLMloss|ICCaccuracy(%)|", "|1|3.500|175.0|", "|12|14.500|1275.0|"]
-    assert (f"{entropy:.3f}." in guess, "No exit is much better" in out) == (True, is_poor)
-    assert last.startswith(f"6steps;resultin{tmp_path}/arun/model.")
+    table = [line.replace(" ", "") for line in out.splitlines() if line.startswith("|")]
+    assert table[2:4] == ["|1|3.500|33.1|175.0|", "|2|4.500|90.0|275.0|"]
+    assert table[4].startswith(f"|guess|{entropy:.3f}|")
+    assert table[5] == "|guessbycommonidentifiers|||60.0|"
+    assert ("No exit is much better" in out, f"Result in {tmp_path}/a run/model, " in out) == (is_poor, True)
     command = ["mose", "finetune", "small", "--out", f"{tmp_path}/a run-retrieval", f"model={tmp_path}/a run/model"]
     assert [shlex.split(line) for line in out.splitlines()[-2:]] == [
         [*command, f"data.functions.folder={tmp_path}"],

@@ -99,24 +99,19 @@ def _check_early(arguments: argparse.Namespace, command: str) -> None:
 
 def run_pretrain(arguments: argparse.Namespace) -> None:
     _check_early(arguments, "pretrain")
-    from modular_star_encoder.training.pretraining import pretrain
+    from modular_star_encoder.training.pretraining import exit_report, pretrain
     from modular_star_encoder.training.recipes import PretrainingRecipe, load_recipe
 
     recipe = load_recipe(PretrainingRecipe, arguments.recipe, arguments.overrides)
-    log, prefix = pretrain(recipe, arguments.out), "eval_mlm_loss_exit_"
-    header, rows = ["held out, exit", "MLM loss", "ICC accuracy (%)"], []
-    for name, loss in log["evaluation"].items():
-        if name.startswith(prefix):
-            exit_layer = name.removeprefix(prefix)
-            rows.append([exit_layer, f"{loss:.3f}", percent(log["evaluation"][f"eval_icc_accuracy_exit_{exit_layer}"])])
-    print("", *markdown_table([header, *rows]), sep="\n")
-    entropy, losses = log["unigram_entropy"], [float(loss) for _, loss, _ in rows]
-    print(f"MLM loss of a guess from how often each token occurs: {entropy:.3f}. ICC accuracy of a guess: 50 %.")
+    log = pretrain(recipe, arguments.out)
+    print("", exit_report(log), sep="\n", end="")
+    losses = [loss for name, loss in log["evaluation"].items() if name.startswith("eval_mlm_loss_exit_")]
+    entropy = log["unigram_entropy"]
     if (best := min(losses, default=entropy)) > 0.9 * entropy:
         better = "much better" if best < entropy else "better"
         print(f"No exit is {better} than such a guess: train on more repositories, or for more steps in another --out.")
     model = os.path.join(arguments.out, "model")
-    print(f"{log['steps']} steps; result in {model}. To fine-tune it for search on documented functions or your pairs")
+    print(f"Result in {model}, this table in report.md. To fine-tune it for search on documented functions or pairs")
     print("(1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
     command = ["mose", "finetune", "small", "--out", f"{os.path.normpath(arguments.out)}-retrieval", f"model={model}"]
     for data in (f"data.functions.folder={recipe.corpus.get('folder', 'FOLDER')}", "data.pairs=pairs.csv"):
