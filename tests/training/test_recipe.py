@@ -339,7 +339,7 @@ def test_recipes_are_listed_shown_and_copied_but_no_file_is_replaced(tmp_path, c
     assert all(len(one.summary) > 20 for one in packaged_recipes())
     assert main(["recipes", "copy", "small", str(tmp_path / "my.yaml")]) == 0
     text = (tmp_path / "my.yaml").read_text()
-    note = "small/finetune (mose finetune); there are also small/recipe (mose pretrain), small/ablation (mose ablate)"
+    note = "small/finetune (mose finetune); other recipes: small/recipe (mose pretrain), small/ablation (mose ablate)"
     assert note in capsys.readouterr().err
     assert main(["recipes", "show", "small/finetune"]) == 0
     assert capsys.readouterr() == (text, "")

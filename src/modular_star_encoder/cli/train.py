@@ -63,13 +63,13 @@ def run_recipes(arguments: argparse.Namespace) -> None:
         width = max(len(one.name) for one in recipes)
         for one in recipes:
             print(f"mose {one.command:13} {one.name:{width}}  {one.summary}")
-        print("\nThe part before the / is short for the first such recipe of a command: `mose finetune mose-code`.")
+        print("\nThe part before the / is enough: `mose finetune mose-code` takes its first recipe of that name.")
         return
     path = find_recipe(arguments.name)
     in_folder = [one for one in packaged_recipes() if one.name.startswith(f"{arguments.name}/")]
     if len(in_folder) > 1:
         shown, *others = [f"{one.name} (mose {one.command})" for one in in_folder]
-        note(f"this is {shown}; there are also {', '.join(others)}")
+        note(f"this is the recipe {shown}; other recipes: {', '.join(others)}")
     text = path.read_text(encoding="utf-8")
     if arguments.file is None:
         print(text, end="")
@@ -111,8 +111,8 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
         better = "much better" if best < entropy else "better"
         print(f"No exit is {better} than such a guess: train on more repositories, or for more steps in another --out.")
     model = os.path.join(arguments.out, "model")
-    print(f"Result in {model}, this table in report.md. To fine-tune it for search on documented functions or pairs")
-    print("(1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
+    print(f"The model is in {model}, and the table above in report.md. To fine-tune the model for search,")
+    print("run one of these (1,000 steps, hours on a CPU; max_steps=100 warmup_steps=10 is a trial):")
     command = ["mose", "finetune", "small", "--out", f"{os.path.normpath(arguments.out)}-retrieval", f"model={model}"]
     for data in (f"data.functions.folder={recipe.corpus.get('folder', 'FOLDER')}", "data.pairs=pairs.csv"):
         print(f"    {shlex.join([*command, data])}")

@@ -36,7 +36,7 @@ class _Padding:
         self._side: str = tokenizer.padding_side
 
     def _padded(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-        """Return the rows as one tensor, padded with `value` on the tokenizer's side: int64 (rows, longest row)."""
+        """Return R rows as one tensor, padded with `value` on the tokenizer's `padding_side`: int64 (R, T)."""
         return pad_sequence([row.long() for row in rows], True, value, self._side)
 
     def _inputs(self, rows: Sequence[Row], name: str = "input_ids") -> dict[str, torch.Tensor]:

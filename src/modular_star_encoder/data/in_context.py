@@ -64,7 +64,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or not made by `tokenizer`."""
+        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or of another tokenizer."""
         check_special_tokens(tokenizer)
         if max_tokens < MIN_ROW_TOKENS:
             message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
@@ -203,7 +203,7 @@ class PairSampler:
             if found := self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length):
                 break
         else:
-            raise RuntimeError("Too few repositories have texts in the same language: leave out the rare languages.")
+            raise RuntimeError("No language has texts of enough repositories: leave out languages of few repositories.")
         first, partner = self._draw_texts(rng, found[0], cell)
         first_alternative, stranger = self._draw_texts(rng, found[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))

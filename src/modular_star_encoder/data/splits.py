@@ -292,7 +292,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The most groups that a batch may have if at least one group outside the batch has to be a hard negative."""
+        """The most groups that leave at least one group outside the batch, for a hard negative to come from."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -368,7 +368,7 @@ class BatchPlan:
         return self._orders[kind][1]
 
     def _replace_taken(self, places: np.ndarray, taken: np.ndarray, step: int) -> np.ndarray:
-        """Return `places`, indices of code → code groups, with a random unused group for each group in `taken`."""
+        """Return a copy of `places` (indices of groups) in which random unused groups replace those in `taken`."""
         numbers = self._groups.numbers[CODE_TO_CODE]
         meets = np.flatnonzero(np.isin(numbers[places], taken))
         if not len(meets):

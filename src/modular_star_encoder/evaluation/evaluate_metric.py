@@ -57,7 +57,7 @@ class RetrievalMetric(evaluate.Metric):
 def _rank(scores: Sequence[Sequence[float]], relevant: Sequence[Sequence[int]]) -> Any:
     lengths = [len(one) for one in scores]
     if lengths != [len(one) for one in relevant] or not set(chain.from_iterable(relevant)) <= {0, 1}:
-        raise UserError("evaluation.references", "Give each query one reference, 0 or 1, for each score.")
+        raise UserError("evaluation.references", "Each score needs a reference: 1 if the document is relevant, else 0.")
     padded = np.full((len(scores), max(lengths)), -np.inf, dtype=np.float32)
     for row, one in zip(padded, scores, strict=True):
         row[: len(one)] = one

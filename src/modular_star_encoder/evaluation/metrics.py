@@ -230,8 +230,9 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
     """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
 
-    `values` has a dict {query: value} for each task. A query, even of several tasks, gets one value, M + Q × t: M is
-    the mean of the tasks' means, and t is the query's share (see `shares`) of the values minus their task's mean.
+    `values` has a dict {query: value} for each task. A query of several tasks counts once, so that it is drawn as a
+    whole. Its value is M + Q × t: M is the mean of the tasks' means; t is what the query adds to the mean of the tasks'
+    means (see `shares`) if each task's mean is subtracted from its values.
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]

@@ -210,12 +210,12 @@ class EmbeddingCache:
         return vars(self) if self.folder is None else vars(self) | {"_spaces": {}}
 
     def missing(self, space: str, texts: Sequence[Prompted]) -> list[Prompted]:
-        """Return the (prompt, text) pairs that have no embedding in the cache's folder `space`, in the given order."""
+        """Return the (prompt, text) pairs that have no embedding in the cache's folder named `space`, in order."""
         places = self._space(space).places(texts)
         return [text for text, place in zip(texts, places, strict=True) if place < 0]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray, model: str = "The model") -> None:
-        """Store embeddings (N, F) of N (prompt, text) pairs in the cache's folder `space`; errors name the `model`."""
+        """Store embeddings (N, F) of N (prompt, text) pairs in the cache's folder `space`; errors name `model`."""
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite
             embeddings = np.ascontiguousarray(embeddings, dtype=self._dtype)
         shards = self._space(space).shards

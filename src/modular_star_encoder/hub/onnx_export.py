@@ -106,7 +106,7 @@ def export_onnx(
     For B texts of T tokens, padded left or right, the file's inputs are `input_ids` and `attention_mask`, int64 (B, T).
     Its outputs are float32: `last_hidden_state` (B, T, D), the projected tokens, which sentence-transformers pools; and
     `sentence_embedding` (B, D), pooled and normalised, as text-embeddings-inference expects. D is the projection size.
-    Weights above 2 GB go to a second file, `{path}_data`.
+    If the weights exceed 2 GB, they go to a second file, `{path}_data`.
 
     Args:
         model: a model in float32 on the CPU. It is not changed.

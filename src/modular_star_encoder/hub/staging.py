@@ -41,7 +41,7 @@ _USES = {"train": "to train on", "held_out": "held out"}
 
 
 def stage_repositories(manifest: Manifest, folder: str | os.PathLike) -> list[StagedRepository]:
-    """Write and return a manifest's repositories, each in `folder/KEY`: its `key`, with `--` in place of `/`."""
+    """Write and return a manifest's repositories, each in a folder named by its `key`, with `--` in place of `/`."""
     staged: dict[str, StagedRepository] = {}
     for entry in manifest.repositories:
         parent = staged[entry.parent] if entry.parent else None

@@ -200,7 +200,7 @@ def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
 
 
 def bf16_is_faster(device: str | None = None) -> bool:
-    """Return whether a device multiplies bfloat16 matrices without emulation; by default the GPU if there is one."""
+    """Return whether `device` (by default the GPU, if any) multiplies bfloat16 matrices without emulation."""
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

@@ -202,7 +202,7 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return (N,): the weighted sum of standardised similarities and BM25 scores, less the median sum; at least 0."""
+    """Return scores (N,): weighted sums of standardised similarity and BM25, minus their median; below that, 0."""
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)

@@ -369,7 +369,7 @@ def check_corpus(
             if "text" in row:
                 kinds = [(row.get("kind"), row["text"])]
             if not all(kind in list(_TOKEN) and isinstance(text, str) for kind, text in kinds):
-                raise UserError("corpus.row", f"{place} needs texts in `code` and `description`, or `kind` and `text`.")
+                raise UserError("corpus.row", f"{place} needs `code` and `description`, or `kind` and `text`.")
             found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
             hits.extend(f"{place} ({row.get('package')}): {one}" for one in found)
             counts.update(found, rows=1, rows_found=bool(found))

@@ -545,7 +545,7 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of MRR × 100 by depth, a panel per start: exits trained together, exits alone, the best variant."""
+    """Write a PNG with a panel for each start; its lines are MRR × 100 by depth of exits trained together and alone."""
     tables = []
     for name, found in results["starts"].items():
         of_exits = found["exits"].items()

@@ -167,7 +167,7 @@ class TeacherTargets:
     """The vectors that a student learns: a teacher's vectors of descriptions (`query`) and code snippets (`document`).
 
     If `means` has the mean vector (D,) of `query` or `document`, this mean is subtracted before scaling to length 1.
-    With bge-small on held-out pairs, MRR × 100 is 75.8 without the subtraction and 81.5 with it.
+    The vectors of bge-small reach MRR × 100 of 75.8 on held-out pairs, and 81.5 after the subtraction.
     """
 
     def __init__(self, vectors: Mapping[str, TeacherVectors], means: Mapping[str, np.ndarray] | None = None) -> None:

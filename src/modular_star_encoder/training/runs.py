@@ -354,7 +354,7 @@ def _pass_over(checkpoint: Path) -> None:
     while kept.exists():
         kept = kept.with_name(f"damaged-{kept.name}")
     checkpoint.rename(kept)
-    print(f"mose: {checkpoint} is damaged or incomplete: it is not used, and renamed to {kept.name}", file=sys.stderr)
+    print(f"mose: {checkpoint} is damaged or incomplete: it is renamed to {kept.name} and not used", file=sys.stderr)
 
 
 def format_log(logs: dict[str, float]) -> str:

@@ -330,7 +330,7 @@ def check_url(url: str) -> str:
         return url.rstrip("/")
     shown = re.sub(r"((?<=://)|^).*@", "***@", url, count=1) if isinstance(url, str) and "@" in url else url
     message = "must be an http or https address without user name and password, such as https://api.openai.com/v1"
-    raise UserError("http.url", f"{shown!r:.200} {message}. An environment variable holds the key of an endpoint.")
+    raise UserError("http.url", f"{shown!r:.200} {message}. Give a key in an environment variable.")
 
 
 def url_host(url: str) -> str:
