@@ -32,7 +32,7 @@ def identifier_tokens(text: str) -> list[str]:
 
 
 class BM25(Retriever):
-    """Ranks by BM25, with document frequencies among a query's candidates; a repeated word of a query counts once."""
+    """Ranks documents by BM25. Only candidates count as documents in word statistics; a query's words count once."""
 
     name = "BM25"
 
@@ -62,7 +62,7 @@ def bm25_scores(queries: list[list[str]], documents: list[list[str]]) -> RowScor
 
 
 class TfIdf(Retriever):
-    """Ranks documents by the cosine of TF-IDF vectors, with 1 + ln(TF), and IDF computed from a query's candidates."""
+    """Ranks documents by the cosine of TF-IDF vectors: TF is replaced by 1 + ln(TF), IDF is that of the candidates."""
 
     name = "TF-IDF"
 
@@ -93,9 +93,10 @@ def identifier_overlap_accuracy(
     measured_on: Iterable[Mapping[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Measure how well `identifier_overlap` tells whether both texts of an `InContextPairs` row are of one repository.
+    """Measure how well `identifier_overlap` tells whether the two texts of a row come from the same repository.
 
-    Returns the best `threshold` on `fitted_on`, its `fitted_accuracy` on these rows, and `accuracy` on `measured_on`.
+    Rows are those of `InContextPairs`. Returns `threshold`, the best threshold for the rows `fitted_on`;
+    `fitted_accuracy`, the accuracy with it on these rows; and `accuracy`, the accuracy with it on `measured_on`.
     """
     overlaps, labels = _overlaps(fitted_on, tokenizer)
     unseen, unseen_labels = _overlaps(measured_on, tokenizer)
@@ -108,7 +109,7 @@ def identifier_overlap_accuracy(
 def _overlaps(
     rows: Iterable[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for N rows, `identifier_overlap` of the two texts (N,) and whether they come from one repository (N,)."""
+    """Return (the `identifier_overlap` of each row's two texts, whether the texts come from one repository)."""
     overlaps, labels = [], []
     for row in rows:
         ids = row["labels"].where(row["labels"] != -100, row["input_ids"])

@@ -37,7 +37,7 @@ def check_scores(scores: np.ndarray) -> None:
 
 
 def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ranking, np.ndarray]:
-    """Rank each pool's documents by `scores(pool)`; return the `Ranking` of Q queries and their rows (Q,) in `task`."""
+    """Rank the candidates in each pool by `scores(pool)`; return the ranks, and the row number of each ranked query."""
     rankings, start = [], 0
     for pool in task.pools:
         judged = pool_judgements(task.judgements, pool)
@@ -49,14 +49,14 @@ def rank_task(task: RetrievalTask, scores: Callable[[Pool], Scores]) -> tuple[Ra
 
 
 def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = False) -> Ranking:
-    """Return the ranks of each query's relevant documents among all documents, by the scores (Q, D).
+    """Return the ranks of each query's relevant documents among all documents, by scores of Q queries × D documents.
 
-    A rank is the place (1, 2, …) among the relevant documents, plus the number of irrelevant documents with the same or
-    a higher score. With `exclude_self`, document i is not ranked for query i.
+    A document's rank is its place (1, 2, …) among the query's relevant documents, plus the number of irrelevant
+    documents with the same or a higher score. With `exclude_self`, document i is not ranked for query i.
     """
     counts = np.bincount(judgements.query, minlength=scores.shape[0])
     if not counts.all():
-        message = f"Query {int(np.argmin(counts))} (from 0) has no relevant document: add one or leave out the query."
+        message = f"Query {int(np.argmin(counts))} (first: 0) has no relevant document: add one or leave the query out."
         raise UserError("evaluation.query.no_relevant", message)
     bounds = np.searchsorted(judgements.query, np.arange(scores.shape[0] + 1))
     judged_scores = np.full(len(judgements.query), np.nan, dtype=np.float32)
@@ -80,7 +80,7 @@ def rank_judged(scores: Scores, judgements: Judgements, *, exclude_self: bool = 
 
 
 def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
-    """Return the judgements whose query and document are both in `pool`; their numbers become positions in the pool."""
+    """Return the judgements whose query and document are both in `pool`, each numbered by its position in the pool."""
     if not len(judgements.query):
         return judgements
     places = []  # for queries and documents: the row in the pool of each judgement, -1 outside the pool
@@ -95,7 +95,7 @@ def pool_judgements(judgements: Judgements, pool: Pool) -> Judgements:
 
 
 def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return counts (J,): how many scores in row `rows[j]` are at least `thresholds[j]`; `rows` (J,) is ascending."""
+    """Return J counts; count j is how many scores in row `rows[j]` are `thresholds[j]` or more. `rows` is ascending."""
     if len(np.unique(rows)) == len(rows):
         chosen = scores if np.array_equal(rows, np.arange(len(scores))) else scores[rows]
         return np.count_nonzero(chosen >= thresholds[:, None], axis=1)
@@ -108,7 +108,7 @@ def _count_at_least(scores: np.ndarray, rows: np.ndarray, thresholds: np.ndarray
 
 
 def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np.ndarray) -> Ranking:
-    """Return the ranks of J relevant documents; `above[j]` counts the documents that score at least as high as j."""
+    """Return the ranks of J relevant documents; `above[j]` documents have the score of document j or a higher score."""
     order = np.lexsort((-scores, judgements.query))
     query, ordered = judgements.query[order], scores[order]
     # Relevant documents with equal scores get successive ranks: those that follow in `order` don't count.
@@ -120,13 +120,13 @@ def _ranking(queries: int, judgements: Judgements, scores: np.ndarray, above: np
 
 
 def query_values(ranking: Ranking, metric: str) -> np.ndarray:
-    """Return each query's value (Q,) of `metric`: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r; else raise UserError.
+    """Return the value of `metric` for each query: mrr, mrr@K, recall@K, ndcg, ndcg@K or map@r, else UserError.
 
     MRR is 1 / (rank of the first relevant document). Recall is the fraction of the relevant documents that are found.
     NDCG (Järvelin & Kekäläinen 2002) is the sum of 1 / log2(rank + 1) over the relevant documents, divided by this sum
     for the ideal ranking. Documents at ranks above K count as not found. MAP@R (Musgrave et al. 2020, as in CodeXGLUE
-    for POJ-104) is the mean over the R relevant documents of place / rank, or 0 at ranks above R. The place of a
-    document is its rank among the relevant documents.
+    for POJ-104) is the mean of a value of the R relevant documents: 0 for ranks above R, else the document's place
+    among the relevant documents, divided by its rank.
     """
     name, at, cut = metric.partition("@")
     k = float(cut) if cut.isdecimal() else 0 if at else np.inf
@@ -157,7 +157,7 @@ def outcomes(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """Return the F1 of class 1, float64 (…), from counts (…, 4) in the order of `outcomes`; 0 if it is undefined."""
+    """Return the F1 of class 1 from counts (…, 4) of the outcomes 0 to 3, see `TRUE_NEGATIVE`; 0 if F1 is undefined."""
     counts = np.asarray(counts, dtype=np.float64)
     twice = 2 * counts[..., TRUE_POSITIVE]
     total = twice + counts[..., FALSE_POSITIVE] + counts[..., FALSE_NEGATIVE]
@@ -165,7 +165,7 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def best_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the highest threshold with the best F1 of the decisions `scores >= threshold`, compared in float32."""
+    """Return the threshold at which the decisions `scores >= threshold` have the best F1, the highest if several do."""
     scores, labels = np.asarray(scores, dtype=np.float32), np.asarray(labels)
     check_scores(scores)
     order = np.argsort(-scores, kind="stable")
@@ -189,7 +189,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000)
 
 
 def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """Return (low, high), the 95 % bootstrap interval of F1 for outcomes (N,), by draws of the four outcome counts."""
+    """Return (low, high), the 95 % bootstrap interval of F1 for N outcomes, such as `TRUE_POSITIVE`."""
     counts = np.bincount(outcomes, minlength=4)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), counts / len(outcomes), size=resamples)
     return _percentiles(f1(draws))
@@ -198,7 +198,8 @@ def bootstrap_f1_interval(outcomes: np.ndarray, seed: int = 0, resamples: int = 
 def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
     """Return the two-sided p-value of a paired permutation test whether `differences` (Q,) have mean 0.
 
-    A resample draws random signs. The observed signs are one more resample, so p is never 0 (Phipson & Smyth 2010).
+    A resample gives the differences random signs. The observed differences count as one more resample, so p is never 0
+    (Phipson & Smyth 2010).
     """
     moved = differences[differences != 0]
     if not len(moved):
@@ -215,8 +216,9 @@ def permutation_test(differences: np.ndarray, seed: int = 0, resamples: int = 10
 def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
     """Return the two-sided p-value of a paired permutation test of whether two retrievers' outcomes (N,) have equal F1.
 
-    A resample swaps the two outcomes of randomly chosen pairs. Entry (i, j) of a 4 × 4 table is the number of pairs
-    with outcomes i and j; a swap moves a pair to entry (j, i). A resample is therefore one binomial draw per entry.
+    A resample swaps the retrievers' outcomes for randomly chosen items. In a 4 × 4 table, entry (i, j) counts the items
+    with outcome i for the first and j for the second retriever; a swap moves an item to entry (j, i). A resample is
+    therefore one binomial draw per entry.
     """
     table = np.zeros((4, 4), dtype=np.int64)
     np.add.at(table, (first, second), 1)
@@ -228,11 +230,11 @@ def f1_permutation_test(first: np.ndarray, second: np.ndarray, seed: int = 0, re
 
 
 def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return one value per query (Q,) for `bootstrap_interval`; the mean of all values is the mean of the tasks' means.
+    """Return one value for each of Q queries, for `bootstrap_interval`; their mean, M, is the mean of the tasks' means.
 
-    `values` has a dict {query: value} for each task. A query of several tasks counts once, so that it is drawn as a
-    whole. Its value is M + Q × t: M is the mean of the tasks' means; t is what the query adds to the mean of the tasks'
-    means (see `shares`) if each task's mean is subtracted from its values.
+    `values` has a dict {query: metric} for each task. A query that occurs in several tasks still gets one value, so
+    that the bootstrap draws it as a whole. This value is M + Q × t. To get t, each task's mean is subtracted from the
+    metrics of its queries; then t is what the query adds to the mean of the tasks' means (see `shares`).
     """
     means = [float(np.mean(list(task.values()))) for task in values]
     distances = [{query: one - mean for query, one in task.items()} for task, mean in zip(values, means, strict=True)]
@@ -241,7 +243,7 @@ def spread(values: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 
 def shares(differences: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """Return each query's share (Q,) of the mean of the tasks' means; `differences` has {query: value} per task."""
+    """Return what each query adds to the mean of the tasks' means; `differences` has a dict {query: value} per task."""
     total: dict[str, float] = {}
     for task in differences:
         for query, value in task.items():

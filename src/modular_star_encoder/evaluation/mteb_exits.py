@@ -46,14 +46,14 @@ TASK_SIDES: dict[str, tuple[str | None, str | None]] = {
     "CodeTransOceanDL": ("python", "python"),
     "CosQA": (PROSE, "python"),
 }
-"""{task of mteb: (language of queries, language of documents)}. In other tasks, queries are prose, documents code."""
+"""{task of mteb: (language of its queries, of its documents)}. In all other tasks, prose queries search for code."""
 
 
 class MtebExitEncoder(AbsEncoder):
     """Embeds texts at one exit of a model; implements mteb's interface of encoders.
 
-    Code and prose (`TASK_SIDES`) get their published prompts; texts of symmetric tasks get no prompt. The first call
-    with a text embeds it at all `exit_layers` in one pass into the cache, because mteb asks for one exit at a time.
+    Code and prose, told apart by `TASK_SIDES`, get their published prompts; tasks without queries get no prompt. mteb
+    asks for one exit at a time, so the first call with a text embeds it at all `exit_layers` and caches the results.
     """
 
     mteb_model_meta: ModelMeta
@@ -72,7 +72,7 @@ class MtebExitEncoder(AbsEncoder):
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_subset: str, **options: Any
     ) -> np.ndarray:
-        """Return the embeddings (N, D) float32 of the N texts in all batches of `inputs`."""
+        """Return the embeddings (N, size) float32 of the N texts in all batches of `inputs`."""
         prompt = self._prompt(task_metadata, hf_subset, options.get("prompt_type"))
         texts = [(prompt, text) for batch in inputs for text in batch["text"]]
         self.retriever.embed(texts, self.exit_layers, progress=options.get("show_progress_bar", True))
@@ -103,8 +103,9 @@ def run_mteb(
 ) -> dict[int, dict[str, float]]:
     """Evaluate exits of a checkpoint on tasks of mteb; return {exit_layer: {task: main score from 0 to 1}}.
 
-    `out` gets mteb's files, `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`, which a repeated call keeps,
-    and a cache `embeddings`. `encode_options` are those of `encode_exits`: max_length, tokens_per_batch and dtype.
+    mteb writes results to the folder `out`, as `results/{owner}__{model}-exit-{k}/{revision}/{task}.json`; a repeated
+    call reuses them. `out/embeddings` is a cache. `encode_options` are arguments of `encode_exits`: max_length,
+    tokens_per_batch and dtype.
     """
     chosen, out = _resolve_tasks(tasks), user_path(out)
     path = resolve_checkpoint(checkpoint)
@@ -149,7 +150,7 @@ def _model_meta(config: Any, name: str, exit_layer: int, common: Mapping[str, An
 
 
 def _resolve_tasks(tasks: str | AbsTask | Iterable[str | AbsTask]) -> list[AbsTask]:
-    """Return the named tasks, with each benchmark replaced by its tasks, each task once."""
+    """Return the named tasks and the tasks of the named benchmarks, each task once."""
     chosen: dict[str, AbsTask] = {}
     for task in [tasks] if isinstance(tasks, str | AbsTask) else tasks:
         for one in _tasks_named(task) if isinstance(task, str) else [task]:
@@ -170,7 +171,7 @@ def _tasks_named(name: str) -> Sequence[AbsTask]:
 
 
 def local_task(rows: Iterable[tuple[str, str, str | None]], name: str) -> AbsTask:
-    """Make an mteb task of text → code from (description, code, language) rows; leave out rows that repeat a text."""
+    """Make an mteb task of finding code by description from (description, code, language) rows; skip repeated texts."""
     code_of: dict[str, str] = {}
     codes: set[str] = set()
     for description, code, _ in rows:

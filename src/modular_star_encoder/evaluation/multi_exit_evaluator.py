@@ -44,9 +44,10 @@ class MultiExitEvaluator(BaseEvaluator):
         tokenizer: required for a `ModularStarEncoderForRetrieval`; a SentenceTransformer has its own tokenizer.
         exit_layers: exits to evaluate; all exits of the model if None.
         recall_at: values of k for Recall@k.
-        prompts: {`query`, `document` or `document_{language}`: prefix of texts}. If None, a SentenceTransformer has its
-            own prompts; other models have the published prompts (none if `config.instruction_prompts` is false).
-        max_length: longer texts are cut to this number of tokens; the model's limit if None.
+        prompts: {name: prefix of texts}, with the names `query`, `document` and `document_{language}`. If None, a
+            SentenceTransformer uses its own prompts; other models use the published prompts (none if
+            `config.instruction_prompts` is false).
+        max_length: maximum number of tokens of a text; longer texts are cut. If None, the model's limit.
         tokens_per_batch: maximum number of tokens in a batch, padding included; see `encode_exits` for the default.
         name: prefix of the names of the metrics, to tell several evaluators apart.
         progress: whether to show progress bars.
@@ -91,10 +92,11 @@ class MultiExitEvaluator(BaseEvaluator):
 
         Args:
             rows: at least two rows.
-            candidates: size of the random batches of rows, at least two (1000 in CodeSearchNet's protocol). A query's
-                candidates are the documents of its batch. If None, all documents are candidates.
-            seed: random seed of the batches.
-            options: arguments of the class other than `task`.
+            candidates: number of candidates of a query, at least two (1000 in CodeSearchNet's protocol). Rows are
+                divided at random into batches of this size, and a query's candidates are the codes in its batch. If
+                None, all codes are candidates.
+            seed: random seed of the division into batches.
+            options: arguments of `MultiExitEvaluator` other than `task`.
         """
         return cls(pairs_task("pairs", "all", rows, size=candidates, seed=seed), **options)
 
@@ -113,7 +115,7 @@ class MultiExitEvaluator(BaseEvaluator):
             queries, corpus: {id: text} of the queries, and of the documents, which are candidates of every query.
             relevant: {id of a query: ids of its relevant documents}; queries without relevant documents are left out.
             language: programming language of all documents; None if unknown, or if the documents are prose.
-            options: arguments of the class other than `task`.
+            options: arguments of `MultiExitEvaluator` other than `task`.
         """
         return cls(task_from_mappings(queries, corpus, relevant, language), **options)
 
@@ -129,14 +131,14 @@ class MultiExitEvaluator(BaseEvaluator):
         """Evaluate every exit of a model; return {metric: a fraction between 0 and 1}.
 
         Args:
-            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer that wraps one and has the pooling of
-                the model's configuration. The model runs in evaluation mode; then its mode is restored.
+            model: a `ModularStarEncoderForRetrieval`, or a SentenceTransformer that wraps this model and has the same
+                pooling. The model is set to evaluation mode; afterwards its previous mode is restored.
             output_path: not used, because the trainers log the metrics.
             epoch, steps: shown in the model card of a SentenceTransformer.
-            across_processes: whether every training process makes this call; each then embeds a share of the texts.
+            across_processes: set it if all training processes make this call; each process embeds a share of the texts.
 
         Raises:
-            UserError: the model has another class or lacks an exit, the tokenizer is missing, or a score is NaN.
+            UserError: the model is of another class, an exit or the tokenizer is missing, or a score is NaN.
         """
         network, encode, prompts = self._encoding(model)
         if across_processes:
@@ -160,7 +162,7 @@ class MultiExitEvaluator(BaseEvaluator):
         return {"exit_layers": self.exit_layers, "candidates": len(self.task.pools[0].documents)}
 
     def _score(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-        """Return {metric: mean over the queries}, from embeddings of queries (Q, D) and of documents (N, D)."""
+        """Return {metric: mean over the queries} from Q query embeddings (Q, D) and N document embeddings (N, D)."""
         ranking, _ = rank_task(self.task, lambda pool: CosineScores(queries[pool.queries], documents[pool.documents]))
         metrics = ("mrr", "ndcg@10", *(f"recall@{k}" for k in self.recall_at))
         return {metric.replace("@", "_at_"): float(np.mean(query_values(ranking, metric))) for metric in metrics}
@@ -173,7 +175,7 @@ class MultiExitEvaluator(BaseEvaluator):
             network, tokenizer, max_length = _network(model), model.tokenizer, self.max_length or model.max_seq_length
             prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         elif self.tokenizer is None:
-            raise UserError("evaluator.tokenizer.missing", "Give the evaluator a `tokenizer`: the model has none.")
+            raise UserError("evaluator.tokenizer.missing", "Give the evaluator a `tokenizer`: the model contains none.")
         else:
             network, tokenizer, max_length = model, self.tokenizer, self.max_length
             prompts = sentence_transformer_prompts(instructions=model.config.instruction_prompts)
@@ -184,20 +186,20 @@ class MultiExitEvaluator(BaseEvaluator):
 
 
 def _network(model: SentenceTransformer) -> ModularStarEncoderForRetrieval:
-    """Return the retrieval model in a SentenceTransformer; raise UserError if other modules change its embeddings."""
+    """Return the retrieval model in a SentenceTransformer; UserError if other modules would change its embeddings."""
     network: Any = getattr(model[0], "auto_model", None)  # its class differs if AutoModel ran remote code
     names = [type(module).__name__ for module in model]
     is_known = names in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
     is_ours = is_known and hasattr(network, "projection_heads") and is_servable(network.config)
     if is_ours and model[1].pooling_mode == network.config.pooling and model[1].include_prompt:
         return network
-    needed = "a ModularStarEncoderForRetrieval, the Pooling of its configuration, and optionally Normalize"
+    needed = "a ModularStarEncoderForRetrieval, Pooling as its config.json says, and optionally Normalize"
     message = f"The SentenceTransformer must consist of {needed}; its modules are {', '.join(names)}."
     raise UserError("evaluator.model.other", message)
 
 
 def _encode_share(network: nn.Module, encode: _Encode, texts: list[str]) -> dict[int, np.ndarray]:
-    """Embed a share of the N texts in each training process; return {exit_layer: embeddings (N, D)} of all texts."""
+    """Embed a share of N texts in each process; return {exit_layer: embeddings (N, D) of all texts} to each process."""
     rank, world = rank_and_count()
     if world == 1:
         return encode(texts)

@@ -45,7 +45,7 @@ _TEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A row's mean minus the reference row's mean, with the p-value of a paired permutation test and an interval."""
+    """The mean score of a table row minus that of the reference row, with the p-value of a paired permutation test."""
 
     value: float
     p: float
@@ -122,7 +122,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of report.json: all results except the values of single queries; scores are fractions."""
+        """Return the content of report.json: all tables, and all results without the values of single queries."""
         stored = [asdict(replace(one, values=(), ids=())) | {"queries": len(one.values)} for one in self.results]
         results = [{name: value for name, value in one.items() if name not in ("values", "ids")} for one in stored]
         head = {"command": self.command, "checkpoint_checksum": self.checksum, "versions": versions()}
@@ -139,7 +139,7 @@ def make_report(
     results: Sequence[TaskResult],
     command: str = "",
     checksum: str | None = None,
-    before: str | None = None,  # a model, with whose same exit an exit is compared; None: the first's deepest exit
+    before: str | None = None,  # model whose same exit each exit is compared with; None: the first model's deepest exit
 ) -> Report:
     """Return a report on the results of all retrievers; its tables are in the order of the benchmarks in `tasks`."""
     benchmarks = dict.fromkeys(task.benchmark for task in tasks)
@@ -184,7 +184,7 @@ def _row(
 
 
 def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
-    """Return the mean of the main metric over the tasks, and its 95 % interval; for F1, there must be only one task."""
+    """Return the mean over tasks of the main metric, with its 95 % interval; for F1, `results` must be of one task."""
     if len(results) == 1:
         return results[0].estimates[results[0].main]
     values = metrics.spread([dict(zip(result.ids, result.values, strict=True)) for result in results])
@@ -192,7 +192,7 @@ def _mean_estimate(results: Sequence[TaskResult]) -> Estimate:
 
 
 def _difference(results: Sequence[TaskResult], reference: Sequence[TaskResult]) -> Difference:
-    """Return the `Difference`: mean of `results` minus mean of `reference`, which have the same tasks and queries."""
+    """Return the mean of `results` minus the mean of `reference`; both must have the same tasks and queries."""
     pairs = list(zip(results, reference, strict=True))
     value = float(np.mean([a.estimates[a.main].value - b.estimates[b.main].value for a, b in pairs]))
     if results[0].main == "f1":
@@ -234,7 +234,7 @@ def interval(estimate: Estimate) -> str:
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """Return the header and the rows of a table, whose first columns have the main metric of tasks, and its mean."""
+    """Return the texts of a table's cells, header first. The first columns after the label show the main metric."""
     columns, others, main = list(table.rows[0].columns), list(table.rows[0].others), metric_label(table.metric)
     named = [*columns, "mean"] if len(columns) > 1 else columns
     cells = [[f"{main} × 100", *named, "95 % interval", *map(metric_label, others), f"Δ {main}", "p"]]
@@ -247,7 +247,7 @@ def _cells(table: Table) -> list[list[str]]:
 
 
 def _explain(table: Table) -> list[str]:
-    """Return the sentences below a table: its size, metrics, intervals and tests, and notes."""
+    """Return the sentences shown below a table: they explain its size, metrics, intervals and tests; then its notes."""
     shown = [(re.sub(r"@\d+", "@k", metric_label(one)), one) for one in (table.metric, *table.rows[0].others)]
     known = {label: text for label, one in shown for start, text in _MEANINGS.items() if one.startswith(start)}
     meanings = "".join(f" {label}: {text}." for label, text in known.items())
@@ -259,10 +259,11 @@ def _explain(table: Table) -> list[str]:
 
 
 def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Table]:
-    """Read the tables in a results file, with the rows of the evaluated model and of retrievers without exits.
+    """Read the tables of a results file; keep only the rows of the evaluated model and of retrievers without exits.
 
-    `path` is a report.json, training_log.json or file of `mose evaluate --json`; `checkpoint` is the expected checksum.
-    Of several embedding sizes at an exit, only the largest is read.
+    `path` is a report.json, a training_log.json or a file from `mose evaluate --json`. `checkpoint` is the checksum
+    that the evaluated model must have; "" accepts any model. If an exit has rows for several embedding sizes, only the
+    row of the largest size is kept.
     """
     try:
         content = read_json(path)
@@ -271,10 +272,10 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
         tables = [_evaluated_model(table) for table in TABLES.validate_python(content["tables"])]
         TABLES.dump_json(tables)  # raises ValueError for lone surrogates
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        message = f"{path} is not a results file of `mose evaluate`, or another version wrote it: evaluate again."
+        message = f"{path} is not a results file of `mose evaluate`, or is from another version: evaluate again."
         raise UserError("evaluation.report.unreadable", message) from error
     if measured and checkpoint and measured != checkpoint:
-        message = f"{path} has results of other weights (checksum {measured}, not {checkpoint}): evaluate again."
+        message = f"{path} is of a model with other weights (checksum {measured}, not {checkpoint}): evaluate again."
         raise UserError("evaluation.report.other_weights", message)
     return tables
 
@@ -282,20 +283,20 @@ def read_tables(path: str | os.PathLike[str], checkpoint: str = "") -> list[Tabl
 def read_quality(path: str | os.PathLike[str], checkpoint: str = "", benchmark: str = "") -> dict[int, float]:
     """Read {exit_layer: mean of the main metric} from the table of `benchmark` in a results file (see `read_tables`).
 
-    If `benchmark` is not in `BENCHMARKS` but a name that the user gives, and no table has this name, read the first.
+    `benchmark` may be a name of the user's own, not in `BENCHMARKS`: if no table has this name, read the first table.
     """
     tables = read_tables(path, checkpoint)
     is_known = benchmark in BENCHMARKS
     chosen = [one for one in tables if one.benchmark == benchmark][:1] or ([] if is_known else tables[:1])
     quality = {row.exit_layer: row.mean.value for one in chosen for row in one.rows if row.exit_layer is not None}
     if not quality:
-        message = f"{path} has no results of exits{f' on {benchmark}' * is_known}: evaluate a model with exits."
+        message = f"{path} has no scores of exits{f' on {benchmark}' * is_known}: evaluate a model that has exits."
         raise UserError("evaluation.report.no_exits", message)
     return quality
 
 
 def add_quality(path: Path, benchmark: str, results: str | os.PathLike[str]) -> ExitProfile:
-    """Add the scores in the file `results` (see `read_quality`) to the exit profile in the file `path`; return it."""
+    """Add scores from the file `results` (see `read_quality`) to the exit profile in `path`; return the new profile."""
     with profile_lock():
         profile = ExitProfile.load(path)
         profile = profile.with_quality(benchmark, read_quality(results, profile.checkpoint, benchmark))
@@ -313,7 +314,7 @@ def _evaluated_model(table: Table) -> Table:
 
 
 def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: Path) -> None:
-    """Write quality_by_depth.png of retrievers with exits, quality_by_latency.png of retrievers with exit profiles."""
+    """Plot quality against depth (quality_by_depth.png) and, if there are exit profiles, latency (…_by_latency.png)."""
     by_depth, by_latency = folder / "quality_by_depth.png", folder / "quality_by_latency.png"
     for path in (by_depth, by_latency):
         path.unlink(missing_ok=True)
@@ -324,7 +325,7 @@ def plot_report(tables: Sequence[Table], profiles: Mapping[str, Path], folder: P
     parts = ("processor", "threads", "gpu")
     if len({(one.device, one.shapes[0], *map(one.machine.get, parts)) for one in found.values()}) > 1:
         how = "Repeat `mose profile` for all models, on one machine, with the same device, threads and batches."
-        message = f"Exit profiles of {' and '.join(found)} are not comparable. {how}"
+        message = f"The exit profiles of {' and '.join(found)} can't be compared: machine or settings differ. {how}"
         raise UserError("evaluation.plots.other_machines", message)
     if found:
         plot_quality(tables, by_latency, {name: median_latencies(one) for name, one in found.items()})
@@ -338,10 +339,10 @@ def median_latencies(profile: ExitProfile) -> dict[int, float]:
 def plot_quality(
     tables: Sequence[Table], path: Path, latencies: Mapping[str, Mapping[int, float]] | None = None
 ) -> None:
-    """Write a PNG with one panel per table: the main metric of each exit, with its interval, by depth.
+    """Write a PNG with one panel per table: it plots each exit's main metric, with interval, against the exit's depth.
 
-    A dashed line shows each retriever without exits. If `latencies` is given, {retriever: {exit_layer: milliseconds}},
-    exits are plotted by latency; exits without a latency, and all dashed lines, are left out.
+    A dashed line shows each retriever without exits. If `latencies` ({retriever: {exit_layer: milliseconds}}) is given,
+    the x axis is latency instead of depth; exits without a latency, and all dashed lines, are left out.
     """
     with naming_extra():
         from matplotlib.figure import Figure
@@ -375,19 +376,19 @@ def plot_quality(
         if axes.lines:
             axes.legend(fontsize="x-small")
     if not drawn:
-        message = f"Nothing to plot in {path.name}: the tables have no exits, or `latencies` has none of their exits."
+        message = f"Nothing to plot in {path.name}: no table has an exit, or `latencies` has no time for those exits."
         raise UserError("evaluation.plots.empty", message)
     with staged_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
 def _plain(text: str) -> str:
-    """Return the first 200 characters of `text` for matplotlib, with `$` escaped, which would begin a formula."""
+    """Return the first 200 characters of `text`; `$` is escaped, because matplotlib would read it as a formula."""
     return "".join(one if one.isprintable() else "�" for one in text[:200]).replace("$", r"\$")
 
 
 def _exits_by_name(table: Table) -> dict[str, dict[int, Row]]:
-    """Return {label: {exit_layer: row}}, exits ascending; a label names a retriever and its embedding size."""
+    """Return a table's rows with exits: {label: {exit_layer: row}}; a label names a retriever and an embedding size."""
     found: dict[str, dict[int, Row]] = {}
     for row in sorted(table.rows, key=lambda row: row.exit_layer or 0):
         if row.exit_layer is not None:

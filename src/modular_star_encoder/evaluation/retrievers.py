@@ -38,7 +38,7 @@ class ExitVariant(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Scores (R, C) float32 of R queries, numbered from `row`, and C documents, numbered from `column`."""
+    """Scores (R, C) float32: R queries, of which the first has number `row`, by C documents, from number `column`."""
 
     row: int
     column: int
@@ -58,7 +58,7 @@ class Scores(Protocol):
 
 
 class RowScores:
-    """`Scores` (Q, D) computed by a function: `rows(start, end)` returns `scores[start:end]`, (end - start, D)."""
+    """`Scores` that a function computes: `rows(start, end)` returns the scores of the queries start, …, end - 1."""
 
     def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], np.ndarray]) -> None:
         self.shape, self._rows = shape, rows
@@ -107,7 +107,7 @@ class EmbeddingRetriever(Retriever):
         self.embed(prompted, [variant.exit_layer for variant in variants], progress=progress)
 
     def embed(self, texts: Iterable[Prompted], exit_layers: Iterable[int | None], *, progress: bool = True) -> None:
-        """Embed the (prompt, text) pairs that are not cached for all `exit_layers` yet, longest first, in one pass."""
+        """Embed the (prompt, text) pairs that the cache lacks at any of `exit_layers`; one pass computes all exits."""
         texts = list(dict.fromkeys(texts))
         absent = {k: missing for k in exit_layers if (missing := self.cache.missing(self.space(k), texts))}
         # A text that one exit lacks is embedded for all these exits: the pass to the deepest computes the others too.
@@ -121,7 +121,7 @@ class EmbeddingRetriever(Retriever):
                 self.cache.add(self.space(exit_layer), chunk, embeddings[exit_layer], self.name)
 
     def rows(self, texts: Sequence[Prompted], exit_layer: int | None) -> CachedRows:
-        """Return the cached embeddings (N, F) of N (prompt, text) pairs at one exit; first `embed` these pairs."""
+        """Return the cached embeddings (N, size) of N (prompt, text) pairs at one exit; first `embed` these pairs."""
         return self.cache.rows(self.space(exit_layer), texts)
 
     def scores(self, queries: Sequence[Text], documents: Sequence[Text], variant: ExitVariant) -> CosineScores:
@@ -135,7 +135,7 @@ class EmbeddingRetriever(Retriever):
 
 
 class CosineScores:
-    """`Scores` (Q, D): cosine similarities of embeddings (Q, F) and (D, F). Embeddings may be larger than memory."""
+    """`Scores` (Q, D) that are cosine similarities of embeddings; these embeddings may be larger than memory."""
 
     def __init__(
         self, queries: np.ndarray | CachedRows, documents: np.ndarray | CachedRows, dimensions: int | None = None
@@ -144,7 +144,7 @@ class CosineScores:
         self.shape = (len(queries), len(documents))
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the `Block`s of scores of one slice of documents after another, so that each document is read once."""
+        """Yield blocks of scores, one slice of documents after another, so that each document is read only once."""
         height, width = self.shape
         size = self.documents[:1].shape[1]
         columns = width if width * size <= HELD else max(1, HELD // (4 * size))
@@ -163,7 +163,7 @@ class CosineScores:
         return scores
 
     def _unit(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return `embeddings` cut to `dimensions`, scaled to length 1, in float64; zeros stay 0, infinity gives NaN."""
+        """Cut vectors to `dimensions`; scale them to length 1 in float64. Zero vectors stay 0, infinity becomes NaN."""
         embeddings = embeddings[:, : self.dimensions].astype(np.float64)
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
@@ -172,7 +172,7 @@ class CosineScores:
 
 
 def similarities(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Return the similarities (Q, D) of unit vectors (Q, F) and (D, F), equal to those of `CosineScores.of_pairs`."""
+    """Return the cosine similarities (Q, D) of Q and D unit vectors, the same numbers as `CosineScores.of_pairs`."""
     products = queries @ documents.T
     # Twice the largest error of a sum of F products of unit vectors, added in any order (Higham 2002, section 3.1).
     error = queries.shape[1] * 2.0**-52
@@ -196,9 +196,10 @@ def _rounded(similarities: np.ndarray) -> np.ndarray:
 class EmbeddingCache:
     """Stores embeddings by model, exit, prompt and text, so that each text is embedded only once.
 
-    A *space* (one model at one exit) is a folder in `folder`, with memory-mapped `.npy` files, the *shards*, of rows
-    (hash of prompt and text, embedding). If `folder` is None, shards are in memory. Shards are written atomically and
-    never change, so several processes may use them at once. A damaged shard is deleted, and its texts embedded again.
+    The embeddings of one model at one exit are a *space*: a folder inside `folder`, with memory-mapped `.npy` files
+    called *shards*. Each row of a shard has a hash of prompt and text, and the embedding. If `folder` is None, shards
+    are kept in memory. Shards are written atomically and never change, so several processes may use them at once. A
+    damaged shard is deleted, and its texts are embedded again.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, dtype: str = "float32") -> None:
@@ -210,12 +211,12 @@ class EmbeddingCache:
         return vars(self) if self.folder is None else vars(self) | {"_spaces": {}}
 
     def missing(self, space: str, texts: Sequence[Prompted]) -> list[Prompted]:
-        """Return the (prompt, text) pairs that have no embedding in the cache's folder named `space`, in order."""
+        """Return the (prompt, text) pairs without an embedding in `space`, which names a model and exit, in order."""
         places = self._space(space).places(texts)
         return [text for text, place in zip(texts, places, strict=True) if place < 0]
 
     def add(self, space: str, texts: Sequence[Prompted], embeddings: np.ndarray, model: str = "The model") -> None:
-        """Store embeddings (N, F) of N (prompt, text) pairs in the cache's folder `space`; errors name `model`."""
+        """Store embeddings (N, size) of N (prompt, text) pairs in `space`; `model` is the name in error messages."""
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite
             embeddings = np.ascontiguousarray(embeddings, dtype=self._dtype)
         shards = self._space(space).shards
@@ -224,7 +225,7 @@ class EmbeddingCache:
             message = f"{len(texts)} texts need embeddings of shape ({len(texts)}, {size}), not {embeddings.shape}."
             raise UserError("evaluation.embeddings.shape", message)
         if not np.isfinite(embeddings).all():
-            message = f"{model} computed a vector with NaN or infinity: check its weights or use float32."
+            message = f"{model} computed an embedding with NaN or infinity: check its weights, or run it in float32."
             raise UserError("evaluation.embeddings.not_finite", message)
         shard = np.empty(len(texts), dtype=[("key", "V32"), ("embedding", self._dtype, (size,))])
         shard["key"], shard["embedding"] = [np.void(_key(text)) for text in texts], embeddings
@@ -237,11 +238,11 @@ class EmbeddingCache:
         self._space(space).append(shard)
 
     def rows(self, space: str, texts: Sequence[Prompted]) -> CachedRows:
-        """Return the embeddings (N, F) in `space` of N (prompt, text) pairs; KeyError if the cache lacks a pair."""
+        """Return the embeddings (N, size) in `space` of N (prompt, text) pairs; KeyError if one is not in the cache."""
         found = self._space(space)
         places = found.places(texts)
         if len(missing := np.flatnonzero(places < 0)):
-            raise KeyError(f"The cache has no embedding of {texts[missing[0]][1][:40]!r}: embed it first.")
+            raise KeyError(f"The cache has no embedding of {texts[missing[0]][1][:40]!r}: embed this text first.")
         starts = np.cumsum([0, *map(len, found.shards)])
         shard = np.searchsorted(starts, places, side="right") - 1
         return CachedRows(found.shards, np.stack([shard, places - starts[shard]], axis=1))
@@ -285,7 +286,7 @@ class _Space:
 
 @dataclass(frozen=True, slots=True)
 class CachedRows:
-    """Embeddings (N, F) float32 in several arrays `shards`; `places` (N, 2) has the shard and row of each embedding."""
+    """N embeddings, float32, stored in arrays `shards`; `places` (N, 2) has the shard and the row of each embedding."""
 
     shards: Sequence[np.ndarray]
     places: np.ndarray
@@ -309,5 +310,5 @@ def _key(text: Prompted) -> bytes:
 
 
 def _short(keys: bytes) -> np.ndarray:
-    """Return the first 64 bits of each of the N 32-byte keys joined in `keys`: uint64 (N,), which is quick to sort."""
+    """Split `keys` into N keys of 32 bytes; return the first 64 bits of each as uint64 (N,), which is quick to sort."""
     return np.frombuffer(keys, "<u8")[::4]

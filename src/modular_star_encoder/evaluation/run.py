@@ -1,7 +1,8 @@
 """Evaluate retrievers on benchmarks and report the results.
 
 `mose evaluate` calls `run_benchmarks`; training calls `evaluate_tasks`. If a folder `out` is given, each result is
-stored in `out/cells/`, under a hash of task, retriever, exit and size, so a repeated run computes only missing results.
+stored in `out/cells/`, named by a hash of task, retriever, exit and embedding size. So a repeated run computes only
+missing results.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ def run_benchmarks(
         try:
             plot_report(report.tables, profiles, folder)
         except (ImportError, ValueError) as error:  # the reports are already written, so a missing plot is only a note
-            print(f"mose: note: a plot is missing: {error}", file=sys.stderr)
+            print(f"mose: note: a plot could not be made: {error}", file=sys.stderr)
     return report
 
 
 def evaluate_tasks(
     tasks: Sequence[Task], retrievers: Sequence[Retriever], *, out: str | Path | None = None, progress: bool = True
 ) -> list[TaskResult]:
-    """Return the results by retriever, task and variant, in this order; results in `out/cells/` are reused."""
+    """Return one result per retriever, task and variant (exit and embedding size); reuse results in `out/cells/`."""
     checksums, results = [task.checksum() for task in tasks], []
     for retriever in retrievers:
         runs = [
@@ -118,7 +119,7 @@ def evaluate_task(task: Task, retriever: Retriever, variant: ExitVariant) -> Tas
 
 
 def _shape(task: Task) -> tuple[list[str], list[str], int]:
-    """Return the metrics, `ids` and `candidates` of each result on a task."""
+    """Return (metrics, ids of the queries, number of candidates), which all results on a task share."""
     if isinstance(task, PairTask):
         return ["f1", "precision", "recall"], [], 0
     ids = [task.query_ids[row] for pool in task.pools for row in pool.queries]
@@ -144,7 +145,7 @@ def _evaluate_pairs(
 
 
 def read_result(path: Path, task: Task, variant: ExitVariant) -> TaskResult:
-    """Read a stored result of a variant on a task, perhaps of other names; UserError if the file is damaged."""
+    """Read a stored result; UserError if it is damaged or not of this task and variant. Names in it may be outdated."""
     with suppress(TypeError, ValueError):
         result = TypeAdapter(TaskResult).validate_python(read_json(path))
         check_types(result)  # TypeAdapter accepts "nan"
@@ -155,7 +156,7 @@ def read_result(path: Path, task: Task, variant: ExitVariant) -> TaskResult:
 
 
 def _in_range(result: TaskResult, task: Task) -> bool:
-    """Return whether all numbers of a result are possible for the queries or pairs of a task."""
+    """Return whether all numbers in a result are possible ones for the queries or pairs of its task."""
     values, most = np.array(result.values), 1 + 1e-9  # a sum of NDCG may be rounded up
     if isinstance(task, PairTask):
         fits = result.threshold is not None and np.array_equal(values % 2, task.labels) and (values < 4).all()
@@ -199,7 +200,7 @@ def _open_all(
 def classification_scores(
     model: ModularStarEncoderForSequenceClassification, batches: Iterable[Mapping[str, Any]], *, progress: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Return {exit: {metric: fraction}}: accuracy, and precision, recall and f1 of class 1 (0 if undefined)."""
+    """Classify `batches`; return {exit: {metric: fraction}}: accuracy, and precision, recall and F1 of class 1."""
     exits, device = tuple(model.config.exit_layers), next(model.parameters()).device
     decisions, labels = [], []
     for batch in tqdm(batches, desc="classifying", unit="batch", disable=not progress, leave=False):

@@ -51,7 +51,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgements:
-    """J pairs of a query and a relevant document. A document is irrelevant to queries that it is not paired with."""
+    """J pairs of a query and a document that is relevant to it. All other documents are irrelevant to the query."""
 
     query: np.ndarray  # (J,) int64 row numbers, ascending
     document: np.ndarray  # (J,) int64 row numbers, unique within a query
@@ -69,7 +69,7 @@ class Judgements:
 
 
 class Pool(NamedTuple):
-    """Row numbers (Q,) of queries of a task, and row numbers (D,) of documents, the candidates of these queries."""
+    """Some queries of a task and the documents that are their candidates, both as row numbers in the task."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -139,7 +139,7 @@ class RetrievalRow(NamedTuple):
 
 
 def _arrays(value: Any) -> Any:
-    """Convert an array or relevance judgements to JSON values, for `checksum` to hash."""
+    """Convert an array, or judgements of relevance, to JSON values that `checksum` can hash."""
     if isinstance(value, Judgements):
         return [value.query, value.document]
     return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
@@ -156,7 +156,7 @@ def ranking_task(
     batches: Iterable[np.ndarray] | None = None,  # each has the row numbers (B,) of queries and of their candidates
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task to rank all documents, or those in a query's batch; by default, document i answers query i."""
+    """Build a task to rank all documents, or only a query's batch; by default, document i is relevant to query i."""
     rows = range(len(queries))
     ids, judgements = list(map(str, rows)) if ids is None else list(ids), judgements or Judgements.one_each(rows)
     pools = [Pool(np.arange(len(queries)), np.arange(len(documents)))]
@@ -166,7 +166,7 @@ def ranking_task(
 
 
 def candidate_batches(n: int, size: int = POOL, seed: int = 0) -> list[np.ndarray]:
-    """Return shuffled row numbers below `n` in batches of `size`; an incomplete batch is dropped if others exist."""
+    """Shuffle the row numbers 0 to n - 1 into batches of `size`; drop an incomplete batch unless it is the only one."""
     if n < 2 or size < 2:
         message = f"A ranking needs 2 or more pairs in batches of 2 or more, not {n} pairs in batches of {size}."
         raise UserError("evaluation.candidates.too_few", message)
@@ -183,7 +183,7 @@ def pairs_task(
     seed: int = 0,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from (description, code, language) rows, with `size` candidates per query (None: all)."""
+    """Build a task to find code by description, with `size` candidates, from (description, code, language) rows."""
     pairs = [(Text(description), Text(code, language)) for description, code, language in rows]
     batches = candidate_batches(len(pairs), size or POOL, seed)  # also checks the number of pairs
     queries, documents = map(list, zip(*pairs, strict=True))
@@ -197,7 +197,7 @@ def task_from_mappings(
     language: str | None = None,
     **options: Any,
 ) -> RetrievalTask:
-    """Build a task from the arguments of `MultiExitEvaluator.from_mappings` and other fields of `RetrievalTask`."""
+    """Build a task from the arguments of `MultiExitEvaluator.from_mappings`; `options` are other fields of the task."""
     places = {name: place for place, name in enumerate(corpus)}
     answered = [name for name in queries if relevant.get(name)]
     if unknown := sorted({document for name in answered for document in relevant[name]} - set(places)):
@@ -205,7 +205,7 @@ def task_from_mappings(
         raise UserError("evaluation.task.unknown_document", message)
     if not answered or len(places) < 2:
         needed = "1 or more queries with relevant documents, and 2 or more documents"
-        message = f"A task needs {needed}, not {len(answered)} and {len(places)}."
+        message = f"A task needs {needed}; this one has {len(answered)} and {len(places)}."
         raise UserError("evaluation.candidates.too_few", message)
     judgements = Judgements.of([sorted(places[document] for document in relevant[name]) for name in answered])
     asked, documents = [Text(queries[name]) for name in answered], [Text(text, language) for text in corpus.values()]
@@ -213,7 +213,7 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Return a task of text → code pairs and one of code → code pairs, each with 2 to `limit` pairs, or no task."""
+    """Return a task to find code by text and a task to find code by code, with up to `limit` pairs, at least 2, each."""
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))

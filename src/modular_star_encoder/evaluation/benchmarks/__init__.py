@@ -81,14 +81,15 @@ def choose_benchmarks(names: Sequence[str], data: str | Path) -> list[str]:
 def load_benchmark(name: str, data: str | Path, *, allow_subset: bool = False) -> list[Task]:
     """Load the tasks of the benchmark `name`.
 
-    `data` is the benchmark's folder, or its parent; "hub" for the authors' Hub repository; or "hub:OWNER/NAME" for
-    a copy. With `allow_subset`, files may have fewer rows than published; the tasks then have a note that says so.
+    `data` is the folder of the benchmark or the folder above it; or "hub" for the authors' repository on the Hub; or
+    "hub:OWNER/NAME" for a copy of that repository. With `allow_subset`, files may have fewer rows than published; the
+    tasks then have a note that says so.
     """
     benchmark = BENCHMARKS[name]
     if _is_on_hub(data):
         repository = str(data).removeprefix("hub").removeprefix(":") or benchmark.hub
         if not repository:
-            message = f"The authors of {name} have no Hub repository: give a local folder, or hub:OWNER/NAME of a copy."
+            message = f"The authors of {name} have no Hub repository: give a local folder, or a copy as hub:OWNER/NAME."
             raise UserError("benchmark.not_on_hub", message)
         ignored = ["*train*", "*validation*"]
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", ignore_patterns=ignored))

@@ -51,14 +51,14 @@ class _Candidate(FileRow):
 
 
 def _languages(folder: Path, patterns: Sequence[str], languages: Sequence[str] = LANGUAGES) -> list[str]:
-    """Return those of `languages` that have files in `folder`; FileNotFoundError if none has. `{0}` is a language."""
+    """Return the languages with files in `folder`, else FileNotFoundError; `{0}` in a pattern stands for a language."""
     names = {language: [pattern.format(language) for pattern in patterns] for language in languages}
     files.require_files(folder, [pattern for of_language in names.values() for pattern in of_language])
     return [language for language, of_language in names.items() if files.find_files(folder, of_language)]
 
 
 def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: bool = False) -> Sequence[Task]:
-    """Load a task per language with a test file in `folder`; if `leaky`, only Python, with docstrings in the code."""
+    """Load a task for each language with a test file in `folder`; if `leaky`, only Python, its docstrings left in."""
     name, tasks = f"codesearchnet-999{'-leaky' * leaky}", []
     for language in _languages(folder, language_patterns("test", "{0}"), ("python",) if leaky else LANGUAGES):
         paths = files.find_files(folder, language_patterns("test", language))
@@ -70,7 +70,7 @@ def load_with_candidates(folder: Path, *, leaky: bool = False, allow_subset: boo
 
 
 def language_patterns(split: str, language: str) -> tuple[str, ...]:
-    """Return glob patterns for a split's files: JSON lines, Parquet files of the Hub, the authors' unpacked archive."""
+    """Return glob patterns of a split's files as JSON lines, as Parquet (Hub), and in the authors' unpacked archive."""
     return (
         f"{language}_{split}.jsonl.gz",
         f"{language}_{split}.jsonl",
@@ -81,7 +81,7 @@ def language_patterns(split: str, language: str) -> tuple[str, ...]:
 
 
 def read_functions(paths: list[Path], language: str, *, leaky: bool = False) -> dict[str, RetrievalRow]:
-    """Return {url: documented function} of `language`, in the files' order; Python code keeps docstrings if `leaky`."""
+    """Return {url: documented function} in the order of the files; if `leaky`, Python code keeps its docstrings."""
     functions: dict[str, RetrievalRow] = {}
     for path in paths:
         for number, row in enumerate(files.read_table(path, _Function), start=1):
@@ -117,7 +117,7 @@ def strip_docstring(code: str) -> str:
 
 
 def load_full_pool(folder: Path, *, allow_subset: bool = False) -> Sequence[Task]:
-    """Load CodeXGLUE's filtered CodeSearchNet: one task per language, with all functions as candidates."""
+    """Load CodeXGLUE's filtered CodeSearchNet: one task per language, in which all functions are candidates."""
     tasks = []
     for language in _languages(folder, ["{0}/test.jsonl*"]):
         test, codebase = (files.require_files(folder / language, [f"{one}.jsonl*"])[0] for one in ("test", "codebase"))

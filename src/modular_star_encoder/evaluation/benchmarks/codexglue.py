@@ -3,7 +3,7 @@
 AdvTest's functions have normalised names; builtins, attributes and strings keep their words. A function may occur
 twice. Exercism (github.com/exercism, MIT) has exercises solved in many languages, as JSON lines with `slug`,
 `description` and `code` ({language: solution}). A query has only 71 to 146 candidates, and solutions share the names
-that the exercise prescribes; variants with masked names remove this hint.
+that the exercise prescribes; the benchmarks called "names masked" remove this hint.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def load_bigclonebench(folder: Path, *, allow_subset: bool = False) -> list[Pair
 def _read_bigclonebench(
     path: Path, places: dict[str, int], allow_subset: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return (pairs (P, 2) of numbers in `places`, labels (P,), notes on missing pairs); repeats replace labels."""
+    """Return (P pairs of row numbers, P labels, notes on missing pairs); a repeated pair keeps only its last label."""
     labels, number = dict[tuple[int, int], int](), 0
     for number, line in files.read_lines(path):
         parts = line.split()
@@ -182,7 +182,7 @@ def _read_bigclonebench(
 def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False) -> list[RetrievalTask]:
     """Load Exercism: for each language, a task to find the solution of an exercise by its description.
 
-    With `from_code`, the query is the solution in another language. Exercises without query or answer are left out.
+    With `from_code`, the query is the solution in another language. Exercises that lack one of the two are left out.
     """
     (path, *_) = files.require_files(folder, ("exercises.jsonl.gz", "exercises.jsonl"))
     exercises = _read_exercism(path, masked)
@@ -196,11 +196,11 @@ def load_exercism(folder: Path, *, from_code: bool = False, masked: bool = False
             queries, documents = ([exercises[slug][side] for slug in shared] for side in (source, target))
             name = f"{source} → {target}"
             tasks.append(ranking_task(benchmark, name, queries, documents, shared, column=f"→ {target}"))
-    return tasks or files.refuse(path, None, "two or more exercises with the same languages")
+    return tasks or files.refuse(path, None, "two or more exercises that share a query's and an answer's language")
 
 
 def _read_exercism(path: Path, masked: bool) -> dict[str, dict[str, Text]]:
-    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}, with names in code replaced if `masked` is set."""
+    """Read {slug of an exercise: {language or `DESCRIPTION`: text}}; if `masked`, replace the names in the code."""
     rows = files.read_jsonl(path, _Exercise)
     files.check_unique(path, [row.slug for row in rows], "slug")
     exercises: dict[str, dict[str, Text]] = {}
@@ -237,4 +237,4 @@ def _lexer(language: str) -> Lexer:
     try:
         return get_lexer_by_name(language, stripnl=False, ensurenl=False, **options)
     except ValueError:
-        raise UserError("benchmark.masking.language", f"Pygments has no language {language!r}: name another.") from None
+        raise UserError("benchmark.masking.language", f"Pygments has no lexer for {language!r}: use another.") from None

@@ -41,20 +41,20 @@ def _report(path: Path, line: int | None, fault: str) -> NoReturn:
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files, sorted by name, that match the first pattern with a match; [] if no pattern matches."""
+    """Return the files, sorted by name, that match the first glob pattern for which there are any; [] if none."""
     matches = (sorted(filter(Path.is_file, folder.glob(pattern))) for pattern in patterns)
     return next(filter(None, matches), [])
 
 
 def require_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the files that `find_files` finds; if it finds no file, raise FileNotFoundError with the patterns."""
+    """Return the files that `find_files` finds; if there are none, raise FileNotFoundError with the file patterns."""
     if not (found := find_files(folder, patterns)):
         raise FileNotFoundError(f"{folder} lacks the files of the benchmark: expected {' or '.join(patterns)}.")
     return found
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text without line break) of each line of a text file, plain or compressed with gzip."""
+    """Yield (line number, line without its line break) of a text file, which may be compressed with gzip."""
     number = total = 0
     if path.exists() and not path.is_file():  # a pipe never ends
         refuse(path, None, "a regular file")
@@ -84,7 +84,7 @@ def checked(path: Path, line: int | None, check: Callable[[Any], Value], data: A
 
 
 def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
-    """Return the values in a file of one JSON value per line, each of type `kind`, such as a subclass of `FileRow`."""
+    """Return the values in a file that has one JSON value per line; `kind` is their type, such as a `FileRow` class."""
     check = partial(TypeAdapter(kind).validate_json, strict=True)
     rows: list[Value] = []
     left = files.MAX_JSON_VALUES + path.stat().st_size
@@ -98,7 +98,7 @@ def read_jsonl(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
-    """Return the JSON value of the type `kind` that a file holds."""
+    """Return the JSON value in a file; UserError if it is not of the type `kind`."""
     try:
         value = files.read_json(path, finite=False)
     except ValueError as error:
@@ -107,7 +107,7 @@ def read_json(path: Path, kind: Any = Any) -> Any:
 
 
 def read_table(path: Path, kind: type[Value]) -> list[Value]:
-    """Return the rows, each of type `kind`, of a Parquet file (suffix `.parquet`) or JSON Lines file (other suffix)."""
+    """Return the rows of a Parquet file (suffix `.parquet`) or a JSON Lines file (any other suffix), of type `kind`."""
     if path.suffix != ".parquet":
         return read_jsonl(path, kind)
     import pyarrow
@@ -120,9 +120,9 @@ def read_table(path: Path, kind: type[Value]) -> list[Value]:
 
 
 def check_size(path: Path, found: int, expected: int, what: str, *, allow_subset: bool) -> tuple[str, ...]:
-    """Return notes on a file with `found` of `expected` rows; UserError if more, or if fewer and not `allow_subset`."""
+    """Raise UserError if a file has not the expected number of rows; with `allow_subset`, return a note if fewer."""
     if found > expected or (found < expected and not allow_subset):
-        hint = "; `allow_subset` (--allow-subset) accepts fewer" if found < expected else ""
+        hint = "; set `allow_subset` (--allow-subset) to accept fewer" if found < expected else ""
         refuse(path, None, f"{expected:,} {what}", f"{found:,}{hint}")
     return (f"{path.name}: {found:,} of {expected:,} {what}",) if found < expected else ()
 
