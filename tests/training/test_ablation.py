@@ -31,7 +31,7 @@ def run(recipe_file, out, *overrides):
     lines = []
     recipe = load_recipe(AblationRecipe, recipe_file, overrides)
     results = ablate(recipe, out, command="mose ablate", progress=False, announce=lines.append)
-    return results, [line.partition(" ")[2] for line in lines]
+    return results, [line.partition(" ")[2].removeprefix("training ") for line in lines]
 
 
 def kept_logs(monkeypatch):

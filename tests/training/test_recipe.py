@@ -41,7 +41,7 @@ def test_a_log_line_is_short_and_names_each_exit():
 @pytest.mark.parametrize(
     ("device", "seconds", "warmup", "announced", "said"),
     [
-        ("cpu", 60, 0, 41, "about 59 minutes if steps take as long as so far. To train for only 15 minutes, stop it"),
+        ("cpu", 60, 0, 41, "about 59 minutes if steps take as long as so far. To train for only 15 minutes, stop this"),
         ("cpu", 60, 0.2, 41, "with max_steps=15 and another"),
         ("cpu", 60, 40, 41, "with max_steps=15 warmup_steps=6 and another"),
         ("cpu", 18, 40, 43, "about 17 minutes if steps"),

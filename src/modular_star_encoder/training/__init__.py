@@ -18,7 +18,7 @@ _MAIN = {command: place for place, command in enumerate(("finetune", "recipe", "
 
 @dataclass(frozen=True, slots=True)
 class PackagedRecipe:
-    """A recipe that comes with the package: its name `folder/stem`, the `mose` command that runs it, and its file."""
+    """A recipe that comes with this package: its name, such as `small/finetune`, its `mose` command, and its file."""
 
     name: str
     command: str
@@ -33,7 +33,7 @@ class PackagedRecipe:
 
 
 def packaged_recipes() -> list[PackagedRecipe]:
-    """Return all packaged recipes, sorted by folder. Each folder's `finetune`, `recipe` and `ablation` come first."""
+    """Return all packaged recipes, sorted by folder; in a folder, `finetune`, `recipe` and `ablation` come first."""
     found = []
     for path in _root().glob("*/*.yaml"):
         if key := re.search(rf"^({'|'.join(_COMMANDS)}):", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
@@ -42,7 +42,10 @@ def packaged_recipes() -> list[PackagedRecipe]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Return a recipe's path; `name` is a YAML file, a packaged recipe (`small/finetune`) or its folder (`small`)."""
+    """Return the path of recipe `name`: a YAML file, a packaged recipe (`small/finetune`) or its folder (`small`).
+
+    If `command` is given, only packaged recipes of this `mose` command are found. UserError if there is no recipe.
+    """
     path = user_path(name)
     if path.is_file():
         return path
@@ -58,7 +61,7 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     names = [one.name for one in recipes]
     others = [one.command for one in packaged_recipes() if wanted in (one.name, one.name.partition("/")[0])]
     near = get_close_matches(wanted, dict.fromkeys(part for one in names for part in (one.partition("/")[0], one)), 1)
-    hint = f": it is a recipe of `mose {others[0]}`" if others else f" (did you mean {near[0]}?)" if near else ""
+    hint = f": run it with `mose {others[0]}`" if others else f" (did you mean {near[0]}?)" if near else ""
     hint, similar = (": it is a folder", "") if path.is_dir() else (hint, similar_files(path))
     message = f"Recipe {name} not found{hint}. Give the path of a YAML file{similar}, or one of: "
     raise UserError("settings.file", f"{message}{', '.join(names)}.")
@@ -68,15 +71,15 @@ def hub_config_folder(name: str) -> Path:
     """Return the folder of the packaged model configuration `name`; UserError (`config.unknown`) if it is not found."""
     names = sorted(path.parent.name for path in _root().glob("*/config.json"))
     if name not in names:
-        raise UserError("config.unknown", f"Configuration {name!r} not found. Available: {', '.join(names)}.")
+        raise UserError("config.unknown", f"Model configuration {name!r} not found. Available: {', '.join(names)}.")
     return _root() / name
 
 
 def starting_source(name: str) -> tuple[str | Path, bool]:
-    """Return (folder or Hub id, whether weights exist) for the model that a recipe calls `name`."""
+    """Return (folder or Hub id, whether weights exist) for a recipe's `model`, here `name`; a Hub id counts as True."""
     folder = user_path(name)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
-        return name, True  # it is assumed to have weights
+        return name, True  # without a look at the Hub
     try:
         folder = hub_config_folder(name)
     except UserError as error:

@@ -2,9 +2,10 @@
 
 From each *start* (weights and settings), models of several *kinds* are trained: all exits together, each exit alone,
 and variants (all exits together, with changed settings). A *cell* is one training run: a start, a kind, a learning rate
-and a seed; its result is stored in a file. Learning rates are chosen by scores on validation rows; all reported
-differences come from test rows. The comparison needs deep exits that are better than shallow ones, so the other models
-of a start are trained only if its deepest exit, trained alone, passes the recipe's `gate`.
+and a seed; the run's result is stored in a file. Learning rates are chosen by scores on validation rows; all reported
+differences come from test rows. The comparison makes sense only if deep exits are better than shallow exits. So first
+the deepest and the shallowest exit are trained alone, and the other models of a start are trained only if the gain of
+the deepest exit reaches the recipe's `gate`.
 """
 
 import copy
@@ -69,7 +70,7 @@ _FIXED = {"data", "eval_fraction", "max_train_samples", "seed", "exit_layer", "e
 
 
 def _name(name: str) -> str:
-    """Return the name of a checkpoint or variant; ValueError if it is reserved or has other characters than names."""
+    """Return the name of a start or variant unchanged; ValueError if it is reserved or has a forbidden character."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name == TOGETHER or name.startswith("exit-"):
         raise ValueError(f"may have only letters, digits, _, ., -; must not be `{TOGETHER}` or begin with `exit-`")
     return name
@@ -93,7 +94,10 @@ class _Content(TypedDict):
 
 
 class AblationCell(NamedTuple):
-    """A training run from `start`; `kind` is `together` (all exits), `exit-4` (only exit 4), or a variant's name."""
+    """One training run. `kind` says what is trained: `together` (all exits), `exit-4` (only exit 4), or a variant.
+
+    `start` is the name of the starting point.
+    """
 
     start: str
     kind: str
@@ -118,11 +122,11 @@ class AblationRecipe:
             default only the rate in `finetuning`. The rate with the best validation MRR is used with all seeds.
         seeds: each model (of one exit, of all exits, or of a variant) is trained once with each seed.
         exit_layers: exits to train alone; all exits of the model if None.
-        gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100; below
-            it, or if the gain's confidence interval includes 0, no other model of the start is trained.
+        gate: smallest gain of the deepest exit over the shallowest, both trained alone, in points of MRR × 100. If the
+            gain is smaller, or if its confidence interval includes 0, no other model of the start is trained.
         variants: {name of a variant: settings to change}; a variant trains all exits together with changed settings.
-        variants_on: names of the starts from which variants are trained, by default the start where training all exits
-            together lowers MRR most.
+        variants_on: names of the starts from which variants are trained; by default only the start where training all
+            exits together lowers MRR most.
     """
 
     COMMAND: ClassVar[str] = "ablate"
@@ -156,7 +160,7 @@ class AblationRecipe:
         return build_settings(FinetuningRecipe, copy.deepcopy(dict(self.finetuning)), "finetuning")
 
     def cell(self, start: str, kind: str, rate: float, seed: int) -> AblationCell:
-        """Return the training run of these values (see `AblationCell`); UserError if a setting is wrong."""
+        """Return the `AblationCell` of a start, a kind, a learning rate and a seed; UserError if a setting is wrong."""
         settings = copy.deepcopy(dict(self.finetuning))
         changes = {**self.starts[start], **self.variants.get(kind, {}), "learning_rate": rate, "seed": seed}
         if kind.startswith("exit-"):
@@ -174,14 +178,14 @@ class AblationRecipe:
 
 
 def recipe_reference(command: str) -> str:
-    """Return a text with one line per recipe key of `command` (pretrain, finetune, ablate): type, default, meaning."""
+    """Return a text that lists the keys of a recipe for `command` (pretrain, finetune, ablate), with their meaning."""
     kinds: dict[str, type] = {"settings": PretrainingRecipe if command == "pretrain" else AblationRecipe}
     if command == "finetune":
         tasks = {"retrieval": FinetuningRecipe, "classification": ClassificationRecipe}
         kinds = {f"settings with task: {task}": kind for task, kind in tasks.items()}
     parts = [f"{title}:\n{format_reference(kind)}\n" for title, kind in kinds.items()]
     others = "Every other argument of transformers.TrainingArguments is a setting, too."
-    shown = "Recipes set what is required, and may set other values than these defaults: see `mose recipes show NAME`."
+    shown = "The packaged recipes set all required keys, and change some defaults: see `mose recipes show NAME`."
     return "\n".join([*parts, others, shown, ""])
 
 
@@ -227,7 +231,10 @@ class Results:
     found: dict[tuple[str, str, float, int], Mapping[str, Any]] = field(default_factory=dict)
 
     def best_rate(self, start: str, kind: str) -> float:
-        """Return the learning rate with the best validation MRR for `kind` (first seed; mean over exits and tasks)."""
+        """Return the learning rate with which models of `kind` have the best validation MRR with the first seed.
+
+        The MRR is the mean over exits and tasks.
+        """
 
         def mrr(rate: float) -> float:
             tasks = self.found[start, kind, rate, self.recipe.seeds[0]]["validation"].values()
@@ -236,13 +243,16 @@ class Results:
         return max(self.recipe.rates, key=mrr)
 
     def tried(self, start: str) -> list[str]:
-        """Return the kinds (`together`, `exit-4`; no variants) trained from `start` with every learning rate."""
+        """Return the kinds of models, such as `exit-4`, trained from `start` with every learning rate; no variants."""
         known = dict.fromkeys(kind for of_start, kind, _, _ in self.found if of_start == start)
         runs = {kind: [(start, kind, rate, self.recipe.seeds[0]) for rate in self.recipe.rates] for kind in known}
         return [kind for kind in runs if kind not in self.recipe.variants and self.found.keys() >= {*runs[kind]}]
 
     def ranks(self, start: str, kind: str, exit_layer: int) -> dict[str, np.ndarray] | None:
-        """Return {task: reciprocal ranks (seeds, test queries)} of `kind` at an exit; None if a seed has no result."""
+        """Return the reciprocal ranks of models of `kind` at an exit, as {task: array of shape (seeds, test queries)}.
+
+        The models are those with the best learning rate; None if one of the seeds has no result.
+        """
         own = TOGETHER if kind in self.recipe.variants else kind
         if own not in self.tried(start):
             return None
@@ -253,7 +263,10 @@ class Results:
         return {task: np.array([self.found[key]["test"][task][str(exit_layer)] for key in keys]) for task in tasks}
 
     def gate(self, start: str) -> dict[str, Any]:
-        """Return the `estimate` of deepest − shallowest exit, trained alone, and `passed`, which is None if unknown."""
+        """Return the `estimate` of the gain of the deepest over the shallowest exit, both trained alone, and `passed`.
+
+        `passed` says whether the gain reaches the recipe's `gate` and its interval is above 0; None means unknown.
+        """
         first, last = (self.ranks(start, f"exit-{e}", e) for e in (self.exits[0], self.exits[-1]))
         if first is None or last is None:
             return {"passed": None}
@@ -261,12 +274,13 @@ class Results:
         return {"passed": difference["value"] >= self.recipe.gate and difference["low"] > 0, **difference}
 
     def summary(self) -> dict[str, Any]:
-        """Return a comparison of exits trained together, exits trained alone and variants, if all seeds have results.
+        """Return a comparison of exits trained together, exits trained alone, and variants.
 
         An entry of `starts` has `gate`, `rates` {kind of model: best learning rate}, `exits` {exit: {`together`,
         `alone`, `difference`}}, `mean_difference` and `variants` {name: {`exits`: {exit: {`score`, `from_together`,
-        `from_alone`}}}}, with results of `estimate`. Intervals of `difference` hold jointly for all exits and starts;
-        intervals of `from_together` and `from_alone` hold jointly for all exits and variants of a start.
+        `from_alone`}}}}; scores and differences are results of `estimate`, and models without results for all seeds
+        are left out. Intervals of `difference` hold jointly for all exits and starts; intervals of `from_together` and
+        `from_alone` hold jointly for all exits and variants of a start.
         """
         cells = []
         for (start, kind, rate, seed), content in self.found.items():
@@ -310,7 +324,10 @@ def _differences(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray])
 
 
 def _by_exit(tasks: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Return {exit: mean over tasks of the mean over queries × 100}; `tasks` is {task: {exit: score of each query}}."""
+    """Return {exit: mean score × 100}, the mean over tasks of the mean over queries.
+
+    `tasks` is {task: {exit: score of each query}}.
+    """
     exits = next(iter(tasks.values()))
     return {e: round(100 * float(np.mean([np.mean(task[e]) for task in tasks.values()])), 2) for e in exits}
 
@@ -344,7 +361,7 @@ def _plan(results: Results) -> Iterator[AblationCell]:
 
 
 class _Cells:
-    """Runs the training of an ablation and stores each result in the folder `out`; `results` has all results."""
+    """Trains the models of an ablation and stores each result as a file in `out`; `results` has all results."""
 
     def __init__(self, recipe: AblationRecipe, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
         base = recipe.base()
@@ -362,10 +379,10 @@ class _Cells:
                     raise UserError(error.key, f"{start}/{kind}: {error}") from error
         exits = next(iter(models.values()))
         if other := next((name for name, own in models.items() if own != exits), ""):
-            message = f"All models must have the same exits. {other} has {models[other]}, not {exits}."
+            message = f"All models must have the same exits. {other} has the exits {models[other]}, not {exits}."
             raise UserError("ablation.exits", message)
         if unknown := sorted(set(recipe.exit_layers or ()) - set(exits)):
-            message = f"`exit_layers` names {unknown}, but the model's exits are {exits}."
+            message = f"`exit_layers` contains {unknown}, but the model's exits are {exits}."
             raise UserError("ablation.exit_layers", message)
         self.results = Results(recipe, exits)
         if not (out / "cells").is_dir():  # `cells` may have been copied from another machine, without `data`
@@ -376,12 +393,12 @@ class _Cells:
         parts = _parts(self.data.held_out)
         self.tasks = {part: held_out_tasks(rows, limit=base.eval_pairs) for part, rows in parts.items()}
         if not all(self.tasks.values()):
-            fault = "The held-out rows need 2 pairs for validation, and 2 pairs of another repository for the test"
-            raise UserError("ablation.held_out", f"{fault}: add rows, or raise `eval_fraction` (at most 0.2).")
+            fault = "Too few rows are held out: 2 pairs are needed for validation, 2 of another repository for the test"
+            raise UserError("ablation.held_out", f"{fault}. Add rows, or raise `eval_fraction` (at most 0.2).")
 
     @staticmethod
     def _start(cell: AblationCell, folder: Path) -> tuple[StartingPoint[ModularStarEncoderForRetrieval], Any, Any]:
-        """Check the recipe of a training run; return the run's starting point, training arguments and objective."""
+        """Check the recipe of training run `cell`; return its starting point, training arguments and objective."""
         start = StartingPoint(ModularStarEncoderForRetrieval, cell.recipe)
         arguments = cell.recipe.arguments(folder, progress=False)
         objective = cell.recipe.make_objective()
@@ -389,7 +406,7 @@ class _Cells:
         return start, arguments, objective
 
     def add(self, cell: AblationCell) -> bool:
-        """Add the result of training run `cell` to `results`; return whether the result had no file in `out` yet."""
+        """Add the result of run `cell` to `results`, from its file or by training; return whether it was trained."""
         path, recipe = self.out / "cells" / f"{cell.name}.json", cell.recipe
         source, weights = starting_source(recipe.model)
         made_from = without_places(recipe.to_dict())
@@ -407,12 +424,12 @@ class _Cells:
             begun, now = self.out / "training" / cell.name / "recipe.json", time.strftime("%H:%M:%S")
             if not begun.is_file() or read_json(begun) != made_from:
                 if any(begun.parent.glob("checkpoint-*")):
-                    self.announce(f"{now} {cell.name}: removes checkpoints of another recipe or of an older version")
+                    self.announce(f"{now} {cell.name}: removing checkpoints of another recipe or of an older version")
                 if begun.parent.exists():
                     shutil.rmtree(begun.parent)
                 begun.parent.mkdir(parents=True)
                 write_json(begun, made_from)
-            self.announce(f"{now} {cell.name}")
+            self.announce(f"{now} training {cell.name}")
             content = {"recipe": made_from, **self._train(cell)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
@@ -422,7 +439,7 @@ class _Cells:
         return not known
 
     def _train(self, cell: AblationCell) -> dict[str, Any]:
-        """Train and evaluate the model of `cell`; return the content of the run's file except `recipe`."""
+        """Train and evaluate the model of `cell`; return the content of the result's file, without `recipe`."""
         recipe, lengths = cell.recipe, cell.recipe.lengths()
         folder = self.out / "training" / cell.name
         start, arguments, objective = self._start(cell, folder)
@@ -459,7 +476,7 @@ class _Cells:
 
 
 def _parts(rows: Sequence[RetrievalExample]) -> dict[str, list[RetrievalExample]]:
-    """Return {"validation": rows, "test": rows}, the held-out rows split by repository into about equal halves."""
+    """Return {"validation": rows, "test": rows}: `rows` split into about equal halves without a common repository."""
     names = [row.repository or str(place) for place, row in enumerate(rows)]
     sizes, first, taken = Counter(names), set(), 0
     for name in hashed_order(sizes, 0):
@@ -480,10 +497,11 @@ def _resamples(size: int, seed: int) -> np.ndarray:
 
 
 def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, Any]:
-    """Return {`value`, `low`, `high`, `by_seed`}: the mean × 100 of `values`, one array (seeds, queries) per task.
+    """Return the mean × 100 of `values` as {`value`, `low`, `high`, `by_seed`}; `by_seed` lists the mean of each seed.
 
-    The bootstrap for `low` and `high` draws seeds and, within each task, queries. To compare two models, pass the
-    differences of their values. The intervals of `comparisons` estimates hold jointly with 95 % (Bonferroni).
+    `values` has an array of shape (seeds, queries) for each task. `low` and `high` are the bounds of a bootstrap
+    interval, for which seeds and, within each task, queries are drawn. To compare two models, pass the differences of
+    their values. For a family of `comparisons` estimates, all intervals hold jointly with 95 % (Bonferroni).
     """
     of_seeds = _resamples(len(values[0]), 0)
     draws = np.zeros(RESAMPLES)
@@ -498,7 +516,7 @@ def estimate(values: Sequence[np.ndarray], comparisons: int = 1) -> dict[str, An
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """Return the report in Markdown; `results` is what `ablate` returns."""
+    """Return the report of an ablation in Markdown; `results` is the dict that `ablate` returns."""
     recipe, exits = results["recipe"]["finetuning"], results["exits"]
     rows = [["start", "difference", "interval", "depth pays"]]
     for name, one in results["starts"].items():
@@ -510,7 +528,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         f"MRR × 100 on test rows, means over seeds {', '.join(map(str, results['seeds']))}; {recipe['max_steps']} "
         f"steps of {recipe['batch_size']} pairs. Intervals: 95 % together (Bonferroni), bootstrap over queries and "
         "seeds, paired. The learning rate of each kind was chosen on validation rows.",
-        *([] if results["finished"] else ["Training runs are missing; the same command continues with them."]),
+        *([] if results["finished"] else ["Training runs are missing; run the same command again to add them."]),
         "## Gate: deepest exit alone − shallowest exit alone",
         "\n".join(markdown_table(rows)),
     ]
@@ -545,7 +563,10 @@ def _signed(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def plot_ablation(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG with a panel for each start; its lines are MRR × 100 by depth of exits trained together and alone."""
+    """Write a PNG with a panel for each start: MRR × 100 by depth, one line for each kind of model.
+
+    The kinds are exits trained together, exits trained alone and, if there are variants, the best variant.
+    """
     tables = []
     for name, found in results["starts"].items():
         of_exits = found["exits"].items()

@@ -1,4 +1,4 @@
-"""`MultiExitTrainingArguments`: how the exits are trained, and a learning rate that changes in steps."""
+"""`MultiExitTrainingArguments`: arguments for training a model with exits, and a check of training arguments."""
 
 import copy
 import re
@@ -27,9 +27,9 @@ class MultiExitTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus arguments that say how the exits of a ModularStarEncoder are trained.
 
     Args:
-        exit_weights: weights of the exits' losses: `"paper"` (i / number of layers for exit i), `"uniform"`,
-            `"linear"`, `"geometric"`, or a list of one number per exit; see `exit_weights` of
-            `modular_star_encoder.objectives.exit_losses`.
+        exit_weights: weights of the exits' losses: `"paper"` (the exit after layer i gets i / number of layers),
+            `"uniform"`, `"linear"`, `"geometric"`, or a list of one number per exit; see the function `exit_weights`
+            of `modular_star_encoder.objectives.exit_losses`.
         normalize_exit_weights: divide the exits' weights by their sum.
         exit_schedule: exits to train in a step: `"all"`, `"rotate"`, `"alternate"` or `"deepest_first"`. `"rotate"`
             trains the deepest exit and one other exit, which changes from step to step. `"alternate"` trains only the
@@ -39,18 +39,18 @@ class MultiExitTrainingArguments(TrainingArguments):
         detach_shallow_exits: only the deepest exit's loss trains the trunk; the loss of each shallower exit trains only
             the head of this exit. DeeBERT (arXiv 2004.12993) first trains the trunk, then the heads; here both are
             trained at once. The model must have projection heads.
-        share_heads: keep the projection heads of all exits equal. They start as copies of the deepest exit's head and
-            are trained by the sum of the exits' gradients.
+        share_heads: keep the projection heads of all exits equal. All heads start as copies of the deepest exit's head,
+            and are trained with the sum of the exits' gradients.
         ema_decay: decay of an exponential moving average of the weights, or 0 for no average. The saved model has the
-            average in place of the last step's weights. FSDP and `load_best_model_at_end` are not supported.
-        log_gradient_norms: log norms and cosines of the gradients of the exits' weighted losses. A logged step runs one
-            more backward pass per exit. `gradient_norm_exit_{layer}` is the norm of the gradient of an exit's loss with
-            respect to the trunk. `gradient_cosine_layer_{number}` is the cosine between the gradients of two exits'
-            losses with respect to one layer, averaged over all pairs of exits; below 0, the exits conflict. Layer 0
-            means all weights of the trunk outside its layers. FSDP is not supported.
-        milestones: ascending steps at which the learning rate changes to the next of `fractions`. They replace
-            `lr_scheduler_type`; see `rate_fraction`.
-        fractions: for each milestone, the learning rate from that step on, as a fraction of the peak.
+            average in place of the last step's weights. An average can't be used with FSDP or `load_best_model_at_end`.
+        log_gradient_norms: compare the gradients of the exits' weighted losses. A logged step runs one more backward
+            pass per exit. `gradient_norm_exit_{layer}` is the norm of the gradient of an exit's loss with respect to
+            the trunk. `gradient_cosine_layer_{number}` is the cosine between the gradients of two exits' losses with
+            respect to one layer, averaged over all pairs of exits; a cosine below 0 means that the exits conflict.
+            Layer 0 means all weights of the trunk outside its layers. FSDP is not supported.
+        milestones: ascending steps at which the learning rate changes to the next of `fractions`. With milestones,
+            `lr_scheduler_type` has no effect; see `rate_fraction`.
+        fractions: for each milestone, the learning rate from that step on, as a fraction of `learning_rate`.
 
     Raises:
         UserError: `milestones` or `fractions` are invalid (`training.schedule`), `exit_schedule` is unknown
@@ -66,13 +66,13 @@ class MultiExitTrainingArguments(TrainingArguments):
 
     exit_weights: str | list[float] = field(default="paper", metadata={"help": "weights of the exits' losses"})
     normalize_exit_weights: bool = field(default=False, metadata={"help": "divide exit_weights by their sum"})
-    exit_schedule: str = field(default="all", metadata={"help": "which exits a step trains"})
-    detach_shallow_exits: bool = field(default=False, metadata={"help": "shallow exits do not train the trunk"})
-    share_heads: bool = field(default=False, metadata={"help": "one projection head for all exits"})
+    exit_schedule: str = field(default="all", metadata={"help": "exits to train in each step"})
+    detach_shallow_exits: bool = field(default=False, metadata={"help": "train the trunk by the deepest exit"})
+    share_heads: bool = field(default=False, metadata={"help": "keep the exits' projection heads equal"})
     ema_decay: float = field(default=0.0, metadata={"help": "decay of the moving average of the weights, or 0"})
-    log_gradient_norms: bool = field(default=False, metadata={"help": "log each exit's gradient norm on the trunk"})
+    log_gradient_norms: bool = field(default=False, metadata={"help": "log norms of the exits' gradients"})
     milestones: list[int] = field(default_factory=list, metadata={"help": "steps at which the learning rate changes"})
-    fractions: list[float] = field(default_factory=list, metadata={"help": "learning rates / the peak rate"})
+    fractions: list[float] = field(default_factory=list, metadata={"help": "rate at each milestone / learning_rate"})
 
     def __post_init__(self) -> None:
         decay, other_weights = self.ema_decay, self.fsdp or self.load_best_model_at_end
@@ -84,11 +84,12 @@ class MultiExitTrainingArguments(TrainingArguments):
         except (ValidationError, TypeError):  # TypeError: `warmup_steps` is not a number
             fits = False
         if not fits:
-            message = f"milestones={self.milestones!r} must ascend from warmup_steps={self.warmup_steps} on, "
-            message += f"and fractions={self.fractions!r} must have one number of at least 0 for each milestone."
+            message = f"milestones={self.milestones!r} must be ascending steps, none below warmup_steps="
+            message += f"{self.warmup_steps}, and fractions={self.fractions!r} one number >= 0 for each milestone."
             raise UserError("training.schedule", message)
         if not isinstance(decay, int | float) or not 0 <= decay < 1 or (decay and other_weights):
-            message = f"ema_decay={decay!r} must be at least 0 and below 1, and 0 with fsdp or load_best_model_at_end."
+            message = f"ema_decay={decay!r} must be at least 0 and below 1; set it to 0 if you use fsdp or "
+            message += "load_best_model_at_end."
             raise UserError("training.ema_decay", message)
         if self.exit_schedule not in EXIT_SCHEDULES:
             message = f"exit_schedule={self.exit_schedule!r} must be one of {', '.join(EXIT_SCHEDULES)}."
@@ -103,7 +104,7 @@ class MultiExitTrainingArguments(TrainingArguments):
             logger.warning_once(f"{message}never reaches learning_rate. Lower warmup_steps.")
 
     def rate_fraction(self, step: int) -> float:
-        """Return the learning rate at an optimiser step (counted from 0) as a fraction of its peak.
+        """Return the learning rate at an optimiser step (counted from 0) as a fraction of the peak, `learning_rate`.
 
         The fraction rises to 1 over `warmup_steps` and stays 1 until `milestones[0]`. From step `milestones[i]` on,
         the fraction is `fractions[i]`.
@@ -119,7 +120,10 @@ class MultiExitTrainingArguments(TrainingArguments):
 
 
 def check_arguments(arguments: MultiExitTrainingArguments) -> None:
-    """Train a tiny model for a moment: errors of transformers or torch then occur now, not when training begins."""
+    """Run a tiny model with `arguments`, so that errors of transformers or torch occur now, before the training.
+
+    With DeepSpeed or FSDP, nothing is checked.
+    """
     if arguments.deepspeed_plugin is not None or arguments.fsdp:  # a process can set up each of them only once
         return
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "projection_size"), 8)

@@ -46,7 +46,7 @@ logger = logging.get_logger(__name__)
 def load_finetuning(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[StartingRecipe, Callable[..., dict[str, Any]]]:
-    """Read a fine-tuning recipe (see `load_recipe`); return the recipe and the function that runs it."""
+    """Read a fine-tuning recipe (see `load_recipe`); return the recipe and the function that runs this recipe."""
     path = find_recipe(os.fspath(path), "finetune")
     task = read_mapping(path, overrides).get("task", "retrieval")
     if task == "retrieval":
@@ -115,7 +115,7 @@ def finetune(
     tasks = held_out_tasks(rows.held_out, limit=recipe.eval_pairs, seed=recipe.seed)
     if shown:
         count = sum(len(task.queries) for task in tasks)
-        what = f"{count:,} pairs, cut to {longest} tokens, at {len(start.config.exit_layers)} exits"
+        what = f"{count:,} pairs of texts of at most {longest} tokens, at {len(start.config.exit_layers)} exits"
         what += ", before and after training" * before
         print(runs.evaluation_notice(log, what, (len(held_out) + count * (1 + before)) / recipe.batch_size))
     log |= {"evaluation": runs.final_metrics(trainer), "recipe": run.settings}
@@ -136,7 +136,7 @@ def finetune(
 
 
 def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> ExitEncoder:
-    """Move a model to the GPU, or to the CPU if there is no GPU; return an encoder for all exits of the model."""
+    """Move a model to the GPU, or to the CPU if there is no GPU; return an `ExitEncoder` for all exits of the model."""
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return ExitEncoder(model, tokenizer, name, max_length=max_length)
 
@@ -144,7 +144,7 @@ def exit_encoder(model: Any, tokenizer: Any, name: str, max_length: int) -> Exit
 def finetune_classifier(
     recipe: ClassificationRecipe, out: str | os.PathLike[str], *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train a classifier of code pairs (`finetune` trains models for retrieval); return the training log."""
+    """Train a classifier of pairs of code snippets, or continue the interrupted run in `out`; return the log."""
     out, state, objective = Path(out), runs.processes_of_run(), ClassificationObjective()
     start = StartingPoint(ModularStarEncoderForSequenceClassification, recipe)
     arguments = recipe.arguments(out / runs.CHECKPOINTS, state.num_processes, progress=progress)

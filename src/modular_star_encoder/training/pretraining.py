@@ -1,4 +1,4 @@
-"""Pre-train a model from a recipe: train a tokenizer, tokenize the corpus, train. Interrupted runs can be continued."""
+"""Pre-train a model from a recipe: train a tokenizer, tokenize the corpus, train the model. Runs can be continued."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -55,8 +55,8 @@ def pretrain(
     check_objective(objective, arguments, config, config.exit_layers)
     repositories = open_corpus(recipe.corpus).repositories
     if repositories is not None and len(repositories) < 4:  # None: not known before the whole corpus is read
-        message = f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). It needs at least "
-        message += "four: two to train on and two to hold out, to pair snippets of different repositories in both sets."
+        message = f"The corpus has {len(repositories)} repositories ({', '.join(repositories)}). Add repositories: two "
+        message += "are needed to train on and two to hold out, because pairs need snippets of different repositories."
         raise UserError("training.corpus.too_few_repositories", message)
     run = runs.Run(out, recipe, "pre-training", until_trained=("corpus", "tokenizer", "model"))
     if run.log is not None:
@@ -97,7 +97,7 @@ def pretrain(
             size = f"{len(part):,} {snippets} {use}, of {len(part.repositories):,} repositories"
             print(printable(f"{size}: {', '.join(names)}{more}"))
         if len(held_out.repositories) == 2 > round(recipe.eval_fraction * len(store.repositories)):
-            print("two repositories are held out, the fewest that give pairs of snippets from different repositories")
+            print("two repositories are held out: the fewest that give pairs of snippets from different repositories")
     options: dict[str, Any] = {"max_tokens": recipe.max_tokens, "mlm_probability": recipe.mlm_probability}
     rows, eval_rows = recipe.max_steps * recipe.tokens_per_step // recipe.max_tokens, recipe.eval_rows
     pairs, unseen, fitted = (
@@ -129,7 +129,7 @@ def pretrain(
 
 
 def exit_report(log: Mapping[str, Any]) -> str:
-    """Return a Markdown table of the held-out quality of each exit and of guesses, from the log of `pretrain`."""
+    """Return a Markdown table from the log of `pretrain`: quality of each exit and of guesses on held-out rows."""
     found, prefix = log["evaluation"], "eval_mlm_loss_exit_"
     losses = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
     accuracies: dict[str, float] = {k: found[f"eval_icc_accuracy_exit_{k}"] for k in losses}
@@ -141,7 +141,7 @@ def exit_report(log: Mapping[str, Any]) -> str:
         shown = ["", ""] if loss is None else [f"{loss:.3f}", f"{torch.tensor(loss).exp():.1f}"]
         rows.append([name, *shown, percent(accuracy)])
     table, steps = "\n".join(markdown_table(rows)), f"After {log['steps']:,} steps, on held-out rows."
-    guesses = "`guess` goes by how often each token occurs (MLM) or by chance (ICC); the last row compares identifiers."
+    guesses = "`guess` predicts by token frequency (MLM) or by chance (ICC), the last row by identifiers in common."
     tasks = "MLM: masked language modelling. ICC: do two snippets come from one repository (in-context classification)?"
     return f"{table}\n\n{steps} {tasks} {guesses}\n"
 

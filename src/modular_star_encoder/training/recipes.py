@@ -50,7 +50,7 @@ _Rank = Annotated[Count, Constraint(le=1024)]
 
 @with_config({"extra": "allow"})
 class LoraArguments(TypedDict, total=False):
-    """The arguments of `peft.LoraConfig` that are ranks, checked because adapters of high rank need much memory."""
+    """Arguments of `peft.LoraConfig`. Ranks above 1024 are an error, because their adapters need much memory."""
 
     r: _Rank
     rank_pattern: Mapping[str, _Rank]
@@ -63,11 +63,11 @@ class TrainingSettings:
     Args:
         max_steps: number of optimiser steps.
         learning_rate: peak of the learning-rate schedule.
-        seed: seed of everything random, from 0 to 4294967295.
-        logging_steps, eval_steps, save_steps: number of steps between log lines, evaluations or checkpoints; a number
-            below 1 is a fraction of all steps.
-        training: {name: value} of all other arguments; UserError for an argument that uploads, for
-            `parallelism_config`, and for the name of a file in place of a mapping.
+        seed: seed of all random numbers, from 0 to 4294967295.
+        logging_steps, eval_steps, save_steps: number of steps between log lines, between evaluations and between
+            checkpoints; a number below 1 is a fraction of all steps.
+        training: {name: value} of all other arguments. Arguments that upload the model, `parallelism_config`, and the
+            name of a JSON file in place of a mapping raise UserError.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = (
@@ -91,7 +91,7 @@ class TrainingSettings:
                 message = f"A recipe can't upload: leave out {name}, and publish with `mose publish`."
                 raise UserError("training.arguments.upload", message)
             if name == "parallelism_config":
-                message = f"Leave out {name}: give `accelerate launch` its options --parallelism_config_… instead."
+                message = f"Leave out {name}: give the options --parallelism_config_… to `accelerate launch` instead."
                 raise UserError("training.arguments.decided", message)
             # transformers takes a string for the name of a JSON file and reads it.
             if name in _MAPPINGS and not isinstance(value, Mapping | None):
@@ -100,22 +100,22 @@ class TrainingSettings:
         object.__setattr__(self, "training", {**self.DEFAULTS, **self.training})
 
     def batches(self, processes: int) -> dict[str, Any]:
-        """Return training arguments that divide a batch among `processes` devices; UserError if a remainder is left."""
+        """Return training arguments that split a batch evenly over `processes` devices; UserError if they can't."""
         return {"per_device_train_batch_size": 1}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as one dict of plain values, like the content of the recipe's YAML file."""
+        """Return all settings as one dict of plain values, with the same keys as the recipe's YAML file."""
         settings = asdict(self)
         return {**settings.pop("training"), **settings}
 
     def arguments(self, folder: Path, processes: int = 1, *, progress: bool) -> MultiExitTrainingArguments:
-        """Return arguments to train on `processes` devices and save in `folder`; UserError if a setting is wrong."""
+        """Return arguments to train on `processes` devices and to save in `folder`; UserError if a setting is wrong."""
         decided = {"output_dir": os.fspath(folder), "auto_find_batch_size": False, **self.batches(processes)}
         decided["per_device_eval_batch_size"] = decided["per_device_train_batch_size"]
         given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
         given |= given.pop("training")
         if twice := sorted(set(given) & set(decided)):
-            message = f"Leave out {', '.join(twice)}, which follows from the recipe's other settings."
+            message = f"Leave out {', '.join(twice)}: the recipe's other settings already decide this."
             raise UserError("training.arguments.decided", message)
         defaults: dict[str, Any] = {"eval_strategy": "steps", "report_to": "none", "disable_tqdm": not progress}
         defaults |= {"bf16": bf16_is_faster(), "use_cpu": not torch.cuda.is_available()}
@@ -127,13 +127,13 @@ class TrainingSettings:
             raise
         except Exception as error:  # of transformers, or of a library that an argument needs
             unset_hf_deepspeed_config()  # the rejected settings would break the loading of every later model
-            message = f"TrainingArguments rejects a setting: {' '.join(str(error).split())}"
+            message = f"transformers rejects a setting of the recipe: {' '.join(str(error).split())}"
             raise UserError("training.arguments.value", message) from error
 
 
 @settings_class
 class TrainingRecipe(TrainingSettings):
-    """Settings that all training recipes share.
+    """Settings of every training recipe: the model to train, its tokenizer and its attention.
 
     Args:
         model: a packaged configuration, such as small, or a folder with a config.json; training starts from the
@@ -156,10 +156,10 @@ class PretrainingRecipe(TrainingRecipe):
         tokens_per_step: number of tokens per step over all devices; every row counts as `max_tokens` tokens.
         rows_per_device: number of rows in a forward pass on one device; gradients of several passes are accumulated.
         max_tokens: largest number of tokens of a row, special tokens included.
-        mlm_probability: fraction of the text tokens that the model must predict (MLM).
+        mlm_probability: fraction of the text tokens that the model must predict (masked language modelling).
         tokenizer: folder or Hub id, by default a new tokenizer of the model's vocabulary size, trained on the corpus.
-        start_from_corpus: begin with similar embeddings of tokens that are spelled alike, such as "Parse" and "parse",
-            and with output biases set from the token frequencies; this helps small models.
+        start_from_corpus: before training, give similar embeddings to tokens that are spelled alike, such as "Parse"
+            and "parse", and set the output biases from the token frequencies; this helps small models.
         packing: join all rows of a batch into one row without padding.
         eval_fraction: fraction of the repositories that is held out for evaluation.
         eval_rows: number of held-out rows in an evaluation, at most 100,000.
@@ -185,12 +185,13 @@ class PretrainingRecipe(TrainingRecipe):
 
 @settings_class
 class StartingRecipe(TrainingRecipe):
-    """Settings that all fine-tuning recipes share.
+    """Settings of every fine-tuning recipe, for retrieval or classification.
 
     Args:
         task: `retrieval` (pairs of texts) or `classification` (labelled pairs).
-        model: folder or Hub id of a fine-tuned model, or of a pre-trained model, which gets new heads. For random
-            weights, name a folder with a config.json but no weights, or a packaged configuration, and set `tokenizer`.
+        model: folder or Hub id of a fine-tuned model, or of a pre-trained model, to which new heads are added. To start
+            from random weights, name a packaged configuration, or a folder with a config.json but no weights, and set
+            `tokenizer`.
         exit_layer: train this exit alone, as a single-exit baseline; deeper layers and other exits' heads are removed.
         config: {name: new value} for the model's configuration, such as `residual_dropout: 0.1`.
         unpad_inputs: remove padding tokens in training; the saved model has the `unpad_inputs` of the starting model.
@@ -216,16 +217,16 @@ class StartingRecipe(TrainingRecipe):
 
 @settings_class
 class TeacherSettings(DistillationSettings):
-    """Settings of a recipe's `distillation`: the teacher, and how the exits learn its vectors.
+    """Settings of a recipe's `distillation`: the teacher model, and how the exits learn the teacher's vectors.
 
     Args:
         teacher: the model to learn from; any name that `load_encoder` takes, such as a folder, a Hub id or an endpoint.
-        query_prompt, document_prompt: prefixes of each description and of each snippet that the teacher embeds.
+        query_prompt, document_prompt: prefix of each description, and prefix of each snippet, that the teacher embeds.
         max_characters: texts are cut to this number of characters before the teacher embeds them.
         centre_by_kind: subtract the mean vector of all descriptions from the vector of each description, do the same
             for code snippets, and scale the differences to length 1.
-        texts: file of unpaired texts that the exits also learn from: JSON Lines or Parquet with a column `text`. A
-            batch has one unpaired text for every two pairs.
+        texts: file of texts that belong to no pair, from which the exits also learn: JSON Lines or Parquet with a
+            column `text`. A batch has one of these texts for every two pairs.
         start_from_teacher: before training, initialise exit 0 from the teacher's vectors of single tokens; see
             `starting_points.start_from_teacher`.
         cache: folder to store the teacher's vectors in, by default in the user's cache folder.
@@ -247,14 +248,17 @@ class FinetuningRecipe(StartingRecipe):
 
     Args:
         data: sources of pairs, such as `pairs: pairs.csv`; see `read_retrieval_examples`.
-        batch_size: number of pairs per step over all devices; texts of other pairs in a step are a pair's negatives.
+        batch_size: number of pairs per step over all devices. For each pair, the texts of the step's other pairs serve
+            as negatives.
         max_train_samples: number of rows to train on, drawn at random (all if None).
         max_text_tokens: largest number of tokens of a description, prompt and special tokens included.
         max_code_tokens: largest number of tokens of a code snippet, prompt and special tokens included.
-        identifier_rename_prob: fraction of the code snippets whose most frequent identifiers become random strings.
-        objective: settings of the loss, see `ContrastiveSettings`; leave out `pairs`, which the data determines.
+        identifier_rename_prob: fraction of the code snippets in which random strings replace the most frequent
+            identifiers.
+        objective: settings of the loss, see `ContrastiveSettings`; leave out `pairs`, which follows from the data.
         distillation: a teacher whose vectors every exit learns; see `TeacherSettings`.
-        eval_fraction: fraction of each source's rows to hold out for evaluation, in whole repositories, at most 0.2.
+        eval_fraction: fraction of each source's rows to hold out for evaluation, at most 0.2. Rows of one repository
+            are all trained on or all held out.
         eval_pairs: number of held-out pairs in each evaluation.
     """
 
@@ -277,7 +281,7 @@ class FinetuningRecipe(StartingRecipe):
         default = ContrastiveSettings().pairs
         pairs = (("query", "document", "negative"),) if have_negatives(self.data) else default
         if self.objective.pairs not in (default, pairs):
-            message = "Leave out `objective.pairs`: the data decides whether there are negatives."
+            message = "Leave out `objective.pairs`: it follows from whether the rows of `data` have negatives."
             raise UserError("training.objective.pairs", message)
         if self.lora is not None and self.distillation and self.distillation.start_from_teacher:
             message = "`lora` freezes the weights that `distillation.start_from_teacher` sets; leave out one of them."
@@ -304,15 +308,16 @@ class FinetuningRecipe(StartingRecipe):
 
 @settings_class
 class ClassificationRecipe(StartingRecipe):
-    """Settings to train a classifier of code pairs, for clone detection.
+    """Settings to train a classifier of pairs of code snippets, for clone detection.
 
     Args:
         data: labelled pairs, such as `bigclonebench: FOLDER`; see `read_labelled_pairs`.
         batch_size: number of pairs per step over all devices, reached by accumulating gradients.
-        pairs_per_device: number of pairs in a forward pass on one device, by default `batch_size` / number of devices.
+        pairs_per_device: number of pairs in a forward pass on one device, by default `batch_size` divided by the number
+            of devices.
         max_tokens: largest number of tokens of a pair, special tokens included.
-        max_train_samples, max_eval_samples: number of pairs to train on and to evaluate with, drawn at random from each
-            split (all if None).
+        max_train_samples, max_eval_samples: number of training pairs, and number of pairs of each evaluation split,
+            drawn at random (all pairs if None).
     """
 
     data: Mapping[str, Any]
@@ -349,5 +354,5 @@ AnyRecipe = TypeVar("AnyRecipe")
 
 
 def load_recipe(kind: type[AnyRecipe], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read the recipe `path`, changed by `overrides` such as `seed=1`; see `find_recipe` and `load_settings`."""
+    """Read recipe `path` as the class `kind`, with `overrides` such as `seed=1`; see `find_recipe`, `load_settings`."""
     return load_settings(kind, find_recipe(os.fspath(path), getattr(kind, "COMMAND", "finetune")), overrides)

@@ -38,10 +38,10 @@ from modular_star_encoder.utils.settings import build_settings
 
 MODEL, ADAPTER, CHECKPOINTS, REPORT = "model", "adapter", "checkpoints", "report.md"
 LOG = Path(MODEL, "training_log.json")
-"""Path of the training log in a run's folder. It is written last, so a run with a log is finished."""
+"""Path of the training log in a run's folder. The log is written last, so a run with a log is finished."""
 
 MAY_CHANGE = frozenset({"dataloader_num_workers", "save_total_limit"})
-"""Settings that may differ when a run is continued, because they do not influence what is learned."""
+"""Settings that may be changed when a run is continued, because they have no influence on the trained weights."""
 
 LONG_RUN = 15 * 60  # seconds; a message announces the duration of a longer run on a CPU
 LONG_STEP = 20  # seconds; a longer first step is enough to estimate the duration, otherwise three steps are needed
@@ -93,7 +93,7 @@ def _preflight(
     other_bytes: int = 0,  # per device
     groups: Mapping[str, int] | None = None,
 ) -> Preflight:
-    """Return the estimated size of a training run; `model` may be on the meta device."""
+    """Return the estimated size of a run that trains `model`, which may be on the meta device."""
     config, groups, steps = model.config, groups or {}, recipe.max_steps
     parameters, layers = (sum(one.numel() for one in part.parameters()) for part in (model, model.model.layers))
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
@@ -121,7 +121,7 @@ def _preflight(
 def pretraining_preflight(
     model: ModularStarEncoderForPreTraining, recipe: PretrainingRecipe, processes: int
 ) -> Preflight:
-    """Return a `Preflight` with the size of a pre-training run, in which the heads predict only masked tokens."""
+    """Return a `Preflight` with the estimated size of a pre-training run; heads are computed for masked tokens only."""
     exits = 2 if recipe.training["exit_schedule"] == "rotate" else len(model.config.exit_layers)
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     head_flops = 6.0 * recipe.mlm_probability * exits * heads * recipe.max_tokens
@@ -153,18 +153,24 @@ def processes_of_run() -> PartialState:
 
 
 def check_folder(out: Path, mark: str, kind: str) -> None:
-    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or has visible entries but no entry `mark`."""
+    """Raise UserError (`training.run.not_a_run`) if `out` is a file, or a folder with files but no file `mark`.
+
+    `mark` is the file or folder that shows that `out` is ours. Hidden files do not count.
+    """
     if out.is_file():
-        raise UserError("training.run.not_a_run", f"{out} is a file; name a folder.")
+        raise UserError("training.run.not_a_run", f"Name a folder: {out} is a file.")
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if names and mark not in names:
-        raise UserError("training.run.not_a_run", f"{out} is not empty and has no {kind}; choose another folder.")
+        raise UserError("training.run.not_a_run", f"Choose another folder: {out} contains files, but no {kind}.")
 
 
 def check_same(
     place: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], advice: str = ""
 ) -> None:
-    """Raise UserError (`training.run.other_settings`), with `advice`, if a setting of `names` differs."""
+    """Raise UserError (`training.run.other_settings`) if a setting in `names` differs between `before` and `now`.
+
+    The message ends with `advice`.
+    """
     if other := sorted(name for name in names if before.get(name) != now.get(name)):
         message = f"{place} has a run with other values of {', '.join(other)}; choose another folder{advice}."
         raise UserError("training.run.other_settings", message)
@@ -181,10 +187,11 @@ def hold(out: Path) -> contextlib.ExitStack:
 class Run:
     """The folder of a training run, with `recipe.json` (settings), `checkpoints/`, and `model/` with the training log.
 
-    `log` is the log of a finished run, else None. A run with a model or checkpoint is continued with the same settings
-    (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must be equal. `start.json`
-    has checksums that must be equal in a run with a checkpoint; with `lora`, one of the starting model, because
-    checkpoints have only the adapters.
+    `log` is the training log of a finished run, and None before. A run with a model or checkpoint can be continued only
+    with the same settings (except `MAY_CHANGE`); before the first checkpoint, only the settings in `until_trained` must
+    be the same. `start.json` holds checksums of what the training starts from; a run with a checkpoint can be continued
+    only with the same checksums. With `lora`, one checksum is of the starting model, because checkpoints have only the
+    adapters.
     """
 
     def __init__(self, out: Path, recipe: TrainingSettings, kind: str, *, until_trained: Iterable[str] = ()) -> None:
@@ -210,14 +217,17 @@ class Run:
         self._held = hold(out) if self._written.is_file() and self.log is None else None
 
     def check_start(self, name: str, checksum: str | None, other: str) -> None:
-        """Keep a checksum for `begin`; UserError (`training.run.other_settings`) if a run with a checkpoint differs."""
+        """Keep a checksum for `begin` to write; UserError if `start.json` of a run with a checkpoint has another.
+
+        `other` ends the message (`training.run.other_settings`): it says from what the run was trained.
+        """
         self._start[name], file = checksum, self._out / "start.json"
         before = read_record(file, "training.run.damaged") if self._trained and file.is_file() else {}
         if before.get(name, checksum) != checksum:
             raise UserError("training.run.other_settings", f"{self._out} was trained {other}; choose another folder.")
 
     def begin(self) -> None:
-        """Create the folder and write `recipe.json` and `start.json`; call this when all checks have passed."""
+        """Create the run's folder and write `recipe.json` and `start.json`; call this when all checks have passed."""
         self._held = self._held or hold(self._out)
         write_json(self._written, self.settings)
         if self._start:
@@ -255,7 +265,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
             if checkpoint:
                 _find_best_checkpoint(Path(checkpoint, TRAINER_STATE_NAME))
     if checkpoint and progress and trainer.is_world_process_zero():
-        print(f"continues after step {resumed_from} of {trainer.args.max_steps}")
+        print(f"training continues after step {resumed_from} of {trainer.args.max_steps}")
     start = time.perf_counter()
     with _stopping_after_a_step(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -265,7 +275,10 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
 
 
 def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
-    """Return a line that announces an evaluation of `what` and its duration if known; `steps`: rows / rows per step."""
+    """Return a line that announces an evaluation of `what` and, if known, its duration.
+
+    `steps` is the number of the evaluation's rows divided by the number of rows in a training step.
+    """
     trained = log["steps"] - (log["resumed_from"] or 0)
     # Without a backward pass, a row takes about a third of its time in training.
     minutes = log["seconds"] / trained * steps / 3 / 60 if trained else 0.0
@@ -273,7 +286,7 @@ def evaluation_notice(log: Mapping[str, Any], what: str, steps: float) -> str:
 
 
 def final_metrics(trainer: Trainer, notice: str = "") -> dict[str, float]:
-    """Return the trained model's {metric: value}. If the log has none of its weights, print `notice` and evaluate."""
+    """Return the trained model's {metric: value}; if the log has no metrics of it, print `notice` and evaluate."""
     args, state = trainer.args, trainer.state
     replaced = getattr(args, "ema_decay", 0) or args.load_best_model_at_end  # the last step's weights
     found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
@@ -300,7 +313,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(number, before[number])
-        print("mose: stopping after this step, with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr)
+        print("mose: training stops after this step, with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr)
 
     trainer.add_callback(Stop())
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -314,7 +327,7 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
 
 
 def _find_best_checkpoint(state: Path) -> None:
-    """Correct the path of the best checkpoint in a `trainer_state.json`, because the run may have been moved."""
+    """Correct the path of the best checkpoint in the file `state` (`trainer_state.json`) of a run that was moved."""
     content = json.loads(state.read_text(encoding="utf-8"))
     old = content.get("best_model_checkpoint")
     if old and (best := state.parent.with_name(Path(old).name)).is_dir() and str(best) != old:
@@ -322,13 +335,13 @@ def _find_best_checkpoint(state: Path) -> None:
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str], needed: Sequence[str] = STATES) -> str | None:
-    """Return the folder of the newest checkpoint that is whole and has files of the patterns `needed`, or None."""
+    """Return the folder of the newest undamaged checkpoint with a file for each pattern in `needed`, or None."""
     found = sorted(checkpoints(output_dir).items(), reverse=True)
     return next((str(folder) for step, folder in found if _is_whole(folder, step, needed)), None)
 
 
 def _is_whole(folder: Path, step: int, needed: Sequence[str]) -> bool:
-    """Return whether a checkpoint is complete and none of its files is cut short; OSError if a file can't be read."""
+    """Return whether a checkpoint is complete and none of its files is truncated; OSError if a file can't be read."""
     # A missing file, or a folder in its place, means damage; after other OSErrors, the file may be whole.
     with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, SafetensorError):
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
@@ -346,7 +359,7 @@ def _is_whole(folder: Path, step: int, needed: Sequence[str]) -> bool:
 
 
 def _pass_over(checkpoint: Path) -> None:
-    """Remove a checkpoint that was never finished; rename a damaged one, because its other files may be of use."""
+    """Remove a checkpoint that was never finished; rename a damaged checkpoint, because some files may be of use."""
     if TRAINER_STATE_NAME not in os.listdir(checkpoint):
         shutil.rmtree(checkpoint)
         return
@@ -371,7 +384,7 @@ def format_log(logs: dict[str, float]) -> str:
 
 
 class ExitProgressCallback(ProgressCallback):
-    """`Trainer`'s progress bar with the time left and readable log lines; on a CPU, a notice if the run is long."""
+    """`Trainer`'s progress bar with the time left and readable log lines; on a CPU, it announces a long run."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -400,8 +413,8 @@ class ExitProgressCallback(ProgressCallback):
                 settings += f" warmup_steps={max(1, round(args.warmup_steps * short / state.max_steps))}"
             duration = f"{left / 3600:.1f} hours" if left > 5400 else f"{left / 60:.0f} minutes"
             message = f"mose: training will take about {duration} if steps take as long as so far. To train for only "
-            message += f"{LONG_RUN // 60} minutes, stop it and start again with {settings} and another --out; the model"
-            self.training_bar.write(f"{message} then learns less.", file=sys.stderr)
+            message += f"{LONG_RUN // 60} minutes, stop this run and start again with {settings} and another --out; the"
+            self.training_bar.write(f"{message} model then learns less.", file=sys.stderr)
 
     def on_prediction_step(
         self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Load the model and tokenizer that training starts from, set initial weights, add layers or adapters, and save."""
+"""Load the model and tokenizer that training starts from, set weights, add layers or adapters, save the result."""
 
 import copy
 import os
@@ -45,7 +45,8 @@ Model = TypeVar("Model", bound=ModularStarEncoderPreTrainedModel)
 class StartingPoint(Generic[Model]):
     """The model and the tokenizer that a fine-tuning recipe starts from; only `load` reads weights and tokenizer.
 
-    `config` is the model's configuration with the changes in the recipe's `config`, cut at the recipe's `exit_layer`.
+    `config` is the model's configuration with the changes in the recipe's `config`. If the recipe has an `exit_layer`,
+    the layers after this exit are left out.
     """
 
     def __init__(self, model_class: type[Model], recipe: StartingRecipe) -> None:
@@ -72,7 +73,7 @@ class StartingPoint(Generic[Model]):
             model_class(copy.deepcopy(config)).set_attn_implementation(recipe.attn_implementation)
 
     def load(self) -> tuple[Model, PreTrainedTokenizerFast]:
-        """Load the model, in float32, and its tokenizer; every call returns the same weights, by the recipe's seed.
+        """Load the model, in float32, and its tokenizer. New weights follow the recipe's seed, the same in every call.
 
         The tokenizer encodes a text as `<sep> text <cls>` (see `with_template`). For retrieval, a tokenizer for which
         `adds_no_tokens` is true, such as that of mose-code, is not changed, and adds no special tokens.
@@ -130,13 +131,14 @@ class StartingPoint(Generic[Model]):
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        message = f"`tokenizer` has {tokens} tokens, the model's vocabulary only {vocab_size}; leave out `tokenizer`."
+        message = f"The tokenizer has {tokens} tokens, but the model's vocabulary has only {vocab_size}; leave out the "
+        message += "recipe's `tokenizer`."
         raise UserError("training.tokenizer.too_large", message)
 
 
 @torch.no_grad()
 def start_from_unigrams(decoder: nn.Linear, token_counts: torch.Tensor) -> None:
-    """Set the bias (V,) of the MLM decoder to the log frequencies of the tokens, from `token_counts` (V,) plus one."""
+    """Set the bias of the MLM decoder to log token frequencies, from `token_counts` plus one, shape (V tokens,)."""
     counts = token_counts.to(decoder.bias) + 1
     decoder.bias.copy_((counts / counts.sum()).log())
 
@@ -164,23 +166,24 @@ def start_from_spellings(embedding: nn.Embedding, spellings: Sequence[str], *, s
 def start_from_teacher(
     model: ModularStarEncoderForRetrieval,
     tokenizer: PreTrainedTokenizerFast,
-    vectors: np.ndarray,  # (V, D), of `token_texts`
-    token_counts: np.ndarray,  # (V,), in the training texts
+    vectors: np.ndarray,  # the teacher's vectors of `token_texts`, shape (V tokens, D)
+    token_counts: np.ndarray,  # how often each token is in the training texts, shape (V tokens,)
     *,
     a: float = 1e-3,
 ) -> None:
     """Set the token embeddings, token weights and projection head so that exit 0 embeds like the teacher.
 
     A token's embedding is the teacher's vector of the token minus the mean vector, and the head is the identity. If the
-    hidden size is below D (the size of the teacher's vectors), the embeddings are the principal components, and the
-    head maps them back to size D. A token's weight in pooling is a / (a + frequency), as in "A Simple but Tough-to-Beat
-    Baseline for Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero vector and weight 0.
+    hidden size is below D (the size of the teacher's vectors), embeddings are projected to their principal components,
+    and the head maps them back to size D. A token's weight in pooling is a / (a + frequency), as in "A Simple but
+    Tough-to-Beat Baseline for Sentence Embeddings" (Arora et al., 2017). Special tokens get a zero vector and weight 0.
     """
     config, size = model.config, vectors.shape[1]
     needed = {"projection_head": "linear", "token_weights": True, "projection_size": size}
     wrong = [f"{name}={wanted!r}" for name, wanted in needed.items() if getattr(config, name) != wanted]
     if wrong or 0 not in config.exit_layers:
-        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}: set the recipe's `config`."
+        message = f"start_from_teacher needs a model with {', '.join(wrong) or 'an exit 0'}: set this in the recipe's "
+        message += "`config`."
         raise UserError("training.start_from_teacher", message)
     table = torch.from_numpy(vectors).float()
     special = special_token_ids(tokenizer)
@@ -212,7 +215,7 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
     config, exits = {**model.config.to_dict(), "exit_layers": list(model.config.exit_layers)}, list(exit_layers)
     for name, needed in (("projection_head", "linear"), ("exit_norm", "none"), ("exit_layers", [0])):
         if (found := config[name]) != needed:
-            fault = f"Only a model with {name}={needed!r} can grow; this model has {name}={found!r}."
+            fault = f"New layers need a model with {name}={needed!r}; this model has {name}={found!r}."
             fault += " Cut it first: mose slice CHECKPOINT --exit-layer 0 OUT." if needed == [0] and 0 in found else ""
             raise UserError("training.grow", fault)
     if exits != sorted({0, *exits}) or len(exits) < 2:
@@ -243,14 +246,14 @@ def grow(model: ModularStarEncoderForRetrieval, exit_layers: Sequence[int]) -> M
 def grow_checkpoint(
     checkpoint: str | os.PathLike[str], exit_layers: Sequence[int], out: str | os.PathLike[str], *, seed: int = 0
 ) -> Path:
-    """Add random layers (see `grow`) to a checkpoint of exit 0; write the result to a new folder; return its path."""
+    """Add layers and exits (see `grow`) to a checkpoint with exit 0 only; return `out`, the folder of the result."""
     model, tokenizer = load_checkpoint(checkpoint)
     torch.manual_seed(seed)
     return save_retrieval_checkpoint(grow(model, exit_layers), tokenizer, out, parent=checkpoint)
 
 
 def add_adapters(model: ModularStarEncoderPreTrainedModel, settings: Mapping[str, Any] | None) -> nn.Module:
-    """Freeze a model's trunk, add LoRA adapters, and return the `PeftModel`; without `settings`, return the model."""
+    """Freeze a model's trunk, add LoRA adapters, and return the `PeftModel`; if `settings` is None, return `model`."""
     if settings is None:
         return model
     with naming_extra():

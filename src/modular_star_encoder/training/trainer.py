@@ -47,22 +47,21 @@ class MultiExitTrainer(Trainer):
 
     The total loss is the weighted sum of the exits' losses. Every metric of the objective is logged as
     `{metric}_exit_{layer}`: its mean over all batches of all processes since the last log line. If a loss is not
-    finite, its batch is written to the output folder, and a UserError (`training.loss.not_finite`) ends the training;
-    so does a gradient that is not finite (`training.gradient.not_finite`), except with float16.
+    finite, its batch is written to the output folder, and a UserError (`training.loss.not_finite`) ends the training.
+    A gradient that is not finite also ends the training (`training.gradient.not_finite`), except with float16.
 
     Args:
         model: a ModularStarEncoder model with heads that fit the objective, or one wrapped by PEFT; None with
             `model_init`, a function that returns a new model for each training.
-        args: `MultiExitTrainingArguments`, or plain `TrainingArguments`; the options of exits then have the defaults of
-            `MultiExitTrainingArguments`. `remove_unused_columns` is set to False, because the objective defines the
-            columns of a batch.
+        args: `MultiExitTrainingArguments`; with plain `TrainingArguments`, the arguments about exits have their
+            defaults. `remove_unused_columns` is set to False, because the objective defines the columns of a batch.
         objective: called as `objective(model, batch, exit_layers)`; returns an `ObjectiveOutput` with one float32 loss
             per exit, shape (E,). See `modular_star_encoder.objectives`.
         exit_layers: the exits to train; all exits of the model by default.
-        evaluator: for example a `MultiExitEvaluator`; no `eval_dataset` is needed. At every evaluation, every process
-            calls `evaluator(model, folder, epoch, steps, across_processes=True)` once; `folder` is None in all
-            processes but the first. The metrics of the first process are logged with the prefix `eval_`, and
-            `args.metric_for_best_model` may name one of them.
+        evaluator: a function that returns {metric: value}, such as a `MultiExitEvaluator`; it needs no `eval_dataset`.
+            At every evaluation, every process calls `evaluator(model, folder, epoch, steps, across_processes=True)`
+            once; `folder` is None in all processes but the first. The metrics of the first process are logged with the
+            prefix `eval_`, and `args.metric_for_best_model` may name one of these metrics.
         **kwargs: passed to `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `callbacks`, …
 
     Raises:
@@ -92,7 +91,8 @@ class MultiExitTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if given := [name for name in _WITHOUT_EFFECT if kwargs.get(name) is not None]:
-            message = f"Leave out {given[0]}: the objective gives losses and metrics, `evaluator` other metrics."
+            message = f"Leave out {given[0]}: it has no effect. The objective computes losses and metrics; pass an "
+            message += "`evaluator` for other metrics."
             raise UserError("training.no_effect", message)
         # Plain arguments don't show whether the user chose True or it is the default, which is wrong for losses.
         plain, metric = not isinstance(args, MultiExitTrainingArguments), args.metric_for_best_model or ""
@@ -129,7 +129,7 @@ class MultiExitTrainer(Trainer):
         if _option(args, "detach_shallow_exits") or _option(args, "share_heads"):
             heads = getattr(_bare(model), "projection_heads", None)
             if heads is None:
-                message = "detach_shallow_exits and share_heads need a model with projection heads; leave them out."
+                message = "Leave out detach_shallow_exits and share_heads: this model has no projection heads."
                 raise UserError("training.heads", message)
             own = [heads[str(exit_layer)] for exit_layer in self.exit_layers]
             if _option(args, "share_heads"):
@@ -138,7 +138,7 @@ class MultiExitTrainer(Trainer):
                 head.register_forward_pre_hook(lambda _, inputs: tuple(states.detach() for states in inputs))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a new model of `model_init`, as `Trainer` does, and prepare it."""
+        """Return a new model from `model_init`, as `Trainer` does; check the model and prepare its heads."""
         model = super().call_model_init(trial)
         self._set_up(model, self.args)
         return model
@@ -200,14 +200,14 @@ class MultiExitTrainer(Trainer):
             write_serving_files(self.accelerator.unwrap_model(self.model), folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train as `Trainer` does, but not one more step if the checkpoint of the last step is resumed."""
+        """Train an epoch as `Trainer` does; train nothing if the resumed checkpoint is from the last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint; first correct old checkpoints' dates in the future, because `Trainer` keeps the newest."""
+        """Save a checkpoint. First correct dates of checkpoints in the future: `Trainer` keeps checkpoints by date."""
         now, steps = time.time(), checkpoints(self._folder) if self.args.should_save else {}
         if any(folder.stat().st_mtime > now for folder in steps.values()):
             for age, number in enumerate(sorted(steps, reverse=True), start=1):
@@ -218,14 +218,15 @@ class MultiExitTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both as `Trainer` does, but warn of missing states; have the average read from the same checkpoint."""
+        """Load optimizer and scheduler as `Trainer` does, warn of missing states, and note where the average is."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
         if missing := missing_files(checkpoint, (*STATES[:-1], own)):
-            message = f"{checkpoint} has no {', '.join(missing)} (save_only_model, or another number of processes): "
-            message += "training continues with new states, so its weights will differ from an uninterrupted run's."
+            message = f"{checkpoint} has no {', '.join(missing)} (because of save_only_model or of another number of "
+            message += "processes): training continues with new states, so the weights will differ from those of an "
+            message += "uninterrupted run."
             logger.warning_once(message)
         if self._average is not None:
             self._average.resumed_from = Path(checkpoint)
@@ -248,11 +249,12 @@ class MultiExitTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
             save_file(tensors, staging, metadata={"losses": by_exit})
-        message = f"The loss of step {step} is not finite ({by_exit}). Lower learning_rate or check the batch: {path}."
+        message = f"The loss of step {step} is not finite ({by_exit}). Lower learning_rate or check the batch, stored "
+        message += f"in {path}."
         raise UserError("training.loss.not_finite", message)
 
     def _compare_gradients(self, losses: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Return the norms (E,) of the losses' gradients on the trunk, and {layer: mean cosine of two gradients}."""
+        """Return the norm of each loss's gradient on the trunk, and {layer: mean cosine between two gradients}."""
         trunk = _bare(self.accelerator.unwrap_model(self.model)).model
         names, parameters = zip(*[item for item in trunk.named_parameters() if item[1].requires_grad], strict=True)
         found = []
@@ -279,12 +281,12 @@ class MultiExitTrainer(Trainer):
             self._gathered.setdefault(key, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does; a training log line also has the mean of each metric since the previous line."""
+        """Log as `Trainer` does; add to a log line of training the mean of each metric since the previous line."""
         if "loss" in logs:
             logs.update(self._drain_metrics())
             if logs.get("masked_negatives", 0) > MOST_MASKED_NEGATIVES:
-                message = "The deepest exit masks more than a tenth of all negatives as false negatives: train it "
-                message += "better first, by fine-tuning without `false_negative_margin` and `false_negative_factor`."
+                message = "The deepest exit masks more than a tenth of all negatives as false negatives. First improve "
+                message += "this exit: fine-tune without `false_negative_margin` and `false_negative_factor`."
                 logger.warning_once(message)
         super().log(logs, start_time)
 
@@ -329,14 +331,15 @@ class MultiExitTrainer(Trainer):
 def check_objective(
     objective: Objective, args: TrainingArguments, config: Any, exit_layers: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return the weights (E,) of the exits' losses; UserError if objective, arguments and `config` are incompatible."""
+    """Return the weight of each exit's loss, shape (E exits,); UserError if the arguments are incompatible."""
     if hasattr(objective, "check"):
         objective.check(exit_layers, config.projection_size, rotates=_option(args, "exit_schedule") != "all")
     if _option(args, "log_gradient_norms") and getattr(objective, "caches_gradients", False):
-        message = "`mini_batch_tokens` discards the autograd graph that `log_gradient_norms` needs; set only one."
+        message = "Set either `mini_batch_tokens` or `log_gradient_norms`: the first discards the autograd graph that "
+        message += "the second needs."
         raise UserError("training.log_gradient_norms.cached", message)
     if args.label_smoothing_factor:
-        message = "label_smoothing_factor does not change the objective's loss; leave it out."
+        message = "Leave out label_smoothing_factor: it has no effect on the objective's loss."
         raise UserError("training.no_effect", message)
     weighting, normalize = _option(args, "exit_weights"), _option(args, "normalize_exit_weights")
     return exit_weights(weighting, exit_layers, config.parent_num_hidden_layers, normalize=normalize)
@@ -360,20 +363,20 @@ def _tensors(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
-    """Return {step: folder} of all checkpoints, complete or not."""
+    """Return {step: folder} of all checkpoints in `output_dir`, complete or not."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     return {int(path.name[11:]): path for path in found if re.fullmatch(r"0|[1-9][0-9]*", path.name[11:])}
 
 
 def missing_files(checkpoint: str | os.PathLike[str], needed: Sequence[str]) -> list[str]:
-    """Return the patterns in `needed` that no file of a checkpoint matches."""
+    """Return the file name patterns in `needed` that no file of a checkpoint matches."""
     names = os.listdir(checkpoint)
     # DeepSpeed keeps the states in folders of its own.
     return [] if fnmatch.filter(names, "global_step*") else [one for one in needed if not fnmatch.filter(names, one)]
 
 
 def write_serving_files(model: nn.Module, folder: Path) -> None:
-    """Write the files that `SentenceTransformer` needs, if SentenceTransformer can compute the model's embeddings."""
+    """Write the files that `SentenceTransformer` needs to `folder`, if it can compute the model's embeddings."""
     config: Any = getattr(model, "config", None)
     saved = isinstance(model, ModularStarEncoderForRetrieval) and (folder / "tokenizer_config.json").is_file()
     if saved and is_servable(config):
@@ -388,7 +391,7 @@ class SharedHeads(TrainerCallback):
         self.parameters: list[tuple[nn.Parameter, ...]] = []  # the parameters that are equal; none until `share`
 
     def share(self, heads: Sequence[nn.Module]) -> None:
-        """Keep these heads equal, and no longer those of an earlier call."""
+        """Keep the heads in `heads` equal, and no longer the heads of an earlier call."""
         self.parameters = list(zip(*(head.parameters() for head in heads), strict=True))
 
     @torch.no_grad()
@@ -424,7 +427,7 @@ class AveragedWeights(TrainerCallback):
             self.resumed_from = None
 
     def save(self, folder: str) -> None:
-        """Write the average of the weights to `AVERAGE` in the folder of a checkpoint."""
+        """Write the average of the weights to the file `AVERAGE` in a checkpoint's folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         with staged_file(Path(folder, AVERAGE)) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, temporary)
