@@ -92,7 +92,7 @@ _MODEL_TYPE = "ModularStarEncoder"
 
 
 class _RegisteredWhenUsed(dict):
-    """`AutoConfig`'s dict {model type: configuration class}; reading ModularStarEncoder's class imports the class."""
+    """`AutoConfig`'s dict {model type: configuration class}; imports ModularStarEncoder's class when it is read."""
 
     def __getitem__(self, key: str) -> Any:
         if key == _MODEL_TYPE:
@@ -113,7 +113,7 @@ class _RegisteredWhenUsed(dict):
 
 
 class _RegisterWithAutoConfig(MetaPathFinder):
-    """An import hook that adds ModularStarEncoder to `AutoConfig` when `AutoConfig` is imported; imports no model."""
+    """An import hook: adds ModularStarEncoder to `AutoConfig` when `AutoConfig` is imported, and imports no model."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _AUTO_CONFIG:

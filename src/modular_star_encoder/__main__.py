@@ -1,11 +1,11 @@
-"""The command `mose`, or `python -m modular_star_encoder`. Ctrl-C during imports or exit prints no traceback."""
+"""Starts `mose`, also as `python -m modular_star_encoder`. Ctrl-C at the start or end prints no traceback."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """Run one command with `cli.main.main` and return the exit status."""
+    """Run the `mose` command in `sys.argv` with `cli.main.main`, and return its exit status."""
     by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not if a shell lets it ignore Ctrl-C
     if by_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

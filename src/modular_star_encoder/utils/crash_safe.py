@@ -1,4 +1,4 @@
-"""A map over several processes that continues if one of them crashes, as parsers in C do on some inputs."""
+"""A map over several processes, which continues if a process crashes, for example in a parser written in C."""
 
 import errno
 import os
@@ -32,7 +32,8 @@ def crash_safe_map(
 
     A chunk that crashes its process is halved until the item that causes the crash is alone; the result of this item
     is `crashed(item)`. With 0 or 1 `processes`, the calling process does the work, without protection from crashes.
-    With more processes (at most four per core), results not ready when `time.monotonic()` reaches `end` are left out.
+    With more processes (four per core at most), a result is left out if it is not ready when `time.monotonic()`
+    reaches `end`.
     """
     processes = min(processes, 4 * (os.cpu_count() or 1))
     iterator = iter(items)
@@ -70,7 +71,7 @@ def crash_safe_map(
 
 
 def _is_done(future: Future[Any], end: float | None) -> bool:
-    """Wait for a future until `time.monotonic()` reaches `end`; return whether it is done."""
+    """Wait for a future until `time.monotonic()` reaches `end`; return whether the future is done."""
     return bool(futures.wait([future], None if end is None else max(0.0, end - time.monotonic())).done)
 
 
@@ -102,13 +103,13 @@ def _executor(processes: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(processes, initializer=_prepare_worker)
     except OSError as error:
         of_processes = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-        memory = " They need shared memory: mount /dev/shm, and see that it has room and is writable."
+        memory = " They need shared memory: mount /dev/shm as a writable folder with free space."
         advice = "" if error.errno in of_processes else memory
         raise OSError(f"Worker processes can't be started: {error}.{advice}") from error
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
-    """Kill the worker processes immediately: they may be busy for minutes. In Python 3.14, `kill_workers` does this."""
+    """Kill the executor's processes, which may be busy for minutes. In Python 3.14, `kill_workers` does this."""
     workers = list((executor._processes or {}).values())
     results: Any = executor._result_queue
     executor.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: bad input, and a missing extra."""
+"""Errors that a user can fix: bad input, and packages of an extra (an optional dependency) that are missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,8 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError | None:
     """Return an ImportError that names the extra to install; None if no extra installs the missing module.
 
-    If the extras `train` and `dataset` both install the module, the error names the extra `command`, one of the two.
+    If the module belongs to the extra `train` or `dataset`, and `command` is one of these two names, the error names
+    the extra `command`.
     """
     module = (error.name or "").partition(".")[0]
     extra = _EXTRA_OF.get(module)
@@ -56,7 +57,7 @@ def missing_extra(error: ModuleNotFoundError, command: str = "") -> ImportError 
 
 @contextmanager
 def naming_extra() -> Iterator[None]:
-    """Context manager for imports of optional packages: if one is missing, ImportError names the extra to install."""
+    """Context manager to import an optional package: if the package is missing, the ImportError names its extra."""
     try:
         yield
     except ModuleNotFoundError as error:

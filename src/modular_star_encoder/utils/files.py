@@ -25,7 +25,7 @@ LOCK, LOCK_SECONDS = ".lock", 5.0
 
 
 def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> None:
-    """Raise UserError (`files.not_writable`) if a file, or a folder if `is_folder`, can't be written to `path`."""
+    """Raise UserError (`files.not_writable`) if no file (with `is_folder`, no folder) can be written at `path`."""
     path = Path(path).absolute()
     parent = next(one for one in path.parents if not is_folder or os.path.lexists(one))
     if os.path.lexists(path) and not path.exists():
@@ -35,7 +35,7 @@ def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> 
     elif not parent.is_dir():
         reason = f"{parent} is not a folder" if os.path.lexists(parent) else f"{parent} does not exist; create it"
     elif not os.access(parent, os.W_OK) and not (is_folder and path.exists()):
-        reason = f"the folder {parent} is read-only; name another place"
+        reason = f"the folder {parent} is read-only; name a path in another folder"
     else:
         return
     raise UserError("files.not_writable", f"{path} can't be written: {reason}.")
@@ -43,10 +43,11 @@ def check_writable(path: str | os.PathLike[str], *, is_folder: bool = False) -> 
 
 @contextmanager
 def folder_lock(folder: Path, seconds: float | None = None) -> Iterator[None]:
-    """Context manager: hold the lock of `folder`, which is created if missing. A process may hold a lock several times.
+    """Context manager: create `folder` if missing, and hold its lock. One process may hold the same lock several times.
 
-    UserError (`files.locked`) if another process still has the lock after `seconds` (by default `LOCK_SECONDS`: the
-    workers of a killed process keep its lock for a moment), or (`files.lock`) if `.lock` in `folder` is not a file.
+    UserError (`files.locked`) if another process still has the lock after `seconds`, or (`files.lock`) if `.lock` in
+    `folder` is not a file. By default wait `LOCK_SECONDS`, because workers of a killed process keep its lock for a
+    moment.
     """
     from filelock import FileLock, Timeout
 
@@ -57,7 +58,7 @@ def folder_lock(folder: Path, seconds: float | None = None) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
     except Timeout as error:
-        message = f"Another process is writing {folder}. Try again when it has ended, or name another folder."
+        message = f"Another process is writing {folder}. Wait until that process has ended, or name another folder."
         raise UserError("files.locked", message) from error
     try:
         yield
@@ -71,7 +72,7 @@ def user_path(path: str | os.PathLike[str], *parts: str) -> Path:
 
 
 def cache_folder(name: str, *, create: bool = False) -> Path | None:
-    """Return the folder `name` in the user's cache, `$XDG_CACHE_HOME` or `~/.cache`; None if no home is known.
+    """Return this package's cache folder `name`, below `$XDG_CACHE_HOME` or `~/.cache`; None if no home is known.
 
     With `create`, make the folder if it is missing, and return None if it can't be written.
     """
@@ -83,7 +84,7 @@ def cache_folder(name: str, *, create: bool = False) -> Path | None:
 
 
 def similar_files(path: str | os.PathLike[str]) -> str:
-    """Return ` (similar: PATH, PATH)` with up to 3 existing paths in the folder of `path` with similar names, or ""."""
+    """Return ` (similar: PATH, PATH)`: up to 3 paths in the folder of `path` whose names resemble its name; else ""."""
     path = user_path(path)
     there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = get_close_matches(path.name, there, n=3, cutoff=0.6)
@@ -99,18 +100,18 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
     found = []
     for parent, folders, names in os.walk(folder):
         if folders and len(Path(parent).relative_to(folder).parts) >= MAX_FOLDER_DEPTH:
-            message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete them."
+            message = f"{os.fspath(folder)} has folders nested more than {MAX_FOLDER_DEPTH} deep. Move or delete some."
             raise UserError("files.folder.too_deep", message)
         paths = (Path(parent, name) for name in fnmatch.filter(names, pattern))
         found += [path for path in paths if links or not path.is_symlink()]
     if outside := sorted(path for path in found if path.is_symlink() and leads_outside(path, folder)):
-        message = f"{len(outside)} links, such as {outside[0]}, lead out of the folder. Name their targets instead."
+        message = f"{len(outside)} links, such as {outside[0]}, lead out of {folder}. Name their targets instead."
         raise UserError("files.folder.links", message)
     return sorted(found)
 
 
 def leads_outside(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Return whether `path` leads out of `folder` by a link. Links from the Hub's cache into this cache don't count."""
+    """Return whether `path` leads out of `folder` by a link. A link within the Hub's cache doesn't count."""
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
     return target.parent not in blobs and not target.is_relative_to(root)
@@ -128,9 +129,10 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MAX_JSON_BYTES,
 
 
 def read_record(path: Path, key: str, remedy: str = "", *, each: bool = False, **kinds: Any) -> dict[str, Any]:
-    """Return the mapping in a JSON file; UserError `key` with `remedy` if the file is damaged or lacks an entry.
+    """Return the mapping in a JSON file. If it is damaged, raise UserError `key` with the advice `remedy`.
 
-    `kinds` are the needed entries, {name: type}. If `each`, every value of the mapping is a mapping that needs them.
+    `kinds` are the needed entries, {name: type}; if `each`, every value of the mapping must be a mapping with these
+    entries.
     """
     try:
         content = read_json(path, finite=False)
@@ -141,7 +143,7 @@ def read_record(path: Path, key: str, remedy: str = "", *, each: bool = False, *
             raise ValueError(f"{wrong[0]} is missing or has a wrong type")
         return content
     except ValueError as error:
-        remedy = remedy or "Restore it, or name another folder"
+        remedy = remedy or "Restore the file, or name another folder"
         raise UserError(key, f"{path} is damaged ({error}). {remedy}.") from error
 
 
@@ -156,7 +158,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 
 def check_json_values(text: str, most: int) -> int:
-    """Return an upper bound of the number of values in a JSON text without parsing it; ValueError if above `most`."""
+    """Return an upper bound of the number of values in a JSON text, unparsed; ValueError if it exceeds `most`."""
     if (values := sum(map(text.count, ",[{"))) > most:
         raise ValueError(f"more than {most:,} values")
     return values
@@ -187,7 +189,7 @@ def staged_file(target: str | os.PathLike[str], *, resumable: bool = False) -> I
     """Context manager: yield a temporary path. What is written there replaces `target` at the end, if no error occurs.
 
     `resumable` is for jobs that run in one process at a time and may be killed: the data is flushed to the disk before
-    the rename, and the next attempt removes what a killed attempt left, because the temporary name is the same.
+    it replaces `target`. The temporary name is always the same, so that a new attempt removes what a killed one left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.tmp" if resumable else f".{target.name}.{os.getpid()}.tmp")
@@ -216,7 +218,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
     """Context manager: yield a temporary folder that becomes `target` at the end (see `staged_file`).
 
     Missing parents are created. UserError (`files.folder.not_empty`) if `target` is a file or a folder with files, or
-    (`files.folder.in_use`) if it can't be replaced: it is the current folder or a mount point.
+    (`files.folder.in_use`) if `target` is the current folder or a mount point, which can't be replaced.
     """
     target = Path(os.path.realpath(target))  # the place of a link, which a rename would replace
 
@@ -239,7 +241,7 @@ def staged_folder(target: str | os.PathLike[str], *, resumable: bool = False) ->
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """Context manager: yield a temporary folder, removed at the end or, after a crash, by the next call for `name`."""
+    """Context manager: yield a temporary folder. It is removed at the end or by the next call for `name`."""
     target = Path(tempfile.gettempdir(), f"mose-{name}")
     _sweep(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp"))
@@ -250,7 +252,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the temporary files of `target` that killed processes left."""
+    """Remove the temporary files and folders of `target` that killed processes left behind."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(\w+\.)?tmp")
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         if match := form.fullmatch(name):

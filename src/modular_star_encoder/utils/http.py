@@ -89,8 +89,8 @@ class HTTPClient:
     """Sends requests to http and https addresses. Use it as a context manager: leaving it cancels pending requests.
 
     After a temporary failure (status 408, 409, 425, 429 or 5xx, a time-out, a broken connection) a request is sent
-    again, after the pause that the response's header `Retry-After` names (at most 60 seconds), or else after `pause`
-    seconds, doubled for each further attempt up to 60 and varied at random by up to half. Cookies are not kept.
+    again. The response's header `Retry-After` sets the pause (at most 60 seconds). Without it, the first pause
+    is `pause` seconds, each later one twice as long up to 60, with a random change of up to half. No cookies are kept.
 
     Args:
         token: bearer token for every request; empty for none. Error messages do not show it.
@@ -98,8 +98,8 @@ class HTTPClient:
         attempts: largest number of times that one request is sent.
         pause: seconds before the second attempt.
         timeout: seconds without any data after which an attempt has failed.
-        total_time: limit in seconds for one request with all its attempts and pauses; by default, `timeout` + 60 for
-            each attempt.
+        total_time: limit in seconds for one request with all its attempts and pauses; by default,
+            `attempts` × (`timeout` + 60).
         max_bytes: largest size in bytes of a response's body after decompression of gzip or deflate.
         follow_redirects: whether to follow up to 10 redirects, also to other hosts, which do not get the token.
     """
@@ -138,7 +138,7 @@ class HTTPClient:
         self.close()
 
     def close(self) -> None:
-        """Cancel pending and later requests, and close the connections."""
+        """Cancel all pending requests, and close the connections. Later requests are cancelled at once."""
         with self._closing:
             if self._is_closed or sys.is_finalizing():  # when Python ends, daemon threads no longer run
                 return
@@ -168,8 +168,8 @@ class HTTPClient:
     def submit(self, method: str, url: str, *, body: Any = None, retry_if: _Check | None = None) -> "Future[Response]":
         """Start a request; return a future that gives its response, or raises HTTPRequestError if the request fails.
 
-        A request fails if no response has a status below 300. `body` is sent as JSON. If `retry_if(response)` is true,
-        the request is sent again: some gateways report a failure with a success status.
+        A request fails if no attempt gets a status below 300. `body` is sent as JSON. If `retry_if(response)` is true,
+        the request is sent again, because some gateways report a failure with a success status.
         """
         with self._closing:  # what is submitted before `close` begins is cancelled by it
             if not self._is_closed:
@@ -223,7 +223,7 @@ class HTTPClient:
         raise HTTPRequestError("http.redirect", message, status=stream.status_code)
 
     async def _content(self, stream: httpx.Response, host: str) -> bytes:
-        """Return the body of a response; of an error or redirect, at most `_MAX_UNWANTED` bytes."""
+        """Return the body of a response; for an error or a redirect, at most `_MAX_UNWANTED` bytes of the body."""
         content = bytearray()
         if (encoding := stream.headers.get("content-encoding", "").strip().lower()) not in _DECODED:
             # httpx decodes a whole chunk at once. With two encodings, or a rare one, it may grow to gigabytes.
@@ -255,7 +255,7 @@ class HTTPClient:
 
 
 async def _limit_interim(host: str, event: str, info: Mapping[str, Any]) -> None:
-    """Make each new connection of httpcore raise HTTPRequestError after `_MAX_INTERIM` responses of status 1xx."""
+    """Trace function of httpcore: connections raise HTTPRequestError after `_MAX_INTERIM` responses of status 1xx."""
     if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
         connection = info["return_value"]
         read, count, end = connection.read, 0, b""
@@ -295,7 +295,7 @@ def in_daemon_thread(
 
 
 def _client(**options: Any) -> httpx.AsyncClient:
-    """Return a client of httpx; UserError (`http.proxy`) if a proxy's environment variable can't be used."""
+    """Return an `httpx.AsyncClient`; UserError (`http.proxy`) if an environment variable names an invalid proxy."""
     name, needed = "NO_PROXY", "host names such as localhost,.example.org"
     for scheme, proxy in urllib.request.getproxies().items():
         url = proxy if ":/" in proxy else f"http://{proxy}"
@@ -304,7 +304,7 @@ def _client(**options: Any) -> httpx.AsyncClient:
     with contextlib.suppress(httpx.InvalidURL):  # its message may show a password
         if name == "NO_PROXY":
             return httpx.AsyncClient(**options)
-    message = f"The environment variable {name} (or {name.lower()}) must be {needed}; correct it or unset it."
+    message = f"The environment variable {name} (or {name.lower()}) must contain {needed}; correct it or unset it."
     raise UserError("http.proxy", message)
 
 
@@ -317,7 +317,7 @@ def check_http_settings(*, concurrency: int, attempts: int, pause: float, timeou
 
 
 def is_web_address(url: str, schemes: Sequence[str] = _WEB) -> bool:
-    """Return whether `url` is an address, with one of `schemes`, to which a request can be sent."""
+    """Return whether a request can be sent to `url`: whether it is a valid address with one of `schemes`."""
     with contextlib.suppress(ValueError, httpx.InvalidURL):  # raised, for example, for a port that is not a number
         parts, host = urlsplit(url), httpx.URL(url).host
         return parts.scheme in schemes and bool(host) and parts.port != 0 and url.isprintable() and " " not in url
@@ -325,12 +325,12 @@ def is_web_address(url: str, schemes: Sequence[str] = _WEB) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Return an http or https address without slashes at its end; UserError (`http.url`) for others, or with an `@`."""
+    """Return `url` without slashes at its end; UserError (`http.url`) if it is not http or https, or has an `@`."""
     if is_web_address(url) and "@" not in url.partition("?")[0]:  # reports and cards show addresses
         return url.rstrip("/")
     shown = re.sub(r"((?<=://)|^).*@", "***@", url, count=1) if isinstance(url, str) and "@" in url else url
     message = "must be an http or https address without user name and password, such as https://api.openai.com/v1"
-    raise UserError("http.url", f"{shown!r:.200} {message}. Give a key in an environment variable.")
+    raise UserError("http.url", f"{shown!r:.200} {message}. Put an API key in an environment variable.")
 
 
 def url_host(url: str) -> str:
@@ -341,20 +341,20 @@ def url_host(url: str) -> str:
 def token_from_environment(variable: str | None, *, required: bool = True) -> str:
     """Return the token in the environment variable that `variable` names; "" if `variable` is None.
 
-    If the environment variable is unset or empty: UserError (`http.token.missing`) if `required`, otherwise "".
-    UserError (`http.token.characters`) for a token that has other characters than printable ASCII.
+    If the environment variable is unset or empty, raise UserError (`http.token.missing`) if `required`, else return "".
+    UserError (`http.token.characters`) if the token has characters other than printable ASCII.
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     fault = "" if token.isascii() and token.isprintable() else "characters"
     if fault or (variable and required and not token):
         found = "has characters other than printable ASCII" if fault else "is empty or not set"
-        message = f"The environment variable {variable} {found}. Its value must be the endpoint's API key."
+        message = f"The environment variable {variable} {found}. Set it to the endpoint's API key."
         raise UserError(f"http.token.{fault or 'missing'}", message)
     return token
 
 
 def hide_secrets(text: str, token: str = "") -> str:
-    """Return `text` with `***` in place of `token`, tokens of the Hub, and words with `sk-`, as OpenAI's keys have."""
+    """Return `text` with `***` in place of `token`, of Hub tokens, and of words with `sk-`, such as OpenAI's keys."""
     text = re.sub(r"\bhf_\w{20,}", "***", text.replace(token, "***") if token else text)
     return " ".join("***" if "sk-" in word else word for word in text.split(" ")) if "sk-" in text else text
 
@@ -374,11 +374,12 @@ def check_repository_id(repository: str) -> None:
 def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
     """Raise OSError if HF_HUB_OFFLINE is set or the Hub at `endpoint` (or HF_ENDPOINT) does not answer in `seconds`.
 
-    huggingface_hub itself waits for an answer without a limit. Behind a proxy, only HF_HUB_OFFLINE is checked.
+    Without this check, huggingface_hub would wait for an answer without a limit. Behind a proxy, only HF_HUB_OFFLINE is
+    checked.
     """
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not is_web_address(address):
-        raise OSError("HF_ENDPOINT is not an address such as https://huggingface.co: correct or unset it.")
+        raise OSError("HF_ENDPOINT in the environment must be an address such as https://huggingface.co: correct it.")
     url, reason = urlsplit(address), ""
 
     def ask() -> None:
@@ -409,7 +410,7 @@ _NOT_OF_THE_HUB = (OSError, MemoryError, ImportError, AssertionError, Arithmetic
 
 @contextlib.contextmanager
 def wrap_hub_errors(repository: str) -> Iterator[None]:
-    """Context manager for an upload: turn errors of the Hub and the network into an OSError without the token."""
+    """Context manager for uploads: turn errors of the Hub or network into OSError, whose message hides the token."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -426,7 +427,7 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         if isinstance(cause, LocalTokenNotFoundError):
             message = LOG_IN
         elif isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:  # there is a newer commit
-            message = f"{repository} was changed by someone else; nothing was uploaded. Check it, then upload again."
+            message = f"{repository} was changed by someone else; nothing was uploaded. Check it and upload again."
         elif isinstance(cause, network_errors):
             message = f"The Hub can't be reached ({type(cause).__name__}); upload again later."
         elif isinstance(error, HfHubHTTPError | RuntimeError):
@@ -437,7 +438,7 @@ def wrap_hub_errors(repository: str) -> Iterator[None]:
         ):
             raise  # a fault of a local file, of this machine, or of ours
         elif isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-            message = f"The exchange with the Hub about {repository} fails: {' '.join(reason.split())}"
+            message = f"A request to the Hub about {repository} failed: {' '.join(reason.split())}"
         else:
             message = "The Hub sent an answer of an unknown form. Check the address in HF_ENDPOINT."
         raise OSError(message) from error

@@ -1,4 +1,4 @@
-"""Helpers for reports and model cards: numbers and tables as text, hardware (but no host name), package versions."""
+"""Helpers for reports and model cards: format numbers and tables; name the hardware and the package versions."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_kind(device: str = "cpu") -> dict[str, Any]:
-    """Return `processor`, `cores`, `threads` (of torch), `memory_gb` (or None); of a GPU, `gpu` and `gpu_memory_gb`."""
+    """Return a dict on this machine: processor, cores, torch's threads, memory_gb (or None); with CUDA also the GPU."""
     import torch
 
     kind: dict[str, Any] = {"processor": processor_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -75,7 +75,7 @@ def library_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None
 
 
 def without_places(value: Any) -> Any:
-    """Return a JSON value with `$MOSE_DATA` and `$HOME` in place of the paths in these environment variables."""
+    """Return a JSON value in which `$MOSE_DATA` and `$HOME` replace the paths that these two variables contain."""
     text = json.dumps(value, default=str)
     for variable in ("MOSE_DATA", "HOME"):
         if place := os.environ.get(variable, "").rstrip("/"):
@@ -84,7 +84,7 @@ def without_places(value: Any) -> Any:
 
 
 def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -> Card:
-    """Load a Hub card of the class `kind`; UserError (`key`) if the card is unreadable or lacks `required` metadata."""
+    """Load a Hub card of the class `kind`; UserError with `key` if it is unreadable or lacks `required` metadata."""
     try:
         card = kind.load(path)
         if not (missing := [name for name in required if not card.data.to_dict().get(name)]):
@@ -96,7 +96,7 @@ def load_card(kind: type[Card], path: Path, required: Sequence[str], key: str) -
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Return the text of a card, made from a template in `model_cards/`; UndefinedError if a value is missing."""
+    """Fill a template in `model_cards/` with `values`; return the card's text. UndefinedError if a value is missing."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = PackageLoader("modular_star_encoder.model_cards", "")
@@ -110,7 +110,7 @@ def render_card(template: str, **values: Any) -> str:
 def cell(value: Any) -> str:
     """Format a value for a cell of a Markdown table: 1234 → `1,234`; text in one line, with `|` and `<` escaped.
 
-    � replaces each unprintable character. Values may come from a server or a data set.
+    � replaces each unprintable character, because the value may come from a stranger's server or data set.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
@@ -119,6 +119,6 @@ def cell(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with `�` for each unprintable character, which could control the terminal, and spaces for tabs."""
+    """Return `text` with `�` for each unprintable character (it could control the terminal) and spaces for tabs."""
     text = text.replace("\t", "    ")
     return text if text.isprintable() else "".join(one if one.isprintable() else "�" for one in text)

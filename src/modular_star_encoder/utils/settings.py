@@ -1,8 +1,8 @@
-"""Turns YAML files (recipes, manifests) and `KEY=VALUE` words into checked dataclasses, and describes their keys.
+"""Turns YAML files (recipes, manifests) and `KEY=VALUE` arguments into checked dataclasses; lists the known keys.
 
-A settings class is a dataclass. The decorator `settings_class` makes a frozen dataclass, which checks values by types
-and constraints of its fields. With `OPEN_KEYS = (NAME, OTHER)`, a settings class also accepts the fields of another
-dataclass, OTHER, as keys. The field NAME of the settings class, a mapping, collects the values of these keys.
+A settings class is a dataclass whose fields are the known keys. The decorator `settings_class` makes a frozen dataclass
+that checks each value by the type and the constraints of its field. With `OPEN_KEYS = (NAME, OTHER)`, a settings class
+also accepts the fields of another dataclass, OTHER, as keys; its own field NAME, a mapping, collects their values.
 
 YAML is read by the safe loader, without aliases and within the limits `MAX_YAML_BYTES`, `MAX_YAML_NODES`,
 `MAX_YAML_DEPTH` and `MAX_YAML_NUMBER`.
@@ -42,7 +42,7 @@ _shown = _short.repr
 
 
 def _number(value: Any) -> Any:
-    """Convert a string such as `1e5`, which YAML reads as text, to a number; reject true and false."""
+    """Convert a string such as `1e5`, which YAML reads as text, to a number. ValueError for other text or booleans."""
     try:
         if not isinstance(value, bool):
             return float(value) if isinstance(value, str) else value
@@ -84,7 +84,8 @@ _PLAIN: dict[Any, TypeAdapter[Any]] = {
 def settings_class(kind: type[Settings]) -> type[Settings]:
     """Class decorator: make a frozen dataclass that converts and checks its keyword arguments by their types.
 
-    UserError: a value is wrong (`settings.value`), a key missing (`settings.missing`) or unknown (`settings.unknown`).
+    The constructor raises UserError if a value is wrong (`settings.value`), or if a key is missing (`settings.missing`)
+    or unknown (`settings.unknown`).
     """
     made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
     check: Any = made.__init__
@@ -103,8 +104,8 @@ def settings_class(kind: type[Settings]) -> type[Settings]:
 def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
     """Return an instance of the settings class `kind` with the values of a YAML file, changed by `overrides`.
 
-    Each override is `key=value`, with dots for settings inside settings (`corpus.folder=~/code`) and a YAML value. The
-    message of a UserError says whether file or command line has the fault.
+    Each override is `key=value` with a YAML value; dots lead to nested settings (`corpus.folder=~/code`). The message
+    of a UserError says whether the fault is in the file or on the command line.
     """
     try:
         return build_settings(kind, read_mapping(path, overrides), str(path))
@@ -119,7 +120,7 @@ def load_settings(kind: type[Settings], path: str | os.PathLike[str], overrides:
 
 
 def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file, changed by `overrides` (see `load_settings`). The keys are not checked."""
+    """Return the mapping in a YAML file, changed by `overrides` (see `load_settings`). Its keys are not checked."""
     file = Path(path)
     content: Any = None
     fault = "is not a file" if file.exists() else "does not exist"
@@ -140,17 +141,17 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def read_yaml(data: bytes, where: str) -> Any:
-    """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or exceeds a limit."""
+    """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or exceeds a `MAX_YAML_…` limit."""
     try:
         if not (fault := _yaml_fault(data)):
             return yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a safe loader
     except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
         fault = " ".join(str(error).split())
-    raise UserError("settings.file", f"{where} is not a YAML file: {fault}")
+    raise UserError("settings.file", f"{where} can't be read as YAML: {fault}")
 
 
 def _yaml_fault(data: bytes) -> str:
-    """Return a clause on the limit that a YAML document exceeds, or ""; only the document's syntax is parsed."""
+    """Return a clause that says why a YAML document is rejected, or ""; parse it without building its values."""
     if len(data) > MAX_YAML_BYTES:
         return f"it is larger than {MAX_YAML_BYTES:,} bytes"
     depth = 0
@@ -161,9 +162,9 @@ def _yaml_fault(data: bytes) -> str:
         if count > MAX_YAML_NODES:
             return f"it has more than {MAX_YAML_NODES:,} values"
         if isinstance(event, yaml.AliasEvent):
-            return f"it has the alias *{event.anchor}; write the value again instead"
+            return f"it has the alias *{event.anchor}; write the value there instead"
         if tag := getattr(event, "tag", None):
-            return f"it has the tag {tag}; leave it out"
+            return f"it has the tag {tag}; remove this tag"
         if isinstance(event, yaml.ScalarEvent):
             if re.search(r"[\0\ud800-\udfff]", event.value):
                 return "it has a text with a null character or half a surrogate pair"
@@ -175,7 +176,8 @@ def _yaml_fault(data: bytes) -> str:
 def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set a dotted key such as `a.b.c` in the nested mappings of `content`; add missing mappings.
 
-    UserError (`settings.override`), which begins with `where`, if a part of the key is empty or a parent is no mapping.
+    UserError (`settings.override`) if a part of the key is empty, or if `a` or `a.b` exists and is not a mapping. The
+    message begins with `where`.
     """
     *parents, last = names = key.split(".")
     if not all(names):
@@ -192,7 +194,8 @@ def set_dotted(content: dict[str, Any], key: str, value: Any, where: str) -> Non
 def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
     """Return an instance of the settings class `kind` with the values of the mapping `content`.
 
-    UserError if a name or value is wrong. The message begins with `where`; for the key see `settings_class` and `kind`.
+    UserError if a name or value is wrong. The message begins with `where`; the error's key is one that `settings_class`
+    lists, or the key of a check in `kind`.
     """
     if not isinstance(content, Mapping):
         raise UserError("settings.value", f"{where} must be a mapping of settings, not {_shown(content)}.")
@@ -223,7 +226,7 @@ def build_settings(kind: type[Settings], content: Any, where: str) -> Settings:
 
 
 def as_settings(kind: type[Settings], value: Any) -> Settings:
-    """Return `value` if it is an instance of `kind`, else a `kind` made of the mapping `value` (None: the defaults)."""
+    """Return `value` if it is a `kind`; else make a `kind` from the mapping `value`, or from defaults if it is None."""
     return value if isinstance(value, kind) else build_settings(kind, {} if value is None else value, kind.__name__)
 
 
@@ -237,7 +240,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any] | Sequence[str], 
 
 
 def _keys(kind: Any) -> list[Field[Any]]:
-    """Return the fields that a settings class accepts: its own fields, and those of the dataclass in `OPEN_KEYS`."""
+    """Return the fields whose names a settings class accepts as keys: its own and those of the class in `OPEN_KEYS`."""
     own = {one.name: one for one in fields(kind) if one.init}
     if not (collected := getattr(kind, "OPEN_KEYS", None)):
         return list(own.values())
@@ -246,7 +249,7 @@ def _keys(kind: Any) -> list[Field[Any]]:
 
 
 def _fault(error: ValidationError, where: str) -> tuple[str, str]:
-    """Return (key, message) of the UserError for the first fault that pydantic found; `where` begins the message."""
+    """Return (key, message) of a UserError for the first fault that pydantic found; the message begins with `where`."""
     faults = error.errors()
     fault = next((one for one in faults if one["type"] == "unexpected_keyword_argument"), faults[0])
     parts = [part for part in map(str, fault["loc"]) if not re.search(r"[\[(]|^(int|tuple|dict|literal)$", part)]
@@ -270,7 +273,8 @@ def _sentence(fault: Any) -> str:
 def _reference(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, text with type, default and meaning) for each setting of the settings class `kind`.
 
-    Fields of the dataclass in `kind.OPEN_KEYS` are left out if neither `Args:` nor `kind.DEFAULTS` names them.
+    Fields of the dataclass in `kind.OPEN_KEYS` are left out if neither `kind.DEFAULTS` nor the section `Args:` of a
+    docstring names them.
     """
     meanings = _meanings(kind)
     hints = get_type_hints(kind, include_extras=False)
@@ -318,7 +322,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Return {key: first sentence on the key under `Args:`} from the docstrings of `kind` and its base classes."""
+    """Return {key: first sentence about the key} from the sections `Args:` of `kind` and its base classes."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
         if not is_dataclass(base) or base.__module__.startswith("transformers."):
