@@ -88,8 +88,8 @@ def test_slice_writes_a_checkpoint_that_search_reads(mose, checkpoint, code, tmp
     ("words", "message"),
     [
         ("slice CHECKPOINT --exit-layer 3 out", "its exits are 1, 2, 4"),
-        ("slice trained --exit-layer 2 out", "Name trained/model."),
-        ("publish trained --repository me/model", "Name trained/model."),
+        ("slice trained --exit-layer 2 out", "Give the folder trained/model."),
+        ("publish trained --repository me/model", "Give the folder trained/model."),
         ("publish CHECKPOINT --repository me/model --license apache2", "such as apache-2.0"),
         ("slice CHECKPOINT --exit-layer 2 no_weights", "already exists"),
         ("search add --folder FOLDER --model ./no-such-folder", "There is no checkpoint folder"),
@@ -282,6 +282,7 @@ def test_a_missing_module_that_two_extras_bring_names_the_extra_of_the_command(m
         ("dataset dedup . --out out --against file", "SOURCE:COLUMN"),
         ("search x --index a --folder b", "not allowed with"),
         ("related add.go", "'add.go' must be of the form FILE:LINE"),
+        (f"related add.go:{'9' * 5000}", "…' must be of the form FILE:LINE"),
         ("search x . --top-k 0", "argument --top-k: '0' must be"),
         (f"search x . --top-k {'9' * 5000}", "…' must be"),
         ("search x . --latency-ms nan", "argument --latency-ms: 'nan' must be"),

@@ -213,7 +213,7 @@ def task_from_mappings(
 
 
 def held_out_tasks(texts: Sequence[RetrievalExample], *, limit: int = POOL, seed: int = 0) -> list[RetrievalTask]:
-    """Return a task to find code by text and a task to find code by code, with up to `limit` pairs, at least 2, each."""
+    """Return a task to find code by text and a task to find code by code, each with 2 to `limit` pairs, or no task."""
     tasks: list[RetrievalTask] = []
     for kind, groups in PairGroups(texts).rows.items():
         generator = np.random.default_rng((seed, len(tasks)))

@@ -29,7 +29,7 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def shipped_model(name: str = "mose-code") -> str:
-    """Return the folder of a model that comes with this package. Other libraries can load the model from there.
+    """Return the folder of a model that comes with this package. Other libraries can load the model from this folder.
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
@@ -42,9 +42,9 @@ def shipped_model(name: str = "mose-code") -> str:
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> str:
-    """Return the folder of the shipped model `name`, or `name` with `~` expanded if there is no such model.
+    """Return the folder of the model `name` of this package; if there is no such model, `name` with `~` expanded.
 
-    To name a folder that is called like a shipped model, write `./mose-code`.
+    If a folder of yours is called like a model of this package, write `./mose-code` instead of `mose-code`.
     """
     if not isinstance(name, str | os.PathLike):
         known = f"a folder, a Hub repository (OWNER/NAME) or a model of this package ({', '.join(shipped_models())})"
@@ -62,7 +62,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
 def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) -> None:
     """Raise FileNotFoundError if a checkpoint's folder is missing, incomplete or unsafe. Hub repositories always pass.
 
-    `of_modules` allows the folder of any SentenceTransformer, with config.json and weights in the modules' folders.
+    `of_modules` also accepts any SentenceTransformer, whose config.json and weights may be in its modules' folders.
     """
     folder = Path(resolve_checkpoint(name))
     if is_repository(name):
@@ -73,9 +73,9 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
         raise FileNotFoundError(f"There is no checkpoint folder {name}: give a folder that exists, {known}.")
     if not has_modules and not (folder / "config.json").is_file():
         inner = Path(name, "model") if (folder / "model" / "config.json").is_file() else None  # of a training run
-        advice = f"Name {inner}." if inner else "Name a folder that has config.json and weights."
+        advice = f"Give the folder {inner}." if inner else "Give a folder that has config.json and weights."
         if (folder / "adapter_config.json").is_file():
-            advice = "It has only adapters: name the merged model, the folder model/ of `mose finetune`."
+            advice = "It has only an adapter: give the merged model, which `mose finetune` writes to the folder model/."
         raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json. {advice}")
     if not has_modules and not any((folder / file).is_file() for file in WEIGHT_FILES):
         raise FileNotFoundError(f"{name} has no weights: neither {' nor '.join(WEIGHT_FILES)} exists.")
@@ -84,7 +84,7 @@ def check_checkpoint(name: str | os.PathLike[str], *, of_modules: bool = False) 
 
 
 def _faults(folder: Path, of_modules: bool) -> Iterator[str]:
-    """Yield the files that are unsafe to read, with the reason, for example "its config.json is not a file"."""
+    """Yield one fault for each file that is unsafe to read, for example "its config.json is not a file"."""
     for file in (path for pattern in _READ for place in ("", "*/") for path in folder.glob(place + pattern)):
         is_config = re.fullmatch(r"modules\.json|(?!tokenizer_).*config.*", file.name)
         if not file.is_file():  # reading a pipe would never end
@@ -94,18 +94,18 @@ def _faults(folder: Path, of_modules: bool) -> Iterator[str]:
         elif leads_outside(file, folder):  # it would be copied
             yield f"its {file.name} is a link to a file outside the folder"
         elif is_config and file.stat().st_size > _MAX_CONFIG:  # a value costs transformers up to a millisecond
-            yield f"its {file.name} has more than {_MAX_CONFIG:,} bytes, the limit"
+            yield f"its {file.name} has more than the limit of {_MAX_CONFIG:,} bytes"
     for place in (folder, *folder.glob("*/")) if of_modules else (folder,):
         yield from _index_faults(place)
         with suppress(OSError, ValueError, AttributeError):  # the loader reports it
             config = read_json(place / "config.json") if of_modules else {}
             for name, most in _MOST.items():  # larger numbers let transformers fill the memory
                 if isinstance(config.get(name), int) and config[name] > most:
-                    yield f"its config.json has {name} above {most:,}, the limit"
+                    yield f"its config.json has {name} above the limit of {most:,}"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of weights that a checked checkpoint is loaded from: one, or an index and the files it names."""
+    """Return the weight files of a checkpoint without faults: one file, or an index file and the files it lists."""
     whole, index = (folder / name for name in WEIGHT_FILES)
     if whole.is_file():
         return [whole]
@@ -125,9 +125,9 @@ def _index_faults(folder: Path) -> Iterator[str]:
             shards = {str(shard) for shard in read_json(index, most_bytes=_MAX_INDEX)["weight_map"].values()}
         except (ValueError, TypeError, LookupError, AttributeError):
             shards = set()
-            yield f"its {index.name} does not list its weight files"
+            yield f"its {index.name} does not list the weight files"
         for odd in sorted(one for one in shards if Path(one).name != one or not (folder / one).is_file()):
-            yield f"its weights {odd} are not a file in its folder"
+            yield f"its weight file {odd} is not in its folder"
 
 
 def _weights_faults(file: Path) -> Iterator[str]:
@@ -135,14 +135,14 @@ def _weights_faults(file: Path) -> Iterator[str]:
     with file.open("rb") as opened:
         header = opened.read(min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER + 1))
     if len(header) > _MAX_HEADER:
-        yield f"has a header of more than {_MAX_HEADER:,} bytes, the limit"
+        yield f"has a header of more than the limit of {_MAX_HEADER:,} bytes"
     try:
         tensors = [one for name, one in json.loads(header).items() if name != "__metadata__"]
         size = 8 + len(header) + max(one["data_offsets"][1] for one in tensors)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # safetensors reports it
         size = _MAX_WEIGHTS
     if file.stat().st_size > min(size, _MAX_WEIGHTS):
-        yield f"has more bytes than its header says, or more than {_MAX_WEIGHTS:,}, the limit"
+        yield f"has more bytes than its header says, or more than the limit of {_MAX_WEIGHTS:,}"
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:
@@ -157,5 +157,5 @@ def profile_path(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]
     check_checkpoint(checkpoint)
     folder = local_folder(checkpoint)
     if folder is None:
-        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: name the file to write (--out).")
+        raise UserError("profile.out.missing", f"{checkpoint} is not a local folder: set the profile's file (--out).")
     return folder / PROFILE_NAME

@@ -1,6 +1,6 @@
 """Load a checkpoint or only its configuration, cut a checkpoint at an exit, and compute its checksum.
 
-A checkpoint is a local folder, a repository on the Hub, or a model of this package. An error has one sentence.
+A checkpoint is a local folder, a repository on the Hub, or a model of this package. Error messages have one sentence.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def load_checkpoint(
 ) -> tuple[ModularStarEncoderForRetrieval, Any]:
     """Return (model, tokenizer) of the retrieval checkpoint `path`, in evaluation mode. No code in `path` is run.
 
-    By default: all layers, on a GPU if there is one, in the dtype of the checkpoint. ValueError if the checkpoint is
-    damaged or not a retrieval model, or lacks `exit_layer`; OSError if `path` does not exist.
+    By default, all layers are loaded, on a GPU if there is one, in the dtype of the checkpoint. ValueError if the
+    checkpoint is damaged, is not a retrieval model, or has no exit `exit_layer`; OSError if `path` does not exist.
     """
     config, path = load_config(path), resolve_checkpoint(path)
     if exit_layer is not None:
@@ -86,7 +86,7 @@ def load_config(path: str | os.PathLike[str]) -> ModularStarEncoderConfig:
 
 
 def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
-    """Return the `folder_checksum` of a local checkpoint, or the commit hash of a repository on the Hub."""
+    """Return the checksum of the files of a local checkpoint, or the commit hash of a repository on the Hub."""
     folder = Path(resolve_checkpoint(checkpoint))
     if not folder.is_dir():
         # The Hub's cache has one folder per commit, whose name is the hash of the commit.
@@ -95,7 +95,7 @@ def checkpoint_checksum(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
-    """Return the path of the file `name` in a checkpoint, or None. Offline, only the Hub's cache is read."""
+    """Return the path of the file `name` in a checkpoint; None if it is missing, or is not cached while offline."""
     path = resolve_checkpoint(path)
     if os.path.isdir(path):
         return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
@@ -106,7 +106,7 @@ def checkpoint_file(path: str | os.PathLike[str], name: str) -> Path | None:
 
 
 def refuse_adapter(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if a Hub repository has an adapter; for a folder, `check_checkpoint` raises an error."""
+    """Raise UserError if a Hub repository has an adapter; folders with an adapter fail in `check_checkpoint`."""
     if is_repository(path) and checkpoint_file(path, "adapter_config.json"):
         raise UserError("checkpoint.adapter", f"{path} is not a checkpoint: {ADAPTER}.")
 
@@ -124,7 +124,7 @@ def _load_whole(model_class: Any, config: ModularStarEncoderConfig, path: str, *
             tensors = f"{len(wrong)} tensors are {'missing' if missing else 'left over'}, such as {wrong[0]}."
             raise UserError("checkpoint.tensors", f"The weights of {path} do not fit its configuration: {tensors}")
         if model_class is AutoModel and not isinstance(model, ModularStarEncoderForRetrieval):
-            raise UserError("checkpoint.not_retrieval", f"{path} has no projection heads to embed texts: fine-tune it.")
+            raise UserError("checkpoint.not_retrieval", f"{path} lacks projection heads to embed texts: fine-tune it.")
     return model
 
 
@@ -142,7 +142,8 @@ def check_size(parameters: int, folder: Path) -> None:
 def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
     """Context manager: replace errors of transformers and the Hub about files by errors of one sentence.
 
-    Yields the list of messages that transformers logs. Without errors, messages left in the list are shown at the end.
+    Yields the list of messages that transformers logs, from which the caller may remove messages. If there is no error,
+    the remaining messages are shown at the end.
     """
     log, records = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -164,7 +165,7 @@ def clear_errors(path: str) -> Iterator[list[logging.LogRecord]]:
 
 
 def _clear_error(error: Exception, path: str) -> Exception | None:
-    """Return an error of one sentence to raise in place of `error`; None if `error` itself is to be raised."""
+    """Return an error with a message of one sentence, to raise in place of `error`; None to raise `error` itself."""
     reason = " ".join(str(error).split())
     if isinstance(error, OSError):
         message = f"{path} is not a local folder and cannot be downloaded from the Hub: {reason}"
@@ -223,7 +224,7 @@ def note_parent(config: ModularStarEncoderConfig, parent: str | os.PathLike[str]
 
 
 def stored_license(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Return the licence in a checkpoint's card, else its configuration's `parent_license`; `other` counts as None."""
+    """Return the licence that a checkpoint's card names, else `parent_license` in its config.json; None for "other"."""
     found: Any = None
     with suppress(OSError, ValueError, AttributeError):
         found = read_json(checkpoint_file(checkpoint, "config.json") or "").get("parent_license")
@@ -292,7 +293,7 @@ def _stored_dtype(path: str) -> torch.dtype | None:
         with safe_open(file, framework="pt") as tensors:
             names |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    return known.get(*names) if len(names) == 1 else None
+    return known.get(names.pop()) if len(names) == 1 else None
 
 
 def class_named(name: str, checkpoint: str | os.PathLike[str]) -> type[modeling.ModularStarEncoderPreTrainedModel]:
@@ -320,9 +321,9 @@ def save_retrieval_checkpoint(
     *,
     parent: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a model with its code and a tokenizer to `out`, which SentenceTransformer can then load; return `out`.
+    """Write a model, its code and a tokenizer to the folder `out`, which SentenceTransformer can load; return `out`.
 
-    `parent` is a checkpoint whose prompts and licence are kept.
+    `parent` is the checkpoint that the model was made from: its prompts and licence are written too.
     """
     config = model.config
     with staged_folder(out) as staging:
@@ -353,10 +354,11 @@ def write_sentence_transformer_files(
     dimension: int | None = None,
     pooling: str | None = None,
 ) -> None:
-    """Write to a checkpoint's folder what SentenceTransformer reads: `modules.json`, the prompts and other settings.
+    """Write the files that SentenceTransformer reads to a checkpoint's folder: `modules.json`, prompts and settings.
 
     The modules pool and normalise the `last_hidden_state`. `dimension` is the size of the embeddings, by default
-    `config.projection_size`. Without `pooling` ("mean" or "lasttoken"), raises the errors of `check_servable`.
+    `config.projection_size`. `pooling` is "mean" or "lasttoken", by default `config.pooling`; then the errors of
+    `check_servable` may be raised.
     """
     if pooling is None:
         check_servable(config)

@@ -109,9 +109,10 @@ def encode_batches(
     tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> np.ndarray:
-    """Return the embeddings (E exits, N, D) float32 of N texts, in their order; a batch has texts of similar length.
+    """Return the embeddings (E, N, D) float32 of N texts at E exits, in the order of the texts; D is their size.
 
-    `encode_batch` maps {`input_ids`, `attention_mask`: int64 (B, T)} to (E, B, D) float32; `shape` is (E, D).
+    `encode_batch` gets the `input_ids` and `attention_mask`, int64 (B, T), of B texts of similar length with up to T
+    tokens, and returns their embeddings (E, B, D) float32. `shape` is (E, D).
     """
     is_list = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
     _check("texts", texts, is_list, "a list of strings")
@@ -147,10 +148,11 @@ def _check(name: str, value: Any, is_right: bool, what: str) -> None:
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int, progress: bool, prompt: str = ""
 ) -> list[list[int]]:
-    """Return each text's token ids, at most `max_length`: `prompt`, text, and special tokens that the tokenizer adds.
+    """Return up to `max_length` token ids of each text: `prompt`, text, and special tokens that the tokenizer adds.
 
-    As in training, special tokens in a text, such as `<mask>`, are read as ordinary text, except in `prompt` or a
-    published prompt that begins the text. A tokenizer that adds no tokens obeys its setting `split_special_tokens`.
+    As in training, special tokens in a text, such as `<mask>`, are read as ordinary text, except in `prompt` or in a
+    published prompt at the start of the text. If the tokenizer adds no special tokens, its setting
+    `split_special_tokens` decides instead.
     """
     token_ids: list[list[int]] = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -183,7 +185,7 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
 
 @contextmanager
 def _inference(model: ModularStarEncoderForRetrieval) -> Iterator[None]:
-    """Context manager: run `model` in evaluation and inference mode; the last thread to leave restores the old mode."""
+    """Context manager: run `model` in evaluation and inference mode; the last thread that leaves restores its mode."""
     with _counting:
         state = _in_use.setdefault(model, [0, model.training])
         state[0] += 1

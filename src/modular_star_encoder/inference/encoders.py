@@ -56,14 +56,15 @@ class Encoder(Protocol):
         return ""
 
     def encode(self, texts: Sequence[Prompted], exit_layers: Sequence[int | None], *, progress: bool = True) -> ByExit:
-        """Return {exit_layer: embeddings (N, D) float32} of N pairs (prompt, text), computed in one pass."""
+        """Return {exit_layer: embeddings (N, size) float32} of N pairs (prompt, text), computed in one pass."""
 
 
 def load_encoder(name: str, exit_layers: Sequence[int] | None = None) -> Encoder:
-    """Load a ModularStarEncoder up to the deepest of `exit_layers` (all layers if None), or another encoder.
+    """Load a ModularStarEncoder up to the deepest of `exit_layers` (all layers if None), or an encoder without exits.
 
-    `name` is a folder or Hub repository that sentence-transformers can load, `openai:MODEL` or `openai:MODEL@URL`.
-    Raises the errors of `load_checkpoint`, and UserError if `exit_layers` are given for another kind of encoder.
+    `name` is a folder or Hub repository that sentence-transformers can load, or a model of this package. For a model
+    behind an endpoint, `name` is `openai:MODEL` or `openai:MODEL@URL`. Raises the errors of `load_checkpoint`, and
+    UserError if `exit_layers` are given for an encoder without exits.
     """
     source, is_endpoint = resolve_checkpoint(name), name.startswith(ENDPOINT_PREFIX)
     folder = local_folder(name)
@@ -173,7 +174,7 @@ def weights_checksum(model: torch.nn.Module, tokenizer: Any, config: str, settin
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
-    """Return a tokenizer as JSON, without settings of truncation and padding, because every call may change them."""
+    """Return a tokenizer as JSON, without its truncation and padding, because every call may change these settings."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
     copy = Tokenizer.from_str(backend.to_str())
@@ -185,8 +186,9 @@ def _tokenizer_state(tokenizer: Any) -> str:
 class EndpointEncoder(Encoder):
     """Embeds texts with a model behind an OpenAI-compatible endpoint, such as text-embedding-3-large.
 
-    The API key is in `OPENAI_API_KEY` for OpenAI's address, in `MOSE_API_KEY` for other addresses, because a recipe may
-    name a stranger's server. The key is never stored, shown or logged. `client_options` are those of `HTTPClient`.
+    Put the API key in an environment variable: `OPENAI_API_KEY` for OpenAI's address, `MOSE_API_KEY` for any other. So
+    a recipe that names a stranger's server does not send your OpenAI key there. The key is never stored, shown or
+    logged. `client_options` are arguments of `HTTPClient`.
     """
 
     def __init__(self, model: str, base_url: str, **client_options: Any) -> None:

@@ -100,7 +100,7 @@ class ExitProfile:
         """
         exits, known = dict(self.exits), values.keys() & self.exits.keys()
         if not known:
-            message = f"{benchmark} has scores of exits {_listed(values)}, but the profile has only {_listed(exits)}."
+            message = f"{benchmark} has scores for exits {_listed(values)}, but the profile has exits {_listed(exits)}."
             raise UserError("profile.quality.other_exits", message)
         for k in known:
             exits[k] = dataclasses.replace(exits[k], quality={**exits[k].quality, benchmark: values[k]})
@@ -120,7 +120,7 @@ class ExitProfile:
         """Return a profile that `save` wrote; FileNotFoundError if the file is missing, UserError if it is damaged."""
         path = Path(path)
         if not path.is_file():
-            how = "Measure it with `mose profile`, or pass a profile from another file as `profile`."
+            how = "Measure one with `mose profile`, or give the profile in another file as `profile`."
             raise FileNotFoundError(f"There is no exit profile {path}. {how}")
         try:
             content = read_json(path, most_bytes=2**22)
@@ -140,9 +140,10 @@ class ExitProfile:
 
 
 def profile_lock() -> AbstractContextManager[None]:
-    """Context manager: let no other process of the user change a profile. Read and write the file inside.
+    """Context manager: while it is open, no other process of the user changes a profile. Read and write the file in it.
 
-    The lock is in the user's cache, because one beside the profile would stay there; without a cache there is none.
+    The lock file is in the user's cache, because a lock file next to the profile would stay there. Without a cache,
+    nothing is locked.
     """
     cache = cache_folder("profiles", create=True)
     return folder_lock(cache) if cache else nullcontext()
@@ -210,7 +211,7 @@ def _keeps(name: str, value: float | None, limit: float) -> bool:
 
 
 def _listed_values(values: Mapping[int, Mapping[str, float | None]]) -> str:
-    """Return measured values of exits as text, with ten significant digits, so that a user can copy a limit."""
+    """Return measured values of exits as text, with ten significant digits, so that users can copy a limit from it."""
     exits = []
     for k, of_exit in values.items():
         known = ("unknown" if value is None else f"{name} {value:.10g}" for name, value in of_exit.items())
@@ -258,8 +259,8 @@ def load_at_budget(
 
     Args:
         checkpoint: a folder, a Hub repository, or a model of this package.
-        profile: cost and quality of each exit, or the file that has them; by default the checkpoint's
-            `exit_profile.json`. If a file was measured on another kind of machine, there is a warning.
+        profile: an `ExitProfile`, or the path of its file; by default the checkpoint's `exit_profile.json`. If the
+            profile in a file was measured on another kind of machine, there is a warning.
         model_kwargs: passed to `AutoModel.from_pretrained`.
         budget: limits and other arguments of `select_exit`: `latency_ms`, `memory_mb`, `min_quality`, …
 

@@ -1,8 +1,8 @@
 """Compute the exits of a `ModularStarEncoderForRetrieval` with numpy, and write exit 0 as a static model.
 
-Exit 0 runs no layer: it projects the weighted mean of the token embeddings. It equals a static model, which embeds a
-text as the mean of one vector per token, scaled to length 1. Deeper exits are as fast as with torch on a CPU, and
-torch is not imported, which would take longer than embedding 20 texts.
+Exit 0 runs no layer: it projects the weighted mean of the token embeddings. So it equals a static model, which embeds a
+text as the mean of one vector per token, scaled to length 1. Deeper exits are as fast as with torch on a CPU. This
+module does not import torch, because the import takes longer than embedding 20 texts.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class NumpyEncoder:
 
     @property
     def table(self) -> np.ndarray:
-        """Return (V, D) float32: each token's projected embedding times the token's learned weight, not normalised."""
+        """Return a vector per vocabulary entry, (V, size) float32: its projected embedding times its learned weight."""
         return self._linear("projection_heads.0.dense", self._tokens) * self._weights[:, None]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the L2-normalised embeddings (N, D) float32 of N texts at exit 0; zeros for a text without tokens."""
+        """Return the L2-normalised embeddings (N, size) float32 of N texts at exit 0; zeros if a text has no tokens."""
         with _damage_reported(self.folder):
             means = np.zeros((len(texts), self._tokens.shape[1]), dtype=np.float32)
             totals = np.zeros((len(texts), 1), dtype=np.float32)
@@ -141,7 +141,7 @@ class NumpyEncoder:
         return [part for word in _SPACE.split(text) for part in (_WORD.findall(word) if word.isascii() else [word])]
 
     def encode_exits(self, texts: Sequence[str], exit_layers: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return {exit_layer: embeddings (N, D) float32 of length 1} of N texts; zeros for a text without tokens.
+        """Return {exit_layer: embeddings (N, size) float32 of length 1} of N texts; zeros for a text without tokens.
 
         For exits above 0, the caller must first check with `has_layers` that this class supports the layers.
         """
@@ -158,7 +158,7 @@ class NumpyEncoder:
         return result
 
     def _states(self, ids: np.ndarray, layers: int) -> Iterator[np.ndarray]:
-        """Yield the states (T, H) of T token `ids`: before the first layer, then after each of `layers` layers."""
+        """Yield the states (T, hidden size) of T tokens: the embeddings, then the output of each of `layers` layers."""
         states = self._tokens[ids]
         yield states
         size = states.shape[1] // self._config["num_attention_heads"]
@@ -199,7 +199,7 @@ class NumpyEncoder:
         return result
 
     def _tensor(self, name: str, transposed: bool = False) -> np.ndarray:
-        """Return tensor `name` of the checkpoint, float32; if `transposed`, its transpose, for a faster `_linear`."""
+        """Return a tensor of the checkpoint as float32, or its transpose, with which `_linear` is faster."""
         if name not in self._tensors:
             from safetensors import safe_open
 
@@ -211,7 +211,7 @@ class NumpyEncoder:
 
 
 def _bfloat16_tensor(file: Path, name: str) -> np.ndarray:
-    """Return a bfloat16 tensor of a safetensors file, which numpy can't read, as float32."""
+    """Read a bfloat16 tensor from a safetensors file as float32, because numpy has no bfloat16."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         facts = json.loads(opened.read(size))[name]
@@ -271,15 +271,15 @@ def export_static(
     *,
     format: Literal["sentence-transformers", "model2vec"] = "sentence-transformers",
 ) -> Path:
-    """Write exit 0 of a checkpoint as a static model, one vector per token. It loads without `trust_remote_code`.
+    """Write exit 0 of a checkpoint as a static model, a table of one vector per token, which needs no remote code.
 
-    The embeddings (N, D) float32 of the written model differ by at most 1e-6 from exit 0 of `encode_exits`, and an
-    empty text gives zeros. Embeddings of model2vec differ more in two cases: model2vec does not cut texts that are
-    longer than `max_position_embeddings`, and leaves out unknown tokens.
+    The embeddings (N, D) float32 that the written model gives for N texts differ by at most 1e-6 from exit 0 of
+    `encode_exits`; D is `config.projection_size`. An empty text gives zeros. Embeddings of model2vec differ more in two
+    cases: it does not cut texts that are longer than `max_position_embeddings`, and it leaves out unknown tokens.
 
     Args:
         checkpoint: a folder or Hub repository with exit 0, or the name of a model of this package.
-        folder: folder to write; it must be empty or not exist. It is written atomically, and after an error not at all.
+        folder: folder to write; it must be empty or not exist. If an error occurs, nothing is written.
         format: `sentence-transformers`, for `SentenceTransformer(folder)`; or `model2vec`, for
             `StaticModel.from_pretrained(folder)`, which `SentenceTransformer` can load too.
 
@@ -309,7 +309,7 @@ def export_static(
     if format not in TENSORS:
         raise UserError("static.format", f"`format` must be {' or '.join(TENSORS)}, not {format!r}.")
     if not has_exit_zero(config.to_dict()):
-        needed = "it needs `token_weights` and a linear head after pooling"
+        needed = "the model needs `token_weights` and a linear head after pooling"
         raise UserError("static.exit_zero", f"Exit 0 of {checkpoint} can't be a static model: {needed}.")
     if added := load_tokenizer(resolve_checkpoint(checkpoint)).num_special_tokens_to_add():
         message = f"The tokenizer of {checkpoint} must add no special tokens to a text, but adds {added}."

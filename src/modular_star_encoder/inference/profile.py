@@ -1,7 +1,7 @@
 """Measure the exit profile of a checkpoint on this machine: latency, memory, size and FLOPs of every exit.
 
-Latency is timed on random tokens, with the exits in random order, so that other programs slow all exits alike. For
-each exit, a process of its own, which runs this module as a script, measures memory.
+Latency is timed on random tokens, with the exits in random order, so that other programs slow all exits alike. The
+memory of each exit is measured in a new process, which runs this module as a script.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def profile_checkpoint(
 ) -> ExitProfile:
     """Return the time and memory that each exit of a retrieval checkpoint needs to embed texts of the shapes in `plan`.
 
-    By default: all exits, on a GPU if there is one, in the dtype of the checkpoint. UserError if the device is not
-    available, the dtype is unknown, or a length in `plan` is more than the model accepts.
+    By default, all exits are measured, on a GPU if there is one, in the dtype of the checkpoint. UserError if the
+    device is not available, the dtype is unknown, or a length in `plan` is above the limit of the model.
     """
     plan = plan or ProfilePlan()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,11 +151,13 @@ def profile_to_file(
 ) -> tuple[ExitProfile, Path]:
     """Measure a checkpoint's profile (see `profile_checkpoint`), write it to a file, and return (profile, file).
 
-    Quality scores of the same weights stay in the file. UserError if the file has exits that are not to be measured.
+    If the file has a profile of the same weights, its quality scores are kept. UserError if the file has exits that
+    this call does not measure.
     """
     path = profile_path(checkpoint, out)
     check_writable(path)
-    _older_profile(path, options.get("exit_layers"))
+    with profile_lock():  # a lock that can't be had is an error before the measurement
+        _older_profile(path, options.get("exit_layers"))
     profile = profile_checkpoint(checkpoint, plan, **options)
     with profile_lock():
         older = _older_profile(path, options.get("exit_layers"))  # again: another process may have changed it meanwhile
@@ -171,12 +173,12 @@ def _older_profile(path: Path, exit_layers: Sequence[int] | None) -> ExitProfile
     older = ExitProfile.load(path) if path.is_file() else None
     if older is not None and (lost := set(older.exits) - set(exit_layers or older.exits)):
         message = f"{path} has a profile of exits {', '.join(map(str, sorted(lost)))}, which would be overwritten."
-        raise UserError("profile.out.other_exits", f"{message} Measure these exits, or write to another file (--out).")
+        raise UserError("profile.out.other_exits", f"{message} Measure these exits too, or set another file (--out).")
     return older
 
 
 def random_batch(model: ModularStarEncoderForRetrieval, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, random but the same in every call, and `attention_mask`, all 1: both int64 (B, T)."""
+    """Return a batch of texts of `length` tokens without padding; the token ids are random but equal in every call."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -241,13 +243,13 @@ def _measure_times(
 def measure_memory(
     checkpoint: str, exit_layer: int, device: str, dtype: str, shapes: Sequence[Shape], threads: int
 ) -> tuple[float | None, list[float | None]]:
-    """Return (MB of a new process before it loads an exit, [peak MB at each of `shapes`]); unknown numbers are None."""
+    """Return (MB of a new process before it loads an exit, [its peak MB for each batch shape]); None for unknown MB."""
     request = json.dumps([checkpoint, exit_layer, device, dtype, shapes, threads])
     command = [sys.executable, "-P", "-m", __name__, request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
-        raise OSError(f"The memory of exit {exit_layer} can't be measured: the measuring process ended with: {last}")
+        raise OSError(f"The memory of exit {exit_layer} can't be measured: the process that measures it failed: {last}")
     return tuple(json.loads(process.stdout.splitlines()[-1]))
 
 
