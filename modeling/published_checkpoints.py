@@ -111,7 +111,7 @@ def describe(
     if depth not in parent_exits or len(heads) not in (0, 1, len(exits)):
         raise ValueError(
             f"The checkpoint has {depth} layers and {len(heads)} projection heads. A published checkpoint "
-            f"has {', '.join(map(str, parent_exits))} layers, and 0, 1 or {len(exits)} heads. Download it again."
+            f"has as many layers as one of {parent_exits}, and 0, 1 or {len(exits)} heads. Download it again."
         )
     complete = ModularStarEncoderConfig.from_dict(config.to_dict() | {"exit_layer": None})
     complete._attn_implementation = config._attn_implementation

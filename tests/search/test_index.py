@@ -291,6 +291,18 @@ def test_arguments_of_a_wrong_kind_are_named(shared_index, code, tmp_path, check
         CodeIndex.open(5)
 
 
+def test_a_server_serves_the_same_answers(code, checkpoint, shared_index):
+    store = QdrantStore(QdrantClient(":memory:"), "code")
+    index = build(code, store, checkpoint, exit_layers=(1, 4))
+    for options in ({"exit_layer": 1}, {"exit_layer": 4, "languages": ["python"]}, {"path": "src/**"}):
+        (here,), (there,) = (one.search(["push an item"], method="vector", **options) for one in (index, shared_index))
+        scores = {(hit.name, hit.line): hit.score for hit in there.hits}
+        assert {(hit.name, hit.line): hit.score for hit in here.hits} == pytest.approx(scores, abs=5e-3)
+    write_code(code, {"stack.py": "def peek(self):\n    return self.items[-1]\n"})
+    assert index.update(processes=1, progress=False).embedded_files == 1
+    assert CodeIndex.open(store).search(["x"], path="stack.py")[0].hits[0].name == "peek"
+
+
 def test_a_copy_of_a_snippet_is_embedded_once_and_is_a_row_of_its_own(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(building, "_ROWS_PER_BATCH", 1)  # copies are known across batches too
     encoded, original = [], Embedder.encoder

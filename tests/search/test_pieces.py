@@ -120,6 +120,13 @@ def test_a_file_of_very_many_definitions_is_blocks_of_lines(monkeypatch, languag
     assert [piece.last_line for piece in file_pieces("a", language, line * 120)] == [60, 120]
 
 
+@pytest.mark.parametrize("language", ["javascript", "typescript", "tsx"])
+def test_functions_of_one_statement_are_pieces_of_their_own(language):
+    body = "{\n" + "  call();\n" * 30 + "}"
+    pieces = file_pieces("a", language, f"const add = () => {body},\n  subtract = () => {body};\n")
+    assert [(one.name, one.defines) for one in pieces] == [("add", ("add",)), ("subtract", ("subtract",))]
+
+
 def test_a_file_of_half_a_million_definitions_takes_seconds():
     for language, line in (("python", "def a():0\n"), ("markdown", "# a\n")):
         start = time.thread_time()

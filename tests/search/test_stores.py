@@ -96,6 +96,8 @@ def test_words_are_ranked_by_their_rarity(store):
         (Filter(path=path_expression("src/**")), {"go", "odd"}),
         (Filter(("python",), path_expression("it's*")), {"odd"}),
         (Filter(path=path_expression("nowhere/**")), set()),
+        (Filter(file=file_id("src/b.go")), {"go"}),
+        (Filter(("python",), file=file_id("src/b.go")), set()),
     ],
 )
 def test_filters_hold_for_vectors_and_words(store, where, expected):

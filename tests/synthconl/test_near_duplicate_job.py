@@ -296,7 +296,7 @@ def test_wrong_columns_are_reported_before_anything_is_written(source, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("ids", "fault"), [((1, 2, 1), "repeated: 1"), (("a", None, "b"), "missing: 1")])
+@pytest.mark.parametrize(("ids", "fault"), [((1, 2, 1), "a repeated id: 1"), (("a", None, "b"), "missing ids: 1")])
 def test_ids_must_be_there_and_differ(tmp_path, ids, fault):
     write_shards(tmp_path / "in", [{"id": one, "code": "x = 1"} for one in ids], sizes=(2, 1))
     with raises("synthconl.shards.ids", "'id'", fault):

@@ -163,6 +163,10 @@ def straight_and_interrupted(recipe_file, folder, monkeypatch, *overrides, resum
     return estimate
 
 
+def test_an_interrupted_run_of_all_weights_equals_one_that_goes_through(recipe_file, tmp_path, monkeypatch):
+    straight_and_interrupted(recipe_file, tmp_path, monkeypatch)
+
+
 def test_settings_may_change_until_there_is_a_checkpoint(recipe_file, tmp_path, monkeypatch):
     for step, overrides in ((1, ()), (3, ("objective.mini_batch_tokens=400",))):
         with interrupt(monkeypatch, step):

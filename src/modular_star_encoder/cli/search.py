@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -229,30 +230,36 @@ def _take_folder(arguments: argparse.Namespace) -> None:
         return
     path = os.path.expanduser(last)
     is_path, is_folder = re.match(r"(~|\.{0,2})/\S*$", last), os.path.isdir(path)
-    here = [one.name for one in os.scandir() if one.is_dir()] if questions else []
     others = questions[1:] if is_folder else questions
     folders = [one for one in others if os.path.isdir(os.path.expanduser(one))]
-    key, fault, end = "folder", "", '. Write: mose search "QUESTION" FOLDER'
+    key, fault, write = "folder", "", 'Write: mose search "QUESTION" FOLDER'
     if questions and is_folder and folders:
-        key, fault = "folders", f"{folders[0]!r} and {last!r} are folders, and one command searches one folder"
-        end = f'. Write: mose search "QUESTION" {last}. If {folders[0]!r} is a question, add --folder before {last}.'
+        key, fault = "folders", f"{folders[0]!r} and {last!r} are folders, and one command searches one folder."
+        write = f'Write: mose search "QUESTION" {last}. If {folders[0]!r} is a question, add --folder before {last}.'
     elif questions and is_folder:
         arguments.questions, arguments.folder = questions, last
     elif folders:
-        fault = f"The folder {folders[0]!r} must come after the question"
+        fault = f"The folder {folders[0]!r} must come after the question."
     elif (is_path or questions) and os.path.isfile(path):
-        fault = f"{last!r} is a file, and only a folder can be searched; --path PATTERN selects its files"
+        fault = f"{last!r} is a file, and only a folder can be searched; --path PATTERN selects its files."
     elif is_path and is_folder:
-        fault = f"A question is missing before the folder {last!r}"
-    elif near := get_close_matches(last, here, 1, 0.8):
-        fault, end = f"There is no folder {last!r}. Did you mean {near[0]!r}?", end[1:]
+        fault = f"A question is missing before the folder {last!r}."
+    elif questions and (near := get_close_matches(last, _names_here(), 1, 0.8)):
+        fault = f"There is no folder {last!r}. Did you mean {near[0]!r}?"
     elif is_path or (questions and len(last.split()) == 1):
-        advice = "" if "/" in last else ". If it belongs to the question, put quotes around the question"
-        fault = f"There is no folder {last!r}{advice}"
+        advice = "" if "/" in last else " If it belongs to the question, put quotes around the question."
+        fault = f"There is no folder {last!r}.{advice}"
     elif is_folder:
         note(f"searching for {last!r} in this folder; to search in the folder {last!r}: mose search QUESTION {last!r}")
     if fault:
-        raise UserError(f"cli.search.{key}", fault + end)
+        raise UserError(f"cli.search.{key}", f"{fault} {write}")
+
+
+def _names_here() -> list[str]:
+    """Return the names of the folders in the current folder; none if it can't be read."""
+    with suppress(OSError), os.scandir() as entries:
+        return [one.name for one in entries if one.is_dir()]
+    return []
 
 
 def run_related(arguments: argparse.Namespace) -> None:

@@ -34,10 +34,10 @@ def add_train_commands(commands: Any) -> None:
     actions = recipes.add_subparsers(metavar="ACTION")
     actions.add_parser("list", help="list all recipes")
     name = "such as small/finetune or mose-code/corpus; small alone is the first recipe in the folder small"
-    for action in ("show", "copy"):
-        parser = actions.add_parser(action, help=f"{'print' if action == 'show' else action} a recipe")
+    show, copy = actions.add_parser("show", help="print a recipe"), actions.add_parser("copy", help="copy a recipe")
+    for parser in (show, copy):
         parser.add_argument("name", metavar="NAME", help=name)
-    parser.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
+    copy.add_argument("file", metavar="FILE", help="YAML file to write; it must not exist")
 
     for parser in (pretrain, finetune, ablate):
         _end_help_with_keys(parser)

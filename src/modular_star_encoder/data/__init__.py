@@ -1,1 +1,1 @@
-"""Turns source code into rows, and rows into batches. Only the modules that make tensors import torch."""
+"""Turns source code into rows of training data, and rows into batches. Only modules that make tensors import torch."""

@@ -1,4 +1,4 @@
-"""Collators that pad rows of token ids to a batch, or pack the rows one after another without padding."""
+"""Collators that make a batch of rows of token ids: they pad the rows, or pack them one after another unpadded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
         if wrong:
             kinds = [f"{name} ({getattr(value, 'dtype', type(value).__name__)})" for name, value in row.items()]
             found = ", ".join(kinds) or "nothing"
-            message = f"Each row needs tensors of integers named {' and '.join(wrong)}. The row has {found}."
+            message = f"Each row must have tensors of integers named {' and '.join(wrong)}. This row has {found}."
             advice = "Rename columns, or use InContextPairs, RetrievalTexts, RetrievalBatches or ClassificationRows."
             raise UserError("data.collator.columns", f"{message} {advice}")
 
@@ -36,7 +36,7 @@ class _Padding:
         self._side: str = tokenizer.padding_side
 
     def _padded(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-        """Return R rows as one tensor, padded with `value` on the tokenizer's `padding_side`: int64 (R, T)."""
+        """Pad R rows with `value`, on the tokenizer's `padding_side`, to T, the longest length; return int64 (R, T)."""
         return pad_sequence([row.long() for row in rows], True, value, self._side)
 
     def _inputs(self, rows: Sequence[Row], name: str = "input_ids") -> dict[str, torch.Tensor]:
@@ -46,7 +46,10 @@ class _Padding:
 
 
 class PaddingCollator(_Padding):
-    """Pads `InContextPairs` rows; returns int64 `input_ids`, `attention_mask`, `labels` (B, T), `icc_labels` (B,)."""
+    """Pads B rows of `InContextPairs` to the length of the longest row, T tokens.
+
+    Returns int64 tensors: `input_ids`, `attention_mask` and `labels` of shape (B, T), and `icc_labels` of shape (B,).
+    """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels", "icc_label"))
@@ -55,10 +58,11 @@ class PaddingCollator(_Padding):
 
 
 class RetrievalCollator(_Padding):
-    """Pads rows of `RetrievalTexts` or `RetrievalBatches` into a batch, on the tokenizer's `padding_side`.
+    """Pads rows of `RetrievalTexts` or `RetrievalBatches`, on the tokenizer's `padding_side`, and returns a batch.
 
-    Returns, for each of `query`, `document`, `negative` and `text` (unpaired texts) that rows have, a mapping with
-    `input_ids` and `attention_mask`, int64 (B, T), and `teacher`, the teacher's vectors (B, D), if rows have them.
+    A batch is a dictionary with the keys `query` and `document` and, if rows have such texts, `negative` (hard
+    negatives) and `text` (texts without a partner). Each value is a dictionary for B texts of up to T tokens:
+    `input_ids` and `attention_mask`, int64 (B, T), and, if rows have them, `teacher`: a teacher model's vectors (B, D).
     """
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, dict[str, torch.Tensor]]:
@@ -73,7 +77,7 @@ class RetrievalCollator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Pads B rows of `ClassificationRows`. Returns int64 `input_ids`, `attention_mask`, (B, T), and `labels`, (B,)."""
+    """Pads B `ClassificationRows` to T tokens. Returns int64 `input_ids`, `attention_mask` (B, T) and `labels` (B,)."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         _check_columns(rows, ("input_ids", "labels"))
@@ -84,9 +88,9 @@ class PackingCollator:
     """Packs rows of `InContextPairs` one after another, without padding; the losses are the same as with padding.
 
     Returns inputs of `ModularStarEncoderForPreTraining` for P rows of N tokens in total: `input_ids`, `position_ids`
-    (from 0 in every row) and `labels`, int64 (1, N); `icc_labels`, int64 (P,); `cu_seq_lens_q` and `cu_seq_lens_k`, the
-    bounds of the rows, int32 (P + 1,); `max_length_q` and `max_length_k`, the length of the longest row, an int. The
-    batch can't be divided: train without accelerate's `split_batches` and `dispatch_batches`.
+    (from 0 in each row) and `labels`, int64 (1, N); `icc_labels`, int64 (P,); `cu_seq_lens_q` and `cu_seq_lens_k`, at
+    which the rows begin and end, int32 (P + 1,); `max_length_q` and `max_length_k`, the longest row's length, an int.
+    Do not set accelerate's `split_batches` or `dispatch_batches`, because this batch can't be divided among processes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -101,7 +105,7 @@ class PackingCollator:
         total, longest = int(bounds[-1]), int(lengths.max())
         input_ids = torch.cat([row["input_ids"] for row in rows])
         if (input_ids[bounds[1:] - 1] != self._cls).any():
-            raise UserError("data.packing.unfinished", "A row to pack must end with <cls>: use rows of InContextPairs.")
+            raise UserError("data.packing.unfinished", "Rows to pack must end with <cls>: use rows of InContextPairs.")
         batch = {
             "input_ids": input_ids[None],
             "position_ids": (torch.arange(total) - bounds[:-1].repeat_interleave(lengths))[None],

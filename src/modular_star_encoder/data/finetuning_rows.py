@@ -1,4 +1,4 @@
-"""Fine-tuning rows as token ids: a query and its code, each with its prompt, or two snippets with a label."""
+"""Datasets of fine-tuning rows as token ids: a query and code, each after its prompt, or two labelled snippets."""
 
 import re
 import string
@@ -21,7 +21,7 @@ _LETTERS = np.array(list(string.ascii_lowercase))
 
 
 def rename_frequent_words(code: str, generator: np.random.Generator) -> str:
-    """Return `code` with a random new name for each word of 3 or more characters that occurs 3 or more times."""
+    """Return `code`, where a random name replaces each word of 3 or more characters that occurs 3 or more times."""
     counts = Counter(_WORD.findall(code))
     names = {word: word for word in counts}
     for word, count in counts.items():
@@ -37,10 +37,10 @@ _SNIPPETS, _NAMES = 10, 11  # numbers of random streams; `BatchPlan` has others
 
 
 class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
-    """Retrieval rows as token ids, each text with its prompt: `<sep>{instruction}<sep>{text}<cls>`; long texts are cut.
+    """A dataset of retrieval rows. Each text becomes token ids: `<sep>{instruction}<sep>{text}<cls>`, cut if too long.
 
-    Without prompts, a text becomes `<sep>{text}<cls>`. Item `i` holds `query_ids` (description of row `i`) and
-    `document_ids` (first snippet of row `i`), int64 (T,) for T tokens.
+    With `prompts=False`, a text becomes `<sep>{text}<cls>`. Item `i` is a dictionary with `query_ids`, the description
+    of row `i`, and `document_ids`, the first snippet of code of row `i`: each int64 (T,) for T tokens.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         prompts: bool = True,
         progress: bool = True,
     ) -> None:
-        """Tokenize `texts`. Both token limits include prompt and special tokens. `tokenizer` must add `<cls>`."""
+        """Tokenize `texts`. Limits include prompt and `<cls>`. `tokenizer` must add `<cls>`, or no token at all."""
         self.texts = texts
         self._limits = max_text_tokens, max_code_tokens
         self._encoder = ContentEncoder(tokenizer)
@@ -83,10 +83,10 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return {"query_ids": self.tokens(index, None), "document_ids": self.tokens(index, 0)}
 
     def tokens(self, row: int, number: int | None, renaming: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the token ids of one text of a row, with its prompt and cut to its limit of tokens: int64 (T,).
+        """Return the token ids of one text of a row, after its prompt and cut to the limit of T tokens: int64 (T,).
 
-        `number` is None for the description, -1 for the hard negative, or the index of a snippet. `renaming` draws new
-        names for the frequent words of code (see `rename_frequent_words`).
+        `number` selects the text: None the description, -1 the hard negative, 0 or more the snippet with this index.
+        `renaming`, if given, draws new names for the frequent words of code (see `rename_frequent_words`).
         """
         if number is None:
             return _framed(self._descriptions[row], self._text_frame, self._limits[0])
@@ -99,7 +99,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return _framed(content, self._code_frames[snippet.language], self._limits[1])
 
     def text(self, row: int, number: int | None) -> str:
-        """Return the uncut text, without prompt, whose token ids `tokens(row, number)` returns."""
+        """Return the text, uncut and without prompt, for which `tokens(row, number)` returns token ids."""
         example = self.texts[row]
         if number is None:
             return example.description
@@ -110,7 +110,7 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
         return self._descriptions.counts(vocab_size) + self._codes.counts(vocab_size)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Return the mean token counts of (descriptions, snippets), each with its longest prompt, cut to its limit."""
+        """Return (mean tokens of a description, of a snippet), with the longest prompt and cut to the token limit."""
         frames = (self._text_frame, max(self._code_frames.values(), key=lambda frame: len(frame[0])))
         means = []
         for rows, limit, (before, after) in zip((self._descriptions, self._codes), self._limits, frames, strict=True):
@@ -121,16 +121,17 @@ class RetrievalTexts(Dataset[dict[str, torch.Tensor]]):
 
 
 class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
-    """The items of `steps` batches that `plan` chooses, one batch after another, to be read by a sequential sampler.
+    """A dataset of the items of `steps` batches that `plan` chooses, one batch after another. Do not shuffle it.
 
-    An item holds `query_ids` and `document_ids`, int64 (T,), of the description and first snippet of a row of `texts`
-    or, for code → code, of two random snippets of the row; also `negative_ids` if every row has a hard negative.
+    An item has `query_ids` and `document_ids`, int64 (T,) for T tokens: the description and first snippet of a row of
+    `texts` or, in a code → code pair, two random snippets of the row. If all rows have a hard negative, an item also
+    has `negative_ids`, those of a hard negative.
     """
 
     def __init__(
         self, texts: RetrievalTexts, plan: BatchPlan, steps: int, *, identifier_rename_prob: float = 0.0
     ) -> None:
-        """`identifier_rename_prob`: probability that random strings replace the frequent words of a snippet."""
+        """`identifier_rename_prob` is the probability that random names replace the frequent words of a snippet."""
         self.rows, self._plan, self._identifier_rename_prob = texts, plan, identifier_rename_prob
         self.batch_size, self.seed = plan.batch_size, plan.seed
         self._length = steps * plan.batch_size
@@ -153,7 +154,7 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
         return {side: (self.rows.text(row, number), number is not None) for side, (row, number) in places}
 
     def _places(self, index: int) -> dict[str, tuple[int, int | None]]:
-        """Return {"query": (row, number), …}: arguments of `RetrievalTexts.tokens` for each text of item `index`."""
+        """Return, for each text of item `index`, arguments of `RetrievalTexts.tokens`: {"query": (row, number), …}."""
         step, place = divmod(index, self.batch_size)
         row, kind, negative = self._plan.batch(step)[place]
         places: dict[str, tuple[int, int | None]] = {"query": (row, None), "document": (row, 0)}
@@ -165,11 +166,11 @@ class RetrievalBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, prompt: str, max_tokens: int, argument: str) -> _Frame:
-    """Return (ids before a text with this prompt, ids after it); UserError if `max_tokens` has no room for a text."""
+    """Return (token ids before, token ids after) a text with `prompt`; UserError if `max_tokens` leaves it no room."""
     ids = tokenizer(prompt)["input_ids"]
     is_closed = ids[-1:] == [tokenizer.cls_token_id]
     if not is_closed and not adds_no_tokens(tokenizer):
-        raise UserError("data.tokenizer.template", "The tokenizer must end every text with its cls_token.")
+        raise UserError("data.tokenizer.template", "The tokenizer must add its cls_token at the end of every text.")
     if max_tokens <= len(ids):
         message = f"{argument}={max_tokens} must be above {len(ids)}, the number of prompt and special tokens."
         raise UserError("data.retrieval.max_tokens", message)
@@ -183,15 +184,20 @@ def _framed(content: np.ndarray, frame: _Frame, max_tokens: int) -> torch.Tensor
 
 
 class ClassificationRows(Dataset[dict[str, torch.Tensor]]):
-    """Pairs for clone detection: `<sep> first <sep> second <cls>` in `input_ids`, int64 (T,); `labels`, an int64."""
+    """A dataset of labelled pairs of snippets, for clone detection.
+
+    An item has `input_ids`, int64 (T,) for T tokens: `<sep> first <sep> second <cls>`; and `labels`, an int64 scalar.
+    """
 
     def __init__(
         self, pairs: LabelledPairs, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, progress: bool = True
     ) -> None:
-        """Tokenize each snippet of `pairs` once; `max_tokens` includes the three special tokens."""
+        """Tokenize each snippet of `pairs` once; a pair has at most `max_tokens` tokens, three of them special."""
         check_special_tokens(tokenizer, "sep", "cls")
         if max_tokens < 5:  # three special tokens, and one for each snippet
-            raise UserError("data.pairs.max_tokens", f"max_tokens must be at least 5, not {max_tokens}.")
+            raise UserError(
+                "data.pairs.max_tokens", f"max_tokens must be 5 or more (3 are special), not {max_tokens}."
+            )
         self.pairs = pairs
         self._sep, self._cls, self._room = tokenizer.sep_token_id, tokenizer.cls_token_id, max_tokens - 3
         self._codes = encode_content(tokenizer, pairs.codes, progress=progress, description="Code")

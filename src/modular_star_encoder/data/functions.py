@@ -1,6 +1,6 @@
-"""Extracts documented functions from a corpus: (description, code) rows, filtered by the rules of CodeSearchNet.
+"""Extracts documented functions from a corpus, and filters them by CodeSearchNet's rules (arXiv 1909.09436, section 2).
 
-The rules are in section 2 of arXiv 1909.09436. Docstrings are removed from code: with docstrings, even BM25 finds it.
+Docstrings are removed from the code: with the description inside the code, even BM25 would find the code.
 """
 
 import hashlib
@@ -56,17 +56,17 @@ def function_id(function: DocumentedFunction) -> str:
 
 
 def code_key(code: str) -> str:
-    """Return `code` with one space for each run of white space, so that codes that differ only in layout are equal."""
+    """Return `code` with one space for each run of white space: codes that differ only in white space become equal."""
     return " ".join(code.split())
 
 
 def description_key(description: str) -> str:
-    """Return the letters and digits of `description` in lower case, so that nearly identical descriptions are equal."""
+    """Return the letters and digits of `description` in lower case: nearly identical descriptions become equal."""
     return "".join(filter(str.isalnum, description.lower()))
 
 
 def drop_reason(function: DocumentedFunction) -> str | None:
-    """Return why CodeSearchNet's rules leave out `function`, or None if they keep it."""
+    """Return the reason why CodeSearchNet's rules leave out `function`; None if the rules keep the function."""
     if not 3 <= sum(any(map(str.isalnum, word)) for word in function.description.split()) <= 256:
         return "description not of 3 to 256 words"
     letters = [character for character in function.description if character.isalpha()]
@@ -87,7 +87,7 @@ def drop_reason(function: DocumentedFunction) -> str | None:
 def extract_functions(
     file: SourceFile, counts: Counter[str] | None = None, documented_only: bool = True
 ) -> list[DocumentedFunction]:
-    """Return the functions of a source file (see `find_functions`), [] if parsing fails; count faults in `counts`."""
+    """Return the functions of a file (see `find_functions`), or [] if parsing fails. Faults are counted in `counts`."""
     language = language_of_text(file.language, file.path, file.text)
     counts = Counter() if counts is None else counts
     try:
@@ -102,9 +102,10 @@ def extract_functions(
 def collect_functions(
     files: Iterable[SourceFile], processes: int = 2, progress: bool = True
 ) -> tuple[list[DocumentedFunction], Counter[str]]:
-    """Return the documented functions in `files` that CodeSearchNet's rules keep, and {reason: number left out, …}.
+    """Return the documented functions in `files` that CodeSearchNet's rules keep, and {what was counted: number, …}.
 
-    Of functions with equal code, only the first is returned. With 0 or 1 `processes`, the calling process parses.
+    The counter has totals and reasons to leave out, such as `functions kept` and `dropped: constructor`. Of functions
+    with equal code, only the first is kept. If `processes` is 0 or 1, files are parsed in the calling process.
     """
     counts: Counter[str] = Counter()
     kept: dict[str, DocumentedFunction] = {}
@@ -118,7 +119,7 @@ def collect_functions(
 def filtered_functions(
     files: Iterable[SourceFile], counts: Counter[str], processes: int = 2, progress: bool = True
 ) -> Iterator[DocumentedFunction]:
-    """Yield the functions that CodeSearchNet's rules keep, with repetitions; count files and functions in `counts`."""
+    """Yield the functions in `files` that CodeSearchNet's rules keep, also repeated ones; count them in `counts`."""
     chunks = crash_safe_map(_filtered, files, processes=processes, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
     total = length_hint(files) or None
     with tqdm(desc="Extracting functions", total=total, unit=" files", disable=not progress) as bar:
@@ -152,7 +153,7 @@ def _crashed(_: SourceFile) -> tuple[list[Any], Counter[str]]:
 
 
 def outer_functions(files: SourceReader) -> SourceReader:
-    """Return a reader with one `SourceFile`, named `PATH#L{line}`, for each function in `files` that is not nested."""
+    """Return a reader with one `SourceFile`, of path `PATH#L{line}`, for each function that is not inside another."""
 
     def read(skipped: Counter[str]) -> Iterator[SourceFile]:
         extract = partial(crash_safe_map, _outer_functions, processes=2, chunk_size=_FILES_PER_CHUNK, crashed=_crashed)
@@ -198,7 +199,7 @@ _OPENERS = {
 
 @contextmanager
 def checking_options(key: str, name: str) -> Iterator[None]:
-    """Context manager for a call with the options of a recipe's source `name`: wrong options raise UserError(`key`)."""
+    """Context manager for a call that takes a recipe's options of `name`; wrong options raise UserError(`key`)."""
     try:
         yield
     except TypeError as error:
@@ -209,23 +210,24 @@ def checking_options(key: str, name: str) -> Iterator[None]:
 def open_corpus(settings: Mapping[str, Any]) -> SourceReader:
     """Return a reader of the source code that a recipe's `corpus` names. The reader applies StarCoder2's filters.
 
-    `settings` has one of the keys below, which names a source, options of this source, and optionally `languages` (a
-    list) and `snippets`: `files` (the default), or `functions` to read each function as a file (`outer_functions`).
+    `settings` is this `corpus`: one of the keys below, which says where the code is; options of this key; and, if you
+    like, `languages` (a list) and `snippets`. The value of `snippets` is `files` (the default), or `functions` to read
+    each function as if it were a file (see `outer_functions`).
 
-    - `folder: PATH`; option `depth` (number of levels from PATH down to the repositories);
+    - `folder: PATH`: a folder of repositories; option `depth` (number of levels from PATH down to the repositories);
     - `installed: true`: the installed Python packages; option `exclude` (names of distributions to leave out);
-    - `archives: PATH`: an archive, or a folder of archives; each archive is a repository;
-    - `rows: PATH or Hub id`: a dataset with one file per row; options are the arguments of `row_repositories`;
-    - `the_stack: PATH or Hub id`: The Stack v2; options are the arguments of `the_stack_repositories`.
+    - `archives: PATH`: an archive, or a folder of archives; each archive is read as one repository;
+    - `rows: PATH or Hub id`: a dataset with one source file per row; options are arguments of `row_repositories`;
+    - `the_stack: PATH or Hub id`: The Stack v2; options are arguments of `the_stack_repositories`.
     """
     options = dict(settings)
     named = [source for source in _OPENERS if source in options]
     snippets = options.pop("snippets", "files")
     if len(named) != 1 or options.get("installed", True) is not True:
-        message = f"`corpus` needs exactly one of {', '.join(_OPENERS)}, not {dict(settings)}."
+        message = f"`corpus` must have exactly one of the keys {', '.join(_OPENERS)}; not {dict(settings)}."
         raise UserError("data.corpus.source", f"{message} The only value of `installed` is true.")
     if snippets not in SNIPPETS:
-        message = f"`snippets` must be one of {', '.join(SNIPPETS)}; not {snippets!r}."
+        message = f"`snippets` must be {' or '.join(SNIPPETS)}, not {snippets!r}."
         raise UserError("data.corpus.snippets", message)
     (kind,) = named
     source, (module, opener) = options.pop(kind), _OPENERS[kind]
@@ -262,7 +264,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
     for what, names in _CODESEARCHNET_COLUMNS.items():
         found = [row[name] for name in names if isinstance(row.get(name), str)]
         if not found and what in _REQUIRED:
-            message = f"A row of CodeSearchNet needs text in the column {' or '.join(dict.fromkeys(names))}."
+            message = f"Each row of CodeSearchNet must have a text in the column {' or '.join(dict.fromkeys(names))}."
             raise UserError("data.codesearchnet.column", message)
         texts[what] = found[0] if found else ""
     language = language_entry(language_named(texts["language"]) or texts["language"]).name
@@ -284,7 +286,7 @@ def codesearchnet_function(row: Mapping[str, Any]) -> DocumentedFunction | None:
 
 
 def without_docstring(code: str) -> str | None:
-    """Return the Python function `code`, which may be indented, without its docstring; None if it can't be parsed."""
+    """Return the Python function `code`, which may be indented, without docstring; None if `code` can't be parsed."""
     try:
         found = find_functions(textwrap.dedent(code), "python")
     except UnparsableSourceError:

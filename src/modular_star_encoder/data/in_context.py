@@ -1,29 +1,30 @@
 """Draws rows for pre-training by in-context classification: two snippets, and whether they are from one repository.
 
-Source: the MoSE paper (arXiv 2503.03008).
+The task is that of the MoSE paper (arXiv 2503.03008).
 
 Two snippets of one repository have the same language more often than snippets of two repositories, and their lengths
-are closer. A classifier could guess the label from both. The steps below make languages, lengths and each single
-snippet *independent of the label*. The *room* is the number of tokens that both snippets may have together.
+are more similar. So a model could guess the label from languages and lengths. The steps below make languages, lengths
+and each single snippet *independent of the label*. The *room* is the number of tokens of both snippets together.
 
-1. **A cell** is the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. To get one,
-   draw a repository C in proportion to the square root of its number of texts (a compromise between seeing every text
-   and every repository equally often), then two different texts of C, in random order. So two languages occur together
-   in cells as often as they do in repositories.
-2. **Two repositories** A ≠ B are drawn, with the same weights as C. Each must have two different texts for this cell:
-   one in language l₁ with t₁ tokens or more, and one in language l₂ with t₂ or more. If no two repositories are found,
-   texts of any length in these languages are enough. If no two repositories have such texts, another cell is drawn.
+1. **A cell** holds the languages (l₁, l₂) of two texts and their lengths in tokens (t₁, t₂), at most the room. For a
+   cell, draw a repository C with a weight, the square root of its number of texts (a compromise between seeing every
+   text and every repository equally often), then two different texts of C, in random order. So two languages occur
+   together in cells as often as they do in repositories.
+2. **Two repositories** A ≠ B are drawn, with the weights of step 1. Each must have two different texts for this cell:
+   one in language l₁ with t₁ tokens or more, one in language l₂ with t₂ tokens or more. If no such repositories are
+   found, texts of any length in these languages are enough. If that fails too, another cell is drawn.
 3. **Two different texts of each repository** are drawn: (a₁, a₂) of A and (b₁, b₂) of B. For i = 1 and 2, aᵢ and bᵢ are
-   in language lᵢ, and their lengths differ from tᵢ by at most a tenth. If fewer than 4 texts qualify, the 4 nearest in
-   length are used. If tᵢ is the whole room, all texts of tᵢ or more tokens qualify.
-4. **Windows** are the parts of the texts that the row holds. Each begins at a random place of its text. The first has
-   n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|). If n₁ + n₂ exceeds the room, each window gets half of
-   the room, plus the part of the other half that the other window does not need.
-5. **The label** is a fair coin: the pair is (a₁, a₂) for the same repository, (a₁, b₂) for different ones.
+   in language lᵢ, and their lengths differ from tᵢ by at most a tenth. If fewer than 4 texts of a repository qualify,
+   its 4 nearest in length are used. If tᵢ is the whole room, all texts of tᵢ or more tokens qualify.
+4. **Windows**, parts of texts, are what a row holds. Each begins at a random token of its text. The first window has
+   n₁ = min(|a₁|, |b₁|) tokens, the second n₂ = min(|a₂|, |b₂|), where |a| is the number of tokens of a. If n₁ + n₂
+   exceeds the room, each window gets half of the room, plus the part of the other half that the other does not need.
+5. **The label** is drawn by a fair coin: the row holds windows of a₁ and a₂ for the label "same repository", of a₁ and
+   b₂ for "different repositories".
 
 The label is drawn last, so (l₁, l₂, n₁, n₂) has the same distribution for both labels. A and B are exchangeable, even
 if the cell and the lengths are known. So a₂ and b₂ have the same distribution, and the second snippet alone does not
-reveal the label. The first snippet, which is always a₁, does not reveal it either.
+reveal the label. The first snippet, a window of a₁ for both labels, does not reveal it either.
 """
 
 from typing import NamedTuple
@@ -45,12 +46,12 @@ _MASK_SHARE, _RANDOM_SHARE = 0.8, 0.1  # of the masked tokens, as in BERT; the o
 
 
 class InContextPairs(Dataset[dict[str, torch.Tensor]]):
-    """A map-style dataset: `length` rows of two partly masked snippets, and whether both are from one repository.
+    """A map-style dataset of `length` rows: two partly masked snippets, and whether both are from one repository.
 
-    Row `i` depends only on the arguments and `i`, so every worker, process and resumed run makes the same row. It has
+    Row `i` depends only on the arguments and `i`, so every worker, process and resumed run makes the same row:
 
-    - `input_ids`, int64 (T,): `<sep> first <sep> second <cls>`, partly masked, T ≤ `max_tokens`;
-    - `labels`, int64 (T,): the original ids at the masked positions (at least one), −100 elsewhere;
+    - `input_ids`, int64 (T,): T ≤ `max_tokens` token ids of `<sep> first <sep> second <cls>`, partly masked;
+    - `labels`, int64 (T,): the original token ids at the masked positions (at least one), −100 elsewhere;
     - `icc_label`, int64 scalar: 1 if both snippets are from one repository, otherwise 0; both are equally probable.
     """
 
@@ -64,13 +65,15 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int,
     ) -> None:
-        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or of another tokenizer."""
+        """`mlm_probability`: share of tokens to mask. UserError if `corpus` is too small or from another tokenizer."""
         check_special_tokens(tokenizer)
         if max_tokens < MIN_ROW_TOKENS:
-            message = f"max_tokens must be at least {MIN_ROW_TOKENS}, not {max_tokens}."
+            message = (
+                f"max_tokens must be at least {MIN_ROW_TOKENS} (3 are special tokens), not {max_tokens}."
+            )
             raise UserError("data.in_context.arguments", message)
         if corpus.tokenizer_checksum != ContentEncoder(tokenizer).checksum:
-            message = "Another tokenizer made `corpus`: pass that tokenizer."
+            message = "`corpus` was tokenized by another tokenizer: pass that tokenizer."
             raise UserError("data.in_context.other_tokenizer", message)
         self.length, self.max_tokens, self.mlm_probability, self.seed = length, max_tokens, mlm_probability, seed
         self._sep, self._cls, self._mask = tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
@@ -101,7 +104,7 @@ class InContextPairs(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.from_numpy(ids), "labels": labels, "icc_label": torch.tensor(int(same))}
 
     def _mask_some(self, rng: np.random.Generator, ids: np.ndarray, middle: int) -> np.ndarray:
-        """Mask some of `ids`, int64 (T,), in place, but no special token (first, `middle`, last); return the labels."""
+        """Mask some of T `ids` in place, not the special tokens (first, `middle`, last); return labels, int64 (T,)."""
         drawn = rng.random(len(ids), dtype=np.float32)
         drawn[[0, middle, -1]] = 1
         chosen = np.flatnonzero(drawn < self.mlm_probability)
@@ -124,7 +127,7 @@ _MAX_CELLS = 10_000
 
 
 class Window(NamedTuple):
-    """A part of a text: `length` tokens of the corpus's row `row`, beginning with token `start`."""
+    """A part of a text: `length` tokens of row number `row` of the corpus, beginning with token number `start`."""
 
     row: int
     start: int
@@ -132,7 +135,7 @@ class Window(NamedTuple):
 
 
 class WindowPair(NamedTuple):
-    """Two snippets of different texts, and whether both texts are from one repository."""
+    """Two snippets, windows of different texts, and whether both texts are from one repository."""
 
     first: Window
     second: Window
@@ -151,8 +154,9 @@ _Cell = tuple[tuple[int, int], tuple[int, int]]  # (language, length in tokens) 
 class PairSampler:
     """Draws pairs of snippets, as the docstring of this module describes.
 
-    Texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one repository are not
-    used. `repositories`: used repositories' indices in `corpus.repository_names`; `dropped_texts` counts unused texts.
+    Not used are texts of fewer than 16 tokens, the only text of a repository, and texts in a language of only one
+    repository; `dropped_texts` is their number. `repositories` has the indices of the used repositories in
+    `corpus.repository_names`.
     """
 
     def __init__(self, corpus: TokenCorpus, room: int) -> None:
@@ -166,9 +170,10 @@ class PairSampler:
         groups, texts = np.unique(repository[used].astype(np.int64) * languages + language[used], return_counts=True)
         qualified = np.bincount(groups[texts >= 2] % languages, minlength=1).max()
         if qualified < 2:
-            message = "Training rows and held-out rows each need two repositories in one language, both with 2 texts of"
-            message += f" {MIN_SNIPPET_TOKENS} tokens or more. In one set, only {qualified} of"
-            message += f" {len(np.unique(repository))} repositories qualify ({', '.join(corpus.repositories[:4])})."
+            message = "Training and held-out repositories must each include two that have, in the same language, 2"
+            message += f" texts of {MIN_SNIPPET_TOKENS} tokens or more. In the set that begins with"
+            message += f" {', '.join(corpus.repositories[:4])}, only {qualified} of"
+            message += f" {len(np.unique(repository))} repositories qualify."
             raise UserError("data.in_context.too_few_repositories", f"{message} Add repositories in one language.")
         self.dropped_texts = len(numbers) - len(used)
         order = used[np.lexsort((lengths[used], language[used], repository[used]))]
@@ -196,14 +201,16 @@ class PairSampler:
             self._proposals[one] = _Proposals(groups, -self._longest[groups], cumulative)
 
     def draw(self, rng: np.random.Generator) -> WindowPair:
-        """Return a random pair; RuntimeError if 10,000 draws find no two repositories with the same languages."""
+        """Return a random pair; RuntimeError if 10,000 cells fit no two repositories (see this module's docstring)."""
         for _ in range(_MAX_CELLS):
             cell = self._draw_cell(rng)
             any_length = (cell[0][0], 0), (cell[1][0], 0)
             if found := self._draw_repositories(rng, cell) or self._draw_repositories(rng, any_length):
                 break
         else:
-            raise RuntimeError("No language has texts of enough repositories: leave out languages of few repositories.")
+            raise RuntimeError(
+                "No two repositories have texts in the same languages: leave out rare languages."
+            )
         first, partner = self._draw_texts(rng, found[0], cell)
         first_alternative, stranger = self._draw_texts(rng, found[1], cell)
         longest_first = int(min(self._lengths[first], self._lengths[first_alternative]))
@@ -224,7 +231,7 @@ class PairSampler:
         return (languages[0], lengths[0]), (languages[1], lengths[1])
 
     def _draw_repositories(self, rng: np.random.Generator, cell: _Cell) -> tuple[int, int] | None:
-        """Return two random repositories with texts of the languages and lengths of `cell`; None if 64 draws fail."""
+        """Return two random repositories with texts in the languages and lengths of `cell`; None if 64 draws fail."""
         # Of the cell's two (language, length), draw by the one that fewer repositories have; then look up the other.
         same = cell[0][0] == cell[1][0]  # then draw by the longer one, even if as many repositories have the other
         sides = sorted(cell, key=lambda side: (self._count(*side), -side[1] * same))
@@ -267,7 +274,7 @@ class PairSampler:
                 return texts
 
     def _candidates(self, repository: int, language: int, length: int) -> tuple[int, int]:
-        """Return the range (start, end) of a repository's texts in `language` that have about `length` tokens."""
+        """Return (start, end): the indices of a repository's texts in `language` that have about `length` tokens."""
         group = self._group(repository, language)
         assert group is not None, "a repository is drawn only if it has texts of the language"
         start, end = self._group_bounds[group : group + 2].tolist()
@@ -292,7 +299,7 @@ def _weighted(rng: np.random.Generator, cumulative: np.ndarray) -> int:
 
 
 def _usable(repository: np.ndarray, language: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the sorted indices of the texts that `PairSampler` uses; the arguments have one value for each text."""
+    """Return the sorted indices of the texts that `PairSampler` uses; each argument has one value for each text."""
     places = np.flatnonzero(lengths >= MIN_SNIPPET_TOKENS)
     languages = int(language.max(initial=0)) + 1
     while True:

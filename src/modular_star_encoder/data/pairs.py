@@ -1,4 +1,4 @@
-"""Reads fine-tuning data: prose and code of one meaning (retrieval), labelled pairs of snippets (clone detection)."""
+"""Reads fine-tuning data: prose and code with the same meaning (retrieval), or labelled pairs (clone detection)."""
 
 import json
 import os
@@ -39,7 +39,7 @@ _PAIR_COLUMNS = {
 
 
 class Snippet(NamedTuple):
-    """Code and the lower-case name of its language."""
+    """Code, and the lower-case name of its programming language."""
 
     language: str
     code: str
@@ -56,11 +56,11 @@ class RetrievalExample:
 
 
 class SourceExamples(NamedTuple):
-    """The rows that were read from one source."""
+    """The rows that were read from one source of data, and what was skipped."""
 
     texts: list[RetrievalExample]  # in the order of the source
     skipped: Counter[str]  # reason → number of rows, or parts of rows, left out for this reason
-    examples: dict[str, list[str]]  # reason → the first three of them, as `FILE, line N: beginning of the text`
+    examples: dict[str, list[str]]  # reason → the first three rows or parts, as `FILE, line N: beginning of the text`
 
 
 # An example, the reason why a whole row is left out, or (reason, the part of a row that is left out).
@@ -68,10 +68,10 @@ _Found = RetrievalExample | str | tuple[str, Any]
 
 
 class ExampleReader:
-    """Iterates over the examples in the rows of a dataset, in order. For the attributes see `SourceExamples`."""
+    """Iterates over the retrieval examples in a dataset's rows. `skipped` and `examples` are as in `SourceExamples`."""
 
     def __init__(self, rows: Rows, make: Callable[[dict[str, Any]], Iterable[_Found]], strict: bool) -> None:
-        """`make(row)` yields examples and reasons to skip the row or part of it; UserError for a reason if `strict`."""
+        """`make(row)` yields examples, or reasons to skip the row or a part; if `strict`, a reason raises UserError."""
         self._rows, self._make, self._strict = rows, make, strict
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -96,16 +96,16 @@ class ExampleReader:
                 examples[reason].append(shown)
 
     def read(self, what: str, progress: bool) -> SourceExamples:
-        """Return all examples; the progress bar says "Reading" and `what`."""
+        """Return all examples, and show a progress bar with the words "Reading {what}"."""
         texts = list(tqdm(self, desc=f"Reading {what}", unit=" rows", disable=not progress))
         return SourceExamples(texts, self.skipped, self.examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TripletColumns:
-    """The names of the columns of a dataset of triplets: a description, a function, and its translation.
+    """The column names of a dataset of triplets: a description, a function, and the function in another language.
 
-    `negative` is the column of hard negatives. A column that is None is not read. The defaults fit SynthCoNL.
+    `negative` is the column of hard negatives. A column that is None is not read. The defaults are those of SynthCoNL.
     """
 
     description: str = "func_documentation_string"
@@ -119,10 +119,10 @@ class TripletColumns:
 
     def __post_init__(self) -> None:
         if None in (self.description, self.code, self.language):
-            message = "`columns` needs names for `description`, `code` and `language`."
+            message = "`columns` must name columns for `description`, `code` and `language`."
             raise UserError("data.triplets.columns", message)
         if self.negative_language is not None and self.negative is None:
-            message = f"negative_language={self.negative_language!r} needs `negative`, the column of hard negatives."
+            message = f"With negative_language={self.negative_language!r}, name `negative`, a column of negatives."
             raise UserError("data.triplets.negative_language", message)
 
     def names(self) -> list[str]:
@@ -140,9 +140,9 @@ def open_triplets(
     fault: Callable[[RetrievalExample], str | None] = lambda _: None,
     **options: Any,
 ) -> ExampleReader:
-    """Return a reader of a dataset of triplets. It skips unusable rows, and rows for which `fault` returns a reason.
+    """Return a reader of triplets, which skips unusable rows, and rows for which `fault` returns a reason.
 
-    If `strict`, such a row raises UserError (`data.row`). For `source`, `split` and `options` see `open_dataset_rows`.
+    If `strict`, a row to skip raises UserError (`data.row`). `source`, `split`, `options`: see `open_dataset_rows`.
     """
     columns = columns if isinstance(columns, TripletColumns) else TripletColumns(**columns)
     rows = open_dataset_rows(source, columns.names(), split=split, **options)
@@ -152,9 +152,9 @@ def open_triplets(
 def _triplet(
     row: Mapping[str, Any], columns: TripletColumns, fault: Callable[[RetrievalExample], str | None]
 ) -> RetrievalExample | str:
-    """Return the triplet in `row`, or the reason to skip `row`: a wrong column, or what `fault(triplet)` returns."""
+    """Return the triplet in `row`, or the reason to skip `row`: a wrong value, or what `fault(triplet)` returns."""
     if missing := [name for name in columns.names() if name not in row]:
-        return f"no column {', '.join(missing)}; `columns` names the columns to read"
+        return f"no column {', '.join(missing)}; set `columns` to the names of the columns"
     for name in filter(None, (columns.description, columns.code, columns.other_code, columns.negative)):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"empty {name}"
@@ -179,24 +179,24 @@ def _triplet(
 def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = True) -> dict[str, SourceExamples]:
     """Read the retrieval rows of every source in a recipe's `data`; return {name of the source: rows}.
 
-    The value of a key below is a SOURCE of `open_dataset_rows`, or a mapping with `source` and other arguments. A key
-    with the value None is not used.
+    `settings` is this `data`, with one or several of the keys below. A value is a SOURCE of `open_dataset_rows`, such
+    as a file, or a mapping with `source` and other arguments. A key with the value None is not used.
 
-    - `pairs`: see `resolve_pairs`. `pairs` replaces all other sources;
-    - `triplets`: see `open_triplets`. With `columns: {negative: NAME}` each row also has a hard negative;
+    - `pairs`: questions and answers (see `resolve_pairs`). With this key, all other keys are ignored;
+    - `triplets`: see `open_triplets`. With `columns: {negative: NAME}`, each row also has a hard negative;
     - `functions`: a folder, or the settings of a corpus (see `open_corpus`), to read documented functions from;
-    - `parallel`: one exercise per row, in the columns `slug` (its name) and `code` (mapping of languages to solutions);
-      `name` and `code` may give other names of these two columns.
+    - `parallel`: one programming exercise per row, with its name in the column `slug`, and its solutions, as a mapping
+      {language: code}, in the column `code`. Options `name` and `code` name other columns.
 
     A row that can't be used is skipped and counted: for example if its code is empty, in an unknown language, or prose.
-    With `strict: true`, an option of all keys except `functions`, such a row raises UserError (`data.row`).
+    With the option `strict: true` of any key but `functions`, a row that can't be used raises UserError (`data.row`).
     """
     settings = _without_none(resolve_pairs(settings))
     if not settings:
-        raise UserError("data.sources", f"`data` must name one or several of {', '.join(_SOURCES)}; not none.")
+        raise UserError("data.sources", f"`data` must have one or more of the keys {', '.join(_SOURCES)}; not none.")
     if have_negatives(settings) and len(settings) > 1:
         others = " and ".join(f"data.{name}" for name in settings if name != "triplets")
-        message = f"Hard negatives can't be mixed with {others}: use only data.triplets, or remove columns.negative."
+        message = f"Triplets with hard negatives exclude {others}: remove {others}, or data.triplets.columns.negative."
         raise UserError("data.sources.negatives", message)
     found = {}
     for name in (name for name in _SOURCES if name in settings):
@@ -206,7 +206,7 @@ def read_retrieval_examples(settings: Mapping[str, Any], *, progress: bool = Tru
             found[name] = _SOURCES[name](progress, **_without_none(options))
         if not found[name].texts:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in found[name].skipped.most_common())
-            first = "; the first: " + next(iter(found[name].examples.values()))[0] if found[name].examples else ""
+            first = "; the first one: " + next(iter(found[name].examples.values()))[0] if found[name].examples else ""
             place = f"data.{name} ({options.get(default)})"
             skipped = f"no usable row (skipped: {reasons}{first})" if reasons else "no row"
             raise UserError("data.source.empty", f"{place} has {skipped}.")
@@ -226,13 +226,15 @@ def have_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's `data` as `{"pairs": …}`, with the source, the options and the column of every role.
+    """Return a recipe's `data` as `{"pairs": …}`, with the source, its options, and the column for each role.
 
-    Without `pairs`, `data` is returned unchanged. `data.pairs` is a SOURCE, or a mapping with `source` and options of
-    `open_dataset_rows`. `data.columns`, or `columns` in the mapping, is {role: name of the column}; a role that is null
-    has no column. Other roles get a column with a usual name, such as `docstring`. For `query` and `positive`, a word
-    in the name is enough (`user_question`) if it fits only one column and one role. UserError if a key, the source or
-    a column does not exist, or `query` or `positive` gets no column. Readers skip rows with a score below `min_score`.
+    Without the key `pairs`, `data` is returned unchanged. `data.pairs` is a SOURCE of `open_dataset_rows`, such as a
+    file, or a mapping with `source` and options. `data.columns`, or `columns` in this mapping, is {role: name of the
+    column}. The roles are `query`, `positive` (the text to find), `negative`, `score`, `language` and `repository`. A
+    role that is null has no column. A role that is not in `columns` gets a column of a usual name, such as `docstring`;
+    for `query` and `positive`, one word of the name is enough (`user_question`) if it fits only one column and role.
+    UserError if a key, the source or a column does not exist, or `query` or `positive` gets no column. Readers skip
+    rows with a score below `min_score`.
     """
     of_pairs = ("columns", "min_score")
     check_names(list(map(str, settings)), [*_SOURCES, *(of_pairs if settings.get("pairs") else ())], "data")
@@ -243,7 +245,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: settings[name] for name in beside}
     columns, source = options.get("columns") or {}, options.get("source")
     if not isinstance(columns, Mapping) or not source:
-        message = "data.pairs must name a source, and data.columns its columns, such as {query: title, positive: body}."
+        message = "data.pairs must name a source, and data.columns must be like {query: COLUMN, positive: COLUMN}."
         raise UserError("data.pairs.columns", message)
     columns = dict(columns)
     check_names(list(map(str, columns)), _PAIR_COLUMNS, "data.columns")
@@ -254,7 +256,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
         except UserError as error:
             advice = ""
             if error.key == "data.source.no_files" and os.path.isdir(os.path.expanduser(str(source))):
-                advice = f' If it is source code, set "data.functions={{folder: {source}}}" in place of data.pairs.'
+                advice = f' If it holds source code, set "data.functions={{folder: {source}}}" in place of data.pairs.'
             raise UserError(error.key, f"{error}{advice}") from error
         missing = [str(name) for name in columns.values() if name is not None and name not in there]
         by_name = {name.strip().lower(): name for name in there if name not in columns.values()}
@@ -274,7 +276,7 @@ def resolve_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
             message = f"{source} has no column {', '.join(missing)}; its columns are {', '.join(there)}."
             raise UserError("data.source.column", message)
         if unknown := " and the ".join(role for role in ("query", "positive") if columns[role] is None):
-            message = f"because no column of {source} looks like the {unknown}. It has {', '.join(there)}."
+            message = f"because no column name of {source} tells the {unknown}. Columns: {', '.join(there)}."
             raise UserError("data.pairs.columns", f"Set data.columns={{query: NAME, positive: NAME}}, {message}")
     return {"pairs": options | {"columns": columns}}
 
@@ -410,7 +412,7 @@ _LABELLED_SPLITS, _LABELLED_COLUMNS = ("train", "valid", "test"), ("first", "sec
 
 @dataclass(frozen=True, slots=True)
 class LabelledPairs:
-    """The labelled pairs of snippets in one split for clone detection."""
+    """The labelled pairs of snippets in one split, such as `train`, of a dataset for clone detection."""
 
     codes: list[str]  # the snippets, each once
     pairs: np.ndarray  # int64 (pairs, 2), indices of `codes`
@@ -420,7 +422,7 @@ class LabelledPairs:
         return len(self.labels)
 
     def sample(self, count: int, seed: int) -> "LabelledPairs":
-        """Return `count` pairs drawn at random, in their original order; all pairs if there are at most `count`."""
+        """Return `count` pairs, drawn at random, in their original order; all pairs if there are only `count` or fewer."""
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
         return LabelledPairs(self.codes, self.pairs[chosen], self.labels[chosen])
 
@@ -428,14 +430,14 @@ class LabelledPairs:
 def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]:
     """Read the labelled pairs in a recipe's `data`; return {split: pairs} for `train`, `valid` and, if given, `test`.
 
-    `settings` names a file per split, with the columns `first`, `second` and `label` (0 or 1). Or it has
-    `bigclonebench`, a folder with the files of CodeXGLUE: `data.jsonl` has a function per line (`func`, `idx`), and
-    `train.txt`, `valid.txt` and `test.txt` have two `idx` and a label per line.
+    `settings` is this `data`: one file for each split, with the columns `first` and `second` (snippets) and `label`
+    (0 or 1). Or `settings` has the key `bigclonebench`, a folder with CodeXGLUE's files: `data.jsonl` has a function
+    per line (`func`, `idx`), and `train.txt`, `valid.txt` and `test.txt` have two `idx` and a label per line.
     """
     names, paths = set(settings), all(isinstance(path, str | os.PathLike) and path for path in settings.values())
     if not paths or (names != {"bigclonebench"} and not {"train", "valid"} <= names <= set(_LABELLED_SPLITS)):
         given = ", ".join(f"{name}={path}" for name, path in settings.items())
-        message = "`data` must have bigclonebench=FOLDER, or the files train=FILE, valid=FILE and (optional) test=FILE"
+        message = "`data` must have bigclonebench=FOLDER, or train=FILE, valid=FILE and, if there is one, test=FILE"
         raise UserError("data.pairs.settings", f"{message}; not {given}.")
     if "bigclonebench" not in names:
         files = [(split, settings[split]) for split in _LABELLED_SPLITS if split in names]
@@ -449,7 +451,7 @@ def read_labelled_pairs(settings: Mapping[str, Any]) -> dict[str, LabelledPairs]
 
 
 def _lines(path: Path, functions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) like `open_dataset_rows` for each line of a BigCloneBench split; `functions` is {id: code}."""
+    """Yield (place, row) like `open_dataset_rows` for each line of a BigCloneBench split; `functions` is {idx: func}."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             parts = line.split()
@@ -466,7 +468,7 @@ def _labelled_pairs(rows: Rows, source: Source) -> LabelledPairs:
         *codes, label = values
         are_texts = all(isinstance(code, str) and code.strip() and not not_unicode(code) for code in codes)
         if label not in (0, 1) or not are_texts:
-            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench, two ids of data.jsonl)."
+            message = f"{place} must have two snippets of valid Unicode text (in BigCloneBench: two ids of data.jsonl)."
             raise UserError("data.row", f"{message} The label must be 0 or 1.")
         table.append([*(places.setdefault(code, len(places)) for code in codes), int(label)])
     if not table:

@@ -1,7 +1,7 @@
-"""Defines the published prompts, and the special tokens that the encoder expects around a text.
+"""Defines the prompts of the published models, and the special tokens that the encoder expects around a text.
 
-A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the outer `<sep>` and
-the `<cls>`; a prompt is the instruction and the inner `<sep>`. Instructions are worded as in the published model cards.
+A text enters the encoder as `<sep>{instruction}<sep>{text}<cls>`. The tokenizer's template adds the first `<sep>` and
+the `<cls>`; a prompt is the instruction and the second `<sep>`. The instructions are those of the paper's model cards.
 """
 
 from modular_star_encoder.data.languages import registry
@@ -23,7 +23,7 @@ LANGUAGES = tuple(sorted(map(display_name, registry.LANGUAGES)))  # as a prompt 
 
 
 def code_prompt(language: str | None = None, *, instructions: bool = True) -> str:
-    """Return the prompt to put before code in `language`: `"{instruction}<sep>"`, or `""` without `instructions`."""
+    """Return the prompt to put before code in `language`: `"{instruction}<sep>"`; `""` if `instructions` is False."""
     if not instructions:
         return ""
     if not language:
@@ -35,12 +35,12 @@ def code_prompt(language: str | None = None, *, instructions: bool = True) -> st
 
 
 def text_prompt(*, instructions: bool = True) -> str:
-    """Return the prompt to put before a query in prose: `"{instruction}<sep>"`, or `""` without `instructions`."""
+    """Return the prompt to put before a query in prose: `"{instruction}<sep>"`; `""` if `instructions` is False."""
     return TEXT_INSTRUCTION + SEP_TOKEN if instructions else ""
 
 
 def sentence_transformer_prompts(*, instructions: bool = True) -> dict[str, str]:
-    """Return prompts by name for `SentenceTransformer(prompts=…)`: query, document, document_python and so on."""
+    """Return {name: prompt} for `SentenceTransformer(prompts=…)`, with names such as query and document_python."""
     by_language = {f"document_{name}": code_prompt(name, instructions=instructions) for name in LANGUAGES}
     document = code_prompt(instructions=instructions)
     return {"query": text_prompt(instructions=instructions), "document": document, **by_language}

@@ -1,7 +1,7 @@
 """Splits rows into training and evaluation rows, and chooses the rows of each batch.
 
-In contrastive learning, each row of a batch takes the other rows as negatives. So rows that share a description or
-code, directly or through other rows, form a *group*, and a batch has at most one row of each group.
+In contrastive learning, each row of a batch takes the other rows as negatives, texts that must not match. So rows that
+share a description or code, directly or through other rows, form a *group*, and a batch has at most one row of a group.
 """
 
 import hashlib
@@ -40,18 +40,19 @@ def hashed_order(names: Iterable[str], seed: int) -> list[str]:
 
 
 def check_enough(names: Collection[str]) -> None:
-    """Raise UserError if there are fewer than two names of repositories to split."""
+    """Raise UserError if `names` has fewer than two repositories, because one can't be split into two parts."""
     if len(names) < 2:
-        message = f"Splitting data needs two repositories, not {len(names)}; a row without a repository counts as one."
+        message = f"To hold out data, two repositories are needed, not {len(names)}. A row without a repository counts as one."
         raise UserError("data.split.too_few_repositories", message)
 
 
 def draw_repositories(
     sizes: Mapping[str, int], *, seed: int, min_test: int = 2000, max_repository_share: float = 0.05
 ) -> set[str]:
-    """Return the names of the repositories to hold out; `sizes` maps each repository to its number of functions.
+    """Return the names of the repositories to hold out; `sizes` maps each repository to its number of rows.
 
-    Drawing ends at min(`min_test`, a fifth of all) functions. Repositories above `max_repository_share` are drawn last.
+    Repositories are drawn until they have `min_test` rows, or a fifth of all rows if that is less. Repositories with
+    more than the share `max_repository_share` of all rows are drawn last.
     """
     check_enough(sizes)
     total = sum(sizes.values())
@@ -81,10 +82,11 @@ def prepare_retrieval_data(
     progress: bool = True,
     store: bool = True,
 ) -> RetrievalData:
-    """Return the training and held-out rows of a recipe; if `folder` has no rows, make and, if `store`, store them.
+    """Return the training and held-out rows of a recipe, from `folder` or, if `folder` has no rows, from the sources.
 
-    Whole repositories are held out, `eval_fraction` (at most 0.2) of each source's rows. Rows without a repository are
-    held out one by one. `seed` decides which rows are held out. `settings` is a recipe's `data`, with the sources.
+    `store` says whether to write rows from the sources to `folder`. `settings` is the recipe's `data`, with the sources.
+    Whole repositories are held out, with about the share `eval_fraction` (at most 0.2) of each source's rows. Rows
+    without a repository are held out one by one. `seed` decides which rows are held out.
     """
     folder = Path(folder)
     arguments = {"eval_fraction": eval_fraction, "seed": seed, "max_train_samples": max_train_samples}
@@ -94,7 +96,7 @@ def prepare_retrieval_data(
         report = read_record(folder / REPORT, "data.split.damaged", settings=dict, sources=dict, **counts)
         if report["settings"] != requested:
             other = ", ".join(name for name in requested if report["settings"].get(name) != requested[name])
-            message = f"The rows in {folder} were made with other values of {other}: name another folder."
+            message = f"The rows in {folder} were made with other values of the keys {other}: name another folder."
             raise UserError("data.split.other_settings", message)
         data = RetrievalData(_rows(folder / "train.parquet"), _rows(folder / "held_out.parquet"), report)
     else:
@@ -108,13 +110,13 @@ def prepare_retrieval_data(
 
 
 def _warn_of_copies(held_out: Sequence[RetrievalExample]) -> None:
-    """Print a warning if most descriptions occur in their own code, as docstrings do."""
+    """Print a warning if most held-out descriptions occur in their own code, as docstrings do."""
     described = [row for row in held_out if row.description]
     texts = ((_words(row.description), _words(row.snippets[0].code)) for row in described)
     if (copies := sum(len(one.split()) > 2 and one in code for one, code in texts)) > len(described) / 2:
         print(
             f"warning: {copies:,} of {len(described):,} held-out descriptions occur word for word in their code, so\n"
-            "the scores measure copying, in which BM25 is best. Remove docstrings and comments from the code."
+            "the scores measure who finds copied words, as BM25 does. Remove docstrings and comments from the code."
         )
 
 
@@ -135,7 +137,7 @@ def _print_counts(report: Mapping[str, Any]) -> None:
                 print(f"    {example}")
     parts = [f"{report['train']:,} rows to train on", f"{report['held_out']:,} held out"]
     if report["held_out"] < FEW_HELD_OUT and report["settings"]["eval_fraction"] < MAX_TEST_SHARE:
-        parts[1] += f" (few to judge the model by: eval_fraction={MAX_TEST_SHARE} holds out more)"
+        parts[1] += f" (too few for exact scores: eval_fraction={MAX_TEST_SHARE} holds out more)"
     left_out = {
         "share a text or a repository with a held-out row": report["shared_with_held_out"],
         f"beyond max_train_samples={report['settings']['max_train_samples']}": report.get("not_drawn", 0),
@@ -144,7 +146,7 @@ def _print_counts(report: Mapping[str, Any]) -> None:
 
 
 def store_retrieval_data(data: RetrievalData, folder: Path) -> None:
-    """Write the rows and the report in `data` to `folder`, all files at once; do nothing if `folder` has a report."""
+    """Write the rows and the report of `data` to `folder`, all files at once, unless `folder` already has a report."""
     if not (folder / REPORT).is_file():
         with staged_folder(folder) as staging:
             for name in ("train", "held_out"):
@@ -173,8 +175,8 @@ def _split_sources(sources: Mapping[str, SourceExamples], requested: dict[str, A
     train = np.flatnonzero(~held_out & ~leaked)
     if len(train) < (limit or 1):
         key = "max_train_samples" if limit else "nothing_to_train"
-        message = f"Training needs {limit or 1} rows whose texts and repositories are not in held-out rows."
-        raise UserError(f"data.split.{key}", f"{message} There are {len(train)}: add data or lower max_train_samples.")
+        message = f"Training needs {limit or 1} or more rows that share no text or repository with held-out rows."
+        raise UserError(f"data.split.{key}", f"{message} There are {len(train)}. Add data or lower max_train_samples.")
     if limit is not None:
         train = np.sort(np.random.default_rng(seed).permutation(train)[:limit])
     report = {
@@ -224,7 +226,7 @@ class Draw(NamedTuple):
 
 
 def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
-    """Return each row's group, int64 (rows,). Rows that share prose or code, also through other rows, are one group."""
+    """Return the group of each row, int64 (rows,). Rows that share texts, also through other rows, form a group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -240,7 +242,7 @@ def same_content_groups(texts: Sequence[RetrievalExample]) -> np.ndarray:
 
 
 def groups_of_negatives(texts: Sequence[RetrievalExample], groups: np.ndarray) -> np.ndarray | None:
-    """Return each hard negative's group, int64 (rows,), −1 if it has no group; None if a row has no hard negative."""
+    """Return the group of each row's hard negative, int64 (rows,), or −1 for none; None if a row lacks a hard negative."""
     negatives = [text.negative for text in texts if text.negative is not None]
     if not texts or len(negatives) < len(texts):
         return None
@@ -257,15 +259,16 @@ def _digest(key: str) -> bytes:
 
 
 class PairGroups:
-    """Rows in groups of equal content, for each kind of pair (`TEXT_TO_CODE`, `CODE_TO_CODE`) that rows can give.
+    """Groups of rows that share texts, for each kind of pair that rows can give: `TEXT_TO_CODE` and `CODE_TO_CODE`.
 
-    `of_rows` is the group of each row, int64 (rows,), from `same_content_groups`; `negatives` is what
-    `groups_of_negatives` returns. Three dictionaries have the kinds as keys: `numbers` has the groups that give pairs
-    of the kind, int64 (groups,); `rows` has one list of row numbers per group; `counts` has the number of groups.
+    `of_rows` has the number of each row's group, int64 (rows,), from `same_content_groups`; `negatives` is what
+    `groups_of_negatives` returns. Three dictionaries have the kinds of pairs as keys: `numbers` has the groups that
+    give pairs of this kind, int64 (groups,); `rows` has, for each of these groups, a list of the rows that give such
+    pairs; `counts` has the number of these groups.
     """
 
     def __init__(self, texts: Sequence[RetrievalExample]) -> None:
-        """Rows of `texts` with a description give text → code pairs, those with several snippets code → code pairs."""
+        """Rows of `texts` with a description give text → code pairs; rows with several snippets give code → code pairs."""
         rows: dict[str, dict[int, list[int]]] = {TEXT_TO_CODE: defaultdict(list), CODE_TO_CODE: defaultdict(list)}
         groups = same_content_groups(texts)
         self.of_rows, self.negatives = groups, groups_of_negatives(texts, groups)
@@ -292,7 +295,7 @@ class PairGroups:
 
     @property
     def most_groups_with_negative(self) -> int:
-        """The most groups that leave at least one group outside the batch, for a hard negative to come from."""
+        """The most groups that a batch may have so that a group outside of it is left to give a hard negative."""
         if self.negatives is None or (self.negatives < 0).any():
             return sys.maxsize
         return len(np.unique(self.negatives)) - 1
@@ -301,14 +304,14 @@ class PairGroups:
 class BatchPlan:
     """Chooses the pairs of each batch from the data, the seed and the step alone, so that resuming needs only the step.
 
-    In each epoch, the groups of rows (see `PairGroups`) come in a new random order; each group gives one pair, from its
-    rows in turn. Text → code and code → code pairs alternate if there are both. A batch has at most one pair of
-    a group, because two would be false negatives: a random unused group takes the place of a repeated group, and the
-    hard negative of a random other row takes the place of a hard negative from a group of the batch.
+    In each epoch, the groups of rows (see `PairGroups`) come in a new random order. Each group gives one pair, in each
+    epoch from its next row. Text → code and code → code pairs alternate if there are both. A batch has at most one pair
+    of a group, because two would be false negatives of each other. So a random unused group replaces a group that would
+    come twice, and the hard negative of a random other row replaces a hard negative whose group is in the batch.
     """
 
     def __init__(self, groups: PairGroups, batch_size: int, seed: int) -> None:
-        """`batch_size`: pairs per step of all processes, an even number for `groups` with both kinds of pairs."""
+        """`batch_size`: pairs per step in all processes together; an even number if `groups` has both kinds of pairs."""
         self.batch_size, self.seed, self._groups = batch_size, seed, groups
         self._kinds = tuple(groups.numbers)
         largest, outside = groups.largest_batch, groups.most_groups_with_negative
@@ -318,11 +321,11 @@ class BatchPlan:
             negatives = f", and hard negatives in {outside + 1} groups" if outside < batch_size else ""
             message = f"A batch must have from 2 to {largest} pairs{even}, not {batch_size}: change batch_size or add"
             if largest < 2:
-                message = f"Rows to train on, without held-out rows: {len(groups.of_rows)}. At least 2 rows that share"
-                message += " no text are needed: add"
+                message = f"Rows to train on, held-out rows not counted: {len(groups.of_rows)}. At least 2 rows that"
+                message += " share no text are needed: add"
             message += " rows. Rows that share a text form a group, which gives a batch at most one pair."
             there = " and ".join(counted) or "no pairs"
-            raise UserError("data.batch_size", f"{message} The data has {there}{negatives}.")
+            raise UserError("data.batch_size", f"{message} The training data has {there}{negatives}.")
         self._latest: tuple[int, list[Draw]] = (-1, [])
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
@@ -361,7 +364,7 @@ class BatchPlan:
         return draws if negatives is None else self._with_negatives(draws, step, negatives)
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
-        """Return the indices of the groups with pairs of `kind` (such as text → code), in a new order each epoch."""
+        """Return the indices of the groups with pairs of `kind` (such as text → code), in a random order for `epoch`."""
         if self._orders.get(kind, (-1,))[0] != epoch:
             generator = np.random.default_rng((self.seed, self._kinds.index(kind), epoch))
             self._orders[kind] = epoch, generator.permutation(self._groups.counts[kind])
@@ -387,7 +390,7 @@ class BatchPlan:
 def evaluation_plan(
     groups: PairGroups, batch_size: int, pairs: int, processes: int, seed: int
 ) -> tuple[BatchPlan, int]:
-    """Return (`BatchPlan`, number of batches for up to `pairs` different pairs); UserError if rows are too few."""
+    """Return (`BatchPlan`, number of batches for up to `pairs` different pairs); UserError if there are too few rows."""
     step = 2 * processes
     if not (largest := groups.largest_batch // step * step):
         message = f"Too few rows are held out ({len(groups.of_rows)}) for the number of processes ({processes})"

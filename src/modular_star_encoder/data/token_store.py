@@ -1,15 +1,15 @@
-"""Stores tokenized corpora on disk: they may be larger than memory, and an interrupted build can be resumed.
+"""Stores tokenized corpora on disk. A corpus may be larger than memory, and an interrupted build can be resumed.
 
-A store is a folder of flat little-endian arrays, without a header, and two text files:
+A store has one row for each source file. It is a folder of little-endian arrays without headers, and two text files:
 
-    tokens.bin            uint16 or uint32 (tokens,): the rows one after the other
-    bounds.bin            int64 (rows + 1,): row i is tokens bounds[i]:bounds[i + 1]
-    repositories.bin      int32 (rows,): the repository of each row, a line of repositories.jsonl
-    languages.bin         int32 (rows,): the language of each row, an entry of "languages" in state.json
+    tokens.bin            uint16 or uint32 (tokens,): the token ids of all rows, one row after the other
+    bounds.bin            int64 (rows + 1,): row i is tokens[bounds[i] : bounds[i + 1]]
+    repositories.bin      int32 (rows,): each row's repository, as its line number (from 0) in repositories.jsonl
+    languages.bin         int32 (rows,): each row's language, as its index in "languages" of state.json
     repositories.jsonl    the name of one repository per line, as a JSON string
     state.json            sizes of the valid parts of these files, hashes of the tokenizer and of the source files
 
-Files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk.
+The other files only grow. `state.json` is replaced atomically, after the data that it counts has reached the disk.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from modular_star_encoder.utils.files import write_json
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """Tokenized texts, each with repository and language: a store on disk (`TokenStore`), or a part of a store."""
+    """Tokenized texts, each with its repository and language: a store on disk (`TokenStore`), or a part of a store."""
 
     rows: TokenRows  # token ids of every text; a part of a corpus keeps the rows of the whole corpus
     row_numbers: np.ndarray  # int64 (texts,), sorted: the indices of the rows that belong to this corpus
@@ -54,7 +54,7 @@ class TokenCorpus:
         return tuple(self.repository_names[i] for i in np.unique(self.repository_of[self.row_numbers]))
 
     def split(self, eval_fraction: float, seed: int) -> tuple["TokenCorpus", "TokenCorpus"]:
-        """Return (training corpus, held-out corpus with `eval_fraction` of repositories), split by names and `seed`."""
+        """Return (training corpus, held-out corpus with the share `eval_fraction` of repositories, chosen by `seed`)."""
         names = self.repositories
         check_enough(names)
         least = 2 if len(names) >= 4 else 1
@@ -74,7 +74,7 @@ _FILES_PER_COMMIT = 4096
 
 @dataclass
 class _State:
-    """The content of `state.json`: the tokenizer, and how many files, tokens and bytes of file names are stored."""
+    """The content of `state.json`: the tokenizer, and the numbers of files, tokens and bytes of repository names."""
 
     tokenizer: str
     dtype: str
@@ -86,7 +86,7 @@ class _State:
     languages: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Return {file name: number of valid bytes}; further bytes are left over from a process that was killed."""
+        """Return {file name: number of valid bytes}. A killed process may have left further bytes in a file."""
         return {
             "tokens.bin": self.tokens * np.dtype(self.dtype).itemsize,
             "bounds.bin": (self.files + 1) * _BOUND.itemsize,
@@ -110,12 +110,12 @@ class TokenStore(TokenCorpus):
 
 
 class _MappedRows(TokenRows):
-    """The memory-mapped rows of a store. Only the folder's path is pickled, because a pickled array has all tokens."""
+    """The memory-mapped rows of a store. Pickling stores only the folder's path, not the tokens."""
 
     def __init__(self, folder: Path) -> None:
         state = _read_state(folder)
         if state is None or not state.complete:
-            message = f"{folder} holds no finished token store: call build_token_store."
+            message = f"{folder} holds no finished token store: make one with build_token_store."
             raise UserError("data.token_store.missing", message)
         self._folder, self.state = folder, state
         tokens = _mapped(folder / "tokens.bin", np.dtype(state.dtype), state.tokens)
@@ -136,13 +136,13 @@ def build_token_store(
 
     To continue an interrupted call, pass the same files in the same order. A finished store is opened without reading
     `files`. Only one process may work on a folder at a time; this is not checked. Raises UserError if the folder holds
-    unrelated files, a damaged store, or a store of another tokenizer or of other source files.
+    unrelated files, a damaged store, or a store made by another tokenizer or from other source files.
     """
     folder, encoder = Path(folder), ContentEncoder(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder) or _begin(folder, encoder)
     if state.tokenizer != encoder.checksum:
-        message = f"Another tokenizer made the token store {folder}: pass that tokenizer or another folder."
+        message = f"The token store {folder} was made by another tokenizer: pass that tokenizer, or another folder."
         raise UserError("data.token_store.other_tokenizer", message)
     if state.complete:
         return TokenStore(folder)
@@ -176,7 +176,7 @@ class _Writer:
         self._outputs = {name: (folder / name).open("ab") for name in state.sizes()}
 
     def append(self, files: list[SourceFile]) -> int:
-        """Tokenize `files` and append one row for each; return the number of files."""
+        """Tokenize `files` and append one row for each file; return the number of files."""
         state = self._state
         rows = self._encoder([file.text for file in files])
         bounds = state.tokens + np.cumsum([len(row) for row in rows])
@@ -220,7 +220,9 @@ def _digest(before: str, file: SourceFile) -> str:
 def _begin(folder: Path, encoder: ContentEncoder) -> _State:
     leftovers = {f".{_STATE}.tmp", *_State("", "<u2").sizes()}
     if any(entry.name not in leftovers for entry in folder.iterdir()):
-        raise UserError("data.token_store.other_content", f"{folder} is not a token store. Name an empty folder.")
+        raise UserError(
+            "data.token_store.other_content", f"{folder} holds other files: name an empty folder for the store."
+        )
     state = _State(encoder.checksum, encoder.dtype.newbyteorder("<").str)
     for name in state.sizes():
         (folder / name).write_bytes(bytes(_BOUND.itemsize) if name == "bounds.bin" else b"")
@@ -229,7 +231,7 @@ def _begin(folder: Path, encoder: ContentEncoder) -> _State:
 
 
 def _read_state(folder: Path) -> _State | None:
-    """Return the state of the token store in `folder`; None without a store. UserError if a file is damaged."""
+    """Return the state of the token store in `folder`; None if there is no store. UserError if a file is damaged."""
     if not (folder / _STATE).exists():
         return None
     fault = _STATE
@@ -238,7 +240,7 @@ def _read_state(folder: Path) -> _State | None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         fault = next((name for name, size in state.sizes().items() if sizes.get(name, -1) < size), "")
     if fault:
-        message = f"The file {fault} of the token store {folder} is missing, cut short or of another version."
+        message = f"The file {fault} of the token store {folder} is missing, cut short or of another format."
         raise UserError("data.token_store.damaged", f"{message} Remove the folder and build the store again.")
     return state
 

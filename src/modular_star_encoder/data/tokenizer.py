@@ -1,6 +1,6 @@
-"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the tokens of `prompts.py`.
+"""Trains and loads byte-level BPE tokenizers with StarCoder2's pre-tokenizer and the special tokens of `prompts.py`.
 
-A tokenizer reads `<sep>` in a text as a special token; `encode_content`, for code and users' texts, does not.
+A tokenizer reads `<sep>` in a text as a special token. Use `encode_content` for code and users' texts: it does not.
 """
 
 import copy
@@ -29,13 +29,15 @@ _TOKENS_PER_COUNT = 2**22
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, max_length: int = 2048, progress: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`. It pads on the left and truncates to `max_length` tokens.
+    """Return a byte-level BPE tokenizer trained on `texts` that pads on the left and truncates to `max_length` tokens.
 
-    It encodes one text as `<sep> text <cls>`, and two as `<sep> a <sep> b <cls>`. A small corpus may give fewer than
-    `vocab_size` tokens: build the model for `len(tokenizer)` tokens.
+    The tokenizer encodes one text as `<sep> text <cls>`, and two as `<sep> a <sep> b <cls>`. Few texts may give fewer
+    than `vocab_size` tokens, so build the model for `len(tokenizer)` tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE or max_length < 4:
-        message = f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens) and max_length at least 4."
+        message = (
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (bytes and special tokens), and max_length at least 4."
+        )
         raise UserError("data.tokenizer.sizes", f"{message} Given: vocab_size={vocab_size}, max_length={max_length}.")
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -57,9 +59,9 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or Hub repository from its `tokenizer.json`; UserError if its files are unsafe."""
+    """Load the tokenizer of a folder or Hub repository from its `tokenizer.json`; UserError if a file is unsafe."""
     if not check_tokenizer(path):  # else transformers would look for files of other kinds
-        raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json: name a checkpoint that has one.")
+        raise UserError("checkpoint.tokenizer", f"{path} has no tokenizer.json: name a checkpoint that has this file.")
     try:
         # Not `AutoTokenizer`: StarCoder2's descendants name GPT-2's class, which doesn't split numbers into digits.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -82,7 +84,7 @@ def check_padding(tokenizer: Any, path: str | os.PathLike) -> None:
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a copy that encodes a text as `<sep> text <cls>`; the published tokenizer adds no special tokens."""
+    """Return a tokenizer that encodes a text as `<sep> text <cls>`; that of the published models adds no tokens."""
     check_special_tokens(tokenizer, "sep", "cls")
     theirs = {role: getattr(tokenizer, role) for role in _OURS if getattr(tokenizer, role) is not None}
     framed = [tokenizer.sep_token_id, tokenizer.cls_token_id]
@@ -92,7 +94,9 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     spellings = {theirs[role]: _OURS[role] for role in theirs}
     known = {*(vocabulary := state["model"]["vocab"]), *(entry["content"] for entry in state["added_tokens"])}
     if taken := [name for old, name in spellings.items() if old != name and name in known]:
-        raise UserError("data.tokenizer.spelling", f"The tokenizer already has a token {taken[0]}: rename that token.")
+        raise UserError(
+            "data.tokenizer.spelling", f"The tokenizer has two tokens for the name {taken[0]}: rename one."
+        )
     for entry in state["added_tokens"]:
         entry["content"] = spellings.get(entry["content"], entry["content"])
     state["model"]["vocab"] = {spellings.get(token, token): index for token, index in vocabulary.items()}
@@ -106,7 +110,8 @@ def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 def adds_no_tokens(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether a tokenizer has `<sep>` and `<cls>` but adds no tokens to a text, like that of mose-code.
 
-    The published tokenizer adds no tokens either, but its special tokens have other names, which users write in texts.
+    The tokenizer of the published models adds no tokens either, but its special tokens have other names, and users
+    write them into their texts themselves.
     """
     return (tokenizer.sep_token, tokenizer.cls_token) == (SEP_TOKEN, CLS_TOKEN) and not tokenizer("")["input_ids"]
 
@@ -118,7 +123,7 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return each token's letters and digits in lower case, or a unique text if the token is special or lacks both."""
+    """Return, for each token, its letters and digits in lower case, or a unique text if it is special or has none."""
     spellings, special = [], set(tokenizer.all_special_ids)
     for index, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = "" if index in special else str(tokenizer.decode([index]))
@@ -127,7 +132,7 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 class TokenRows:
-    """Rows of token ids in one array. Row `i` is `flat[bounds[i] : bounds[i + 1]]`; `bounds` is int64 (rows + 1,)."""
+    """Rows of token ids in one array: row `i` is `flat[bounds[i] : bounds[i + 1]]`; `bounds` is int64 (rows + 1,)."""
 
     def __init__(self, flat: np.ndarray, bounds: np.ndarray) -> None:
         self._flat, self.bounds = flat, bounds
@@ -152,7 +157,7 @@ class TokenRows:
 
 
 class ContentEncoder:
-    """Encodes texts without template, truncation and special tokens; `checksum` hashes all settings that decide ids."""
+    """Encodes texts without template, truncation and special tokens; `checksum` is a hash of what decides the ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -184,13 +189,13 @@ def encode_content(
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, *roles: str) -> None:
-    """Raise UserError if a tokenizer has no special token for one of `roles`: by default `sep`, `cls` and `mask`."""
+    """Raise UserError if a tokenizer lacks a special token for one of `roles`, by default `sep`, `cls` and `mask`."""
     names = [f"{role}_token" for role in roles or ("sep", "cls", "mask")]
     if missing := [name for name in names if getattr(tokenizer, f"{name}_id") is None]:
-        raise UserError("data.tokenizer.token_missing", f"Set these tokens of the tokenizer: {', '.join(missing)}.")
+        raise UserError("data.tokenizer.token_missing", f"The tokenizer has no {', no '.join(missing)}: set it.")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the sorted ids of all special tokens: those with a role such as `sep`, and those just marked special."""
+    """Return the sorted ids of all special tokens: those with a role such as `sep`, and those only marked special."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(marked.union(tokenizer.all_special_ids))

@@ -1,4 +1,4 @@
-"""Checks the files of a tokenizer before they are loaded, because they can demand any amount of time and memory."""
+"""Checks the files of a tokenizer before they are loaded: loading hostile files can take any time and memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _BEGINNING = re.compile(r"\\[rntfv]")  # escapes of single characters that no fl
 
 
 def check_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder or repository has a tokenizer.json; UserError if a file is too large or dangerous."""
+    """Return whether a folder or Hub repository has a tokenizer.json; UserError if one of its files is unsafe."""
     folder, found = os.fspath(path), []
     if os.path.exists(folder) and not os.path.isdir(folder):  # the Hub's library would take it for a repository
         return False
@@ -78,7 +78,7 @@ def check_tokenizer(path: str | os.PathLike[str]) -> bool:
 def _settings_fault(settings: dict[str, Any]) -> str:
     """Return what is wrong with the settings in a file such as tokenizer_config.json; "" if nothing is wrong."""
     if odd := _FOREIGN & settings.keys():
-        return f"it has the setting {min(odd)}; store the tokenizer in tokenizer.json alone"
+        return f"it has the setting {min(odd)}, which replaces tokenizer.json or a part of it; remove the setting"
     json.dumps(settings, ensure_ascii=False).encode()  # ValueError for half a surrogate pair, which no file can hold
     lists = {name: len(settings.get(name) or ()) for name in ("extra_special_tokens", "additional_special_tokens")}
     lists["added_tokens_decoder"] = len(settings.get("added_tokens_decoder") or ()) * _MAX_SPECIAL // _MAX_ADDED
@@ -89,7 +89,7 @@ def _settings_fault(settings: dict[str, Any]) -> str:
 
 
 def _values(value: Any) -> Iterator[Any]:
-    """Yield a JSON value and all values and keys inside it; not recursive, so that deep nesting costs nothing more."""
+    """Yield a JSON value and all values and keys inside it, without recursion, so that deep nesting does no harm."""
     waiting = [value]
     while waiting:
         yield (value := waiting.pop())
@@ -97,10 +97,10 @@ def _values(value: Any) -> Iterator[Any]:
 
 
 def _size_fault(tokens: Iterable[str], most: int, total: int) -> str:
-    """Return a message if a token has over `most` characters, or all tokens together over `total`; otherwise ""."""
+    """Return a message if a token has over `most` characters, or all tokens together have over `total`; else ""."""
     sizes = [len(token) for token in tokens]
     is_wrong = max(sizes, default=0) > most or sum(sizes) > total
-    return f"a token or setting has over {most:,} characters, or all together over {total:,}" if is_wrong else ""
+    return f"a token or setting has over {most:,} characters, or all of them over {total:,}" if is_wrong else ""
 
 
 def _state_fault(state: dict[str, Any]) -> str:
@@ -126,7 +126,7 @@ def _state_fault(state: dict[str, Any]) -> str:
         return f"its token for unknown text, {unknown}, is not in its vocabulary"
     affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     if max(map(len, affixes)) > _MAX_PREFIX or (model.get("max_input_chars_per_word") or 0) > _MAX_WORD:
-        return f"it allows words of over {_MAX_WORD:,} characters, or a prefix or suffix of over {_MAX_PREFIX}"
+        return f"it allows words of over {_MAX_WORD:,}, or a prefix or suffix of over {_MAX_PREFIX}, characters"
     padding, truncation = state.get("padding") or {}, state.get("truncation") or {}
     strategy = padding.get("strategy")
     lengths = (padding.get("pad_to_multiple_of") or 0, *(strategy.values() if isinstance(strategy, dict) else ()))
@@ -141,12 +141,12 @@ def _state_fault(state: dict[str, Any]) -> str:
         for part in parts if name == "post_processor" else ():
             ends = [part[end][1] for end in ("sep", "cls") if isinstance(part.get(end), list)]
             if max(*part.get("ids", ()), *ends, 0, 0) > largest:
-                return f"its post_processor adds a token id above {largest}, the largest"
+                return f"its post_processor adds a token id above {largest}, the id of the last token"
     return ""
 
 
 def _step_fault(parts: list[dict[str, Any]], is_text: bool) -> str:
-    """Return the fault of a step of a tokenizer, or "". `parts`: its JSON objects; `is_text`: it changes texts."""
+    """Return the fault of a tokenizer's step, the JSON objects `parts`, or ""; `is_text`: the step changes texts."""
     growth, tokens = 1.0, 0
     if len(parts) > _MAX_PARTS:
         return f"has more than {_MAX_PARTS:,} parts"
@@ -188,7 +188,7 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _is_sound(units: np.ndarray, texts: bytes) -> bool:
-    """Return whether references of a darts-clone trie to `units` and `texts` are valid; else `tokenizers` panics."""
+    """Return whether a darts-clone trie refers only to places in `units` and `texts`; otherwise `tokenizers` panics."""
     texts.decode()
     nodes = np.flatnonzero((units < 2**31) | (np.arange(len(units)) == 0))  # the other units are places
     children = nodes ^ (units[nodes] >> 10 << (units[nodes] >> 6 & 8))
@@ -202,8 +202,8 @@ def _is_sound(units: np.ndarray, texts: bytes) -> bool:
 def _ways(pattern: str) -> float:
     """Return an upper bound of the number of ways in which a regular expression can match a run of `_RUN` characters.
 
-    The ways of alternatives are added, and those of successive items multiplied. Alternatives that begin with different
-    escapes, such as `\\r\\n|\\n`, count as one. The result is infinity if this function can't read the expression.
+    Numbers of ways are added for alternatives and multiplied for successive items. Alternatives that begin with
+    different escapes, such as `\\r\\n|\\n`, count as one way. The result is infinity if the expression can't be read.
     """
     # For each open group, the ways of: its earlier alternatives; this alternative without its last item; the last item.
     groups, end = [(0.0, 1.0, 1.0)], 0

@@ -28,7 +28,7 @@ from modular_star_encoder.utils.reports import printable
 
 TOP_K = 5
 MOST_WAITING = 100  # largest number of questions that wait for an answer; more are refused (HTTP status 503)
-BAD_REQUEST = "The demo page sends no request of this form. Reload the page."
+BAD_REQUEST = "The server can't use this request. Reload the demo page."
 _CANDIDATES = 50
 # Errors that a user can fix: the page shows one sentence instead of a traceback.
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
@@ -36,7 +36,7 @@ _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """The exit profile of a checkpoint, which has the costs of each exit, or the reason why it can't be shown."""
+    """The exit profile of a checkpoint, which has the costs of each exit, or the reason why the profile can't be shown."""
 
     profile: ExitProfile | None  # None if the profile is missing, unreadable or of other weights
     note: str = ""  # why there is no profile, and how to measure one; or that another machine measured it
@@ -66,11 +66,11 @@ def short_name(checkpoint: str) -> str:
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with a bar for each cost and quality score of an exit; a full bar is the top value of all exits."""
+    """Return HTML with a bar for each cost and quality score of an exit; full bars stand for the top value of all exits."""
     if (profile := costs.profile) is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     if exit_layer not in profile.exits:
-        return f'<p class="mose-note">The exit profile has no measurements of exit {exit_layer}.</p>'
+        return f'<p class="mose-note">The exit profile of the checkpoint has no measurements of exit {exit_layer}.</p>'
     measured = {one: profile.measurement(one, profile.shapes[0]) for one in profile.exits}
     rows = [
         _meter("latency", {k: one.latency_ms_p50 for k, one in measured.items()}, exit_layer, "{:,.1f} ms"),
@@ -81,7 +81,9 @@ def cost_card(costs: ExitCosts, exit_layer: int) -> str:
         values = {k: one.quality.get(benchmark) for k, one in profile.exits.items()}
         rows.append(_meter(benchmark, values, exit_layer, "{:.3f}", kind="quality"))
     if not profile.benchmarks:
-        rows.append('<p class="mose-note">The profile has no quality scores. “mose profile --quality” adds them.</p>')
+        rows.append(
+            '<p class="mose-note">The profile has no quality scores. To add some, use “mose profile --quality”.</p>'
+        )
     return f'<div class="mose-meters">{"".join(rows)}</div>'
 
 
@@ -92,7 +94,7 @@ def circumstances(costs: ExitCosts) -> str:
     size, length = profile.shapes[0]
     processor, threads = profile.machine.get("processor", "unknown processor"), profile.machine.get("threads", "?")
     machine = profile.machine.get("gpu") or f"{processor}, {threads} thread(s)"
-    text = f"Latency: median time to embed {size} × {length} tokens; memory: peak of a process. Exit profile of "
+    text = f"Latency: median time to embed {size} text(s) of {length} tokens; memory: peak of a process. Measured on "
     text += f"{profile.date}: {machine}, {profile.device}, {profile.dtype}. {costs.note}"
     return f'<p class="mose-note">{escape(text.strip())}</p>'
 
@@ -109,11 +111,11 @@ def _meter(label: str, values: Mapping[int, float | None], exit_layer: int, patt
 
 
 _ASK = "Say in plain words what the code should do, and press Enter."
-_ONE_EXIT = "The index has one exit. “mose index FOLDER --exit-layers all --rebuild” builds it with all exits."
+_ONE_EXIT = "The index has only one exit. For all exits, run “mose index FOLDER --exit-layers all --rebuild”."
 
 
 class SearchPage:
-    """The functions that the components of the demo page call; they return HTML and do not need Gradio."""
+    """The methods that the components of the demo page call. The methods return HTML and do not need Gradio."""
 
     def __init__(self, index: CodeIndex, link_to: LinkTo, checkpoint: str | None = None) -> None:
         self.index, self.link_to = index, link_to
@@ -157,7 +159,7 @@ class SearchPage:
     ) -> list[str]:
         """Search at the exit of each slider position (see `costs_at`); return one HTML text of hits per position.
 
-        If the question is empty or an error occurs, the first text says what to do. `rerank` is a deeper exit; 0: none.
+        If the question is empty or an error occurs, the first text says what to do. `rerank` is a deeper exit or 0.
         """
         rest = [""] * (len(positions) - 1)
         if not question or not question.strip():
@@ -237,7 +239,7 @@ def message_html(text: str, *, error: bool = False) -> str:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as HTML, coloured by `formatter` until a time limit; in hostile texts, the rest stays uncoloured."""
+    """Return code as HTML, coloured by `formatter`. After a time limit, for hostile texts, the rest stays uncoloured."""
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
     options = {"startinline": True} if language == "php" else {}
@@ -297,7 +299,7 @@ def _code_block(hit: Hit) -> str:
 
 
 def _badge(rank: int, hit: Hit, other: Reply) -> str:
-    """Return HTML with the rank that a hit has in the reply `other`, and how it differs from `rank`."""
+    """Return HTML with the rank that a hit has in the reply `other`; its colour shows whether that differs from `rank`."""
     place = attrgetter("path", "line", "last_line", "name")
     places = [place(one) for one in other.answer.hits]
     if place(hit) not in places:
@@ -353,7 +355,7 @@ def _without_tracebacks(read_values: Callable[..., Any], gradio_error: Callable[
 
 
 def _side(gradio: Any, page: SearchPage, side: int) -> tuple[Any, Any]:
-    """Add a column with a slider, the costs and the hits of one exit to the page; return the slider and the hits."""
+    """Add the column number `side` (0 or 1), which shows one exit, to the page; return its slider and its hits."""
     last = len(page.exit_layers) - 1
     position = last if side == 1 else 0
     with gradio.Column(min_width=420, elem_classes="mose-side"):

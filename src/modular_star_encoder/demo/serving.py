@@ -56,7 +56,7 @@ _LONGEST_LINE = 2000
 def serve(index: CodeIndex, **options: Any) -> None:
     """Serve the demo page of an index until Ctrl-C, and print its address; `served` describes options and errors."""
     with served(index, **options) as address:
-        print(f"{address}  (Ctrl-C ends it)", flush=True)
+        print(f"{address}  (Ctrl-C stops the server)", flush=True)
         threading.Event().wait()
 
 
@@ -72,7 +72,7 @@ def served(
     """Serve the demo page of an index in the background while a `with` block runs; yield the page's address.
 
     Without `host` and `port`, the environment variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT apply. `source` is
-    the web address of the indexed folder, for links. UserError if an argument is invalid.
+    the web address of the indexed folder, to which hits link. UserError if an argument is invalid.
     """
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK
     if port is not None and not 1 <= port <= 65535:
@@ -129,7 +129,9 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
             page = to_thread.run_sync(local.page, query.get("path", ""), first, last, limiter=one_at_a_time)
             return HTMLResponse(await page)
         except (ValueError, OSError):
-            return HTMLResponse("<!doctype html><title>mose</title><p>The index does not have this file.</p>", 404)
+            return HTMLResponse(
+                "<!doctype html><title>mose</title><p>The index has no such file, or the file can't be shown.</p>", 404
+            )
 
     return show
 
@@ -167,7 +169,7 @@ class _PolicyMiddleware:
 class _QuestionMiddleware:
     """Answers requests that Gradio can't handle (not JSON, lone surrogates, no valid session) with HTTP status 400.
 
-    Of messages that clients have not read, only the newest `MOST_UNREAD` are kept; Gradio would keep all.
+    Only the newest `MOST_UNREAD` messages that clients have not read are kept; Gradio would keep all of them.
     """
 
     def __init__(self, app: _Call, blocks: Any) -> None:
@@ -204,7 +206,7 @@ def _is_question(body: bytes) -> bool:
 
 
 def repository_links(address: str) -> LinkTo:
-    """Return a function (path, hit) → web address in the folder `address`; UserError if `address` is no web address."""
+    """Return a `LinkTo` that gives web addresses in the folder `address`; UserError if it is not a web address."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         example = "https://github.com/OWNER/NAME/blob/REVISION/src"
@@ -218,7 +220,7 @@ def repository_links(address: str) -> LinkTo:
 
 
 class LocalFiles:
-    """A `LinkTo` that links hits to the indexed files on this machine, and shows these files as HTML pages."""
+    """A `LinkTo` that links hits to the indexed files on this machine; `page` shows these files as HTML."""
 
     def __init__(self, index: CodeIndex) -> None:
         self._index = index
@@ -230,7 +232,7 @@ class LocalFiles:
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return HTML of an indexed file (if long, of the part around `first`); lines `first` to `last` are marked."""
+        """Return HTML of an indexed file (of a long file, the part around line `first`); mark lines `first` to `last`."""
         lines = LINE_END.split(self._index.read_file(path))
         start = end = characters = 0  # the page shows lines[start:end]
         for end, line in enumerate(lines):

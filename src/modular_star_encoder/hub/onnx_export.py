@@ -68,8 +68,6 @@ _LARGEST_FILE = 2**31 - 2**27  # a protobuf file has at most 2 GiB; this limit o
 
 
 _ATTENTION = "mose_onnx"
-# onnxruntime reads this when it is imported. It would report its use to Microsoft, and leave `.ses` in TMPDIR.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def _attend(

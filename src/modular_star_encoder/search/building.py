@@ -1,4 +1,4 @@
-"""Update an index: changed files are divided into pieces, embedded and written, each batch in one transaction."""
+"""Update an index: divide changed files into pieces, embed the pieces, and write batches of files as transactions."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.reports import printable
 
 _FILES_PER_CHUNK = 8
-_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # rows written at once: few, to lose little work
+_ROWS_PER_BATCH, _ROWS_PER_BATCH_AT_EXIT_0 = 256, 2048  # rows written at once: few, lest an interruption lose much
 _ROWS_PER_BATCH_IN_A_HURRY = 32
 _ROWS_PER_EMBEDDING = 256  # rows embedded at once: few, so that the parsing processes don't wait for this one
 _FILES_PER_REMOVAL = 1000
@@ -60,7 +60,7 @@ class UpdateReport:
 
     @property
     def skipped(self) -> Counter[str]:
-        """Reason → number of files left out for this reason."""
+        """A counter {reason: number of files left out for this reason}."""
         return Counter(reason for _, reason in self.skipped_files)
 
     def notes(self) -> list[tuple[str, str]]:
@@ -69,7 +69,7 @@ class UpdateReport:
         return sorted((readable_path(path), reason) for path, reason in named)
 
     def lines(self, show_skipped: bool = False) -> list[str]:
-        """Return lines that count files left out, read as Latin-1 or postponed; `show_skipped` lists all of `notes`."""
+        """Return notes: how many files were left out, read as Latin-1 or postponed; `show_skipped` lists the files."""
         if show_skipped:
             lines = [printable(f"{path}: {reason}") for path, reason in self.notes()]
         else:
@@ -79,8 +79,8 @@ class UpdateReport:
             parts += [f"{_files(len(self.guessed_files))} read as Latin-1"] if self.guessed_files else []
             lines = [f"mose: note: {'; '.join(parts)}; --show-skipped lists them"] if parts else []
         if self.postponed_files:
-            late = f"{_files(self.postponed_files)} not read yet: those that share the fewest words with the question"
-            lines.append(f"mose: note: {late}; later searches read on, `mose index` reads all")
+            late = f"{_files(self.postponed_files)} not read yet (they share the fewest words with the question)"
+            lines.append(f"mose: note: {late}; later searches read more, and `mose index` reads all files")
         return lines
 
     def news(self, show_skipped: bool = False) -> list[str]:
@@ -101,11 +101,11 @@ def _files(count: int) -> str:
 SEARCH_FILTERS = FileFilters(
     max_bytes=5_000_000, max_line_length=None, any_encoding=True, marked_generated=False, minified=False
 )
-"""The filters of the files that search reads. Search also leaves out files that git ignores."""
+"""The rules for which files search reads. Search also leaves out files that git ignores."""
 
 
 def search_files(folder: str, languages: Collection[str], **kinds: bool) -> FileReader:
-    """Return a reader of the files of a folder that search reads; `kinds` are fields of `FileFilters` to change."""
+    """Return a reader of those files of a folder that search reads; `kinds` replace fields of `SEARCH_FILTERS`."""
     options: dict[str, Any] = {"filters": replace(SEARCH_FILTERS, **kinds), "depth": 0, "may_be_empty": True}
     return folder_repositories(folder, languages=languages, obey_ignore_files=True, **options)
 
@@ -123,8 +123,8 @@ def update_store(
     """Bring `store`, which has these `settings`, up to date with `settings.folder`; UserError if the folder is gone.
 
     A file is not read again if its size, times of change and inode are as before. After `seconds`, unread files keep
-    their old rows and count as postponed; if many files are new, files with words of `questions` are read first. A new
-    index of up to 1,000 files has no time limit. With 0 or 1 `processes`, a crash of the parser ends this process.
+    their old rows and count as postponed. If over 1,000 files are new, those with words of `questions` are read first.
+    A new index of up to 1,000 files has no time limit. With 0 or 1 `processes`, a parser's crash ends this process.
     """
     start, vendored = time.perf_counter(), settings.vendored
     kinds = {"tests": settings.tests, "vendored": vendored, "marked_generated": vendored}
@@ -156,7 +156,7 @@ def update_store(
 
 def _check_in_place(folder: str) -> None:
     if not os.path.isdir(folder) or os.path.realpath(folder) != folder:
-        message = f"The folder {folder} was moved, removed or replaced by a link. Index the folder that you mean."
+        message = f"The folder {folder} was moved, removed or replaced by a link. Index the folder at its present path."
         raise UserError("search.folder.replaced", message)
 
 
@@ -174,7 +174,7 @@ def _bar(total: int, is_shown: bool) -> Iterator[Callable[[], Any]]:
 def _divided(
     files: Iterator[SourceFile], processes: int, settings: IndexSettings, end: float | None
 ) -> Generator[list[_Changed]]:
-    """Divide files into pieces in worker processes, and yield lists of a few files with their pieces."""
+    """Divide files into pieces in worker processes; yield lists of (file, its pieces) for a few files at a time."""
     for first in files:  # runs once, because `rest` takes the others; without files, nothing is imported
         from threadpoolctl import threadpool_limits
 
@@ -206,7 +206,7 @@ class _Writer:
         self._batch = _ROWS_PER_BATCH_AT_EXIT_0 if settings.exit_layers == (0,) else deep
 
     def is_known(self, path: str, location: Path) -> bool:
-        """Return whether to skip a file, because it has not changed since the last update or because time is up."""
+        """Return whether to skip a file because it has not changed since the last update or because time is up."""
         key = file_id(path)
         try:
             status = os.stat(location)
@@ -232,7 +232,7 @@ class _Writer:
         return self.end is not None and time.monotonic() > self.end
 
     def changed(self, reader: FileReader, advance: Callable[[], Any]) -> Iterator[SourceFile]:
-        """Yield the files of `reader` that are new or differ from the store; call `advance` for each other file."""
+        """Yield the files of `reader` that are new or have changed; for each unchanged file, call `advance` instead."""
         for file in reader:
             key = file_id(file.path)
             self._seen.add(key)
@@ -284,7 +284,7 @@ class _Writer:
         self._files, self._pieces = [], 0
 
     def finish(self) -> None:
-        """Write the collected rows, remove deleted files from the index, and store the stamps of the files."""
+        """Write the collected rows, remove deleted files from the index, and store the files' `Stamps`."""
         gone = sorted(self._held.keys() - self._seen)
         for start in range(0, len(gone), _FILES_PER_REMOVAL):
             self._store.replace_files(gone[start : start + _FILES_PER_REMOVAL], [])
@@ -297,7 +297,10 @@ class _Writer:
 
 
 def _keys(files: Sequence[SourcePath], known: Stamps, questions: Sequence[str], end: float) -> list[tuple[Any, ...]]:
-    """Return sort keys: known files, then small ones with rare words of `questions`; after time `end`, by path only."""
+    """Return a sort key per file: known files first, then small files with rare words of `questions`, then others.
+
+    After the time `end`, no more files are read, and only their paths are compared with `questions`.
+    """
     stems = sorted(question_stems(" ".join(questions)), key=len)[-_MOST_STEMS:]
     found: list[tuple[bool, bool, list[str]]] = []  # (is new, is large, stems in the file)
     for file in files:

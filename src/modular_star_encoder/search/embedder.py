@@ -18,7 +18,7 @@ from modular_star_encoder.search.pieces import Snippet
 from modular_star_encoder.utils.errors import UserError
 from modular_star_encoder.utils.files import folder_checksum
 
-_KEPT_EMBEDDINGS = 4096
+_KEPT_EMBEDDINGS = 4096  # with their texts, about 10 MB for two exits
 _FEW_TEXTS = 64  # numpy embeds at most this many at exits above 0: for so few, importing torch would take longer
 
 # Files of a repository that a search may read.
@@ -61,7 +61,7 @@ class Embedder:
 
     @cached_property
     def _folder(self) -> str:
-        """The checkpoint's folder; for a repository, the folder of its newest commit in the Hub's cache."""
+        """The checkpoint's folder; for a Hub repository, the folder of its newest commit in the Hub's cache."""
         if not is_repository(self.checkpoint):
             return resolve_checkpoint(self.checkpoint)
         from huggingface_hub import snapshot_download
@@ -92,8 +92,9 @@ class Embedder:
     ) -> tuple[int, ...]:
         """Return the given exits, ascending; by default, exit 0 if numpy can compute it, else the deepest exit.
 
-        `budget` has limits for `select_exit`, such as `latency_ms`, and may name an exit profile as `profile`. With
-        a budget, return only the best exit within these limits: one of the given exits or, by default, of all exits.
+        `budget` has limits for `select_exit`, such as `latency_ms`, and may name the file of an exit profile (measured
+        costs of the exits) under the key `profile`. With a budget, return only the best exit within these limits: one
+        of the given exits or, by default, of all exits.
         """
         if exit_layers is not None and (exit_layer is not None or not exit_layers):
             raise UserError("search.exit_layer", "Give either `exit_layer`, or `exit_layers` with at least one exit.")
@@ -132,7 +133,7 @@ class Embedder:
         return {"query": text_prompt(instructions=instructions), "document": document}
 
     def check_dimension(self, dimension: int | None) -> int:
-        """Return `dimension`, or the full size if it is None. UserError if the model isn't trained for `dimension`."""
+        """Return `dimension`, or the largest if it is None. UserError if the model isn't trained for `dimension`."""
         sizes = sorted({*(self._facts.get("nested_dimensions") or ()), self._facts["projection_size"]})
         if dimension is not None and dimension not in sizes:
             named = " or ".join(map(str, sizes))
@@ -176,10 +177,10 @@ class Embedder:
         return embeddings
 
     def encoder(self, exit_layers: Sequence[int], expected: int | None = None) -> _Encoder:
-        """Return a function from N texts to {exit_layer: embeddings (N, D) float32}; `expected` is the number of texts.
+        """Return a function from N texts to {exit_layer: embeddings (N, D) float32}; `expected`, if known, is N.
 
-        If the configuration allows it, numpy computes exit 0 and, on a CPU, deeper exits of few texts, unless torch has
-        already loaded a model.
+        If the configuration allows it, numpy computes exit 0. On a CPU, numpy also computes deeper exits of few texts,
+        unless torch has already loaded the model.
         """
         if has_exit_zero(self._facts) and tuple(exit_layers) == (0,):
             encode = self._numpy.encode
@@ -196,7 +197,7 @@ class Embedder:
         return partial(encode_exits, *self._load(max(exit_layers), dtype), exit_layers=exit_layers, progress=False)
 
     def _load(self, exit_layer: int, dtype: Any) -> tuple[Any, Any]:
-        """Return (model, tokenizer) in `dtype`, with at least the layers up to `exit_layer`; one is kept per dtype."""
+        """Return (model, tokenizer) in `dtype`, with at least the layers up to `exit_layer`; keep both per dtype."""
         from modular_star_encoder.inference.checkpoints import load_checkpoint
 
         if dtype not in self._loaded or self._loaded[dtype][0].config.num_hidden_layers < exit_layer:
@@ -214,7 +215,7 @@ class Embedder:
 
 
 def _hide_loading_bars() -> None:
-    """Hide transformers' progress bars for loading weights, which would overwrite ours; keep bars for downloads."""
+    """Hide transformers' bar for loading weights, which would overwrite the bar of indexing; keep download bars."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

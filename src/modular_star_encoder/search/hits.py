@@ -1,4 +1,4 @@
-"""The hits of a search, as data and as text."""
+"""The hits of a search as data, and functions that format them as text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Answer:
     method: str = "hybrid"  # how the hits were found: `vector`, `lexical` or `hybrid`
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the answer as in `mose search --json`; `explain` adds hits' `reasons`. Later versions may add keys."""
+        """Return the answer as in `mose search --json`; `explain` adds each hit's `reasons`. Later versions may add keys."""
         values = asdict(self)
         if not explain:
             for hit in values["hits"]:
@@ -57,9 +57,10 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """Return text: per hit, a line (path, line number, bar, score, name), then up to `lines` lines of its code.
+    """Return text: for each hit, a line with path, line number, bar, score and name, and up to `lines` lines of its code.
 
-    A full bar means the best hit's score or, with the method `vector`, 1. `explain` shows what each rule adds.
+    A full bar stands for the best hit's score or, with the method `vector`, for 1. `explain` adds a line that shows what
+    each ranking rule adds to the score.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0
     shown = []
@@ -74,7 +75,7 @@ def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: 
 
 
 def score_bar(share: float, width: int = 10) -> str:
-    """Return a bar of `width` characters for a share from 0 (empty) to 1 (full); other shares count as 0 or 1."""
+    """Return a bar of `width` characters for a share from 0 (empty) to 1 (full); shares beyond count as 0 or 1."""
     eighths = round(min(max(0.0, share), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(width)

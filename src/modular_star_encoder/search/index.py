@@ -1,4 +1,4 @@
-"""An index of a code folder: build it, update it when files change, search it at any of its exits."""
+"""An index of a code folder: build the index, update it when files change, search it at any of its exits."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ _MOST_PIECES = 1_000_000  # largest number of pieces of a file that `related` re
 
 
 class CodeIndex:
-    """An index of the functions, classes and other lines of a code folder: it embeds, updates and searches them.
+    """An index of the functions, classes and other lines of a code folder, to find the code that answers a question.
 
-    `build` makes or updates an index, and `open` reads one. Threads may share an index; their calls run in turn.
+    `build` makes or updates an index, and `open` opens one. Threads may share an index; their calls run in turn.
     Only one process at a time writes an index in a folder. While another process writes, `build` and `update` wait 3 s
     and then raise UserError, `refresh` does nothing, and `open_for_search` waits up to ten minutes for a first build.
     Searches do not wait. During an update, a search of a local index finds either the old or the new code of each file.
     On a Qdrant server, a search may find the old and the new code of one file together.
 
     Attributes:
-        store: holds the code and its embeddings: a `LocalStore` (in a folder or in memory) or a Qdrant collection.
+        store: holds the code and its embeddings: a `LocalStore` (folder or memory) or a `QdrantStore`.
         settings: checkpoint, exits, folder and the other settings of the build.
         report: result of the last update in this process.
 
@@ -98,7 +98,8 @@ class CodeIndex:
     ) -> Self:
         """Build the index of a folder, or update an existing index by embedding only new and changed files.
 
-        Without `location`, the index is `.mose` in the folder, as with `mose index`; `memory://` writes no files.
+        Without `location`, the index is `.mose` in the folder, as with `mose index`; the location `memory://` keeps the
+        index in memory.
         After an interruption, the index has each file completely or not at all, and the next call continues.
 
         Args:
@@ -119,7 +120,7 @@ class CodeIndex:
             seconds: stop reading files after about this time, if over 1,000 files are new; None for no limit.
             questions: with `seconds`, the files that share words with these questions are read first.
 
-        Returns the index; `report` has the numbers of embedded files and rows. Raises UserError if an argument is
+        Returns the index; its `report` has the numbers of embedded files and rows. Raises UserError if an argument is
         invalid, or the index was built with other settings (the message names them); OSError if the checkpoint does
         not exist, or the index cannot be written.
         """
@@ -163,7 +164,7 @@ class CodeIndex:
 
         If the checkpoint has moved since the build, `checkpoint` is its new folder or Hub repository. `device` is the
         torch device of the model; if None, a GPU if there is one. Raises UserError if there is no index at `location`,
-        or another checkpoint built it; OSError if the checkpoint does not exist.
+        or if it was built with another checkpoint; OSError if the checkpoint does not exist.
         """
         store = open_store(location)
         if (settings := IndexSettings.stored_in(store)) is None:
@@ -215,8 +216,8 @@ class CodeIndex:
         """Update the index before a search. Stop reading files after about `seconds`; None for no limit.
 
         If over 1,000 files are new, files with words of `questions` are read first. The report's `postponed_files`
-        is the number of files that time did not allow to read. The index is not updated if it is in memory,
-        on a server or read-only, another process writes it, or the code folder does not exist. For errors see `update`.
+        is the number of files that were not read in time. The index is not updated if it is in memory, on a server or
+        read-only, if another process writes it, or if the code folder does not exist. For errors see `update`.
         """
         folder = self.store.folder
         if folder is None or not os.access(folder, os.W_OK) or not os.path.isdir(self.folder):
@@ -245,7 +246,7 @@ class CodeIndex:
         languages: Sequence[str] | None = None,
         path: str | None = None,
     ) -> list[Answer]:
-        """Find the code that answers each question. A question is a text in prose, or code to find similar code.
+        """Find the code that answers each question: a text in prose, a name, or code to which similar code is wanted.
 
         Args:
             questions: one or more questions.
@@ -253,7 +254,7 @@ class CodeIndex:
             exit_layer: one of the index's exits; by default the deepest or, with a cascade, the shallowest.
             method: `hybrid` ranks by similarity, words and the rules of `search.ranking`; `lexical` leaves out
                 similarity and needs no model; `vector` ranks by similarity alone.
-            cascade: settings for ranking the best hits again at a deeper exit, if not None.
+            cascade: settings for ranking the best hits again at a deeper exit; None to rank once.
             languages: search only code in these languages.
             path: search only files that match this pattern, such as `*.py` or `src/**` (see `path_expression`).
 
@@ -278,7 +279,7 @@ class CodeIndex:
             ]
 
     def related(self, path: str, line: int, *, top_k: int = 10, exit_layer: int | None = None) -> list[Hit]:
-        """Find the `top_k` pieces of code that resemble the code at a line, without this code itself.
+        """Find the `top_k` pieces of code, such as functions, that most resemble the piece at a line of a file.
 
         Args:
             path: path of an indexed file, relative to the indexed folder, with forward slashes.
@@ -302,7 +303,7 @@ class CodeIndex:
             if not here:
                 message = f"The index has no code at line {line} of {path!r}. Name a line of code in an indexed file."
                 if late := self.report.postponed_files:
-                    message += f" {late:,} files are not read yet."
+                    message += f" {late:,} files of the folder are not read yet."
                 raise UserError("search.related.missing", message)
             found = self.store.nearest(self.store.vectors(here[:1], exit_layer)[0], exit_layer, top_k + 1, Filter())
             others = [replace(one, exit_layer=exit_layer) for one in found if one.row_id != here[0].row_id]
@@ -320,14 +321,14 @@ class CodeIndex:
                 example = f"{every[0].path} ({every[0].snippet.language})"
                 message = f"No indexed file fits {' and '.join(named)}. The index has files such as {example}."
                 late = self.report.postponed_files
-                raise UserError("search.filter", message + f" {late:,} files are not read yet." * bool(late))
+                raise UserError("search.filter", message + f" {late:,} other files are not read yet." * bool(late))
 
     def refuse_empty(self) -> None:
-        """Raise UserError if the index has no code. The message names code in a language that the index leaves out."""
+        """Raise UserError if the index has no code. The message names a file in another language, if there is one."""
         if self.store.count():
             return
         if self.report.postponed_files:
-            message = f"No file of {self.folder} was read in time. `mose index {self.folder}` reads all files."
+            message = f"No file of {self.folder} was read in time. Run `mose index {self.folder}` to read all files."
             raise UserError("search.folder.unread", message)
         kind, advice = "source", "Name another folder"
         if missing := {*SEARCH_LANGUAGES} - {*self.settings.languages}:
@@ -339,7 +340,7 @@ class CodeIndex:
     def read_file(self, path: str) -> str:
         """Return the current text of an indexed file; `path` is relative to the indexed folder, with forward slashes.
 
-        Raises UserError if the file is not in the index, or if it is now a link, unreadable, or left out, as `.env` is.
+        Raises UserError if the file is not in the index, is now a link or unreadable, or must not be shown, as `.env`.
         """
         file = file_inside(self.folder, path)
         with self._lock:
@@ -394,7 +395,7 @@ class CodeIndex:
 
 
 def file_inside(folder: str, path: str) -> Path | None:
-    """Return the path of a regular file inside `folder`; None if it does not exist, or is outside or behind a link."""
+    """Return the path of a regular file in `folder`; None if there is no such file or if a link leads to the file."""
     root = os.path.realpath(folder)
     try:
         file = Path(os.path.normpath(os.path.join(root, path)))
@@ -429,7 +430,7 @@ def check_search(
 def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
     """Open the store of an index: a folder, `memory://`, or `qdrant:NAME@URL` for a collection on a server.
 
-    If `location` is a store, it is returned. The environment variable QDRANT_API_KEY has the key of a Qdrant server.
+    If `location` is a store, it is returned. Put the key of a Qdrant server in the environment variable QDRANT_API_KEY.
     """
     if isinstance(location, str | os.PathLike):
         location = os.fspath(location)
@@ -446,7 +447,7 @@ def open_store(location: str | os.PathLike[str] | VectorStore) -> VectorStore:
 
 
 def find_index(folder: str | os.PathLike[str] = ".") -> str | None:
-    """Return the nearest index's path, in `folder` or a parent, or None; UserError if the indexed code is elsewhere."""
+    """Return the path of the index in `folder` or its nearest parent, or None; UserError if its code is elsewhere."""
     start = user_path(folder).absolute()
     for parent in (start, *start.parents):
         location = str(parent / INDEX_FOLDER)
@@ -476,10 +477,10 @@ def open_for_search(
 ) -> tuple[CodeIndex, int | None]:
     """Return an index, updated if `refresh`, and the exit at which to search it (None: default of `CodeIndex.search`).
 
-    The index is looked up at `location`, or in `folder`, or in the working folder and its parents. If there is no
-    index, or its checkpoint is not `checkpoint`, an index in the user's cache is opened or built, with `languages`.
+    The index is at `location`, else in `folder`, else in the working folder or a parent. If there is no index, or its
+    checkpoint is not `checkpoint`, an index in the user's cache is opened or built; `languages` are the ones to read.
     `budget` has limits, such as `latency_ms`, from which the exit is chosen (see `Embedder.exits`). For `seconds` and
-    `questions` see `CodeIndex.refresh`; if either is missing, an index is built without a time limit.
+    `questions` see `CodeIndex.refresh`; without either of them, an index is built without a time limit.
     """
     index, found = None, location
     if found is None:
@@ -509,7 +510,7 @@ def open_for_search(
 
 
 def _own_index(folder: str) -> str | None:
-    """Return the path of the index in a folder; None if the folder has no index, or the index of another folder."""
+    """Return the path of the index in a folder; None if the folder has no index, or has the index of another folder."""
     location = os.path.join(os.path.expanduser(folder), INDEX_FOLDER)
     is_own = os.path.isdir(location) and _indexed_folder(location) == os.path.realpath(os.path.expanduser(folder))
     return location if is_own else None
@@ -523,7 +524,7 @@ def _indexed_folder(location: str) -> str | None:
 def _cached_index(
     folder: str, embedder: Embedder, exit_layer: int, languages: Sequence[str] | None, **building: Any
 ) -> CodeIndex:
-    """Open the index of `folder` in the user's cache; if it is missing, unfinished or of an older version, build it."""
+    """Open the index of `folder` in the user's cache; build it if it is missing, unfinished or of an older version."""
     location = _cached_location(folder, embedder.checkpoint, exit_layer, languages)
     rebuild = False
     try:

@@ -1,7 +1,7 @@
 """Store an index in a folder: segments, which are files with rows, and `index.json`, a list of the segments.
 
 A segment is a safetensors file that never changes. A search maps it into memory and reads only the parts that it needs.
-Every change ends with an atomic replacement of `index.json`. A process that is killed earlier leaves the old index.
+Every change ends with an atomic replacement of `index.json`. If the process is killed before, the old index stays.
 """
 
 import errno
@@ -60,7 +60,7 @@ _ROWS_PER_BLOCK = 1024  # number of vectors compared at once: as float32, they f
 
 
 def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that reads an index: a damaged file raises UserError, a missing file FileNotFoundError."""
+    """Decorate a method that reads an index: UserError if a file is damaged, FileNotFoundError if a file is missing."""
 
     @wraps(method)
     def reported(self: Any, *arguments: Any) -> Any:
@@ -70,14 +70,14 @@ def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
             is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if is_full or isinstance(error, FileNotFoundError | UserError):
                 raise
-            message = f"The index {self.location} can't be read ({error}): if it is damaged, rebuild it: {REBUILD}."
+            message = f"The index {self.location} can't be read ({error}). If it is damaged, rebuild it: {REBUILD}."
             raise UserError("search.index.unreadable", message) from error
 
     return reported
 
 
 class LocalStore:
-    """A `VectorStore` in a folder, or in the memory of this process if the location is None."""
+    """A `VectorStore` in the folder `location`, or in the memory of this process if `location` is None."""
 
     def __init__(self, location: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if location is None else Path(os.path.realpath(user_path(location)))
@@ -169,7 +169,7 @@ class LocalStore:
 
     @_reading
     def finish(self) -> None:
-        """Merge segments that are small or have over a third of their rows deleted; remove the old files."""
+        """Merge segments that are small or have over a third of their rows deleted; remove the merged files."""
         manifest = self._read()
         segments = dict(manifest["segments"])
         groups: list[list[_Segment]] = [[]]
@@ -260,7 +260,7 @@ class LocalStore:
         if self._version != (status.st_mtime_ns, status.st_ino):
             manifest = read_json(path)
             if not all(map(_SEGMENT_NAME.fullmatch, manifest["segments"])):
-                raise ValueError(f"{MANIFEST} names segments that are not files of this folder")
+                raise ValueError(f"{MANIFEST} names segments that can't be files of this folder")
             self._manifest = {"settings": dict(manifest["settings"]), "segments": dict(manifest["segments"])}
             self._version = (status.st_mtime_ns, status.st_ino)
         return self._manifest
@@ -312,7 +312,7 @@ class LocalStore:
 
 
 class _Segment:
-    """N rows of an index, numbered from 0 to N - 1. They are arrays of one file, which is mapped into memory."""
+    """N rows of an index, numbered from 0 to N - 1, stored as arrays in one file, which is mapped into memory."""
 
     def __init__(self, name: str, arrays: _Arrays, files: list[dict[str, Any]], location: str = MEMORY) -> None:
         self.name, self.files, self.dead, self.location = name, files, frozenset[str](), location
@@ -325,7 +325,7 @@ class _Segment:
         return self._arrays[name]
 
     def mark(self, dead: Sequence[str]) -> None:
-        """Mark as deleted the rows of all files with the ids `dead`: files that are deleted or have newer rows."""
+        """Mark the rows of all files with the ids `dead` as deleted. These files are deleted or have newer rows."""
         if self.dead != frozenset(dead):
             self.dead = frozenset(dead)
             self.alive = self._of_files([one["id"] not in self.dead for one in self.files])
@@ -341,7 +341,7 @@ class _Segment:
         return np.array(values, dtype=bool)[self["file_of_row"]]
 
     def similarities(self, unit: np.ndarray, exit_layer: int, places: np.ndarray) -> np.ndarray:
-        """Return cosine similarities (P,) float32 of the unit vector `unit` (D,) and the P rows numbered `places`."""
+        """Return cosine similarities (P,) float32 of a unit vector (D,) and P rows, whose numbers are `places`."""
         vectors, result = self[f"vectors_{exit_layer}"], np.empty(len(places), dtype=np.float32)
         are_all = len(places) == self.size
         for start in range(0, len(places), _ROWS_PER_BLOCK):
@@ -350,7 +350,7 @@ class _Segment:
         return result * self[f"scales_{exit_layer}"][places]
 
     def postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers (P,) of rows with a word, and the word's counts (P,) in these rows, each at most 255."""
+        """Return the numbers (P,) of the P rows that contain `word`, and its count (P,) in each row, at most 255."""
         wanted = _word_key(word)
         place = int(np.searchsorted(self["words"], wanted))
         if place == len(self["words"]) or self["words"][place] != wanted:
@@ -385,7 +385,7 @@ _Places = list[tuple[_Segment, np.ndarray]]  # segments, each with the numbers o
 
 
 def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Places:
-    """Return the rows of `chosen` that share the most signs with `unit` (D,): `_BEST_BY_SIGNS` rows, more if tied."""
+    """Return the `_BEST_BY_SIGNS` rows of `chosen` (more if tied) whose vectors share most signs with `unit` (D,)."""
     signs = _signs(unit[None])
     distances = [
         np.bitwise_count(one[f"signs_{exit_layer}"] ^ signs).sum(axis=0, dtype=np.uint16)[places]
@@ -397,14 +397,14 @@ def _best_by_signs(chosen: _Places, unit: np.ndarray, exit_layer: int) -> _Place
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
-    """Return the signs of vectors (N, D) as an array (D / 64, N) of uint64; a positive component is a bit of 1."""
+    """Pack the signs of vectors (N, D) into a uint64 array (D / 64, N); the bit of a positive component is 1."""
     packed = np.packbits(vectors > 0, axis=1)
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
     return np.ascontiguousarray(packed.view(np.uint64).T)
 
 
 def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int) -> list[Found]:
-    """Return the `limit` best rows, sorted by score, path and line. `scored` lists (segment, row numbers, scores)."""
+    """Return the `limit` best rows, sorted by score, path and line; `scored` has (segment, row numbers, scores)."""
     found = []
     for segment, places, scores in scored:
         best = np.argpartition(-scores, limit)[:limit] if limit < len(scores) else np.arange(len(scores))
@@ -419,7 +419,7 @@ def _best(scored: Sequence[tuple[_Segment, np.ndarray, np.ndarray]], limit: int)
 
 
 def _of_rows(rows: Sequence[Row]) -> tuple[_Arrays, list[dict[str, Any]]]:
-    """Return the arrays of a new segment, and its files: a dictionary with id, hash, path and language for each."""
+    """Return the arrays of a segment of `rows`, and a dictionary with id, hash, path and language for each file."""
     arrays: _Arrays = {}
     for exit_layer in rows[0].vectors:
         vectors = np.stack([row.vectors[exit_layer] for row in rows]).astype(np.float32)
@@ -446,7 +446,7 @@ def _of_rows(rows: Sequence[Row]) -> tuple[_Arrays, list[dict[str, Any]]]:
 
 
 def _postings(key: np.ndarray, row: np.ndarray, count: np.ndarray) -> _Arrays:
-    """Return the arrays for `_Segment.postings`. Row `row[i]` has word `key[i]` `count[i]` times; `key` ascends."""
+    """Return arrays for `_Segment.postings`: row `row[i]` has the word with the hash `key[i]` `count[i]` times."""
     words, starts = np.unique(key, return_index=True)
     word_starts = np.append(starts, len(key)).astype(np.uint32)
     rows, counts = row.astype(np.uint16), count.astype(np.uint8)
@@ -522,7 +522,7 @@ def _check_sizes(arrays: _Arrays) -> None:
         if not wrong and (starts[0] or starts[-1] != len(arrays[divided]) or (starts[1:] < starts[:-1]).any()):
             wrong = [offsets]
     if wrong or not 0 < rows <= MOST_ROWS:
-        raise ValueError(f"{wrong[0] if wrong else 'lengths'} has a wrong size or wrong offsets")
+        raise ValueError(f"the array {wrong[0] if wrong else 'lengths'} has a wrong size or wrong offsets")
 
 
 def _word_key(word: str) -> int:

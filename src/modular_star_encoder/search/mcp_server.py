@@ -1,4 +1,4 @@
-"""The tools of `mose mcp`: agents search an index over the Model Context Protocol, and can read only indexed files."""
+"""The tools of `mose mcp`, with which agents search an index and read its files (Model Context Protocol)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Path = Annotated[str, Field(max_length=LONGEST_PATH)]
 
 @contextmanager
 def _errors_as_answers() -> Iterator[None]:
-    """Context manager and decorator: replace a UserError or OSError by a ToolError with the same message."""
+    """Context manager and decorator: replace a UserError or OSError by an MCP ToolError with the same message."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -40,9 +40,9 @@ def _errors_as_answers() -> Iterator[None]:
 
 
 def build_server(index: CodeIndex) -> MCPServer:
-    """Return an MCP server with the tools `search`, `related` and `read`. Each call updates the index first."""
+    """Return an MCP server with the tools `search`, `related` and `read`. Each call of a tool first updates the index."""
     root = readable_path(os.path.realpath(index.folder))  # as the paths of hits
-    server = MCPServer("mose", instructions="Finds code of one repository by a description, by name, or by similarity.")
+    server = MCPServer("mose", instructions="Finds code in one repository by a description, by name, or by similarity.")
 
     def shown(hits: list[Hit]) -> str:
         parts = []
@@ -72,7 +72,7 @@ def build_server(index: CodeIndex) -> MCPServer:
     @server.tool()
     @_errors_as_answers()
     def read(path: _Path, first_line: int = 1, last_line: int = MOST_LINES) -> str:
-        """Read at most 400 lines, `first_line` to `last_line`, of a file; `path` is relative to the repository."""
+        """Read lines `first_line` to `last_line` of a file, at most 400; `path` is relative to the repository."""
         index.refresh()
         lines = LINE_END.split(index.read_file(path))
         first = max(first_line, 1)
@@ -103,7 +103,7 @@ class _Input(io.BufferedIOBase):
 def serve(index: CodeIndex) -> None:
     """Serve the tools of `build_server` on stdin and stdout until stdin ends; UserError if either stream is closed."""
     if sys.stdin is None or sys.stdout is None:
-        raise UserError("mcp.closed", "`mose mcp` needs an open stdin and stdout. Let an agent start it.")
+        raise UserError("mcp.closed", "`mose mcp` needs an open stdin and stdout. Let an agent start the command.")
     own = sys.stdin
     sys.stdin = cast(Any, SimpleNamespace(buffer=_Input(own.buffer)))
     try:

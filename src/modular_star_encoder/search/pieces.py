@@ -1,4 +1,4 @@
-"""Divide files into pieces, the rows of an index: functions, classes or other lines. Find the words of pieces."""
+"""Divide files into pieces (functions, classes or other lines), the rows of an index; find their words for BM25."""
 
 import re
 from bisect import bisect_left
@@ -38,7 +38,7 @@ _LICENCE = re.compile(r"copyright|licen[sc]e|SPDX", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Snippet:
-    """A piece of a file, such as a function. An index stores, compares and shows pieces."""
+    """A piece of a file, such as a function. A search compares pieces with the question, and its hits are pieces."""
 
     path: str  # path of the file relative to the indexed folder, with forward slashes
     language: str  # lower-case name; empty if the language is unknown
@@ -50,7 +50,7 @@ class Snippet:
     defines: tuple[str, ...] = ()  # names that the piece defines, such as `push` for `Stack.push`
 
     def embedded(self) -> str:
-        """Return the text to embed: the file's folder and name, the piece's name four times, and the code."""
+        """Return the text to embed: the file's folder and name, four times the name of the piece, and its code."""
         place = " ".join(self.path.split("/")[-2:])
         return f"{place}{f' {self.name}' * _WEIGHT_OF_NAME}\n{self.text}"[:EMBEDDED_CHARACTERS]
 
@@ -77,7 +77,7 @@ class _Divider:
         self._starts = [one.start for one in self._definitions]
 
     def pieces(self, start: int, end: int, definitions: Sequence[Definition], outer: str) -> Iterator[Snippet]:
-        """Divide lines `start` to `end`, which hold `definitions`, into pieces; `outer` is the lines' class or ""."""
+        """Divide lines `start` to `end`, which hold `definitions`, into pieces; `outer` names the class around."""
         at, place = start, 0
         while place < len(definitions):
             one = definitions[place]
@@ -97,13 +97,13 @@ class _Divider:
                 yield from self.pieces(first, one.end, inner, name)
             else:
                 step = MOST_LINES if one.end - first > _LONGEST_FUNCTION else one.end - first
-                for start in range(first, one.end, step):
-                    yield self._snippet(start, min(start + step, one.end), name, max(start, one.line))
+                for top in range(first, one.end, step):
+                    yield self._snippet(top, min(top + step, one.end), name, max(top, one.line))
             at = one.end
         yield from self._block(at, end, outer)
 
     def _block(self, start: int, end: int, name: str) -> Iterator[Snippet]:
-        """Yield the lines from `start` to `end` in pieces, without pieces of few letters and digits."""
+        """Yield lines `start` to `end` as pieces of at most `MOST_LINES` lines, but no pieces with few letters."""
         filled = [number for number in range(start, end) if self._lines[number].strip()]
         start, end = (filled[0], filled[-1] + 1) if filled else (end, end)
         for first in range(start, end, MOST_LINES):
@@ -121,7 +121,7 @@ class _Divider:
 
 
 def is_boilerplate(snippet: Snippet) -> bool:
-    """Return whether a piece defines no name and has only imports or a licence, which no question is about."""
+    """Return whether a piece is no answer to any question: it defines no name, and has only imports or a licence."""
     if snippet.defines or snippet.language == "markdown":
         return False
     text = _without_licences(snippet.text)
@@ -130,7 +130,7 @@ def is_boilerplate(snippet: Snippet) -> bool:
 
 
 def _without_licences(text: str) -> str:
-    """Return `text` without the block comments that contain a licence; linear time even for many unclosed comments."""
+    """Return `text` without block comments that contain a licence, in linear time even if comments are not closed."""
     last_ends = {start: text.rfind(end) for start, end in _COMMENT_ENDS.items()}
     kept, at = [], 0
     for start in _COMMENT_START.finditer(text):
@@ -156,7 +156,7 @@ _LONGEST_REMEMBERED, _MOST_REMEMBERED = 100, 500_000
 
 
 class Memo(dict[str, Any]):
-    """A dictionary that computes and caches a function's values, with texts as keys; faster than `lru_cache`."""
+    """A dictionary that maps a text to `function(text)`, computed at the first look-up; faster than `lru_cache`."""
 
     def __init__(self, function: Callable[[str], Any]) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def question_stems(question: str) -> list[str]:
 
 
 def best_line(snippet: Snippet, question: str) -> int:
-    """Return the 1-based line to show: `snippet.line` or, in part of a long function, the best match for `question`."""
+    """Return the 1-based line to show: `snippet.line`; in a later part of a long function, the most similar line."""
     if snippet.name.rpartition(".")[2] in ("", *snippet.defines):
         return snippet.line
     wanted = set(question_stems(question))
@@ -240,7 +240,7 @@ def definition_word(name: str) -> str:
 
 
 def snippet_words(snippet: Snippet) -> str:
-    """Return a piece's words for BM25: stems of its text, name, file name and folder, and a word per definition."""
+    """Return a piece's words for BM25: stems of its text, name, file and folder, and a `definition_word` per name."""
     words = stems(f"{snippet.text}{f' {snippet.name}' * _WEIGHT_OF_NAME} {_place(snippet.path)}")
     return " ".join([words, *map(definition_word, snippet.defines)])
 

@@ -1,7 +1,8 @@
 """Store an index in a collection of a Qdrant server, for indexes that outgrow one machine.
 
-Qdrant has no transactions: an update writes the new rows of a file before it deletes the old rows, and a row stores how
-many rows its file has. A search by words uses sparse vectors with BM25 weights for a fixed average length of a row.
+Qdrant has no transactions: an update writes the new rows of a file before it deletes the old ones, and each row stores
+how many rows its file has, to detect incomplete files. A search by words uses sparse vectors with BM25 weights, which
+assume a fixed average length of rows.
 """
 
 import hashlib
@@ -29,20 +30,20 @@ _MOST_PATHS = 1_000_000
 
 
 def connect(location: str) -> tuple[Any, str]:
-    """Return a client and the collection's name for a location `qdrant:NAME@URL`; UserError for another form."""
+    """Return a client and the collection's name for a location `qdrant:NAME@URL`; UserError if it is invalid."""
     name, _, url = location.removeprefix(QDRANT).partition("@")
     if not name or not url.startswith(("http://", "https://")):
-        fault = f"{location!r} is not a Qdrant index. Write qdrant:NAME@URL with an http URL."
+        fault = f"{location!r} is not a Qdrant index. Write qdrant:NAME@URL with an http or https URL."
         raise UserError("search.qdrant.location", fault)
     if "@" in urlsplit(url).netloc:  # messages show locations, and would show the password
-        fault = "A Qdrant URL must have no password. Set the environment variable QDRANT_API_KEY."
+        fault = "A Qdrant URL must not contain a password. Put the key in the environment variable QDRANT_API_KEY."
         raise UserError("search.qdrant.password", fault)
     api_key = os.environ.get("QDRANT_API_KEY") or None
     return _import_client().QdrantClient(url=url, api_key=api_key, check_compatibility=False), name
 
 
 def _wrap_errors(method: Callable) -> Callable:
-    """Decorate a method of `QdrantStore`: raise OSError with a message in one line if the server reports an error."""
+    """Decorate a method of `QdrantStore`: it raises OSError with one sentence if the server reports an error."""
 
     @wraps(method)
     def wrapped(self: "QdrantStore", *arguments: Any, **options: Any) -> Any:
@@ -56,7 +57,7 @@ def _wrap_errors(method: Callable) -> Callable:
 
 
 class QdrantStore(VectorStore):
-    """The rows of an index in a collection of a Qdrant server. Processes may write at the same time."""
+    """Stores an index in a collection of a Qdrant server. Several processes may write to it at the same time."""
 
     def __init__(self, client: Any, name: str, location: str = "") -> None:
         self.location = location or f"{QDRANT}{name}"
@@ -153,7 +154,7 @@ class QdrantStore(VectorStore):
         return sorted(found, key=lambda one: (-one.score, one.path, one.snippet.first_line))
 
     def _filter(self, where: Filter) -> Any:
-        """Return a Qdrant filter: None if `where` accepts all rows; an empty filter if `where` accepts no row."""
+        """Convert `where` to a Qdrant filter: None if it accepts all rows, an empty filter if it accepts no row."""
         models, must = self._models, []
         if where.languages:
             must.append(models.FieldCondition(key="language", match=models.MatchAny(any=list(where.languages))))
@@ -191,5 +192,5 @@ def _row_id(row: Row) -> str:
 
 
 def _word_place(word: str) -> int:
-    """Return the index of a word in the sparse vectors, a hash of 32 bits."""
+    """Return the position of a word in the sparse vectors: a 32-bit hash of the word."""
     return int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:4], "big")

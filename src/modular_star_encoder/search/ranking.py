@@ -1,7 +1,7 @@
-"""Rank the rows of an index for a question: by similarity at an exit, by words, or by rules that use both.
+"""Rank the rows of an index for a question: by similarity at an exit, by words, or by ranking rules that use both.
 
 Each ranking rule is one function of the question and its candidates; benchmarks/README.md has the effect of each rule.
-The rules are those of semble (MinishLab, 2026), but they add standardised scores instead of ranks.
+The rules are those of the code search semble (MinishLab, 2026), but they add standardised scores instead of ranks.
 """
 
 import re
@@ -36,7 +36,7 @@ class Cascade:
     def __post_init__(self) -> None:
         if self.candidates < 2 or np.isnan(self.margin or 0):
             fault = "`candidates` must be at least 2, and `margin` a number or None"
-            raise UserError("search.cascade", f"{fault}; not {self.candidates} and {self.margin}.")
+            raise UserError("search.cascade", f"{fault}, not {self.candidates} and {self.margin}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ class Ranker:
     cascade: Cascade | None = None
 
     def embed(self, questions: Sequence[str]) -> list[dict[int, np.ndarray]]:
-        """Return, for each question, {exit: embedding (D,) float32}, at `self.exit_layer` and at the cascade's exit."""
+        """Return, for each question, {exit: embedding (D,) float32} with `self.exit_layer` and the cascade's exit."""
         exits = sorted({self.exit_layer, self.cascade.exit_layer if self.cascade else self.exit_layer})
         embeddings = self.embedder.questions(questions, exits, self.settings.dimension)
         return [{one: values[row] for one, values in embeddings.items()} for row in range(len(questions))]
 
     def by_similarity(self, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Of the rows that fit `where`, return the `limit` most similar to a question (`vectors`: {exit: (D,)})."""
+        """Return the `limit` rows that fit `where` and are most similar to a question, {exit: embedding (D,)}."""
         count = max(limit, self.cascade.candidates if self.cascade else 2)
         found = self._nearest(vectors, count, where)
         margin = _lead(found)
@@ -78,7 +78,7 @@ class Ranker:
         return Ranked([*again, *rest][:limit], margin, reranked=True)
 
     def by_rules(self, question: str, vectors: Mapping[int, np.ndarray], limit: int, where: Filter) -> Ranked:
-        """Return the best `limit` rows for a question by the ranking rules of `place`, from similarity and words."""
+        """Return the best `limit` rows for a question by the rules in `place`, which use similarity and words."""
         read = Question.of(question)
         nearest = self._nearest(vectors, _BY_SIMILARITY, where)
         candidates, words, definers = _candidates(self.store, read, where, nearest)
@@ -145,7 +145,7 @@ def _candidates(
 
 
 def _placed(question: "Question", candidates: Sequence[Found], *given: Any) -> list[Found]:
-    """Return the best candidates, with their scores and what each rule adds; `given` are more arguments of `place`."""
+    """Return the best candidates, with scores and what each rule adds; `given` are the other arguments of `place`."""
     return [
         replace(candidates[one], score=score, reasons=reasons)
         for one, score, reasons in place(question, [row.path for row in candidates], *given)
@@ -190,7 +190,7 @@ class Question:
 
     @classmethod
     def of(cls, text: str) -> "Question":
-        """Return a `Question` of `text` and of its words that look like names of functions or classes."""
+        """Make a `Question` of `text`: find the words that look like names of functions or classes."""
         plain = text.strip()
         if _SYMBOL.fullmatch(plain) and _SIGN_OF_SYMBOL.search(plain):
             return cls(text, True, {_SEPARATOR.split(plain)[-1].lower().rstrip("!?"): 1.0})
@@ -202,7 +202,10 @@ class Question:
 
 
 def fused(similarities: np.ndarray | None, words: np.ndarray, weight: float) -> np.ndarray:
-    """Return scores (N,): weighted sums of standardised similarity and BM25, minus their median; below that, 0."""
+    """Return N scores: `weight` × similarity + (1 - `weight`) × BM25 score, or only BM25 scores without similarities.
+
+    Both kinds of score are standardised first. The median is subtracted from the sums, and negative values become 0.
+    """
     if similarities is None:
         return words.astype(np.float64)
     scores = weight * _standardised(similarities) + (1 - weight) * _standardised(words)
@@ -215,7 +218,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def definitions(question: Question, paths: Sequence[str], definers: Mapping[str, Collection[int]]) -> np.ndarray:
-    """Return additions (N,) to scores: > 0 if a piece defines a name of the question, more if its file has it."""
+    """Return what to add to N scores: above 0 if a piece defines a name in the question, more if its file has it."""
     gains = np.zeros(len(paths))
     for name, weight in question.names.items():
         for number in definers.get(name, ()):
@@ -231,7 +234,10 @@ def _plain(name: str) -> str:
 
 
 def paths(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return additions (F,) to scores: `PATH` × share of the question's words in the file name (folder name: half)."""
+    """Return what to add to the scores in F files: `PATH` × share of the question's words in the file name.
+
+    A word that is only in the folder name counts as `FOLDER` words.
+    """
     wanted = telling_parts(question.text)
     if question.is_symbol or not wanted:
         return np.zeros(len(files))
@@ -259,14 +265,14 @@ def _alike(word: str, other: str) -> bool:
 
 
 def good_files(scores: np.ndarray, gained: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return additions (N,) to scores: for a file's best piece by `gained`, more if its pieces have high `scores`."""
+    """Return what to add to N scores: for a file's best piece by `gained`, more if the file has high `scores`."""
     counted = _place_in_file(scores, file_of) < PIECES_OF_A_FILE
     sums = np.bincount(file_of[counted], weights=scores[counted])
     return np.where(_place_in_file(gained, file_of) == 0, GOOD_FILE * sums[file_of] / (sums.max() or 1.0), 0.0)
 
 
 def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
-    """Return, for each piece (N,), how many pieces of the same file have a better score."""
+    """Return, for each of N pieces, how many pieces of the same file have a better score: an array (N,)."""
     order = np.lexsort((-scores, file_of))
     starts = np.searchsorted(file_of[order], file_of[order])
     places = np.empty(len(scores), dtype=np.int64)
@@ -275,7 +281,7 @@ def _place_in_file(scores: np.ndarray, file_of: np.ndarray) -> np.ndarray:
 
 
 def priors(question: Question, files: Sequence[str]) -> np.ndarray:
-    """Return score factors (F,): below 1 for re-exports, type declarations and, unless asked for, tests and docs."""
+    """Return factors for scores in F files: below 1 for re-exports, type declarations and, unless asked for, tests."""
     kinds = np.array([_kinds(path) for path in files], dtype=bool)
     kinds[:, 0] &= not _ABOUT_TESTS.search(question.text)
     return np.where(kinds, [SIDE_FILES, INITIAL_FILES, DECLARATIONS], 1.0).prod(axis=1)
@@ -283,7 +289,7 @@ def priors(question: Question, files: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=100_000)
 def _kinds(path: str) -> tuple[bool, bool, bool]:
-    """Return three bools, by a file's path: it has tests, examples or docs; only re-exports; only type declarations."""
+    """Return whether, by its path, a file has tests, examples or docs; has only re-exports; has only declarations."""
     return bool(_SIDE_FILE.search(path)), bool(_INITIAL_FILE.search(path)), path.endswith(".d.ts")
 
 
@@ -300,7 +306,7 @@ def place(
     words: np.ndarray,
     limit: int,
 ) -> list[tuple[int, float, dict[str, float]]]:
-    """Rank N pieces of code, the candidates, for a question by all rules.
+    """Rank N pieces of code, the candidates, for a question by all ranking rules.
 
     Return the best `limit`, best first, as (index of the candidate, score, {rule: addition to the score}).
     `candidates` are the pieces' file paths. `definers` is {name in the question: indices of candidates that define it}.

@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(slots=True)  # not frozen: that takes three times as long to make, and a search makes hundreds
 class Found:
-    """A row that a store found. `snippet` reads the row's piece only when needed, because most rows are never shown."""
+    """A row that a store found. The piece is read when `snippet` is used, because most rows are never shown."""
 
     row_id: Hashable  # identifies the row in its store until the store changes
     path: str
@@ -71,38 +71,38 @@ class Filter:
 
 
 Stamps = dict[str, list[Any]]
-"""{file_id: [hash of size, times and inode; hash of the content, or None if the file was left out]}."""
+"""How to recognise unchanged files: {file_id: [hash of size, times and inode; hash of content, None if left out]}."""
 
 
 class VectorStore(Protocol):
-    """The rows of one index, in a folder, in memory or on a server. Only `create` and `replace_files` change rows."""
+    """Stores the rows of one index in a folder, in memory or on a server. `create` and `replace_files` change rows."""
 
     location: str
     folder: Path | None = None  # the folder that holds the index; None in memory and on a server
 
     def locked(self, seconds: float = 3.0) -> AbstractContextManager[None]:
-        """Return a context manager that locks the index for writing; UserError if it stays locked for `seconds`."""
+        """Return a context manager that locks the index; UserError if another process keeps the lock for `seconds`."""
         return nullcontext()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Return a context manager in which reads see the rows stored at its start; by default, it has no effect."""
+        """Return a context manager in which reads see the rows of its start; by default, reads see newer rows too."""
         return nullcontext()
 
     def settings(self) -> dict[str, Any] | None:
-        """Return the settings that `create` stored; None if there is no index yet; UserError if it can't be read."""
+        """Return the settings that `create` stored; None if there is no index; UserError if damaged."""
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Create an empty index in place of any index at `location`; UserError if there is data of another program."""
+        """Create an empty index, in place of an older one; UserError if `location` has data of another program."""
 
     def files(self) -> dict[str, str | None]:
-        """Return {file_id: hash of the file's content}; None in place of the hash if a file is only partly written."""
+        """Return {file_id: hash of the file's content, or None if only a part of the file's rows is stored}."""
 
     def stamps(self) -> Stamps:
         """Return the `Stamps` of files that `keep_stamps` stored last; {} if this store keeps no stamps."""
         return {}
 
     def keep_stamps(self, stamps: Stamps) -> None:
-        """Store the stamp that each file had when it was last read; by default, do nothing."""
+        """Store the stamps (see `Stamps`) that files had when they were last read; by default, do nothing."""
         return None
 
     def replace_files(self, known: Collection[str], rows: Sequence[Row]) -> None:
@@ -140,7 +140,7 @@ def readable_path(path: str) -> str:
 
 
 def path_expression(pattern: str) -> re.Pattern[bytes]:
-    """Return a regular expression for paths (as bytes) that fit a `.gitignore` pattern, or raise UserError."""
+    """Return a regex for paths (as bytes) that fit a `.gitignore` pattern; UserError if the pattern is invalid."""
     whole = pattern.removeprefix("./").removeprefix("/") if "/" in pattern else f"**/{pattern}"
     if len(pattern) > LONGEST_PATH:
         fault = "long", f"The path pattern has {len(pattern):,} characters; shorten it to at most {LONGEST_PATH:,}."
@@ -177,7 +177,7 @@ class IndexSettings:
         object.__setattr__(self, "languages", languages)  # because the class is frozen
 
     def to_dict(self, location: str) -> dict[str, Any]:
-        """Return the settings as JSON values; `folder` is relative to the index if the index is inside of it."""
+        """Return the settings as JSON values; if the index is inside `folder`, this path is relative to the index."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         index = _real_path(location)
         if index is not None and os.path.commonpath([self.folder, index]) == self.folder:
@@ -186,13 +186,13 @@ class IndexSettings:
 
     @classmethod
     def stored_in(cls, store: VectorStore) -> IndexSettings | None:
-        """Return the settings of the index in `store`, or None if there is no index; for errors see `from_dict`."""
+        """Return the settings of the index in `store`; None if `store` has no index. For errors see `from_dict`."""
         values = store.settings()
         return None if values is None else cls.from_dict(values, store.location)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], location: str) -> IndexSettings:
-        """Restore settings from the result of `to_dict`; UserError if they are damaged or of another version."""
+        """Restore settings from the result of `to_dict`; UserError if they are damaged or have another `format`."""
         key, fault = "format", f"The index {location} has format {values.get('format')}, not {FORMAT}"
         options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
         if values.get("format") == FORMAT:
@@ -206,7 +206,7 @@ class IndexSettings:
         raise UserError(f"search.index.{key}", f"{fault}. Rebuild it: {REBUILD}.")
 
     def refuse_others(self, asked: IndexSettings, location: str) -> None:
-        """Raise UserError, which names the differences, if `asked`, the settings of an update, are not the index's."""
+        """Raise UserError if `asked`, the settings for an update, differ from the index's; the message says how."""
         self.refuse_checkpoint(asked.checkpoint, asked.checksum, location)
         pairs = [(label, getattr(self, name), getattr(asked, name)) for name, label in _LABELS.items()]
         differences = [
@@ -217,7 +217,7 @@ class IndexSettings:
                 differences.append(f"{word} {_shown(tuple(names))}")
         if differences:
             message = f"The index {location} was built {'; '.join(differences)}."
-            raise UserError("search.index.other_settings", f"{message} Use another index, or --rebuild to replace it.")
+            raise UserError("search.index.other_settings", f"{message} Use another index, or replace it by --rebuild.")
 
     def refuse_checkpoint(self, checkpoint: str, checksum: str, location: str) -> None:
         """Raise UserError if `checksum` differs from the index's checksum; the message names both checkpoints."""

@@ -1,6 +1,6 @@
 """Build a dataset from a recipe, stage by stage; a repeated call continues an interrupted build.
 
-Each stage writes a folder with its name, and is finished if this folder has a `report.json`.
+Each stage writes to a folder named after the stage, and is finished if this folder has a `report.json`.
 """
 
 import json
@@ -64,7 +64,7 @@ class CardSettings:
 
 @settings_class
 class NearDuplicateSettings(DuplicateSettings):
-    """`DuplicateSettings` and the columns to compare.
+    """Settings of the stage `near_duplicates`: those of `DuplicateSettings`, and the columns to compare.
 
     Args:
         columns: columns to compare: `func1_CSN` (the functions), `func2` (their translations), or both.
@@ -75,7 +75,7 @@ class NearDuplicateSettings(DuplicateSettings):
 
 @with_config({"extra": "allow"})
 class TextColumn(TypedDict):
-    """A column of texts: `column` of the dataset `source`; any other keys are arguments of `open_dataset_rows`."""
+    """Names a column of a dataset: `column` of `source`; any other keys are arguments of `open_dataset_rows`."""
 
     source: Any
     column: str
@@ -90,21 +90,22 @@ Corpora = Annotated[
 
 @settings_class
 class DatasetRecipe:
-    """Settings of `build_dataset`.
+    """Settings of `build_dataset`, which builds a dataset of functions and translations.
 
     Args:
         corpus: a source of functions with its options, or a list of such sources; see `extraction.open_source`.
-        translation: the model and its prompt; see `TranslationSettings`.
+        translation: the model that translates, and its prompt; see `TranslationSettings`.
         languages: languages of the functions to extract.
         max_characters: largest number of characters of a function; longer functions are left out.
         max_syntax_error_share: largest share of a translation's bytes that may fail to parse; 1 accepts any syntax.
-        near_duplicates: see `NearDuplicateSettings`.
-        against: {name of a benchmark: {`source`: file, folder or Hub id, `column`: name}}; rows that are near a text
-            in this column are dropped.
-        validation_rows: number of rows to hold out for validation, in whole repositories; at most a fifth of all rows.
+        near_duplicates: which rows count as near-duplicates; see `NearDuplicateSettings`.
+        against: {name of a benchmark: {`source`: file, folder or Hub id, `column`: name}}; rows that are
+            near-duplicates of a text in this column are dropped.
+        validation_rows: number of rows to hold out for validation, at most a fifth of all rows. A repository is held
+            out as a whole or not at all.
         max_repository_share: a repository with a larger share of all rows is held out only if all smaller repositories
             together have too few rows.
-        card: see `CardSettings`.
+        card: texts and metadata of the dataset's card; see `CardSettings`.
         processes: number of processes that extract functions.
         seed: seed of all random draws: target languages and the validation split.
     """
@@ -127,7 +128,7 @@ class DatasetRecipe:
             target_language("", language, seed=0, targets=self.translation.targets)
 
     def stage_settings(self, last: str = "dataset") -> dict[str, dict[str, Any]]:
-        """Return {stage: {setting: JSON value}} with the settings that change a stage's result, up to stage `last`."""
+        """Return the settings that change each stage's result, up to stage `last`: {stage: {setting: JSON value}}."""
 
         def own(*names: str) -> dict[str, Any]:
             return {name: getattr(self, name) for name in names}
@@ -148,7 +149,8 @@ def build_dataset(recipe: DatasetRecipe, out: str | os.PathLike[str], *, progres
     """Build a dataset, or continue an interrupted build with the same recipe; return the dataset's folder.
 
     A repeated call repeats no finished stage, loses or duplicates no row, and requests only missing translations. `out`
-    gets a folder for each of `STAGES`; the last, `dataset`, has parquet files in `data`, `statistics.json` and a card.
+    gets a folder for each of `STAGES`; the last folder, `dataset`, has parquet files in `data`, `statistics.json` and a
+    card (README.md).
     """
     build = Build(recipe, Path(out).absolute(), progress)
     _read_log(build)
@@ -178,7 +180,7 @@ class Build:
         path = self.out / stage / REPORT
         # Answers cost money: with their functions in place, `translate` keeps them and only writes its report again.
         remedy = f"Remove {path if stage == 'translations' else path.parent}, and build again"
-        remedy = "Restore it, or build in another folder" if stage == "functions" else remedy
+        remedy = "Restore the file, or build in another folder" if stage == "functions" else remedy
         return read_record(path, "synthconl.build.damaged", remedy, **_USED[stage])
 
     def is_done(self, stage: str) -> bool:
@@ -193,8 +195,8 @@ def functions(build: Build, out: Path) -> Report:
     write_rows(out, function_rows(recipe.corpus, **options), extraction.FUNCTION_SCHEMA)
     repositories = {row["repository_name"] for row in read_rows(out, ["repository_name"])}
     if len(repositories) < 2:  # reported now, before the translation is paid for
-        for name in repositories:
-            message = f"All functions are in {name!r}; validation needs a second repository."
+        if repositories:
+            message = f"All functions are in {repositories.pop()!r}; validation needs a second repository."
             raise UserError("synthconl.build.one_repository", message)
         message = f"`corpus` has no documented function to translate ({_listed(counts)})."
         raise UserError("synthconl.build.empty", message)
@@ -208,7 +210,7 @@ def translations(build: Build, out: Path) -> Report:
 
 
 def triplets(build: Build, out: Path) -> Report:
-    """Write each function whose translation is accepted, with the translation, to `out`; return counts by outcome."""
+    """Write each function that has an accepted translation, with this translation, to `out`; return counts."""
     rejected, pairs = Counter[str](), defaultdict[str, Counter[str]](Counter)
     examples: dict[str, str] = {}
     recipe = build.recipe
@@ -234,7 +236,7 @@ def triplets(build: Build, out: Path) -> Report:
                 yield {**function, "language1_CSN": source, "language2": target, "func2": translation.code}
 
     if not (count := write_rows(out, accepted(), DATASET_SCHEMA)):
-        message = f"No translation was accepted ({_listed(rejected)}); the answers are in {build.out}."
+        message = f"No translation was accepted ({_listed(rejected)}). Read the model's answers in {build.out}."
         raise UserError("synthconl.build.empty", message)
     return {
         "accepted": count,
@@ -253,7 +255,7 @@ def near_duplicates(build: Build, out: Path) -> Report:
 
 
 def split(build: Build, out: Path) -> Report:
-    """Draw the validation repositories at random; return their names, and the sizes of `train` and `validation`."""
+    """Draw the repositories to hold out for validation; return their names, and the sizes of both splits."""
     recipe = build.recipe
     sizes = Counter(row["repository_name"] for row in read_rows(build.out / "near_duplicates", ["repository_name"]))
     share = recipe.max_repository_share
@@ -295,7 +297,7 @@ def dataset(build: Build, out: Path) -> Report:
 
 Stage = Callable[[Build, Path], Report]
 STAGES: tuple[Stage, ...] = (functions, translations, triplets, near_duplicates, split, dataset)
-"""All stages in order; each writes to a folder with its name, and returns the content of its `report.json`."""
+"""All stages in order. Each stage writes to a folder of its name, and returns the content of its `report.json`."""
 _Counts = dict[str, int]
 _USED: dict[str, dict[str, Any]] = {  # {stage: {name in its report that a later stage uses: type}}
     "functions": {"counts": _Counts},
@@ -316,13 +318,13 @@ def _answers(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         answers_file = out / "translations" / file.name
         rows, answers = read_file(file), read_file(answers_file)
         if [row["id"] for row in rows] != [answer["id"] for answer in answers]:
-            message = f"{answers_file} does not have the ids of {file}. Remove {answers_file.parent}, and build again."
+            message = f"{answers_file} has other ids than {file}. Remove {answers_file.parent}, and build again."
             raise UserError("synthconl.build.other_answers", message)
         yield from zip(rows, answers, strict=True)
 
 
 def _place(count: tuple[str, int]) -> tuple[int, int]:
-    """Return a sort key for counts (name, number): by the beginning of the name, then the larger number first."""
+    """Return a sort key for a count (name, number): by how the name begins, then by number, largest first."""
     name, number = count
     starts = ("files", "rows", "documented", "dropped", "functions kept")
     return next((place for place, start in enumerate(starts) if name.startswith(start)), 2), -number
@@ -359,7 +361,7 @@ def _run(build: Build, stage: Stage, log: dict[str, Any]) -> None:
 
 
 def _read_log(build: Build) -> dict[str, Any]:
-    """Return the log of earlier calls; UserError if a setting has changed, or the folder has unrelated files."""
+    """Return the log of earlier builds in the folder; UserError if a setting has changed, or for unrelated files."""
     out, log, kinds = build.out, {}, {"settings": dict[str, Any], "seconds": float}
     if (out / LOG).is_file():
         log = read_record(out / LOG, "synthconl.build.damaged", "Build in another folder", each=True, **kinds)

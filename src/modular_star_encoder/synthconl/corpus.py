@@ -1,7 +1,7 @@
 """Build a corpus of description–code pairs, like that of mose-code, from packages of Debian, npm and PyPI.
 
-A repeated call continues an interrupted one. One process at a time works in a folder. Equal packages give an equal
-corpus.
+A repeated call continues an interrupted call. Only one process at a time can work in a folder. The same packages always
+give the same corpus.
 """
 
 import gzip
@@ -76,12 +76,12 @@ class Package(NamedTuple):
 
     @property
     def place(self) -> str:
-        """REGISTRY/NAME=VERSION: relative path of the folder of archives and, with `.jsonl.gz`, of the file of rows."""
+        """REGISTRY/NAME=VERSION: relative path of the package's folder and, plus `.jsonl.gz`, of the file of its rows."""
         return f"{self.registry}/{quote(f'{self.name}={self.version}', safe='=+~')}"
 
 
 def read_packages(path: str | os.PathLike[str]) -> list[Package]:
-    """Read packages from a YAML file, {registry: lines}; each line is NAME VERSION LICENCE of a package."""
+    """Read packages from a YAML file, {registry: lines}; each line has the form NAME VERSION LICENCE."""
     content = read_mapping(path)
     check_names(list(content), _CLIENTS, str(path))
     packages: dict[str, Package] = {}
@@ -89,14 +89,17 @@ def read_packages(path: str | os.PathLike[str]) -> list[Package]:
         match = _PACKAGE.fullmatch(line)
         package = Package(registry, **match.groupdict()) if match else None
         if not package or package.place in packages:
-            must = "name a package that no earlier line names" if package else "have the form NAME VERSION LICENCE"
+            must = "not repeat the package of an earlier line" if package else "have the form NAME VERSION LICENCE"
             raise UserError("corpus.package", f"{path}: {line!r}, in the list of {registry}, must {must}.")
         packages[package.place] = package
     return [*packages.values()]
 
 
 def fetch_packages(packages: Iterable[Package], out: str | os.PathLike[str]) -> dict[str, list[Package]]:
-    """Download packages to folders in `out`; return {outcome: packages}: "fetched", "fetched before" or a fault."""
+    """Download packages to folders in `out`; return {outcome: packages}.
+
+    An outcome is "fetched", "fetched before" or a description of the fault.
+    """
     outcomes: defaultdict[str, list[Package]] = defaultdict(list)
     # Without pipes, which a process that the client started may hold open after the client is killed.
     options: Row = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -123,14 +126,15 @@ def build_corpus(
 ) -> Row:
     """Extract a corpus from the packages that `fetch_packages` downloaded to `source`; return `stats.json` as a dict.
 
-    `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`; `pairs_valid.jsonl.gz` has
-    such rows of other packages, for validation; `texts.jsonl.gz` has the functions without a usable description, with
-    `package`, `language`, `kind` ("code") and `text`. A package with a file in `out/packages` is not read again.
+    `out` gets three files. `pairs.jsonl.gz` has rows with `package`, `language`, `name`, `description` and `code`.
+    `pairs_valid.jsonl.gz` has rows of other packages with the same keys, for validation. `texts.jsonl.gz` has the
+    functions without a usable description, with `package`, `language`, `kind` ("code") and `text`. A package that has a
+    file in `out/packages` is not read again.
     """
     source, out = Path(source), Path(out)
     files = {one: out / "packages" / f"{one.place}.jsonl.gz" for one in packages if (source / one.place).is_dir()}
     if len(files) < 2:
-        message = f"{source} has {len(files)} of {len(packages)} packages; fetch two or more: one is for validation."
+        message = f"{source} has {len(files)} of {len(packages)} packages. Fetch two or more: some are for validation."
         raise UserError("corpus.packages", message)
     with folder_lock(out):
         _extract({one: file for one, file in files.items() if not file.exists()}, source, processes)
@@ -141,7 +145,7 @@ def build_corpus(
 
 
 def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> None:
-    """Write the file of each package in `targets`: a line of counts, then one line for each pair or text."""
+    """Write the file of each package in `targets`: first a line of counts, then one line for each pair or text."""
     packages = list(targets)
 
     def items() -> Iterator[tuple[int, SourceFile | Counter[str]]]:
@@ -169,7 +173,7 @@ def _extract(targets: Mapping[Package, Path], source: Path, processes: int) -> N
 
 
 def _archives(folder: Path, temporary: Path) -> Path:
-    """Return `folder`; if it has a Debian package, copy the package's data to `temporary` and return `temporary`."""
+    """Return `folder`; if it has a Debian package, copy this package's data to `temporary` and return `temporary`."""
     for deb in filter(Path.is_file, folder.glob("*.deb")):
         folder = temporary
         with deb.open("rb") as archive:
@@ -185,7 +189,7 @@ def _archives(folder: Path, temporary: Path) -> Path:
 
 
 def _rows(items: list[tuple[int, SourceFile | Counter[str]]]) -> list[tuple[int, Counter[str], list[Row]]]:
-    """Return (package number, {what is counted: number}, rows) for each file; a row is a pair or a function."""
+    """Return (package number, {name of a count: number}, rows) for each file; a row is a pair or a lone function."""
     parts = []
     for number, file in items:
         counts, rows = Counter[str](), list[Row]()
@@ -239,7 +243,7 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
     for package, path in tqdm(files.items(), desc="Reading rows", unit=" packages"):
         head, *lines = [row if isinstance(row, dict) else {} for _, row in open_dataset_rows([path], [])] or [{}]
         if not fits(head.get("counts"), dict[str, int]) or not all(_is_own(row, package) for row in lines):
-            raise UserError("corpus.packages.file", f"{path} has rows that this command did not write: remove it.")
+            raise UserError("corpus.packages.file", f"Remove {path}: it has rows that this command did not write.")
         counts.update(head["counts"])
         for rows, column in ((pairs, "code"), (texts, "text")):
             some = [row for row in lines if column in row]
@@ -276,23 +280,23 @@ def _assemble(files: Mapping[Package, Path], out: Path) -> Row:
 
 
 def _is_own(row: Row, package: Package) -> bool:
-    """Return whether a pair or function is of `package` and has a str in each column that this module writes for it."""
+    """Return whether a row is of `package` and has a str in each column of a pair or, if it has `text`, of a text."""
     columns = ("text", "kind") if "text" in row else ("code", "description", "name")
     texts = all(isinstance(row.get(column), str) for column in ("language", *columns))
     return texts and row.get("package") == ":".join(package[:2])
 
 
 def _key(text: str) -> bytes:
-    """Return a hash of the letters (in lower case) and digits of a text; texts with the same hash count as equal."""
+    """Return a hash of a text's letters, in lower case, and digits; texts with the same hash count as equal."""
     return hashlib.blake2b(description_key(text).encode(errors="replace"), digest_size=12).digest()
 
 
 class EvaluationTexts:
-    """Finds texts that are equal or nearly equal to a text, or to the beginning of a text, of an evaluation set.
+    """Finds texts that are equal or nearly equal to a text of an evaluation set, or to the beginning of such a text.
 
-    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of such
-    files. Its texts are `code` (text, list or {language: text}), `description` and `query` of each row, and the
-    paragraphs of `description` and `query`. Rows of JSON Lines may also have CodeSearchNet's format.
+    An evaluation set is a JSON Lines file (also `.gz`), a JSON file with a list of rows, or a folder of these two kinds
+    of files. The set's texts are `code` (text, list or {language: text}), `description` and `query` of each row, and
+    the paragraphs of `description` and `query`. Rows of JSON Lines may also have CodeSearchNet's format.
     """
 
     def __init__(self, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -318,7 +322,10 @@ class EvaluationTexts:
             self._texts.append((name, len(grams)))
 
     def find(self, kind: str, text: str) -> str | None:
-        """Return "equal SET" or "near SET" if `text` matches the set SET, else None. `kind`: code or description."""
+        """Return "equal SET" or "near SET" if `text` matches a text of the evaluation set SET, else None.
+
+        `kind` is code or description.
+        """
         if name := self._equal.get((kind, _key(text))):
             return f"equal {name}"
         index, grams = self._grams[kind], _grams(text, kind)
@@ -337,7 +344,7 @@ def _grams(text: str, kind: str) -> set[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("code", text) for code in a file, ("description", text) for a description or query and each paragraph."""
+    """Yield the texts of an evaluation file: ("code", text) for code, ("description", text) for all other texts."""
     rows = read_json(path, list[dict[str, Any]]) if path.suffix == ".json" else read_jsonl(path, dict[str, Any])
     if rows and {"func_documentation_string", "docstring"} & rows[0].keys():
         rows = [one._asdict() for one in read_functions([path], rows[0].get("language", "")).values()]
@@ -353,9 +360,10 @@ def _evaluation_texts(path: Path) -> Iterator[tuple[str, str]]:
 def check_corpus(
     files: Iterable[str | os.PathLike[str]], texts: EvaluationTexts, drop: str | os.PathLike[str] | None = None
 ) -> tuple[Row, list[str]]:
-    """Return (report on `files`, a line for each text near evaluation `texts`). `drop`: folder for cleaned copies.
+    """Return a report on `files`, and a list with a line for each text in them that matches one of `texts`.
 
-    The report names a file by its name or, if several files have this name, by its path.
+    If `drop` is given, copies of the files without the matching rows are written to this folder. The report's keys are
+    the files' names or, if several files have the same name, their paths.
     """
     rule = f"equal letters and digits, or Jaccard similarity of token 5-grams >= {NEAR_EVALUATION}"
     report: Row = {"rule": rule, "evaluation_texts": texts.counts, "files": {}}
@@ -369,7 +377,7 @@ def check_corpus(
             if "text" in row:
                 kinds = [(row.get("kind"), row["text"])]
             if not all(kind in list(_TOKEN) and isinstance(text, str) for kind, text in kinds):
-                raise UserError("corpus.row", f"{place} needs `code` and `description`, or `kind` and `text`.")
+                raise UserError("corpus.row", f"{place} must have `code` and `description`, or `kind` and `text`.")
             found = [f"{kind} {hit}" for kind, text in kinds if (hit := texts.find(kind, text))]
             hits.extend(f"{place} ({row.get('package')}): {one}" for one in found)
             counts.update(found, rows=1, rows_found=bool(found))

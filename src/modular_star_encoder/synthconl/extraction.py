@@ -34,7 +34,7 @@ Row = dict[str, str | None]
 
 
 def open_source(corpus: Mapping[str, Any], languages: Sequence[str]) -> SourceReader | Iterable[tuple[str, Any]]:
-    """Open `corpus` with `open_dataset_rows` if `corpus` has the key `codesearchnet`, else with `open_corpus`."""
+    """Open a source of functions: with `open_dataset_rows` if it has the key `codesearchnet`, else `open_corpus`."""
     if "codesearchnet" in corpus:
         options = dict(corpus)
         return open_dataset_rows(options.pop("codesearchnet"), _CODESEARCHNET_COLUMNS, **options)
@@ -51,7 +51,10 @@ def function_rows(
     processes: int = 2,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Yield documented functions of corpora as rows with the columns of `FUNCTION_SCHEMA`; count rows in `counts`."""
+    """Yield the documented functions of `corpora` as rows with the columns of `FUNCTION_SCHEMA`.
+
+    `counts` gets the numbers of functions that are kept, and of those that are dropped for each reason.
+    """
     seen: set[bytes] = set()
     for corpus in corpora:
         source = open_source(corpus, languages)
@@ -166,11 +169,12 @@ def clean_translation(
     target_language: str,
     max_error_share: float = MAX_SYNTAX_ERROR_SHARE,  # of the code's bytes; 1: syntax is not checked
 ) -> Translation:
-    """Take the code out of an answer (see `Completion`) and accept or reject it as a translation of `source`.
+    """Extract the code from a model's answer (see `Completion`) and accept or reject it as a translation of `source`.
 
     The sentences around the code are removed. If the rest parses as a function, or if the answer has no code block, the
-    rest is the code. Otherwise the code is the code block; of several blocks, the longest in the target language. The
-    code is accepted if it contains a function and at most `max_error_share` of it fails to parse.
+    rest is the code. Otherwise the code block is the code; if there are several, the longest block in the target
+    language is the code. The code is accepted if it contains a function and at most `max_error_share` of it fails to
+    parse.
     """
     if reason := _REASON_OF_FINISH.get(finish_reason):
         return Translation("", reason)
@@ -202,7 +206,8 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
     """Return (tag in lower case, code) for each fenced code block in a Markdown text.
 
     A fence that is indented further than the opening fence belongs to the code. A block without a closing fence ends
-    where the next block or the text ends; if the code until there has an odd number of fences, at the last of them.
+    where the next block begins or the text ends. If its code then has an odd number of fences, the block already ends
+    at the last of these fences.
     """
     blocks: list[tuple[str, str]] = []
     opening, start, lines = None, 0, text.split("\n")

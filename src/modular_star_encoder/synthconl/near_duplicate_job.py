@@ -1,7 +1,7 @@
 """Drop near-duplicate rows of parquet files; a repeated call continues an interrupted call.
 
 A call writes a file of fingerprints for each source file to the folder `WORK`, then the files of kept rows, and last
-the report. A file gets its name when it is complete. Repeated calls read the same fingerprints and keep the same rows.
+the report. A file appears only when it is complete. Repeated calls read the same fingerprints and keep the same rows.
 """
 
 import json
@@ -42,19 +42,20 @@ def drop_near_duplicates(
     share: tuple[int, int] | None = None,  # (i, n): only fingerprint the files i, i + n, i + 2n, …, and return {}
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Copy parquet files without near-duplicate rows; return the content of `report.json`. Repeat a call to resume it.
+    """Copy parquet files from `source` to `out` without near-duplicate rows; return the content of `report.json`.
 
-    `dropped.jsonl` in `out` gets a line for each dropped row with `id`, `reason`, `cluster` (the smallest id in its
-    cluster), `nearest` (the most similar row's id, or the number of the similar text in a set of `against`) and
-    `similarity`. The job needs a few hundred bytes of memory per row and column.
+    Repeat an interrupted call to continue it. `dropped.jsonl` in `out` gets a line for each dropped row with `id`,
+    `reason`, `cluster` (the smallest id in the row's cluster), `nearest` (the most similar row's id, or the number of
+    the similar text in a set of `against`) and `similarity`. A call needs a few hundred bytes of memory per row and
+    column.
     """
     source, out, settings = Path(source).absolute(), Path(out).absolute(), settings or DuplicateSettings()
     shards = find_shards(source)
     if isinstance(columns, str) or not columns or len(set(columns)) < len(columns):
-        message = f"`columns` must be a list of names, none of them twice, not {columns!r}."
+        message = f"`columns` must be a list of different column names, not {columns!r}."
         raise UserError("synthconl.near_duplicates.columns", message)
     if reserved := [one.path for one in shards if one.name.split("/")[0] in (REPORT, DROPPED)]:
-        message = f"{reserved[0]} would be written where {REPORT} or {DROPPED} is; rename it."
+        message = f"Rename {reserved[0]}: its copy would replace {REPORT} or {DROPPED} in the output folder."
         raise UserError("synthconl.near_duplicates.name", message)
     check_columns(shards, columns, id_column)
     other_sets = {name: list(texts) for name, texts in (against or {}).items()}
@@ -104,9 +105,9 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
     overlap = any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in ((source, out), real))
     work, key, fault = out / WORK, "", ""
     if work.is_symlink() or (work.exists() and not work.is_dir()):
-        key, fault = "damaged", f"has a file or link {WORK} in place of a folder; remove {out} and start again"
+        key, fault = "damaged", f"has a file or link named {WORK}, not a folder; remove {out} and start again"
     elif (used and not begun) or overlap:
-        key, fault = "out", f"must be new or empty, and neither in {source} nor above it, also if links are followed"
+        key, fault = "out", f"must be new or empty, and neither in the folder {source} nor above it, not even by a link"
     elif begun:
         kinds: dict[str, Any] = {"counts": dict[str, int], "job": dict} if begun.name == REPORT else {}
         remedy = f"Remove the folder {out} and start again"
@@ -114,24 +115,24 @@ def _is_begun(source: Path, out: Path, job: dict[str, Any]) -> bool:
         before = content["job"] if kinds else content
         if changed := [name for name in job if before.get(name) != job[name]]:
             changes = f"other values of {', '.join(changed)}. Use another folder, or remove this folder to start again"
-            key, fault = "other_job", f"has a job with {changes}"
+            key, fault = "other_job", f"has the files of an earlier job with {changes}"
     if key:
-        raise UserError(f"synthconl.near_duplicates.{key}", f"The folder to write, {out}, {fault}.")
+        raise UserError(f"synthconl.near_duplicates.{key}", f"The output folder {out} {fault}.")
     return begun is not None
 
 
 def _found(path: Path, out: Path, rows: int, read: Callable[[Path], Any]) -> Any:
-    """Return `read(path)`, None if `path` is missing; UserError if `path` is damaged or does not have `rows` rows."""
+    """Return `read(path)`, or None if `path` is missing; UserError if the file is damaged or has not `rows` rows."""
     try:
         if files.leads_outside(path, out) or (path.exists() and not path.is_file()):
-            raise ValueError("it leads out of the folder or is not a regular file")
+            raise ValueError("it is a link out of the folder or not a regular file")
         found = read(path) if path.exists() else None
         if found is not None and found.num_rows != rows:
             raise ValueError(f"it has {found.num_rows} rows, not {rows}")
         return found
     except (OSError, ValueError) as error:
         fault = str(error) or type(error).__name__
-        message = f"{path} is not as this job wrote it ({fault}); remove the folder {out} and start again."
+        message = f"{path} has changed since this job wrote it ({fault}); remove the folder {out} and start again."
         raise UserError("synthconl.near_duplicates.damaged", message) from error
 
 
@@ -155,7 +156,7 @@ def _digest(texts: Iterable[str | None]) -> str:
 def _fingerprinted(
     shards: Sequence[Shard], columns: Sequence[str], work: Path, settings: DuplicateSettings, progress: bool
 ) -> list[list[pa.StructArray]]:
-    """Write missing files of fingerprints (Arrow's IPC format, then a SHA-256); return all fingerprints, by column."""
+    """Write missing files of fingerprints (Arrow's IPC format, then a SHA-256); return a list of them per column."""
     empty = fingerprint([], settings.banding)
     schema = pa.schema([(name, empty.type) for name in columns])
     tables = []

@@ -1,7 +1,7 @@
 """Find near-duplicate texts: MinHash bands propose pairs, and the Jaccard similarity of each pair's shingles decides.
 
 Distinct rows are numbered in the order of their ids, so that no result depends on the order of the input. A pair of
-rows is one uint64: the number of the first row in the upper 32 bits, the number of the second in the lower 32 bits.
+rows is stored as one uint64: the first row's number in the upper 32 bits, the second row's number in the lower 32 bits.
 """
 
 import warnings
@@ -69,12 +69,14 @@ class DuplicateSettings:
     Args:
         threshold: smallest Jaccard similarity at which two texts are near-duplicates; the sets compared are their
             shingles (all substrings of 5 characters).
-        recall: `"default"` weighs a missed pair as much as a needless comparison: at a threshold of 0.7, 25 bands of
-            10 hashes, which compare 94 % of the pairs of similarity 0.8, and half of the pairs of similarity 0.7.
-            `"high"` weighs a missed pair nineteen times as much: 36 bands of 7 hashes; 95 % of pairs of similarity 0.7.
-        match: two rows are near-duplicates if their texts are near in one column (`"either"`) or in all (`"both"`).
-        bucket_limit: in each band, a row is compared with at most this number of the rows with the same hashes, rows of
-            smaller ids first. The limit bounds memory to bands × `bucket_limit` pairs per row, of 8 bytes each.
+        recall: `"default"` weighs a missed pair as much as a needless comparison. At a threshold of 0.7, this gives
+            25 bands of 10 hashes, so 94 % of the pairs of similarity 0.8 are compared, and half of the pairs of
+            similarity 0.7. `"high"` weighs a missed pair nineteen times as much as a needless comparison. This gives
+            36 bands of 7 hashes, so 95 % of the pairs of similarity 0.7 are compared.
+        match: two rows are near-duplicates if their texts are near in at least one column (`"either"`) or in all
+            columns (`"both"`).
+        bucket_limit: in each band, a row is compared with at most this number of the rows that have the same hashes;
+            rows of smaller ids come first. Each row needs memory for at most bands × `bucket_limit` pairs of 8 bytes.
         giant_cluster: largest number of different rows in a cluster that keeps only one row. A cluster is a group of
             rows linked by near pairs, directly or through other rows. A larger cluster may link unlike rows through
             boilerplate, so a row in it is dropped only if it is near a kept row of smaller id.
@@ -93,7 +95,7 @@ class DuplicateSettings:
 
 
 def hash_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return hashes, uint64 (shingles,), and bounds, (texts + 1,): text i has `hashes[bounds[i]:bounds[i + 1]]`."""
+    """Return the hashes of all shingles, uint64, and bounds: those of text i are `hashes[bounds[i]:bounds[i + 1]]`."""
     size = SHINGLE_CHARACTERS
     padded = [text.ljust(size, _FILLER) if text.strip() else "" for text in texts]
     lengths = np.array([len(text) for text in padded], np.int64)
@@ -146,7 +148,10 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
 
 
 def fingerprint(texts: Iterable[str | None], banding: Banding) -> pa.StructArray:
-    """Return a struct per text: `text` in UTF-8, `digest` (two uint64, 0 if blank), `keys` (one uint64 per band)."""
+    """Return a struct per text: `text` in UTF-8; `digest`, a hash of two uint64 (0 for a blank text); and `keys`.
+
+    `keys` has one uint64 per band: texts with the same key in a band are compared.
+    """
     contents: list[bytes] = []
     digests = bytearray()
     keys = [np.empty((0, banding.bands), np.uint64)]
@@ -224,7 +229,7 @@ def find_near_duplicates(
     against: Mapping[str, Sequence[str | None]] | None = None,  # {name of a set: texts}; rows near one are dropped
     progress: bool = False,
 ) -> NearDuplicates:
-    """Return which of n rows are near another row or a text of `against`, by their `columns`; no blank row is near."""
+    """Return which of n rows are near another row or near a text of `against`; a blank text is near no other text."""
     against = against or {}
     digests = [np.concatenate([_matrix(part, "digest") for part in parts]) for parts in columns]
     order = np.arange(len(digests[0])) if order is None else order
@@ -263,7 +268,7 @@ def _matrix(part: pa.StructArray, name: str) -> np.ndarray:
 
 
 class _Column:
-    """The texts and fingerprints of one column in m rows; `rows`, int64 (m,), has the rows' positions in the input."""
+    """The texts and fingerprints of one column in m rows; `rows`, int64 (m,), are the rows' positions in the input."""
 
     def __init__(self, parts: Sequence[pa.StructArray], rows: np.ndarray) -> None:
         self._parts, self._rows = parts, rows
@@ -273,7 +278,7 @@ class _Column:
         self.not_blank = np.flatnonzero(self.digests.any(axis=1))
 
     def shingle_sets(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
-        """Return {number of a row: the hashes of its distinct shingles}."""
+        """Return {number of a row: the hashes of the distinct shingles of its text} for the rows `numbers`."""
         wanted = np.unique(numbers)
         texts = (self._texts[row].as_py().decode("utf-8", "surrogatepass") for row in self._rows[wanted].tolist())
         return dict(zip(wanted.tolist(), shingle_sets(texts), strict=True))
@@ -284,7 +289,10 @@ class _Column:
 
 
 def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the first row in `order` of each set of equal rows), (each row's set); blank rows are never equal."""
+    """Return two arrays: the first row in `order` of each set of equal rows, and the number of each row's set.
+
+    Blank rows are never equal.
+    """
     by_id = digests[order]
     blank = np.flatnonzero(~by_id.any(axis=1))
     by_id[blank, 0] = blank + 1  # so that no two blank rows are equal
@@ -299,9 +307,9 @@ def _distinct_rows(digests: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, 
 def _candidates(column: _Column, others: _Column, limit: int) -> tuple[np.ndarray, int, int]:
     """Return (pairs of rows with an equal key, size of the largest bucket, largest number of rows cut in one band).
 
-    Each band gives a row one key; the row's bucket is the rows of `others` with this key. If `others` is `column`, a
-    bucket has only rows before the row, so that no pair occurs twice. A row is paired with the first `limit` rows of
-    its bucket; it is cut if the bucket has more.
+    Each band gives a row one key; the row's bucket consists of the rows of `others` with this key. If `others` is
+    `column`, a bucket has only the rows that come before the row, so that no pair occurs twice. A row is paired with
+    the first `limit` rows of its bucket; if the bucket has more rows, the row counts as cut.
     """
     rows, other_rows, within = column.not_blank, others.not_blank, column is others
     pairs, largest, most_over = np.empty(0, np.uint64), 0, 0
@@ -358,7 +366,7 @@ def _similarities(pairs: np.ndarray, first: _Column, second: _Column, progress: 
 
 
 def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the (pairs, similarities) in `parts`, one per column; of equal pairs, keep the largest similarity."""
+    """Join the (pairs, similarities) in `parts`, one per column; of a repeated pair, keep the largest similarity."""
     pairs, values = map(np.concatenate, zip(*parts, strict=True))
     sorting = np.lexsort((-values, pairs))
     pairs, first = np.unique(pairs[sorting], return_index=True)
@@ -374,7 +382,10 @@ def _decide(
     giant_cluster: int,
     **counts: int,
 ) -> NearDuplicates:
-    """Return which rows are kept. Equal rows are one distinct row: `near` pairs these, `near_others` with `against`.
+    """Return which rows are kept.
+
+    Equal rows count as one distinct row. `near` has (pairs of near distinct rows, similarities); `near_others` has the
+    same for pairs of a distinct row and a text of `against`.
 
     1. Rows near a text of `against` are dropped. They belong to no cluster.
     2. The other rows form clusters: rows linked by near pairs or equality, directly or through others, share a cluster.
@@ -445,7 +456,10 @@ def _decide(
 def _most_similar(
     count: int, nodes: np.ndarray, partners: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays (count,): a row's most similar partner (of ties, the first) or −1, and the similarity or 0."""
+    """Return two arrays of size `count`: the most similar partner of each row, and the similarity of the two.
+
+    Of equally similar partners, the first one counts. A row without a partner gets −1 and similarity 0.
+    """
     partner, similarity = np.full(count, -1), np.zeros(count)
     sorting = np.lexsort((-partners, values, nodes))  # of several assignments to one place, the last one applies
     partner[nodes[sorting]], similarity[nodes[sorting]] = partners[sorting], values[sorting]

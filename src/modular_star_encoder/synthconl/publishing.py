@@ -1,4 +1,4 @@
-"""Count the rows of a built dataset, describe it in a card, and upload it."""
+"""Count the rows of a built dataset, describe the dataset in a card (README.md), and upload it."""
 
 import glob
 import json
@@ -50,7 +50,7 @@ class CodeCounts:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStatistics:
-    """The numbers and average lengths of a dataset's original functions, translations and descriptions."""
+    """Numbers and average lengths of the functions, translations and descriptions in a dataset."""
 
     rows: int
     original: dict[str, CodeCounts]  # {language: the functions that people wrote}
@@ -192,9 +192,9 @@ class Upload:
 def push_dataset(
     folder: str | os.PathLike[str], repository: str, *, upload: bool = False, private: bool = True
 ) -> Upload:
-    """Return a built dataset's files, uploaded if `upload` is true; UserError if a file can't be used.
+    """Upload a built dataset if `upload` is true; return an `Upload` with its files. UserError if a file can't be used.
 
-    `private` says whether a new repository is private; an existing repository stays as it is.
+    `private` says whether a new repository is private; an existing repository stays private or public.
     """
     check_repository_id(repository)
     root = Path(folder) if Path(folder, CARD).is_file() else Path(folder, "dataset")
@@ -203,7 +203,8 @@ def push_dataset(
         message = f"{folder} contains no finished dataset; build one with `mose dataset build`."
         raise UserError("synthconl.push.no_dataset", message)
     if wrong := [path for path in paths if leads_outside(path, folder) or not path.is_file()]:
-        message = f"{wrong[0]} must be a regular file, not a link out of {folder}. Move it away, or copy its target."
+        message = f"{wrong[0]} must be a regular file, not a link out of {folder}. Remove it, or put a copy of the "
+        message += "linked file in its place."
         raise UserError("synthconl.push.file", message)
     for path in paths[2:]:
         open_shard(path)
@@ -215,6 +216,7 @@ def push_dataset(
     api = HfApi()
     with wrap_hub_errors(repository):
         url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        is_private = bool(api.dataset_info(repository).private)
         api.upload_folder(
             repo_id=repository,
             repo_type="dataset",
@@ -224,5 +226,4 @@ def push_dataset(
             delete_patterns="data/*.parquet",
             commit_message="Upload dataset",
         )
-        is_private = bool(api.dataset_info(repository).private)
     return Upload(repository, files, str(url), is_private)

@@ -1,4 +1,4 @@
-"""Read and write rows in parquet files: the numbered files of a dataset's build, and shards, the files of a user."""
+"""Read and write parquet files: the numbered files of a dataset build, and shards (files in a user's folder)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +23,13 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of `size` items; the last may be shorter."""
+    """Yield lists of `size` items; the last list may be shorter."""
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Write tables to one file, each as a row group; return the number of rows. `path` appears when complete."""
+    """Write tables to one file, each as a row group; return the number of rows. Only a complete file appears."""
     rows = 0
     with (
         staged_file(path, resumable=True) as temporary,
@@ -43,7 +43,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
-    """Write rows to an empty folder, `ROWS_PER_FILE` each to `rows-00000.parquet`, …; return their total number."""
+    """Write rows to an empty folder, in files `rows-00000.parquet`, … of `ROWS_PER_FILE` rows; return their number."""
     tables = enumerate(pa.Table.from_pylist(batch, schema) for batch in batches(rows, ROWS_PER_FILE))
     return sum(write_parquet(folder / f"rows-{number:05d}.parquet", [table], schema) for number, table in tables)
 
@@ -82,7 +82,7 @@ def count_rows(folder: Path) -> int:
 
 
 class Shard(NamedTuple):
-    """A user's parquet file."""
+    """One parquet file in a folder that the user names."""
 
     path: Path
     name: str  # path in the folder of all shards
@@ -118,14 +118,17 @@ def check_columns(shards: Sequence[Shard], columns: Sequence[str], id_column: st
 
 
 def read_texts(shard: Shard, columns: Sequence[str]) -> Iterator[list[list[str | None]]]:
-    """Yield the texts of up to 1,024 rows at a time, as one list for each of `columns`."""
+    """Yield the texts of up to 1,024 rows at a time, as one list of texts for each of `columns`."""
     with _unreadable(shard.path):
         for batch in parquet_batches(shard.path, columns):
             yield [batch.column(name).to_pylist() for name in columns]
 
 
 def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return (the rows' ids, or "FILE:NUMBER" if `id_column` is None; the row numbers sorted by id, int64 (rows,))."""
+    """Return the ids of all rows, and the numbers of the rows sorted by id, int64 (rows,).
+
+    If `id_column` is None, an id is "FILE:NUMBER". UserError if an id is missing or repeated.
+    """
     if id_column is None:
         parts = [pa.array([f"{one.name}:{row}" for row in range(one.rows)], pa.large_string()) for one in shards]
         return pa.chunked_array(parts, pa.large_string()), np.arange(sum(one.rows for one in shards))
@@ -142,7 +145,7 @@ def read_ids(shards: Sequence[Shard], id_column: str | None) -> tuple[pa.Chunked
     in_order = ids.take(order)
     repeated = in_order.slice(1).filter(pc.equal(in_order.slice(1), in_order.slice(0, max(len(ids) - 1, 0))))
     if ids.null_count or len(repeated):
-        fault = f"missing: {ids.null_count}" if ids.null_count else f"repeated: {repeated[0]}"
+        fault = f"missing ids: {ids.null_count}" if ids.null_count else f"a repeated id: {repeated[0]}"
         raise UserError("synthconl.shards.ids", f"Column {id_column!r} must have a different id in each row; {fault}.")
     return ids, order.to_numpy().astype(np.int64)
 

@@ -1,6 +1,7 @@
 """Translate functions with a language model behind a server with OpenAI's chat protocol.
 
-A repeated call continues an interrupted one. A completion is matched to its row by id, never by text or position.
+A repeated call continues an interrupted call. A model's answer (a completion) is matched to its function by an id,
+never by text or order.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ RUN_OPTIONS = frozenset({"base_url", "api_key_variable", "concurrency", "attempt
 
 
 class CompletionRequest(NamedTuple):
-    """A prompt to complete, and the id of its row; the completion gets the same id."""
+    """A prompt to send to a model, and the id of the row to translate; the model's answer gets the same id."""
 
     id: str
     prompt: str  # the user's message, without a chat template
@@ -60,10 +61,10 @@ class Completion:
 
 
 class OpenAIBackend:
-    """Complete prompts greedily with a server: `vllm serve`, `transformers serve`, llama.cpp, Ollama, a hosted service.
+    """Gets answers, decoded greedily, from a server such as `vllm serve`, llama.cpp, Ollama or a hosted service.
 
     A request that fails temporarily is sent again (see `HTTPClient`). An error that all requests would meet, such as a
-    wrong key, ends `complete`. Protocol: OpenAI's API reference, `POST /chat/completions`.
+    wrong key, ends `complete` with a UserError. The server must have OpenAI's endpoint `POST /chat/completions`.
     """
 
     @validate_call
@@ -83,15 +84,15 @@ class OpenAIBackend:
         body: Mapping[str, Any] | None = None,  # fields to add to or replace in each request; None: not sent
     ) -> None:
         if fixed := sorted({"messages", "model", "n", "stream"} & set(body or {})):
-            raise UserError("synthconl.backend.body", f"`body` must not contain {', '.join(fixed)}; remove it.")
+            raise UserError("synthconl.backend.body", f"Remove {', '.join(fixed)} from `body`: it is set already.")
         if api_key_variable is not None and not api_key_variable.startswith("MOSE_"):
-            must = f"`api_key_variable` must begin with MOSE_, not be {api_key_variable!r}"
-            message = f"{must}: set MOSE_API_KEY to the server's key and name that variable."
+            must = f"`api_key_variable` must be an environment variable MOSE_…, not {api_key_variable!r}"
+            message = f"{must}. Put the server's key in MOSE_API_KEY, and set api_key_variable=MOSE_API_KEY."
             raise UserError("http.token.variable", message)
         try:
             json.dumps(body, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            message = f"`body` can't be sent as JSON ({str(error).rstrip('.')}); change it."
+            message = f"Change `body`: it can't be sent as JSON ({str(error).rstrip('.')})."
             raise UserError("synthconl.backend.body", message) from error
         self._url = check_url(base_url) + "/chat/completions"
         options: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "pause": pause, "timeout": timeout}
@@ -140,7 +141,7 @@ class OpenAIBackend:
             raise UserError(error.key, f"Model {self._model!r}: {error}") from error
         try:
             if content["choices"] == []:  # some gateways answer one prompt so
-                return Completion(request.id, "", ERROR, error="an answer without choices")
+                return Completion(request.id, "", ERROR, error="the answer has no choices")
             choice = content["choices"][0]
             message, usage = choice["message"], content.get("usage") or {}
             text, refusal = message.get("content") or "", message.get("refusal")
@@ -148,7 +149,7 @@ class OpenAIBackend:
                 text = "".join(part.get("text") or "" for part in text)
             reason = "content_filter" if refusal and not text else str(choice.get("finish_reason") or "stop")[:40]
             if reason in (ERROR, TOO_LONG):
-                return Completion(request.id, "", ERROR, error=f"an answer with finish_reason {reason!r}")
+                return Completion(request.id, "", ERROR, error=f"the answer has finish_reason {reason!r}")
             if len(text.encode(errors="replace")) > MAX_ANSWER_CHARACTERS:  # a file of such answers couldn't be read
                 text, reason = text[:1000], "length"
             asked, written = array("I", [usage.get(name) or 0 for name in _TOKENS])  # checks that they fit into 32 bits
@@ -189,7 +190,10 @@ Languages = Annotated[Sequence[str], AfterValidator(check_languages)]
 
 
 def target_language(row_id: str, source_language: str, *, seed: int, targets: Sequence[str] = LANGUAGES) -> str:
-    """Draw one of `targets` except `source_language` by `seed` and `row_id`; UserError if there is no other target."""
+    """Draw a language to translate a row to, one of `targets` except `source_language`; UserError if there is none.
+
+    The same `seed` and `row_id` draw the same language.
+    """
     others = sorted(set(targets) - {source_language})
     if not others:
         message = f"`targets` must name a language other than {source_language}; found only {', '.join(targets)}."
@@ -205,7 +209,7 @@ def check_prompt(prompt: str) -> str:
     except ValueError as error:
         fields = {str(error)}
     if fields != {"source_language", "target_language", "code"}:
-        wanted = "the fields {source_language}, {target_language} and {code}, and other braces doubled"
+        wanted = "the fields {source_language}, {target_language} and {code}. Double all other braces"
         raise UserError("synthconl.prompt", f"`prompt` must have {wanted}. Found: {', '.join(sorted(fields))}.")
     return prompt
 
@@ -228,7 +232,7 @@ class TranslationSettings:
         max_tokens: largest number of tokens of an answer; longer answers are cut by the server and rejected.
         prompt: template with the fields {source_language}, {target_language} and {code}.
         targets: languages to translate to; for each function, a target other than the function's language is drawn.
-        options: further arguments of `OpenAIBackend`.
+        options: further arguments of `OpenAIBackend`, such as `base_url`.
         prompt_price, completion_price: prices of a million tokens of prompts and of answers, for the report.
     """
 
@@ -248,7 +252,7 @@ class TranslationSettings:
         return {**own, "targets": sorted(self.targets), "options": options}
 
     def open(self) -> OpenAIBackend:
-        """Return the back end; UserError if one of `options` is unknown, missing or invalid."""
+        """Return the `OpenAIBackend` of these settings; UserError if an option is unknown, missing or invalid."""
         try:
             return OpenAIBackend(self.model, self.max_tokens, **self.options)
         except ValidationError as error:
@@ -266,8 +270,8 @@ def translate(
 ) -> dict[str, Any]:
     """Ask a model to translate the functions that have no answer in `out` yet; return a report on all calls.
 
-    `functions` is a folder that `write_rows` wrote. For each of its files, the existing folder `out` gets a file of
-    completions. All calls for one `out` must have the same `settings` and `seed`; this is not checked.
+    `functions` is a folder that `write_rows` wrote. For each file in `functions`, the existing folder `out` gets a file
+    of answers. All calls with the same `out` must have the same `settings` and `seed`; this is not checked.
     """
     backend = settings.open()
     files: dict[str, _CompletionFile] = {}  # the file of each row that waits for its completion
@@ -309,9 +313,9 @@ def translate(
 
 
 def _trusted(completions: Iterable[Completion], answered: bool) -> Iterator[list[Completion]]:
-    """Yield lists of completions; hold failed completions back until an answer shows that the back end still works.
+    """Yield lists of completions; hold failed completions back until an answer shows that the server still works.
 
-    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or all requests.
+    `answered` says whether an earlier call received an answer. UserError if 20 requests in a row fail, or if all fail.
     """
     doubtful: list[Completion] = []
     for completion in completions:
@@ -344,7 +348,7 @@ class _Session:
             if not all(isfinite(one["seconds"] + one["completions"]) and one["backend"] for one in self.sessions):
                 raise ValueError("infinite or missing values")
         except (ValueError, TypeError, LookupError) as error:
-            message = f"{path} is damaged. Remove it: it holds counts and times, but no answers."
+            message = f"{path} is damaged. Remove this file: it holds counts and times, but no answers."
             raise UserError("synthconl.journal", message) from error
 
     def seconds(self) -> float:
@@ -382,7 +386,7 @@ def _report(out: Path, settings: TranslationSettings, sessions: Sequence[Mapping
 
 
 class _CompletionFile:
-    """Stores the completions of one file of rows: in a journal until every row has its completion, then in Parquet."""
+    """Stores the answers for one file of rows: in a journal until every row has its answer, then as a Parquet file."""
 
     def __init__(self, target: Path, ids: Sequence[str]) -> None:
         self._target, self._ids, self._path = target, ids, Path(f"{target}.journal")
@@ -410,7 +414,10 @@ class _CompletionFile:
 
 
 def _read_journal(path: Path, ids: set[str]) -> dict[str, Completion]:
-    """Return {id: completion} of a journal; cut off an incomplete last line. UserError for an id not in `ids`."""
+    """Return {id: completion} of a journal, and cut off an incomplete last line.
+
+    UserError if another line is damaged, or has an id that is not in `ids`.
+    """
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):

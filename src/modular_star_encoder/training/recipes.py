@@ -207,8 +207,7 @@ class StartingRecipe(TrainingRecipe):
 
     def lengths(self) -> dict[str, int]:
         """Return {name: value} of the settings that limit the number of tokens of a text."""
-        names = ("max_text_tokens", "max_code_tokens", "max_tokens")
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,6 +298,9 @@ class FinetuningRecipe(StartingRecipe):
         names = ("eval_fraction", "seed", "max_train_samples")
         return {"settings": self.data} | {name: getattr(self, name) for name in names}
 
+    def lengths(self) -> dict[str, int]:
+        return {"max_text_tokens": self.max_text_tokens, "max_code_tokens": self.max_code_tokens}
+
     def batches(self, processes: int) -> dict[str, Any]:
         pairs = 2 * _quotient("batch_size", self.batch_size, {"2": 2, "processes": processes})
         # Each batch is planned for one step: the trainer must neither shuffle nor accumulate batches.
@@ -326,6 +328,9 @@ class ClassificationRecipe(StartingRecipe):
     max_tokens: Count = 1024
     max_train_samples: Count | None = None
     max_eval_samples: Count | None = None
+
+    def lengths(self) -> dict[str, int]:
+        return {"max_tokens": self.max_tokens}
 
     def batches(self, processes: int) -> dict[str, Any]:
         pairs = self.pairs_per_device or max(1, self.batch_size // processes)

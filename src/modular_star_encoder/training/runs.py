@@ -199,7 +199,7 @@ class Run:
         self._out, self._written, self.settings = out, out / "recipe.json", _plain(recipe)
         has_log = (out / LOG).is_file()
         self.log = read_record(out / LOG, "training.run.damaged", steps=int, evaluation=dict) if has_log else None
-        needed = () if recipe.training.get("save_only_model") else STATES
+        needed = _needed(recipe.training.get("save_only_model"), recipe.training.get("ema_decay"))
         self._trained = (out / MODEL).exists() or last_checkpoint(out / CHECKPOINTS, needed) is not None
         if self._written.is_file():
             before = read_record(self._written, "training.run.damaged")
@@ -239,6 +239,11 @@ class Run:
         write_json(self._out / LOG, json.loads(json.dumps(log), parse_constant=lambda _: None))
 
 
+def _needed(save_only_model: Any, ema_decay: Any) -> tuple[str, ...]:
+    """Return the names of the files without which a run can't continue from a checkpoint, beside the model's."""
+    return (*(() if save_only_model else STATES), *((AVERAGE,) if ema_decay else ()))
+
+
 def _plain(recipe: TrainingSettings) -> dict[str, Any]:
     return json.loads(json.dumps(recipe.to_dict(), default=str))
 
@@ -252,8 +257,7 @@ def train_to_the_end(trainer: Trainer, folder: str | os.PathLike[str], *, progre
     if progress:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ExitProgressCallback())
-    needed: tuple[str, ...] = () if trainer.args.save_only_model else STATES
-    needed += (AVERAGE,) if getattr(trainer.args, "ema_decay", 0) else ()
+    needed = _needed(trainer.args.save_only_model, getattr(trainer.args, "ema_decay", None))
     with trainer.args.main_process_first(local=False):
         checkpoint = last_checkpoint(folder, needed)
         resumed_from = int(checkpoint.rpartition("-")[2]) if checkpoint else None
@@ -313,7 +317,10 @@ def _stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(number, before[number])
-        print("mose: training stops after this step, with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr)
+        print(
+            "mose: training stops after this step, with a checkpoint; Ctrl-C again stops at once",
+            file=sys.stderr,
+        )
 
     trainer.add_callback(Stop())
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -80,7 +80,7 @@ def cache_folder(name: str, *, create: bool = False) -> Path | None:
     if create and path.is_absolute():
         with suppress(OSError):
             path.mkdir(parents=True, exist_ok=True)
-    return path if path.is_absolute() and (not create or os.access(path, os.W_OK)) else None
+    return path if path.is_absolute() and (not create or (path.is_dir() and os.access(path, os.W_OK))) else None
 
 
 def similar_files(path: str | os.PathLike[str]) -> str:
@@ -104,7 +104,7 @@ def files_below(folder: str | os.PathLike[str], pattern: str = "*", *, links: bo
             raise UserError("files.folder.too_deep", message)
         paths = (Path(parent, name) for name in fnmatch.filter(names, pattern))
         found += [path for path in paths if links or not path.is_symlink()]
-    if outside := sorted(path for path in found if path.is_symlink() and leads_outside(path, folder)):
+    if outside := sorted(path for path in found if links and path.is_symlink() and leads_outside(path, folder)):
         message = f"{len(outside)} links, such as {outside[0]}, lead out of {folder}. Name their targets instead."
         raise UserError("files.folder.links", message)
     return sorted(found)

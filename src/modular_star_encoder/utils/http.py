@@ -399,7 +399,7 @@ def check_hub(endpoint: str | None = None, *, seconds: float = 5.0) -> None:
         except TimeoutError:
             reason = f"no answer within {seconds:g} seconds"
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if reason:
         how = "check the network and the environment variables HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
         raise OSError(f"{url.hostname} can't be reached ({reason}): {how}.")

@@ -141,7 +141,7 @@ def read_mapping(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def read_yaml(data: bytes, where: str) -> Any:
-    """Return the value of a YAML document; UserError (`settings.file`) if it is not YAML or exceeds a `MAX_YAML_…` limit."""
+    """Return the value of a YAML document; UserError (`settings.file`) if it is no YAML, too large or too deep."""
     try:
         if not (fault := _yaml_fault(data)):
             return yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a safe loader

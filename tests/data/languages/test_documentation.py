@@ -96,7 +96,7 @@ HOSTILE = {
 def test_hostile_texts_take_linear_time(call):
     start = time.process_time()
     call()
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_hostile_files_take_seconds(language, text):
     start = time.process_time()
     with contextlib.suppress(UnparsableSourceError):
         find_functions(text, language)
-    assert time.process_time() - start < 8
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize(("seconds", "passes"), [(1, 3), (3, 1)])

@@ -212,4 +212,4 @@ def test_a_hostile_pattern_takes_linear_time(glob, path):
     start = time.process_time()
     assert re.fullmatch(glob_expression(glob), path + b"c") is None
     assert re.fullmatch(glob_expression(glob), path + b"b") is not None
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10

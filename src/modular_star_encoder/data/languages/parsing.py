@@ -18,7 +18,7 @@ from modular_star_encoder.data.languages.registry import Language, language_entr
 MAX_PARSE_SECONDS = 5.0  # of processor time; a file of 1 MB takes about half a second on one core
 MAX_NODES = 1_500_000  # of a syntax tree: that of 6 MB of usual code; a query over so many takes up to 5 s
 MAX_LINE_BYTES = 10_000  # longer lines are data or minified code, nested deeply enough to exhaust the memory
-_MAX_DEPTH = 200  # of a match in the syntax tree: a query, and finding a node's parent, take time in proportion to it
+_MAX_DEPTH = 500  # of a match in the syntax tree: a query, and finding a node's parent, take time in proportion to it
 
 
 class UnparsableSourceError(ValueError):
@@ -173,7 +173,7 @@ def parse_once(source: bytes, grammar: Grammar) -> Tree:
 
 
 def matches(query: Query, tree: Tree) -> list[dict[str, list[Node]]]:
-    """Return the captures of each match of `query`, by name, except matches that begin over 200 levels deep."""
+    """Return the captures of each match of `query`, by name, except matches that begin over 500 levels deep."""
     cursor = QueryCursor(query)
     cursor.set_max_start_depth(_MAX_DEPTH)
     return [captures for _, captures in cursor.matches(tree.root_node)]

@@ -22,8 +22,8 @@
     value: [(function_expression body: (_) @body) (generator_function body: (_) @body) (arrow_function body: (_) @body)])
 ] @function
 (function_signature name: (_) @name) @type
-(program [(lexical_declaration (variable_declarator name: (identifier) @name))
-          (export_statement (lexical_declaration (variable_declarator name: (identifier) @name)))] @type)
+(program [(lexical_declaration (variable_declarator name: (identifier) @name) @type)
+          (export_statement (lexical_declaration (variable_declarator name: (identifier) @name) @type))])
 [(type_alias_declaration name: (_) @name) (enum_declaration name: (_) @name)] @type
 [(class_declaration name: (_) @name) (abstract_class_declaration name: (_) @name)
  (interface_declaration name: (_) @name) (internal_module name: (_) @name)] @scope
