@@ -36,7 +36,7 @@ _EXPECTED_ERRORS = (ValueError, OSError, ImportError)
 
 @dataclass(frozen=True, slots=True)
 class ExitCosts:
-    """The exit profile of a checkpoint, which has the costs of each exit, or the reason why the profile can't be shown."""
+    """The exit profile of a checkpoint (the costs of its exits), or the reason why the profile can't be shown."""
 
     profile: ExitProfile | None  # None if the profile is missing, unreadable or of other weights
     note: str = ""  # why there is no profile, and how to measure one; or that another machine measured it
@@ -66,11 +66,11 @@ def short_name(checkpoint: str) -> str:
 
 
 def cost_card(costs: ExitCosts, exit_layer: int) -> str:
-    """Return HTML with a bar for each cost and quality score of an exit; full bars stand for the top value of all exits."""
+    """Return HTML with a bar for each cost and quality score of an exit; full bars mean the top value of all exits."""
     if (profile := costs.profile) is None:
         return f'<p class="mose-note">{escape(costs.note)}</p>'
     if exit_layer not in profile.exits:
-        return f'<p class="mose-note">The exit profile of the checkpoint has no measurements of exit {exit_layer}.</p>'
+        return f'<p class="mose-note">The exit profile has no measurements of exit {exit_layer}.</p>'
     measured = {one: profile.measurement(one, profile.shapes[0]) for one in profile.exits}
     rows = [
         _meter("latency", {k: one.latency_ms_p50 for k, one in measured.items()}, exit_layer, "{:,.1f} ms"),
@@ -239,7 +239,7 @@ def message_html(text: str, *, error: bool = False) -> str:
 
 
 def highlighted(text: str, language: str, formatter: HtmlFormatter) -> str:
-    """Return code as HTML, coloured by `formatter`. After a time limit, for hostile texts, the rest stays uncoloured."""
+    """Return code as HTML, coloured by `formatter`. After a time limit, the rest stays uncoloured."""
     text += "\n"  # some lexers need the end of the last line
     end = time.thread_time() + _SECONDS + _SECONDS_PER_CHARACTER * len(text)
     options = {"startinline": True} if language == "php" else {}
@@ -299,7 +299,7 @@ def _code_block(hit: Hit) -> str:
 
 
 def _badge(rank: int, hit: Hit, other: Reply) -> str:
-    """Return HTML with the rank that a hit has in the reply `other`; its colour shows whether that differs from `rank`."""
+    """Return HTML with the rank that a hit has in the reply `other`; its colour shows if that differs from `rank`."""
     place = attrgetter("path", "line", "last_line", "name")
     places = [place(one) for one in other.answer.hits]
     if place(hit) not in places:

@@ -129,9 +129,7 @@ def _source_endpoint(local: LocalFiles) -> Callable[[Request], Awaitable[HTMLRes
             page = to_thread.run_sync(local.page, query.get("path", ""), first, last, limiter=one_at_a_time)
             return HTMLResponse(await page)
         except (ValueError, OSError):
-            return HTMLResponse(
-                "<!doctype html><title>mose</title><p>The index has no such file, or the file can't be shown.</p>", 404
-            )
+            return HTMLResponse("<!doctype html><title>mose</title><p>The index can't show this file.</p>", 404)
 
     return show
 
@@ -232,7 +230,7 @@ class LocalFiles:
         return _page_address(path, hit.line, max(hit.last_line, hit.line))
 
     def page(self, path: str, first: int = 0, last: int = 0) -> str:
-        """Return HTML of an indexed file (of a long file, the part around line `first`); mark lines `first` to `last`."""
+        """Return HTML of an indexed file (of a long one, the part around `first`); mark lines `first` to `last`."""
         lines = LINE_END.split(self._index.read_file(path))
         start = end = characters = 0  # the page shows lines[start:end]
         for end, line in enumerate(lines):

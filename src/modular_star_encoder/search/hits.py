@@ -44,7 +44,7 @@ class Answer:
     method: str = "hybrid"  # how the hits were found: `vector`, `lexical` or `hybrid`
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
-        """Return the answer as in `mose search --json`; `explain` adds each hit's `reasons`. Later versions may add keys."""
+        """Return the answer as in `mose search --json`; `explain` adds the hits' `reasons`. Later versions may add more."""
         values = asdict(self)
         if not explain:
             for hit in values["hits"]:
@@ -57,9 +57,9 @@ _INDENT = "    "
 
 
 def format_answer(answer: Answer, *, lines: int = 3, width: int = 120, explain: bool = False) -> str:
-    """Return text: for each hit, a line with path, line number, bar, score and name, and up to `lines` lines of its code.
+    """Return text: for each hit, a line with path, line number, bar, score and name, then up to `lines` lines of code.
 
-    A full bar stands for the best hit's score or, with the method `vector`, for 1. `explain` adds a line that shows what
+    A full bar stands for the best hit's score or, with the method `vector`, for 1. `explain` adds a line about what
     each ranking rule adds to the score.
     """
     whole = 1.0 if answer.method == "vector" else max((hit.score for hit in answer.hits), default=1.0) or 1.0

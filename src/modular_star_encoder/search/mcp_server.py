@@ -40,7 +40,7 @@ def _errors_as_answers() -> Iterator[None]:
 
 
 def build_server(index: CodeIndex) -> MCPServer:
-    """Return an MCP server with the tools `search`, `related` and `read`. Each call of a tool first updates the index."""
+    """Return an MCP server with the tools `search`, `related` and `read`. Each call updates the index first."""
     root = readable_path(os.path.realpath(index.folder))  # as the paths of hits
     server = MCPServer("mose", instructions="Finds code in one repository by a description, by name, or by similarity.")
 
